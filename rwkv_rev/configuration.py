@@ -1,0 +1,90 @@
+"""Configuration of a converted model: one class for RWKV-4, 5.0, 5.1 and 5.2."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+VERSIONS = ("4", "5.0", "5.1", "5.2")
+BPTT_STRATEGIES = ("auto", "full", "checkpoint", "reversible", "reversible-lossy", "truncated")
+TAPES = ("host", "device", "disk")
+
+
+@strict
+class RwkvRevConfig(PreTrainedConfig):
+    """Architecture, numerics and back-propagation settings of a converted RWKV model.
+
+    Args:
+        rwkv_version: generation of the time mix.
+        vocab_size: V, entries of the vocabulary.
+        hidden_size: D, width of the residual stream.
+        num_hidden_layers: L, blocks.
+        num_attention_heads: H, heads of the RWKV-5 time mix; 1 for RWKV-4, which has none.
+        head_size: N, so that ``D = H * N``; D for RWKV-4.
+        intermediate_size: F, width of the channel mix.
+        layer_norm_epsilon: eps of every LayerNorm.
+        group_norm_epsilon: eps of the GroupNorm after the RWKV-5 recurrence. Published models divide by
+            ``head_size_divisor = 8`` before a GroupNorm of eps 1e-5, which is 64e-5 without the division.
+        bonus_is_exponential: the stored bonus is the logarithm of u (RWKV-5.0 files with ``time_first``).
+        bptt: gradient strategy; ``auto`` is ``full`` up to one chunk and ``reversible`` above it.
+        chunk_length: C, tokens per chunk of the strategies that work in chunks.
+        tape: where remnants are kept, ``host``, ``device`` or ``disk``.
+        tape_dir: folder of the ``disk`` tape; the system's temporary folder when None.
+
+    Raises:
+        ValueError: for a version, size or strategy that does not exist or does not fit the others.
+    """
+
+    model_type = "rwkv_rev"
+
+    rwkv_version: Literal["4", "5.0", "5.1", "5.2"] = "5.2"
+    vocab_size: int = 65536
+    hidden_size: int = 2048
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 32
+    head_size: int = 64
+    intermediate_size: int = 7168
+    layer_norm_epsilon: float = 1e-5
+    group_norm_epsilon: float = 64e-5
+    bonus_is_exponential: bool = False
+    bptt: str = "auto"
+    chunk_length: int = 1024
+    tape: str = "host"
+    tape_dir: str | None = None
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+
+    def __post_init__(self, **kwargs: object) -> None:
+        if self.num_attention_heads * self.head_size != self.hidden_size:
+            raise ValueError(
+                f"num_attention_heads * head_size = {self.num_attention_heads} * {self.head_size} "
+                f"must equal hidden_size = {self.hidden_size}"
+            )
+        for field, allowed in (("bptt", BPTT_STRATEGIES), ("tape", TAPES)):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field} = {getattr(self, field)!r} must be one of {', '.join(allowed)}")
+        if self.chunk_length < 1:
+            raise ValueError(f"chunk_length = {self.chunk_length} must be at least 1 token")
+        super().__post_init__(**kwargs)
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether the time mix keeps a matrix per head (RWKV-5) rather than a running mean (RWKV-4)."""
+        return self.rwkv_version != "4"
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether the time mix multiplies by ``silu(gate)`` (5.1 and 5.2)."""
+        return self.rwkv_version in ("5.1", "5.2")
+
+    @property
+    def decay_shape(self) -> tuple[int, ...]:
+        """Stored shape of ``time_decay`` and ``bonus``."""
+        if not self.has_heads:
+            return (self.hidden_size,)
+        if self.rwkv_version == "5.2":
+            return (self.num_attention_heads, self.head_size)
+        return (self.num_attention_heads,)
