@@ -1,0 +1,153 @@
+"""Tiny random checkpoints of all four versions in the layouts that other tools publish.
+
+Written independently of ``converters/names.py``, so that a mistake in those tables shows. Decays, bonuses
+and mixes vary by channel and layer as in trained models (mixes leave [0, 1] on both sides); nothing is zero or
+constant, so that a swapped, dropped or transposed tensor always changes the logits. The same arguments give
+the same values.
+
+Tests import it as ``from foreign import blinkdl_state_dict``.
+"""
+
+from typing import Any
+
+import torch
+
+VERSIONS = ("4", "5.0", "5.1", "5.2")
+
+
+def blinkdl_state_dict(
+    version: str,
+    *,
+    layers: int = 2,
+    D: int = 32,
+    head_size: int = 8,
+    vocab: int = 64,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    bonus: str = "time_faaaa",
+) -> dict[str, torch.Tensor]:
+    """State dict as BlinkDL's trainer saves it; ``bonus`` names the bonus of 5.0, the others have one name."""
+    if version not in VERSIONS:
+        raise ValueError(f"no version {version!r}")
+    generator = torch.Generator().manual_seed(seed)
+    heads = D // head_size
+    channel_mix = 4 * D if version in ("4", "5.0") else int(3.5 * D) // 32 * 32
+
+    def normal(*shape: int, mean: float = 0.0, std: float = 1.0) -> torch.Tensor:
+        return (mean + std * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+    def matrix(rows: int, columns: int, gain: float = 1.0) -> torch.Tensor:
+        return normal(rows, columns, std=gain / columns**0.5)
+
+    def mix(layer: int) -> torch.Tensor:
+        ramp = torch.linspace(0, 1, D, dtype=torch.float64) ** (1 - layer / layers)
+        noise = 0.25 * torch.randn(D, generator=generator, dtype=torch.float64)
+        return (ramp + noise).to(dtype).reshape(1, 1, D)
+
+    def norm(prefix: str) -> dict[str, torch.Tensor]:
+        return {f"{prefix}.weight": normal(D, mean=1.0, std=0.2), f"{prefix}.bias": normal(D, std=0.1)}
+
+    def decay(count: int, layer: int, low: float, high: float) -> torch.Tensor:
+        power = 0.7 + 1.3 * layer / max(layers - 1, 1)
+        ramp = low + (high - low) * torch.linspace(0, 1, count, dtype=torch.float64) ** power
+        return (ramp + 0.1 * torch.randn(count, generator=generator, dtype=torch.float64)).to(dtype)
+
+    state = {"emb.weight": normal(vocab, D, std=0.5)}
+    for i in range(layers):
+        block, att, ffn = f"blocks.{i}", f"blocks.{i}.att", f"blocks.{i}.ffn"
+        if i == 0:
+            state |= norm(f"{block}.ln0")
+        state |= norm(f"{block}.ln1")
+        state |= norm(f"{block}.ln2")
+        if version == "4":
+            state[f"{att}.time_decay"] = decay(D, i, -5.0, 3.0)
+            state[f"{att}.time_first"] = normal(D, mean=-1.2, std=0.5)
+        elif version == "5.2":
+            state[f"{att}.time_decay"] = decay(D, i, -6.0, 0.5).reshape(heads, head_size)
+            state[f"{att}.time_faaaa"] = normal(heads, head_size, mean=0.3, std=0.4)
+        else:
+            state[f"{att}.time_decay"] = decay(heads, i, -6.0, 0.0)
+            state[f"{att}.{bonus if version == '5.0' else 'time_faaaa'}"] = normal(heads, mean=0.3, std=0.4)
+        for letter in "kvrg" if version in ("5.1", "5.2") else "kvr":
+            state[f"{att}.time_mix_{letter}"] = mix(i)
+        for name in ("receptance", "key", "value", "output"):
+            state[f"{att}.{name}.weight"] = matrix(D, D)
+        if version in ("5.1", "5.2"):
+            state[f"{att}.gate.weight"] = matrix(D, D)
+        if version != "4":
+            state |= norm(f"{att}.ln_x")
+        state[f"{ffn}.time_mix_k"] = mix(i)
+        state[f"{ffn}.time_mix_r"] = mix(i)
+        state[f"{ffn}.key.weight"] = matrix(channel_mix, D)
+        state[f"{ffn}.receptance.weight"] = matrix(D, D)
+        state[f"{ffn}.value.weight"] = matrix(D, channel_mix, gain=0.5)
+    state |= norm("ln_out")
+    state["head.weight"] = matrix(vocab, D)
+    return state
+
+
+_HF_NAMES = {
+    "blocks.0.ln0.": "blocks.0.pre_ln.",
+    ".att.": ".attention.",
+    ".ffn.": ".feed_forward.",
+    "emb.": "embeddings.",
+}
+_HF_ENDINGS = {
+    "time_mix_k": "time_mix_key",
+    "time_mix_v": "time_mix_value",
+    "time_mix_r": "time_mix_receptance",
+    "time_mix_g": "time_mix_gate",
+}
+
+
+def hf_name(name: str) -> str:
+    """The name of a BlinkDL tensor in transformers' RWKV-4 class and in the published v5 repositories."""
+    for old, new in _HF_NAMES.items():
+        name = name.replace(old, new)
+    stem, _, ending = name.rpartition(".")
+    if ending in _HF_ENDINGS:
+        name = f"{stem}.{_HF_ENDINGS[ending]}"
+    return name if name == "head.weight" else f"rwkv.{name}"
+
+
+def hf_state_dict(version: str, **kwargs: Any) -> dict[str, torch.Tensor]:
+    """The same values as :func:`blinkdl_state_dict` as transformers (4) and the v5 repositories name them."""
+    return {hf_name(name): tensor for name, tensor in blinkdl_state_dict(version, **kwargs).items()}
+
+
+def hf_config(
+    version: str, *, layers: int = 2, D: int = 32, head_size: int = 8, vocab: int = 64, **_: Any
+) -> dict[str, Any]:
+    """``config.json`` as published: for v5 ``intermediate_size`` is null, ``num_attention_heads`` the head size."""
+    common = {
+        "attention_hidden_size": D,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "hidden_size": D,
+        "layer_norm_epsilon": 1e-5,
+        "num_hidden_layers": layers,
+        "rescale_every": 6,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "vocab_size": vocab,
+    }
+    if version == "4":
+        return common | {
+            "architectures": ["RwkvForCausalLM"],
+            "context_length": 1024,
+            "intermediate_size": 4 * D,
+            "model_type": "rwkv",
+        }
+    return common | {
+        "architectures": ["Rwkv5ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_rwkv5.Rwkv5Config",
+            "AutoModelForCausalLM": "modeling_rwkv5.Rwkv5ForCausalLM",
+        },
+        "head_size_divisor": 8,
+        "intermediate_size": None,
+        "model_type": "rwkv5",
+        "model_version": version.replace(".", "_"),
+        "num_attention_heads": head_size,
+    }
