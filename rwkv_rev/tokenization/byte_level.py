@@ -1,0 +1,154 @@
+"""Tokenizers whose tokens are byte strings: the common base, and the one whose ids *are* bytes.
+
+Text becomes bytes first (UTF-8), bytes become ids, and back: ``decode(encode(text)) == text`` for every text,
+because nothing is normalised, stripped or added on the way. A Python string may also hold what is not UTF-8,
+as lone surrogates: U+DC80 to U+DCFF stand for the raw bytes 0x80 to 0xFF (``surrogateescape``, PEP 383) and
+are encoded as that byte; any other lone surrogate becomes its three-byte form. ``decode(..., errors=...)``
+takes Python's names: ``replace`` (default), ``strict``, ``ignore``, ``surrogateescape`` (keeps every byte)
+and so on.
+
+Tokens that are no valid UTF-8 on their own are shown by ``tokenize`` and ``convert_ids_to_tokens`` with the
+same escapes, which keeps the map between tokens and byte strings one to one.
+
+Text is never searched for special tokens: the characters ``<|endoftext|>`` in a document are encoded as
+characters. Pass ``split_special_tokens=False`` to have special and added tokens recognised (needed after
+``add_tokens``).
+"""
+
+import codecs
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+from transformers import BatchEncoding, PreTrainedTokenizer
+
+REPLACEMENT = "\ufffd".encode()
+
+
+def _encode_lone_surrogates(error: UnicodeError) -> tuple[bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    pieces = [
+        bytes([ord(character) - 0xDC00])
+        if 0xDC80 <= ord(character) <= 0xDCFF
+        else character.encode("utf-8", "surrogatepass")
+        for character in error.object[error.start : error.end]
+    ]
+    return b"".join(pieces), error.end
+
+
+codecs.register_error("rwkv_rev.surrogates", _encode_lone_surrogates)
+
+
+def text_to_bytes(text: str) -> bytes:
+    """UTF-8 of a text, lone surrogates as described above; never fails."""
+    return text.encode("utf-8", "rwkv_rev.surrogates")
+
+
+class ByteLevelTokenizer(PreTrainedTokenizer):
+    """Base of the tokenizers over bytes. Subclasses set the two tables before calling ``super().__init__``.
+
+    Attributes:
+        token_bytes: byte string of each id.
+        token_ids: the token's string form -> id, special tokens of the base vocabulary included.
+    """
+
+    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
+    padding_side = "left"  # generation continues from the last position
+
+    token_bytes: Mapping[int, bytes]
+    token_ids: dict[str, int]
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """Ids of a byte string; no special tokens are recognised or added."""
+        raise NotImplementedError
+
+    def decode_bytes(self, ids: Iterable[int], skip_special_tokens: bool = False) -> bytes:
+        """Byte string of ids, exact; an id without a token gives the UTF-8 of U+FFFD.
+
+        Args:
+            ids: token ids.
+            skip_special_tokens: leave out special tokens (end of text, padding) instead of spelling them.
+
+        Raises:
+            ValueError: for a negative id, such as the -100 of ignored labels.
+        """
+        skipped = set(self.all_special_ids) if skip_special_tokens else frozenset()
+        added = {i: text_to_bytes(token.content) for i, token in self._added_tokens_decoder.items()}
+        pieces = []
+        for i in map(int, ids):
+            if i < 0:
+                raise ValueError(f"id {i} is not a token: remove ignored labels before decoding")
+            if i not in skipped:
+                pieces.append(added[i] if i in added else self.token_bytes.get(i, REPLACEMENT))
+        return b"".join(pieces)
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries up to the highest id of the base vocabulary (the model's table may be padded beyond it)."""
+        return max(self.token_ids.values()) + 1
+
+    def get_vocab(self) -> dict[str, int]:
+        """String form of every token -> id, added tokens included."""
+        return {**self.token_ids, **self._added_tokens_encoder}
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Text of a list of tokens in string form; bytes that are no UTF-8 become U+FFFD."""
+        return b"".join(map(text_to_bytes, tokens)).decode("utf-8", "replace")
+
+    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        return [self._convert_id_to_token(i) for i in self.encode_bytes(text_to_bytes(text))]
+
+    def _convert_token_to_id(self, token: str) -> int | None:
+        return self.token_ids.get(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self.token_bytes.get(index, REPLACEMENT).decode("utf-8", "surrogateescape")
+
+    def _encode_plus(  # type: ignore[override]
+        self, text: Any, text_pair: Any = None, **kwargs: Any
+    ) -> BatchEncoding:
+        # Straight to ids, where the base class goes through one string per token. Batches return here one by one.
+        plain = kwargs.get("split_special_tokens", self.split_special_tokens)
+        if plain and not kwargs.get("sanitize_control_tokens"):
+            if isinstance(text, str) and text:
+                text = self.encode_bytes(text_to_bytes(text))
+            if isinstance(text_pair, str) and text_pair:
+                text_pair = self.encode_bytes(text_to_bytes(text_pair))
+        return super()._encode_plus(text, text_pair, **kwargs)
+
+    def _decode(
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        errors: str = "replace",
+        **kwargs: Any,
+    ) -> str:
+        ids = [token_ids] if isinstance(token_ids, int) else token_ids
+        text = self.decode_bytes(ids, skip_special_tokens).decode("utf-8", errors)
+        if clean_up_tokenization_spaces is None:
+            clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
+        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
+
+
+class RwkvByteTokenizer(ByteLevelTokenizer):
+    """Ids are the 256 byte values; for models with a vocabulary of 256.
+
+    No id is free for padding: byte 0, which text does not use, stands for it, and the attention mask says
+    which zeros are padding. ``skip_special_tokens=True`` therefore drops NUL bytes; without it every byte is kept.
+    """
+
+    def __init__(self, pad_token: str = "\0", split_special_tokens: bool = True, **kwargs: Any) -> None:
+        self.token_bytes = {i: bytes([i]) for i in range(256)}
+        self.token_ids = {
+            piece.decode("utf-8", "surrogateescape"): i for i, piece in self.token_bytes.items()
+        }
+        super().__init__(pad_token=pad_token, split_special_tokens=split_special_tokens, **kwargs)
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """The bytes themselves."""
+        return list(data)
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        """Nothing to save: the vocabulary is the 256 bytes."""
+        return ()

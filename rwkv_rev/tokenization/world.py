@@ -1,0 +1,190 @@
+"""The tokenizer of RWKV "world" models: at each byte, take the longest vocabulary entry that matches.
+
+Source: ``rwkv_vocab_v20230424.txt`` and ``TRIE_TOKENIZER`` of the ``rwkv`` package. Ids 1 to 65529 are byte
+strings, id 0 is the end of text, 65530 to 65535 are unused rows of the model. Greedy longest match needs one
+pass; the Rust trie of ``pyrwkv_tokenizer`` does it for valid UTF-8 and a short Python one, with the same ids,
+for everything else (and where the wheel does not import). Decoding uses our own table of byte strings: the
+Rust one aborts on incomplete UTF-8.
+
+The tokenizer published as remote code with some models strips spaces and prepends id 0; this one does
+neither.
+"""
+
+import ast
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from rwkv_rev.errors import CheckpointError, SourceError
+from rwkv_rev.tokenization.byte_level import ByteLevelTokenizer
+
+VOCABULARY_FILE = "rwkv_vocab_v20230424.txt"
+END_OF_TEXT = 0
+END_OF_TEXT_TOKEN = "<|endoftext|>"
+
+
+def find_world_vocabulary() -> Path:
+    """The vocabulary file of an installed package, found without importing it.
+
+    Raises:
+        SourceError: when neither package that carries it is installed.
+    """
+    for package in ("pyrwkv_tokenizer", "rwkv"):
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            if (path := Path(folder) / VOCABULARY_FILE).is_file():
+                return path
+    raise SourceError(
+        f"{VOCABULARY_FILE} not found: pip install pyrwkv-tokenizer (or rwkv), or give the file with --tokenizer"
+    )
+
+
+def read_world_vocabulary(path: Path) -> dict[int, bytes]:
+    """Read ``id literal length`` lines, the literal a Python ``str`` or ``bytes``, the length in bytes.
+
+    Returns:
+        id -> byte string.
+
+    Raises:
+        SourceError: when the file cannot be read.
+        CheckpointError: when a line is malformed, an id or token appears twice, or a byte has no token.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"cannot read the world vocabulary {path}: {error}") from error
+    table: dict[int, bytes] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            index, rest = line.split(" ", 1)
+            literal, length = rest.rsplit(" ", 1)
+            # The evaluation costs most of the loading time, and few lines need it.
+            value = (
+                literal[1:-1] if literal[0] in "'\"" and "\\" not in literal else ast.literal_eval(literal)
+            )
+            piece = value.encode() if isinstance(value, str) else bytes(value)
+            if len(piece) != int(length) or not piece or int(index) <= END_OF_TEXT or int(index) in table:
+                raise ValueError(line)
+            table[int(index)] = piece
+        except (ValueError, SyntaxError, TypeError, IndexError) as error:
+            raise CheckpointError(f"{path}, line {number}: not an entry of a world vocabulary") from error
+    pieces = set(table.values())
+    if len(pieces) != len(table) or not all(bytes([byte]) in pieces for byte in range(256)):
+        raise CheckpointError(f"{path} is not a world vocabulary: entries are missing or appear twice")
+    return table
+
+
+class GreedyTrie:
+    """Longest match over bytes, in Python: the lengths that can follow the next two bytes, longest first."""
+
+    def __init__(self, table: Mapping[int, bytes]) -> None:
+        self.ids = {piece: i for i, piece in table.items()}
+        lengths: dict[bytes, set[int]] = {}
+        for piece in self.ids:
+            lengths.setdefault(piece[:2], set()).add(len(piece))
+        self.lengths = {start: sorted(found, reverse=True) for start, found in lengths.items()}
+
+    def encode(self, data: bytes) -> list[int]:
+        """Ids of a byte string."""
+        result, position = [], 0
+        while position < len(data):
+            for length in self.lengths.get(data[position : position + 2], ()):
+                # Near the end the slice is shorter than `length`; a token it is then the longest possible.
+                piece = data[position : position + length]
+                if piece in self.ids:
+                    break
+            else:
+                piece = data[position : position + 1]
+            result.append(self.ids[piece])
+            position += len(piece)
+        return result
+
+
+def load_rust_trie(path: Path, table: Mapping[int, bytes]) -> Any | None:
+    """The Rust trie of the same file; None where its wheel does not import or reads it differently."""
+    if not path.is_file():
+        return None
+    try:
+        from pyrwkv_tokenizer import WorldTokenizer
+
+        trie = WorldTokenizer(str(path))
+    except (ImportError, OSError, ValueError):
+        return None
+    for text, i in trie.get_vocab().items():
+        if i != END_OF_TEXT and table.get(i) != text.encode():
+            return None
+    return trie
+
+
+class RwkvWorldTokenizer(ByteLevelTokenizer):
+    """Exact greedy trie tokenizer of world models (vocabulary 65536).
+
+    Id 0 ends a text and pads; nothing is prepended, stripped or normalised. Ids that are no token (65530 to
+    65535) decode to U+FFFD. The vocabulary file is saved with the model and read back from there.
+
+    Args:
+        vocab_file: vocabulary like ``rwkv_vocab_v20230424.txt``; that of the installed package when None.
+        split_special_tokens: treat the text of special tokens as text (default).
+
+    Raises:
+        SourceError: no vocabulary file.
+        CheckpointError: a malformed one.
+    """
+
+    vocab_files_names: ClassVar[dict[str, str]] = {"vocab_file": VOCABULARY_FILE}
+
+    def __init__(
+        self,
+        vocab_file: str | Path | None = None,
+        bos_token: str = END_OF_TEXT_TOKEN,
+        eos_token: str = END_OF_TEXT_TOKEN,
+        pad_token: str = END_OF_TEXT_TOKEN,
+        split_special_tokens: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self._vocabulary_path = Path(vocab_file) if vocab_file else find_world_vocabulary()
+        self.token_bytes = read_world_vocabulary(self._vocabulary_path)
+        self.token_ids = {END_OF_TEXT_TOKEN: END_OF_TEXT}
+        self.token_ids.update((p.decode("utf-8", "surrogateescape"), i) for i, p in self.token_bytes.items())
+        self._python_trie = GreedyTrie(self.token_bytes)
+        self._rust_trie = load_rust_trie(self._vocabulary_path, self.token_bytes)
+        super().__init__(
+            bos_token=bos_token,
+            eos_token=eos_token,
+            pad_token=pad_token,
+            split_special_tokens=split_special_tokens,
+            **kwargs,
+        )
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """Ids of a byte string by longest match."""
+        if self._rust_trie is not None:
+            try:
+                return self._rust_trie.encode(data.decode())
+            except UnicodeDecodeError:
+                pass
+        return self._python_trie.encode(data)
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        """Write the vocabulary file, from memory: the file it was read from may be gone."""
+        path = Path(save_directory) / ((f"{filename_prefix}-" if filename_prefix else "") + VOCABULARY_FILE)
+        lines = []
+        for i, piece in self.token_bytes.items():
+            try:
+                literal = repr(piece.decode())
+            except UnicodeDecodeError:
+                literal = repr(piece)
+            lines.append(f"{i} {literal} {len(piece)}\n")
+        path.write_text("".join(lines), encoding="utf-8", newline="\n")
+        return (str(path),)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The Rust object cannot be pickled (worker processes, dataset fingerprints).
+        return {**self.__dict__, "_rust_trie": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._rust_trie = load_rust_trie(self._vocabulary_path, self.token_bytes)
