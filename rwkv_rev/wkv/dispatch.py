@@ -1,0 +1,144 @@
+"""One entry per recurrence; picks the kernel that computes it.
+
+Kernels: ``naive`` (token by token, the truth), ``chunked`` (parallel in time, PyTorch operators, any device) and
+``triton`` (CUDA). The argument ``kernel`` decides, then the environment variable ``RWKV_REV_KERNEL``, then the default:
+triton on CUDA where it can be imported, else chunked. ``triton`` falls back to ``chunked`` for tensors it cannot take
+(another device, float64) and where triton is missing; :func:`choose_kernel` tells what would run.
+
+All kernels: inputs in bfloat16, float16, float32 or float64; arithmetic and results in float32 (float64 where the keys
+are float64), whatever autocast says; the same call gives the same bits, with gradients enabled or not. Masked tokens
+change nothing and get output 0; masks may have holes.
+"""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv_rev.errors import RwkvRevError
+
+KERNELS = ("naive", "chunked", "triton")
+KERNEL_VARIABLE = "RWKV_REV_KERNEL"
+
+
+class KernelError(RwkvRevError, ValueError):
+    """A kernel was asked for by a name that does not exist, or given tensors whose shapes do not fit."""
+
+
+def choose_kernel(kernel: str | None, tensor: Tensor) -> str:
+    """Name of the kernel that will run for inputs like ``tensor``.
+
+    Raises:
+        KernelError: ``kernel`` (or the environment variable) names no kernel.
+    """
+    name = kernel or os.environ.get(KERNEL_VARIABLE) or "triton"
+    if name not in KERNELS:
+        raise KernelError(f"no wkv kernel is called {name!r}; there are {', '.join(KERNELS)}")
+    if name == "triton" and not (
+        tensor.is_cuda and tensor.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+    ):
+        return "chunked"
+    return name
+
+
+def wkv4(
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    bonus: Tensor,
+    state: Tensor,
+    mask: Tensor | None = None,
+    *,
+    kernel: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """RWKV-4 recurrence over a chunk.
+
+    Args:
+        k, v: [B, T, D] keys (exponents) and values.
+        log_decay: [D], log of the decay per token, -exp(time_decay), at most 0; -inf is allowed.
+        bonus: [D], u, added to the key of the current token.
+        state: [B, 3, D], (a, b, m): numerator and denominator scaled by exp(-m). Empty: a = b = 0, m = EMPTY_EXPONENT.
+        mask: [B, T] bool, true where the token is valid; None: all are.
+        kernel: see the module.
+
+    Returns:
+        Outputs [B, T, D] and the state after the chunk [B, 3, D]. No gradient flows to or from m.
+    """
+    batch, tokens, width = _shape(k, 3, "k")
+    _expect(v=(v, (batch, tokens, width)), log_decay=(log_decay, (width,)), bonus=(bonus, (width,)))
+    _expect(state=(state, (batch, 3, width)), mask=(mask, (batch, tokens)))
+    return _run("wkv4", kernel, k, v, log_decay, bonus, state, _as_bool(mask))
+
+
+def wkv5(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    bonus: Tensor,
+    state: Tensor,
+    mask: Tensor | None = None,
+    *,
+    kernel: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """RWKV-5 recurrence over a chunk.
+
+    Args:
+        r, k, v: [B, T, H, N].
+        log_decay: [H, N], log of the decay per token and key channel, at most 0; -inf is allowed.
+        bonus: [H, N], u, factor of the current token.
+        state: [B, H, N, N] before the chunk, key index first, value index second.
+        mask: [B, T] bool, true where the token is valid; None: all are.
+        kernel: see the module.
+
+    Returns:
+        Outputs [B, T, H, N] and the chunk's contribution [B, H, N, N] to the state: with n valid tokens in the row, the
+        state after the chunk is ``exp(n * log_decay)[..., None] * state + contribution`` (left to the caller).
+    """
+    batch, tokens, heads, size = _shape(k, 4, "k")
+    _expect(
+        r=(r, k.shape), v=(v, k.shape), log_decay=(log_decay, (heads, size)), bonus=(bonus, (heads, size))
+    )
+    _expect(state=(state, (batch, heads, size, size)), mask=(mask, (batch, tokens)))
+    return _run("wkv5", kernel, r, k, v, log_decay, bonus, state, _as_bool(mask))
+
+
+def wkv5_contribution(
+    k: Tensor, v: Tensor, log_decay: Tensor, mask: Tensor | None = None, *, kernel: str | None = None
+) -> Tensor:
+    """The contribution of :func:`wkv5` alone, bit for bit what that returns for the same inputs and kernel."""
+    batch, tokens, heads, size = _shape(k, 4, "k")
+    _expect(v=(v, k.shape), log_decay=(log_decay, (heads, size)), mask=(mask, (batch, tokens)))
+    return _run("wkv5_contribution", kernel, k, v, log_decay, _as_bool(mask))
+
+
+def _run(function: str, kernel: str | None, *arguments: Tensor | None) -> Any:
+    key = arguments[0]
+    assert key is not None
+    name = choose_kernel(kernel, key)
+    module = f"triton_{function[:4]}" if name == "triton" else name
+    implementation: Callable[..., Any] = getattr(importlib.import_module(f"rwkv_rev.wkv.{module}"), function)
+    with torch.autocast(key.device.type, enabled=False):
+        return implementation(*arguments)
+
+
+def _shape(tensor: Tensor, dimensions: int, name: str) -> torch.Size:
+    if tensor.dim() != dimensions or tensor.shape[1] == 0:
+        raise KernelError(
+            f"{name} has shape {tuple(tensor.shape)}; {dimensions} dimensions and at least one token are needed"
+        )
+    return tensor.shape
+
+
+def _expect(**tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    for name, (tensor, shape) in tensors.items():
+        if tensor is not None and tensor.shape != shape:
+            raise KernelError(f"{name} has shape {tuple(tensor.shape)}; {tuple(shape)} is needed")
+
+
+def _as_bool(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.bool()

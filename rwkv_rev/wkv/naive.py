@@ -1,0 +1,111 @@
+"""The recurrences token by token: slow, any dtype, plain autograd. Every other kernel is tested against this file.
+
+RWKV-4, per channel (Peng et al. 2023, "RWKV: Reinventing RNNs for the Transformer Era", eq. 14 to 18; w = exp(log_decay)):
+
+    out_t = (A + e^{u+k_t} v_t) / (B + e^{u+k_t}),      A <- w A + e^{k_t} v_t,      B <- w B + e^{k_t}
+
+held as A = a e^m, B = b e^m with m the running maximum of the exponents. m is a gauge (any m gives the same outputs), so
+no gradient flows through it.
+
+RWKV-5, per head (Peng et al. 2024, "Eagle and Finch", section 4.1; S is [key, value]):
+
+    out_t = r_t (S + diag(u) k_t^T v_t),                S <- diag(w) S + k_t^T v_t
+
+Cost: one Python iteration per token; autograd stores every state. Only elementwise products and sums are used, so that
+an autocast region around the backward pass cannot change the arithmetic either.
+"""
+
+import torch
+from torch import Tensor
+
+EMPTY_EXPONENT = -1e38
+"""m of an RWKV-4 state that has seen no token: finite, so that differences of exponents are never NaN."""
+
+LOWEST_LOG_DECAY = -1e30
+"""Stands for log_decay = -inf (w = 0), whose product with a count of zero tokens would be NaN."""
+
+
+def arithmetic_dtype(key: Tensor) -> torch.dtype:
+    """float64 for float64 keys, else float32."""
+    return torch.float64 if key.dtype == torch.float64 else torch.float32
+
+
+def wkv4(
+    k: Tensor, v: Tensor, log_decay: Tensor, bonus: Tensor, state: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """RWKV-4; arguments and results as in :func:`rwkv_rev.wkv.wkv4`."""
+    dtype = arithmetic_dtype(k)
+    k, v, log_decay, bonus, state = (x.to(dtype) for x in (k, v, log_decay, bonus, state))
+    log_decay = log_decay.clamp(min=LOWEST_LOG_DECAY)
+    if mask is not None:
+        k, v = (x.masked_fill(~mask[..., None], 0) for x in (k, v))
+    numerator, denominator, exponent = state.unbind(1)  # [B, D] each
+    exponent = exponent.detach()
+    outputs = []
+    for t in range(k.shape[1]):
+        key, value = k[:, t], v[:, t]
+        top = torch.maximum(exponent, (bonus + key).detach())
+        past, present = torch.exp(exponent - top), torch.exp(bonus + key - top)
+        out = (past * numerator + present * value) / (past * denominator + present)
+        top = torch.maximum(exponent + log_decay, key).detach()
+        past, present = torch.exp(exponent + log_decay - top), torch.exp(key - top)
+        updated = (past * numerator + present * value, past * denominator + present, top)
+        if mask is None:
+            numerator, denominator, exponent = updated
+        else:
+            valid = mask[:, t, None]
+            out = out * valid
+            numerator = torch.where(valid, updated[0], numerator)
+            denominator = torch.where(valid, updated[1], denominator)
+            exponent = torch.where(valid, updated[2], exponent)
+        outputs.append(out)
+    return torch.stack(outputs, 1), torch.stack((numerator, denominator, exponent), 1)
+
+
+def wkv5(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    bonus: Tensor,
+    state: Tensor,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """RWKV-5; arguments and results as in :func:`rwkv_rev.wkv.wkv5`."""
+    dtype = arithmetic_dtype(k)
+    r, bonus, state = r.to(dtype), bonus.to(dtype), state.to(dtype)
+    if mask is not None:
+        r = r.masked_fill(~mask[..., None, None], 0)
+    outputs = []
+    contribution = torch.zeros_like(state)
+    for t, (decay, product) in enumerate(_steps(k, v, log_decay, mask)):
+        outputs.append((r[:, t, :, :, None] * (state + bonus[..., None] * product)).sum(-2))
+        state = decay * state + product
+        contribution = decay * contribution + product
+    return torch.stack(outputs, 1), contribution
+
+
+def wkv5_contribution(k: Tensor, v: Tensor, log_decay: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Second result of :func:`wkv5`, to the bit; as :func:`rwkv_rev.wkv.wkv5_contribution`."""
+    batch, _, heads, size = k.shape
+    contribution = k.new_zeros(batch, heads, size, size, dtype=arithmetic_dtype(k))
+    for decay, product in _steps(k, v, log_decay, mask):
+        contribution = decay * contribution + product
+    return contribution
+
+
+def _steps(k: Tensor, v: Tensor, log_decay: Tensor, mask: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    """Per token: the factor of the state ([1 or B, H, N, 1]; one where masked) and k^T v ([B, H, N, N]; zero there)."""
+    dtype = arithmetic_dtype(k)
+    k, v = k.to(dtype), v.to(dtype)
+    decay = log_decay.to(dtype).clamp(min=LOWEST_LOG_DECAY).exp()[None, ..., None]
+    if mask is None:
+        return [
+            (decay, key[..., None] * value[..., None, :])
+            for key, value in zip(k.unbind(1), v.unbind(1), strict=True)
+        ]
+    k, v = (x.masked_fill(~mask[..., None, None], 0) for x in (k, v))
+    return [
+        (torch.where(valid[:, None, None, None], decay, 1.0), key[..., None] * value[..., None, :])
+        for key, value, valid in zip(k.unbind(1), v.unbind(1), mask.unbind(1), strict=True)
+    ]
