@@ -17,7 +17,7 @@ characters. Pass ``split_special_tokens=False`` to have special and added tokens
 
 import codecs
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import BatchEncoding, PreTrainedTokenizer
 
@@ -52,7 +52,7 @@ class ByteLevelTokenizer(PreTrainedTokenizer):
         token_ids: the token's string form -> id, special tokens of the base vocabulary included.
     """
 
-    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
+    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012 (declared so by the base class)
     padding_side = "left"  # generation continues from the last position
 
     token_bytes: Mapping[int, bytes]
@@ -107,7 +107,7 @@ class ByteLevelTokenizer(PreTrainedTokenizer):
     def _encode_plus(  # type: ignore[override]
         self, text: Any, text_pair: Any = None, **kwargs: Any
     ) -> BatchEncoding:
-        # Straight to ids, where the base class goes through one string per token. Batches return here one by one.
+        # Straight to ids; the base class goes through one string per token. Batches return here one by one.
         plain = kwargs.get("split_special_tokens", self.split_special_tokens)
         if plain and not kwargs.get("sanitize_control_tokens"):
             if isinstance(text, str) and text:
@@ -135,7 +135,8 @@ class RwkvByteTokenizer(ByteLevelTokenizer):
     """Ids are the 256 byte values; for models with a vocabulary of 256.
 
     No id is free for padding: byte 0, which text does not use, stands for it, and the attention mask says
-    which zeros are padding. ``skip_special_tokens=True`` therefore drops NUL bytes; without it every byte is kept.
+    which zeros are padding. ``skip_special_tokens=True`` therefore drops NUL bytes; without it every byte is
+    kept.
     """
 
     def __init__(self, pad_token: str = "\0", split_special_tokens: bool = True, **kwargs: Any) -> None:

@@ -14,7 +14,7 @@ import ast
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from rwkv_rev.errors import CheckpointError, SourceError
 from rwkv_rev.tokenization.byte_level import ByteLevelTokenizer
@@ -36,7 +36,7 @@ def find_world_vocabulary() -> Path:
             if (path := Path(folder) / VOCABULARY_FILE).is_file():
                 return path
     raise SourceError(
-        f"{VOCABULARY_FILE} not found: pip install pyrwkv-tokenizer (or rwkv), or give the file with --tokenizer"
+        f"{VOCABULARY_FILE} not found: pip install pyrwkv-tokenizer (or rwkv), or give the file: --tokenizer PATH"
     )
 
 
@@ -113,9 +113,13 @@ def load_rust_trie(path: Path, table: Mapping[int, bytes]) -> Any | None:
         trie = WorldTokenizer(str(path))
     except (ImportError, OSError, ValueError):
         return None
-    for text, i in trie.get_vocab().items():
-        if i != END_OF_TEXT and table.get(i) != text.encode():
-            return None
+    entries = trie.get_vocab()  # holds one placeholder for all that is no UTF-8
+    for i, piece in table.items():
+        try:
+            if entries.get(piece.decode()) != i:
+                return None
+        except UnicodeDecodeError:
+            continue
     return trie
 
 
@@ -134,7 +138,7 @@ class RwkvWorldTokenizer(ByteLevelTokenizer):
         CheckpointError: a malformed one.
     """
 
-    vocab_files_names: ClassVar[dict[str, str]] = {"vocab_file": VOCABULARY_FILE}
+    vocab_files_names = {"vocab_file": VOCABULARY_FILE}  # noqa: RUF012 (declared so by the base class)
 
     def __init__(
         self,
