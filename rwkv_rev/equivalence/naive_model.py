@@ -1,0 +1,143 @@
+r"""The whole model as one straight float64 scan over the *original* tensors: the truth of every check.
+
+    time mix, RWKV-4   wkv_t = (a + e^{u+k} v) / (b + e^{u+k});  a <- w a + e^k v;  b <- w b + e^k time mix,
+    RWKV-5   y_t = r_t (S + diag(u) k_t^T v_t);  S <- diag(w) S + k_t^T v_t;  GroupNorm over the heads
+    channel mix        sigmoid(r) * Wv relu(k)^2
+
+with w = exp(-exp(time_decay)) and every projection reading ``mu * x_t + (1 - mu) * x_{t-1}`` of the
+post-LayerNorm vector (Peng et al. 2023, "RWKV: Reinventing RNNs for the Transformer Era", section 3; Peng
+et al. 2024, "Eagle and Finch", section 4.1).
+
+It shares no code with ``modeling.py``, ``cells/`` or ``wkv/`` and reads the tensors under BlinkDL's own
+names, the one exception to the rule that only ``converters/`` knows them: an oracle that went through our
+renaming would not notice a mistake in it. Works layer by layer over all tokens, so that only one layer's
+weights exist in float64 at a time: memory is T*D plus one layer, time is T Python steps per layer.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+PUBLISHED_GROUP_NORM_EPSILON = 64e-5
+LAYER_NORM_EPSILON = 1e-5
+
+
+def residual_streams(
+    tensors: Mapping[str, Tensor], tokens: Tensor, *, group_norm_epsilon: float = PUBLISHED_GROUP_NORM_EPSILON
+) -> Iterator[tuple[str, Tensor]]:
+    """The residual stream after every sub-layer, in order.
+
+    Args:
+        tensors: BlinkDL state dict; read one layer at a time, any floating dtype.
+        tokens: token ids ``[T]``.
+        group_norm_epsilon: eps of the GroupNorm of RWKV-5, as if there were no division by 8 before it.
+
+    Yields:
+        ``(place, stream)`` with stream ``[T, D]`` float64 and place one of ``ln0``,
+        ``blocks.{i}.time_mix``, ``blocks.{i}.channel_mix``, ``ln_out``. The last one is what the head
+        reads.
+    """
+    x = tensors["emb.weight"][tokens].double()  # [T, D]
+    x = _layer_norm(x, tensors, "blocks.0.ln0")
+    yield "ln0", x
+    layer = 0
+    while f"blocks.{layer}.ln1.weight" in tensors:
+        block = f"blocks.{layer}"
+        x = x + _time_mix(
+            _layer_norm(x, tensors, f"{block}.ln1"), tensors, f"{block}.att", group_norm_epsilon
+        )
+        yield f"{block}.time_mix", x
+        x = x + _channel_mix(_layer_norm(x, tensors, f"{block}.ln2"), tensors, f"{block}.ffn")
+        yield f"{block}.channel_mix", x
+        layer += 1
+    yield "ln_out", _layer_norm(x, tensors, "ln_out")
+
+
+def naive_logits(
+    tensors: Mapping[str, Tensor],
+    tokens: Tensor,
+    *,
+    group_norm_epsilon: float = PUBLISHED_GROUP_NORM_EPSILON,
+    piece: int = 64,
+) -> Iterator[Tensor]:
+    """Logits ``[t, V]`` float64, ``piece`` tokens at a time; arguments of :func:`residual_streams`."""
+    hidden = tokens.new_empty(0)
+    for _, stream in residual_streams(tensors, tokens, group_norm_epsilon=group_norm_epsilon):
+        hidden = stream  # the last is what the head reads
+    head = tensors["head.weight"].double()  # [V, D]
+    for rows in hidden.split(piece):
+        yield rows @ head.T
+
+
+def _layer_norm(x: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    scaled = centred / (centred.square().mean(-1, keepdim=True) + LAYER_NORM_EPSILON).sqrt()
+    return scaled * tensors[f"{name}.weight"].double() + tensors[f"{name}.bias"].double()
+
+
+def _mixed(x: Tensor, tensors: Mapping[str, Tensor], prefix: str, letter: str) -> Tensor:
+    """``mu * x_t + (1 - mu) * x_{t-1}``, zero before the first token."""
+    mu = tensors[f"{prefix}.time_mix_{letter}"].double().flatten()
+    before = torch.cat([torch.zeros_like(x[:1]), x[:-1]])
+    return mu * x + (1 - mu) * before
+
+
+def _linear(x: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    return x @ tensors[f"{name}.weight"].double().T
+
+
+def _channel_mix(x: Tensor, tensors: Mapping[str, Tensor], ffn: str) -> Tensor:
+    key = _linear(_mixed(x, tensors, ffn, "k"), tensors, f"{ffn}.key")
+    receptance = _linear(_mixed(x, tensors, ffn, "r"), tensors, f"{ffn}.receptance")
+    return torch.sigmoid(receptance) * _linear(torch.relu(key).square(), tensors, f"{ffn}.value")
+
+
+def _time_mix(x: Tensor, tensors: Mapping[str, Tensor], att: str, group_norm_epsilon: float) -> Tensor:
+    r, k, v = (
+        _linear(_mixed(x, tensors, att, letter), tensors, f"{att}.{name}")
+        for letter, name in (("r", "receptance"), ("k", "key"), ("v", "value"))
+    )
+    decay = torch.exp(-torch.exp(tensors[f"{att}.time_decay"].double()))  # w
+    exponential = f"{att}.time_first" in tensors
+    stored_bonus = tensors[f"{att}.time_first" if exponential else f"{att}.time_faaaa"].double()
+    if f"{att}.ln_x.weight" not in tensors:
+        out = torch.sigmoid(r) * _wkv4(k, v, decay.flatten(), stored_bonus.flatten())
+        return _linear(out, tensors, f"{att}.output")
+    heads = decay.shape[0]
+    u = stored_bonus.exp() if exponential else stored_bonus
+    y = _wkv5(r, k, v, decay.reshape(heads, -1, 1), u.reshape(heads, -1, 1))  # [T, H, N]
+    centred = y - y.mean(-1, keepdim=True)
+    y = (centred / (centred.square().mean(-1, keepdim=True) + group_norm_epsilon).sqrt()).flatten(1)
+    y = y * tensors[f"{att}.ln_x.weight"].double() + tensors[f"{att}.ln_x.bias"].double()
+    if f"{att}.gate.weight" in tensors:
+        gate = _linear(_mixed(x, tensors, att, "g"), tensors, f"{att}.gate")
+        y = y * gate * torch.sigmoid(gate)
+    return _linear(y, tensors, f"{att}.output")
+
+
+def _wkv4(k: Tensor, v: Tensor, decay: Tensor, bonus: Tensor) -> Tensor:
+    """k, v ``[T, D]``; the sums are kept divided by e^m, m their largest exponent so far."""
+    a, b, m = torch.zeros_like(k[0]), torch.zeros_like(k[0]), torch.full_like(k[0], -torch.inf)
+    out = torch.empty_like(k)
+    for t in range(k.shape[0]):
+        top = torch.maximum(m, bonus + k[t])
+        old, new = torch.exp(m - top), torch.exp(bonus + k[t] - top)
+        out[t] = (old * a + new * v[t]) / (old * b + new)
+        top = torch.maximum(m, k[t])
+        old, new = decay * torch.exp(m - top), torch.exp(k[t] - top)
+        a, b, m = old * a + new * v[t], old * b + new, top
+    return out
+
+
+def _wkv5(r: Tensor, k: Tensor, v: Tensor, decay: Tensor, u: Tensor) -> Tensor:
+    """r, k, v ``[T, D]``; decay, u ``[H, N or 1, 1]``; returns ``[T, H, N]``."""
+    heads = decay.shape[0]
+    r, k, v = (tensor.unflatten(-1, (heads, -1)) for tensor in (r, k, v))
+    state = k.new_zeros(heads, k.shape[-1], k.shape[-1])  # key index first
+    out = torch.empty_like(v)
+    for t in range(k.shape[0]):
+        kv = k[t, :, :, None] * v[t, :, None, :]
+        out[t] = (r[t, :, None, :] @ (state + u * kv)).squeeze(1)
+        state = decay * state + kv
+    return out

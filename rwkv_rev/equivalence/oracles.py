@@ -1,0 +1,161 @@
+"""The original implementations, each as a function from tokens to logits; none runs our own model code.
+
+    rwkv          the ``rwkv`` package of RWKV's author, all of 4, 5.0, 5.1, 5.2, in a process of its own
+    transformers  ``RwkvForCausalLM``, RWKV-4 only
+    naive         :mod:`.naive_model`, float64
+
+Each yields float pieces ``[t, V]`` in order and raises :class:`OracleUnavailable` when it cannot run for
+this original. What each implementation does that would spoil the comparison, and how it is kept from doing
+so (the tests show the first three bite):
+
+- ``rwkv`` normalises the embedding in the checkpoint's dtype (bfloat16: logits off by up to 5e-2). It gets
+  a copy whose embedding and ln0 are float32; all other tensors it widens itself, exactly.
+- ``rwkv`` finds the number of heads of a v5 file only where ``ln_x`` comes before ``time_decay``, so a
+  one-layer file in the usual order makes it fail. The copy has its keys in that order.
+- ``rwkv`` overwrites the state list it is given, and builds T x T matrices for 5.0 and 5.1: it is fed
+  pieces of 256 tokens with a copied state.
+- ``rwkv`` reads ``RWKV_*`` while it is imported, turns TF32 on and may print. It runs in a process without
+  those variables but ``RWKV_JIT_ON=0``, its standard output discarded.
+- ``rwkv`` has GroupNorm eps 64e-5 written into its code: unavailable for an original of another eps.
+- ``transformers`` halves the residual stream every ``rescale_every`` layers and divides its weights in
+  place to do so: ``rescale_every=0``, built from the original's tensors, dtype float32 said aloud, batch 1.
+"""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rwkv_rev.equivalence.naive_model import PUBLISHED_GROUP_NORM_EPSILON, naive_logits
+from rwkv_rev.equivalence.original import Original
+from rwkv_rev.errors import RwkvRevError
+
+RWKV_PACKAGE_PIECE = 256
+_WORKER = Path(__file__).with_name("rwkv_worker.py")
+
+
+class OracleUnavailable(RwkvRevError):
+    """This oracle cannot run for this original; the message says why."""
+
+
+def rwkv_package(original: Original, tokens: Tensor) -> Iterator[Tensor]:
+    """Logits of the ``rwkv`` package (CPU, float32).
+
+    Needs room in the temporary folder for a copy of the checkpoint and for the logits (4*T*V bytes).
+
+    Raises:
+        OracleUnavailable: package missing, not enough room, other GroupNorm eps, or it failed.
+    """
+    try:
+        importlib.metadata.version("rwkv")
+    except importlib.metadata.PackageNotFoundError:
+        raise OracleUnavailable("the rwkv package is not installed: pip install 'rwkv-rev[verify]'") from None
+    if original.has_heads and original.group_norm_epsilon != PUBLISHED_GROUP_NORM_EPSILON:
+        raise OracleUnavailable(
+            f"the rwkv package has GroupNorm eps {PUBLISHED_GROUP_NORM_EPSILON:g} built in, "
+            f"this model's is {original.group_norm_epsilon:g}; --oracle naive can check it"
+        )
+    with tempfile.TemporaryDirectory(prefix="rwkv-rev-") as folder:
+        checkpoint, output = Path(folder, "original.pth"), Path(folder, "logits")
+        vocabulary = original.tensors["head.weight"].shape[0]
+        _write_checkpoint(original, checkpoint, spare=4 * len(tokens) * vocabulary)
+        Path(folder, "tokens.json").write_text(json.dumps(tokens.tolist()))
+        _run_worker(checkpoint.with_suffix(""), Path(folder, "tokens.json"), output)
+        # Not mapped: on some systems a folder with a mapped file in it cannot be removed.
+        with output.open("rb") as stream:
+            while chunk := stream.read(4 * vocabulary * 64):
+                yield torch.from_numpy(np.frombuffer(chunk, dtype=np.float32).reshape(-1, vocabulary).copy())
+
+
+def _write_checkpoint(original: Original, path: Path, *, spare: int) -> None:
+    # Names that hold ln_x first: the package looks for them before it believes time_decay.
+    names = sorted(original.tensors, key=lambda name: ".ln_x." not in name)
+    tensors = {}
+    for name in names:
+        tensor = original.tensors[name]
+        if name == "emb.weight" or ".ln0." in name:
+            tensor = tensor.float()
+        elif tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor = tensor.clone()  # torch.save writes whole storages
+        tensors[name] = tensor
+    needed = spare + sum(tensor.nbytes for tensor in tensors.values())
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise OracleUnavailable(
+            f"the rwkv package needs {needed / 1e9:.1f} GB in {path.parent.parent}, "
+            f"{free / 1e9:.1f} GB are free; set TMPDIR to a larger disk or use --oracle naive"
+        )
+    torch.save(tensors, path)
+
+
+def _run_worker(model: Path, tokens: Path, output: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RWKV_")}
+    environment |= {"RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}
+    arguments = [model, tokens, output, RWKV_PACKAGE_PIECE, torch.get_num_threads()]
+    process = subprocess.run(
+        [sys.executable, "-P", str(_WORKER), *map(str, arguments)],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if process.returncode:
+        said = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
+        raise OracleUnavailable(f"the rwkv package failed on this checkpoint: {said[-1].strip()}")
+
+
+def transformers_rwkv4(original: Original, tokens: Tensor) -> Iterator[Tensor]:
+    """Logits of ``transformers.RwkvForCausalLM`` in float32.
+
+    Raises:
+        OracleUnavailable: for RWKV-5, or a transformers without this class.
+    """
+    if original.transformers_tensors is None:
+        raise OracleUnavailable("transformers knows RWKV-4 only; use --oracle rwkv or --oracle naive")
+    try:
+        from transformers import RwkvConfig, RwkvForCausalLM
+    except ImportError:
+        raise OracleUnavailable("this transformers has no RwkvForCausalLM; use --oracle rwkv") from None
+    tensors = {name: tensor.float() for name, tensor in original.transformers_tensors.items()}
+    vocabulary, width = original.tensors["emb.weight"].shape
+    config = RwkvConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        attention_hidden_size=width,
+        intermediate_size=original.tensors["blocks.0.ffn.key.weight"].shape[0],
+        num_hidden_layers=original.num_layers,
+        context_length=max(len(tokens), 1),
+        rescale_every=0,
+        tie_word_embeddings=False,
+        use_cache=False,
+        dtype=torch.float32,
+    )
+    with torch.device("meta"):
+        model = RwkvForCausalLM(config)
+    model.load_state_dict(tensors, assign=True)
+    model.eval()
+    with torch.no_grad():
+        yield model(input_ids=tokens[None]).logits[0]
+
+
+def naive(original: Original, tokens: Tensor) -> Iterator[Tensor]:
+    """Logits of the float64 scan."""
+    yield from naive_logits(original.tensors, tokens, group_norm_epsilon=original.group_norm_epsilon)
+
+
+ORACLES: dict[str, Callable[[Original, Tensor], Iterator[Tensor]]] = {
+    "rwkv": rwkv_package,
+    "transformers": transformers_rwkv4,
+    "naive": naive,
+}

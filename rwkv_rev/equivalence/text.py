@@ -1,0 +1,81 @@
+"""The text a verification reads: real English by default, the same everywhere one version of Python runs.
+
+The default is the language reference that ships inside Python (``pydoc_data.topics``, 0.5 MB), so nothing
+is downloaded and nothing is shipped. Models are compared with each other on it, not with other people's
+figures.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv_rev.errors import DataError
+
+# No tokenizer in use makes tokens longer than this on average over a text.
+_CHARACTERS_PER_TOKEN = 16
+
+
+def default_text() -> str:
+    """Python's own language reference, topics in alphabetical order."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        DataError: missing, unreadable or not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot read the text {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); give a plain text file") from None
+
+
+def encode_text(text: str, directory: Path, *, vocabulary: int, tokens: int) -> Tensor:
+    """The first ``tokens`` ids ``[T]`` of the text, by the tokenizer of a converted directory.
+
+    A directory without a tokenizer is read byte by byte when its vocabulary is 256. Fewer ids come back
+    when the text is shorter.
+
+    Raises:
+        DataError: no tokenizer, an empty text, or ids the model does not have.
+    """
+    head = text[: tokens * _CHARACTERS_PER_TOKEN]
+    ids = _encode(head, directory, vocabulary)
+    if len(ids) < tokens and len(head) < len(text):
+        ids = _encode(text, directory, vocabulary)
+    ids = ids[:tokens]
+    if not ids:
+        raise DataError("the text is empty: give --text a file with at least one token")
+    if max(ids) >= vocabulary:
+        raise DataError(
+            f"the tokenizer of {directory} gives id {max(ids)}, the model knows ids below {vocabulary}"
+        )
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def _encode(text: str, directory: Path, vocabulary: int) -> list[int]:
+    if not (directory / "tokenizer_config.json").is_file() and not (directory / "tokenizer.json").is_file():
+        if vocabulary == 256:
+            return list(text.encode("utf-8"))
+        raise DataError(
+            f"{directory} has no tokenizer for its {vocabulary} tokens: convert again with --tokenizer"
+        )
+    return list(_tokenizer(directory).encode(text, add_special_tokens=False))
+
+
+def _tokenizer(directory: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise DataError(f"cannot load the tokenizer of {directory}: {first_line}") from None
