@@ -1,0 +1,329 @@
+"""RWKV-5 parallel in time: matrix products inside and between sub-chunks, no division by a decay.
+
+With w constant in time, the sub-chunk that starts in state S gives (t, s count its tokens)
+
+    out_t = (r_t w^t) S + (r_t u . k_t) v_t + sum_{s<t} A_ts v_s,     A_ts = sum_i r_ti k_si w_i^{t-1-s}
+
+and contributes U = sum_s (k_s w^{n-1-s})^T v_s to the next state (the quadratic-inside, linear-between form of Yang et al.
+2024, "Gated Linear Attention", section 4). P_{j+1} = w^n P_j + U_j, from zero, is scanned over the sub-chunks; its last value
+is the contribution of all tokens, and S_j = P_j + w^{before_j} state.
+
+A_ts factors as (r_t w^{t-x})(k_s w^{x-1-s}) for any x. Between the halves of a block, x is their border and both
+exponents are >= 0: stable for every decay, w = 0 too. The halves are halved in turn, down to blocks so small that w to the
+power of half a block is harmless (``SAFE_EXPONENT``); in those, x is the middle and one triangular product is left.
+Mild decays need one level, the strongest five.
+
+Cost per token and head: about 4 N^2 + 4 c N multiply-adds forward, twice that backward, c = ``SUB_CHUNK`` tokens. For the
+backward pass one N x N state per sub-chunk is kept, and the inputs as they came. The backward pass is written by hand
+and cannot be differentiated again.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rwkv_rev.wkv.compaction import Compaction
+from rwkv_rev.wkv.naive import LOWEST_LOG_DECAY, arithmetic_dtype
+
+SUB_CHUNK = 32
+"""Tokens per sub-chunk (shorter for shorter inputs)."""
+
+SAFE_EXPONENT = 30.0
+"""Powers of w up to e^30 are used as factors: the product of two stays far inside float32."""
+
+
+class _Level(NamedTuple):
+    """Pairs (t, s) of one block size: rows t and columns s of every block, and the exponents on both sides."""
+
+    size: int
+    diagonal: (
+        bool  # t and s in the same block (strict lower triangle), else t in the upper half of two blocks
+    )
+    row_powers: Tensor  # [H, size, N]
+    column_powers: Tensor  # [H, size, N]
+    lag: Tensor  # [size, size], t - 1 - s, zero where t <= s in a diagonal block
+
+
+class _Plan:
+    """Sizes and powers of w shared by the forward and the backward pass. J sub-chunks of c tokens, [J, B, H, c, N]."""
+
+    def __init__(self, log_decay: Tensor, tokens: int, counts: Tensor | None) -> None:
+        self.tokens = tokens
+        self.c = min(SUB_CHUNK, 1 << (tokens - 1).bit_length())
+        self.J = -(-tokens // self.c)
+        self.dtype, self.device = log_decay.dtype, log_decay.device
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        self.log_decay = log_decay.to(wide)  # [H, N]
+        steps = torch.arange(self.c + 1, device=self.device)
+        self.powers = self._power(steps)  # [H, c + 1, N]
+        starts = torch.arange(self.J, device=self.device)[:, None] * self.c  # [J, 1]
+        totals = torch.full((1,), tokens, device=self.device) if counts is None else counts
+        self.before = torch.minimum(starts, totals)  # [J, 1 or B] valid tokens before the sub-chunk
+        self.inside = torch.minimum(starts + self.c, totals) - self.before  # and in it
+        self.whole = counts is None and tokens % self.c == 0
+        if self.whole:
+            self.to_end = (self.c - 1 - steps[:-1])[None, None]  # [1, 1, c]
+            self.end_powers = self.powers[:, :-1].flip(1)  # [H, c, N]
+        else:
+            self.to_end = (self.inside[..., None] - 1 - steps[:-1]).clamp(min=0)  # [J, 1 or B, c]
+            self.end_powers = self.powers.transpose(0, 1)[self.to_end].transpose(
+                -2, -3
+            )  # [J, 1 or B, H, c, N]
+        self.levels = self._levels()
+
+    def _power(self, exponents: Tensor) -> Tensor:
+        """[..., c] -> [..., H, c, N]"""
+        exponents = exponents.to(self.log_decay.dtype)
+        return torch.exp(exponents[..., None, :, None] * self.log_decay[:, None]).to(self.dtype)
+
+    def before_powers(self) -> Tensor:
+        """w^before, [J, 1 or B, H, N, 1]."""
+        return self._power(self.before[..., None]).transpose(-1, -2)
+
+    def inside_powers(self) -> Tensor:
+        """w^inside, [J, 1 or B, H, N, 1]."""
+        return self._power(self.inside[..., None]).transpose(-1, -2)
+
+    def _levels(self) -> list[_Level]:
+        strongest = -float(self.log_decay.min())
+        levels, size = [], self.c
+        while size > 1 and strongest * size / 2 > SAFE_EXPONENT:
+            size //= 2
+            steps = torch.arange(size, device=self.device)
+            lag = steps[:, None] + steps.flip(0)
+            powers = self.powers[:, :size]
+            levels.append(_Level(size, False, powers, powers.flip(1), lag.to(self.dtype)))
+        if size > 1:
+            steps = torch.arange(size, device=self.device)
+            lag = (steps[:, None] - 1 - steps).clamp(min=0)
+            from_middle = steps - size // 2
+            powers = (self._power(from_middle), self._power(-1 - from_middle))
+            levels.append(_Level(size, True, *powers, lag.to(self.dtype)))
+        return levels
+
+    def split(self, x: Tensor) -> Tensor:
+        """[B, T, H, N] -> [J, B, H, c, N] in the arithmetic dtype, zeros after the last token."""
+        batch, _, heads, size = x.shape
+        blocks = x.new_empty(self.J, batch, heads, self.c, size, dtype=self.dtype)
+        full = self.tokens // self.c
+        blocks[:full].copy_(x[:, : full * self.c].unflatten(1, (full, self.c)).permute(1, 0, 3, 2, 4))
+        if full < self.J:
+            rest = self.tokens - full * self.c
+            blocks[full, :, :, :rest].copy_(x[:, full * self.c :].transpose(1, 2))
+            blocks[full, :, :, rest:].zero_()
+        return blocks
+
+    def join(self, blocks: Tensor, dtype: torch.dtype) -> Tensor:
+        """Inverse of :meth:`split`."""
+        joined = blocks.permute(1, 0, 3, 2, 4).to(dtype).flatten(1, 2)
+        return joined[:, : self.tokens].contiguous()
+
+    def prefixes(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """P of every sub-chunk start [J, B, H, N, N], and the contribution of all tokens [B, H, N, N].
+
+        The one place that computes a contribution, so that it has the same bits with and without outputs.
+        """
+        updates = torch.matmul((k * self.end_powers).transpose(-1, -2), v)
+        decays = self.inside_powers()
+        starts = torch.empty_like(updates)
+        running = torch.zeros_like(updates[0])
+        for j in range(self.J):
+            starts[j].copy_(running)
+            torch.addcmul(updates[j], decays[j], starts[j], out=running)
+        return starts, running
+
+    def sum_prefix_gradient(self, starts: Tensor, ends: Tensor) -> Tensor:
+        """d log_decay [H, N] through P_{j+1} = w^n P_j + U_j, from P_j and the gradients of P_{j+1}."""
+        weights = self.inside_powers()[..., 0] * self.inside[..., None, None]
+        return ((starts * ends).sum(-1) * weights).sum((0, 1))
+
+
+def _rows(level: _Level, x: Tensor) -> Tensor:
+    """[J, B, H, c, N] -> the rows t of every block, [J, B, H, blocks, size, N] (a view)."""
+    if level.diagonal:
+        return x.unflatten(3, (-1, level.size))
+    return x.unflatten(3, (-1, 2, level.size))[..., 1, :, :]
+
+
+def _columns(level: _Level, x: Tensor) -> Tensor:
+    if level.diagonal:
+        return x.unflatten(3, (-1, level.size))
+    return x.unflatten(3, (-1, 2, level.size))[..., 0, :, :]
+
+
+def _pairs(level: _Level, square: Tensor) -> Tensor:
+    """[J, B, H, c, c] -> the pairs of the level, [J, B, H, blocks, size, size] (a view)."""
+    if level.diagonal:
+        blocks = square.unflatten(4, (-1, level.size)).unflatten(3, (-1, level.size))
+        return blocks.diagonal(dim1=3, dim2=5).movedim(-1, 3)
+    blocks = square.unflatten(4, (-1, 2, level.size)).unflatten(3, (-1, 2, level.size))
+    return blocks[:, :, :, :, 1, :, :, 0].diagonal(dim1=3, dim2=5).movedim(-1, 3)
+
+
+def _attention(plan: _Plan, r: Tensor, k: Tensor, bonus: Tensor) -> Tensor:
+    """A with the bonus on its diagonal, [J, B, H, c, c]."""
+    square = r.new_zeros(*r.shape[:-1], plan.c)
+    for level in plan.levels:
+        rows = _rows(level, r) * level.row_powers[:, None]
+        columns = _columns(level, k) * level.column_powers[:, None]
+        product = torch.matmul(rows, columns.transpose(-1, -2))
+        _pairs(level, square).copy_(product.tril_(-1) if level.diagonal else product)
+    diagonal = torch.matmul(r * k, bonus[..., None])[..., 0]
+    square.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
+    return square
+
+
+def _attention_backward(
+    plan: _Plan, grad: Tensor, r: Tensor, k: Tensor, bonus: Tensor, dr: Tensor, dk: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Adds to dr and dk in place; returns d log_decay and d bonus, [H, N]."""
+    d_log_decay = torch.zeros_like(bonus)
+    for level in plan.levels:
+        rows = _rows(level, r) * level.row_powers[:, None]
+        columns = _columns(level, k) * level.column_powers[:, None]
+        product = _pairs(level, grad)
+        product = product.tril(-1) if level.diagonal else product.contiguous()
+        _rows(level, dr).addcmul_(torch.matmul(product, columns), level.row_powers[:, None])
+        _columns(level, dk).addcmul_(
+            torch.matmul(product.transpose(-1, -2), rows), level.column_powers[:, None]
+        )
+        # Weighing by t-1-s before the product, not by t and s after it: nothing cancels.
+        d_log_decay += torch.matmul(product.mul_(level.lag), columns).mul_(rows).sum((0, 1, 3, 4))
+    diagonal = grad.diagonal(dim1=-2, dim2=-1)[..., None]  # [J, B, H, c, 1]
+    scaled = diagonal * bonus[:, None]
+    dr.addcmul_(scaled, k)
+    dk.addcmul_(scaled, r)
+    return d_log_decay, (r * k).mul_(diagonal).sum((0, 1, 3))
+
+
+class _Wkv5(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        r: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        bonus: Tensor,
+        state: Tensor,
+        counts: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        plan = _Plan(log_decay, k.shape[1], counts)
+        rs, ks, vs = plan.split(r), plan.split(k), plan.split(v)
+        starts, contribution = plan.prefixes(ks, vs)
+        ctx.save_for_backward(r, k, v, log_decay, bonus, state, counts, starts)
+        states = torch.addcmul(starts, plan.before_powers(), state)
+        out = torch.matmul(rs * plan.powers[:, :-1], states)
+        out += torch.matmul(_attention(plan, rs, ks, bonus), vs)
+        return plan.join(out, plan.dtype), contribution
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, grad_contribution: Tensor) -> tuple[Tensor | None, ...]:
+        r, k, v, log_decay, bonus, state, counts, starts = ctx.saved_tensors
+        with torch.autocast(k.device.type, enabled=False):
+            plan = _Plan(log_decay, k.shape[1], counts)
+            rs, ks, vs, go = plan.split(r), plan.split(k), plan.split(v), plan.split(grad_out)
+            before, inside = plan.before_powers(), plan.inside_powers()
+
+            # Outputs from the state at the sub-chunk's start.
+            from_start = plan.powers[:, :-1]
+            decayed = rs * from_start
+            state_grads = torch.matmul(decayed.transpose(-1, -2), go)  # of S_j
+            states = torch.addcmul(starts, before, state)
+            dr = torch.matmul(go, states.transpose(-1, -2)).mul_(from_start)
+            steps = torch.arange(plan.c, device=k.device, dtype=plan.dtype)
+            d_log_decay = torch.einsum("jbhcn,jbhcn,c->hn", dr, rs, steps)
+
+            # S_j = P_j + w^before state.
+            arrived = state_grads * before
+            d_state = arrived.sum(0)
+            weights = plan.before.to(plan.dtype)[..., None, None]
+            d_log_decay += ((arrived * state).sum(-1) * weights).sum((0, 1))
+
+            # The scan P_{j+1} = w^n P_j + U_j in reverse; state_grads[j] becomes the gradient of P_{j+1}.
+            running = grad_contribution.to(plan.dtype).clone()
+            for j in reversed(range(plan.J)):
+                ahead = torch.addcmul(state_grads[j], inside[j], running)
+                state_grads[j].copy_(running)
+                running = ahead
+            d_log_decay += plan.sum_prefix_gradient(starts, state_grads)
+
+            # U_j = (k w^to_end)^T v.
+            dk = torch.matmul(vs, state_grads.transpose(-1, -2)).mul_(plan.end_powers)
+            dv = torch.matmul(ks * plan.end_powers, state_grads)
+            d_log_decay += ((dk * ks) * plan.to_end[..., None, :, None]).sum((0, 1, 3))
+
+            # Inside the sub-chunk.
+            dv += torch.matmul(_attention(plan, rs, ks, bonus).transpose(-1, -2), go)
+            pair_grads = torch.matmul(go, vs.transpose(-1, -2))
+            inner, d_bonus = _attention_backward(plan, pair_grads, rs, ks, bonus, dr, dk)
+            d_log_decay += inner
+            return (
+                plan.join(dr, r.dtype),
+                plan.join(dk, k.dtype),
+                plan.join(dv, v.dtype),
+                d_log_decay,
+                d_bonus,
+                d_state,
+                None,
+            )
+
+
+class _Wkv5Contribution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, k: Tensor, v: Tensor, log_decay: Tensor, counts: Tensor | None) -> Tensor:
+        plan = _Plan(log_decay, k.shape[1], counts)
+        ctx.save_for_backward(k, v, log_decay, counts)
+        return plan.prefixes(plan.split(k), plan.split(v))[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        k, v, log_decay, counts = ctx.saved_tensors
+        with torch.autocast(k.device.type, enabled=False):
+            plan = _Plan(log_decay, k.shape[1], counts)
+            ks, vs, inside = plan.split(k), plan.split(v), plan.inside_powers()
+            starts, _ = plan.prefixes(ks, vs)
+            ends = torch.empty_like(starts)
+            running = grad.to(plan.dtype)
+            for j in reversed(range(plan.J)):
+                ends[j].copy_(running)
+                running = running * inside[j]
+            d_log_decay = plan.sum_prefix_gradient(starts, ends)
+            dk = torch.matmul(vs, ends.transpose(-1, -2)).mul_(plan.end_powers)
+            dv = torch.matmul(ks * plan.end_powers, ends)
+            d_log_decay += ((dk * ks) * plan.to_end[..., None, :, None]).sum((0, 1, 3))
+            return plan.join(dk, k.dtype), plan.join(dv, v.dtype), d_log_decay, None
+
+
+def wkv5(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    bonus: Tensor,
+    state: Tensor,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """RWKV-5; arguments and results as in :func:`rwkv_rev.wkv.wkv5`."""
+    dtype = arithmetic_dtype(k)
+    log_decay = log_decay.to(dtype).clamp(min=LOWEST_LOG_DECAY)
+    bonus, state = bonus.to(dtype), state.to(dtype)
+    if mask is None:
+        return _Wkv5.apply(r, k, v, log_decay, bonus, state, None)
+    compaction = Compaction(mask)
+    r, k, v = (compaction.pack(x) for x in (r, k, v))
+    out, contribution = _Wkv5.apply(r, k, v, log_decay, bonus, state, compaction.counts)
+    return compaction.unpack(out), contribution
+
+
+def wkv5_contribution(k: Tensor, v: Tensor, log_decay: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Second result of :func:`wkv5`, to the bit; as :func:`rwkv_rev.wkv.wkv5_contribution`."""
+    log_decay = log_decay.to(arithmetic_dtype(k)).clamp(min=LOWEST_LOG_DECAY)
+    if mask is None:
+        return _Wkv5Contribution.apply(k, v, log_decay, None)
+    compaction = Compaction(mask)
+    return _Wkv5Contribution.apply(compaction.pack(k), compaction.pack(v), log_decay, compaction.counts)
