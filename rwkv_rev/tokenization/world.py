@@ -36,7 +36,7 @@ def find_world_vocabulary() -> Path:
             if (path := Path(folder) / VOCABULARY_FILE).is_file():
                 return path
     raise SourceError(
-        f"{VOCABULARY_FILE} not found: pip install pyrwkv-tokenizer (or rwkv), or give the file: --tokenizer PATH"
+        f"{VOCABULARY_FILE} not found: pip install pyrwkv-tokenizer (or rwkv), or give it: --tokenizer PATH"
     )
 
 
