@@ -1,9 +1,9 @@
 """Tiny random checkpoints of all four versions in the layouts that other tools publish.
 
-Written independently of ``converters/names.py``, so that a mistake in those tables shows. Decays, bonuses
-and mixes vary by channel and layer as in trained models (mixes leave [0, 1] on both sides); nothing is zero or
-constant, so that a swapped, dropped or transposed tensor always changes the logits. The same arguments give
-the same values.
+Written independently of ``converters/names.py``, so that a mistake in those tables shows. Decays, bonuses and
+mixes vary by channel and layer as in trained models (mixes leave [0, 1] on both sides); nothing is zero or
+constant, so a swapped, dropped or transposed tensor always changes the logits. Equal arguments give equal
+values.
 
 Tests import it as ``from foreign import blinkdl_state_dict``.
 """
@@ -26,7 +26,7 @@ def blinkdl_state_dict(
     dtype: torch.dtype = torch.float32,
     bonus: str = "time_faaaa",
 ) -> dict[str, torch.Tensor]:
-    """State dict as BlinkDL's trainer saves it; ``bonus`` names the bonus of 5.0, the others have one name."""
+    """State dict as BlinkDL's trainer saves it; ``bonus`` names the bonus of 5.0 (the others have one)."""
     if version not in VERSIONS:
         raise ValueError(f"no version {version!r}")
     generator = torch.Generator().manual_seed(seed)
@@ -118,7 +118,7 @@ def hf_state_dict(version: str, **kwargs: Any) -> dict[str, torch.Tensor]:
 def hf_config(
     version: str, *, layers: int = 2, D: int = 32, head_size: int = 8, vocab: int = 64, **_: Any
 ) -> dict[str, Any]:
-    """``config.json`` as published: for v5 ``intermediate_size`` is null, ``num_attention_heads`` the head size."""
+    """``config.json`` as published; for v5 without the F, and with the head size in ``num_attention_heads``."""
     common = {
         "attention_hidden_size": D,
         "bos_token_id": 0,

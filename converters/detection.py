@@ -1,0 +1,262 @@
+"""Tell the version and sizes of an RWKV model from the names and shapes of its tensors, or refuse it by name.
+
+    4     no ln_x                           time_decay [D]      time_first [D]
+    5.0   ln_x                              time_decay [H]      time_first [H] (u = exp of it) or
+                                                                time_faaaa [H] (u = it)
+    5.1   ln_x, gate, time_mix_g            time_decay [H]      time_faaaa [H]
+    5.2   ln_x, gate, time_mix_g            time_decay [H, N]   time_faaaa [H, N]
+
+L is the highest block number plus one, V and D come from the embedding, F from the channel mix; N = D/H. File
+names decide nothing, and ``config.json`` no size: published ones have ``intermediate_size: null`` and the
+head size in ``num_attention_heads``. It is only asked for what no tensor tells, the epsilons of the norms.
+
+Vectors may be stored with extra dimensions of size one ([1, 1, D] or [D], [H, 1, 1] or [H]), as published
+files differ; every other shape must be exact. Values are not looked at: see ``reading.check_finite``.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rwkv_rev.configuration import RwkvRevConfig
+from rwkv_rev.converters.names import Layout, TensorNames, hub_layout, tensor_table
+from rwkv_rev.converters.reading import Checkpoint
+from rwkv_rev.converters.selection import some
+from rwkv_rev.errors import CheckpointError
+
+SUPPORTED = "RWKV-4, 5.0, 5.1 and 5.2 can be converted"
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# Tensors that only another kind of file has. Searched in every name, in this order.
+_FOREIGN_KINDS = (
+    (r"^_(strategy|version|rescale_layer)$", "was rewritten by the rwkv package; give the original .pth"),
+    (r"\.weight_(mx|rx|my|ry)$", "was quantised by the rwkv package; give the original .pth"),
+    (r"^model\.blocks\.\d+\.time_mix\.", "is a converted model already; load it with from_pretrained"),
+    (r"\.att(ention)?\.time_maa_", f"is an RWKV-6 model; {SUPPORTED}"),
+    (
+        r"\.att(ention)?\.(x_[rwkvag]|r_k|k_[ka]|[wav][012])$|\.attn\.r_proj",
+        f"is an RWKV-7 model; {SUPPORTED}",
+    ),
+    (r"\.att\.time_(w|alpha|beta|gamma)$", f"is an RWKV-1 model; {SUPPORTED}"),
+    (r"\.time_state$", "holds tuned initial states, not a whole model; give the model's own .pth"),
+    (r"lora_|\.bone$", "holds adapter weights that are not merged; merge them into the model first"),
+    (
+        r"^(_forward_module|_orig_mod|module|model)\.(emb|blocks|rwkv)\.",
+        "has a trainer's prefix; strip it first",
+    ),
+)
+
+# What leftover tensors are, where that is known.
+_LEFTOVERS = (
+    (r"\.tiny_", "the tiny attention of RWKV-4a"),
+    (r"pos_emb_", "position embeddings"),
+    (r"^(head_[qk]\.|copy_mask)", "a copying head"),
+    (r"\.ffnPre\.", "a channel mix in the place of the first time mix"),
+)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Version and sizes of a checkpoint.
+
+    Attributes:
+        version: ``4``, ``5.0``, ``5.1`` or ``5.2``.
+        num_layers: L.
+        D, H, N, F, V: width, heads, head size, channel-mix width, vocabulary. RWKV-4 has H = 1 and N = D.
+        bonus_is_exponential: u is the exponential of the stored bonus (5.0 with ``time_first``).
+        layout: whose tensor names the file uses.
+        layer_norm_epsilon: from ``config.json``, else 1e-5.
+        group_norm_epsilon: ``1e-5 * head_size_divisor**2`` from ``config.json``, else 64e-5.
+        unusual_shapes: stored shape by foreign name, of the tensors that have not the shape their layout
+            usually gives them (extra or fewer dimensions of size one).
+    """
+
+    version: str
+    num_layers: int
+    D: int
+    H: int
+    N: int
+    F: int
+    V: int
+    bonus_is_exponential: bool
+    layout: Layout
+    layer_norm_epsilon: float = 1e-5
+    group_norm_epsilon: float = 64e-5
+    unusual_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
+
+    def to_config(self, **overrides: Any) -> RwkvRevConfig:
+        """The configuration of the converted model; ``overrides`` are fields of :class:`RwkvRevConfig`."""
+        fields: dict[str, Any] = {
+            "rwkv_version": self.version,
+            "vocab_size": self.V,
+            "hidden_size": self.D,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.H,
+            "head_size": self.N,
+            "intermediate_size": self.F,
+            "layer_norm_epsilon": self.layer_norm_epsilon,
+            "group_norm_epsilon": self.group_norm_epsilon,
+            "bonus_is_exponential": self.bonus_is_exponential,
+        }
+        return RwkvRevConfig(**(fields | overrides))
+
+    def tensors(self) -> tuple[TensorNames, ...]:
+        """Every tensor with its name and shape in the converted model and in the file's layout."""
+        return tensor_table(self.to_config(), self.layout)
+
+
+def detect(checkpoint: Checkpoint) -> Architecture:
+    """Version and sizes of ``checkpoint``, all of whose tensors are then known to be there in the right shapes.
+
+    Reads names, shapes and dtypes only.
+
+    Raises:
+        CheckpointError: naming the tensors that are missing, left over, of a wrong shape or dtype, or the
+            kind of model or file it is instead.
+    """
+    where = str(checkpoint.files[0] if len(checkpoint.files) == 1 else checkpoint.files[0].parent)
+    names = checkpoint.names()
+    _refuse_foreign_kinds(where, names)
+    architecture = _sizes(where, checkpoint)
+    table = architecture.tensors()
+    _compare_names(where, architecture, {entry.foreign for entry in table}, names)
+    unusual = _compare_shapes(where, checkpoint, table)
+    for name in names:
+        if checkpoint.dtype(name) not in FLOAT_DTYPES:
+            dtype = str(checkpoint.dtype(name)).removeprefix("torch.")
+            raise CheckpointError(
+                f"{where}: {name} is {dtype}, not a floating-point dtype; give unquantised weights"
+            )
+    architecture.unusual_shapes.update(unusual)
+    return architecture
+
+
+def _refuse_foreign_kinds(where: str, names: Sequence[str]) -> None:
+    for pattern, what in _FOREIGN_KINDS:
+        found = [name for name in names if re.search(pattern, name)]
+        if found:
+            raise CheckpointError(f"{where} {what} (it has {some(found, 1)})")
+
+
+def _sizes(where: str, checkpoint: Checkpoint) -> Architecture:
+    names = checkpoint.names()
+    hugging_face = any(name.startswith("rwkv.") for name in names)
+    top = "rwkv." if hugging_face else ""
+    att, ffn = ("attention", "feed_forward") if hugging_face else ("att", "ffn")
+    blocks = _by_block(names, rf"{re.escape(top)}blocks\.(\d+)\.(.+)")
+    if not any(f"{att}.time_decay" in kinds for kinds in blocks.values()):
+        raise CheckpointError(
+            f"{where} is not an RWKV model: no {top}blocks.0.{att}.time_decay but {some(names)}; {SUPPORTED}"
+        )
+
+    def first(kind: str) -> tuple[int, ...]:
+        """Shape of the first tensor of that kind."""
+        for i in sorted(blocks):
+            if kind in blocks[i]:
+                return checkpoint.shape(f"{top}blocks.{i}.{kind}")
+        raise CheckpointError(f"{where} is not a whole RWKV model: missing {top}blocks.0.{kind}")
+
+    kinds = set().union(*blocks.values())
+    layers = max(blocks) + 1
+    if layers > len(names):
+        raise CheckpointError(
+            f"{where} has a block {layers - 1} but only {len(names)} tensors; blocks are missing"
+        )
+    embedding = f"{top}embeddings.weight" if hugging_face else "emb.weight"
+    if embedding not in names or len(checkpoint.shape(embedding)) != 2:
+        raise CheckpointError(f"{where} is not a whole RWKV model: missing {embedding} [V, D]")
+    # The width most of these agree on, so that a single wrong shape is blamed on its own tensor.
+    witnesses = (embedding, "head.weight", f"{top}ln_out.weight", f"{top}blocks.0.ln1.weight")
+    width = Counter(checkpoint.shape(n)[-1:] for n in witnesses if n in names).most_common(1)[0][0]
+    vocab = checkpoint.shape(embedding)[0]
+    channel_mix = (*first(f"{ffn}.key.weight"), 0)[0]
+    D = width[0] if width else 0
+
+    decay = first(f"{att}.time_decay")
+    per_channel = len(decay) > 1 and decay[1] > 1 and decay[0] * decay[1] == D and decay[2:] in ((), (1,))
+    gate = f"{att}.gate.weight" in kinds or f"{att}.time_mix_{'gate' if hugging_face else 'g'}" in kinds
+    faaaa = f"{att}.time_faaaa" in kinds
+    if gate or faaaa or f"{att}.ln_x.weight" in kinds:
+        version = "5.2" if per_channel else "5.1" if gate else "5.0"
+        H = decay[0] if decay else 0
+        if not H or D % H or (not per_channel and any(size != 1 for size in decay[1:])) or H == D:
+            raise CheckpointError(
+                f"{where}: time_decay has the shape {list(decay)}; "
+                f"RWKV-5 of width D = {D} needs [H] or [H, N] with H*N = D and N > 1"
+            )
+    else:
+        version, H = "4", 1
+    layer_norm_epsilon, group_norm_epsilon = _epsilons(checkpoint.config)
+    return Architecture(
+        version=version,
+        num_layers=layers,
+        D=D,
+        H=H,
+        N=D // H,
+        F=channel_mix,
+        V=vocab,
+        bonus_is_exponential=version == "5.0" and not faaaa,
+        layout=hub_layout(version) if hugging_face else "blinkdl",
+        layer_norm_epsilon=layer_norm_epsilon,
+        group_norm_epsilon=group_norm_epsilon,
+    )
+
+
+def _by_block(names: Iterable[str], pattern: str) -> dict[int, set[str]]:
+    blocks: dict[int, set[str]] = {}
+    for name in names:
+        if match := re.fullmatch(pattern, name):
+            blocks.setdefault(int(match[1]), set()).add(match[2])
+    return blocks
+
+
+def _epsilons(config: dict[str, Any]) -> tuple[float, float]:
+    epsilon, divisor = config.get("layer_norm_epsilon"), config.get("head_size_divisor")
+    layer_norm = epsilon if isinstance(epsilon, float) and 0 < epsilon < 1 else 1e-5
+    published = isinstance(divisor, int | float) and divisor > 0 and divisor != 8
+    return layer_norm, 1e-5 * divisor**2 if published else 64e-5
+
+
+def _compare_names(where: str, architecture: Architecture, expected: set[str], names: Sequence[str]) -> None:
+    present = set(names)
+    missing = sorted(expected - present)
+    leftover = [name for name in names if name not in expected]
+    if not missing and not leftover:
+        return
+    faults = []
+    if missing:
+        faults.append(f"missing {some(missing)}")
+    if leftover:
+        meaning = next((what for pattern, what in _LEFTOVERS if re.search(pattern, leftover[0])), None)
+        faults.append(
+            f"left over {some(leftover)}" + (f" ({meaning}, which is not supported)" if meaning else "")
+        )
+    raise CheckpointError(f"{where} looks like RWKV-{architecture.version} but is not: {'; '.join(faults)}")
+
+
+def _compare_shapes(
+    where: str, checkpoint: Checkpoint, table: Sequence[TensorNames]
+) -> dict[str, tuple[int, ...]]:
+    """Stored shapes that are right but unusual; refuses wrong ones."""
+    unusual: dict[str, tuple[int, ...]] = {}
+    wrong: list[str] = []
+    for entry in table:
+        shape = checkpoint.shape(entry.foreign)
+        if shape == entry.foreign_shape:
+            continue
+        is_vector = len(entry.shape) == 1 or entry.name.endswith((".time_decay", ".bonus"))
+        if is_vector and _squeezed(shape) == _squeezed(entry.shape) and 0 not in shape:
+            unusual[entry.foreign] = shape
+        else:
+            wrong.append(f"{entry.foreign} is {list(shape)} instead of {list(entry.foreign_shape)}")
+    if wrong:
+        raise CheckpointError(f"{where} has wrong shapes: {some(wrong)}")
+    return unusual
+
+
+def _squeezed(shape: Iterable[int]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)

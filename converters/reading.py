@@ -1,0 +1,320 @@
+"""Read checkpoints tensor by tensor: PyTorch files, safetensors, and both in shards with an index.
+
+Files are memory-mapped, so opening costs the pages of the header and each tensor the pages it covers, which
+the system can drop again. PyTorch files are unpickled with ``weights_only=True``: tensors only, no code.
+
+Limit: the pickle layout of PyTorch before 1.6 cannot be mapped; such a file is held in memory whole, one
+shard at a time (read in the order of :meth:`Checkpoint.names`, each shard is loaded once more after its
+listing).
+"""
+
+import hashlib
+import json
+import pickle
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from rwkv_rev.converters.hub import LocalCheckpoint
+from rwkv_rev.converters.selection import one_line, some, weight_map
+from rwkv_rev.converters.sniff import sniff
+from rwkv_rev.errors import CheckpointError
+
+HASH_BLOCK = 1 << 22  # bytes read at a time
+FINITE_BLOCK = 1 << 22  # values checked at a time
+
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and dtype of a stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class _File(ABC):
+    """One weight file of a checkpoint."""
+
+    path: Path
+    infos: dict[str, TensorInfo]
+
+    @abstractmethod
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor as stored."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Forget what is held in memory and could be read again."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Forget everything."""
+
+
+class Checkpoint:
+    """An open checkpoint: the names, shapes and dtypes of its tensors, and the tensors one at a time.
+
+    Use as a context manager. Names are the file's own (foreign) names, in file order.
+
+    Attributes:
+        files: the weight files, in the order of their index or name.
+        config: the ``config.json`` beside the weights; empty where there is none. A hint only.
+    """
+
+    def __init__(self, files: list[_File], config: dict[str, Any]) -> None:
+        self.files = tuple(file.path for file in files)
+        self.config = config
+        self._files = files
+        self._home: dict[str, _File] = {}
+        for file in files:
+            for name in file.infos:
+                if name in self._home:
+                    where = f"{self._home[name].path.name} and {file.path.name}"
+                    raise CheckpointError(f"{name} is in two shards, {where}; download the checkpoint again")
+                self._home[name] = file
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files; tensors already handed out stay valid."""
+        for file in self._files:
+            file.close()
+
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors, in file order: the order in which reading touches each file once."""
+        return tuple(self._home)
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype of ``name`` without reading it (KeyError if there is no such tensor)."""
+        return self._home[name].infos[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of ``name`` as stored."""
+        return self.info(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of ``name`` as stored."""
+        return self.info(name).dtype
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of the values of ``name``."""
+        return self.info(name).nbytes
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds ``name``."""
+        return self._home[name].path
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor as stored, contiguous; mapped from the file where the format allows: do not write to it."""
+        file = self._home[name]
+        for other in self._files:
+            if other is not file:
+                other.release()
+        return file.tensor(name).contiguous()
+
+    def sha256(self) -> dict[str, str]:
+        """SHA-256 of each weight file, by file name; reads every file once."""
+        return {path.name: file_sha256(path) for path in self.files}
+
+
+def open_checkpoint(local: LocalCheckpoint) -> Checkpoint:
+    """Open a checkpoint that :func:`rwkv_rev.converters.hub.resolve` found.
+
+    Raises:
+        CheckpointError: if a file is damaged or of a foreign kind, holds anything but tensors, or the shards
+            do not match their index.
+    """
+    config = _read_config(local.directory)
+    files: list[_File] = []
+    try:
+        for path in local.files:
+            files.append(_open_file(path))
+        checkpoint = Checkpoint(files, config)
+        if local.index is not None:
+            _check_index(local.index, checkpoint)
+        if not checkpoint.names():
+            raise CheckpointError(f"{local.files[0]} holds no tensors")
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+    return checkpoint
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Refuse a tensor with NaN or infinite values.
+
+    Works in pieces, so that no second tensor of its size exists.
+
+    Raises:
+        CheckpointError: naming the tensor, how many values are bad and the index of the first.
+    """
+    flat = tensor.reshape(-1)
+    bad, first = 0, -1
+    for start in range(0, flat.numel(), FINITE_BLOCK):
+        finite = torch.isfinite(flat[start : start + FINITE_BLOCK])
+        if finite.all():
+            continue
+        if first < 0:
+            first = start + int((~finite).nonzero()[0])
+        bad += int((~finite).sum())
+    if bad:
+        at = [int(i) for i in torch.unravel_index(torch.tensor(first), tensor.shape)]
+        values = "value that is" if bad == 1 else "values that are"
+        raise CheckpointError(
+            f"{name} has {bad} {values} NaN or infinite (first {float(flat[first])} at {at}); "
+            "use an undamaged copy of the checkpoint"
+        )
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _check_index(index: Path, checkpoint: Checkpoint) -> None:
+    entries = weight_map(index)
+    missing = [name for name in entries if name not in checkpoint._home]
+    if missing:
+        raise CheckpointError(
+            f"{entries[missing[0]]} lacks {some(missing)}, which {index.name} says it holds"
+        )
+    leftover = [name for name in checkpoint.names() if name not in entries]
+    if leftover:
+        raise CheckpointError(
+            f"{checkpoint.file_of(leftover[0])} holds {some(leftover)}, not in {index.name}"
+        )
+
+
+def _read_config(directory: Path | None) -> dict[str, Any]:
+    if directory is None or not (directory / "config.json").is_file():
+        return {}
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # a hint that cannot be read is no hint: tensors decide
+    return config if isinstance(config, dict) else {}
+
+
+def _open_file(path: Path) -> _File:
+    form = sniff(path)
+    return _SafetensorsFile(path) if form == "safetensors" else _TorchFile(path, mapped=form == "torch-zip")
+
+
+class _SafetensorsFile(_File):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._handle = safe_open(path, framework="pt")
+            self._handle.__enter__()
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is truncated or damaged: {one_line(error)}") from error
+        self.infos = {}
+        for name in self._handle.offset_keys():
+            view = self._handle.get_slice(name)
+            dtype = _SAFETENSORS_DTYPES.get(view.get_dtype())
+            if dtype is None:
+                raise CheckpointError(f"{path}: {name} has the unknown dtype {view.get_dtype()}")
+            self.infos[name] = TensorInfo(tuple(view.get_shape()), dtype)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._handle.get_tensor(name)
+
+    def release(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._handle.__exit__(None, None, None)
+
+
+class _TorchFile(_File):
+    def __init__(self, path: Path, *, mapped: bool) -> None:
+        self.path = path
+        self.mapped = mapped
+        self._state: dict[str, torch.Tensor] | None = _load(path, mapped)
+        self.infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in self._state.items()}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        if self._state is None:
+            self._state = _load(self.path, self.mapped)
+        return self._state[name]
+
+    def release(self) -> None:
+        if not self.mapped:
+            self._state = None
+
+    def close(self) -> None:
+        self._state = None
+
+
+def _load(path: Path, mapped: bool) -> dict[str, torch.Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+            raise CheckpointError(
+                f"{path} holds Python objects beside tensors, which may run code; save its state_dict() alone"
+            ) from error
+        raise CheckpointError(f"{path} is truncated or damaged: {one_line(error)}") from error
+    except Exception as error:  # a damaged pickle may raise anything
+        raise CheckpointError(f"{path} is truncated or damaged: {one_line(error)}") from error
+    if isinstance(state, torch.Tensor):
+        raise CheckpointError(f"{path} holds a single tensor, not a dictionary of named tensors")
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dictionary of named tensors")
+    _refuse_other_than_tensors(path, state)
+    return dict(state)
+
+
+def _refuse_other_than_tensors(path: Path, state: Mapping[Any, Any]) -> None:
+    rewritten = [str(key) for key in ("_strategy", "_version", "_rescale_layer") if key in state]
+    if rewritten:
+        raise CheckpointError(
+            f"{path} was rewritten by the rwkv package ({some(rewritten)}); give the original .pth"
+        )
+    for key, value in state.items():
+        if isinstance(value, Mapping) and any(isinstance(item, torch.Tensor) for item in value.values()):
+            raise CheckpointError(f"{path} nests its tensors under {key!r}; save that dictionary alone")
+    for key, value in state.items():
+        if not isinstance(key, str):
+            raise CheckpointError(f"{path} has the key {key!r}, which is no tensor name")
+        if not isinstance(value, torch.Tensor):
+            raise CheckpointError(f"{path}: {key} is a {type(value).__name__}, not a tensor; remove it")
+        if value.layout != torch.strided:
+            raise CheckpointError(f"{path}: {key} is a sparse tensor; save it dense")
