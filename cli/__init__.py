@@ -1,1 +1,114 @@
-def main() -> None: ...
+"""The ``rwkv-rev`` command line: thin wrappers that parse, call the library and print.
+
+One row of :data:`COMMANDS` and one file ``cli/<name>.py`` with a function of the same name make a command.
+Only the file of the command that is asked for is imported, and such a file imports PyTorch in its
+function's body, so that ``rwkv-rev --help`` stays instant.
+"""
+
+import importlib
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import NoReturn
+
+import typer
+
+# name, one line of help; the function is rwkv_rev.cli.<name>.<name>
+COMMANDS = (
+    ("inspect", "Show version, sizes, tokenizer and forgetting of a checkpoint."),
+    ("convert", "Rewrite a checkpoint as a verified Hugging Face model folder."),
+    ("verify", "Prove that a converted model computes what its original computes."),
+    ("export", "Write a converted model back in the original layouts, bit for bit."),
+    ("generate", "Continue a text with a converted model."),
+)
+
+HELP = """Convert pretrained RWKV-4/5 checkpoints to reversible cells and prove that nothing changed.
+
+Start here: rwkv-rev convert bundled:rwkv-5.2 --output my-model
+
+Exit codes: 0 done, 1 runtime error, 2 usage error, 3 verification failed.
+RWKV_REV_TRACEBACK=1 shows where an error came from.
+"""
+
+
+def build_app(requested: str | None = None) -> typer.Typer:
+    """The typer application; only ``requested`` is imported if given, the others are names with a help."""
+    app = typer.Typer(name="rwkv-rev", no_args_is_help=True, pretty_exceptions_enable=False)
+    app.callback(help=HELP)(_options)
+    for name, summary in COMMANDS:
+        function = _load(name) if requested is None or name == requested else _not_loaded
+        app.command(name, short_help=summary)(function)
+    return app
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and leave the process with its exit code.
+
+    Args:
+        argv: arguments without the program's name; those of the process when None.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.showwarning = _show_warning
+    if hasattr(signal, "SIGTERM"):
+        signal.signal(signal.SIGTERM, _terminate)  # so that half-written outputs are removed
+    completing = "_RWKV_REV_COMPLETE" in os.environ
+    requested = next((word for word in arguments if not word.startswith("-")), "")
+    try:
+        typer.main.get_command(build_app(None if completing else requested)).main(
+            arguments, prog_name="rwkv-rev"
+        )
+    except Exception as error:
+        _fail(error)
+    raise SystemExit(0)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from rwkv_rev import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+def _options(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and exit.", callback=_print_version, is_eager=True
+    ),
+) -> None:
+    """Options of the program itself."""
+
+
+def _load(name: str) -> Callable[..., object]:
+    function: Callable[..., object] = getattr(importlib.import_module(f"rwkv_rev.cli.{name}"), name)
+    return function
+
+
+def _not_loaded() -> None:
+    raise AssertionError("only the requested command is loaded")
+
+
+def _fail(error: Exception) -> NoReturn:
+    from rwkv_rev.errors import RwkvRevError
+
+    if os.environ.get("RWKV_REV_TRACEBACK") == "1":
+        raise error
+    if isinstance(error, RwkvRevError):
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(error.exit_code) from None
+    sys.stderr.write(
+        f"error: unexpected {type(error).__name__}: {error} (RWKV_REV_TRACEBACK=1 shows where it came from)\n"
+    )
+    raise SystemExit(1) from None
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    sys.stderr.write(f"warning: {message}\n")
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)

@@ -1,0 +1,47 @@
+"""``rwkv-rev export``: back to the layouts of other tools."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from rwkv_rev.cli import output as out
+
+
+def export(
+    directory: Annotated[Path, typer.Argument(help="A converted or fine-tuned model folder.")],
+    output: Annotated[Path, typer.Option(help="The .pth file (blinkdl) or the folder (hf) to make.")],
+    to: Annotated[
+        Literal["blinkdl", "hf"],
+        typer.Option(
+            help="blinkdl: one .pth for the rwkv package. hf: transformers' RWKV-4 or v5 repository."
+        ),
+    ] = "blinkdl",
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of the hf layout.")] = "5GB",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output, at the end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only the path.")] = False,
+) -> None:
+    """Write a converted model back in its original layout, bit for bit.
+
+    Names, shapes, values and dtypes are those of the checkpoint the model was converted from, or those of the
+    fine-tuned model.
+
+    Examples:
+
+      rwkv-rev export my-model --output my-model.pth
+
+      rwkv-rev export my-model --to hf --output my-model-hf
+    """
+    from rwkv_rev.converters.export import export as run
+
+    result = run(directory, output, to=to, force=force, max_shard_size=max_shard_size)
+    if result.note:
+        out.note(f"note: {result.note}")
+    if as_json:
+        out.print_json(result.to_dict())
+    elif quiet:
+        out.print_text(str(result.path))
+    else:
+        size = out.human_bytes(result.nbytes)
+        out.print_text(f"{result.path}: {result.tensors} tensors, {size}, layout {result.layout}")

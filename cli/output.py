@@ -1,0 +1,65 @@
+"""What the commands print: data on stdout, everything else on stderr.
+
+Tables are for people; ``--json`` prints one JSON document instead, ``--quiet`` the bare result. Progress
+bars go to stderr and switch themselves off when it is not a terminal.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table on stdout; columns whose name starts with ``>`` are right-aligned numbers."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+    for row in rows:
+        table.add_row(*("" if cell is None else str(cell) for cell in row))
+    _console().print(table)
+
+
+def print_fields(title: str, fields: dict[str, object]) -> None:
+    """Print names and values, one pair a line, under a title."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.title, table.title_justify, table.title_style = title, "left", "bold"
+    for name, value in fields.items():
+        table.add_row(name, "" if value is None else str(value))
+    _console().print(table)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def print_text(text: str) -> None:
+    """Print plain text on stdout."""
+    sys.stdout.write(text + "\n")
+
+
+def note(text: str) -> None:
+    """Tell people something on stderr."""
+    sys.stderr.write(text + "\n")
+
+
+def human_bytes(count: float) -> str:
+    """``1.5 MB`` and the like, in powers of ten."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # Without a terminal, lines are not folded at 80 columns, so that a file or a pipe gets whole rows.
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)

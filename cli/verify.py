@@ -1,0 +1,65 @@
+"""``rwkv-rev verify``: a converted model against the original implementation."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from rwkv_rev.cli import output as out
+
+
+def verify(
+    directory: Annotated[Path, typer.Argument(help="A converted model folder.")],
+    original: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="What to compare with.  [default: what it was converted from]"),
+    ] = None,
+    file: Annotated[
+        str | None, typer.Option(help="With --original: which checkpoint of several, a name or a glob.")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="With --original: branch, tag or commit of a Hub repository.")
+    ] = None,
+    oracle: Annotated[
+        Literal["auto", "rwkv", "transformers", "naive"],
+        typer.Option(help="Original implementation; auto runs every one that can run."),
+    ] = "auto",
+    text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="UTF-8 text to read.  [default: Python's language reference]"),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens of it.")] = 1024,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Prove that a converted model computes what its original computes.
+
+    Compares every stored value, and the logits over real text, with the rwkv package, with transformers
+    (RWKV-4) and with a float64 scan. Exit code 3 if they differ; the first layer that does is named.
+
+    Examples:
+
+      rwkv-rev verify my-model
+
+      rwkv-rev verify my-model --oracle rwkv --tokens 4096 --text book.txt
+
+      rwkv-rev verify my-model --original BlinkDL/rwkv-4-pile-169m --file '*8023.pth'
+    """
+    from rwkv_rev.equivalence.verification import verify_directory
+    from rwkv_rev.errors import VerificationFailed
+
+    report = verify_directory(
+        directory,
+        original=original,
+        file=file,
+        revision=revision,
+        oracle=oracle,
+        text=text,
+        tokens=tokens,
+        progress=True,
+    )
+    if as_json:
+        out.print_json(report.to_dict())
+    else:
+        out.print_text(report.table())
+    if not report.passed:
+        raise VerificationFailed(report.summary)

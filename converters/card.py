@@ -1,0 +1,109 @@
+"""The model card (README.md) of a converted folder: what it is, where it came from, and that it is equal."""
+
+from typing import Any
+
+import torch
+import yaml
+
+from rwkv_rev.configuration import RwkvRevConfig
+
+
+def model_card(config: RwkvRevConfig, record: dict[str, Any], verification: Any = None) -> str:
+    """Markdown of the card.
+
+    Args:
+        config: of the converted model.
+        record: contents of ``conversion.json``.
+        verification: report of the verification, or None if it was not asked for.
+    """
+    name = _source_name(record)
+    header: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["rwkv", f"rwkv-{config.rwkv_version}", "rwkv-rev", "reversible"],
+    }
+    if _is_hub(record):
+        header["base_model"] = record["source"]
+    sections = [
+        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
+        f"# {name}, reversible",
+        f"RWKV-{config.rwkv_version} weights of `{name}` in the form that rwkv-rev runs and trains as "
+        f"time-reversible cells. {_values(config, record)}",
+        _usage(),
+        "## Source\n\n" + _table(("field", "value"), _provenance(record)),
+        "## Architecture\n\n" + _table(("field", "value"), _architecture(config)),
+        "## Verification\n\n" + _verification(verification, record),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _usage() -> str:
+    return (
+        "```python\n"
+        "import rwkv_rev\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("PATH")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("PATH")\n'
+        "```"
+    )
+
+
+def _is_hub(record: dict[str, Any]) -> bool:
+    source = record["source"]
+    return (
+        "/" in source
+        and not source.startswith(("/", ".", "~", "bundled:"))
+        and record.get("commit") is not None
+    )
+
+
+def _source_name(record: dict[str, Any]) -> str:
+    source = str(record["source"])
+    return source if _is_hub(record) or source.startswith("bundled:") else source.rstrip("/").split("/")[-1]
+
+
+def _provenance(record: dict[str, Any]) -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = [("source", _source_name(record))]
+    rows += [(key, record[key]) for key in ("file", "revision", "commit") if record.get(key)]
+    rows += [(f"SHA-256 of {name}", digest) for name, digest in record["sha256"].items()]
+    rows.append(("layout", record["layout"]))
+    rows.append(("dtypes", ", ".join(f"{dtype} ({n} tensors)" for dtype, n in record["dtypes"].items())))
+    rows += [(f"{package} version", version) for package, version in record["versions"].items()]
+    return rows
+
+
+def _architecture(config: RwkvRevConfig) -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = [
+        ("version", f"RWKV-{config.rwkv_version}"),
+        ("layers", config.num_hidden_layers),
+        ("width", config.hidden_size),
+    ]
+    if config.has_heads:
+        rows.append(("heads", f"{config.num_attention_heads} of {config.head_size}"))
+        rows.append(("GroupNorm eps", config.group_norm_epsilon))
+    rows.append(("channel mix width", config.intermediate_size))
+    rows.append(("vocabulary", config.vocab_size))
+    rows.append(("stored dtype", str(config.dtype).removeprefix("torch.")))
+    return rows
+
+
+def _verification(report: Any, record: dict[str, Any]) -> str:
+    if report is None:
+        return "Not verified at conversion. Run `rwkv-rev verify PATH`."
+    # The table is Markdown; each line after its rows becomes a paragraph. No path of this machine goes in.
+    lines = str(report.table()).replace(str(record["source"]), _source_name(record)).splitlines()
+    return "\n".join(line if line.startswith("|") or not line else f"\n{line}" for line in lines).strip()
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[str, object]]) -> str:
+    cells = [columns, tuple("---" for _ in columns), *(tuple(map(str, row)) for row in rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells)
+
+
+def _values(config: RwkvRevConfig, record: dict[str, Any]) -> str:
+    dtype = str(config.dtype).removeprefix("torch.")
+    if all(
+        torch.promote_types(getattr(torch, name), config.dtype) == config.dtype for name in record["dtypes"]
+    ):
+        return "The values of the weights are exactly those of the source."
+    return f"The values of the weights are those of the source, rounded to {dtype}."

@@ -1,0 +1,174 @@
+"""Write a converted model back in the layouts of other tools, bit for bit.
+
+``blinkdl`` is one ``.pth`` as the original trainer saves it, which the ``rwkv`` package loads. ``hf`` is a
+folder as transformers' RWKV-4 class reads it, or as the published RWKV-5 repositories are laid out. Every
+tensor keeps its dtype and its values; only names and the shape of the token-shift mixes ([D] to [1, 1, D])
+change. Tensors stay memory-mapped while they are written.
+
+Limits: a ``.pth`` has no field for the GroupNorm eps, and the ``rwkv`` package always uses 64e-5
+(``Export.note`` says so where it matters). RWKV-5 needs the remote code of a published repository to run
+from the ``hf`` layout; config.json refers to it, it is not copied.
+"""
+
+import json
+import math
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from rwkv_rev.configuration import RwkvRevConfig
+from rwkv_rev.converters.converted import ConvertedModel
+from rwkv_rev.converters.names import TensorNames, hub_layout, tensor_table
+from rwkv_rev.converters.rewriter import Entry, plan_shards, write_shards
+from rwkv_rev.converters.safe_output import check_output, require_space, whole_directory, whole_file
+from rwkv_rev.errors import OutputError
+
+TARGETS = ("blinkdl", "hf")
+V5_REMOTE_CODE = "RWKV/v5-Eagle-7B-HF"  # a published repository whose code config.json refers to
+DEFAULT_GROUP_NORM_EPS = 64e-5
+_COPIED = ("tokenizer", "special_tokens_map", "vocab", "merges", "added_tokens", "generation_config")
+
+
+@dataclass(frozen=True)
+class Export:
+    """What an export wrote."""
+
+    path: Path
+    layout: str
+    tensors: int
+    nbytes: int
+    note: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "path": str(self.path),
+            "layout": self.layout,
+            "tensors": self.tensors,
+            "bytes": self.nbytes,
+            "note": self.note,
+        }
+
+
+def export(
+    directory: str | Path,
+    output: str | Path,
+    *,
+    to: Literal["blinkdl", "hf"] = "blinkdl",
+    force: bool = False,
+    max_shard_size: str | int = "5GB",
+) -> Export:
+    """Write a converted model back in a foreign layout.
+
+    Args:
+        directory: a converted or fine-tuned model folder.
+        output: the ``.pth`` file (``blinkdl``) or the folder (``hf``) to make.
+        to: ``blinkdl`` or ``hf``.
+        force: replace an existing output, at the very end.
+        max_shard_size: largest file of the ``hf`` layout.
+
+    Raises:
+        SourceError, CheckpointError: if ``directory`` is not a whole converted model.
+        OutputError: if ``output`` exists without ``force``, holds the model itself, or cannot be written.
+    """
+    if to not in TARGETS:
+        raise OutputError(f"cannot export to {to!r}; choose one of {', '.join(TARGETS)}")
+    output = Path(output)
+    check_output(output.absolute(), force=force, directory=to == "hf")
+    inside = Path(directory).resolve()
+    if output.resolve() == inside or output.resolve() in inside.parents:
+        raise OutputError(f"{output} holds the model itself; choose another --output")
+    with ConvertedModel(directory) as model:
+        layout = "blinkdl" if to == "blinkdl" else hub_layout(model.config.rwkv_version)
+        table = _as_stored(tensor_table(model.config, layout), layout, model.record)
+        nbytes = sum(model.nbytes(row.name) for row in table)
+        require_space(output.parent, nbytes)
+        if to == "blinkdl":
+            _write_pth(model, table, output, force=force)
+        else:
+            entries = [Entry(r.foreign, r.name, r.foreign_shape, model.dtype(r.name)) for r in table]
+            with whole_directory(output, force=force) as folder:
+                write_shards(plan_shards(entries, max_shard_size), folder, model.tensor)
+                _write_companions(model, folder)
+        return Export(output, layout, len(table), nbytes, _note(model.config, layout))
+
+
+def _as_stored(
+    table: tuple[TensorNames, ...], layout: str, record: dict[str, Any]
+) -> tuple[TensorNames, ...]:
+    """The table with the shapes that the original really had, where they are not the layout's usual ones."""
+    shapes = record.get("unusual_shapes", {}) if record.get("layout") == layout else {}
+    return tuple(
+        replace(row, foreign_shape=tuple(shapes[row.foreign]))
+        if math.prod(shapes.get(row.foreign, (0,))) == math.prod(row.shape)
+        else row
+        for row in table
+    )
+
+
+def _write_pth(model: ConvertedModel, table: tuple[TensorNames, ...], output: Path, *, force: bool) -> None:
+    state = {row.foreign: model.tensor(row.name).reshape(row.foreign_shape) for row in table}
+    with whole_file(output, force=force) as path:
+        try:
+            torch.save(state, path)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            raise OutputError(f"cannot write {output}: {error}") from error
+
+
+def _write_companions(model: ConvertedModel, folder: Path) -> None:
+    text = json.dumps(hugging_face_config(model.config), indent=2)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    for file in sorted(model.directory.iterdir()):
+        if file.is_file() and file.name.startswith(_COPIED):
+            shutil.copyfile(file, folder / file.name)
+
+
+def hugging_face_config(config: RwkvRevConfig) -> dict[str, Any]:
+    """``config.json`` of the ``hf`` layout: ``rwkv`` of transformers, or the published ``rwkv5``."""
+    fields: dict[str, Any] = {
+        "architectures": ["RwkvForCausalLM"],
+        "attention_hidden_size": config.hidden_size,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "layer_norm_epsilon": config.layer_norm_epsilon,
+        "num_hidden_layers": config.num_hidden_layers,
+        "rescale_every": 6,
+        "tie_word_embeddings": False,
+        "torch_dtype": str(config.dtype).removeprefix("torch."),
+        "use_cache": True,
+        "vocab_size": config.vocab_size,
+    }
+    if not config.has_heads:
+        return fields | {"model_type": "rwkv", "context_length": 1024}
+    divisor = math.sqrt(
+        config.group_norm_epsilon / 1e-5
+    )  # eps 1e-5 after a division by it is our eps without
+    return fields | {
+        "architectures": ["Rwkv5ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{V5_REMOTE_CODE}--configuration_rwkv5.Rwkv5Config",
+            "AutoModelForCausalLM": f"{V5_REMOTE_CODE}--modeling_rwkv5.Rwkv5ForCausalLM",
+        },
+        "model_type": "rwkv5",
+        "model_version": config.rwkv_version.replace(".", "_"),
+        "head_size": config.head_size,
+        "head_size_divisor": round(divisor)
+        if math.isclose(divisor, round(divisor), rel_tol=1e-6)
+        else divisor,
+        "num_attention_heads": config.head_size,  # published configs call the head size so
+    }
+
+
+def _note(config: RwkvRevConfig, layout: str) -> str | None:
+    eps = config.group_norm_epsilon
+    if layout == "blinkdl" and config.has_heads and not math.isclose(eps, DEFAULT_GROUP_NORM_EPS):
+        return (
+            f"this model needs GroupNorm eps {eps:g}, which a .pth cannot say: the rwkv package will use "
+            f"{DEFAULT_GROUP_NORM_EPS:g} and compute something else"
+        )
+    return None

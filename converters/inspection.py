@@ -1,0 +1,132 @@
+"""What a checkpoint is, read from its headers and its decays alone.
+
+Bits forgotten per step and state element are ``log2(1/w)``, ``w = exp(-exp(time_decay))``: the price of
+reversing one step exactly (:mod:`rwkv_rev.numerics`).
+"""
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from rwkv_rev.configuration import RwkvRevConfig
+from rwkv_rev.converters.converted import ConvertedModel, is_converted
+from rwkv_rev.converters.detection import detect
+from rwkv_rev.converters.hub import resolve
+from rwkv_rev.converters.names import tensor_table
+from rwkv_rev.converters.reading import Checkpoint, open_checkpoint
+from rwkv_rev.converters.source import parse_source
+from rwkv_rev.errors import CheckpointError
+from rwkv_rev.numerics import bits_forgotten_per_step
+
+QUANTILES = {"min": 0.0, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "99 %": 0.99, "max": 1.0}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Facts about a checkpoint; ``bits_forgotten[layer][i]``, bits per step, is ``quantile_names[i]``."""
+
+    source: str
+    layout: str
+    version: str
+    layers: int
+    width: int
+    heads: int
+    head_size: int
+    channel_mix_width: int
+    vocabulary: int
+    parameters: int
+    nbytes: int
+    dtypes: dict[str, int]
+    tokenizer: str
+    quantile_names: tuple[str, ...]
+    bits_forgotten: tuple[tuple[float, ...], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        values = asdict(self)
+        names = values.pop("quantile_names")
+        rows = values.pop("bits_forgotten")
+        return values | {"bits_forgotten_per_step": [dict(zip(names, row, strict=True)) for row in rows]}
+
+    def fields(self) -> dict[str, object]:
+        """Names and values for people."""
+        heads = {"heads": f"{self.heads} of size {self.head_size}"} if self.version != "4" else {}
+        return {
+            "version": f"RWKV-{self.version}",
+            "layout": self.layout,
+            "layers": self.layers,
+            "width": self.width,
+            **heads,
+            "channel mix width": self.channel_mix_width,
+            "vocabulary": self.vocabulary,
+            "tokenizer": self.tokenizer,
+            "parameters": f"{self.parameters:,}",
+            "size": f"{self.nbytes:,} bytes",
+            "dtypes": ", ".join(f"{dtype} ({count} tensors)" for dtype, count in self.dtypes.items()),
+        }
+
+
+def inspect_source(
+    source: str, *, file: str | None = None, revision: str | None = None, progress: bool = False
+) -> Inspection:
+    """Read what a ``SOURCE`` or a converted folder is; only headers and decays are read.
+
+    Raises:
+        SourceError: if the source cannot be found or told apart.
+        CheckpointError: if it is damaged or not RWKV-4/5.
+    """
+    if is_converted(source):
+        with ConvertedModel(source) as model:
+            names = {name: name for name in model.names()}
+            return _inspection(source, "converted", model.config, model, names)
+    parsed = parse_source(source, file=file, revision=revision)
+    with open_checkpoint(resolve(parsed, progress=progress)) as checkpoint:
+        architecture = detect(checkpoint)
+        config = architecture.to_config()
+        names = {row.name: row.foreign for row in tensor_table(config, architecture.layout)}
+        return _inspection(str(parsed), architecture.layout, config, checkpoint, names)
+
+
+def _inspection(
+    source: str,
+    layout: str,
+    config: RwkvRevConfig,
+    checkpoint: Checkpoint | ConvertedModel,
+    stored: dict[str, str],
+) -> Inspection:
+    return Inspection(
+        source=source,
+        layout=layout,
+        version=config.rwkv_version,
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        heads=config.num_attention_heads,
+        head_size=config.head_size,
+        channel_mix_width=config.intermediate_size,
+        vocabulary=config.vocab_size,
+        parameters=sum(torch.Size(checkpoint.shape(name)).numel() for name in checkpoint.names()),
+        nbytes=sum(checkpoint.nbytes(name) for name in checkpoint.names()),
+        dtypes=dict(Counter(str(checkpoint.dtype(n)).removeprefix("torch.") for n in checkpoint.names())),
+        tokenizer=_tokenizer(config.vocab_size),
+        quantile_names=tuple(QUANTILES),
+        bits_forgotten=tuple(
+            _quantiles(checkpoint.tensor(stored[f"model.blocks.{layer}.time_mix.time_decay"]))
+            for layer in range(config.num_hidden_layers)
+        ),
+    )
+
+
+def _quantiles(time_decay: torch.Tensor) -> tuple[float, ...]:
+    bits = bits_forgotten_per_step(-time_decay.double().exp()).flatten()
+    return tuple(torch.quantile(bits, torch.tensor(list(QUANTILES.values()), dtype=bits.dtype)).tolist())
+
+
+def _tokenizer(vocab_size: int) -> str:
+    from rwkv_rev.tokenization.choice import name_for_vocabulary
+
+    try:
+        return name_for_vocabulary(vocab_size)
+    except CheckpointError:
+        return "unknown (name one with --tokenizer when converting)"

@@ -1,0 +1,161 @@
+"""Write safetensors shards tensor by tensor.
+
+A safetensors file is ``u64 header length | JSON header | data``; the header needs names, dtypes and shapes
+only, which are known before any value is read. So each tensor is copied from the (memory-mapped) source
+straight to its place, in pieces of :data:`PIECE` elements: what is held beyond the source is one piece, or
+one tensor where its memory is not contiguous. Format: https://huggingface.co/docs/safetensors
+
+Every value is checked on the way: NaN and infinity are refused, and so is a value too large for the target
+dtype.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from rwkv_rev.converters.reading import check_finite
+from rwkv_rev.errors import CheckpointError, OutputError
+
+PIECE = 4 * 1024 * 1024  # elements copied at once
+INDEX_NAME = "model.safetensors.index.json"
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor to write: its name in the output and in the source, its final shape and dtype."""
+
+    name: str
+    source: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass
+class Shard:
+    """One safetensors file and what goes into it."""
+
+    filename: str
+    entries: list[Entry] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries)
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of a size such as ``"5GB"`` (powers of ten), ``"512MiB"`` (powers of two) or a plain number.
+
+    Raises:
+        OutputError: if it is not a positive size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", str(text), re.IGNORECASE)
+    unit = match[2].upper() if match else "?"
+    if match is None or unit not in _UNITS or float(match[1]) * _UNITS[unit] < 1:
+        raise OutputError(f"{text!r} is not a size; write for example 5GB, 200MB or 512MiB")
+    return int(float(match[1]) * _UNITS[unit])
+
+
+def plan_shards(entries: Iterable[Entry], max_shard_size: str | int) -> list[Shard]:
+    """Distribute tensors over files of at most ``max_shard_size`` bytes each, in order.
+
+    A tensor larger than that gets a file of its own. One file is called ``model.safetensors``, several
+    ``model-00001-of-0000n.safetensors``.
+    """
+    limit = parse_size(max_shard_size)
+    shards: list[Shard] = []
+    room = 0
+    for entry in entries:
+        if not shards or entry.nbytes > room:
+            shards.append(Shard(""))
+            room = limit
+        shards[-1].entries.append(entry)
+        room -= entry.nbytes
+    for i, shard in enumerate(shards, 1):
+        several = len(shards) > 1
+        shard.filename = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if several else "model.safetensors"
+    return shards
+
+
+def write_shards(
+    shards: list[Shard],
+    folder: Path,
+    read: Callable[[str], torch.Tensor],
+    on_bytes: Callable[[int], object] = lambda count: None,
+) -> None:
+    """Write every shard into ``folder``, and the index if there are several.
+
+    Args:
+        shards: from :func:`plan_shards`.
+        folder: existing folder.
+        read: gives the source tensor of that source name; called once per tensor.
+        on_bytes: called with the number of bytes written, piece by piece.
+
+    Raises:
+        CheckpointError: for NaN or infinite values, and for values too large for the target dtype.
+        OutputError: if the system refuses to write (disk full, ...).
+    """
+    try:
+        for shard in shards:
+            _write_shard(shard, folder, read, on_bytes)
+        if len(shards) > 1:
+            weight_map = {entry.name: shard.filename for shard in shards for entry in shard.entries}
+            total = sum(shard.nbytes for shard in shards)
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write the weights: {error.strerror or error}") from error
+
+
+def _write_shard(
+    shard: Shard,
+    folder: Path,
+    read: Callable[[str], torch.Tensor],
+    on_bytes: Callable[[int], object],
+) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in shard.entries:
+        header[entry.name] = {
+            "dtype": SAFETENSORS_DTYPES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.nbytes],
+        }
+        offset += entry.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data starts on a multiple of eight bytes
+    with (folder / shard.filename).open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for entry in shard.entries:
+            tensor = read(entry.source)
+            if tensor.numel() != math.prod(entry.shape):
+                raise CheckpointError(
+                    f"{entry.source} has shape {tuple(tensor.shape)}, which does not fit {entry.shape}"
+                )
+            check_finite(entry.source, tensor)
+            for piece in tensor.reshape(-1).split(PIECE):
+                converted = piece.to(entry.dtype)
+                if converted is not piece and not converted.isfinite().all():
+                    largest, dtype = piece.abs().max().item(), str(entry.dtype).removeprefix("torch.")
+                    raise CheckpointError(
+                        f"{entry.source} holds values as large as {largest:.3g}, too large for {dtype}; "
+                        "use --dtype auto, bfloat16 or float32"
+                    )
+                on_bytes(file.write(converted.contiguous().view(torch.uint8).numpy().data))
