@@ -1,0 +1,180 @@
+"""Token ids of all documents, memory-mapped: what the rows are cut from.
+
+A store is a list of parts behind one document count: at most one part tokenised by
+:mod:`rwkv_rev.training.token_cache`, and one per binidx pair, read where it lies. Held in memory: the
+borders of binidx documents (8 bytes each), nothing of the rest. Stores can be sent to other processes; they
+open the files again there.
+"""
+
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rwkv_rev.errors import DataError
+from rwkv_rev.training.documents import place
+
+# One record a document in documents.bin. start, length, prompt: tokens; text_bytes: UTF-8 bytes of the
+# text that carries loss; line: where it begins in its source, from 1.
+DOCUMENT = np.dtype(
+    [
+        ("start", "<i8"),
+        ("length", "<i8"),
+        ("prompt", "<i8"),
+        ("text_bytes", "<i8"),
+        ("line", "<i8"),
+        ("source", "<i4"),
+    ]
+)
+
+
+@dataclass
+class TokenPart:
+    """Documents of one token file, with either ``table_path`` (a documents.bin) or ``borders`` (binidx)."""
+
+    tokens_path: Path
+    dtype: np.dtype
+    names: tuple[str, ...]
+    units: tuple[str, ...]
+    table_path: Path | None = None
+    borders: np.ndarray | None = None
+    _maps: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_maps": {}}  # a pickled memmap would carry the whole file
+
+    @property
+    def tokens(self) -> np.ndarray:
+        if "tokens" not in self._maps:
+            self._maps["tokens"] = np.memmap(self.tokens_path, self.dtype, mode="r")
+        return self._maps["tokens"]
+
+    @property
+    def table(self) -> np.ndarray:
+        assert self.table_path is not None
+        if "table" not in self._maps:
+            self._maps["table"] = np.memmap(self.table_path, DOCUMENT, mode="r")
+        return self._maps["table"]
+
+    def __len__(self) -> int:
+        return len(self.table) if self.borders is None else len(self.borders) - 1
+
+    def starts(self) -> np.ndarray:
+        return self.table["start"] if self.borders is None else self.borders[:-1]
+
+    def lengths(self) -> np.ndarray:
+        return self.table["length"] if self.borders is None else np.diff(self.borders)
+
+    def slice_of(self, document: int) -> tuple[int, int]:
+        """First token and number of tokens of one document."""
+        if self.borders is None:
+            record = self.table[document]
+            return int(record["start"]), int(record["length"])
+        return int(self.borders[document]), int(self.borders[document + 1] - self.borders[document])
+
+    def column(self, name: str) -> np.ndarray:
+        return self.table[name] if self.borders is None else np.zeros(len(self), np.int64)
+
+    def place(self, document: int) -> str:
+        if self.borders is not None:
+            return place(self.names[0], document + 1, self.units[0])
+        record = self.table[document]
+        source = int(record["source"])
+        return place(self.names[source], int(record["line"]), self.units[source])
+
+
+class TokenStore:
+    """All documents as token ids.
+
+    Attributes: ``fingerprint`` (same text, tokenizer and options: same fingerprint), ``end_token`` (the id
+    every tokenised document ends with, or None), ``empty_documents`` (left out because they hold no text),
+    ``cache`` (folder or None).
+    """
+
+    def __init__(
+        self,
+        parts: list[TokenPart],
+        *,
+        fingerprint: str,
+        end_token: int | None = None,
+        empty_documents: int = 0,
+        max_token: int = 0,
+        cache: Path | None = None,
+    ) -> None:
+        self.parts = [part for part in parts if len(part)]
+        self.fingerprint = fingerprint
+        self.end_token = end_token
+        self.empty_documents = empty_documents
+        self.max_token = max_token
+        self.cache = cache
+        self._first = [0]
+        for part in self.parts:
+            self._first.append(self._first[-1] + len(part))
+        if not len(self) or not self.total_tokens:
+            raise DataError("the data holds no text at all; every document is empty")
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        return self._first[-1]
+
+    def _find(self, document: int) -> tuple[TokenPart, int]:
+        if not 0 <= document < len(self):
+            raise IndexError(f"document {document} of {len(self)}")
+        part = bisect_right(self._first, document) - 1
+        return self.parts[part], document - self._first[part]
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, int64 [documents]."""
+        return np.concatenate([np.asarray(part.lengths(), np.int64) for part in self.parts])
+
+    def prompt_lengths(self) -> np.ndarray:
+        """Leading tokens of each document that carry no loss, int64 [documents]."""
+        return np.concatenate([np.asarray(part.column("prompt"), np.int64) for part in self.parts])
+
+    def prompt_length(self, document: int) -> int:
+        """Leading tokens of one document that carry no loss."""
+        part, at = self._find(document)
+        return int(part.table["prompt"][at]) if part.borders is None else 0
+
+    def text_bytes(self) -> np.ndarray:
+        """UTF-8 bytes of the text of each document that carries loss; 0 for binidx, int64 [documents]."""
+        return np.concatenate([np.asarray(part.column("text_bytes"), np.int64) for part in self.parts])
+
+    def last_tokens(self) -> np.ndarray:
+        """Last id of each document, -1 for an empty one, int64 [documents]."""
+        found = []
+        for part in self.parts:
+            lengths = np.asarray(part.lengths(), np.int64)
+            last = np.asarray(part.starts(), np.int64) + np.maximum(lengths, 1) - 1
+            ids = part.tokens[np.minimum(last, len(part.tokens) - 1)].astype(np.int64)
+            found.append(np.where(lengths > 0, ids, -1))
+        return np.concatenate(found)
+
+    def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Ids ``start:stop`` of one document as int64; only this slice is read from disk."""
+        part, at = self._find(document)
+        first, length = part.slice_of(at)
+        start, stop, _ = slice(start, stop).indices(length)
+        return part.tokens[first + start : first + max(start, stop)].astype(np.int64)
+
+    @property
+    def total_tokens(self) -> int:
+        return sum(len(part.tokens) for part in self.parts)
+
+    def place(self, document: int) -> str:
+        """``file:line`` where the document begins."""
+        part, at = self._find(document)
+        return part.place(at)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise DataError if the tokenised part holds an id the model has no embedding for.
+
+        Binidx pairs are not scanned for this; rows check their own ids when they are read.
+        """
+        if self.max_token >= vocab_size:
+            raise DataError(
+                f"token id {self.max_token} is outside the model's vocabulary of {vocab_size}; "
+                "tokenise with the model's own tokenizer"
+            )

@@ -1,0 +1,168 @@
+"""Text to token ids, in one process or several, in order.
+
+Batches of about one mebibyte go to ``num_workers`` processes (start method "spawn" on every platform) a few
+ahead of the reader; memory does not grow with the data. Prompt and completion are tokenised apart, so that
+the completion begins on a token border, as it does when the model generates. Errors name file and line.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import pickle
+import tempfile
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rwkv_rev.errors import DataError
+from rwkv_rev.training.documents import DataSource, Fields, Piece, one_line, place
+
+BATCH_BYTES = 1 << 20
+POOL_FROM_BYTES = 16 << 20  # below this, starting processes costs more than it saves
+PROBE = "The quick brown fox\n\n  jumps over 13 lazy dogs. Äöü ß 漢字 🙂\t\r\n"
+
+# (ids uint32, prompt tokens, UTF-8 bytes with loss, source index, line, continues)
+Encoded = tuple[np.ndarray, int, int, int, int, bool]
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hash of what a tokenizer does: vocabulary and rules, class, and the ids of a probe text."""
+    digest = hashlib.sha256(f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}\n".encode())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        digest.update(backend.to_str().encode())
+    elif hasattr(tokenizer, "get_vocab"):
+        vocabulary = sorted((index, str(token)) for token, index in tokenizer.get_vocab().items())
+        digest.update(json.dumps(vocabulary).encode())
+        if hasattr(tokenizer, "save_vocabulary"):
+            with tempfile.TemporaryDirectory() as folder:
+                tokenizer.save_vocabulary(folder)
+                for file in sorted(Path(folder).iterdir()):
+                    digest.update(file.read_bytes())
+    else:
+        try:
+            digest.update(pickle.dumps(tokenizer))
+        except (pickle.PicklingError, TypeError, AttributeError):
+            digest.update(b"not picklable")  # the probe has to tell such tokenizers apart
+    digest.update(np.asarray(token_ids(tokenizer, PROBE), np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of ``text`` without special tokens around it."""
+    if not text:
+        return []
+    if callable(tokenizer):
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenizer.encode(text)
+    return getattr(ids, "ids", ids)
+
+
+def worker_count(num_workers: int | None, total: int) -> int:
+    if num_workers is not None and num_workers < 1:
+        raise DataError(f"num_workers is {num_workers}; it must be at least 1")
+    if multiprocessing.current_process().daemon:
+        return 1  # such a process may not start others
+    if num_workers is not None:
+        return num_workers
+    if total < POOL_FROM_BYTES:
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 32)
+
+
+def batches(texts: list[DataSource], fields: Fields) -> Iterator[list[tuple[int, Piece]]]:
+    batch: list[tuple[int, Piece]] = []
+    size = 0
+    for index, source in enumerate(texts):
+        try:
+            for piece in source.pieces(fields):
+                batch.append((index, piece))
+                size += len(piece.text) + len(piece.prompt or "") + 64
+                if size >= BATCH_BYTES:
+                    yield batch
+                    batch, size = [], 0
+        except OSError as error:
+            raise DataError(f"{source.name}: cannot be read: {error.strerror or error}") from error
+    if batch:
+        yield batch
+
+
+def encode_in_order(
+    batches: Iterator[list[tuple[int, Piece]]], tokenizer: Any, workers: int
+) -> Iterator[list[Encoded]]:
+    if workers == 1:
+        for batch in batches:
+            yield _encode_batch(tokenizer, batch)
+        return
+    try:
+        pickle.dumps(tokenizer)
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"this tokenizer cannot be sent to processes ({one_line(error)}); tokenise with num_workers=1"
+        ) from error
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(tokenizer,))
+    waiting: deque[Future[list[Encoded]]] = deque()
+    try:
+        for batch in batches:
+            waiting.append(pool.submit(_encode_in_worker, batch))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a tokenising process died (out of memory, or a script without if __name__ == '__main__':); "
+            "tokenise with num_workers=1"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker_tokenizer: Any = None
+
+
+def _start_worker(tokenizer: Any) -> None:
+    global _worker_tokenizer
+    _worker_tokenizer = tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _encode_in_worker(batch: list[tuple[int, Piece]]) -> list[Encoded]:
+    return _encode_batch(_worker_tokenizer, batch)
+
+
+def _encode_batch(tokenizer: Any, batch: list[tuple[int, Piece]]) -> list[Encoded]:
+    encoded = []
+    for source, piece in batch:
+        try:
+            prompt = token_ids(tokenizer, piece.prompt or "")
+            text = token_ids(tokenizer, piece.text)
+            ids = np.array([*prompt, *text], np.uint32)
+            size = len(piece.text.encode("utf-8", "surrogatepass"))
+        except Exception as error:  # whatever a tokenizer raises; the user needs the place
+            raise DataError(
+                f"{_failing_place(tokenizer, piece)}: cannot be tokenised: {one_line(error)}"
+            ) from None
+        if prompt and not text:
+            ids = ids[:0]  # nothing to learn from: counts as empty
+        encoded.append((ids, len(prompt), size, source, piece.line, piece.continues))
+    return encoded
+
+
+def _failing_place(tokenizer: Any, piece: Piece) -> str:
+    """``file:line`` of the first line of a text that fails alone, else of its beginning."""
+    if piece.many_lines:
+        for number, line in enumerate(piece.text.split("\n"), start=piece.line):
+            try:
+                token_ids(tokenizer, line)
+            except Exception:  # the same as above
+                return place(piece.source, number, piece.unit)
+    return piece.where
