@@ -77,11 +77,11 @@ def test_world_ids_are_those_of_the_reference_trie(
     text: str, world_tokenizer: RwkvWorldTokenizer, oracle: Any
 ) -> None:
     expected = oracle.encode(text)
-    assert world_tokenizer._rust_trie is not None
+    assert world_tokenizer.trie.rust is not None
     assert world_tokenizer.encode(text) == expected
     assert world_tokenizer(text).input_ids == expected
     assert world_tokenizer.convert_tokens_to_ids(world_tokenizer.tokenize(text)) == expected
-    assert world_tokenizer._python_trie.encode(text.encode()) == expected
+    assert world_tokenizer.trie.python.encode(text.encode()) == expected
 
 
 @settings(max_examples=300, deadline=None)
@@ -90,7 +90,7 @@ def test_world_fuzz_against_the_reference_trie(
     text: str, world_tokenizer: RwkvWorldTokenizer, oracle: Any
 ) -> None:
     ids = world_tokenizer.encode(text)
-    assert ids == oracle.encode(text) == world_tokenizer._python_trie.encode(text.encode())
+    assert ids == oracle.encode(text) == world_tokenizer.trie.python.encode(text.encode())
     assert world_tokenizer.decode(ids) == text
     assert world_tokenizer.decode_bytes(ids) == oracle.decodeBytes(ids)
 
@@ -265,7 +265,7 @@ def test_saves_again_after_its_directory_is_gone(world_tokenizer: RwkvWorldToken
     shutil.rmtree(tmp_path / "a")
     loaded.save_pretrained(tmp_path / "b")
     copy = pickle.loads(pickle.dumps(loaded))
-    assert copy._rust_trie is None
+    assert copy.trie.rust is None
     assert copy.encode("日本 hi\xff") == RwkvWorldTokenizer.from_pretrained(tmp_path / "b").encode(
         "日本 hi\xff"
     )
@@ -273,8 +273,15 @@ def test_saves_again_after_its_directory_is_gone(world_tokenizer: RwkvWorldToken
 
 def test_pickles_with_its_rust_trie(world_tokenizer: RwkvWorldTokenizer) -> None:
     copy = pickle.loads(pickle.dumps(world_tokenizer))
-    assert copy._rust_trie is not None
+    assert copy.trie.rust is not None
     assert copy.encode("hello world") == world_tokenizer.encode("hello world")
+
+
+def test_fingerprint_of_datasets(tokenizer: ByteLevelTokenizer) -> None:
+    fingerprint = pytest.importorskip("datasets.fingerprint")
+    first = fingerprint.Hasher.hash(tokenizer)
+    tokenizer("some text")
+    assert fingerprint.Hasher.hash(tokenizer) == first
 
 
 # The vocabulary file
@@ -285,7 +292,7 @@ def test_works_without_the_rust_wheel(monkeypatch: pytest.MonkeyPatch, oracle: A
     vocabulary = Path(sys.modules[type(oracle).__module__].__file__ or "").parent / world.VOCABULARY_FILE
     monkeypatch.setattr(world, "find_world_vocabulary", lambda: vocabulary)
     tokenizer = RwkvWorldTokenizer()
-    assert tokenizer._rust_trie is None
+    assert tokenizer.trie.rust is None
     for text in TEXTS.values():
         assert tokenizer.encode(text) == oracle.encode(text)
 
@@ -421,7 +428,7 @@ def test_faster_than_the_reference_trie(
 
     reference = seconds(oracle.encode, text)
     wrapped = reference / seconds(lambda t: world_tokenizer(t).input_ids, text)
-    python = reference / seconds(world_tokenizer._python_trie.encode, text.encode())
+    python = reference / seconds(world_tokenizer.trie.python.encode, text.encode())
     with capsys.disabled():
         print(f"\nspeed against the reference trie: Rust, wrapped {wrapped:.1f}x; Python {python:.1f}x")
     assert wrapped > 3

@@ -123,6 +123,28 @@ def load_rust_trie(path: Path, table: Mapping[int, bytes]) -> Any | None:
     return trie
 
 
+class WorldTrie:
+    """The Rust trie where it can, the Python one where it must."""
+
+    def __init__(self, path: Path, table: Mapping[int, bytes]) -> None:
+        self.path, self.table = path, table
+        self.python = GreedyTrie(table)
+        self.rust = load_rust_trie(path, table)
+
+    def encode(self, data: bytes) -> list[int]:
+        """Ids of a byte string."""
+        if self.rust is not None:
+            try:
+                return self.rust.encode(data.decode())
+            except UnicodeDecodeError:
+                pass
+        return self.python.encode(data)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The Rust object cannot be pickled (worker processes, fingerprints of datasets); it is read again.
+        return WorldTrie, (self.path, self.table)
+
+
 class RwkvWorldTokenizer(ByteLevelTokenizer):
     """Exact greedy trie tokenizer of world models (vocabulary 65536).
 
@@ -149,12 +171,11 @@ class RwkvWorldTokenizer(ByteLevelTokenizer):
         split_special_tokens: bool = True,
         **kwargs: Any,
     ) -> None:
-        self._vocabulary_path = Path(vocab_file) if vocab_file else find_world_vocabulary()
-        self.token_bytes = read_world_vocabulary(self._vocabulary_path)
+        path = Path(vocab_file) if vocab_file else find_world_vocabulary()
+        self.token_bytes = read_world_vocabulary(path)
         self.token_ids = {END_OF_TEXT_TOKEN: END_OF_TEXT}
         self.token_ids.update((p.decode("utf-8", "surrogateescape"), i) for i, p in self.token_bytes.items())
-        self._python_trie = GreedyTrie(self.token_bytes)
-        self._rust_trie = load_rust_trie(self._vocabulary_path, self.token_bytes)
+        self.trie = WorldTrie(path, self.token_bytes)
         super().__init__(
             bos_token=bos_token,
             eos_token=eos_token,
@@ -165,12 +186,7 @@ class RwkvWorldTokenizer(ByteLevelTokenizer):
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Ids of a byte string by longest match."""
-        if self._rust_trie is not None:
-            try:
-                return self._rust_trie.encode(data.decode())
-            except UnicodeDecodeError:
-                pass
-        return self._python_trie.encode(data)
+        return self.trie.encode(data)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Write the vocabulary file, from memory: the file it was read from may be gone."""
@@ -184,11 +200,3 @@ class RwkvWorldTokenizer(ByteLevelTokenizer):
             lines.append(f"{i} {literal} {len(piece)}\n")
         path.write_text("".join(lines), encoding="utf-8", newline="\n")
         return (str(path),)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The Rust object cannot be pickled (worker processes, dataset fingerprints).
-        return {**self.__dict__, "_rust_trie": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._rust_trie = load_rust_trie(self._vocabulary_path, self.token_bytes)
