@@ -24,7 +24,11 @@ LAYER_NORM_EPSILON = 1e-5
 
 
 def residual_streams(
-    tensors: Mapping[str, Tensor], tokens: Tensor, *, group_norm_epsilon: float = PUBLISHED_GROUP_NORM_EPSILON
+    tensors: Mapping[str, Tensor],
+    tokens: Tensor,
+    *,
+    group_norm_epsilon: float = PUBLISHED_GROUP_NORM_EPSILON,
+    layer_norm_epsilon: float = LAYER_NORM_EPSILON,
 ) -> Iterator[tuple[str, Tensor]]:
     """The residual stream after every sub-layer, in order.
 
@@ -32,26 +36,29 @@ def residual_streams(
         tensors: BlinkDL state dict; read one layer at a time, any floating dtype.
         tokens: token ids ``[T]``.
         group_norm_epsilon: eps of the GroupNorm of RWKV-5, as if there were no division by 8 before it.
+        layer_norm_epsilon: eps of every LayerNorm.
 
     Yields:
         ``(place, stream)`` with stream ``[T, D]`` float64 and place one of ``ln0``,
         ``blocks.{i}.time_mix``, ``blocks.{i}.channel_mix``, ``ln_out``. The last one is what the head
         reads.
     """
-    x = tensors["emb.weight"][tokens].double()  # [T, D]
-    x = _layer_norm(x, tensors, "blocks.0.ln0")
+
+    def normed(x: Tensor, name: str) -> Tensor:
+        scaled = _standardised(x, layer_norm_epsilon)
+        return scaled * tensors[f"{name}.weight"].double() + tensors[f"{name}.bias"].double()
+
+    x = normed(tensors["emb.weight"][tokens].double(), "blocks.0.ln0")  # [T, D]
     yield "ln0", x
     layer = 0
     while f"blocks.{layer}.ln1.weight" in tensors:
         block = f"blocks.{layer}"
-        x = x + _time_mix(
-            _layer_norm(x, tensors, f"{block}.ln1"), tensors, f"{block}.att", group_norm_epsilon
-        )
+        x = x + _time_mix(normed(x, f"{block}.ln1"), tensors, f"{block}.att", group_norm_epsilon)
         yield f"{block}.time_mix", x
-        x = x + _channel_mix(_layer_norm(x, tensors, f"{block}.ln2"), tensors, f"{block}.ffn")
+        x = x + _channel_mix(normed(x, f"{block}.ln2"), tensors, f"{block}.ffn")
         yield f"{block}.channel_mix", x
         layer += 1
-    yield "ln_out", _layer_norm(x, tensors, "ln_out")
+    yield "ln_out", normed(x, "ln_out")
 
 
 def naive_logits(
@@ -59,21 +66,27 @@ def naive_logits(
     tokens: Tensor,
     *,
     group_norm_epsilon: float = PUBLISHED_GROUP_NORM_EPSILON,
+    layer_norm_epsilon: float = LAYER_NORM_EPSILON,
     piece: int = 64,
 ) -> Iterator[Tensor]:
     """Logits ``[t, V]`` float64, ``piece`` tokens at a time; arguments of :func:`residual_streams`."""
     hidden = tokens.new_empty(0)
-    for _, stream in residual_streams(tensors, tokens, group_norm_epsilon=group_norm_epsilon):
+    for _, stream in residual_streams(
+        tensors,
+        tokens,
+        group_norm_epsilon=group_norm_epsilon,
+        layer_norm_epsilon=layer_norm_epsilon,
+    ):
         hidden = stream  # the last is what the head reads
     head = tensors["head.weight"].double()  # [V, D]
     for rows in hidden.split(piece):
         yield rows @ head.T
 
 
-def _layer_norm(x: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+def _standardised(x: Tensor, epsilon: float) -> Tensor:
+    """Mean 0 and variance 1 over the last dimension."""
     centred = x - x.mean(-1, keepdim=True)
-    scaled = centred / (centred.square().mean(-1, keepdim=True) + LAYER_NORM_EPSILON).sqrt()
-    return scaled * tensors[f"{name}.weight"].double() + tensors[f"{name}.bias"].double()
+    return centred / (centred.square().mean(-1, keepdim=True) + epsilon).sqrt()
 
 
 def _mixed(x: Tensor, tensors: Mapping[str, Tensor], prefix: str, letter: str) -> Tensor:
@@ -107,8 +120,7 @@ def _time_mix(x: Tensor, tensors: Mapping[str, Tensor], att: str, group_norm_eps
     heads = decay.shape[0]
     u = stored_bonus.exp() if exponential else stored_bonus
     y = _wkv5(r, k, v, decay.reshape(heads, -1, 1), u.reshape(heads, -1, 1))  # [T, H, N]
-    centred = y - y.mean(-1, keepdim=True)
-    y = (centred / (centred.square().mean(-1, keepdim=True) + group_norm_epsilon).sqrt()).flatten(1)
+    y = _standardised(y, group_norm_epsilon).flatten(1)
     y = y * tensors[f"{att}.ln_x.weight"].double() + tensors[f"{att}.ln_x.bias"].double()
     if f"{att}.gate.weight" in tensors:
         gate = _linear(_mixed(x, tensors, att, "g"), tensors, f"{att}.gate")

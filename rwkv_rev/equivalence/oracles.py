@@ -23,6 +23,7 @@ so (the tests show the first three bite):
 
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -35,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rwkv_rev.equivalence.naive_model import PUBLISHED_GROUP_NORM_EPSILON, naive_logits
+from rwkv_rev.equivalence.naive_model import LAYER_NORM_EPSILON, PUBLISHED_GROUP_NORM_EPSILON, naive_logits
 from rwkv_rev.equivalence.original import Original
 from rwkv_rev.errors import RwkvRevError
 
@@ -59,10 +60,16 @@ def rwkv_package(original: Original, tokens: Tensor) -> Iterator[Tensor]:
         importlib.metadata.version("rwkv")
     except importlib.metadata.PackageNotFoundError:
         raise OracleUnavailable("the rwkv package is not installed: pip install 'rwkv-rev[verify]'") from None
-    if original.has_heads and original.group_norm_epsilon != PUBLISHED_GROUP_NORM_EPSILON:
+    published = math.isclose(original.group_norm_epsilon, PUBLISHED_GROUP_NORM_EPSILON)
+    if original.has_heads and not published:
         raise OracleUnavailable(
             f"the rwkv package has GroupNorm eps {PUBLISHED_GROUP_NORM_EPSILON:g} built in, "
             f"this model's is {original.group_norm_epsilon:g}; --oracle naive can check it"
+        )
+    if not math.isclose(original.layer_norm_epsilon, LAYER_NORM_EPSILON):
+        raise OracleUnavailable(
+            f"the rwkv package has LayerNorm eps {LAYER_NORM_EPSILON:g} built in, "
+            f"this model's is {original.layer_norm_epsilon:g}; --oracle naive can check it"
         )
     with tempfile.TemporaryDirectory(prefix="rwkv-rev-") as folder:
         checkpoint, output = Path(folder, "original.pth"), Path(folder, "logits")
@@ -136,6 +143,7 @@ def transformers_rwkv4(original: Original, tokens: Tensor) -> Iterator[Tensor]:
         intermediate_size=original.tensors["blocks.0.ffn.key.weight"].shape[0],
         num_hidden_layers=original.num_layers,
         context_length=max(len(tokens), 1),
+        layer_norm_epsilon=original.layer_norm_epsilon,
         rescale_every=0,
         tie_word_embeddings=False,
         use_cache=False,
@@ -151,7 +159,12 @@ def transformers_rwkv4(original: Original, tokens: Tensor) -> Iterator[Tensor]:
 
 def naive(original: Original, tokens: Tensor) -> Iterator[Tensor]:
     """Logits of the float64 scan."""
-    yield from naive_logits(original.tensors, tokens, group_norm_epsilon=original.group_norm_epsilon)
+    yield from naive_logits(
+        original.tensors,
+        tokens,
+        group_norm_epsilon=original.group_norm_epsilon,
+        layer_norm_epsilon=original.layer_norm_epsilon,
+    )
 
 
 ORACLES: dict[str, Callable[[Original, Tensor], Iterator[Tensor]]] = {

@@ -1,12 +1,20 @@
 """The original model as the oracles see it: tensors under BlinkDL's names, whatever file they came from."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
-from rwkv_rev.equivalence.naive_model import PUBLISHED_GROUP_NORM_EPSILON
+from rwkv_rev.configuration import RwkvRevConfig
+from rwkv_rev.converters.detection import detect
+from rwkv_rev.converters.hub import resolve
+from rwkv_rev.converters.names import Layout, tensor_table
+from rwkv_rev.converters.reading import Checkpoint, open_checkpoint
+from rwkv_rev.converters.source import Source
+from rwkv_rev.equivalence.expected import expected_path
+from rwkv_rev.equivalence.naive_model import LAYER_NORM_EPSILON, PUBLISHED_GROUP_NORM_EPSILON
 
 
 @dataclass(frozen=True)
@@ -17,17 +25,24 @@ class Original:
         tensors: state dict under BlinkDL's names; may load each tensor when it is asked for.
         label: the SOURCE in its own grammar, for people.
         group_norm_epsilon: eps of the GroupNorm the original was trained with: the published value, unless
-            the one who converted it said otherwise. Never taken from the converted model's config alone.
+            the source or the one who converted it said otherwise. Never taken from the converted model's
+            config alone.
+        layer_norm_epsilon: eps of every LayerNorm, 1e-5 unless the source says otherwise.
         transformers_tensors: the same values under the names of ``transformers.RwkvForCausalLM``; None for
             RWKV-5.
+        own_tensors: the same values under the names and shapes of a converted model.
         expected: a ``*.expected.json`` beside the checkpoint, if there is one.
+        config: what the tensors say the model is; None where only tensors are known.
     """
 
     tensors: Mapping[str, Tensor]
     label: str
     group_norm_epsilon: float = PUBLISHED_GROUP_NORM_EPSILON
+    layer_norm_epsilon: float = LAYER_NORM_EPSILON
     transformers_tensors: Mapping[str, Tensor] | None = field(default=None, repr=False)
+    own_tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     expected: Path | None = None
+    config: RwkvRevConfig | None = None
 
     @property
     def num_layers(self) -> int:
@@ -41,3 +56,67 @@ class Original:
     def has_heads(self) -> bool:
         """Whether this is an RWKV-5."""
         return "blocks.0.att.ln_x.weight" in self.tensors
+
+
+class RenamedTensors(Mapping[str, Tensor]):
+    """The tensors of an open checkpoint under other names and shapes, each read when it is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, names: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+        self._checkpoint = checkpoint
+        self._names = names  # wanted name -> (name in the checkpoint, wanted shape)
+
+    def __getitem__(self, name: str) -> Tensor:
+        stored, shape = self._names[name]
+        return self._checkpoint.tensor(stored).reshape(shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # Mapping's own would read the tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@contextmanager
+def open_original(
+    source: Source, *, group_norm_epsilon: float | None = None, progress: bool = False
+) -> Iterator[Original]:
+    """Resolve (download), open and detect a SOURCE; its tensors can be read until the context ends.
+
+    Args:
+        source: any kind of source.
+        group_norm_epsilon: what the conversion was told; None for what the source says, else the published
+            value.
+        progress: download bars on stderr.
+
+    Raises:
+        SourceError, CheckpointError: as ``convert`` would.
+    """
+    local = resolve(source, progress=progress)
+    with open_checkpoint(local) as checkpoint:
+        architecture = detect(checkpoint)
+        config = architecture.to_config()
+        stored = tensor_table(config, architecture.layout)
+
+        def renamed(layout: Layout) -> RenamedTensors:
+            table = tensor_table(config, layout)
+            return RenamedTensors(
+                checkpoint,
+                {
+                    row.foreign: (here.foreign, row.foreign_shape)
+                    for row, here in zip(table, stored, strict=True)
+                },
+            )
+
+        yield Original(
+            tensors=renamed("blinkdl"),
+            label=str(source),
+            group_norm_epsilon=group_norm_epsilon or config.group_norm_epsilon,
+            layer_norm_epsilon=config.layer_norm_epsilon,
+            transformers_tensors=renamed("transformers") if config.rwkv_version == "4" else None,
+            own_tensors=RenamedTensors(checkpoint, {row.name: (row.foreign, row.shape) for row in stored}),
+            expected=expected_path(local.files[0]),
+            config=config,
+        )

@@ -74,6 +74,8 @@ def _encode(text: str, directory: Path, vocabulary: int) -> list[int]:
 def _tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
+    import rwkv_rev.tokenization  # noqa: F401 (registers ours)
+
     try:
         return AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, KeyError) as error:

@@ -1,0 +1,182 @@
+"""The outcome of a verification: one row per oracle, whether it passed, and a table of it for people."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rwkv_rev.equivalence.logits import LogitComparison
+from rwkv_rev.equivalence.weights import WeightComparison
+
+
+@dataclass(frozen=True)
+class Row:
+    """One oracle's comparison and the largest |delta logit| it may show."""
+
+    oracle: str
+    comparison: LogitComparison
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether every logit is within the tolerance; NaN is not."""
+        return self.comparison.largest <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a verification found.
+
+    Attributes:
+        directory: the converted model.
+        original: the SOURCE it was compared with.
+        model: version and sizes in words.
+        unit: what one token is, ``byte`` or ``token``.
+        rows: one per oracle that ran.
+        skipped: oracles that could not run, and why.
+        weights: the comparison of the stored values.
+        divergence: on FAIL, the first place that differs, in words.
+        notes: what a reader should know about the figures.
+    """
+
+    directory: str
+    original: str
+    model: str
+    unit: str
+    rows: tuple[Row, ...]
+    weights: WeightComparison
+    skipped: dict[str, str] = field(default_factory=dict)
+    divergence: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """At least one oracle ran, all are within their tolerance, and no stored value differs."""
+        return bool(self.rows) and all(row.passed for row in self.rows) and self.weights.passed
+
+    @property
+    def summary(self) -> str:
+        """One line: the verdict, and on FAIL what failed and where."""
+        if self.passed:
+            return f"{self.directory} computes what {self.original} computes"
+        reasons = []
+        failed = [row.oracle for row in self.rows if not row.passed]
+        if failed:
+            reasons.append(f"logits beyond tolerance ({', '.join(failed)})")
+        if self.weights.different:
+            first, more = self.weights.different[0], len(self.weights.different) - 1
+            reasons.append(f"{first} differs" + (f" and {more} more tensors" if more else ""))
+        where = f"; first difference: {self.divergence}" if self.divergence else ""
+        return f"{self.directory} differs from {self.original}: {'; '.join(reasons)}{where}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; figures that are NaN or infinite become None."""
+        rounded = self.weights.rounded_to
+        return {
+            "directory": self.directory,
+            "original": self.original,
+            "model": self.model,
+            "passed": self.passed,
+            "oracles": [_row_dict(row, self.unit) for row in self.rows],
+            "skipped": dict(self.skipped),
+            "weights": {
+                "tensors": self.weights.tensors,
+                "different": [
+                    {"name": t.name, "values": t.values, "of": t.of} for t in self.weights.different
+                ],
+                "rounded_to": _dtype_name(rounded) if rounded else None,
+                "passed": self.weights.passed,
+            },
+            "divergence": self.divergence,
+            "notes": list(self.notes),
+        }
+
+    def table(self) -> str:
+        """Markdown that reads as plain text too: the rows, then one line for each thing worth knowing."""
+        header = (
+            "oracle",
+            "tokens",
+            "largest Δlogit",
+            "mean Δlogit",
+            "KL (nats)",
+            "top-1",
+            f"bits/{self.unit} original",
+            "converted",
+            "tolerance",
+            "",
+        )
+        lines = [
+            f"{self.model}, against {self.original}",
+            "",
+            *_aligned(header, [_cells(r) for r in self.rows]),
+            "",
+        ]
+        lines.append(self._weights_line())
+        lines += [f"{name}: not run, {reason}" for name, reason in self.skipped.items()]
+        lines += list(self.notes)
+        if self.divergence:
+            lines.append(f"first difference: {self.divergence}")
+        lines.append("PASS" if self.passed else "FAIL")
+        return "\n".join(lines)
+
+    def _weights_line(self) -> str:
+        weights = self.weights
+        if weights.different:
+            shown = ", ".join(map(str, weights.different[:3]))
+            more = len(weights.different) - 3
+            return f"weights: FAIL, differ: {shown}" + (f" and {more} more" if more > 0 else "")
+        rounded = f" rounded to {_dtype_name(weights.rounded_to)}" if weights.rounded_to else ""
+        return f"weights: {weights.tensors} tensors, every value the original's{rounded}"
+
+
+def _row_dict(row: Row, unit: str) -> dict[str, Any]:
+    c = row.comparison
+    figures = {
+        "largest_delta": c.largest,
+        "mean_delta": c.mean,
+        "kl_nats": c.kl,
+        "top1_agreement": c.top1,
+        f"bits_per_{unit}_original": c.original_bits,
+        f"bits_per_{unit}_converted": c.converted_bits,
+    }
+    plain = {name: None if v is None or not math.isfinite(v) else v for name, v in figures.items()}
+    return {
+        "oracle": row.oracle,
+        "tokens": c.tokens,
+        **plain,
+        "tolerance": row.tolerance,
+        "passed": row.passed,
+    }
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    c = row.comparison
+    return (
+        row.oracle,
+        f"{c.tokens}",
+        f"{c.largest:.1e}",
+        f"{c.mean:.1e}",
+        f"{c.kl:.1e}",
+        f"{100 * c.top1:.2f} %",
+        "-" if c.original_bits is None else f"{c.original_bits:.4f}",
+        "-" if c.converted_bits is None else f"{c.converted_bits:.4f}",
+        f"{row.tolerance:.1e}",
+        "PASS" if row.passed else "FAIL",
+    )
+
+
+def _aligned(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(3, *(len(line[i]) for line in (header, *rows))) for i in range(len(header))]
+
+    def line(cells: tuple[str, ...]) -> str:
+        first, *others = cells
+        padded = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:], strict=True))]
+        return f"| {' | '.join(padded)} |"
+
+    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
+    return [line(header), rule, *map(line, rows)]
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

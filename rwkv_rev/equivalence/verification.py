@@ -1,0 +1,234 @@
+"""Prove that a converted model computes what its original computes.
+
+    weights   every stored value against the original's (weights.py) logits    the converted model, in
+    float32 through the ordinary ``from_pretrained``, against every oracle that can
+              run for this original (oracles.py), over one text
+    expected  logits that lie beside the original checkpoint, where there are any (expected.py)
+    where     on FAIL, the first sub-layer whose residual stream differs (divergence.py)
+
+The original is the SOURCE that ``conversion.json`` remembers, or the one given. Costs one float32 model in
+memory and its logits once, 4*T*V bytes; oracles are read in pieces.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rwkv_rev.configuration import RwkvRevConfig
+from rwkv_rev.converters.converted import ConvertedModel
+from rwkv_rev.converters.source import Source, parse_source
+from rwkv_rev.equivalence.divergence import first_divergence, place_of
+from rwkv_rev.equivalence.expected import read_expected
+from rwkv_rev.equivalence.logits import LogitComparison, compare_logits
+from rwkv_rev.equivalence.oracles import ORACLES, OracleUnavailable
+from rwkv_rev.equivalence.original import Original, open_original
+from rwkv_rev.equivalence.report import Report, Row
+from rwkv_rev.equivalence.text import default_text, encode_text, read_text
+from rwkv_rev.equivalence.tolerance import tolerance
+from rwkv_rev.equivalence.weights import WeightComparison, compare_weights
+from rwkv_rev.errors import RwkvRevError, SourceError
+
+RECORD_NAME = "conversion.json"
+ORACLE_CHOICES = ("auto", *ORACLES)
+
+
+def verify_directory(
+    directory: str | Path,
+    *,
+    original: str | Source | None = None,
+    file: str | None = None,
+    revision: str | None = None,
+    oracle: str = "auto",
+    text: str | Path | None = None,
+    tokens: int = 1024,
+    progress: bool = False,
+) -> Report:
+    """Compare a converted model with its original.
+
+    Args:
+        directory: what ``convert`` wrote.
+        original: SOURCE to compare with; None for the one the conversion remembers.
+        file: which checkpoint of a repository or folder, with ``original``.
+        revision: branch, tag or commit of a Hub repository, with ``original``.
+        oracle: ``auto`` (every oracle that can run), ``rwkv``, ``transformers`` or ``naive``.
+        text: the text to read, or the ``Path`` of a UTF-8 file; None for Python's language reference.
+        tokens: how many tokens of it; fewer if the text is shorter, with a note.
+        progress: download bars on stderr.
+
+    Returns:
+        The report; ``report.passed`` is the verdict.
+
+    Raises:
+        SourceError, CheckpointError: the directory or its original cannot be read.
+        DataError: no text, or no tokenizer.
+        OracleUnavailable: the oracle asked for by name cannot run for this original.
+        ValueError: an unknown oracle or less than one token.
+    """
+    if oracle not in ORACLE_CHOICES:
+        raise ValueError(f"oracle {oracle!r} must be one of {', '.join(ORACLE_CHOICES)}")
+    if tokens < 1:
+        raise ValueError(f"tokens = {tokens} must be at least 1")
+    directory = Path(directory)
+    with ConvertedModel(directory) as converted:
+        record = _read_record(directory)
+        source = _source(directory, record, original, file, revision)
+        config = converted.config
+        content = read_text(text) if isinstance(text, Path) else default_text() if text is None else text
+        ids = encode_text(content, directory, vocabulary=config.vocab_size, tokens=tokens)
+        with open_original(
+            source, group_norm_epsilon=record.get("group_norm_eps"), progress=progress
+        ) as opened:
+            _refuse_other_architecture(directory, config, opened)
+            weights = compare_weights(opened.own_tensors, converted)
+            return _Verification(directory, config, opened, weights, ids, tokens).report(oracle)
+
+
+@dataclass
+class _Verification:
+    directory: Path
+    config: RwkvRevConfig
+    original: Original
+    weights: WeightComparison
+    ids: Tensor
+    asked: int
+
+    def report(self, oracle: str) -> Report:
+        model = _load(self.directory)
+        logits = _logits(model, self.ids)  # [T, V]
+        rows, skipped = [], {}
+        for name, compute in ORACLES.items():
+            if oracle not in ("auto", name):
+                continue
+            try:
+                comparison = compare_logits(compute(self.original, self.ids), logits, self.ids)
+            except OracleUnavailable as reason:
+                if oracle != "auto":
+                    raise
+                skipped[name] = str(reason)
+            else:
+                rows.append(self._row(name, comparison))
+        if oracle == "auto" and self.original.expected is not None:
+            rows.append(self._row("expected", self._compare_expected(model, self.original.expected)))
+        passed = all(row.passed for row in rows) and self.weights.passed
+        return Report(
+            directory=str(self.directory),
+            original=self.original.label,
+            model=_describe(self.config),
+            unit="byte" if self.config.vocab_size == 256 else "token",
+            rows=tuple(rows),
+            weights=self.weights,
+            skipped=skipped,
+            divergence=None if passed else self._divergence(model),
+            notes=self._notes(),
+        )
+
+    def _row(self, name: str, comparison: LogitComparison) -> Row:
+        size = self.config.num_hidden_layers, self.config.hidden_size
+        return Row(name, comparison, tolerance(*size, rounded_to=self.weights.rounded_to))
+
+    def _compare_expected(self, model: PreTrainedModel, path: Path) -> LogitComparison:
+        expected = read_expected(path, self.config.vocab_size)
+        last = _logits(model, expected.prompt)[-1:]
+        return compare_logits([expected.logits[None]], last, expected.prompt[-1:])
+
+    def _divergence(self, model: PreTrainedModel) -> str:
+        found = first_divergence(model, self.original, self.ids)
+        if self.weights.different and found.place == "head":
+            # Too small, or of a token too rare, to show in the streams.
+            return place_of(self.weights.different[0].name)
+        return str(found)
+
+    def _notes(self) -> tuple[str, ...]:
+        notes = []
+        if len(self.ids) < self.asked:
+            notes.append(f"the text has {len(self.ids)} tokens, fewer than the {self.asked} asked for")
+        if self.original.expected is not None:
+            notes.append(f"expected: {self.original.expected.name}, beside the original")
+        return tuple(notes)
+
+
+def _read_record(directory: Path) -> dict[str, Any]:
+    path = directory / RECORD_NAME
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SourceError(
+            f"{path} cannot be read ({error}); name the original with --original SOURCE"
+        ) from None
+    return record if isinstance(record, dict) else {}
+
+
+def _source(
+    directory: Path,
+    record: dict[str, Any],
+    original: str | Source | None,
+    file: str | None,
+    revision: str | None,
+) -> Source:
+    if isinstance(original, Source):
+        return original
+    if original is not None:
+        return parse_source(original, file=file, revision=revision)
+    if file is not None or revision is not None:
+        raise SourceError("--file and --revision choose from an --original SOURCE; name it too")
+    if not record.get("source"):
+        raise SourceError(
+            f"{directory} does not say what it was converted from; name the original with --original SOURCE"
+        )
+    try:
+        return parse_source(
+            record["source"],
+            file=record.get("file"),
+            revision=record.get("commit") or record.get("revision"),
+        )
+    except SourceError as error:
+        raise SourceError(
+            f"the original that {directory} remembers is gone ({error}); name it with --original SOURCE"
+        ) from None
+
+
+def _refuse_other_architecture(directory: Path, config: RwkvRevConfig, original: Original) -> None:
+    assert original.config is not None
+    fields = (
+        "rwkv_version",
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "intermediate_size",
+        "vocab_size",
+        "bonus_is_exponential",
+    )
+    for name in fields:
+        here, there = getattr(config, name), getattr(original.config, name)
+        if here != there:
+            raise RwkvRevError(
+                f"{original.label} is not the original of {directory}: {name} is {there}, in the converted "
+                f"model {here}; name another --original"
+            )
+
+
+def _load(directory: Path) -> PreTrainedModel:
+    from rwkv_rev.modeling import RwkvRevForCausalLM
+
+    return RwkvRevForCausalLM.from_pretrained(str(directory), dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """``[T, V]`` of one forward over the whole text."""
+    logits: Tensor = model(input_ids=tokens[None]).logits
+    return logits[0]
+
+
+def _describe(config: RwkvRevConfig) -> str:
+    return (
+        f"RWKV-{config.rwkv_version}, {config.num_hidden_layers} layers of {config.hidden_size}, "
+        f"vocabulary {config.vocab_size}"
+    )
