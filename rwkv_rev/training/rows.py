@@ -101,7 +101,7 @@ class RowDataset(Dataset):
         lengths, prompts = self.store.lengths(), self.store.prompt_lengths()
         counts = lengths // T + (lengths % T > 1)  # a last row of one token predicts nothing
         skipped = prompts // T  # rows that are prompt to their last token
-        useful = np.maximum(counts - skipped, 0)
+        useful = np.where(prompts < lengths, np.maximum(counts - skipped, 0), 0)
         self._skipped = np.zeros_like(skipped) if self.carry_state else skipped
         rows = np.where(useful > 0, counts, 0) if self.carry_state else useful
         self._first_row = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows)])

@@ -1,0 +1,205 @@
+"""Documents to rows."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from token_data import make_store
+
+from rwkv_rev.errors import DataError
+from rwkv_rev.training.rows import EMPTY_ROW, IGNORED, RowDataset, permutation
+from rwkv_rev.training.token_cache import load_tokens
+
+PERMUTATION_8 = [4, 0, 1, 7, 6, 2, 5, 3]
+
+
+def contents(rows: RowDataset) -> list[list[int]]:
+    return [rows[i]["input_ids"].tolist() for i in range(len(rows))]
+
+
+def test_documents_stay_whole_or_are_cut(tmp_path: Path) -> None:
+    rows = RowDataset(make_store(tmp_path, [3, 9, 8, 1, 5]), 4)
+    assert contents(rows) == [
+        [1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9, 10, 11],  # token 12 alone predicts nothing
+        [13, 14, 15, 16],
+        [17, 18, 19, 20],
+        [22, 23, 24, 25],
+    ]
+    assert rows.lengths().tolist() == [3, 4, 4, 4, 4, 4]
+    assert not any(rows[i]["continues"] for i in range(len(rows)))
+    assert rows[0]["labels"].tolist() == [1, 2, 3]
+
+
+def test_carry_state_marks_the_rows_that_continue(tmp_path: Path) -> None:
+    rows = RowDataset(make_store(tmp_path, [3, 10, 4]), 4, carry_state=True)
+    assert contents(rows) == [[1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13], [14, 15, 16, 17]]
+    assert [rows[i]["continues"] for i in range(5)] == [False, False, True, True, False]
+    assert [found.tolist() for found in rows.chains()] == [[0, 1, 4], [1, 3, 1]]
+    assert rows.lengths().tolist() == [3, 4, 4, 2, 4]
+
+
+def test_prompts_carry_no_loss(tmp_path: Path) -> None:
+    store = make_store(tmp_path, [5, 10, 4], [2, 9, 4])
+    rows = RowDataset(store, 4)
+    assert contents(rows) == [
+        [1, 2, 3, 4],
+        [14, 15],
+    ]  # 5 alone; two rows of prompt only; a document of prompt only
+    assert rows[0]["labels"].tolist() == [IGNORED, IGNORED, 3, 4]
+    assert rows[1]["labels"].tolist() == [IGNORED, 15]
+    statistics = rows.statistics()
+    assert statistics.dropped_documents == 1
+    assert any(warning.startswith("2 prompts fill the context") for warning in statistics.warnings)
+    carried = RowDataset(store, 4, carry_state=True)
+    assert contents(carried) == [[1, 2, 3, 4], [6, 7, 8, 9], [10, 11, 12, 13], [14, 15]]
+    assert carried[1]["labels"].tolist() == [IGNORED] * 4
+    assert carried[3]["labels"].tolist() == [IGNORED, 15]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    documents=st.lists(st.tuples(st.integers(0, 30), st.floats(0, 1)), min_size=1, max_size=12),
+    context=st.integers(2, 12),
+    carry=st.booleans(),
+)
+def test_rows_are_exactly_the_useful_slices(
+    tmp_path_factory: pytest.TempPathFactory, documents: list[tuple[int, float]], context: int, carry: bool
+) -> None:
+    lengths = [length for length, _ in documents]
+    prompts = [int(length * share) for length, share in documents]
+    if not sum(lengths):
+        return
+    expected, start = [], 1
+    for length, prompt in zip(lengths, prompts, strict=True):
+        mine = []
+        for row in range(0, length, context):
+            end = min(row + context, length)
+            useful = any(position >= prompt for position in range(row + 1, end))
+            mine.append((useful, end - row, list(range(start + row, start + end)), row > 0 and carry))
+        start += length
+        if carry:
+            keep = [entry for entry in mine if entry[1] > 1] if any(entry[0] for entry in mine) else []
+        else:
+            keep = [entry for entry in mine if entry[0]]
+        expected += [(ids, continues) for _, _, ids, continues in keep]
+    store = make_store(tmp_path_factory.mktemp("store"), lengths, prompts)
+    if not expected:
+        with pytest.raises(DataError, match="no document has a token to predict"):
+            RowDataset(store, context, carry_state=carry)
+        return
+    rows = RowDataset(store, context, carry_state=carry)
+    found = [(rows[i]["input_ids"].tolist(), rows[i]["continues"]) for i in range(len(rows))]
+    assert found == expected
+    assert rows.lengths().tolist() == [len(ids) for ids, _ in expected]
+    prompt_ids = {
+        first + offset
+        for first, prompt in zip(np.cumsum([1, *lengths[:-1]]).tolist(), prompts, strict=True)
+        for offset in range(prompt)
+    }
+    for i, (ids, _) in enumerate(expected):
+        assert rows[i]["labels"].tolist() == [IGNORED if token in prompt_ids else token for token in ids]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 20), min_size=1, max_size=10),
+    context=st.integers(2, 12),
+    seed=st.integers(0, 5),
+)
+def test_pack_is_one_stream_with_separators(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], context: int, seed: int
+) -> None:
+    if not sum(lengths):
+        return
+    store = make_store(tmp_path_factory.mktemp("store"), lengths, [min(1, length) for length in lengths])
+    rows = RowDataset(store, context, pack=True, separator=1000, seed=seed)
+    ids, labels = [], []
+    for document in permutation(len(lengths), seed, 0):
+        if lengths[document]:
+            tokens = store.tokens(int(document)).tolist()
+            ids += [*tokens, 1000]
+            labels += [IGNORED, *tokens[1:], 1000]
+    found = contents(rows)
+    dropped = len(ids) % context == 1
+    assert [token for row in found for token in row] == ids[: len(ids) - dropped]
+    assert [t for i in range(len(rows)) for t in rows[i]["labels"].tolist()] == labels[: len(ids) - dropped]
+    assert rows.lengths().tolist() == [len(row) for row in found]
+    assert all(len(row) == context for row in found[:-1])
+
+
+def test_pack_does_not_repeat_the_end_token(tmp_path: Path) -> None:
+    store = make_store(tmp_path, [3, 4], end_token=7)  # the second document ends in id 7 already
+    rows = RowDataset(store, 100, pack=True, seed=1)
+    assert sorted(contents(rows)[0]) == [1, 2, 3, 4, 5, 6, 7, 7]
+
+
+def test_refusals(tmp_path: Path) -> None:
+    store = make_store(tmp_path, [3, 9])
+    with pytest.raises(DataError, match="must be at least 2"):
+        RowDataset(store, 1)
+    with pytest.raises(DataError, match="exclude each other"):
+        RowDataset(store, 4, pack=True, carry_state=True)
+    with pytest.raises(DataError, match="name a separator"):
+        RowDataset(store, 4, pack=True)
+    with pytest.raises(DataError, match="token id 12 is outside"):
+        RowDataset(store, 4, vocab_size=12)
+    store.max_token = 0  # as for a binidx pair, which is not scanned
+    rows = RowDataset(store, 4, vocab_size=10)
+    assert rows[1]["input_ids"].tolist() == [4, 5, 6, 7]
+    with pytest.raises(DataError, match=r"d\.jsonl:2: token id 11 is outside the vocabulary"):
+        rows[2]
+    with pytest.raises(IndexError):
+        rows[len(rows)]
+
+
+def test_statistics_and_warnings(tmp_path: Path) -> None:
+    store = make_store(tmp_path, [3, 9, 8])
+    statistics = RowDataset(store, 100).statistics()
+    assert (statistics.documents, statistics.tokens, statistics.longest, statistics.shortest) == (3, 20, 9, 3)
+    assert (statistics.rows, statistics.dropped_documents) == (3, 0)
+    assert statistics.warnings == (
+        "the context length of 100 is longer than any document (longest: 9 tokens)",
+    )
+    assert RowDataset(store, 9).statistics().warnings == ()
+    assert "2 documents exceed the context: cut" in RowDataset(store, 4).statistics().warnings[0]
+    carried = RowDataset(store, 4, carry_state=True).statistics().warnings
+    assert carried == ("2 documents exceed the context: state carried on, gradient cut every 4 tokens",)
+    packed = RowDataset(store, 100, pack=True, separator=0).statistics().warnings
+    assert "longer than all documents (23 tokens)" in packed[0] and "state runs on" in packed[1]
+
+
+def test_rows_are_read_from_disk_one_at_a_time(tmp_path: Path) -> None:
+    rows = RowDataset(make_store(tmp_path, [3000, 50_000]), 1024)
+    rows[5]
+    assert len(pickle.dumps(rows)) < 4000
+    assert pickle.loads(pickle.dumps(rows))[5]["input_ids"].tolist() == rows[5]["input_ids"].tolist()
+    assert rows[EMPTY_ROW]["input_ids"].tolist() == [] and rows[EMPTY_ROW]["continues"] is False
+
+
+def test_permutation_is_fixed_forever() -> None:
+    """These values may never change: a resumed run must see the order the interrupted one saw."""
+    assert permutation(8, 0, 0).tolist() == PERMUTATION_8
+    assert permutation(8, 0, 1).tolist() != PERMUTATION_8 and permutation(8, 1, 0).tolist() != PERMUTATION_8
+    assert sorted(permutation(1000, 3, 4).tolist()) == list(range(1000))
+    assert permutation(0, 0, 0).tolist() == [] and permutation(3, -1, 0).shape == (3,)
+
+
+def test_from_a_file_to_rows(tmp_path: Path) -> None:
+    records = [{"prompt": "ab", "completion": "cd"}, {"prompt": "e", "completion": "f"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    class Bytes:
+        eos_token_id = 0
+
+        def encode(self, text: str) -> list[int]:
+            return list(text.encode())
+
+    rows = RowDataset(load_tokens(tmp_path / "a.jsonl", Bytes(), cache_dir=tmp_path / "cache"), 16)
+    assert contents(rows) == [[*b"abcd", 0], [*b"ef", 0]]
+    assert rows[0]["labels"].tolist() == [IGNORED, IGNORED, *b"cd", 0]
