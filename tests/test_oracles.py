@@ -1,0 +1,242 @@
+"""The oracles agree with each other and with outside references, and each trap they avoid is real."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from foreign import VERSIONS, blinkdl_state_dict, hf_state_dict
+
+from rwkv_rev.bundled import BUNDLED, bundled_path
+from rwkv_rev.equivalence import oracles
+from rwkv_rev.equivalence.logits import compare_logits
+from rwkv_rev.equivalence.naive_model import naive_logits, residual_streams
+from rwkv_rev.equivalence.oracles import OracleUnavailable
+from rwkv_rev.equivalence.original import Original
+from rwkv_rev.equivalence.text import default_text
+
+PEER = Path(__file__).parents[2] / "shared" / "peer"
+TOKENS = torch.randint(64, (300,), generator=torch.Generator().manual_seed(1))
+FLOAT32_NOISE = 2e-5  # random models of two layers; logits up to 5
+
+needs_rwkv = pytest.mark.skipif(
+    importlib.util.find_spec("rwkv") is None, reason="the rwkv package is not installed"
+)
+
+
+def naive(original: Original, tokens: torch.Tensor) -> torch.Tensor:
+    return torch.cat(list(oracles.naive(original, tokens)))
+
+
+def original_of(version: str, **kwargs: object) -> Original:
+    hf = hf_state_dict(version, **kwargs) if version == "4" else None
+    return Original(blinkdl_state_dict(version, **kwargs), "random", transformers_tensors=hf)
+
+
+@pytest.mark.parametrize("peer", ["tiny-rwkv-4v0-660K", "tiny-rwkv-5v2-730K"])
+def test_naive_reproduces_the_expected_logits_of_other_peoples_models(peer: str) -> None:
+    if not PEER.is_dir():
+        pytest.skip("no ../shared/peer")
+    expected = json.loads((PEER / f"{peer}.expected.json").read_text())
+    tensors = torch.load(PEER / f"{peer}.pth", weights_only=True)
+    eps = expected["group_norm_eps"] or 64e-5
+    logits = torch.cat(
+        list(naive_logits(tensors, torch.tensor(expected["prompt_bytes"]), group_norm_epsilon=eps))
+    )
+    truth = torch.tensor(expected["logits_after_last_byte"], dtype=torch.float64)
+    assert (logits[-1] - truth).abs().max() < 1e-5
+
+
+@needs_rwkv
+@pytest.mark.parametrize("name", BUNDLED)
+def test_rwkv_package_agrees_with_naive_on_trained_models(name: str) -> None:
+    tokens = torch.tensor(list(default_text().encode()[:1024]))
+    original = Original(torch.load(bundled_path(name), weights_only=True), name)
+    comparison = compare_logits(oracles.rwkv_package(original, tokens), naive(original, tokens), tokens)
+    assert comparison.largest < 1e-4
+    assert comparison.top1 == 1
+    assert comparison.original_bits == pytest.approx(comparison.converted_bits, abs=1e-6)
+    assert comparison.original_bits < 3  # it has learnt English
+
+
+CASES = [
+    *((version, {}) for version in VERSIONS),
+    ("4", {"layers": 1}),
+    ("5.0", {"layers": 1, "bonus": "time_first"}),
+    ("5.1", {"layers": 1, "dtype": torch.bfloat16}),
+    ("5.2", {"dtype": torch.float16}),
+]
+
+
+@needs_rwkv
+@pytest.mark.parametrize(
+    ("version", "kwargs"), CASES, ids=["-".join([v, *map(str, k.values())]) for v, k in CASES]
+)
+def test_rwkv_package_agrees_with_naive(version: str, kwargs: dict[str, object]) -> None:
+    original = original_of(version, **kwargs)
+    # 257 tokens: the second piece is a single token, which the package computes by another path.
+    tokens = TOKENS[:257]
+    comparison = compare_logits(oracles.rwkv_package(original, tokens), naive(original, tokens), tokens)
+    assert comparison.largest < FLOAT32_NOISE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_transformers_agrees_with_naive(dtype: torch.dtype) -> None:
+    # Seven layers: the class rescales every six of them when it is left to.
+    original = original_of("4", layers=7, dtype=dtype)
+    comparison = compare_logits(oracles.transformers_rwkv4(original, TOKENS), naive(original, TOKENS), TOKENS)
+    assert comparison.largest < FLOAT32_NOISE
+
+
+def test_transformers_knows_no_rwkv5() -> None:
+    with pytest.raises(OracleUnavailable, match=r"RWKV-4 only.*--oracle rwkv"):
+        next(oracles.transformers_rwkv4(original_of("5.2"), TOKENS))
+
+
+def test_rwkv_package_refuses_another_group_norm_eps() -> None:
+    original = Original(blinkdl_state_dict("5.2"), "random", group_norm_epsilon=1e-5)
+    with pytest.raises(OracleUnavailable, match=r"eps 0.00064 built in, this model's is 1e-05"):
+        next(oracles.rwkv_package(original, TOKENS))
+
+
+def test_rwkv_package_refuses_another_layer_norm_eps() -> None:
+    original = Original(blinkdl_state_dict("4"), "random", layer_norm_epsilon=1e-6)
+    with pytest.raises(OracleUnavailable, match="LayerNorm eps 1e-05 built in"):
+        next(oracles.rwkv_package(original, TOKENS))
+
+
+@needs_rwkv
+def test_rwkv_package_failure_is_one_line() -> None:
+    tensors = blinkdl_state_dict("4")
+    del tensors["blocks.1.ffn.value.weight"]
+    with pytest.raises(OracleUnavailable, match=r"failed on this checkpoint: KeyError.*ffn.value") as caught:
+        next(oracles.rwkv_package(Original(tensors, "broken"), TOKENS))
+    assert "\n" not in str(caught.value)
+
+
+def test_rwkv_package_says_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise oracles.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(oracles.importlib.metadata, "version", missing)
+    with pytest.raises(OracleUnavailable, match=r"pip install 'rwkv-rev\[verify\]'"):
+        next(oracles.rwkv_package(original_of("4"), TOKENS))
+
+
+def test_rwkv_package_says_when_the_disk_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oracles.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(OracleUnavailable, match="set TMPDIR"):
+        next(oracles.rwkv_package(original_of("4"), TOKENS))
+
+
+@needs_rwkv
+def test_rwkv_package_ignores_the_environment_and_keeps_stdout_clean(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RWKV_V7_ON", "1")  # would choose another class, and print
+    monkeypatch.setenv("RWKV_RESCALE_LAYER", "1")
+    monkeypatch.setenv("RWKV_CUDA_ON", "1")
+    original = original_of("5.1")
+    tokens = TOKENS[:20]
+    comparison = compare_logits(oracles.rwkv_package(original, tokens), naive(original, tokens), tokens)
+    assert comparison.largest < FLOAT32_NOISE
+    assert capfd.readouterr() == ("", "")
+    assert "rwkv" not in sys.modules
+
+
+TRAPS = """
+import json, os, sys, torch
+os.environ.update(RWKV_JIT_ON="0", RWKV_CUDA_ON="0")
+from rwkv.model import RWKV
+folder, tokens = sys.argv[1], json.loads(sys.argv[2])
+def load(name):
+    return RWKV(model=f"{folder}/{name}", strategy="cpu fp32", verbose=False)
+found = {}
+model = load("bfloat16")
+logits, state = model.forward(tokens, None, full_output=True)
+torch.save(logits, f"{folder}/logits.pt")
+before = [entry.clone() for entry in state]
+model.forward(tokens, state)
+found["overwrites the state"] = any(not torch.equal(a, b) for a, b in zip(before, state))
+found["one token gives [V]"] = list(model.forward(tokens[:1], None, full_output=True)[0].shape)
+try:
+    load("one-layer").forward(tokens, None)
+    found["one-layer v5"] = "works"
+except AttributeError as error:
+    found["one-layer v5"] = str(error)
+found["tf32"] = torch.backends.cuda.matmul.allow_tf32
+print(json.dumps(found))
+"""
+
+
+@needs_rwkv
+def test_the_traps_of_the_rwkv_package_are_real(tmp_path: Path) -> None:
+    """Each would spoil a comparison; the day one is gone from the package, a detour of ours can go."""
+    tokens = TOKENS[:60]
+    tensors = blinkdl_state_dict("5.2", layers=2, dtype=torch.bfloat16)
+    torch.save(tensors, tmp_path / "bfloat16.pth")
+    torch.save(blinkdl_state_dict("5.2", layers=1), tmp_path / "one-layer.pth")
+    command = [sys.executable, "-c", TRAPS, str(tmp_path), json.dumps(tokens.tolist())]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(run.stdout)
+    assert found == {
+        "overwrites the state": True,
+        "one token gives [V]": [64],
+        "one-layer v5": "'types.SimpleNamespace' object has no attribute 'n_head'",
+        "tf32": True,
+    }
+    ln0_in_bfloat16 = torch.load(tmp_path / "logits.pt", weights_only=True)
+    error = (ln0_in_bfloat16 - naive(Original(tensors, "random"), tokens)).abs().max()
+    assert error > 100 * FLOAT32_NOISE
+
+
+def test_the_trap_of_transformers_is_real() -> None:
+    """Left to its default the class divides its weights in place: read back, they are another model."""
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    config = RwkvConfig(
+        vocab_size=16, hidden_size=8, attention_hidden_size=8, intermediate_size=16, num_hidden_layers=7
+    )
+    model = RwkvForCausalLM(config).eval()
+    before = model.rwkv.blocks[6].attention.output.weight.clone()
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[1, 2, 3]]))
+    assert torch.equal(model.rwkv.blocks[6].attention.output.weight * 2, before)
+
+
+def test_transformers_oracle_leaves_the_original_alone() -> None:
+    original = original_of("4", layers=7)
+    before = {name: tensor.clone() for name, tensor in original.transformers_tensors.items()}
+    next(oracles.transformers_rwkv4(original, TOKENS[:5]))
+    assert all(torch.equal(before[name], tensor) for name, tensor in original.transformers_tensors.items())
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_naive_is_causal_and_names_every_sub_layer(version: str) -> None:
+    tensors = blinkdl_state_dict(version)
+    streams = dict(residual_streams(tensors, TOKENS[:20]))
+    assert list(streams) == [
+        "ln0",
+        *(f"blocks.{i}.{mix}" for i in range(2) for mix in ("time_mix", "channel_mix")),
+        "ln_out",
+    ]
+    shorter = dict(residual_streams(tensors, TOKENS[:11]))
+    for place, stream in streams.items():
+        torch.testing.assert_close(shorter[place], stream[:11], rtol=1e-12, atol=1e-12)
+        assert stream.dtype == torch.float64
+
+
+@pytest.mark.parametrize("version", ["5.0", "5.1", "5.2"])
+def test_group_norm_eps_changes_the_naive_logits(version: str) -> None:
+    original = original_of(version)
+    other = Original(original.tensors, "random", group_norm_epsilon=1e-5)
+    assert (naive(original, TOKENS) - naive(other, TOKENS)).abs().max() > 1e-3
+
+
+def test_naive_survives_extreme_keys_of_rwkv4() -> None:
+    tensors = blinkdl_state_dict("4")
+    tensors["blocks.0.att.key.weight"] = 200 * tensors["blocks.0.att.key.weight"]  # e^k overflows float64
+    assert naive(Original(tensors, "random"), TOKENS).isfinite().all()
