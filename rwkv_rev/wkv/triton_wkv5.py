@@ -1,26 +1,31 @@
 """RWKV-5 recurrence in Triton: chunked, parallel in time, decay fixed in time per key channel.
 
-    y_t = r_t (S_t + diag(u) k_t^T v_t),    S_{t+1} = diag(w) S_t + k_t^T v_t        (Peng et al. 2024, section 3)
+    y_t = r_t (S_t + diag(u) k_t^T v_t),      S_{t+1} = diag(w) S_t + k_t^T v_t
 
-A chunk of 64 tokens is handled by matrix products, four launches forward and three backward:
+(Peng et al. 2024, "Eagle and Finch", section 4.1.) Chunks of 64 tokens are handled by matrix products, in
+three launches:
 
-1. each chunk's own update U_j = (w^{n-1-s} k_s)^T v_s;
-2. a scan over chunks: C_{j+1} = w^{n_j} C_j + U_j from zero. The last C is the *contribution*, and the state before
-   chunk j is S_j = C_j + w^{64 j} S_0;
-3. outputs (w^t r_t) S_j + A v, with A_ts = sum_i r_ti k_si w_i^{t-1-s} for s < t and r_t diag(u) k_t on the diagonal.
+1. each chunk's own update U_j = sum_s (w^{n-1-s} k_s)^T v_s;
+2. a scan over chunks from zero, C_{j+1} = w^{n_j} C_j + U_j; the last C is the *contribution*, and the state
+   before chunk j is S_j = C_j + w^{64 j} S_0;
+3. outputs (w^t r_t) S_j + A v, with A_ts = sum_i r_ti k_si w_i^{t-1-s} for s < t, and r_t diag(u) k_t on the
+   diagonal.
 
-The backward pass mirrors this: G_j = (w^t r_t)^T dy_t, the same scan reversed, then dr, dk, dv.
+The backward pass mirrors them: G_j = sum_t (w^t r_t)^T dy_t, the same scan reversed, then dr, dk, dv.
 
-A is stable for every decay, however small: the chunk is halved until w^{-block/2} is harmless, per head; between two
-halves all exponents are counted from their common border and are >= 0, and within the smallest block from its
-middle. Weak decays need one matrix product, w = 1e-9 needs seven. The gradient of log w weighs each product by the
-same local exponents, so nothing large cancels in it.
+A is stable for every decay, however small: the chunk is halved until w^{-block/2} is harmless, as often as the
+head's strongest decay needs. Between two halves exponents are counted from their common border and are all >= 0,
+within the smallest block from its middle. Weak decays need one matrix product, w = 1e-9 needs seven. The
+gradient of log w weighs each product by the same local exponents, so nothing large cancels in it.
 
-Cost per token and head: about 64 N + 2 N^2 multiply-adds forward and three times that backward; the states before
-every chunk (N^2 / 64 float32 numbers per token and head) are kept for the backward pass. All sums are float32, with
-each product in three tf32 parts by default (``PRECISION``); partial sums go to buffers that are added in a
-fixed order, so results are the same to the bit. float64 is refused: use kernel="chunked".
+The states before every chunk (N / 64 float32 numbers per token and channel) are kept for the backward pass. All
+sums are float32, each product in three tf32 parts (``PRECISION``); sums over rows and chunks go through buffers
+that are added in a fixed order: results are the same to the bit. One configuration per head size, nothing is
+tuned at run time. float64 is refused. Over 400 lines, because both directions share every helper and the scan.
 """
+
+# mypy: disable-error-code="no-untyped-def"
+# (the compiler, not Python, gives a kernel's arguments their types)
 
 from typing import Any
 
@@ -29,19 +34,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 64
+from rwkv_rev.wkv.dispatch import KernelError
+
+LEVELS = 6
+CHUNK = 1 << LEVELS
 PRECISION = "tf32x3"
-_MAX_HEAD_SIZE = 128
+OUTER_WARPS, OUTPUT_WARPS, GRADIENT_WARPS = 4, 4, 8
+SCAN_BLOCK, SCAN_WARPS, SCAN_STAGES = 256, 2, 6
+MAX_HEAD_SIZE = 128
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _MIN_LOG_DECAY = tl.constexpr(-1e5)  # below it w is zero in float32 anyway, and 0 * inf cannot happen
-_MAX_EXPONENT = tl.constexpr(
-    28.85
-)  # base 2: factors stay within e^20, so float32 rounding of the exponent is < 2e-6
+_MAX_EXPONENT = tl.constexpr(28.0)  # base 2; float32 rounds such an exponent by less than 1e-6
 
 
 @triton.jit
 def _program(H, chunks, TILES: tl.constexpr):
-    """The launch's flat index as (head, value tile, chunk, row); heads vary fastest, their memory is adjacent."""
+    """The launch's flat index as (head, value tile, chunk, row); heads are neighbours in memory."""
     program = tl.program_id(0)
     head = program % H
     program = program // H
@@ -52,7 +60,7 @@ def _program(H, chunks, TILES: tl.constexpr):
 
 @triton.jit
 def _tokens(index, counts, row, chunk, T, BT: tl.constexpr, MASKED: tl.constexpr):
-    """Positions of a chunk's tokens in [B * T], which of them exist, and how many are valid in chunk and before."""
+    """Where a chunk's tokens are in [B * T], which of them exist, and how many of those are valid."""
     t = chunk * BT + tl.arange(0, BT)
     exists = t < T
     total = T
@@ -60,9 +68,8 @@ def _tokens(index, counts, row, chunk, T, BT: tl.constexpr, MASKED: tl.constexpr
     if MASKED:
         total = tl.load(counts + row)
         position = tl.load(index + row.to(tl.int64) * T + t, mask=exists, other=0)
-    before = tl.minimum(chunk * BT, total)
-    count = tl.minimum((chunk + 1) * BT, total) - before
-    return row.to(tl.int64) * T + position, exists, count, before, total
+    count = tl.minimum((chunk + 1) * BT, total) - tl.minimum(chunk * BT, total)
+    return row.to(tl.int64) * T + position, exists, count
 
 
 @triton.jit
@@ -97,42 +104,41 @@ def _dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _halvings(log2_decay, BT: tl.constexpr):
-    """How often the chunk must be halved before w^(block / 2) stays in range for the strongest decay of the head."""
+def _halvings(log2_decay, LEVELS: tl.constexpr):
+    """How often the chunk is halved before w^(block / 2) stays in range for the head's strongest decay."""
     strongest = tl.max(-log2_decay, 0)
     count = 0
-    block: tl.constexpr = BT
-    while block > 1:
-        count += (strongest * (block // 2) > _MAX_EXPONENT).to(tl.int32)
-        block = block // 2
+    for level in tl.static_range(LEVELS):
+        count += (strongest * (1 << (LEVELS - 1 - level)) > _MAX_EXPONENT).to(tl.int32)
     return count
 
 
 @triton.jit
-def _level(step, halvings, BT: tl.constexpr):
-    """One level of the halved chunk: exponents on the r side and the k side, and the pairs (t, s) it covers."""
-    t = tl.arange(0, BT)
-    between = step < halvings
-    block = BT >> tl.minimum(step + 1, halvings)
-    shift = tl.where(between, 0, block // 2)
-    r_exponent = (t % block - shift).to(tl.float32)
-    k_exponent = (block - 1 - t % block - shift).to(tl.float32)
-    mine = (t // block)[:, None]
-    other = (t // block)[None, :]
-    halves = (mine == other + 1) & (mine % 2 == 1)
-    within = (mine == other) & (t[:, None] > t[None, :])
-    return r_exponent, k_exponent, (halves & between) | (within & (step == halvings))
+def _level(step, halvings, LEVELS: tl.constexpr):
+    """One level of the halved chunk: exponents of r and of k, and the pairs (t, s) it covers."""
+    t = tl.arange(0, 1 << LEVELS)
+    bits = LEVELS - tl.minimum(step + 1, halvings)
+    within = t & ((1 << bits) - 1)
+    shift = tl.where(step == halvings, (1 << bits) >> 1, 0)
+    r_exponent = (within - shift).to(tl.float32)
+    k_exponent = ((1 << bits) - 1 - within - shift).to(tl.float32)
+    block = (t >> bits)[:, None]
+    other = (t >> bits)[None, :]
+    neighbours = (block == other + 1) & (block % 2 == 1) & (step < halvings)
+    same = (block == other) & (t[:, None] > t[None, :]) & (step == halvings)
+    return r_exponent, k_exponent, neighbours | same
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "H", "chunks"])
 def _outer_kernel(
     keys, values, log_decay, index, counts, products, T, H, chunks,
-    N: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
+    N: tl.constexpr, LEVELS: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
     FROM_START: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """products[b, j, h] = sum_s (w^e keys_s)^T values_s, e counted to the chunk's end or from its start."""
+    BT: tl.constexpr = 1 << LEVELS
     head, tile, chunk, row = _program(H, chunks, TILES)
-    token, exists, count, _, _ = _tokens(index, counts, row, chunk, T, BT, MASKED)
+    token, _exists, count = _tokens(index, counts, row, chunk, T, BT, MASKED)
     t = tl.arange(0, BT)
     i = tl.arange(0, BN)
     c = tile * BV + tl.arange(0, BV)
@@ -147,14 +153,15 @@ def _outer_kernel(
     tl.store(at, _dot(tl.trans(key), value, PRECISION), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "H", "chunks"])
 def _scan_kernel(
     products, outside, log_decay, counts, states, total_out, T, H, chunks, BLOCKS,
-    N: tl.constexpr, BT: tl.constexpr, BLOCK: tl.constexpr,
+    N: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr,
     REVERSE: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """total = sum of decayed products, elementwise; states[j] = the running total where chunk j begins (ends, if
-    reversed) plus the decayed ``outside`` matrix, which itself is not part of the total."""
+    """total_out = the decayed sum of products; states[j] = the sum so far where chunk j begins (ends, if
+    reversed), plus the decayed ``outside`` matrix, which is not part of the total. Elementwise."""
+    BT: tl.constexpr = 1 << LEVELS
     program = tl.program_id(0)
     element = (program % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
     slot = program // BLOCKS
@@ -181,14 +188,15 @@ def _scan_kernel(
     tl.store(total_out + at, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "H", "chunks"])
 def _output_kernel(
     r, k, v, log_decay, bonus, states, index, counts, out, T, H, chunks,
-    N: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
+    N: tl.constexpr, LEVELS: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    BT: tl.constexpr = 1 << LEVELS
     head, tile, chunk, row = _program(H, chunks, TILES)
-    token, exists, count, _, _ = _tokens(index, counts, row, chunk, T, BT, MASKED)
+    token, exists, count = _tokens(index, counts, row, chunk, T, BT, MASKED)
     t = tl.arange(0, BT)
     i = tl.arange(0, BN)
     c = tile * BV + tl.arange(0, BV)
@@ -203,10 +211,10 @@ def _output_kernel(
 
     y = _dot(receptance * tl.exp2(t.to(tl.float32)[:, None] * log2_decay[None, :]), state, PRECISION)
     y += tl.sum(receptance * key * u[None, :], 1)[:, None] * value
-    halvings = _halvings(log2_decay, BT)
+    halvings = _halvings(log2_decay, LEVELS)
     scores = tl.zeros([BT, BT], tl.float32)
     for step in range(0, halvings + 1):
-        r_exponent, k_exponent, pairs = _level(step, halvings, BT)
+        r_exponent, k_exponent, pairs = _level(step, halvings, LEVELS)
         left = receptance * tl.exp2(r_exponent[:, None] * log2_decay[None, :])
         right = key * tl.exp2(k_exponent[:, None] * log2_decay[None, :])
         scores += tl.where(pairs, _dot(left, tl.trans(right), PRECISION), 0.0)
@@ -214,16 +222,17 @@ def _output_kernel(
     _store(out, y, token, exists, head, c, H, N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "H", "chunks"])
 def _gradient_kernel(
     r, k, v, log_decay, bonus, states, d_states, d_out, index, counts,
     d_r, d_k, d_v, d_log_decay, d_bonus, T, H, chunks,
-    N: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
+    N: tl.constexpr, LEVELS: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Everything of one chunk, given the state before it and the gradient of the state after it."""
+    BT: tl.constexpr = 1 << LEVELS
     head, _, chunk, row = _program(H, chunks, 1)
-    token, exists, count, _, _ = _tokens(index, counts, row, chunk, T, BT, MASKED)
+    token, exists, count = _tokens(index, counts, row, chunk, T, BT, MASKED)
     t = tl.arange(0, BT)
     i = tl.arange(0, BN)
     valid = t < count
@@ -233,7 +242,7 @@ def _gradient_kernel(
     slot = (row.to(tl.int64) * chunks + chunk) * H + head
     to_end = tl.maximum(count - 1 - t, 0).to(tl.float32)
     from_start = t.to(tl.float32)
-    halvings = _halvings(log2_decay, BT)
+    halvings = _halvings(log2_decay, LEVELS)
 
     # d_scores, and the gradients through the states, summed over tiles of the value dimension
     d_scores = tl.zeros([BT, BT], tl.float32)
@@ -262,7 +271,7 @@ def _gradient_kernel(
 
     scores = tl.zeros([BT, BT], tl.float32)
     for step in range(0, halvings + 1):
-        r_exponent, k_exponent, pairs = _level(step, halvings, BT)
+        r_exponent, k_exponent, pairs = _level(step, halvings, LEVELS)
         r_factor = tl.exp2(r_exponent[:, None] * log2_decay[None, :])
         k_factor = tl.exp2(k_exponent[:, None] * log2_decay[None, :])
         left = receptance * r_factor
@@ -305,7 +314,7 @@ class _Launcher:
         block = max(16, triton.next_power_of_2(self.N))
         tile = min(block, 64)
         self.tiles = triton.cdiv(self.N, tile)
-        self.blocks = {"N": self.N, "BT": CHUNK, "BN": block, "BV": tile, "TILES": self.tiles}
+        self.blocks = {"N": self.N, "LEVELS": LEVELS, "BN": block, "BV": tile, "TILES": self.tiles}
         self.options = {"MASKED": mask is not None, "PRECISION": PRECISION}
         self.index = self.counts = None
         if mask is not None:
@@ -320,18 +329,19 @@ class _Launcher:
         products = self.empty(self.B, self.chunks, self.H, self.N, self.N)
         _outer_kernel[(self.B * self.chunks * self.H * self.tiles,)](
             keys, values, self.log_decay, self.index, self.counts, products, self.T, self.H, self.chunks,
-            **self.blocks, **self.options, FROM_START=from_start, num_warps=4, num_stages=1,
+            **self.blocks, **self.options, FROM_START=from_start, num_warps=OUTER_WARPS, num_stages=1,
         )  # fmt: skip
         return products
 
     def scan(self, products: Tensor, outside: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
         """(states [B, chunks, H, N, N], in the memory of ``products``; total [B, H, N, N])."""
         total = self.empty(self.B, self.H, self.N, self.N)
-        block = min(512, triton.next_power_of_2(self.N * self.N))
+        block = min(SCAN_BLOCK, triton.next_power_of_2(self.N * self.N))
         blocks = triton.cdiv(self.N * self.N, block)
         _scan_kernel[(self.B * self.H * blocks,)](
-            products, outside, self.log_decay, self.counts, products, total, self.T, self.H, self.chunks, blocks,
-            N=self.N, BT=CHUNK, BLOCK=block, REVERSE=reverse, MASKED=self.options["MASKED"], STAGES=6, num_warps=4,
+            products, outside, self.log_decay, self.counts, products, total,
+            self.T, self.H, self.chunks, blocks, N=self.N, LEVELS=LEVELS, BLOCK=block,
+            REVERSE=reverse, MASKED=self.counts is not None, STAGES=SCAN_STAGES, num_warps=SCAN_WARPS,
         )  # fmt: skip
         return products, total
 
@@ -353,8 +363,9 @@ class _WKV5(torch.autograd.Function):
             states, contribution = launch.scan(launch.outer(k, v, from_start=False), state, reverse=False)
             out = launch.empty(*k.shape)
             _output_kernel[(launch.B * launch.chunks * launch.H * launch.tiles,)](
-                r, k, v, log_decay, bonus, states, launch.index, launch.counts, out, launch.T, launch.H, launch.chunks,
-                **launch.blocks, **launch.options, num_warps=4, num_stages=1,
+                r, k, v, log_decay, bonus, states, launch.index, launch.counts, out,
+                launch.T, launch.H, launch.chunks,
+                **launch.blocks, **launch.options, num_warps=OUTPUT_WARPS, num_stages=1,
             )  # fmt: skip
         ctx.save_for_backward(r, k, v, log_decay, bonus, state, states, mask)
         return out, contribution
@@ -375,7 +386,7 @@ class _WKV5(torch.autograd.Function):
             _gradient_kernel[(launch.B * launch.chunks * launch.H,)](
                 r, k, v, log_decay, bonus, states, d_states, d_out, launch.index, launch.counts,
                 d_r, d_k, d_v, d_log_decay, d_bonus, launch.T, launch.H, launch.chunks,
-                **launch.blocks, **launch.options, num_warps=8, num_stages=1,
+                **launch.blocks, **launch.options, num_warps=GRADIENT_WARPS, num_stages=1,
             )  # fmt: skip
             # S_j holds w^{64 j} S_0, which the contribution does not: take that path out again
             count = launch.T if mask is None else mask.sum(1)[:, None, None]
@@ -387,19 +398,18 @@ class _WKV5(torch.autograd.Function):
         return d_r, d_k, d_v, d_log_decay, d_bonus, d_state, None
 
 
-def _prepare(log_decay: Tensor, mask: Tensor | None, *tokens: Tensor) -> tuple[Tensor, ...]:
-    """Contiguous inputs and a float32 decay; raises TypeError or ValueError for what the kernels cannot do."""
+def _prepare(log_decay: Tensor, *tokens: Tensor) -> tuple[Tensor, ...]:
+    """A float32 decay and contiguous tensors; raises KernelError for what the kernels cannot do."""
+    size = tokens[0].shape[-1]
+    if size > MAX_HEAD_SIZE:
+        raise KernelError(
+            f'the triton kernel takes head sizes up to {MAX_HEAD_SIZE}, not {size}; use kernel="chunked"'
+        )
     for x in tokens:
         if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            raise TypeError(
-                f'Triton WKV kernels take bfloat16, float16 or float32, not {x.dtype}; use kernel="chunked"'
+            raise KernelError(
+                f'the triton kernel takes bfloat16, float16 and float32, not {x.dtype}; use kernel="chunked"'
             )
-    if tokens[0].shape[-1] > _MAX_HEAD_SIZE:
-        raise ValueError(
-            f'Triton WKV kernels take head sizes up to {_MAX_HEAD_SIZE}, not {tokens[0].shape[-1]}; use kernel="chunked"'
-        )
-    if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(f"mask must be bool, not {mask.dtype}")
     return log_decay.float().contiguous(), *(x.contiguous() for x in tokens)
 
 
@@ -414,12 +424,9 @@ def wkv5(
 ) -> tuple[Tensor, Tensor]:
     """Outputs [B, T, H, N] and contribution [B, H, N, N] (key index first), both float32.
 
-    ``r, k, v`` [B, T, H, N] in bfloat16, float16 or float32; ``log_decay`` (<= 0) and ``bonus`` [H, N]; ``state``
-    [B, H, N, N]; ``mask`` [B, T] bool: tokens that are False change nothing and have output 0. The final state is
-    ``exp(n * log_decay)[..., None] * state + contribution`` for n valid tokens. Raises TypeError for other dtypes,
-    ValueError for head sizes above 128.
+    Arguments as in :func:`rwkv_rev.wkv.wkv5`; ``r, k, v`` in bfloat16, float16 or float32, N at most 128.
     """
-    decay, r, k, v = _prepare(log_decay, mask, r, k, v)
+    decay, r, k, v = _prepare(log_decay, r, k, v)
     return _WKV5.apply(r, k, v, decay, bonus.float().contiguous(), state.float().contiguous(), mask)
 
 
@@ -428,7 +435,7 @@ def wkv5_contribution(k: Tensor, v: Tensor, log_decay: Tensor, mask: Tensor | No
     if torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, log_decay)):
         nothing = k.new_zeros(k.shape[0], *log_decay.shape, k.shape[-1], dtype=torch.float32)
         return wkv5(torch.zeros_like(k), k, v, log_decay, torch.zeros_like(log_decay), nothing, mask)[1]
-    decay, k, v = _prepare(log_decay, mask, k, v)
+    decay, k, v = _prepare(log_decay, k, v)
     with torch.cuda.device_of(k):
         launch = _Launcher(k, decay, mask)
         outside = launch.empty(launch.B, launch.H, launch.N, launch.N).zero_()
