@@ -19,13 +19,13 @@ pass: the inputs as they came and the states (three numbers per token and channe
 and cannot be differentiated again.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rwkv_rev.wkv import naive
 from rwkv_rev.wkv.compaction import Compaction
 from rwkv_rev.wkv.naive import EMPTY_EXPONENT, LOWEST_LOG_DECAY, arithmetic_dtype
 
@@ -101,22 +101,23 @@ def _steps(
     else:
         x[start].copy_(first[0])
         m[start].copy_(first[1])
-    for source, target, i in _order(length, reverse):
-        torch.maximum(torch.add(m[source], log_decay, out=m[target]), exponents[i], out=m[target])
+    for source, target, exponent in _order(reverse, m, exponents):
+        torch.maximum(torch.add(source, log_decay, out=target), exponent, out=target)
     # Not (m + log_decay) - m': this way the rounding of m' is made up for.
     past = (m[before] - m[after]).add_(log_decay).exp_()
     present = (exponents - m[after]).exp_()
     torch.mul(elements[0], present, out=x[after, 0])
     torch.mul(elements[1], present, out=x[after, 1])
-    for source, target, i in _order(length, reverse):
-        x[target].addcmul_(past[i], x[source])
+    for source, target, factor in _order(reverse, x, past):
+        target.addcmul_(factor, source)
     return x, m
 
 
-def _order(length: int, reverse: bool) -> Iterator[tuple[int, int, int]]:
-    """Place before, place after and number of each element, in the order of the scan."""
-    for i in reversed(range(length)) if reverse else range(length):
-        yield (i + 1, i, i) if reverse else (i, i + 1, i)
+def _order(reverse: bool, places: Tensor, elements: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Place before, place after and element, in the order of the scan."""
+    views = places.unbind(0)
+    steps = zip(views[:-1], views[1:], elements.unbind(0), strict=True)
+    return [(after, before, x) for before, after, x in steps][::-1] if reverse else list(steps)
 
 
 def _scan(
@@ -232,6 +233,8 @@ def wkv4(
     k: Tensor, v: Tensor, log_decay: Tensor, bonus: Tensor, state: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """RWKV-4; arguments and results as in :func:`rwkv_rev.wkv.wkv4`."""
+    if k.shape[1] == 1:
+        return naive.wkv4(k, v, log_decay, bonus, state, mask)
     dtype = arithmetic_dtype(k)
     log_decay = log_decay.to(dtype).clamp(min=LOWEST_LOG_DECAY)
     bonus, state = bonus.to(dtype), state.to(dtype)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rwkv_rev.wkv import naive
 from rwkv_rev.wkv.compaction import Compaction
 from rwkv_rev.wkv.naive import LOWEST_LOG_DECAY, arithmetic_dtype
 
@@ -126,13 +127,29 @@ class _Plan:
         The one place that computes a contribution, so that it has the same bits with and without outputs.
         """
         updates = torch.matmul((k * self.end_powers).transpose(-1, -2), v)
-        decays = self.inside_powers()
-        starts = torch.empty_like(updates)
-        running = torch.zeros_like(updates[0])
-        for j in range(self.J):
-            starts[j].copy_(running)
-            torch.addcmul(updates[j], decays[j], starts[j], out=running)
-        return starts, running
+        prefixes = updates.new_empty(self.J + 1, *updates.shape[1:])
+        prefixes[0].zero_()
+        places = prefixes.unbind(0)
+        for j, (update, decay) in enumerate(zip(updates.unbind(0), self._inside_steps(), strict=True)):
+            torch.addcmul(update, decay, places[j], out=places[j + 1])
+        return prefixes[:-1], places[-1].clone()
+
+    def prefix_gradients(self, starts: Tensor | None, end: Tensor) -> Tensor:
+        """Gradients of P_{j+1}, [J, B, H, N, N], from those of S_j (None: zero) and that of the contribution."""
+        shape = (self.J, *end.shape)
+        gradients = end.new_empty(shape)
+        places = gradients.unbind(0)
+        places[-1].copy_(end)
+        decays = self._inside_steps()
+        for j in range(self.J - 1, 0, -1):
+            if starts is None:
+                torch.mul(decays[j], places[j], out=places[j - 1])
+            else:
+                torch.addcmul(starts[j], decays[j], places[j], out=places[j - 1])
+        return gradients
+
+    def _inside_steps(self) -> tuple[Tensor, ...]:
+        return self.inside_powers().expand(self.J, -1, -1, -1, -1).unbind(0)
 
     def sum_prefix_gradient(self, starts: Tensor, ends: Tensor) -> Tensor:
         """d log_decay [H, N] through P_{j+1} = w^n P_j + U_j, from P_j and the gradients of P_{j+1}."""
@@ -226,7 +243,7 @@ class _Wkv5(torch.autograd.Function):
         with torch.autocast(k.device.type, enabled=False):
             plan = _Plan(log_decay, k.shape[1], counts)
             rs, ks, vs, go = plan.split(r), plan.split(k), plan.split(v), plan.split(grad_out)
-            before, inside = plan.before_powers(), plan.inside_powers()
+            before = plan.before_powers()
 
             # Outputs from the state at the sub-chunk's start.
             from_start = plan.powers[:, :-1]
@@ -243,17 +260,13 @@ class _Wkv5(torch.autograd.Function):
             weights = plan.before.to(plan.dtype)[..., None, None]
             d_log_decay += ((arrived * state).sum(-1) * weights).sum((0, 1))
 
-            # The scan P_{j+1} = w^n P_j + U_j in reverse; state_grads[j] becomes the gradient of P_{j+1}.
-            running = grad_contribution.to(plan.dtype).clone()
-            for j in reversed(range(plan.J)):
-                ahead = torch.addcmul(state_grads[j], inside[j], running)
-                state_grads[j].copy_(running)
-                running = ahead
-            d_log_decay += plan.sum_prefix_gradient(starts, state_grads)
+            # P_{j+1} = w^n P_j + U_j.
+            prefix_grads = plan.prefix_gradients(state_grads, grad_contribution.to(plan.dtype))
+            d_log_decay += plan.sum_prefix_gradient(starts, prefix_grads)
 
             # U_j = (k w^to_end)^T v.
-            dk = torch.matmul(vs, state_grads.transpose(-1, -2)).mul_(plan.end_powers)
-            dv = torch.matmul(ks * plan.end_powers, state_grads)
+            dk = torch.matmul(vs, prefix_grads.transpose(-1, -2)).mul_(plan.end_powers)
+            dv = torch.matmul(ks * plan.end_powers, prefix_grads)
             d_log_decay += ((dk * ks) * plan.to_end[..., None, :, None]).sum((0, 1, 3))
 
             # Inside the sub-chunk.
@@ -285,13 +298,9 @@ class _Wkv5Contribution(torch.autograd.Function):
         k, v, log_decay, counts = ctx.saved_tensors
         with torch.autocast(k.device.type, enabled=False):
             plan = _Plan(log_decay, k.shape[1], counts)
-            ks, vs, inside = plan.split(k), plan.split(v), plan.inside_powers()
+            ks, vs = plan.split(k), plan.split(v)
             starts, _ = plan.prefixes(ks, vs)
-            ends = torch.empty_like(starts)
-            running = grad.to(plan.dtype)
-            for j in reversed(range(plan.J)):
-                ends[j].copy_(running)
-                running = running * inside[j]
+            ends = plan.prefix_gradients(None, grad.to(plan.dtype))
             d_log_decay = plan.sum_prefix_gradient(starts, ends)
             dk = torch.matmul(vs, ends.transpose(-1, -2)).mul_(plan.end_powers)
             dv = torch.matmul(ks * plan.end_powers, ends)
@@ -309,6 +318,8 @@ def wkv5(
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RWKV-5; arguments and results as in :func:`rwkv_rev.wkv.wkv5`."""
+    if k.shape[1] == 1:
+        return naive.wkv5(r, k, v, log_decay, bonus, state, mask)
     dtype = arithmetic_dtype(k)
     log_decay = log_decay.to(dtype).clamp(min=LOWEST_LOG_DECAY)
     bonus, state = bonus.to(dtype), state.to(dtype)
@@ -322,6 +333,8 @@ def wkv5(
 
 def wkv5_contribution(k: Tensor, v: Tensor, log_decay: Tensor, mask: Tensor | None = None) -> Tensor:
     """Second result of :func:`wkv5`, to the bit; as :func:`rwkv_rev.wkv.wkv5_contribution`."""
+    if k.shape[1] == 1:
+        return naive.wkv5_contribution(k, v, log_decay, mask)
     log_decay = log_decay.to(arithmetic_dtype(k)).clamp(min=LOWEST_LOG_DECAY)
     if mask is None:
         return _Wkv5Contribution.apply(k, v, log_decay, None)
