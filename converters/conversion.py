@@ -93,7 +93,7 @@ class _Settings:
 
 
 def convert(
-    source: str | Source,
+    source: str | Path | Source,
     output: str | Path | None = None,
     *,
     file: str | None = None,
@@ -132,7 +132,10 @@ def convert(
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise CheckpointError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
-    parsed = source if isinstance(source, Source) else parse_source(source, file=file, revision=revision)
+    if isinstance(source, Source):
+        parsed = source
+    else:
+        parsed = parse_source(str(source), file=file, revision=revision)
     if output is not None and not dry_run:  # refuse before anything is downloaded
         check_output(Path(output).absolute(), force=force, directory=True)
     expected = plan(parsed)

@@ -6,6 +6,7 @@ reversing one step exactly (:mod:`rwkv_rev.numerics`).
 
 from collections import Counter
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class Inspection:
 
 
 def inspect_source(
-    source: str, *, file: str | None = None, revision: str | None = None, progress: bool = False
+    source: str | Path, *, file: str | None = None, revision: str | None = None, progress: bool = False
 ) -> Inspection:
     """Read what a ``SOURCE`` or a converted folder is; only headers and decays are read.
 
@@ -80,8 +81,8 @@ def inspect_source(
     if is_converted(source):
         with ConvertedModel(source) as model:
             names = {name: name for name in model.names()}
-            return _inspection(source, "converted", model.config, model, names)
-    parsed = parse_source(source, file=file, revision=revision)
+            return _inspection(str(source), "converted", model.config, model, names)
+    parsed = parse_source(str(source), file=file, revision=revision)
     with open_checkpoint(resolve(parsed, progress=progress)) as checkpoint:
         architecture = detect(checkpoint)
         config = architecture.to_config()

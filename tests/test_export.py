@@ -1,0 +1,164 @@
+"""convert -> export gives back the original bit for bit: all versions, all layouts, all dtypes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from foreign import VERSIONS, blinkdl_state_dict, hf_config, hf_state_dict
+from safetensors.torch import load_file, save_file
+
+from rwkv_rev.bundled import BUNDLED, bundled_path
+from rwkv_rev.converters.conversion import convert
+from rwkv_rev.converters.export import export
+from rwkv_rev.errors import CheckpointError, OutputError, SourceError
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SIZES = {"vocab": 256, "D": 32, "head_size": 8}
+
+
+def same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        other = right[name]
+        assert (tensor.dtype, tensor.shape) == (other.dtype, other.shape), name
+        assert torch.equal(tensor.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)), name
+
+
+def load_folder(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_blinkdl_comes_back(tmp_path: Path, version: str, dtype: torch.dtype) -> None:
+    original = blinkdl_state_dict(version, dtype=dtype, **SIZES)
+    torch.save(original, tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "model", max_shard_size="20KB")
+    export(tmp_path / "model", tmp_path / "b.pth")
+    same_bits(original, torch.load(tmp_path / "b.pth", weights_only=True))
+
+
+@pytest.mark.parametrize("bonus", ["time_first", "time_faaaa"])
+def test_both_names_of_the_bonus_come_back(tmp_path: Path, bonus: str) -> None:
+    original = blinkdl_state_dict("5.0", bonus=bonus, **SIZES)
+    torch.save(original, tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "b.pth")
+    same_bits(original, torch.load(tmp_path / "b.pth", weights_only=True))
+
+
+@pytest.mark.parametrize("kind", ["bin", "safetensors"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_hugging_face_comes_back(tmp_path: Path, version: str, dtype: torch.dtype, kind: str) -> None:
+    original = hf_state_dict(version, dtype=dtype, **SIZES)
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(hf_config(version, **SIZES)))
+    if kind == "bin":
+        torch.save(original, source / "pytorch_model.bin")
+    else:
+        save_file(original, source / "model.safetensors", {"format": "pt"})
+    convert(source, tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "back", to="hf", max_shard_size="20KB")
+    assert (tmp_path / "back" / "model.safetensors.index.json").exists()
+    same_bits(original, load_folder(tmp_path / "back"))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_layouts_translate_into_each_other(tmp_path: Path, version: str) -> None:
+    torch.save(blinkdl_state_dict(version, **SIZES), tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "one")
+    export(tmp_path / "one", tmp_path / "hf", to="hf")
+    same_bits(hf_state_dict(version, **SIZES), load_folder(tmp_path / "hf"))
+    again = convert(tmp_path / "hf", tmp_path / "two")
+    assert again.record["layout"] == ("transformers" if version == "4" else "v5-hub")
+    export(tmp_path / "two", tmp_path / "b.pth")
+    same_bits(blinkdl_state_dict(version, **SIZES), torch.load(tmp_path / "b.pth", weights_only=True))
+
+
+def test_mixed_dtypes_stay_mixed(tmp_path: Path) -> None:
+    original = blinkdl_state_dict("5.2", dtype=torch.bfloat16, **SIZES)
+    for name in [name for name in original if "time_" in name]:
+        original[name] = original[name].float() / 3
+    torch.save(original, tmp_path / "a.pth")
+    result = convert(tmp_path / "a.pth", tmp_path / "model")
+    assert result.config is not None and result.config.dtype == torch.float32
+    export(tmp_path / "model", tmp_path / "b.pth")
+    same_bits(original, torch.load(tmp_path / "b.pth", weights_only=True))
+
+
+def test_unusual_shapes_come_back(tmp_path: Path) -> None:
+    original = blinkdl_state_dict("5.1", **SIZES)
+    for name in [name for name in original if name.endswith("att.time_decay")]:
+        original[name] = original[name].reshape(-1, 1, 1)
+    torch.save(original, tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "b.pth")
+    same_bits(original, torch.load(tmp_path / "b.pth", weights_only=True))
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_bundled_checkpoints_come_back(tmp_path: Path, name: str) -> None:
+    convert(f"bundled:{name}", tmp_path / "model")
+    result = export(tmp_path / "model", tmp_path / "b.pth")
+    original = torch.load(bundled_path(name), weights_only=True)
+    same_bits(original, torch.load(tmp_path / "b.pth", weights_only=True))
+    assert result.tensors == len(original)
+    assert result.nbytes == sum(tensor.nbytes for tensor in original.values())
+    # torch.save writes a storage whole: a view into a mapped file must not bring the file along.
+    assert (tmp_path / "b.pth").stat().st_size < result.nbytes + 1000 * result.tensors
+
+
+def test_transformers_loads_the_rwkv4_export(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, RwkvForCausalLM
+
+    convert("bundled:rwkv-4", tmp_path / "model", dtype="float32")
+    export(tmp_path / "model", tmp_path / "hf", to="hf")
+    model, info = RwkvForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "hf")) is type(model)
+
+
+def test_the_v5_config_says_what_the_remote_code_reads(tmp_path: Path) -> None:
+    convert("bundled:rwkv-5.2", tmp_path / "model", group_norm_eps=1e-5)
+    export(tmp_path / "model", tmp_path / "hf", to="hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["model_type"] == "rwkv5"
+    assert (config["head_size"], config["head_size_divisor"]) == (64, 1)
+    again = convert(tmp_path / "hf", tmp_path / "again")
+    assert again.config is not None
+    assert again.config.group_norm_epsilon == pytest.approx(1e-5)
+
+
+def test_an_epsilon_that_a_pth_cannot_say_is_noted(tmp_path: Path) -> None:
+    convert("bundled:rwkv-5.2", tmp_path / "usual")
+    convert("bundled:rwkv-5.2", tmp_path / "other", group_norm_eps=1e-5)
+    assert export(tmp_path / "usual", tmp_path / "a.pth").note is None
+    note = export(tmp_path / "other", tmp_path / "b.pth").note
+    assert note is not None and "1e-05" in note
+    assert export(tmp_path / "other", tmp_path / "hf", to="hf").note is None
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="not a folder"):
+        export(tmp_path / "nope", tmp_path / "x.pth")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match="not a converted model"):
+        export(tmp_path / "other", tmp_path / "x.pth")
+    model = convert("bundled:rwkv-4", tmp_path / "model").directory
+    with pytest.raises(OutputError, match="blinkdl, hf"):
+        export(model, tmp_path / "x", to="gguf")  # type: ignore[arg-type]
+    with pytest.raises(OutputError, match="holds the model itself"):
+        export(model, model, to="hf", force=True)
+    weights = load_file(model / "model.safetensors")
+    del weights["model.blocks.3.ln1.bias"]
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks model\.blocks\.3\.ln1\.bias"):
+        export(model, tmp_path / "x.pth")
+    (model / "model.safetensors").unlink()
+    with pytest.raises(SourceError):
+        export(model, tmp_path / "x.pth")
+    assert {path.name for path in tmp_path.iterdir()} == {"other", "model"}
