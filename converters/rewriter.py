@@ -29,8 +29,8 @@ SAFETENSORS_DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,11 @@ def parse_size(text: str | int) -> int:
     Raises:
         OutputError: if it is not a positive size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", str(text), re.IGNORECASE)
-    unit = match[2].upper() if match else "?"
-    if match is None or unit not in _UNITS or float(match[1]) * _UNITS[unit] < 1:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", str(text).upper())
+    size = float(match[1]) * _UNITS[match[2] or ""] if match else 0
+    if size < 1:
         raise OutputError(f"{text!r} is not a size; write for example 5GB, 200MB or 512MiB")
-    return int(float(match[1]) * _UNITS[unit])
+    return int(size)
 
 
 def plan_shards(entries: Iterable[Entry], max_shard_size: str | int) -> list[Shard]:
