@@ -5,6 +5,8 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from rwkv_rev.registration import register_models
+
 VERSIONS = ("4", "5.0", "5.1", "5.2")
 BPTT_STRATEGIES = ("auto", "full", "checkpoint", "reversible", "reversible-lossy", "truncated")
 TAPES = ("host", "device", "disk")
@@ -69,6 +71,8 @@ class RwkvRevConfig(PreTrainedConfig):
         if self.chunk_length < 1:
             raise ValueError(f"chunk_length = {self.chunk_length} must be at least 1 token")
         super().__post_init__(**kwargs)
+        # whoever holds a configuration may next ask an Auto class for its model
+        register_models()
 
     @property
     def has_heads(self) -> bool:

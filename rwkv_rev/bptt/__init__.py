@@ -1,1 +1,33 @@
+"""Gradient strategies, one file each, chosen by name; :mod:`rwkv_rev.bptt.strategy` is the seam."""
 
+from rwkv_rev.bptt.checkpoint import Checkpoint
+from rwkv_rev.bptt.full import Full
+from rwkv_rev.bptt.reversible import Reversible
+from rwkv_rev.bptt.reversible_lossy import ReversibleLossy
+from rwkv_rev.bptt.strategy import LossInputs, LossResult, Strategy
+from rwkv_rev.bptt.truncated import Truncated
+from rwkv_rev.errors import StrategyError
+
+STRATEGIES: dict[str, type[Strategy]] = {
+    strategy.name: strategy for strategy in (Full, Checkpoint, Reversible, ReversibleLossy, Truncated)
+}
+
+
+def choose_strategy(
+    name: str, length: int, *, chunk_length: int, tape: str = "host", tape_dir: str | None = None
+) -> Strategy:
+    """The strategy called ``name`` for a context of ``length`` tokens.
+
+    ``auto`` is ``full`` up to one chunk and ``reversible`` above it.
+
+    Raises:
+        StrategyError: if there is no such strategy.
+    """
+    if name == "auto":
+        name = "full" if length <= chunk_length else "reversible"
+    if name not in STRATEGIES:
+        raise StrategyError(f"bptt = {name!r} does not exist; use auto, {', '.join(STRATEGIES)}")
+    return STRATEGIES[name](chunk_length, tape, tape_dir)
+
+
+__all__ = ["STRATEGIES", "LossInputs", "LossResult", "Strategy", "choose_strategy"]

@@ -1,1 +1,18 @@
+"""The reversible (EBRT) cells: the contract, token shift, time mix of each generation, channel mix."""
 
+from rwkv_rev.cells.cell import CellState, Remnant, Replay, ReversibleCell
+from rwkv_rev.cells.channel_mix import ChannelMix
+from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.cells.time_mix_rwkv4 import TimeMixRwkv4
+from rwkv_rev.cells.time_mix_rwkv5 import TimeMixRwkv5
+
+__all__ = [
+    "CellState",
+    "ChannelMix",
+    "ChunkMask",
+    "Remnant",
+    "Replay",
+    "ReversibleCell",
+    "TimeMixRwkv4",
+    "TimeMixRwkv5",
+]

@@ -1,0 +1,208 @@
+"""The EBRT contract: a recurrent cell whose state can be run backwards, a chunk of C >= 1 tokens at a time.
+
+    forward(state, x, mask)           -> state', out, remnant
+    reverse(state', x, mask, remnant) -> state, out
+
+x is the cell's own input; in the backward sweep it is known again, because the layers below have just been
+recomputed. The laws every cell keeps (tests/cell_laws.py runs any cell through them):
+
+* *write-first*: out depends on the state only through what ``reverse`` rebuilds from state', x and the remnant;
+* *write-once*: state' is produced by one update;
+* *masked additive update*: ``s' = s + m g(s, x)``, a masked token leaves every part of the state unchanged;
+* ``reverse(forward(s)) == s`` and ``forward(reverse(s')) == s'``, bit for bit. For the token shift this holds of
+  states whose x_{a-1} has been through its carried ``y`` once (:mod:`rwkv_rev.cells.token_shift`).
+
+A cell computes in four strokes, which its subclasses fill in: project the input (the only heavy part), read the
+memory, make the chunk's contribution to it, update it once. ``step`` is the same computation on plain
+differentiable states, for contexts whose whole graph fits in memory, and for generation.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.cells.token_shift import carried_mix, carry, last_token, token_shift, uncarry
+
+
+class FloatState(NamedTuple):
+    """A state as ordinary differentiable tensors: shift [B, D] and memory (its shape is the cell's), or None."""
+
+    shift: Tensor
+    memory: Tensor | None
+
+
+@dataclass(frozen=True)
+class CellState:
+    """A state that is exact to the bit.
+
+    Attributes:
+        shift: [B, D], the last valid token's input vector.
+        memory: the recurrence's memory in the cell's exact form, or None.
+        carried: [B, D], the y that ``shift`` was rebuilt from, when it came out of ``reverse``.
+    """
+
+    shift: Tensor
+    memory: Any
+    carried: Tensor | None = None
+
+
+class Remnant(NamedTuple):
+    """What one chunk forgot: the carried y [B, D], and the memory's remnant in the cell's own form, or None."""
+
+    carried: Tensor
+    memory: Any
+
+
+class Replay(NamedTuple):
+    """A chunk computed again, with graph.
+
+    ``state`` is the exact state before the chunk, ``out`` [B, C, D] the output, ``start`` the same state as
+    differentiable leaves and ``end`` the differentiable state after the chunk.
+    """
+
+    state: CellState
+    out: Tensor
+    start: FloatState
+    end: FloatState
+
+
+class ReversibleCell(nn.Module, ABC):
+    """Base of the cells. Inputs x are [B, C, D]; masks are :class:`ChunkMask` or None for all valid."""
+
+    # --- what a cell fills in ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def mixes(self) -> list[Tensor]:
+        """The cell's token-mix coefficients mu, each [D]."""
+
+    @abstractmethod
+    def project(self, x: Tensor, shifted: Tensor) -> Any:
+        """Linear maps of the mixed input; independent of the memory."""
+
+    @abstractmethod
+    def read(self, projection: Any, memory: Tensor | None, mask: ChunkMask | None) -> tuple[Tensor, Any]:
+        """Output [B, C, D] and the chunk's contribution to the memory."""
+
+    def update(self, memory: Tensor | None, contribution: Any, mask: ChunkMask | None, length: int) -> Any:
+        """The memory after the chunk, differentiable; ``length`` is C."""
+        return None
+
+    def plan(self, length: int) -> Any:
+        """What the exact update of chunks of C = ``length`` tokens needs to know of the weights beforehand."""
+        return None
+
+    def exact_memory(self, memory: Tensor | None) -> Any:
+        """The exact form of a memory."""
+        return memory
+
+    def float_memory(self, memory: Any) -> Tensor | None:
+        """The tensor that outputs read."""
+        return memory
+
+    def advance(self, memory: Any, contribution: Any, mask: ChunkMask | None, plan: Any) -> tuple[Any, Any]:
+        """The exact memory after the chunk and its remnant."""
+        return None, None
+
+    def retreat(self, memory: Any, projection: Any, mask: ChunkMask | None, remnant: Any, plan: Any) -> Any:
+        """The exact memory before the chunk, from the one after it."""
+        return None
+
+    def witness(self, before: Any, after: Any) -> Tensor | None:
+        """Checksum (int64 scalar) that tells whether a chunk was rebuilt to the bit; None without a memory.
+
+        Of the memory before the chunk, or, in a cell that keeps that whole, of the recomputed one after it.
+        """
+        return None
+
+    # --- the contract -----------------------------------------------------------------------------------------
+
+    def exact(self, state: FloatState) -> CellState:
+        """The exact state nearest to a float one."""
+        memory = None if state.memory is None else self.exact_memory(state.memory.detach())
+        return CellState(state.shift.detach(), memory)
+
+    def float_state(self, state: CellState) -> FloatState:
+        """The float state that outputs read from an exact one."""
+        return FloatState(state.shift, self.float_memory(state.memory))
+
+    def step(self, state: FloatState, x: Tensor, mask: ChunkMask | None = None) -> tuple[Tensor, FloatState]:
+        """Output and next state by plain differentiable arithmetic, no rounding to a grid."""
+        projection = self.project(x, token_shift(x, state.shift, mask))
+        out, contribution = self.read(projection, state.memory, mask)
+        memory = self.update(state.memory, contribution, mask, x.shape[1])
+        return out, FloatState(last_token(x, state.shift, mask), memory)
+
+    @torch.no_grad()
+    def forward(
+        self, state: CellState, x: Tensor, mask: ChunkMask | None = None, plan: Any = None
+    ) -> tuple[CellState, Tensor, Remnant]:
+        """One chunk forwards: the next exact state, the output [B, C, D] and what the chunk forgot."""
+        plan = plan if plan is not None else self.plan(x.shape[1])
+        state = self.carried(state, x, mask)
+        projection = self.project(x, token_shift(x, state.shift, mask))
+        out, contribution = self.read(projection, self.float_memory(state.memory), mask)
+        memory, remnant = self.advance(state.memory, contribution, mask, plan)
+        assert state.carried is not None
+        return (
+            CellState(last_token(x, state.shift, mask), memory),
+            out,
+            Remnant(state.carried, remnant),
+        )
+
+    @torch.no_grad()
+    def reverse(
+        self, state: CellState, x: Tensor, mask: ChunkMask | None, remnant: Remnant, plan: Any = None
+    ) -> tuple[CellState, Tensor]:
+        """One chunk backwards: the exact state before it and its output, both the same bits as in ``forward``."""
+        replay = self.reversed_replay(state, x, mask, remnant, plan)
+        return replay.state, replay.out
+
+    # --- the same with graph, for the backward sweep ------------------------------------------------------------
+
+    def carried(self, state: CellState, x: Tensor, mask: ChunkMask | None) -> CellState:
+        """The state with its x_{a-1} sent through the carried y (a state that has one keeps it)."""
+        if state.carried is not None:
+            return state
+        mu = carried_mix(self.mixes())
+        y = carry(x.detach(), state.shift, mu, mask)
+        return CellState(uncarry(x.detach(), y, mu, mask), state.memory, y)
+
+    def replay(self, state: CellState, x: Tensor, mask: ChunkMask | None = None) -> Replay:
+        """A chunk whose exact state before it is known, with graph; the same bits as ``forward``."""
+        state = self.carried(state, x, mask)
+        start = self._leaves(state.shift, self.float_memory(state.memory))
+        projection = self.project(x, token_shift(x, start.shift, mask))
+        return self._finish(state, start, projection, x, mask)
+
+    def reversed_replay(
+        self, state: CellState, x: Tensor, mask: ChunkMask | None, remnant: Remnant, plan: Any = None
+    ) -> Replay:
+        """A chunk whose exact state *after* it is known: rebuild the one before, then compute with graph."""
+        plan = plan if plan is not None else self.plan(x.shape[1])
+        shift = uncarry(x.detach(), remnant.carried, carried_mix(self.mixes()), mask)
+        shift_leaf = self._leaves(shift, None).shift
+        projection = self.project(x, token_shift(x, shift_leaf, mask))
+        with torch.no_grad():
+            memory = self.retreat(state.memory, projection, mask, remnant.memory, plan)
+        before = CellState(shift, memory, remnant.carried)
+        start = FloatState(shift_leaf, self._leaves(shift, self.float_memory(memory)).memory)
+        return self._finish(before, start, projection, x, mask)
+
+    def _finish(
+        self, state: CellState, start: FloatState, projection: Any, x: Tensor, mask: ChunkMask | None
+    ) -> Replay:
+        out, contribution = self.read(projection, start.memory, mask)
+        memory = self.update(start.memory, contribution, mask, x.shape[1])
+        return Replay(state, out, start, FloatState(last_token(x, start.shift, mask), memory))
+
+    @staticmethod
+    def _leaves(shift: Tensor, memory: Tensor | None) -> FloatState:
+        grad = torch.is_grad_enabled()
+        return FloatState(
+            shift.detach().requires_grad_(grad),
+            None if memory is None else memory.detach().requires_grad_(grad),
+        )

@@ -1,0 +1,49 @@
+"""Channel mix of RWKV-4 and RWKV-5: ``sigmoid(r) * Wv(relu(k)^2)`` (RWKV paper, section 3.1; unchanged in Eagle).
+
+Its only state is the token shift: the remnant of a chunk is the carried y alone.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_rev.cells.cell import ReversibleCell
+from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.cells.token_shift import mix
+
+
+class ChannelProjection(NamedTuple):
+    receptance: Tensor  # [B, C, D]
+    value: Tensor  # [B, C, D]
+
+
+class ChannelMix(ReversibleCell):
+    """The feed-forward half of a block.
+
+    Args:
+        hidden_size: D.
+        intermediate_size: F.
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.mix_key = nn.Parameter(torch.empty(hidden_size))
+        self.mix_receptance = nn.Parameter(torch.empty(hidden_size))
+        self.key = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.receptance = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.value = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def mixes(self) -> list[Tensor]:
+        return [self.mix_key, self.mix_receptance]
+
+    def project(self, x: Tensor, shifted: Tensor) -> ChannelProjection:
+        key = self.key(mix(x, shifted, self.mix_key))
+        return ChannelProjection(
+            self.receptance(mix(x, shifted, self.mix_receptance)), self.value(torch.relu(key).square())
+        )
+
+    def read(
+        self, projection: ChannelProjection, memory: Tensor | None, mask: ChunkMask | None
+    ) -> tuple[Tensor, None]:
+        return torch.sigmoid(projection.receptance) * projection.value, None

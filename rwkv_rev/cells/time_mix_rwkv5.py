@@ -1,0 +1,157 @@
+"""Time mix of RWKV-5 (Eagle): a decaying matrix per head (Eagle and Finch paper, section 4.1, eqs. 4-9).
+
+    y_t = r_t (S + diag(u) k_t^T v_t),   S <- diag(w) S + k_t^T v_t      (decay on the key index)
+
+then GroupNorm over the H heads, times ``silu(g)`` in 5.1 and 5.2, then Wo. There is no sigmoid on r. 5.0 and 5.1
+have one decay and one bonus per head, 5.2 one per channel. Published models divide by ``head_size_divisor = 8``
+before a GroupNorm of eps 1e-5; a GroupNorm of eps 64e-5 without the division is the same function.
+
+The matrix is reversed exactly in fixed point (:mod:`rwkv_rev.reversal.fixed_point`); its remnant costs
+``log2(1/w)`` bits per step and element.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rwkv_rev.cells.cell import ReversibleCell
+from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.cells.time_mix_rwkv4 import wide
+from rwkv_rev.cells.token_shift import mix
+from rwkv_rev.reversal.fixed_point import DecayPlan, FixedPoint, MemoryRemnant, decay_plan
+from rwkv_rev.wkv import wkv5, wkv5_contribution
+
+
+class TimeProjection(NamedTuple):
+    receptance: Tensor  # [B, C, H, N]
+    key: Tensor  # [B, C, H, N]
+    value: Tensor  # [B, C, H, N]
+    gate: Tensor | None  # [B, C, D]
+
+
+class TimeMixRwkv5(ReversibleCell):
+    """The recurrent half of an RWKV-5 block; memory [B, H, N, N] (key index first), float32 or wider.
+
+    Args:
+        num_heads: H.
+        head_size: N.
+        decay_shape: stored shape of ``time_decay`` and ``bonus``, [H] or [H, N].
+        gated: whether the output is multiplied by ``silu(gate)``.
+        bonus_is_exponential: whether u is ``exp(bonus)``.
+        group_norm_epsilon: eps of the GroupNorm (see above).
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        decay_shape: tuple[int, ...],
+        *,
+        gated: bool,
+        bonus_is_exponential: bool,
+        group_norm_epsilon: float,
+    ) -> None:
+        super().__init__()
+        hidden_size = num_heads * head_size
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.bonus_is_exponential = bonus_is_exponential
+        self.mix_key = nn.Parameter(torch.empty(hidden_size))
+        self.mix_value = nn.Parameter(torch.empty(hidden_size))
+        self.mix_receptance = nn.Parameter(torch.empty(hidden_size))
+        self.mix_gate = nn.Parameter(torch.empty(hidden_size)) if gated else None
+        self.time_decay = nn.Parameter(torch.empty(decay_shape))
+        self.bonus = nn.Parameter(torch.empty(decay_shape))
+        self.receptance = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.key = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.value = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.gate = nn.Linear(hidden_size, hidden_size, bias=False) if gated else None
+        self.output = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.ln_x = nn.GroupNorm(num_heads, hidden_size, eps=group_norm_epsilon)
+
+    def mixes(self) -> list[Tensor]:
+        mixes = [self.mix_key, self.mix_value, self.mix_receptance]
+        return mixes if self.mix_gate is None else [*mixes, self.mix_gate]
+
+    def project(self, x: Tensor, shifted: Tensor) -> TimeProjection:
+        heads = (*x.shape[:2], self.num_heads, self.head_size)
+        gate = None
+        if self.gate is not None and self.mix_gate is not None:
+            gate = self.gate(mix(x, shifted, self.mix_gate))
+        return TimeProjection(
+            self.receptance(mix(x, shifted, self.mix_receptance)).view(heads),
+            self.key(mix(x, shifted, self.mix_key)).view(heads),
+            self.value(mix(x, shifted, self.mix_value)).view(heads),
+            gate,
+        )
+
+    def log_decay(self) -> Tensor:
+        """log w per head and channel [H, N], <= 0, natural logarithm, float32 or wider."""
+        return self._per_channel(-torch.exp(wide(self.time_decay)))
+
+    def read(
+        self, projection: TimeProjection, memory: Tensor | None, mask: ChunkMask | None
+    ) -> tuple[Tensor, Tensor]:
+        assert memory is not None
+        receptance, key, value, gate = projection
+        bonus = wide(self.bonus)
+        bonus = self._per_channel(torch.exp(bonus) if self.bonus_is_exponential else bonus)
+        y, contribution = wkv5(
+            receptance, key, value, self.log_decay(), bonus, memory, None if mask is None else mask.valid
+        )
+        batch, length = y.shape[:2]
+        norm = self.ln_x
+        y = F.group_norm(
+            y.reshape(batch * length, -1),
+            self.num_heads,
+            norm.weight.to(y.dtype),
+            norm.bias.to(y.dtype),
+            norm.eps,
+        ).view(batch, length, -1)
+        y = y.to(receptance.dtype)
+        return self.output(y if gate is None else y * F.silu(gate)), contribution
+
+    def update(self, memory: Tensor | None, contribution: Tensor, mask: ChunkMask | None, length: int) -> Tensor:
+        assert memory is not None
+        if mask is None:
+            decay = torch.exp(length * self.log_decay())[None, :, :, None]
+        else:
+            decay = torch.exp(mask.count[:, None, None, None] * self.log_decay()[None, :, :, None])
+        return decay * memory + contribution
+
+    def plan(self, length: int) -> DecayPlan:
+        return decay_plan(self.log_decay(), length)
+
+    def exact_memory(self, memory: Tensor | None) -> FixedPoint | None:
+        return None if memory is None else FixedPoint.of(memory)
+
+    def float_memory(self, memory: FixedPoint) -> Tensor:
+        return memory.value(torch.float64 if self.time_decay.dtype == torch.float64 else torch.float32)
+
+    def advance(
+        self, memory: FixedPoint, contribution: Tensor, mask: ChunkMask | None, plan: DecayPlan
+    ) -> tuple[FixedPoint, MemoryRemnant]:
+        return memory.advance(contribution, None if mask is None else mask.count, plan)
+
+    def retreat(
+        self,
+        memory: FixedPoint,
+        projection: TimeProjection,
+        mask: ChunkMask | None,
+        remnant: MemoryRemnant,
+        plan: DecayPlan,
+    ) -> FixedPoint:
+        contribution = wkv5_contribution(
+            projection.key, projection.value, self.log_decay(), None if mask is None else mask.valid
+        )
+        count = None if mask is None else mask.count
+        return memory.retreat(contribution, count, remnant, plan)
+
+    def witness(self, before: FixedPoint, after: FixedPoint) -> Tensor:
+        return before.fingerprint()
+
+    def _per_channel(self, parameter: Tensor) -> Tensor:
+        """[H, N] from a parameter stored per head or per channel."""
+        return parameter.reshape(self.num_heads, -1).expand(self.num_heads, self.head_size)

@@ -1,0 +1,76 @@
+"""Token shift, and the carried ``y`` that makes it reversible.
+
+RWKV mixes each token's vector with that of the token before: ``mix(x_t, x_{t-1}; mu) = mu x_t + (1 - mu) x_{t-1}``.
+At a chunk boundary x_{a-1} is lost. The remnant is one mix of the chunk's first token a, per channel the one that
+sees x_{a-1} best: ``y = mu* x_a + (1 - mu*) x_{a-1}`` with the largest ``|1 - mu*|`` of the cell's mixes. Then
+
+    x_{a-1} = (y - mu* x_a) / (1 - mu*),
+
+and since ``|1 - mu_m| <= |1 - mu*|`` for every other mix m, a rounding of y stays within one ulp of every mix:
+the inverse is stable even where its division is not. Two amendments keep *gradients* as exact as the mixes:
+
+* the gradient of mu reads x_{a-1} itself, not a mix of it. In channels that barely see it (``|1 - mu*|`` below
+  :data:`SMALLEST_COEFFICIENT`; bfloat16 checkpoints hold many mu of exactly 1) the carried number is the mix with
+  mu = 0, which is x_{a-1} unchanged;
+* a row without a valid token in the chunk carries its x_{a-1} the same way, so that it stays equal to the bit.
+
+The forward pass uses the round-tripped x_{a-1}, so both sweeps see the same bits. Cost: D numbers per boundary.
+"""
+
+import torch
+from torch import Tensor
+
+from rwkv_rev.cells.mask import ChunkMask
+
+SMALLEST_COEFFICIENT = 1 / 16
+"""Least ``|1 - mu*|`` at which a mix is inverted; the round trip of x_{a-1} then stays within about 16 ulp."""
+
+
+def token_shift(x: Tensor, shift: Tensor, mask: ChunkMask | None) -> Tensor:
+    """The vector of the token before, for every token: [B, C, D] from ``x`` [B, C, D] and ``shift`` [B, D]."""
+    shift = shift.to(x.dtype)[:, None]
+    if mask is None:
+        return torch.cat([shift, x[:, :-1]], dim=1)
+    index = (mask.previous + 1)[:, :, None].expand_as(x)
+    return torch.cat([shift, x], dim=1).gather(1, index)
+
+
+def last_token(x: Tensor, shift: Tensor, mask: ChunkMask | None) -> Tensor:
+    """The shift state after the chunk: the last valid token's vector [B, D], ``shift`` where there is none."""
+    if mask is None:
+        return x[:, -1]
+    index = (mask.last + 1)[:, None, None].expand(-1, 1, x.shape[2])
+    return torch.cat([shift.to(x.dtype)[:, None], x], dim=1).gather(1, index)[:, 0]
+
+
+def mix(x: Tensor, shifted: Tensor, mu: Tensor) -> Tensor:
+    """``mu x + (1 - mu) shifted``; mu [D] may lie outside [0, 1]."""
+    return torch.lerp(shifted, x, mu.to(x.dtype))
+
+
+def carried_mix(mixes: list[Tensor]) -> Tensor:
+    """mu* [D], float64: per channel the best-conditioned of the cell's mixes, 0 where none sees x_{a-1} well."""
+    stacked = torch.stack([mu.detach().double() for mu in mixes])
+    best = (1 - stacked).abs().argmax(dim=0)
+    mu = stacked.gather(0, best[None])[0]
+    return torch.where((1 - mu).abs() >= SMALLEST_COEFFICIENT, mu, 0.0)
+
+
+def carry(x: Tensor, shift: Tensor, mu: Tensor, mask: ChunkMask | None) -> Tensor:
+    """The carried y [B, D] (dtype of x) from the chunk's input x [B, C, D], x_{a-1} [B, D] and mu* [D]."""
+    first, mu = _first_token(x, mu, mask)
+    return (mu * first + (1 - mu) * shift.double()).to(x.dtype)
+
+
+def uncarry(x: Tensor, y: Tensor, mu: Tensor, mask: ChunkMask | None) -> Tensor:
+    """x_{a-1} [B, D] (dtype of x), the inverse of :func:`carry`."""
+    first, mu = _first_token(x, mu, mask)
+    return ((y.double() - mu * first) / (1 - mu)).to(x.dtype)
+
+
+def _first_token(x: Tensor, mu: Tensor, mask: ChunkMask | None) -> tuple[Tensor, Tensor]:
+    """The first valid token's vector and mu*, float64; mu* is 0 in rows without a valid token."""
+    if mask is None:
+        return x[:, 0].double(), mu
+    first = x.gather(1, mask.first[:, None, None].expand(-1, 1, x.shape[2]))[:, 0]
+    return first.double(), torch.where((mask.count > 0)[:, None], mu, 0.0)

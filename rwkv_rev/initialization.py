@@ -1,0 +1,65 @@
+"""Official initialisation of RWKV-4 and RWKV-5, for models trained from scratch and for benchmarks.
+
+RWKV paper, appendix E ("Parameter initializations"), and Eagle and Finch paper, appendix on initialisation: most
+square maps start at zero, embeddings near zero, decays spread over the channels by depth.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from rwkv_rev.cells import ChannelMix, TimeMixRwkv4, TimeMixRwkv5
+from rwkv_rev.configuration import RwkvRevConfig
+
+
+def initialize_time_mix(cell: TimeMixRwkv4 | TimeMixRwkv5, layer: int, config: RwkvRevConfig) -> None:
+    """Mixes, decays, bonus and maps of the time mix of layer ``layer``."""
+    depth = layer / max(1, config.num_hidden_layers - 1)  # 0 to 1
+    height = 1 - layer / config.num_hidden_layers  # 1 to nearly 0
+    size = config.hidden_size
+    ramp = torch.arange(size, dtype=torch.float64) / size
+    _set(cell.mix_key, ramp**height)
+    _set(cell.mix_value, ramp**height + 0.3 * depth)
+    _set(cell.mix_receptance, ramp ** (0.5 * height))
+    steps = torch.arange(size, dtype=torch.float64)
+    zigzag = (steps + 1) % 3 - 1
+    if isinstance(cell, TimeMixRwkv4):
+        _set(cell.time_decay, -5 + 8 * (steps / max(1, size - 1)) ** (0.7 + 1.3 * depth))
+        _set(cell.bonus, zigzag * 0.5 + math.log(0.3))
+    else:
+        if cell.mix_gate is not None:
+            _set(cell.mix_gate, ramp ** (0.5 * height))
+        count = cell.time_decay.numel()
+        each = torch.arange(count, dtype=torch.float64)
+        _set(cell.time_decay, -6 + 5 * (each / max(1, count - 1)) ** (0.7 + 1.3 * depth))
+        u = depth * (1 - each / max(1, count - 1)) + 0.1 * ((each + 1) % 3 - 1)
+        _set(cell.bonus, u.clamp(min=1e-3).log() if cell.bonus_is_exponential else u)
+        init.ones_(cell.ln_x.weight)
+        init.zeros_(cell.ln_x.bias)
+    for linear in (cell.receptance, cell.key, cell.output, getattr(cell, "gate", None)):
+        if isinstance(linear, nn.Linear):
+            init.zeros_(linear.weight)
+    init.orthogonal_(cell.value.weight)
+
+
+def initialize_channel_mix(cell: ChannelMix, layer: int, config: RwkvRevConfig) -> None:
+    """Mixes and maps of the channel mix of layer ``layer``."""
+    height = 1 - layer / config.num_hidden_layers
+    ramp = torch.arange(config.hidden_size, dtype=torch.float64) / config.hidden_size
+    _set(cell.mix_key, ramp**height)
+    _set(cell.mix_receptance, ramp**height)
+    gain = math.sqrt(max(1, config.intermediate_size / config.hidden_size))
+    init.orthogonal_(cell.key.weight, gain=gain)
+    init.zeros_(cell.receptance.weight)
+    init.zeros_(cell.value.weight)
+
+
+def initialize_head(head: nn.Linear) -> None:
+    """The output head: orthogonal, half its natural size."""
+    init.orthogonal_(head.weight, gain=0.5 * math.sqrt(max(1, head.out_features / head.in_features)))
+
+
+def _set(parameter: Tensor, values: Tensor) -> None:
+    init.copy_(parameter, values.view_as(parameter).to(parameter.dtype))

@@ -1,0 +1,190 @@
+"""Exact reversal of ``S <- Lambda S + U`` in fixed point.
+
+S is held as integers on a power-of-two grid, ``S = mantissa * 2**exponent``, one exponent per batch row and head,
+only ever rising. A chunk of n valid tokens multiplies by ``Lambda = w**n`` and adds its contribution U:
+
+    D   = round(Lambda * S)            in float64
+    S'  = D + round(U / grid)
+    rho = S - base(D),   base(D) = ceil((D - 1/2) / Lambda)      the remnant
+
+and in reverse ``D = S' - round(U / grid)``, ``S = base(D) + rho``. Every quantity is an integer that float64 holds
+exactly or a float64 expression evaluated twice on the same bits, so S comes back exactly whatever the rounding of
+the division. ``base(D)`` is the least integer that Lambda sends to D: rho counts from there and needs
+``log2(1/Lambda)`` bits rounded up (at most one more), the information the decay destroys (MacKay et al. 2018,
+"Reversible Recurrent Neural Networks", section 3, account for it in the same way, with rational decays and a
+buffer). Where that is 32 bits or more the mantissa itself is the remnant.
+
+The width of rho follows from Lambda alone, so packing needs no look at the data (no host synchronisation). Only a
+*rise* of the grid does: those heads keep their mantissa whole.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rwkv_rev.reversal.fingerprint import fingerprint
+from rwkv_rev.reversal.packing import BitPacking
+
+LARGEST = 2**31 - 2
+"""Largest mantissa; above it the grid rises."""
+TARGET_BITS = 27
+"""Bits of the largest mantissa after a rise: 3 more than float32 keeps, 4 doublings below the next rise."""
+SMALLEST_EXPONENT = -200
+SLACK = 2.0**-19
+"""Bound on the float64 error of ``Lambda * S`` and of the division, in units of the grid, with room to spare."""
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """A state on its grid.
+
+    Attributes:
+        mantissa: [B, H, N, N] int32.
+        exponent: [B, H] int32; the state's value is ``mantissa * 2**exponent``.
+    """
+
+    mantissa: Tensor
+    exponent: Tensor
+
+    @classmethod
+    def of(cls, value: Tensor) -> "FixedPoint":
+        """The grid state nearest to a float state [B, H, N, N]."""
+        exponent = _exponent_for(value.double().abs().amax(dim=(2, 3)))
+        mantissa = torch.round(value.double() * _power(-exponent)).to(torch.int32)
+        return cls(mantissa, exponent)
+
+    def value(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The state [B, H, N, N] as floats, rounded once."""
+        return (self.mantissa.double() * _power(self.exponent)).to(dtype)
+
+    def advance(
+        self, contribution: Tensor, count: Tensor | None, plan: "DecayPlan"
+    ) -> tuple["FixedPoint", "MemoryRemnant"]:
+        """One chunk forwards: S' and the remnant.
+
+        Args:
+            contribution: U [B, H, N, N], float32 or float64.
+            count: [B] valid tokens per row, or None when no token of the chunk is masked.
+            plan: for this chunk's length.
+        """
+        decay = plan.decay_of(count)
+        mantissa = self.mantissa.double()
+        unit = contribution.double() * _power(-self.exponent)
+        largest = (torch.round(decay * mantissa) + torch.round(unit)).abs().amax(dim=(2, 3))
+        raised = largest > LARGEST
+        exponent = torch.where(raised, self.exponent + _exponent_for(largest), self.exponent)
+        shrink = _power(self.exponent - exponent)
+        decayed = torch.round(decay * mantissa * shrink)
+        after = decayed + torch.round(unit * shrink)
+        rho = torch.where(raised[:, :, None, None], 0.0, mantissa - _base(decayed, decay))
+        packed = plan.packing.pack(rho.to(torch.int32).flatten(1, 2), self.mantissa.flatten(1, 2))
+        return FixedPoint(after.to(torch.int32), exponent), MemoryRemnant(packed, raised, self)
+
+    def retreat(
+        self, contribution: Tensor, count: Tensor | None, remnant: "MemoryRemnant", plan: "DecayPlan"
+    ) -> "FixedPoint":
+        """One chunk backwards: S from S' (this state), the same U bit for bit, and the remnant."""
+        decay = plan.decay_of(count)
+        decayed = self.mantissa.double() - torch.round(contribution.double() * _power(-self.exponent))
+        rho = plan.packing.unpack(remnant.packed, self.mantissa.flatten(1, 2).shape).view_as(self.mantissa)
+        whole = plan.packing.whole.view_as(plan.decay)
+        mantissa = torch.where(whole, rho, (_base(decayed, decay) + rho).to(torch.int32))
+        if remnant.before is None:
+            return FixedPoint(mantissa, self.exponent)
+        return FixedPoint(
+            torch.where(remnant.raised[:, :, None, None], remnant.before.mantissa, mantissa),
+            torch.where(remnant.raised, remnant.before.exponent, self.exponent),
+        )
+
+    def fingerprint(self) -> Tensor:
+        """Checksum of the state's bits, int64 scalar."""
+        return fingerprint(self.mantissa, self.exponent)
+
+
+class MemoryRemnant(NamedTuple):
+    """What a chunk's decay destroyed of a :class:`FixedPoint`.
+
+    Attributes:
+        packed: uint8, the rho of every row at its own width (:class:`BitPacking`).
+        raised: [B, H] bool, heads whose grid rose.
+        before: the state before the chunk (a reference, not a copy), needed for the raised heads only: None says
+            that no grid rose.
+    """
+
+    packed: Tensor
+    raised: Tensor
+    before: FixedPoint | None
+
+    def tensors(self, raised: Tensor) -> list[Tensor]:
+        """What must be kept; ``raised`` is ``self.raised`` on the CPU (the one thing that depends on the data)."""
+        heads = raised.flatten().nonzero()[:, 0]
+        if self.before is None or heads.numel() == 0:
+            return [self.packed]
+        heads = heads.to(self.packed.device)
+        mantissa = self.before.mantissa.flatten(0, 1).index_select(0, heads)
+        return [self.packed, heads, mantissa, self.before.exponent.flatten().index_select(0, heads)]
+
+    @classmethod
+    def restore(cls, tensors: list[Tensor], after: FixedPoint) -> "MemoryRemnant":
+        """The remnant from what :meth:`tensors` kept; ``after`` is the state after the chunk."""
+        raised = torch.zeros_like(after.exponent, dtype=torch.bool)
+        if len(tensors) == 1:
+            return cls(tensors[0], raised, None)
+        packed, heads, kept, exponents = tensors
+        mantissa = after.mantissa.flatten(0, 1).index_copy(0, heads, kept).view_as(after.mantissa)
+        exponent = after.exponent.flatten().index_copy(0, heads, exponents).view_as(after.exponent)
+        raised = raised.flatten().index_fill(0, heads, True).view_as(raised)
+        return cls(packed, raised, FixedPoint(mantissa, exponent))
+
+
+class DecayPlan(NamedTuple):
+    """What the exact update needs of the decays for chunks of a given length, computed once per sweep.
+
+    Attributes:
+        log_decay: [H, N] float64.
+        decay: [1, H, N, 1] float64, Lambda for a chunk without masked tokens.
+        packing: widths of the remnants, [H * N] rows.
+    """
+
+    log_decay: Tensor
+    decay: Tensor
+    packing: BitPacking
+
+    def decay_of(self, count: Tensor | None) -> Tensor:
+        """Lambda for rows of ``count`` [B] valid tokens, [B, H, N, 1]; [1, H, N, 1] for None, all valid."""
+        if count is None:
+            return self.decay
+        return torch.exp(count.double()[:, None, None, None] * self.log_decay[None, :, :, None])
+
+
+def decay_plan(log_decay: Tensor, length: int) -> DecayPlan:
+    """Plan for chunks of up to ``length`` tokens; ``log_decay`` [H, N] is log w, natural."""
+    log_decay = log_decay.detach().double()
+    decay = torch.exp(length * log_decay)
+    packing = BitPacking(remnant_bits(decay).flatten().tolist(), log_decay.device)
+    return DecayPlan(log_decay, decay[None, :, :, None], packing)
+
+
+def remnant_bits(decay: Tensor) -> Tensor:
+    """Bits that rho needs for each Lambda in ``decay`` (float64, any shape): 0 for Lambda = 1, 32 for "whole"."""
+    values = torch.floor(1 / decay + 2 * SLACK) + 1
+    bits = torch.ceil(torch.log2(values))
+    return torch.where(decay == 1, 0.0, bits.clamp(max=32)).to(torch.int64)
+
+
+def _base(decayed: Tensor, decay: Tensor) -> Tensor:
+    """The least integer that Lambda sends to D, up to :data:`SLACK`; D itself where Lambda = 1."""
+    return torch.where(decay == 1, decayed, torch.ceil((decayed - 0.5) / decay - SLACK))
+
+
+def _power(exponent: Tensor) -> Tensor:
+    """2**exponent [B, H, 1, 1], float64, exact."""
+    return torch.ldexp(torch.ones((), dtype=torch.float64, device=exponent.device), exponent)[:, :, None, None]
+
+
+def _exponent_for(largest: Tensor) -> Tensor:
+    """The exponent at which a value of magnitude ``largest`` [B, H] has :data:`TARGET_BITS` bits."""
+    _, exponent = torch.frexp(largest)
+    return torch.where(largest > 0, exponent - TARGET_BITS, SMALLEST_EXPONENT).to(torch.int32)

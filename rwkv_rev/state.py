@@ -1,0 +1,83 @@
+"""The recurrent state of a whole model, as it passes through ``forward(..., state=...)`` and ``generate()``."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from rwkv_rev.cells.cell import FloatState
+from rwkv_rev.configuration import RwkvRevConfig
+from rwkv_rev.wkv.naive import EMPTY_EXPONENT
+
+
+@dataclass(frozen=True)
+class RwkvRevState:
+    """State after some tokens, for every layer.
+
+    Attributes:
+        time_shift: [L, B, D], the last token's vector at each time mix.
+        channel_shift: [L, B, D], the same at each channel mix.
+        wkv: float32 or wider, [L, B, H, N, N] (RWKV-5, key index first) or [L, B, 3, D] (RWKV-4: a, b, m).
+    """
+
+    time_shift: Tensor
+    channel_shift: Tensor
+    wkv: Tensor
+
+    @classmethod
+    def empty(
+        cls,
+        config: RwkvRevConfig,
+        batch_size: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> "RwkvRevState":
+        """The state before the first token. ``dtype`` is the activations'; wkv is float32, float64 for float64."""
+        layers = config.num_hidden_layers
+        shift = torch.zeros(layers, batch_size, config.hidden_size, device=device, dtype=dtype)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        if config.has_heads:
+            shape = (layers, batch_size, config.num_attention_heads, config.head_size, config.head_size)
+            return cls(shift, shift.clone(), torch.zeros(shape, device=device, dtype=wide))
+        wkv = torch.zeros(layers, batch_size, 3, config.hidden_size, device=device, dtype=wide)
+        wkv[:, :, 2] = EMPTY_EXPONENT
+        return cls(shift, shift.clone(), wkv)
+
+    @classmethod
+    def stack(cls, layers: list[tuple[FloatState, FloatState]]) -> "RwkvRevState":
+        """From each layer's (time mix, channel mix) states."""
+        wkv = [time.memory for time, _ in layers]
+        return cls(
+            torch.stack([time.shift for time, _ in layers]),
+            torch.stack([channel.shift for _, channel in layers]),
+            torch.stack([memory for memory in wkv if memory is not None]),
+        )
+
+    def layer(self, index: int) -> tuple[FloatState, FloatState]:
+        """States of layer ``index``: (time mix, channel mix)."""
+        return (
+            FloatState(self.time_shift[index], self.wkv[index]),
+            FloatState(self.channel_shift[index], None),
+        )
+
+    @property
+    def batch_size(self) -> int:
+        return self.wkv.shape[1]
+
+    def tensors(self) -> list[Tensor]:
+        """The three tensors, in the order of the fields."""
+        return [getattr(self, field.name) for field in fields(self)]
+
+    def detach(self) -> "RwkvRevState":
+        """The same values without graph."""
+        return RwkvRevState(*(tensor.detach() for tensor in self.tensors()))
+
+    def rows(self, index: Tensor) -> "RwkvRevState":
+        """The batch rows ``index`` (int64 [B'])."""
+        return RwkvRevState(*(tensor.index_select(1, index) for tensor in self.tensors()))
+
+    def inner(self, other: "RwkvRevState") -> Tensor:
+        """Sum of the products of all elements, a scalar: the objective whose state gradient is ``other``."""
+        return torch.stack(
+            [(a * b).sum().to(self.wkv.dtype) for a, b in zip(self.tensors(), other.tensors(), strict=True)]
+        ).sum()
