@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from rwkv_rev.errors import DataError
 from rwkv_rev.training import documents, token_cache, tokenise
 from rwkv_rev.training.documents import Fields
+from rwkv_rev.training.rows import RowDataset
 from rwkv_rev.training.token_cache import load_tokens
 from rwkv_rev.training.token_store import TokenStore
 from rwkv_rev.training.tokenise import tokenizer_fingerprint
@@ -194,6 +196,41 @@ def test_workers_and_pieces_give_the_same_tokens(tmp_path: Path, monkeypatch: py
     assert store.text_bytes().tolist() == whole.text_bytes().tolist() == [len(text), 5]
     pids = {line.split()[0] for line in log.read_text().splitlines()}
     assert str(os.getpid()) not in pids and len(log.read_text().splitlines()) > 10
+
+
+def test_large_data_is_handed_to_other_processes_on_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [json.dumps({"text": f"document {i}"}) + "\n" for i in range(100)]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    monkeypatch.setattr(tokenise, "BATCH_BYTES", 500)
+    monkeypatch.setattr(tokenise, "POOL_WORTH_SECONDS", 0.0)
+    monkeypatch.setattr(tokenise, "worker_count", lambda num_workers: 2)
+    log = tmp_path / "log"
+    store = load_tokens(tmp_path / "a.jsonl", Bytes(log=log, nap=0.02), cache_dir=tmp_path / "cache")
+    assert texts(store) == [f"document {i}\0" for i in range(100)]
+    pids = [int(line.split()[0]) for line in log.read_text().splitlines()]
+    assert pids[0] == os.getpid() and 40 < pids.count(os.getpid()) < 90 and len(pids) == 100
+
+
+def test_memory_does_not_grow_with_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenise, "BATCH_BYTES", 20_000)
+    monkeypatch.setattr(documents, "PIECE_BYTES", 20_000)
+    line = json.dumps({"text": "x" * 2000}) + "\n"
+    peaks = []
+    for count in (99, 100, 200, 400, 800):  # the first round warms up
+        (tmp_path / "a.jsonl").write_text(line * count)
+        (tmp_path / "b.txt").write_text(line * count)
+        tracemalloc.start()
+        store = load_tokens([tmp_path / "a.jsonl", tmp_path / "b.txt"], Bytes(), cache_dir=tmp_path / "cache")
+        rows = RowDataset(store, 512)
+        for i in range(0, len(rows), 50):
+            rows[i]
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert store.total_tokens > 4000 * count
+    slope = np.polyfit((100, 200, 400, 800), peaks[1:], 1)[0]
+    assert slope < 100, peaks  # bytes per 4,000 bytes of text: its lines in the tables at most
 
 
 def test_errors_come_out_of_workers(data: Path, tmp_path: Path) -> None:

@@ -273,7 +273,7 @@ def _read_text(source: DataSource) -> Iterator[Piece]:
 def _cut(raw: bytes) -> int:
     """Where to end a piece: at the last line end before a non-space, else a line end, else a character."""
     end = len(raw)
-    for _ in range(64):
+    for _ in range(4096):
         at = raw.rfind(b"\n", 0, end) + 1
         if at <= 1:
             break

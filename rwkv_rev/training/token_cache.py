@@ -31,7 +31,7 @@ from rwkv_rev.errors import DataError
 from rwkv_rev.training.binidx import read_index
 from rwkv_rev.training.documents import DataSource, Fields, find_sources
 from rwkv_rev.training.token_store import DOCUMENT, TokenPart, TokenStore
-from rwkv_rev.training.tokenise import batches, encode_in_order, tokenizer_fingerprint, worker_count
+from rwkv_rev.training.tokenise import batches, encode_in_order, tokenizer_fingerprint
 
 FORMAT_VERSION = 1
 
@@ -185,12 +185,11 @@ def _build(
 ) -> None:
     total = sum(source.nbytes() for source in texts)
     before = _stamps(texts)
-    workers = worker_count(num_workers, total)
     dtype = np.dtype("<u2" if _vocabulary(tokenizer) <= 1 << 16 and (end or 0) < 1 << 16 else "<u4")
     with (folder / "tokens.bin").open("wb") as tokens, (folder / "documents.bin").open("wb") as documents:
         writer = _Writer(tokens, documents, dtype, end)
         with tqdm(total=total, desc="tokenising", unit="B", unit_scale=True, disable=not progress) as bar:
-            for batch in encode_in_order(batches(texts, fields), tokenizer, workers):
+            for batch in encode_in_order(batches(texts, fields), tokenizer, num_workers, total):
                 for encoded in batch:
                     writer.add(*encoded)
                     bar.update(encoded[2])

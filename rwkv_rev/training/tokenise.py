@@ -1,6 +1,6 @@
 """Text to token ids, in one process or several, in order.
 
-Batches of about one mebibyte go to ``num_workers`` processes (start method "spawn" on every platform) a few
+Batches of about one mebibyte go to several processes (start method "spawn" on every platform) a few
 ahead of the reader; memory does not grow with the data. Prompt and completion are tokenised apart, so that
 the completion begins on a token border, as it does when the model generates. Errors name file and line.
 """
@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pickle
 import tempfile
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -24,7 +25,7 @@ from rwkv_rev.errors import DataError
 from rwkv_rev.training.documents import DataSource, Fields, Piece, one_line, place
 
 BATCH_BYTES = 1 << 20
-POOL_FROM_BYTES = 16 << 20  # below this, starting processes costs more than it saves
+POOL_WORTH_SECONDS = 30.0  # starting processes takes some 5 s, for the imports of the tokenizer
 PROBE = "The quick brown fox\n\n  jumps over 13 lazy dogs. Äöü ß 漢字 🙂\t\r\n"
 
 # (ids uint32, prompt tokens, UTF-8 bytes with loss, source index, line, continues)
@@ -64,17 +65,15 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
     return getattr(ids, "ids", ids)
 
 
-def worker_count(num_workers: int | None, total: int) -> int:
+def worker_count(num_workers: int | None) -> int:
+    """Processes to tokenise with at most: one a core when ``num_workers`` is None."""
     if num_workers is not None and num_workers < 1:
         raise DataError(f"num_workers is {num_workers}; it must be at least 1")
     if multiprocessing.current_process().daemon:
         return 1  # such a process may not start others
     if num_workers is not None:
         return num_workers
-    if total < POOL_FROM_BYTES:
-        return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 32)
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 32)
 
 
 def batches(texts: list[DataSource], fields: Fields) -> Iterator[list[tuple[int, Piece]]]:
@@ -95,18 +94,32 @@ def batches(texts: list[DataSource], fields: Fields) -> Iterator[list[tuple[int,
 
 
 def encode_in_order(
-    batches: Iterator[list[tuple[int, Piece]]], tokenizer: Any, workers: int
+    batches: Iterator[list[tuple[int, Piece]]], tokenizer: Any, num_workers: int | None, total: int
 ) -> Iterator[list[Encoded]]:
-    if workers == 1:
-        for batch in batches:
-            yield _encode_batch(tokenizer, batch)
-        return
+    """Encode batches, in order. ``total``: bytes of all of them together, about.
+
+    With ``num_workers`` None this process begins alone and starts others once the rest would take long.
+    """
+    workers = worker_count(num_workers)
     try:
         pickle.dumps(tokenizer)
     except (pickle.PicklingError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"this tokenizer cannot be sent to processes ({one_line(error)}); tokenise with num_workers=1"
-        ) from error
+        if num_workers is not None and workers > 1:
+            raise DataError(
+                f"this tokenizer cannot be sent to processes ({one_line(error)}); tokenise with num_workers=1"
+            ) from error
+        workers = 1
+    if num_workers is None or workers == 1:
+        started, done = time.perf_counter(), 0
+        for batch in batches:
+            encoded = _encode_batch(tokenizer, batch)
+            yield encoded
+            done += sum(size for _, _, size, *_ in encoded)
+            spent = time.perf_counter() - started
+            if workers > 1 and spent > 1.0 and (total - done) / max(done, 1) * spent > POOL_WORTH_SECONDS:
+                break
+        else:
+            return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(tokenizer,))
     waiting: deque[Future[list[Encoded]]] = deque()
