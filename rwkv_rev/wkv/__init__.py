@@ -1,4 +1,4 @@
-"""The recurrences of RWKV-4 and RWKV-5: one function each, several kernels (see :mod:`rwkv_rev.wkv.dispatch`)."""
+"""The recurrences of RWKV-4 and RWKV-5, each with several kernels (see :mod:`rwkv_rev.wkv.dispatch`)."""
 
 from rwkv_rev.wkv.dispatch import KERNELS, KernelError, choose_kernel, wkv4, wkv5, wkv5_contribution
 from rwkv_rev.wkv.naive import EMPTY_EXPONENT

@@ -4,19 +4,20 @@ Everything is one kind of scan, of elements y_i with exponents e_i:
 
     X_i = exp(log_decay) X_{i-1} + exp(e_i) y_i,   held as x_i exp(m_i),   m_i = max(m_{i-1} + log_decay, e_i)
 
-Forward, the elements are (v_t, 1) with exponent k_t, and the state (numerator, denominator) before token t is X_{t-1}.
-Backward, from the last token to the first, they are the gradients of numerator and denominator, (g, -g out) / d with
-exponent -q where den = d exp(q), and the gradient of the state after token t is X_{t+1}. The product of a state and its
-gradient then never has a positive exponent. m and q are gauges: any values give the same result, so they get no gradient.
+Forward, the elements are (v_t, 1) with exponent k_t, and the state (numerator, denominator) before token t is
+X_{t-1}. Backward, from the last token to the first, they are the gradients of numerator and denominator,
+(g, -g out) / d with exponent -q where den = d exp(q), and the gradient of the state after token t is X_{t+1}.
+The product of a state and its gradient then never has a positive exponent. m and q are gauges: any values
+give the same result, so they get no gradient.
 
-A scan over T elements is cut into J pieces of c, both about sqrt(T): c small steps run all pieces at once from nothing, J
-small steps join the pieces' last values, and one elementwise operation adds to each piece what came before it. A step is
-three elementwise operations; exponentials are taken of whole tensors, and only of differences to a maximum, so that it
-is stable for all keys and decays.
+A scan over T elements is cut into J pieces of c, both about sqrt(T): c small steps run all pieces at once
+from nothing, J small steps join the pieces' last values, and one elementwise operation adds to each piece
+what came before it. A step is three elementwise operations; exponentials are taken of whole tensors, and only
+of differences to a maximum, so that it is stable for all keys and decays.
 
-Cost: some 25 elementwise passes over [T, D] forward, twice that backward, and 2 sqrt(T) steps each. Kept for the backward
-pass: the inputs as they came and the states (three numbers per token and channel). The backward pass is written by hand
-and cannot be differentiated again.
+Cost: some 25 elementwise passes over [T, D] forward, twice that backward, and 2 sqrt(T) steps each. Kept for
+the backward pass: the inputs as they came and the states (three numbers per token and channel). The backward
+pass is written by hand and cannot be differentiated again.
 """
 
 from typing import Any
@@ -33,8 +34,8 @@ from rwkv_rev.wkv.naive import EMPTY_EXPONENT, LOWEST_LOG_DECAY, arithmetic_dtyp
 class _Layout:
     """T tokens as J pieces of c, [c, J, B, D]; token t is number t % c of piece t // c.
 
-    Unless all rows end where the pieces end, there is room for at least one token more: "before token n" then has a place
-    for every count n of valid tokens.
+    Unless all rows end where the pieces end, there is room for at least one token more: "before token n" then
+    has a place for every count n of valid tokens.
     """
 
     def __init__(self, tokens: int, counts: Tensor | None) -> None:
@@ -88,7 +89,7 @@ def _steps(
         reverse: whether the last element is the first to be scanned.
 
     Returns:
-        x [L + 1, 2, ..., D] and m [L + 1, ..., D]. Element i takes place i to place i + 1, or i + 1 to i if reverse.
+        x [L + 1, 2, ..., D], m [L + 1, ..., D]. Element i lies between places i and i + 1.
     """
     length = len(exponents)
     before, after = (slice(1, None), slice(0, -1)) if reverse else (slice(0, -1), slice(1, None))
@@ -127,9 +128,10 @@ def _scan(
     first: tuple[Tensor, Tensor],
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The scan in pieces: elements [c, J, B, D] each -> x [c + 1, 2, J, B, D], m [c + 1, J, B, D]; ``first`` [2, B, D], [B, D].
+    """The scan in pieces: elements [c, J, B, D] each, first [2, B, D] and [B, D].
 
-    Place i of a piece is its start for i = 0 (i = c if reverse), and the start of a piece is the end of the one before.
+    Returns x [c + 1, 2, J, B, D] and m [c + 1, J, B, D]. A piece starts at place 0 (c if reverse)
+    with what the piece before it ended with.
     """
     c, pieces = exponents.shape[:2]
     if pieces == 1:
@@ -210,7 +212,7 @@ class _Wkv4(torch.autograd.Function):
 def _outputs(
     k: Tensor, v: Tensor, bonus: Tensor, x: Tensor, m: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out, q, exp(u + k - q) and the denominator scaled by exp(-q), [c, J, B, D] each, from the states before each token."""
+    """From the states before each token: out, q, exp(u + k - q) and den exp(-q), [c, J, B, D] each."""
     present = k + bonus
     q = torch.maximum(m[:-1], present)
     present.sub_(q).exp_()

@@ -4,18 +4,18 @@ With w constant in time, the sub-chunk that starts in state S gives (t, s count 
 
     out_t = (r_t w^t) S + (r_t u . k_t) v_t + sum_{s<t} A_ts v_s,     A_ts = sum_i r_ti k_si w_i^{t-1-s}
 
-and contributes U = sum_s (k_s w^{n-1-s})^T v_s to the next state (the quadratic-inside, linear-between form of Yang et al.
-2024, "Gated Linear Attention", section 4). P_{j+1} = w^n P_j + U_j, from zero, is scanned over the sub-chunks; its last value
-is the contribution of all tokens, and S_j = P_j + w^{before_j} state.
+and contributes U = sum_s (k_s w^{n-1-s})^T v_s to the next state (the quadratic-inside, linear-between form
+of Yang et al. 2024, "Gated Linear Attention", section 4). P_{j+1} = w^n P_j + U_j, from zero, is scanned over
+the sub-chunks; its last value is the contribution of all tokens, and S_j = P_j + w^{before_j} state.
 
-A_ts factors as (r_t w^{t-x})(k_s w^{x-1-s}) for any x. Between the halves of a block, x is their border and both
-exponents are >= 0: stable for every decay, w = 0 too. The halves are halved in turn, down to blocks so small that w to the
-power of half a block is harmless (``SAFE_EXPONENT``); in those, x is the middle and one triangular product is left.
-Mild decays need one level, the strongest five.
+A_ts factors as (r_t w^{t-x})(k_s w^{x-1-s}) for any x. Between the halves of a block, x is their border and
+both exponents are >= 0: stable for every decay, w = 0 too. The halves are halved in turn, down to blocks so
+small that w to the power of half a block is harmless (``SAFE_EXPONENT``); in those, x is the middle and one
+triangular product is left. Mild decays need one level, the strongest five.
 
-Cost per token and head: about 4 N^2 + 4 c N multiply-adds forward, twice that backward, c = ``SUB_CHUNK`` tokens. For the
-backward pass one N x N state per sub-chunk is kept, and the inputs as they came. The backward pass is written by hand
-and cannot be differentiated again.
+Cost per token and head: about 4 N^2 + 4 c N multiply-adds forward, twice that backward, c = ``SUB_CHUNK``
+tokens. For the backward pass one N x N state per sub-chunk is kept, and the inputs as they came. The backward
+pass is written by hand and cannot be differentiated again.
 """
 
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ SAFE_EXPONENT = 30.0
 
 
 class _Level(NamedTuple):
-    """Pairs (t, s) of one block size: rows t and columns s of every block, and the exponents on both sides."""
+    """Pairs (t, s) of one block size: rows t and columns s of every block, the powers of w on both sides."""
 
     size: int
     diagonal: (
@@ -48,7 +48,7 @@ class _Level(NamedTuple):
 
 
 class _Plan:
-    """Sizes and powers of w shared by the forward and the backward pass. J sub-chunks of c tokens, [J, B, H, c, N]."""
+    """Sizes and powers of w, for the forward and the backward pass: J sub-chunks of c tokens each."""
 
     def __init__(self, log_decay: Tensor, tokens: int, counts: Tensor | None) -> None:
         self.tokens = tokens
@@ -100,8 +100,8 @@ class _Plan:
             steps = torch.arange(size, device=self.device)
             lag = (steps[:, None] - 1 - steps).clamp(min=0)
             from_middle = steps - size // 2
-            powers = (self._power(from_middle), self._power(-1 - from_middle))
-            levels.append(_Level(size, True, *powers, lag.to(self.dtype)))
+            rows, columns = self._power(from_middle), self._power(-1 - from_middle)
+            levels.append(_Level(size, True, rows, columns, lag.to(self.dtype)))
         return levels
 
     def split(self, x: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class _Plan:
         return prefixes[:-1], places[-1].clone()
 
     def prefix_gradients(self, starts: Tensor | None, end: Tensor) -> Tensor:
-        """Gradients of P_{j+1}, [J, B, H, N, N], from those of S_j (None: zero) and that of the contribution."""
+        """Gradients of P_{j+1}, [J, B, H, N, N], from those of S_j (None: zero) and of the contribution."""
         shape = (self.J, *end.shape)
         gradients = end.new_empty(shape)
         places = gradients.unbind(0)

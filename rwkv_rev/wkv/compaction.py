@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 class Compaction:
-    """Moves valid tokens to the front of their row, so that kernels see rows of different lengths without holes.
+    """Moves valid tokens to the front of their row: kernels then see rows of different lengths without holes.
 
     Args:
         mask: [B, T] bool, true where the token is valid.

@@ -1,13 +1,14 @@
 """One entry per recurrence; picks the kernel that computes it.
 
-Kernels: ``naive`` (token by token, the truth), ``chunked`` (parallel in time, PyTorch operators, any device) and
-``triton`` (CUDA). The argument ``kernel`` decides, then the environment variable ``RWKV_REV_KERNEL``, then the default:
-triton on CUDA where it can be imported, else chunked. ``triton`` falls back to ``chunked`` for tensors it cannot take
-(another device, float64) and where triton is missing; :func:`choose_kernel` tells what would run.
+Kernels: ``naive`` (token by token, the truth), ``chunked`` (parallel in time, PyTorch operators, any device)
+and ``triton`` (CUDA). The argument ``kernel`` decides, then the environment variable ``RWKV_REV_KERNEL``,
+then the default: triton on CUDA where it can be imported, else chunked. ``triton`` falls back to ``chunked``
+for tensors it cannot take (another device, float64) and where triton is missing; :func:`choose_kernel` tells
+what would run.
 
-All kernels: inputs in bfloat16, float16, float32 or float64; arithmetic and results in float32 (float64 where the keys
-are float64), whatever autocast says; the same call gives the same bits, with gradients enabled or not. Masked tokens
-change nothing and get output 0; masks may have holes.
+All kernels: inputs in bfloat16, float16, float32 or float64; arithmetic and results in float32 (float64 where
+the keys are float64), whatever autocast says; the same call gives the same bits, with gradients enabled or
+not. Masked tokens change nothing and get output 0; masks may have holes.
 """
 
 import importlib
@@ -61,7 +62,8 @@ def wkv4(
         k, v: [B, T, D] keys (exponents) and values.
         log_decay: [D], log of the decay per token, -exp(time_decay), at most 0; -inf is allowed.
         bonus: [D], u, added to the key of the current token.
-        state: [B, 3, D], (a, b, m): numerator and denominator scaled by exp(-m). Empty: a = b = 0, m = EMPTY_EXPONENT.
+        state: [B, 3, D], (a, b, m): numerator and denominator scaled by exp(-m).
+            Empty: a = b = 0, m = EMPTY_EXPONENT.
         mask: [B, T] bool, true where the token is valid; None: all are.
         kernel: see the module.
 
@@ -96,8 +98,9 @@ def wkv5(
         kernel: see the module.
 
     Returns:
-        Outputs [B, T, H, N] and the chunk's contribution [B, H, N, N] to the state: with n valid tokens in the row, the
-        state after the chunk is ``exp(n * log_decay)[..., None] * state + contribution`` (left to the caller).
+        Outputs [B, T, H, N] and the chunk's contribution [B, H, N, N] to the state: with n valid tokens in
+        the row, the state after the chunk is ``exp(n * log_decay)[..., None] * state + contribution`` (left
+        to the caller).
     """
     batch, tokens, heads, size = _shape(k, 4, "k")
     _expect(
@@ -110,7 +113,7 @@ def wkv5(
 def wkv5_contribution(
     k: Tensor, v: Tensor, log_decay: Tensor, mask: Tensor | None = None, *, kernel: str | None = None
 ) -> Tensor:
-    """The contribution of :func:`wkv5` alone, bit for bit what that returns for the same inputs and kernel."""
+    """Only the contribution of :func:`wkv5`, bit for bit what that returns for the same inputs and kernel."""
     batch, tokens, heads, size = _shape(k, 4, "k")
     _expect(v=(v, k.shape), log_decay=(log_decay, (heads, size)), mask=(mask, (batch, tokens)))
     return _run("wkv5_contribution", kernel, k, v, log_decay, _as_bool(mask))
@@ -129,7 +132,7 @@ def _run(function: str, kernel: str | None, *arguments: Tensor | None) -> Any:
 def _shape(tensor: Tensor, dimensions: int, name: str) -> torch.Size:
     if tensor.dim() != dimensions or tensor.shape[1] == 0:
         raise KernelError(
-            f"{name} has shape {tuple(tensor.shape)}; {dimensions} dimensions and at least one token are needed"
+            f"{name} has shape {tuple(tensor.shape)}; {dimensions} dimensions and a token are needed"
         )
     return tensor.shape
 

@@ -1,18 +1,19 @@
-"""The recurrences token by token: slow, any dtype, plain autograd. Every other kernel is tested against this file.
+"""The recurrences token by token: slow, any dtype, plain autograd. What every other kernel is tested against.
 
-RWKV-4, per channel (Peng et al. 2023, "RWKV: Reinventing RNNs for the Transformer Era", eq. 14 to 18; w = exp(log_decay)):
+RWKV-4, per channel (Peng et al. 2023, "RWKV: Reinventing RNNs for the Transformer Era", section 3.1), with
+w = exp(log_decay):
 
     out_t = (A + e^{u+k_t} v_t) / (B + e^{u+k_t}),      A <- w A + e^{k_t} v_t,      B <- w B + e^{k_t}
 
-held as A = a e^m, B = b e^m with m the running maximum of the exponents. m is a gauge (any m gives the same outputs), so
-no gradient flows through it.
+held as A = a e^m, B = b e^m with m the running maximum of the exponents. m is a gauge (any m gives the same
+outputs), so no gradient flows through it.
 
-RWKV-5, per head (Peng et al. 2024, "Eagle and Finch", section 4.1; S is [key, value]):
+RWKV-5, per head (Peng et al. 2024, "Eagle and Finch", section 4; S is [key, value]):
 
     out_t = r_t (S + diag(u) k_t^T v_t),                S <- diag(w) S + k_t^T v_t
 
-Cost: one Python iteration per token; autograd stores every state. Only elementwise products and sums are used, so that
-an autocast region around the backward pass cannot change the arithmetic either.
+Cost: one Python iteration per token; autograd stores every state. Only elementwise products and sums are
+used, so that an autocast region around the backward pass cannot change the arithmetic either.
 """
 
 import torch
@@ -95,7 +96,7 @@ def wkv5_contribution(k: Tensor, v: Tensor, log_decay: Tensor, mask: Tensor | No
 
 
 def _steps(k: Tensor, v: Tensor, log_decay: Tensor, mask: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-    """Per token: the factor of the state ([1 or B, H, N, 1]; one where masked) and k^T v ([B, H, N, N]; zero there)."""
+    """Per token the state's decay [1 or B, H, N, 1] and k^T v [B, H, N, N]; one and zero where masked."""
     dtype = arithmetic_dtype(k)
     k, v = k.to(dtype), v.to(dtype)
     decay = log_decay.to(dtype).clamp(min=LOWEST_LOG_DECAY).exp()[None, ..., None]
