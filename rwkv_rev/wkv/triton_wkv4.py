@@ -91,10 +91,10 @@ def _segment_kernel(
         a = old * a + new * value
         b = old * b + new
         m = largest
-    at = local + (row * segments + segment) * 3 * D + channel
-    tl.store(at, a, mask=exists)
-    tl.store(at + D, b, mask=exists)
-    tl.store(at + 2 * D, m, mask=exists)
+    slot = local + (row * segments + segment) * 3 * D + channel
+    tl.store(slot, a, mask=exists)
+    tl.store(slot + D, b, mask=exists)
+    tl.store(slot + 2 * D, m, mask=exists)
 
 
 @triton.jit(do_not_specialize=["T", "segments"])
@@ -137,10 +137,10 @@ def _output_kernel(
     channel, exists, segment, row = _program(D, segments, BLOCK)
     decay = _log_decay(log_decay, channel, exists)
     u = tl.load(bonus + channel, mask=exists, other=0.0)
-    at = states + (row * segments + segment) * 3 * D + channel
-    a = tl.load(at, mask=exists, other=0.0)
-    b = tl.load(at + D, mask=exists, other=0.0)
-    m = tl.load(at + 2 * D, mask=exists, other=0.0)
+    before = states + (row * segments + segment) * 3 * D + channel
+    a = tl.load(before, mask=exists, other=0.0)
+    b = tl.load(before + D, mask=exists, other=0.0)
+    m = tl.load(before + 2 * D, mask=exists, other=0.0)
     for t in tl.range(segment * SEGMENT, tl.minimum((segment + 1) * SEGMENT, T), num_stages=STAGES):
         at = (row * T + t) * D + channel
         key = tl.load(k + at, mask=exists, other=0.0).to(tl.float32)
@@ -199,12 +199,12 @@ def _segment_gradient_kernel(
         ga = old * ga + new * d_y
         gb = old * gb - new * d_y * out
         m = largest
-    at = local + (row * segments + segment) * 5 * D + channel
-    tl.store(at, ga, mask=exists)
-    tl.store(at + D, gb, mask=exists)
-    tl.store(at + 2 * D, pa, mask=exists)
-    tl.store(at + 3 * D, pb, mask=exists)
-    tl.store(at + 4 * D, m, mask=exists)
+    slot = local + (row * segments + segment) * 5 * D + channel
+    tl.store(slot, ga, mask=exists)
+    tl.store(slot + D, gb, mask=exists)
+    tl.store(slot + 2 * D, pa, mask=exists)
+    tl.store(slot + 3 * D, pb, mask=exists)
+    tl.store(slot + 4 * D, m, mask=exists)
 
 
 @triton.jit(do_not_specialize=["T", "segments"])
@@ -261,12 +261,12 @@ def _gradient_kernel(
     channel, exists, segment, row = _program(D, segments, BLOCK)
     decay = _log_decay(log_decay, channel, exists)
     u = tl.load(bonus + channel, mask=exists, other=0.0)
-    at = after + (row * segments + segment) * 5 * D + channel
-    ga = tl.load(at, mask=exists, other=0.0)
-    gb = tl.load(at + D, mask=exists, other=0.0)
-    pa = tl.load(at + 2 * D, mask=exists, other=0.0)
-    pb = tl.load(at + 3 * D, mask=exists, other=0.0)
-    m = tl.load(at + 4 * D, mask=exists, other=0.0)
+    following = after + (row * segments + segment) * 5 * D + channel
+    ga = tl.load(following, mask=exists, other=0.0)
+    gb = tl.load(following + D, mask=exists, other=0.0)
+    pa = tl.load(following + 2 * D, mask=exists, other=0.0)
+    pb = tl.load(following + 3 * D, mask=exists, other=0.0)
+    m = tl.load(following + 4 * D, mask=exists, other=0.0)
     d_u = tl.zeros([BLOCK], tl.float32)
     d_w = tl.zeros([BLOCK], tl.float32)
     start = segment * SEGMENT
