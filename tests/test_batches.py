@@ -100,6 +100,13 @@ def test_padding_share_is_that_of_the_batches(tmp_path: Path) -> None:
         assert order.statistics().padding_share == pytest.approx(1 - tokens / positions)
 
 
+def test_idle_slots_are_reported(tmp_path: Path) -> None:
+    rows = RowDataset(make_store(tmp_path, [40, 9]), 8, carry_state=True)
+    (warning,) = (text for text in BatchOrder(rows, 3).statistics().warnings if "slots" in text)
+    assert warning.startswith("1 of 3 batch slots stay empty") and warning.endswith("there are 2")
+    assert not any("slots" in text for text in BatchOrder(rows, 2).statistics().warnings)
+
+
 @pytest.mark.parametrize("carry", [False, True], ids=["plain", "carry"])
 def test_resumes_at_a_position(tmp_path: Path, carry: bool) -> None:
     rows = make_rows(tmp_path, carry)

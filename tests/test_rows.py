@@ -34,6 +34,7 @@ def test_documents_stay_whole_or_are_cut(tmp_path: Path) -> None:
     assert rows.lengths().tolist() == [3, 4, 4, 4, 4, 4]
     assert not any(rows[i]["continues"] for i in range(len(rows)))
     assert rows[0]["labels"].tolist() == [1, 2, 3]
+    assert [rows.locate(i) for i in range(len(rows))] == [(0, 0), (1, 0), (1, 4), (2, 0), (2, 4), (4, 0)]
 
 
 def test_carry_state_marks_the_rows_that_continue(tmp_path: Path) -> None:

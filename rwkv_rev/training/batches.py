@@ -141,7 +141,14 @@ class BatchOrder(Sampler[list[int]]):
         local = lengths.reshape(len(lengths), self.world_size, self.batch_size)
         positions = int(local.max(axis=2).sum()) * self.batch_size
         share = 1.0 - float(lengths.sum()) / positions
-        return replace(self.rows.statistics(), padding_share=share, steps=len(self))
+        found = self.rows.statistics()
+        warnings = found.warnings
+        if self._slots is not None and (idle := sum(not slot for slot in self._slots)):
+            warnings += (
+                f"{idle} of {self.slots} batch slots stay empty: a carried document keeps to one slot, "
+                f"and there are {self.slots - idle}",
+            )
+        return replace(found, padding_share=share, steps=len(self), warnings=warnings)
 
     def state_dict(self, position: int) -> dict[str, Any]:
         """What a checkpoint needs to go on after ``position`` steps of the current epoch."""

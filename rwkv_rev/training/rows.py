@@ -155,12 +155,16 @@ class RowDataset(Dataset):
             "continues": continues,
         }
 
-    def _document_row(self, index: int) -> tuple[np.ndarray, np.ndarray, bool]:
+    def locate(self, index: int) -> tuple[int, int]:
+        """(document, position of the row's first token in it); not for packed rows."""
         document = int(np.searchsorted(self._first_row, index, side="right")) - 1
         k = index - int(self._first_row[document]) + int(self._skipped[document])
-        start = k * self.context_length
+        return document, k * self.context_length
+
+    def _document_row(self, index: int) -> tuple[np.ndarray, np.ndarray, bool]:
+        document, start = self.locate(index)
         ids, labels = self._slice(document, start, start + self.context_length)
-        return ids, labels, self.carry_state and k > 0
+        return ids, labels, self.carry_state and start > 0
 
     def _packed_row(self, index: int) -> tuple[np.ndarray, np.ndarray, bool]:
         start = index * self.context_length
