@@ -32,6 +32,8 @@ LARGEST = 2**31 - 2
 TARGET_BITS = 27
 """Bits of the largest mantissa after a rise: 3 more than float32 keeps, 4 doublings below the next rise."""
 SMALLEST_EXPONENT = -200
+_FLOAT64_BIAS = 1023
+_FLOAT64_MANTISSA_BITS = 52
 SLACK = 2.0**-19
 """Bound on the float64 error of ``Lambda * S`` and of the division, in units of the grid, with room to spare."""
 
@@ -180,11 +182,12 @@ def _base(decayed: Tensor, decay: Tensor) -> Tensor:
 
 
 def _power(exponent: Tensor) -> Tensor:
-    """2**exponent [B, H, 1, 1], float64, exact."""
-    return torch.ldexp(torch.ones((), dtype=torch.float64, device=exponent.device), exponent)[:, :, None, None]
+    """2**exponent [B, H, 1, 1], float64, exact: written into the exponent bits of the format."""
+    bits = (exponent.to(torch.int64) + _FLOAT64_BIAS) << _FLOAT64_MANTISSA_BITS
+    return bits.view(torch.float64)[:, :, None, None]
 
 
 def _exponent_for(largest: Tensor) -> Tensor:
     """The exponent at which a value of magnitude ``largest`` [B, H] has :data:`TARGET_BITS` bits."""
     _, exponent = torch.frexp(largest)
-    return torch.where(largest > 0, exponent - TARGET_BITS, SMALLEST_EXPONENT).to(torch.int32)
+    return torch.where(largest > 0, exponent - TARGET_BITS, SMALLEST_EXPONENT).clamp(-500, 500).to(torch.int32)
