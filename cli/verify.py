@@ -12,7 +12,7 @@ def verify(
     directory: Annotated[Path, typer.Argument(help="A converted model folder.")],
     original: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE", help="What to compare with.  [default: what it was converted from]"),
+        typer.Option(metavar="SOURCE", help="What to compare with. Default: what it was converted from."),
     ] = None,
     file: Annotated[
         str | None, typer.Option(help="With --original: which checkpoint of several, a name or a glob.")
@@ -26,7 +26,7 @@ def verify(
     ] = "auto",
     text: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="UTF-8 text to read.  [default: Python's language reference]"),
+        typer.Option(metavar="FILE", help="UTF-8 text to read. Default: Python's language reference."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="How many tokens of it.")] = 1024,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from rwkv_rev.equivalence.naive_model import residual_streams
 from rwkv_rev.equivalence.original import Original
 
-# float32 noise on trained models stays below 2e-6 at every depth.
+# float32 noise on the trained models of the tests stays below 2e-6 at every depth.
 STREAM_TOLERANCE = 2e-5
 
 
@@ -25,13 +25,16 @@ class Divergence:
 
     Attributes:
         place: ``embeddings``, ``block I time mix``, ``block I channel mix``, ``ln_out`` or ``head``.
-        error: rms of the difference over rms of the original's stream there.
+        error: rms of the difference over rms of the original's stream there; None for ``head``, before which
+            all streams agree.
     """
 
     place: str
-    error: float
+    error: float | None
 
     def __str__(self) -> str:
+        if self.error is None:
+            return f"{self.place} (all residual streams agree)"
         return f"{self.place} (relative difference of the residual stream {self.error:.1e})"
 
 
@@ -76,7 +79,6 @@ def first_divergence(model: PreTrainedModel, original: Original, tokens: Tensor)
     Where all streams agree the difference is behind them: the head.
     """
     streams = converted_streams(model, tokens)
-    error = 0.0
     for place, stream in residual_streams(
         original.tensors,
         tokens,
@@ -87,7 +89,7 @@ def first_divergence(model: PreTrainedModel, original: Original, tokens: Tensor)
         error = float(difference.square().mean().sqrt() / stream.square().mean().sqrt())
         if not error <= STREAM_TOLERANCE:  # NaN diverges too
             return Divergence(_readable(place), error)
-    return Divergence("head", error)
+    return Divergence("head", None)
 
 
 def place_of(name: str) -> str:

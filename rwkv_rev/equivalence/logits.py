@@ -18,6 +18,8 @@ from torch import Tensor
 
 from rwkv_rev.errors import RwkvRevError
 
+PIECE = 64  # tokens compared at a time: some 2.5 kB of float64 for each vocabulary entry
+
 
 @dataclass(frozen=True)
 class LogitComparison:
@@ -47,7 +49,7 @@ def compare_logits(original: Iterable[Tensor], converted: Tensor, tokens: Tensor
     largest = torch.zeros((), dtype=torch.float64)
     absolute = kl = original_bits = converted_bits = 0.0
     agreeing = seen = 0
-    for piece in original:
+    for piece in (rows for given in original for rows in given.split(PIECE)):
         first, seen = seen, seen + piece.shape[0]
         if seen > total or piece.shape[1] != vocabulary:
             raise RwkvRevError(

@@ -45,7 +45,15 @@ _WORKER = Path(__file__).with_name("rwkv_worker.py")
 
 
 class OracleUnavailable(RwkvRevError):
-    """This oracle cannot run for this original; the message says why."""
+    """This oracle cannot run for this original.
+
+    Attributes:
+        reason: why.
+    """
+
+    def __init__(self, reason: str, instead: str = "") -> None:
+        super().__init__(f"{reason}; {instead}" if instead else reason)
+        self.reason = reason
 
 
 def rwkv_package(original: Original, tokens: Tensor) -> Iterator[Tensor]:
@@ -64,12 +72,14 @@ def rwkv_package(original: Original, tokens: Tensor) -> Iterator[Tensor]:
     if original.has_heads and not published:
         raise OracleUnavailable(
             f"the rwkv package has GroupNorm eps {PUBLISHED_GROUP_NORM_EPSILON:g} built in, "
-            f"this model's is {original.group_norm_epsilon:g}; --oracle naive can check it"
+            f"this model's is {original.group_norm_epsilon:g}",
+            "--oracle naive can check it",
         )
     if not math.isclose(original.layer_norm_epsilon, LAYER_NORM_EPSILON):
         raise OracleUnavailable(
             f"the rwkv package has LayerNorm eps {LAYER_NORM_EPSILON:g} built in, "
-            f"this model's is {original.layer_norm_epsilon:g}; --oracle naive can check it"
+            f"this model's is {original.layer_norm_epsilon:g}",
+            "--oracle naive can check it",
         )
     with tempfile.TemporaryDirectory(prefix="rwkv-rev-") as folder:
         checkpoint, output = Path(folder, "original.pth"), Path(folder, "logits")
@@ -129,11 +139,11 @@ def transformers_rwkv4(original: Original, tokens: Tensor) -> Iterator[Tensor]:
         OracleUnavailable: for RWKV-5, or a transformers without this class.
     """
     if original.transformers_tensors is None:
-        raise OracleUnavailable("transformers knows RWKV-4 only; use --oracle rwkv or --oracle naive")
+        raise OracleUnavailable("transformers knows RWKV-4 only", "use --oracle rwkv or --oracle naive")
     try:
         from transformers import RwkvConfig, RwkvForCausalLM
     except ImportError:
-        raise OracleUnavailable("this transformers has no RwkvForCausalLM; use --oracle rwkv") from None
+        raise OracleUnavailable("this transformers has no RwkvForCausalLM", "use --oracle rwkv") from None
     tensors = {name: tensor.float() for name, tensor in original.transformers_tensors.items()}
     vocabulary, width = original.tensors["emb.weight"].shape
     config = RwkvConfig(

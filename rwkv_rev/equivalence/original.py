@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from rwkv_rev.configuration import RwkvRevConfig
@@ -77,6 +78,26 @@ class RenamedTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+class RoundedTensors(Mapping[str, Tensor]):
+    """Tensors rounded to a narrower dtype when they are asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        self._tensors = tensors
+        self._dtype = dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].to(self._dtype)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 @contextmanager

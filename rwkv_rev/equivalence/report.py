@@ -59,7 +59,9 @@ class Report:
     def summary(self) -> str:
         """One line: the verdict, and on FAIL what failed and where."""
         if self.passed:
-            return f"{self.directory} computes what {self.original} computes"
+            rounded = self.weights.rounded_to
+            qualifier = f", up to rounding to {_dtype_name(rounded)}" if rounded else ""
+            return f"{self.directory} computes what {self.original} computes{qualifier}"
         reasons = []
         failed = [row.oracle for row in self.rows if not row.passed]
         if failed:
