@@ -14,8 +14,9 @@ from rwkv_rev.cells import ChannelMix, TimeMixRwkv4, TimeMixRwkv5
 from rwkv_rev.configuration import RwkvRevConfig
 
 
-def initialize_time_mix(cell: TimeMixRwkv4 | TimeMixRwkv5, layer: int, config: RwkvRevConfig) -> None:
-    """Mixes, decays, bonus and maps of the time mix of layer ``layer``."""
+def initialize_time_mix(cell: TimeMixRwkv4 | TimeMixRwkv5, config: RwkvRevConfig) -> None:
+    """Mixes, decays, bonus and maps of a time mix, by the depth of its layer."""
+    layer = cell.layer
     depth = layer / max(1, config.num_hidden_layers - 1)  # 0 to 1
     height = 1 - layer / config.num_hidden_layers  # 1 to nearly 0
     size = config.hidden_size
@@ -44,9 +45,9 @@ def initialize_time_mix(cell: TimeMixRwkv4 | TimeMixRwkv5, layer: int, config: R
     init.orthogonal_(cell.value.weight)
 
 
-def initialize_channel_mix(cell: ChannelMix, layer: int, config: RwkvRevConfig) -> None:
-    """Mixes and maps of the channel mix of layer ``layer``."""
-    height = 1 - layer / config.num_hidden_layers
+def initialize_channel_mix(cell: ChannelMix, config: RwkvRevConfig) -> None:
+    """Mixes and maps of a channel mix, by the depth of its layer."""
+    height = 1 - cell.layer / config.num_hidden_layers
     ramp = torch.arange(config.hidden_size, dtype=torch.float64) / config.hidden_size
     _set(cell.mix_key, ramp**height)
     _set(cell.mix_receptance, ramp**height)

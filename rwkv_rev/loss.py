@@ -108,7 +108,9 @@ class FinishedGradients(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, compute: Callable[[], tuple[Tensor, tuple[Tensor, ...], list]], *inputs: Tensor) -> Any:
+    def forward(
+        ctx: Any, compute: Callable[[], tuple[Tensor, tuple[Tensor, ...], list]], *inputs: Tensor
+    ) -> Any:
         loss, extras, gradients = compute()
         ctx.gradients = [
             None if gradient is None else gradient.to(tensor.dtype)

@@ -19,6 +19,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from rwkv_rev.bptt import LossInputs, choose_strategy
+from rwkv_rev.cells import ChannelMix, TimeMixRwkv4, TimeMixRwkv5
 from rwkv_rev.cells.block import Block
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.configuration import BPTT_STRATEGIES, TAPES, RwkvRevConfig
@@ -64,16 +65,18 @@ class RwkvRevPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, RwkvRevModel):
-            init.uniform_(module.embeddings.weight, a=-1e-4, b=1e-4)
-            for layer, block in enumerate(module.blocks):
-                initialize_time_mix(block.time_mix, layer, self.config)
-                initialize_channel_mix(block.channel_mix, layer, self.config)
+        # transformers visits every module that owns parameters, children first
+        if isinstance(module, TimeMixRwkv4 | TimeMixRwkv5):
+            initialize_time_mix(module, self.config)
+        elif isinstance(module, ChannelMix):
+            initialize_channel_mix(module, self.config)
+        elif isinstance(module, nn.Embedding):
+            init.uniform_(module.weight, a=-1e-4, b=1e-4)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, RwkvRevForCausalLM):
-            initialize_head(module.head)
+        elif module is getattr(self, "head", None):
+            initialize_head(module)
 
 
 class RwkvRevModel(RwkvRevPreTrainedModel):
@@ -83,7 +86,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.ln0 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.ln_out = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
         self.post_init()
@@ -234,13 +237,17 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, GenerationMixin):
             StrategyError: for a name or length that does not exist.
         """
         if strategy not in BPTT_STRATEGIES:
-            raise StrategyError(f"bptt = {strategy!r} does not exist; use one of {', '.join(BPTT_STRATEGIES)}")
+            raise StrategyError(
+                f"bptt = {strategy!r} does not exist; use one of {', '.join(BPTT_STRATEGIES)}"
+            )
         if tape is not None and tape not in TAPES:
             raise StrategyError(f"tape = {tape!r} does not exist; use one of {', '.join(TAPES)}")
         if chunk_length is not None and chunk_length < 1:
             raise StrategyError(f"chunk_length = {chunk_length} must be at least 1 token")
         settings = {"bptt": strategy, "chunk_length": chunk_length, "tape": tape, "tape_dir": tape_dir}
-        return BpttSetting(self.config, {name: value for name, value in settings.items() if value is not None})
+        return BpttSetting(
+            self.config, {name: value for name, value in settings.items() if value is not None}
+        )
 
     def forward(
         self,

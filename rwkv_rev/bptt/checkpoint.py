@@ -22,7 +22,11 @@ class Checkpoint(TwoSweeps):
     name = "checkpoint"
 
     def record(
-        self, model: LanguageModel, before: list[ExactStates], after: list[ExactStates], remnants: list[Remnants]
+        self,
+        model: LanguageModel,
+        before: list[ExactStates],
+        after: list[ExactStates],
+        remnants: list[Remnants],
     ) -> Callable[[], list[list[Tensor]]]:
         def tensors() -> list[list[Tensor]]:
             kept: list[list[Tensor]] = []

@@ -32,7 +32,11 @@ class Reversible(TwoSweeps):
         self._checks: list[tuple[int, int, Tensor]] = []
 
     def record(
-        self, model: LanguageModel, before: list[ExactStates], after: list[ExactStates], remnants: list[Remnants]
+        self,
+        model: LanguageModel,
+        before: list[ExactStates],
+        after: list[ExactStates],
+        remnants: list[Remnants],
     ) -> Callable[[], list[list[Tensor]]]:
         witnesses = [
             block.time_mix.witness(first[0].memory, second[0].memory)

@@ -56,7 +56,11 @@ class ReversibleLossy(TwoSweeps):
         return [(replace(time, memory=LossyState.of(time.memory)), channel) for time, channel in states]
 
     def record(
-        self, model: LanguageModel, before: list[ExactStates], after: list[ExactStates], remnants: list[Remnants]
+        self,
+        model: LanguageModel,
+        before: list[ExactStates],
+        after: list[ExactStates],
+        remnants: list[Remnants],
     ) -> Callable[[], list[list[Tensor]]]:
         anchored = self._recorded % self._every == 0
         self._recorded += 1

@@ -69,7 +69,11 @@ class LossInputs:
         starts = range(0, self.length, length)
         # one transfer each, so that no chunk waits for the device later
         predicts = [bool(n) for n in _any_per_chunk(self.targets != IGNORE, length)]
-        full = [True] * len(stops) if self.valid is None else [not n for n in _any_per_chunk(~self.valid, length)]
+        full = (
+            [True] * len(stops)
+            if self.valid is None
+            else [not n for n in _any_per_chunk(~self.valid, length)]
+        )
         return [
             Chunk(self, index, start, stop, predicts[index], full[index])
             for index, (start, stop) in enumerate(zip(starts, stops, strict=True))

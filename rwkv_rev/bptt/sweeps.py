@@ -78,7 +78,11 @@ class TwoSweeps(Strategy):
 
     @abstractmethod
     def record(
-        self, model: LanguageModel, before: list[ExactStates], after: list[ExactStates], remnants: list[Remnants]
+        self,
+        model: LanguageModel,
+        before: list[ExactStates],
+        after: list[ExactStates],
+        remnants: list[Remnants],
     ) -> Callable[[], list[list[Tensor]]]:
         """What to put on the tape for a chunk, as a function that is called one chunk later.
 
@@ -108,7 +112,9 @@ class TwoSweeps(Strategy):
     ) -> tuple[Tensor, tuple[Tensor, ...], list]:
         self.begin(model, inputs)
         chunks = inputs.chunks(self.chunk_length)
-        plans = {length: [block.plan(length) for block in model.blocks] for length in {c.length for c in chunks}}
+        plans = {
+            length: [block.plan(length) for block in model.blocks] for length in {c.length for c in chunks}
+        }
         device = inputs.targets.device
         outcome.update(strategy=self.name, chunk_length=self.chunk_length)
         parameters = [leaf for leaf in model.parameters() if leaf.requires_grad]  # type: ignore[attr-defined]
@@ -146,7 +152,11 @@ class TwoSweeps(Strategy):
                 random_state.restore(following, device)
             self.finish(outcome)
         assert final is not None
-        return total, tuple(final.tensors()), _in_order(leaves, inputs, parameters, sums, state_gradients, embeds)
+        return (
+            total,
+            tuple(final.tensors()),
+            _in_order(leaves, inputs, parameters, sums, state_gradients, embeds),
+        )
 
     @torch.no_grad()
     def _forward_sweep(
@@ -217,7 +227,9 @@ class TwoSweeps(Strategy):
         incoming: list[Tensor] | None,
         device: torch.device,
     ) -> tuple[ChunkGradients, list[ExactStates], RwkvRevState]:
-        half = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
+        half = (
+            torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
+        )
         scale = HALF_PRECISION_LOSS_SCALE if half else 1.0
         random = random_state.capture(device) if half else None
         while True:
@@ -270,7 +282,10 @@ class TwoSweeps(Strategy):
             found = list(
                 torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
             )
-        to_parameters, to_starts = found[: len(parameters)], found[len(parameters) : len(parameters) + len(starts)]
+        to_parameters, to_starts = (
+            found[: len(parameters)],
+            found[len(parameters) : len(parameters) + len(starts)],
+        )
         of_head = {id(p): g for p, g in zip(head_parameters, head_gradients, strict=True)}
         to_parameters = [_sum(g, of_head.get(id(p))) for p, g in zip(parameters, to_parameters, strict=True)]
         state = [torch.zeros_like(s) if g is None else g for s, g in zip(starts, to_starts, strict=True)]

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_rev.bptt.strategy import LanguageModel, LossInputs, LossResult, Strategy, trainable, uncached_autocast
+from rwkv_rev.bptt.strategy import (
+    LanguageModel,
+    LossInputs,
+    LossResult,
+    Strategy,
+    trainable,
+    uncached_autocast,
+)
 from rwkv_rev.loss import FinishedGradients, add_gradients, linear_cross_entropy
 from rwkv_rev.state import RwkvRevState
 

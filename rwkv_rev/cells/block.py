@@ -33,9 +33,9 @@ class BlockReplay(NamedTuple):
 
 
 class Block(nn.Module):
-    """One layer; states are pairs (time mix, channel mix)."""
+    """Layer ``layer`` of a model; states are pairs (time mix, channel mix)."""
 
-    def __init__(self, config: RwkvRevConfig) -> None:
+    def __init__(self, config: RwkvRevConfig, layer: int = 0) -> None:
         super().__init__()
         size, eps = config.hidden_size, config.layer_norm_epsilon
         self.ln1 = nn.LayerNorm(size, eps=eps)
@@ -53,8 +53,11 @@ class Block(nn.Module):
             else TimeMixRwkv4(size)
         )
         self.channel_mix: ReversibleCell = ChannelMix(size, config.intermediate_size)
+        self.time_mix.layer = self.channel_mix.layer = layer
 
-    def forward(self, x: Tensor, states: FloatStates, mask: ChunkMask | None = None) -> tuple[Tensor, FloatStates]:
+    def forward(
+        self, x: Tensor, states: FloatStates, mask: ChunkMask | None = None
+    ) -> tuple[Tensor, FloatStates]:
         """Output [B, C, D] and states after x [B, C, D], by plain differentiable arithmetic."""
         time, channel = states
         out, time = self.time_mix.step(time, self.ln1(x), mask)
@@ -100,7 +103,9 @@ class Block(nn.Module):
         if checkpointed:
             return self._checkpointed_replay(x, states, mask, remnants, plan)
 
-        def through(cell: ReversibleCell, state: CellState, inputs: Tensor, remnant: Remnant | None) -> Replay:
+        def through(
+            cell: ReversibleCell, state: CellState, inputs: Tensor, remnant: Remnant | None
+        ) -> Replay:
             if remnant is None:
                 return cell.replay(state, inputs, mask)
             return cell.reversed_replay(state, inputs, mask, remnant, plan)

@@ -71,7 +71,13 @@ class Replay(NamedTuple):
 
 
 class ReversibleCell(nn.Module, ABC):
-    """Base of the cells. Inputs x are [B, C, D]; masks are :class:`ChunkMask` or None for all valid."""
+    """Base of the cells. Inputs x are [B, C, D]; masks are :class:`ChunkMask` or None for all valid.
+
+    Attributes:
+        layer: index of the block the cell is in; only its initialisation depends on it.
+    """
+
+    layer: int = 0
 
     # --- what a cell fills in ---------------------------------------------------------------------------------
 

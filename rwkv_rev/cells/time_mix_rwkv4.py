@@ -69,7 +69,9 @@ class TimeMixRwkv4(ReversibleCell):
         out = self.output(torch.sigmoid(receptance) * wkv.to(receptance.dtype))
         return out, after
 
-    def update(self, memory: Tensor | None, contribution: Tensor, mask: ChunkMask | None, length: int) -> Tensor:
+    def update(
+        self, memory: Tensor | None, contribution: Tensor, mask: ChunkMask | None, length: int
+    ) -> Tensor:
         return contribution
 
     def advance(

@@ -113,7 +113,9 @@ class TimeMixRwkv5(ReversibleCell):
         y = y.to(receptance.dtype)
         return self.output(y if gate is None else y * F.silu(gate)), contribution
 
-    def update(self, memory: Tensor | None, contribution: Tensor, mask: ChunkMask | None, length: int) -> Tensor:
+    def update(
+        self, memory: Tensor | None, contribution: Tensor, mask: ChunkMask | None, length: int
+    ) -> Tensor:
         assert memory is not None
         if mask is None:
             decay = torch.exp(length * self.log_decay())[None, :, :, None]
