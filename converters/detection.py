@@ -110,7 +110,7 @@ class Architecture:
 
 
 def detect(checkpoint: Checkpoint) -> Architecture:
-    """Version and sizes of ``checkpoint``, all of whose tensors are then known to be there in the right shapes.
+    """Version and sizes of ``checkpoint``; all its tensors are then known to be there in the right shapes.
 
     Reads names, shapes and dtypes only.
 
@@ -216,9 +216,12 @@ def _by_block(names: Iterable[str], pattern: str) -> dict[int, set[str]]:
 
 def _epsilons(config: dict[str, Any]) -> tuple[float, float]:
     epsilon, divisor = config.get("layer_norm_epsilon"), config.get("head_size_divisor")
-    layer_norm = epsilon if isinstance(epsilon, float) and 0 < epsilon < 1 else 1e-5
-    published = isinstance(divisor, int | float) and divisor > 0 and divisor != 8
-    return layer_norm, 1e-5 * divisor**2 if published else 64e-5
+    layer_norm, group_norm = 1e-5, 64e-5
+    if isinstance(epsilon, float) and 0 < epsilon < 1:
+        layer_norm = epsilon
+    if isinstance(divisor, int | float) and divisor > 0 and divisor != 8:
+        group_norm = 1e-5 * divisor**2
+    return layer_norm, group_norm
 
 
 def _compare_names(where: str, architecture: Architecture, expected: set[str], names: Sequence[str]) -> None:

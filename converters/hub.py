@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import CachedRevisionInfo, HfApi, scan_cache_dir
+from huggingface_hub import CachedRevisionInfo, HfApi, constants, scan_cache_dir
 from huggingface_hub.errors import (
     CacheNotFound,
     GatedRepoError,
@@ -184,7 +184,7 @@ def _open_cached(source: Source, reason: Exception) -> _Place:
         else f"no connection ({one_line(reason)})"
     )
     try:
-        repositories = scan_cache_dir().repos
+        repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except CacheNotFound:
         repositories = frozenset()
     for repository in repositories:

@@ -118,7 +118,7 @@ def hf_state_dict(version: str, **kwargs: Any) -> dict[str, torch.Tensor]:
 def hf_config(
     version: str, *, layers: int = 2, D: int = 32, head_size: int = 8, vocab: int = 64, **_: Any
 ) -> dict[str, Any]:
-    """``config.json`` as published; for v5 without the F, and with the head size in ``num_attention_heads``."""
+    """``config.json`` as published; for v5 without F, and with the head size in ``num_attention_heads``."""
     common = {
         "attention_hidden_size": D,
         "bos_token_id": 0,

@@ -1,0 +1,289 @@
+"""Version and sizes from tensors alone, and every refusal by name."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from foreign import VERSIONS, blinkdl_state_dict, hf_config, hf_state_dict
+from safetensors.torch import save_file
+
+from rwkv_rev.converters.detection import Architecture, detect
+from rwkv_rev.converters.hub import resolve
+from rwkv_rev.converters.reading import open_checkpoint
+from rwkv_rev.converters.source import parse_source
+from rwkv_rev.errors import CheckpointError
+
+State = dict[str, torch.Tensor]
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture
+def look(tmp_path: Path) -> Callable[..., Architecture]:
+    """Save a state dict in a directory (with a configuration, if given) and detect it."""
+
+    def call(state: State, config: dict[str, Any] | None = None) -> Architecture:
+        torch.save(state, tmp_path / "pytorch_model.bin")
+        if config is not None:
+            (tmp_path / "config.json").write_text(json.dumps(config))
+        with open_checkpoint(resolve(parse_source(str(tmp_path)))) as checkpoint:
+            return detect(checkpoint)
+
+    return call
+
+
+def refused(look: Callable[..., Architecture], state: State) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        look(state)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "pytorch_model.bin" in message
+    return message
+
+
+def sizes(found: Architecture) -> tuple[int, ...]:
+    return (found.num_layers, found.D, found.H, found.N, found.F, found.V)
+
+
+@pytest.mark.parametrize("hugging_face", [False, True], ids=["blinkdl", "hf"])
+@pytest.mark.parametrize("layers", [1, 2, 11])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_version(look: Any, version: str, layers: int, hugging_face: bool) -> None:
+    make = hf_state_dict if hugging_face else blinkdl_state_dict
+    items = list(make(version, layers=layers).items())
+    random.Random(layers).shuffle(items)
+    found = look(dict(items), hf_config(version, layers=99, D=640, vocab=7) if hugging_face else None)
+    assert found.version == version
+    heads = (1, 32) if version == "4" else (4, 8)
+    assert sizes(found) == (layers, 32, *heads, 128 if version in ("4", "5.0") else 96, 64)
+    assert found.layout == (("transformers" if version == "4" else "v5-hub") if hugging_face else "blinkdl")
+    assert not found.bonus_is_exponential
+    assert found.unusual_shapes == {}
+    config = found.to_config(chunk_length=7)
+    assert (config.rwkv_version, config.chunk_length, config.group_norm_epsilon) == (version, 7, 64e-5)
+    assert {entry.foreign for entry in found.tensors()} == {name for name, _ in items}
+
+
+@pytest.mark.parametrize(("D", "head_size"), [(32, 32), (32, 2), (64, 16), (96, 32)])
+@pytest.mark.parametrize("version", ["5.0", "5.1", "5.2"])
+def test_head_sizes(look: Any, version: str, D: int, head_size: int) -> None:
+    found = look(blinkdl_state_dict(version, D=D, head_size=head_size))
+    assert (found.version, found.D, found.H, found.N) == (version, D, D // head_size, head_size)
+
+
+@pytest.mark.parametrize("hugging_face", [False, True], ids=["blinkdl", "hf"])
+def test_bonus_of_5_0(look: Any, hugging_face: bool) -> None:
+    make = hf_state_dict if hugging_face else blinkdl_state_dict
+    assert look(make("5.0", bonus="time_first")).bonus_is_exponential
+    assert not look(make("5.0", bonus="time_faaaa")).bonus_is_exponential
+    assert not look(make("4")).bonus_is_exponential
+
+
+def test_channel_mix_width_is_read_not_computed(look: Any) -> None:
+    state = blinkdl_state_dict("5.2")
+    for i in range(2):
+        state[f"blocks.{i}.ffn.key.weight"] = torch.randn(52, 32)
+        state[f"blocks.{i}.ffn.value.weight"] = torch.randn(32, 52)
+    assert look(state).F == 52
+
+
+def test_null_intermediate_size_and_head_size_as_heads(look: Any) -> None:
+    config = hf_config("5.2", D=256, head_size=64)
+    assert config["intermediate_size"] is None
+    assert config["num_attention_heads"] == 64
+    found = look(hf_state_dict("5.2", D=256, head_size=64), config)
+    assert sizes(found) == (2, 256, 4, 64, 896, 64)
+
+
+def test_epsilons_come_from_the_configuration(look: Any) -> None:
+    state = hf_state_dict("5.2")
+    found = look(state, hf_config("5.2") | {"layer_norm_epsilon": 1e-6, "head_size_divisor": 1})
+    assert (found.layer_norm_epsilon, found.group_norm_epsilon) == (1e-6, 1e-5)
+    nonsense = look(state, hf_config("5.2") | {"layer_norm_epsilon": "small", "head_size_divisor": None})
+    assert (nonsense.layer_norm_epsilon, nonsense.group_norm_epsilon) == (1e-5, 64e-5)
+
+
+@pytest.mark.parametrize(
+    ("version", "name", "shape"),
+    [
+        ("4", "blocks.0.att.time_mix_k", (32,)),
+        ("4", "blocks.1.ffn.time_mix_r", (1, 32)),
+        ("4", "blocks.0.att.time_decay", (1, 1, 32)),
+        ("4", "blocks.1.att.time_first", (32, 1)),
+        ("5.0", "blocks.0.att.time_decay", (4, 1, 1)),
+        ("5.1", "blocks.1.att.time_faaaa", (4, 1, 1)),
+        ("5.1", "blocks.0.att.time_decay", (4, 1)),
+        ("5.2", "blocks.0.att.time_decay", (4, 8, 1)),
+        ("5.2", "blocks.1.att.time_faaaa", (4, 8, 1)),
+        ("5.2", "blocks.1.att.time_mix_g", (32,)),
+    ],
+)
+def test_vectors_with_other_dimensions_of_size_one(
+    look: Any, version: str, name: str, shape: tuple[int, ...]
+) -> None:
+    state = blinkdl_state_dict(version)
+    state[name] = state[name].reshape(shape)
+    found = look(state)
+    assert found.version == version
+    assert found.unusual_shapes == {name: shape}
+
+
+@pytest.mark.parametrize(
+    ("name", "meaning"),
+    [
+        ("blocks.1.att.tiny_q.weight", "tiny attention"),
+        ("blocks.0.att.tiny_ln.weight", "tiny attention"),
+        ("blocks.0.pos_emb_x", "position embeddings"),
+        ("head_q.weight", "copying head"),
+        ("blocks.0.ffnPre.key.weight", "in the place of the first time mix"),
+        ("blocks.0.att.surprise", ""),
+        ("optimizer.step", ""),
+        ("blocks.0.att.time_first", ""),
+    ],
+)
+def test_leftover(look: Any, name: str, meaning: str) -> None:
+    message = refused(look, blinkdl_state_dict("5.2") | {name: torch.zeros(3)})
+    assert f"left over {name}" in message
+    assert meaning in message
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("hugging_face", [False, True], ids=["blinkdl", "hf"])
+def test_any_missing_tensor_is_named(look: Any, version: str, hugging_face: bool) -> None:
+    state = (hf_state_dict if hugging_face else blinkdl_state_dict)(version)
+    for name in list(state):
+        without = {key: tensor for key, tensor in state.items() if key != name}
+        message = refused(look, without)
+        assert f"missing {name}" in message
+
+
+def test_missing_and_leftover_together(look: Any) -> None:
+    state = blinkdl_state_dict("4")
+    state["blocks.0.att.key.wieght"] = state.pop("blocks.0.att.key.weight")
+    message = refused(look, state)
+    assert "missing blocks.0.att.key.weight; left over blocks.0.att.key.wieght" in message
+
+
+def test_missing_block(look: Any) -> None:
+    state = blinkdl_state_dict("5.2", layers=3)
+    without = {name: tensor for name, tensor in state.items() if ".1." not in name}
+    message = refused(look, without)
+    assert "missing blocks.1.att" in message
+    assert "more" in message
+    far = state | {"blocks.9999999999.ln1.weight": torch.zeros(32)}
+    assert "block 9999999999" in refused(look, far)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_any_wrong_shape_is_named(look: Any, version: str) -> None:
+    state = blinkdl_state_dict(version)
+    for name, tensor in state.items():
+        if name.endswith("ffn.key.weight") and name.startswith("blocks.0"):
+            continue  # defines F: the others are blamed
+        wrong = torch.zeros(*tensor.shape[:-1], tensor.shape[-1] + 1)
+        message = refused(look, state | {name: wrong})
+        if name == "blocks.0.att.time_decay" and version != "4":
+            assert f"time_decay has the shape {list(wrong.shape)}" in message or "wrong shapes" in message
+        else:
+            assert f"{name} is {list(wrong.shape)} instead of {list(tensor.shape)}" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("blocks.0.ffn.key.weight", (32, 128)),
+        ("blocks.1.att.key.weight", (1, 32, 32)),
+        ("blocks.0.att.time_mix_k", (2, 16)),
+        ("head.weight", (63, 32)),
+        ("ln_out.bias", (0,)),
+        ("emb.weight", (64,)),
+        ("emb.weight", (64, 33)),
+    ],
+)
+def test_wrong_shapes(look: Any, name: str, shape: tuple[int, ...]) -> None:
+    assert name.split(".")[0] in refused(look, blinkdl_state_dict("4") | {name: torch.zeros(shape)})
+
+
+def test_5_x_with_a_decay_per_channel_but_no_heads(look: Any) -> None:
+    state = blinkdl_state_dict("5.1")
+    for i in range(2):
+        state[f"blocks.{i}.att.time_decay"] = torch.zeros(32)
+    assert "time_decay has the shape [32]" in refused(look, state)
+    state["blocks.0.att.time_decay"] = torch.zeros(5)
+    assert "time_decay has the shape [5]" in refused(look, state)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_quantised(look: Any, dtype: torch.dtype) -> None:
+    state = blinkdl_state_dict("4")
+    state["blocks.1.att.key.weight"] = torch.zeros(32, 32).to(dtype)
+    message = refused(look, state)
+    assert "blocks.1.att.key.weight" in message
+    assert "unquantised" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_floating_dtypes(look: Any, dtype: torch.dtype) -> None:
+    assert look(blinkdl_state_dict("5.2", dtype=dtype)).version == "5.2"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("blocks.0.att.time_maa_x", "is an RWKV-6 model"),
+        ("rwkv.blocks.0.attention.time_maa_w1", "is an RWKV-6 model"),
+        ("blocks.0.att.x_r", "is an RWKV-7 model"),
+        ("blocks.3.att.r_k", "is an RWKV-7 model"),
+        ("blocks.0.att.w0", "is an RWKV-7 model"),
+        ("model.layers.0.attn.r_proj.weight", "is an RWKV-7 model"),
+        ("blocks.0.att.time_alpha", "is an RWKV-1 model"),
+        ("blocks.0.att.time_state", "initial states"),
+        ("blocks.0.att.key.lora_A", "adapter"),
+        ("blocks.0.att.key.weight_mx", "quantised by the rwkv package"),
+        ("_strategy", "rewritten by the rwkv package"),
+        ("_forward_module.blocks.0.ln1.weight", "prefix"),
+        ("model.blocks.0.time_mix.time_decay", "converted model already"),
+    ],
+)
+def test_other_kinds_by_name(look: Any, tmp_path: Path, name: str, message: str) -> None:
+    for state in (blinkdl_state_dict("5.2"), hf_state_dict("4")):
+        # As safetensors too: there the names alone tell.
+        save_file(state | {name: torch.zeros(2)}, tmp_path / "model.safetensors")
+        with (
+            open_checkpoint(resolve(parse_source(str(tmp_path / "model.safetensors")))) as checkpoint,
+            pytest.raises(CheckpointError, match=message) as caught,
+        ):
+            detect(checkpoint)
+        assert name in str(caught.value)
+
+
+def test_not_rwkv(look: Any) -> None:
+    message = refused(look, {"model.layers.0.self_attn.q_proj.weight": torch.zeros(2, 2)})
+    assert "is not an RWKV model" in message
+    assert "self_attn" in message
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("checkpoints/rwkv-4-docs-1.3M-ctx512.pth", ("4", 6, 128, 1, 128, 512, 256)),
+        ("checkpoints/rwkv-5.2-docs-1.3M-ctx512.pth", ("5.2", 6, 128, 2, 64, 448, 256)),
+        ("peer/tiny-rwkv-4v0-660K.pth", ("4", 4, 128, 1, 128, 256, 256)),
+        ("peer/tiny-rwkv-5v2-730K.pth", ("5.2", 12, 64, 8, 8, 256, 256)),
+    ],
+)
+def test_trained_files(file: str, expected: tuple[Any, ...]) -> None:
+    if not (SHARED / file).exists():
+        pytest.skip("the shared checkpoints are not here")
+    with open_checkpoint(resolve(parse_source(str(SHARED / file)))) as checkpoint:
+        found = detect(checkpoint)
+    assert (found.version, *sizes(found)) == expected
+
+
+@pytest.mark.parametrize(("name", "version"), [("rwkv-4", "4"), ("rwkv-5.2", "5.2")])
+def test_bundled(name: str, version: str) -> None:
+    with open_checkpoint(resolve(parse_source(f"bundled:{name}"))) as checkpoint:
+        assert detect(checkpoint).version == version

@@ -1,0 +1,84 @@
+"""The name tables against the independently written foreign state dicts, and against transformers' own
+class."""
+
+from typing import Any, cast
+
+import pytest
+import torch
+from foreign import VERSIONS, blinkdl_state_dict, hf_config, hf_state_dict
+from transformers import RwkvConfig, RwkvForCausalLM
+
+from rwkv_rev.configuration import RwkvRevConfig
+from rwkv_rev.converters.names import LAYOUTS, Layout, hub_layout, tensor_table
+
+
+def config_of(version: str, *, layers: int = 2, exponential: bool = False) -> RwkvRevConfig:
+    heads = 1 if version == "4" else 4
+    return RwkvRevConfig(
+        rwkv_version=cast(Any, version),
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        head_size=32 // heads,
+        intermediate_size=128 if version in ("4", "5.0") else 96,
+        bonus_is_exponential=exponential,
+    )
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_blinkdl_names_shapes_and_order(version: str, layers: int) -> None:
+    table = tensor_table(config_of(version, layers=layers), "blinkdl")
+    foreign = blinkdl_state_dict(version, layers=layers)
+    assert {entry.foreign: entry.foreign_shape for entry in table} == {
+        name: tuple(tensor.shape) for name, tensor in foreign.items()
+    }
+    assert table[0].foreign == "emb.weight"
+    assert table[-1].foreign == "head.weight"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_hugging_face_names_and_shapes(version: str) -> None:
+    table = tensor_table(config_of(version), hub_layout(version))
+    foreign = hf_state_dict(version)
+    assert {entry.foreign: entry.foreign_shape for entry in table} == {
+        name: tuple(tensor.shape) for name, tensor in foreign.items()
+    }
+
+
+def test_transformers_names_are_those_of_its_class() -> None:
+    with torch.device("meta"):
+        model = RwkvForCausalLM(RwkvConfig(**hf_config("4")))
+    table = tensor_table(config_of("4"), "transformers")
+    assert {entry.foreign: entry.foreign_shape for entry in table} == {
+        name: tuple(tensor.shape) for name, tensor in model.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("layout", ["blinkdl", "v5-hub"])
+def test_exponential_bonus_keeps_its_old_name(layout: Layout) -> None:
+    names = {entry.foreign for entry in tensor_table(config_of("5.0", exponential=True), layout)}
+    assert sum(name.endswith("time_first") for name in names) == 2
+    assert not any(name.endswith("time_faaaa") for name in names)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_our_names_are_the_same_in_every_layout(version: str) -> None:
+    config = config_of(version)
+    blinkdl, hub = tensor_table(config, "blinkdl"), tensor_table(config, hub_layout(version))
+    assert [(entry.name, entry.shape) for entry in blinkdl] == [(entry.name, entry.shape) for entry in hub]
+    names = [entry.name for entry in blinkdl]
+    assert len(set(names)) == len(names)
+    shapes = {entry.name: entry.shape for entry in blinkdl}
+    assert shapes["model.blocks.1.time_mix.time_decay"] == config.decay_shape
+    assert shapes["model.blocks.0.time_mix.mix_key"] == (32,)
+
+
+@pytest.mark.parametrize(
+    ("version", "layout"),
+    [("4", "v5-hub"), ("5.0", "transformers"), ("5.2", "transformers"), ("5.2", "gguf")],
+)
+def test_impossible_layouts(version: str, layout: Layout) -> None:
+    with pytest.raises(ValueError, match=f"{layout}|{LAYOUTS[0]}"):
+        tensor_table(config_of(version), layout)
