@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rwkv_rev.configuration import RwkvRevConfig as RwkvRevConfig
     from rwkv_rev.converters.conversion import convert as convert
     from rwkv_rev.converters.export import export as export
-    from rwkv_rev.equivalence.verification import verify_directory as verify
+    from rwkv_rev.equivalence.verification import verify_directory as verify  # noqa: F401
     from rwkv_rev.modeling import RwkvRevForCausalLM as RwkvRevForCausalLM
     from rwkv_rev.modeling import RwkvRevModel as RwkvRevModel
     from rwkv_rev.state import RwkvRevState as RwkvRevState

@@ -28,11 +28,15 @@ class LossyState:
         """The state as floats, rounded once."""
         return self.state.to(dtype)
 
-    def advance(self, contribution: Tensor, count: Tensor | None, plan: DecayPlan) -> tuple["LossyState", None]:
+    def advance(
+        self, contribution: Tensor, count: Tensor | None, plan: DecayPlan
+    ) -> tuple["LossyState", None]:
         """One chunk forwards; there is no remnant."""
         return LossyState(plan.decay_of(count) * self.state + contribution.double()), None
 
-    def retreat(self, contribution: Tensor, count: Tensor | None, remnant: None, plan: DecayPlan) -> "LossyState":
+    def retreat(
+        self, contribution: Tensor, count: Tensor | None, remnant: None, plan: DecayPlan
+    ) -> "LossyState":
         """One chunk backwards, up to rounding errors that grow by 1/Lambda."""
         return LossyState((self.state - contribution.double()) / plan.decay_of(count))
 

@@ -190,4 +190,6 @@ def _power(exponent: Tensor) -> Tensor:
 def _exponent_for(largest: Tensor) -> Tensor:
     """The exponent at which a value of magnitude ``largest`` [B, H] has :data:`TARGET_BITS` bits."""
     _, exponent = torch.frexp(largest)
-    return torch.where(largest > 0, exponent - TARGET_BITS, SMALLEST_EXPONENT).clamp(-500, 500).to(torch.int32)
+    return (
+        torch.where(largest > 0, exponent - TARGET_BITS, SMALLEST_EXPONENT).clamp(-500, 500).to(torch.int32)
+    )

@@ -146,7 +146,7 @@ class _Store:
         self._maps: list[mmap.mmap] = []
         if place == "disk":
             try:
-                self._file = tempfile.TemporaryFile(prefix="rwkv-rev-tape-", dir=directory)
+                self._file = tempfile.TemporaryFile(prefix="rwkv-rev-tape-", dir=directory)  # noqa: SIM115 (closed by close)
             except OSError as error:
                 raise StrategyError(
                     f"no tape can be written in {str(directory)!r} ({error.strerror}); "
