@@ -51,10 +51,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         argv: arguments without the program's name; those of the process when None.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    _quiet_libraries()
     warnings.showwarning = _show_warning
     if hasattr(signal, "SIGTERM"):
         signal.signal(signal.SIGTERM, _terminate)  # so that half-written outputs are removed
@@ -67,6 +64,17 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except Exception as error:
         _fail(error)
     raise SystemExit(0)
+
+
+def _quiet_libraries() -> None:
+    """No chatter of the libraries, and no progress bars of theirs unless somebody watches them."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if sys.stderr.isatty():
+        return
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "transformers" in sys.modules:  # it has read the environment already
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
 
 
 def _print_version(wanted: bool) -> None:

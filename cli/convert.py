@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from rwkv_rev.cli import output as out
+from rwkv_rev.cli.options import DEFAULT_SHARD_SIZE, shard_size
 
 if TYPE_CHECKING:
     from rwkv_rev.converters.conversion import Conversion
@@ -27,8 +28,8 @@ def convert(
         typer.Option(help="Stored dtype; auto keeps every tensor's own."),
     ] = "auto",
     max_shard_size: Annotated[
-        str, typer.Option(help="Largest weight file, such as 5GB, 200MB or 512MiB.")
-    ] = "5GB",
+        str, typer.Option(help="Largest weight file, such as 200MB or 512MiB.", callback=shard_size)
+    ] = DEFAULT_SHARD_SIZE,
     group_norm_eps: Annotated[
         float | None,
         typer.Option(help="GroupNorm eps of RWKV-5: 1e-5 if it was trained without the division by 8."),

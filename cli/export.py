@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from rwkv_rev.cli import output as out
+from rwkv_rev.cli.options import DEFAULT_SHARD_SIZE, shard_size
 
 
 def export(
@@ -17,7 +18,9 @@ def export(
             help="blinkdl: one .pth for the rwkv package. hf: transformers' RWKV-4 or v5 repository."
         ),
     ] = "blinkdl",
-    max_shard_size: Annotated[str, typer.Option(help="Largest file of the hf layout.")] = "5GB",
+    max_shard_size: Annotated[
+        str, typer.Option(help="Largest file of the hf layout.", callback=shard_size)
+    ] = DEFAULT_SHARD_SIZE,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output, at the end.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only the path.")] = False,

@@ -132,10 +132,7 @@ def convert(
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise CheckpointError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
-    if isinstance(source, Source):
-        parsed = source
-    else:
-        parsed = parse_source(str(source), file=file, revision=revision)
+    parsed = source if isinstance(source, Source) else parse_source(str(source), file=file, revision=revision)
     if output is not None and not dry_run:  # refuse before anything is downloaded
         check_output(Path(output).absolute(), force=force, directory=True)
     expected = plan(parsed)

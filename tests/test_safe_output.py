@@ -144,7 +144,7 @@ def test_space_is_checked_before_writing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 def test_a_signal_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
-    """The command line turns both signals into exceptions; a folder half written when they arrive is removed."""
+    """The command line turns both into exceptions; a folder half written when they arrive is removed."""
     script = """
         import sys, time, rwkv_rev.cli as cli
         def slow(name):

@@ -1,0 +1,322 @@
+"""The command line: messages, exit codes, what goes to which stream, and that nothing is left behind."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from foreign import blinkdl_state_dict
+
+from rwkv_rev.bundled import bundled_path
+from rwkv_rev.cli import COMMANDS, main
+
+Cli = Callable[..., tuple[int, str, str]]
+SIZES = {"vocab": 256, "D": 32, "head_size": 8}
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cli:
+    """Run the command line in an empty folder; gives the exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("TRANSFORMERS_VERBOSITY", "TOKENIZERS_PARALLELISM", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, "1" if name.startswith("HF") else "error")
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("warnings.showwarning", None)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit_:
+            main([str(argument) for argument in arguments])
+        streams = capsys.readouterr()
+        return int(exit_.value.code or 0), streams.out, streams.err
+
+    return run
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def save(path: Path, change: Callable[[dict[str, Any]], object] | None = None, version: str = "5.2") -> None:
+    state = blinkdl_state_dict(version, **SIZES)
+    if change is not None:
+        change(state)
+    torch.save(state, path)
+
+
+def truncated(path: Path) -> None:
+    save(path)
+    path.write_bytes(path.read_bytes()[:-5000])
+
+
+def set_value(name: str, value: float) -> Callable[[dict[str, Any]], None]:
+    return lambda state: state[name].view(-1)[5].fill_(value).sum()
+
+
+def rename_att(state: dict[str, Any]) -> None:
+    state["blocks.0.att.time_maa_x"] = state.pop("blocks.0.att.time_mix_k")
+
+
+BAD_FILES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+    "web page": (lambda p: p.write_text("<!DOCTYPE html><html>Not found</html>"), ("web page", "download")),
+    "lfs pointer": (
+        lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
+        ("Git-LFS pointer",),
+    ),
+    "empty": (lambda p: p.write_bytes(b""), ("empty",)),
+    "truncated": (truncated, ("truncated or damaged",)),
+    "random bytes": (lambda p: p.write_bytes(bytes(range(200, 256)) * 9), ("neither",)),
+    "missing tensor": (
+        lambda p: save(p, lambda s: s.pop("blocks.1.ffn.key.weight")),
+        ("blocks.1.ffn.key.weight",),
+    ),
+    "leftover tensor": (
+        lambda p: save(p, lambda s: s.update({"blocks.0.tiny_q.weight": torch.ones(2)})),
+        ("blocks.0.tiny_q.weight",),
+    ),
+    "wrong shape": (
+        lambda p: save(p, lambda s: s.update({"head.weight": torch.ones(256, 31)})),
+        ("head.weight", "31"),
+    ),
+    "nan": (
+        lambda p: save(p, set_value("blocks.1.att.value.weight", float("nan"))),
+        ("att.value.weight", "NaN"),
+    ),
+    "infinity": (lambda p: save(p, set_value("ln_out.bias", float("-inf"))), ("ln_out.bias", "infinite")),
+    "rewritten by the rwkv package": (
+        lambda p: save(p, lambda s: s.update({"_strategy": "cpu fp32", "_version": 0.7})),
+        ("rewritten", "original .pth"),
+    ),
+    "rwkv-6": (lambda p: save(p, rename_att), ("RWKV-6", "5.2")),
+    "rwkv-7": (lambda p: save(p, lambda s: s.update({"blocks.0.att.x_r": torch.ones(32)})), ("RWKV-7",)),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_files(cli: Cli, tmp_path: Path, kind: str) -> None:
+    make, words = BAD_FILES[kind]
+    make(tmp_path / "bad.pth")
+    code, out, err = cli("convert", "bad.pth", "--output", "deep/model")
+    assert code == 1
+    assert out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1
+    for word in words:
+        assert word in err
+    assert files(tmp_path) == {"bad.pth"}
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("convert", "nothing.pth"), 1, ("nothing.pth", "does not exist")),
+        (("convert", "bundled:rwkv-7"), 1, ("bundled:rwkv-4",)),
+        (("convert", "https://huggingface.co/BlinkDL/rwkv-4-pile-169m"), 1, ("URL", "owner/name")),
+        (("convert", "bundled:rwkv-4", "--revision", "main"), 1, ("--revision",)),
+        (("convert", "bundled:rwkv-4", "--output", "taken"), 1, ("taken already exists", "--force")),
+        (
+            ("convert", "bundled:rwkv-4", "--output", "plain", "--force"),
+            1,
+            ("plain exists and is not a folder",),
+        ),
+        (("convert", "several"), 1, ("a.pth", "b.pth", "--file")),
+        (("convert", "several", "--file", "c*"), 1, ("a.pth", "b.pth")),
+        (("convert", "bundled:rwkv-4", "--tokenizer", "./no-such-folder"), 1, ("tokenizer",)),
+        (("convert", "bundled:rwkv-4", "--max-shard-size", "lots"), 2, ("5GB",)),
+        (("convert", "bundled:rwkv-4", "--dtype", "int8"), 2, ("int8", "bfloat16")),
+        (("convert",), 2, ("source",)),
+        (("convert", "bundled:rwkv-4", "--frobnicate"), 2, ("--frobnicate",)),
+        (("frobnicate",), 2, ("frobnicate",)),
+        (("inspect", "several", "--file", "a.pth"), 1, ("a.pth",)),
+        (("export", "several", "--output", "x.pth"), 1, ("not a converted model", "rwkv-rev convert")),
+        (("export", "nowhere", "--output", "x.pth"), 1, ("nowhere is not a folder",)),
+        (("export", "several", "--to", "gguf", "--output", "x"), 2, ("gguf",)),
+        (("generate", "several", "--prompt", "a"), 1, ("not a converted model",)),
+        (("generate", "several", "--prompt", "a", "--top-p", "2"), 2, ("top-p",)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_wrong_arguments(
+    cli: Cli, tmp_path: Path, arguments: tuple[str, ...], code: int, words: tuple[str, ...]
+) -> None:
+    (tmp_path / "several").mkdir()
+    for name in ("a.pth", "b.pth"):
+        (tmp_path / "several" / name).write_bytes(b"short")
+    (tmp_path / "plain").touch()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "config.json").write_text("{}")
+    before = files(tmp_path)
+    found, out, err = cli(*arguments)
+    assert (found, out) == (code, "")
+    assert code == 2 or (err.startswith("error: ") and err.count("\n") == 1)
+    for word in words:
+        assert word in err
+    assert files(tmp_path) == before
+
+
+def test_a_repository_that_cannot_be_reached(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, out, err = cli("convert", "nobody/nothing-here", "--dry-run")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert "nobody/nothing-here" in err
+    assert files(tmp_path) == set()
+
+
+def test_convert_export_inspect(cli: Cli, tmp_path: Path) -> None:
+    code, out, err = cli("convert", "bundled:rwkv-5.2", "--output", "model", "--no-verify")
+    assert (code, err) == (0, "")
+    assert "wrote model" in out and "RWKV-5.2" in out
+    code, out, err = cli("export", "model", "--output", "back.pth")
+    assert (code, err) == (0, "")
+    original = torch.load(bundled_path("rwkv-5.2"), weights_only=True)
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert all(torch.equal(back[name], original[name]) for name in original)
+    for source in ("bundled:rwkv-5.2", "model", "back.pth"):
+        code, out, err = cli("inspect", source)
+        assert (code, err) == (0, "")
+        assert "RWKV-5.2" in out and "bfloat16" in out and "median" in out
+
+
+def test_json_is_one_document_and_quiet_is_one_path(cli: Cli) -> None:
+    code, out, err = cli("convert", "bundled:rwkv-4", "--no-verify", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert (found["directory"], found["written"]) == ("rwkv-4-rev", True)
+    assert found["config"]["rwkv_version"] == "4"
+    assert cli("convert", "bundled:rwkv-4", "--no-verify", "--quiet", "--force") == (0, "rwkv-4-rev\n", "")
+    assert json.loads(cli("inspect", "rwkv-4-rev", "--json")[1])["version"] == "4"
+    assert json.loads(cli("export", "rwkv-4-rev", "--output", "a.pth", "--json")[1])["tensors"] == 114
+    assert cli("export", "rwkv-4-rev", "--to", "hf", "--output", "hf", "--quiet") == (0, "hf\n", "")
+
+
+def test_dry_run_lists_and_writes_nothing(cli: Cli, tmp_path: Path) -> None:
+    code, out, err = cli("convert", "bundled:rwkv-4", "--dry-run", "--max-shard-size", "1MB")
+    assert (code, err) == (0, "")
+    for expected in (
+        "rwkv-4.pth",
+        "2.7 MB",
+        "model-00003-of-00003.safetensors",
+        "RWKV-4",
+        "would write rwkv-4-rev",
+    ):
+        assert expected in out
+    assert json.loads(cli("convert", "bundled:rwkv-4", "--dry-run", "--json")[1])["written"] is False
+    assert files(tmp_path) == set()
+
+
+def test_convert_verifies_unless_told_not_to(cli: Cli, tmp_path: Path) -> None:
+    code, out, err = cli("convert", "bundled:rwkv-4", "--output", "model")
+    assert (code, err) == (0, "")
+    assert "PASS" in out and "naive" in out
+
+
+def test_a_failed_verification_exits_3_and_leaves_nothing(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stored weights are changed behind the converter's back."""
+    from rwkv_rev.converters import conversion
+
+    write_shards = conversion.write_shards
+
+    def flip_one(shards: Any, folder: Path, read: Callable[[str], torch.Tensor], on_bytes: Any) -> None:
+        def changed(name: str) -> torch.Tensor:
+            tensor = read(name)
+            return tensor.flip(-1) if name == "blocks.3.ffn.receptance.weight" else tensor
+
+        write_shards(shards, folder, changed, on_bytes)
+
+    monkeypatch.setattr(conversion, "write_shards", flip_one)
+    code, out, err = cli("convert", "bundled:rwkv-4", "--output", "model")
+    assert code == 3
+    assert "FAIL" in out
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert "blocks.3" in err or "layer 3" in err or "block 3" in err
+    assert files(tmp_path) == set()
+
+
+def test_generate(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    cli("convert", "bundled:rwkv-4", "--output", "model", "--no-verify")
+    arguments = ("generate", "model", "--max-new-tokens", 12, "--seed", 1, "--no-stream")
+    code, out, err = cli(*arguments, "--prompt", "The ")
+    assert (code, err) == (0, "")
+    assert out.startswith("The ") and len(out) > 8
+    assert cli(*arguments, "--prompt", "The ")[1] == out
+    assert cli(*arguments[:-1], "--prompt", "The ")[1] == out  # streamed
+    monkeypatch.setattr(sys, "stdin", io.StringIO("The "))
+    assert cli(*arguments, "--prompt", "-")[1] == out
+    assert cli(*arguments, "--prompt", "The ", "--temperature", 0)[0] == 0
+    assert cli(*arguments, "--prompt", "")[0] == 1
+
+
+def test_push_uploads_the_folder_without_local_paths(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploaded: dict[str, bytes] = {}
+
+    class Hub:
+        def create_repo(self, name: str, exist_ok: bool) -> str:
+            return f"https://hub/{name}"
+
+        def create_commit(self, name: str, operations: list[Any], commit_message: str) -> None:
+            for operation in operations:
+                with operation.as_file() as file:
+                    uploaded[operation.path_in_repo] = file.read()
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    save(tmp_path / "mine.pth")
+    code, _, err = cli("convert", "mine.pth", "--output", "model", "--no-verify", "--push-to-hub", "me/model")
+    assert (code, err) == (0, "uploaded to https://hub/me/model\n")
+    assert set(uploaded) == {path.name for path in (tmp_path / "model").iterdir()}
+    assert json.loads(uploaded["conversion.json"])["source"] == "mine.pth"
+    assert not any(str(tmp_path).encode() in content for content in uploaded.values())
+
+
+def test_tracebacks_only_on_demand(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("rwkv_rev.converters.inspection.inspect_source", broken)
+    code, out, err = cli("inspect", "bundled:rwkv-4")
+    assert (code, out) == (1, "")
+    assert err == "error: unexpected RuntimeError: a bug (RWKV_REV_TRACEBACK=1 shows where it came from)\n"
+    monkeypatch.setenv("RWKV_REV_TRACEBACK", "1")
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["inspect", "bundled:rwkv-4"])
+
+
+@pytest.mark.parametrize("name", [name for name, _ in COMMANDS])
+def test_every_command_explains_itself(cli: Cli, name: str) -> None:
+    code, out, err = cli(name, "--help")
+    assert (code, err) == (0, "")
+    assert "Examples:" in out and f"rwkv-rev {name}" in out
+
+
+def test_help_lists_every_command(cli: Cli) -> None:
+    code, out, _ = cli("--help")
+    assert code == 0
+    assert all(name in out for name, _ in COMMANDS)
+    code, out, _ = cli("--version")
+    assert code == 0 and out.strip()
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """``rwkv-rev --help`` is instant because PyTorch and transformers stay out of it."""
+    script = (
+        "import sys\nfrom rwkv_rev.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules], file=sys.stderr)"
+    )
+    for arguments in (["--help"], ["convert", "--help"], ["--version"]):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *arguments], capture_output=True, text=True, env=dict(os.environ)
+        )
+        assert done.returncode == 0
+        assert done.stderr.strip() == "[]"
