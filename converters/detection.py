@@ -42,6 +42,10 @@ _FOREIGN_KINDS = (
         f"is an RWKV-7 model; {SUPPORTED}",
     ),
     (r"\.att\.time_(w|alpha|beta|gamma)$", f"is an RWKV-1 model; {SUPPORTED}"),
+    (
+        r"^blocks\.\d+\.attention\.",
+        "is a transformers base model without its head; give the causal language model",
+    ),
     (r"\.time_state$", "holds tuned initial states, not a whole model; give the model's own .pth"),
     (r"lora_|\.bone$", "holds adapter weights that are not merged; merge them into the model first"),
     (

@@ -218,9 +218,12 @@ def _progress_bars(show: bool) -> Iterator[None]:
 
 @contextmanager
 def _hub_errors(source: Source) -> Iterator[None]:
-    """Say in one line what the client says in many."""
+    """Say in one line what the system or the Hub client says in many."""
     if source.kind != "hub":
-        yield
+        try:
+            yield
+        except OSError as error:
+            raise SourceError(f"{source} cannot be read: {error.strerror or one_line(error)}") from error
         return
     login = "log in with `hf auth login` or set HF_TOKEN"
     try:
@@ -248,5 +251,5 @@ def _hub_errors(source: Source) -> Iterator[None]:
         raise SourceError(
             f"the download of {source} broke off ({one_line(error)}); run the command again"
         ) from error
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: the client's Xet transfers
         raise SourceError(f"downloading {source} failed: {one_line(error)}") from error

@@ -106,12 +106,15 @@ def _kind(text: str) -> Kind:
             raise SourceError(f"no checkpoint {text} is bundled; there are {known}")
         return "bundled"
     path = Path(_location(text))
-    if path.is_dir():
-        return "directory"
-    if path.is_file():
-        return "file"
-    if path.exists():
-        raise SourceError(f"{text} is neither a file nor a directory")
+    try:
+        if path.is_dir():
+            return "directory"
+        if path.is_file():
+            return "file"
+        if path.exists():
+            raise SourceError(f"{text} is neither a file nor a directory")
+    except OSError as error:
+        raise SourceError(f"{text} cannot be looked at: {error.strerror}") from error
     if re.match(r"\w+://", text):
         raise SourceError(
             f"{text} is a URL; give the Hub id alone (owner/name), with --file for one of its files"

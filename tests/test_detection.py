@@ -243,6 +243,7 @@ def test_floating_dtypes(look: Any, dtype: torch.dtype) -> None:
         ("blocks.0.att.time_state", "initial states"),
         ("blocks.0.att.key.lora_A", "adapter"),
         ("blocks.0.att.key.weight_mx", "quantised by the rwkv package"),
+        ("blocks.0.attention.key.weight", "without its head"),
         ("_strategy", "rewritten by the rwkv package"),
         ("_forward_module.blocks.0.ln1.weight", "prefix"),
         ("model.blocks.0.time_mix.time_decay", "converted model already"),

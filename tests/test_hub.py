@@ -150,6 +150,14 @@ class TestLocal:
         assert "no file '*7B*'" in none
         assert "RWKV-5-World-3B-v2.pth (205 kB)" in none
 
+    def test_unreadable_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(self: Path) -> Iterator[Path]:
+            raise PermissionError(13, "Permission denied")
+
+        source = parse_source(str(tmp_path))
+        monkeypatch.setattr(Path, "iterdir", refuse)
+        assert "cannot be read: Permission denied" in fails(lambda: resolve(source))
+
     def test_nothing_to_choose(self, tmp_path: Path) -> None:
         assert "no weights" in fails(lambda: resolve(parse_source(str(tmp_path))))
         write(tmp_path, {"model-00001-of-00002.safetensors": b"x"})
@@ -284,6 +292,14 @@ class TestHub:
     def test_server_error(self, hub: HubServer) -> None:
         hub.status = 500
         assert "answered 500" in fails(lambda: resolve(parse_source("RWKV/v5-Eagle-7B-HF")))
+
+    def test_failed_transfer_is_one_line(self, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        def broken(*args: object, **kwargs: object) -> str:
+            raise RuntimeError("Data processing error:\n  CAS service error")
+
+        monkeypatch.setattr("huggingface_hub.HfApi.hf_hub_download", broken)
+        message = fails(lambda: resolve(parse_source("RWKV/v5-Eagle-7B-HF")))
+        assert "failed: Data processing error: CAS service error" in message
 
     def test_progress_bars(
         self, hub: HubServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -5,6 +5,7 @@ import gc
 import hashlib
 import json
 import pickle
+import random
 from collections import OrderedDict
 from collections.abc import Callable
 from itertools import pairwise
@@ -237,6 +238,29 @@ def test_truncated(tmp_path: Path, form: str, keep: float) -> None:
     assert keep == 1 or "truncated" in found or "neither" in found or "plain Python pickle" in found
     if keep < 1:
         assert f"{path} is truncated" in found
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
+def test_damaged_anywhere(tmp_path: Path, form: str) -> None:
+    """Whatever bytes are overwritten, a file opens or is refused in one line; nothing else is raised."""
+    path = tmp_path / "model.pth"
+    save(blinkdl_state_dict("5.2", layers=1, D=16, head_size=4, vocab=8), path, form)
+    data = path.read_bytes()
+    rng = random.Random(form)
+    refusals = 0
+    for _ in range(80):
+        damaged = bytearray(data)
+        for _ in range(rng.choice([1, 5, 25])):
+            damaged[rng.randrange(rng.choice([64, 2000, len(data)]))] = rng.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            with open_path(path) as checkpoint:
+                for name in checkpoint.names():
+                    checkpoint.tensor(name)
+        except CheckpointError as error:
+            assert "\n" not in str(error)
+            refusals += 1
+    assert refusals > 10
 
 
 @pytest.mark.parametrize("form", ["zip", "safetensors"])

@@ -95,6 +95,7 @@ def test_text_round_trip(here: Path, text: str) -> None:
         ("bundled:rwkv-7", "bundled:rwkv-4, bundled:rwkv-5.2"),
         ("bundled:", "bundled:rwkv-4"),
         ("https://huggingface.co/BlinkDL/rwkv-5-world", "owner/name"),
+        ("x" * 5000, "cannot be looked at"),
         ("/dev/null", "neither a file nor a directory"),
     ],
 )
