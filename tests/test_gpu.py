@@ -1,0 +1,109 @@
+"""The promises of the reversible trainer on a CUDA device (marker ``gpu``)."""
+
+import gc
+import pydoc_data.topics
+from pathlib import Path
+
+import pytest
+import torch
+
+import rwkv_rev
+from rwkv_rev.benchmark.models import benchmark_model
+from rwkv_rev.benchmark.training import compare, random_tokens, step
+
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+DEVICE = torch.device("cuda")
+TEXT = "\n".join(pydoc_data.topics.topics.values()).encode()
+CONTEXT = 4096
+
+
+def gradients(model, ids, strategy, chunk_length, autocast):
+    model.zero_grad()
+    with (
+        model.set_bptt(strategy, chunk_length=chunk_length),
+        torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast),
+    ):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+    flat = torch.cat([p.grad.double().flatten() for p in model.parameters()])
+    model.zero_grad()
+    return loss.item(), flat
+
+
+def relative(found, truth):
+    return float((found - truth).norm() / truth.norm())
+
+
+@pytest.fixture(scope="module", params=["bundled:rwkv-5.2", "bundled:rwkv-4"])
+def trained(request, tmp_path_factory):
+    directory = Path(tmp_path_factory.mktemp("model")) / "converted"
+    rwkv_rev.convert(request.param, directory)
+    ids = torch.tensor(list(TEXT[:CONTEXT]), device=DEVICE)[None]
+    truth = rwkv_rev.RwkvRevForCausalLM.from_pretrained(directory, dtype=torch.float64).to(DEVICE)
+    reference = gradients(truth, ids, "full", CONTEXT, autocast=False)
+    model = rwkv_rev.RwkvRevForCausalLM.from_pretrained(directory, dtype=torch.float32).to(DEVICE)
+    return model, ids, reference
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("chunk_length", [64, 256, 1000])
+def test_strategies_give_the_gradient_of_the_whole_context(trained, chunk_length, autocast, capsys):
+    model, ids, (_, truth) = trained
+    full_loss, full = gradients(model, ids, "full", chunk_length, autocast)
+    checkpoint_loss, checkpoint = gradients(model, ids, "checkpoint", chunk_length, autocast)
+    reversible_loss, reversible = gradients(model, ids, "reversible", chunk_length, autocast)
+    errors = {
+        "full": relative(full, truth),
+        "checkpoint": relative(checkpoint, truth),
+        "reversible": relative(reversible, truth),
+        "reversible to full": relative(reversible, full),
+        "reversible to checkpoint": relative(reversible, checkpoint),
+    }
+    with capsys.disabled():
+        print(
+            f"\nRWKV-{model.config.rwkv_version} C={chunk_length} {'bf16' if autocast else 'fp32'}",
+            {name: f"{error:.2e}" for name, error in errors.items()},
+        )
+    assert reversible_loss == checkpoint_loss
+    assert errors["reversible to checkpoint"] <= 1e-5
+    assert errors["reversible"] <= 1.5 * errors["full"] + 1e-7
+    if not autocast:
+        assert errors["reversible to full"] <= 1e-5
+        assert reversible_loss == pytest.approx(full_loss, rel=1e-5)
+
+
+def test_memory_does_not_grow_with_the_context(capsys):
+    model = benchmark_model("5.2-0.1b", DEVICE, torch.bfloat16)
+    peaks = {}
+    for length in (16_384, 1_048_576):
+        ids = random_tokens(model, 1, length)
+        gc.collect()
+        torch.cuda.empty_cache()
+        with model.set_bptt("reversible", chunk_length=4096, tape="host"):
+            torch.cuda.reset_peak_memory_stats()
+            seconds, report = step(model, ids)
+        # the token ids themselves, their targets and labels are the input, not the trainer's
+        peaks[length] = torch.cuda.max_memory_allocated()
+        with capsys.disabled():
+            print(f"\nT={length} peak {peaks[length]} bytes {seconds:.2f} s {report}")
+    assert peaks[1_048_576] <= 1.02 * peaks[16_384]
+
+
+def test_cost_of_reversibility(capsys):
+    model = benchmark_model("5.2-0.1b", DEVICE, torch.bfloat16)
+    rows = compare(
+        model,
+        16_384,
+        {
+            "full": {"strategy": "full"},
+            "reversible": {"strategy": "reversible", "chunk_length": 4096},
+        },
+        repeats=5,
+    )
+    full, reversible = (row["seconds"] for row in rows)
+    with capsys.disabled():
+        print(f"\nfull {full:.3f} s, reversible {reversible:.3f} s, ratio {reversible / full:.2f}")
+    assert reversible <= 1.40 * full
