@@ -36,6 +36,15 @@ DECAYS: dict[str, Callable[[int], Tensor]] = {
 MASKS = {"unmasked": None, "holes": 0.7, "all-masked": 0.0}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The tensors are too small for two, which on a busy machine wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Case(NamedTuple):
     arguments: list[Tensor]
     mask: Tensor | None

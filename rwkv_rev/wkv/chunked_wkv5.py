@@ -13,9 +13,10 @@ both exponents are >= 0: stable for every decay, w = 0 too. The halves are halve
 small that w to the power of half a block is harmless (``SAFE_EXPONENT``); in those, x is the middle and one
 triangular product is left. Mild decays need one level, the strongest five.
 
-Cost per token and head: about 4 N^2 + 4 c N multiply-adds forward, twice that backward, c = ``SUB_CHUNK``
-tokens. For the backward pass one N x N state per sub-chunk is kept, and the inputs as they came. The backward
-pass is written by hand and cannot be differentiated again.
+Cost per token and head: 2 N^2 + 2 c N multiply-adds forward, 4 N^2 + 6 c N backward, c = ``SUB_CHUNK`` tokens.
+For the backward pass one N x N state per sub-chunk is kept, and the inputs as they came. Limits: the strongest
+decay is read on the host, one synchronisation per call on an accelerator; the backward pass is written by hand
+and cannot be differentiated again.
 """
 
 from typing import Any, NamedTuple
