@@ -16,8 +16,9 @@ from rwkv_rev.errors import DataError
 
 @dataclass(frozen=True)
 class ExpectedLogits:
-    """Token ids ``[T]`` and the logits ``[V]`` (float64) that should follow the last of them."""
+    """Token ids ``[T]`` and the logits ``[V]`` (float64) that should follow the last; the name of their file."""
 
+    name: str
     prompt: Tensor
     logits: Tensor
 
@@ -44,4 +45,4 @@ def read_expected(path: Path, vocabulary: int) -> ExpectedLogits:
         raise DataError(f"{path}: prompt_bytes must be token ids below {vocabulary}, at least one")
     if logits.shape != (vocabulary,):
         raise DataError(f"{path} holds logits of shape {list(logits.shape)}, the model has {vocabulary}")
-    return ExpectedLogits(prompt, logits)
+    return ExpectedLogits(path.name, prompt, logits)

@@ -102,6 +102,9 @@ class _Verification:
     asked: int
 
     def report(self, oracle: str) -> Report:
+        expected = None
+        if oracle == "auto" and self.original.expected is not None:
+            expected = read_expected(self.original.expected, self.config.vocab_size)
         model = _load(self.directory)
         rows, skipped = self._oracle_rows(oracle, _logits(model, self.ids))
         notes = []
@@ -110,9 +113,8 @@ class _Verification:
         divergence = None
         if not (all(row.passed for row in rows) and self.weights.passed):
             divergence = self._divergence(model, self._as_stored())
-        if oracle == "auto" and self.original.expected is not None:
-            notes.append(f"expected: {self.original.expected.name}, beside the original")
-            expected = read_expected(self.original.expected, self.config.vocab_size)
+        if expected is not None:
+            notes.append(f"expected: {expected.name}, beside the original")
             row = self._expected_row(model, expected)
             rows.append(row)
             if not row.passed and divergence is None:

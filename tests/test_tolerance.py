@@ -1,0 +1,52 @@
+"""The tolerance grows with the model, and float32 noise stays well below it at every size."""
+
+import pytest
+import torch
+from foreign import blinkdl_state_dict
+
+from rwkv_rev.configuration import RwkvRevConfig
+from rwkv_rev.converters.names import tensor_table
+from rwkv_rev.equivalence.naive_model import naive_logits
+from rwkv_rev.equivalence.tolerance import tolerance
+from rwkv_rev.modeling import RwkvRevForCausalLM
+
+TOKENS = torch.randint(512, (256,), generator=torch.Generator().manual_seed(1))
+
+
+def test_tolerance_of_known_sizes() -> None:
+    assert tolerance(6, 128) == tolerance(1, 8) == 1e-4
+    assert tolerance(24, 2048) == pytest.approx(8e-4)
+    assert tolerance(6, 128) < tolerance(6, 128, torch.float16) < tolerance(6, 128, torch.bfloat16)
+
+
+@pytest.mark.parametrize("version", ["4", "5.2"])
+@pytest.mark.parametrize(
+    ("layers", "width"),
+    [
+        (6, 128),
+        pytest.param(12, 256, marks=pytest.mark.slow),
+        pytest.param(24, 512, marks=pytest.mark.slow),
+        pytest.param(24, 1024, marks=pytest.mark.slow),
+    ],
+)
+def test_float32_noise_of_random_models(version: str, layers: int, width: int) -> None:
+    tensors = blinkdl_state_dict(version, layers=layers, D=width, head_size=64, vocab=512)
+    heads = 1 if version == "4" else width // 64
+    config = RwkvRevConfig(
+        rwkv_version=version,
+        vocab_size=512,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        head_size=width // heads,
+        intermediate_size=tensors["blocks.0.ffn.key.weight"].shape[0],
+    )
+    with torch.device("meta"):
+        model = RwkvRevForCausalLM(config).eval()
+    table = tensor_table(config, "blinkdl")
+    model.load_state_dict({row.name: tensors[row.foreign].reshape(row.shape) for row in table}, assign=True)
+    with torch.no_grad():
+        logits = model(input_ids=TOKENS[None]).logits[0].double()
+    error = float((logits - torch.cat(list(naive_logits(tensors, TOKENS)))).abs().max())
+    print(f"RWKV-{version}, {layers} layers of {width}: {error:.1e}")
+    assert error < 0.6 * tolerance(layers, width)

@@ -1,0 +1,114 @@
+"""``rwkv-rev verify``: what it prints, and its exit codes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from foreign import blinkdl_state_dict
+from safetensors.torch import load_file, save_file
+
+from rwkv_rev.cli import main
+from rwkv_rev.converters.conversion import convert
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    torch.save(blinkdl_state_dict("5.2", vocab=256), tmp_path / "source.pth")
+    return convert(str(tmp_path / "source.pth"), tmp_path / "model").directory
+
+
+def run(*arguments: str | Path) -> int:
+    with pytest.raises(SystemExit) as left:
+        main(["verify", *map(str, arguments)])
+    return int(left.value.code or 0)
+
+
+def flip_a_weight(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.blocks.1.time_mix.key.weight"][2, 3] *= -1
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_pass_prints_a_table_and_exits_0(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(model, "--oracle", "naive", "--tokens", "40") == 0
+    out, err = capfd.readouterr()
+    assert out.startswith("RWKV-5.2, 2 layers of 32, vocabulary 256, against ")
+    assert "| naive  |     40 |" in out
+    assert out.rstrip().endswith("\nPASS")
+    assert err == ""
+
+
+def test_fail_exits_3_and_names_the_layer(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    flip_a_weight(model)
+    assert run(model, "--oracle", "naive", "--tokens", "40") == 3
+    out, err = capfd.readouterr()
+    assert "first difference: block 1 time mix" in out
+    assert out.rstrip().endswith("\nFAIL")
+    assert err.startswith("error: ")
+    assert "model.blocks.1.time_mix.key.weight (1 of 1024 values) differs" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("damage", [False, True])
+def test_json(model: Path, capfd: pytest.CaptureFixture[str], damage: bool) -> None:
+    if damage:
+        flip_a_weight(model)
+    assert run(model, "--oracle", "naive", "--tokens", "40", "--json") == (3 if damage else 0)
+    document = json.loads(capfd.readouterr().out)
+    assert document["passed"] is not damage
+    assert document["oracles"][0]["oracle"] == "naive"
+    assert set(document["oracles"][0]) == {
+        "oracle",
+        "tokens",
+        "largest_delta",
+        "mean_delta",
+        "kl_nats",
+        "top1_agreement",
+        "bits_per_byte_original",
+        "bits_per_byte_converted",
+        "tolerance",
+        "passed",
+    }
+    assert bool(document["divergence"]) is damage
+
+
+def test_auto_keeps_stdout_to_the_document(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rwkv")
+    assert run(model, "--tokens", "40", "--json") == 0
+    document = json.loads(capfd.readouterr().out)
+    assert [row["oracle"] for row in document["oracles"]] == ["rwkv", "naive"]
+    assert document["skipped"] == {"transformers": "transformers knows RWKV-4 only"}
+
+
+def test_original_and_text_options(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    torch.save(blinkdl_state_dict("5.2", vocab=256), tmp_path / "b.pth")
+    (tmp_path / "text").write_text("Some words.")
+    arguments = ["--original", tmp_path, "--file", "b.*", "--text", tmp_path / "text", "--oracle", "naive"]
+    assert run(model, *arguments) == 0
+    assert "the text has 11 tokens, fewer than the 1024 asked for" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["missing"], 1, "is not a folder"),
+        (["MODEL", "--oracle", "transformers", "--tokens", "5"], 1, "RWKV-4 only; use --oracle rwkv"),
+        (["MODEL", "--text", "missing"], 1, "cannot read the text"),
+        (["MODEL", "--file", "a.pth"], 1, "--original SOURCE"),
+        (["MODEL", "--oracle", "other"], 2, "oracle"),
+        (["MODEL", "--tokens", "0"], 2, "tokens"),
+        ([], 2, "directory"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_errors(
+    model: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str
+) -> None:
+    assert run(*[model if word == "MODEL" else word for word in arguments]) == code
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert message in err.lower() or message in err
+    if code == 1:
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
