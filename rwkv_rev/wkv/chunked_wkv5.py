@@ -40,9 +40,7 @@ class _Level(NamedTuple):
     """Pairs (t, s) of one block size: rows t and columns s of every block, the powers of w on both sides."""
 
     size: int
-    diagonal: (
-        bool  # t and s in the same block (strict lower triangle), else t in the upper half of two blocks
-    )
+    diagonal: bool  # t > s in the same block; else t in the upper, s in the lower half of a pair
     row_powers: Tensor  # [H, size, N]
     column_powers: Tensor  # [H, size, N]
     lag: Tensor  # [size, size], t - 1 - s, zero where t <= s in a diagonal block
