@@ -1,0 +1,106 @@
+"""The wheel and the editable install hold the whole package and put no generic name into site-packages."""
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CHECK = """
+    import importlib.util, sys
+    from pathlib import Path
+    import rwkv_rev
+    from rwkv_rev.bundled import BUNDLED, bundled_path
+    import rwkv_rev.cli, rwkv_rev.converters
+    from rwkv_rev.converters.source import parse_source
+
+    assert Path(rwkv_rev.__file__).is_relative_to(sys.argv[1]), rwkv_rev.__file__
+    assert all(bundled_path(name).stat().st_size > 2_000_000 for name in BUNDLED)
+    for name in ("cli", "converters", "tests", "rwkv_rev.tests"):
+        assert importlib.util.find_spec(name) is None, name
+"""
+
+
+def python(*arguments: str | Path, cwd: Path) -> None:
+    """Run Python away from the checkout, so that nothing is found only because it lies in the current folder."""
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def installed_names() -> set[str]:
+    """Every Python file of the package by its installed name."""
+    names = {str(path.relative_to(ROOT)) for path in (ROOT / "rwkv_rev").rglob("*.py")}
+    for top in ("cli", "converters"):
+        names |= {f"rwkv_rev/{path.relative_to(ROOT)}" for path in (ROOT / top).rglob("*.py")}
+    return names
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of the package alone, so that building leaves nothing in the real checkout."""
+    copy = tmp_path_factory.mktemp("checkout")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
+    for name in ("rwkv_rev", "cli", "converters"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout: Path) -> Path:
+    pytest.importorskip("build")
+    pytest.importorskip("wheel")
+    python("-m", "build", "--wheel", "--no-isolation", "--outdir", checkout / "dist", checkout, cwd=checkout)
+    (found,) = (checkout / "dist").glob("*.whl")
+    return found
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_whole_package(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert installed_names() <= names
+    assert {"rwkv_rev/bundled/rwkv-4.pth", "rwkv_rev/bundled/rwkv-5.2.pth"} <= names
+    assert {name.split("/")[0] for name in names} == {"rwkv_rev", wheel.name.split("-py3")[0] + ".dist-info"}
+
+
+@pytest.mark.slow
+def test_wheel_runs_from_another_folder(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    python(
+        "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel, cwd=tmp_path
+    )
+    assert {path.name for path in target.iterdir()} - {"bin"} == {
+        "rwkv_rev",
+        f"{wheel.name.split('-py3')[0]}.dist-info",
+    }
+    script = f"import sys; sys.path.insert(0, {str(target)!r})\n" + textwrap.dedent(CHECK)
+    python("-c", script, target, cwd=tmp_path)
+    convert = (
+        f"import sys; sys.path.insert(0, {str(target)!r}); from rwkv_rev.cli import main; main(sys.argv[1:])"
+    )
+    python("-c", convert, "convert", "bundled:rwkv-4", "--no-verify", "--quiet", cwd=tmp_path)
+    assert (tmp_path / "rwkv-4-rev" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_editable_install(checkout: Path, tmp_path: Path) -> None:
+    """In a virtual environment of its own that sees this one's packages, but not this one's install."""
+    environment = tmp_path / "venv"
+    python("-m", "venv", "--without-pip", environment, cwd=tmp_path)
+    inner = environment / "bin" / "python"
+    (site,) = environment.glob("lib/python*/site-packages")
+    # Added as a plain folder: its own .pth files, where an editable install lives, are not read.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    options = ("--quiet", "--no-deps", "--no-index", "--no-build-isolation")
+    python("-m", "pip", "--python", inner, "install", *options, "--editable", checkout, cwd=tmp_path)
+    for command in (
+        [inner, "-c", textwrap.dedent(CHECK), checkout],
+        [inner.with_name("rwkv-rev"), "--version"],
+    ):
+        done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
