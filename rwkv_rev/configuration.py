@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 from rwkv_rev.registration import register_models
 
 VERSIONS = ("4", "5.0", "5.1", "5.2")
+Version = Literal["4", "5.0", "5.1", "5.2"]
 BPTT_STRATEGIES = ("auto", "full", "checkpoint", "reversible", "reversible-lossy", "truncated")
 TAPES = ("host", "device", "disk")
 
@@ -39,7 +40,7 @@ class RwkvRevConfig(PreTrainedConfig):
 
     model_type = "rwkv_rev"
 
-    rwkv_version: Literal["4", "5.0", "5.1", "5.2"] = "5.2"
+    rwkv_version: Version = "5.2"
     vocab_size: int = 65536
     hidden_size: int = 2048
     num_hidden_layers: int = 24

@@ -9,7 +9,7 @@ would be the largest tensor of all.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,10 +58,10 @@ class RwkvRevPreTrainedModel(PreTrainedModel):
     config: RwkvRevConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("Block",)
+    _no_split_modules = ["Block"]  # noqa: RUF012 (declared so by the base class)
     _is_stateful = True
     # decays act through a double exponential: half precision would change them
-    _keep_in_fp32_modules_strict = ("time_decay", "bonus")
+    _keep_in_fp32_modules_strict = ["time_decay", "bonus"]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -75,7 +75,7 @@ class RwkvRevPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif module is getattr(self, "head", None):
+        elif isinstance(module, nn.Linear) and module is getattr(self, "head", None):
             initialize_head(module)
 
 
@@ -84,7 +84,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
 
     def __init__(self, config: RwkvRevConfig) -> None:
         super().__init__(config)
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embeddings: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.ln0 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.ln_out = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
@@ -182,7 +182,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, GenerationMixin):
     def __init__(self, config: RwkvRevConfig) -> None:
         super().__init__(config)
         self.model = RwkvRevModel(config)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -194,8 +194,8 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, GenerationMixin):
     # --- what gradient strategies see (rwkv_rev.bptt.strategy.LanguageModel) ------------------------------------
 
     @property
-    def blocks(self) -> nn.ModuleList:
-        return self.model.blocks
+    def blocks(self) -> list[Block]:
+        return cast(list[Block], list(self.model.blocks))
 
     @property
     def vocab_size(self) -> int:
@@ -357,7 +357,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, GenerationMixin):
         result = strategy.loss(self, inputs)
         return RwkvRevCausalLMOutput(loss=result.loss, state=result.state, report=result.report)
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: Tensor,
         state: RwkvRevState | None = None,

@@ -4,10 +4,12 @@ Maps that the official initialisation sets to zero are drawn from a small normal
 matrix product is timed on zeros (which run faster) and every gradient is non-zero.
 """
 
+from typing import cast
+
 import torch
 from torch import nn
 
-from rwkv_rev.configuration import RwkvRevConfig
+from rwkv_rev.configuration import RwkvRevConfig, Version
 from rwkv_rev.errors import RwkvRevError
 from rwkv_rev.modeling import RwkvRevForCausalLM
 
@@ -36,7 +38,7 @@ def shape_config(name: str) -> RwkvRevConfig:
     width, version = int(shape["width"]), str(shape["rwkv_version"])
     head_size = 64 if version != "4" else width
     return RwkvRevConfig(
-        rwkv_version=version,
+        rwkv_version=cast(Version, version),
         vocab_size=int(shape["vocab"]),
         hidden_size=width,
         num_hidden_layers=int(shape["layers"]),

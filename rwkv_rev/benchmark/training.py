@@ -19,7 +19,7 @@ def random_tokens(model: RwkvRevForCausalLM, batch_size: int, length: int, seed:
     """Token ids [B, T] on the model's device."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(model.config.vocab_size, (batch_size, length), generator=generator)
-    return ids.to(model.head.weight.device)
+    return ids.to(next(model.parameters()).device)
 
 
 def step(model: RwkvRevForCausalLM, ids: Tensor) -> tuple[float, dict[str, Any]]:
@@ -77,5 +77,7 @@ def compare(
     for name, row in rows.items():
         if times[name]:
             seconds = statistics.median(times[name])
-            row.update(seconds=seconds, tokens_per_second=batch_size * length / seconds, model_flops=flops / seconds)
+            row.update(
+                seconds=seconds, tokens_per_second=batch_size * length / seconds, model_flops=flops / seconds
+            )
     return list(rows.values())

@@ -127,7 +127,8 @@ class TwoSweeps(Strategy):
             last = self._forward_sweep(model, chunks, plans, first, tape, random if draws else None)
             outcome["tape_bytes"] = tape.peak_nbytes
 
-            total, sums = torch.zeros((), device=device), [None] * len(parameters)
+            total = torch.zeros((), device=device)
+            sums: list[Tensor | None] = [None] * len(parameters)
             embeds: list[Tensor | None] = []
             state_gradients = _initial_state_gradients(inputs)
             states, final = last, None

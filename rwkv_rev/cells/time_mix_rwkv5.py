@@ -72,7 +72,7 @@ class TimeMixRwkv5(ReversibleCell):
         self.ln_x = nn.GroupNorm(num_heads, hidden_size, eps=group_norm_epsilon)
 
     def mixes(self) -> list[Tensor]:
-        mixes = [self.mix_key, self.mix_value, self.mix_receptance]
+        mixes: list[Tensor] = [self.mix_key, self.mix_value, self.mix_receptance]
         return mixes if self.mix_gate is None else [*mixes, self.mix_gate]
 
     def project(self, x: Tensor, shifted: Tensor) -> TimeProjection:
