@@ -8,6 +8,7 @@ out; the one below the top is fetched ahead.
 
 import math
 import mmap
+import os
 import tempfile
 from pathlib import Path
 from types import TracebackType
@@ -143,7 +144,6 @@ class _Store:
     def __init__(self, place: str, device: torch.device, directory: str | Path | None) -> None:
         self._pinned = place == "host" and device.type == "cuda"
         self._file: IO[bytes] | None = None
-        self._maps: list[mmap.mmap] = []
         if place == "disk":
             try:
                 self._file = tempfile.TemporaryFile(prefix="rwkv-rev-tape-", dir=directory)  # noqa: SIM115 (closed by close)
@@ -166,14 +166,8 @@ class _Store:
         return self._slab[self._used - size : self._used]
 
     def close(self) -> None:
+        # Regions are unmapped with the last tensor that views them: closing them here would leave it dangling.
         self._slab = torch.empty(0, dtype=torch.uint8)
-        for region in self._maps:
-            # A view that someone still holds keeps its region alive; the file is gone either way.
-            try:
-                region.close()
-            except BufferError:
-                continue
-        self._maps.clear()
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -183,7 +177,7 @@ class _Store:
             return torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
         size = math.ceil(size / mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         try:
-            self._file.truncate(self._file_size + size)
+            _grow(self._file, self._file_size, size)
             region = mmap.mmap(self._file.fileno(), size, offset=self._file_size)
         except OSError as error:
             raise StrategyError(
@@ -191,5 +185,16 @@ class _Store:
                 "choose a folder with more room with tape_dir"
             ) from error
         self._file_size += size
-        self._maps.append(region)
         return torch.frombuffer(region, dtype=torch.uint8)
+
+
+def _grow(file: IO[bytes], start: int, size: int) -> None:
+    """Add ``size`` bytes at ``start``, allocated now: a full disk is an OSError here, a killed process later."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), start, size)
+        return
+    file.seek(start)
+    zeros = bytes(min(size, _SMALLEST_SLAB))
+    for written in range(0, size, len(zeros)):
+        file.write(zeros[: size - written])
+    file.flush()
