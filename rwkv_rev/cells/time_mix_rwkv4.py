@@ -22,6 +22,9 @@ from rwkv_rev.cells.token_shift import mix
 from rwkv_rev.reversal.fingerprint import fingerprint
 from rwkv_rev.wkv import wkv4
 
+LARGEST_TIME_DECAY = 69.0
+"""Above it nothing changes: exp(69) = 9e29 is far beyond the 104 at which w underflows, and finite in float32."""
+
 
 class TimeProjection(NamedTuple):
     receptance: Tensor  # [B, C, D]
@@ -56,7 +59,7 @@ class TimeMixRwkv4(ReversibleCell):
 
     def log_decay(self) -> Tensor:
         """log w per channel [D], <= 0, natural logarithm, float32 or wider."""
-        return -torch.exp(wide(self.time_decay))
+        return log_decay_of(self.time_decay)
 
     def read(
         self, projection: TimeProjection, memory: Tensor | None, mask: ChunkMask | None
@@ -91,3 +94,8 @@ class TimeMixRwkv4(ReversibleCell):
 def wide(parameter: Tensor) -> Tensor:
     """The parameter in float32, or float64 if it has that."""
     return parameter.float() if parameter.dtype != torch.float64 else parameter
+
+
+def log_decay_of(time_decay: Tensor) -> Tensor:
+    """log w = -exp(time_decay), float32 or wider, never -inf: w is 0 long before, and zero tokens decay by 1."""
+    return -torch.exp(wide(time_decay).clamp(max=LARGEST_TIME_DECAY))

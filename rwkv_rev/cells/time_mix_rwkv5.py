@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rwkv_rev.cells.cell import ReversibleCell
 from rwkv_rev.cells.mask import ChunkMask
-from rwkv_rev.cells.time_mix_rwkv4 import wide
+from rwkv_rev.cells.time_mix_rwkv4 import log_decay_of, wide
 from rwkv_rev.cells.token_shift import mix
 from rwkv_rev.reversal.fixed_point import DecayPlan, FixedPoint, MemoryRemnant, decay_plan
 from rwkv_rev.wkv import wkv5, wkv5_contribution
@@ -89,7 +89,7 @@ class TimeMixRwkv5(ReversibleCell):
 
     def log_decay(self) -> Tensor:
         """log w per head and channel [H, N], <= 0, natural logarithm, float32 or wider."""
-        return self._per_channel(-torch.exp(wide(self.time_decay)))
+        return self._per_channel(log_decay_of(self.time_decay))
 
     def read(
         self, projection: TimeProjection, memory: Tensor | None, mask: ChunkMask | None

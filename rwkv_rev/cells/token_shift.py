@@ -6,13 +6,14 @@ sees x_{a-1} best: ``y = mu* x_a + (1 - mu*) x_{a-1}`` with the largest ``|1 - m
 
     x_{a-1} = (y - mu* x_a) / (1 - mu*),
 
-and since ``|1 - mu_m| <= |1 - mu*|`` for every other mix m, a rounding of y stays within one ulp of every mix:
-the inverse is stable even where its division is not. Two amendments keep *gradients* as exact as the mixes:
+and since ``|1 - mu_m| <= |1 - mu*|`` for every other mix m, a rounding of y moves no mix by more than an ulp of its
+operands ``mu_m x_a`` and ``(1 - mu_m) x_{a-1}``: the inverse is stable even where its division is not. Three
+amendments, each of which carries the mix with mu = 0, that is x_{a-1} unchanged:
 
-* the gradient of mu reads x_{a-1} itself, not a mix of it. In channels that barely see it (``|1 - mu*|`` below
-  :data:`SMALLEST_COEFFICIENT`; bfloat16 checkpoints hold many mu of exactly 1) the carried number is the mix with
-  mu = 0, which is x_{a-1} unchanged;
-* a row without a valid token in the chunk carries its x_{a-1} the same way, so that it stays equal to the bit.
+* a mu* outside [0, 1] would bury a small x_{a-1} under ``mu* x_a``, and with it a mix whose own mu is near 0;
+* the gradient of mu reads x_{a-1} itself, not a mix of it, and must be as exact as the mixes in channels that
+  barely see it (``1 - mu*`` below :data:`SMALLEST_COEFFICIENT`; bfloat16 checkpoints hold many mu of exactly 1);
+* a row without a valid token in the chunk keeps its x_{a-1} equal to the bit.
 
 The forward pass uses the round-tripped x_{a-1}, so both sweeps see the same bits. Cost: D numbers per boundary.
 """
@@ -23,7 +24,7 @@ from torch import Tensor
 from rwkv_rev.cells.mask import ChunkMask
 
 SMALLEST_COEFFICIENT = 1 / 16
-"""Least ``|1 - mu*|`` at which a mix is inverted; the round trip of x_{a-1} then stays within about 16 ulp."""
+"""Least ``1 - mu*`` at which a mix is inverted; the round trip of x_{a-1} then stays within about 16 ulp."""
 
 
 def token_shift(x: Tensor, shift: Tensor, mask: ChunkMask | None) -> Tensor:
@@ -49,11 +50,11 @@ def mix(x: Tensor, shifted: Tensor, mu: Tensor) -> Tensor:
 
 
 def carried_mix(mixes: list[Tensor]) -> Tensor:
-    """mu* [D], float64: per channel the best-conditioned of the cell's mixes, 0 where none sees x_{a-1} well."""
+    """mu* [D], float64: per channel the best-conditioned of the cell's mixes; 0 where that one cannot be inverted."""
     stacked = torch.stack([mu.detach().double() for mu in mixes])
     best = (1 - stacked).abs().argmax(dim=0)
     mu = stacked.gather(0, best[None])[0]
-    return torch.where((1 - mu).abs() >= SMALLEST_COEFFICIENT, mu, 0.0)
+    return torch.where((mu >= 0) & (1 - mu >= SMALLEST_COEFFICIENT), mu, 0.0)
 
 
 def carry(x: Tensor, shift: Tensor, mu: Tensor, mask: ChunkMask | None) -> Tensor:
