@@ -15,10 +15,13 @@ the division. ``base(D)`` is the least integer that Lambda sends to D: rho count
 buffer). Where that is 32 bits or more the mantissa itself is the remnant.
 
 The width of rho follows from Lambda alone, so packing needs no look at the data (no host synchronisation). Only a
-*rise* of the grid does: those heads keep their mantissa whole.
+*rise* of the grid does: those heads keep their mantissa whole. A state that has overflowed to inf or NaN stays
+non-finite for good (:data:`NON_FINITE`): a diverged run ends in a NaN loss, never in plausible integers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -28,10 +31,12 @@ from rwkv_rev.reversal.fingerprint import fingerprint
 from rwkv_rev.reversal.packing import BitPacking
 
 LARGEST = 2**31 - 2
-"""Largest mantissa; above it the grid rises."""
+"""Largest magnitude before rounding (so that int32 holds it after); above it the grid rises."""
 TARGET_BITS = 27
 """Bits of the largest mantissa after a rise: 3 more than float32 keeps, 4 doublings below the next rise."""
 SMALLEST_EXPONENT = -200
+NON_FINITE = 1024
+"""Exponent of a head that holds inf or NaN: ``2**1024`` is inf in float64, so all its values are inf or NaN."""
 _FLOAT64_BIAS = 1023
 _FLOAT64_MANTISSA_BITS = 52
 SLACK = 2.0**-19
@@ -53,7 +58,7 @@ class FixedPoint:
     @classmethod
     def of(cls, value: Tensor) -> "FixedPoint":
         """The grid state nearest to a float state [B, H, N, N]."""
-        exponent = _exponent_for(value.double().abs().amax(dim=(2, 3)))
+        exponent = _exponent_for(value.double().abs().amax(dim=(2, 3))).clamp(max=NON_FINITE)
         mantissa = torch.round(value.double() * _power(-exponent)).to(torch.int32)
         return cls(mantissa, exponent)
 
@@ -72,27 +77,33 @@ class FixedPoint:
             plan: for this chunk's length.
         """
         decay = plan.decay_of(count)
-        mantissa = self.mantissa.double()
+        decayed = decay * self.mantissa
         unit = contribution.double() * _power(-self.exponent)
-        largest = (torch.round(decay * mantissa) + torch.round(unit)).abs().amax(dim=(2, 3))
-        raised = largest > LARGEST
-        exponent = torch.where(raised, self.exponent + _exponent_for(largest), self.exponent)
+        largest = (decayed + unit).abs_().amax(dim=(2, 3))
+        raised = ~(largest <= LARGEST)  # NaN too
+        exponent = torch.where(raised, self.exponent + _exponent_for(largest), self.exponent).clamp(
+            max=NON_FINITE
+        )
         shrink = _power(self.exponent - exponent)
-        decayed = torch.round(decay * mantissa * shrink)
-        after = decayed + torch.round(unit * shrink)
-        rho = torch.where(raised[:, :, None, None], 0.0, mantissa - _base(decayed, decay))
-        packed = plan.packing.pack(rho.to(torch.int32).flatten(1, 2), self.mantissa.flatten(1, 2))
-        return FixedPoint(after.to(torch.int32), exponent), MemoryRemnant(packed, raised, self)
+        decayed = decayed.mul_(shrink).round_()
+        after = unit.mul_(shrink).round_().add_(decayed).to(torch.int32)
+        kept = decayed.to(torch.int32)
+
+        def pack() -> Tensor:
+            rho = _base(kept.double(), decay).neg_().add_(self.mantissa).to(torch.int32)
+            return plan.packing.pack(rho.flatten(1, 2), self.mantissa.flatten(1, 2))
+
+        return FixedPoint(after, exponent), MemoryRemnant(pack, raised, self)
 
     def retreat(
         self, contribution: Tensor, count: Tensor | None, remnant: "MemoryRemnant", plan: "DecayPlan"
     ) -> "FixedPoint":
         """One chunk backwards: S from S' (this state), the same U bit for bit, and the remnant."""
         decay = plan.decay_of(count)
-        decayed = self.mantissa.double() - torch.round(contribution.double() * _power(-self.exponent))
+        decayed = (contribution.double() * _power(-self.exponent)).round_().neg_().add_(self.mantissa)
         rho = plan.packing.unpack(remnant.packed, self.mantissa.flatten(1, 2).shape).view_as(self.mantissa)
         whole = plan.packing.whole.view_as(plan.decay)
-        mantissa = torch.where(whole, rho, (_base(decayed, decay) + rho).to(torch.int32))
+        mantissa = torch.where(whole, rho, _base(decayed, decay).add_(rho).to(torch.int32))
         if remnant.before is None:
             return FixedPoint(mantissa, self.exponent)
         return FixedPoint(
@@ -105,19 +116,25 @@ class FixedPoint:
         return fingerprint(self.mantissa, self.exponent)
 
 
-class MemoryRemnant(NamedTuple):
+@dataclass(frozen=True)
+class MemoryRemnant:
     """What a chunk's decay destroyed of a :class:`FixedPoint`.
 
     Attributes:
-        packed: uint8, the rho of every row at its own width (:class:`BitPacking`).
+        pack: makes :attr:`packed`; not called by strategies that keep the state itself.
         raised: [B, H] bool, heads whose grid rose.
         before: the state before the chunk (a reference, not a copy), needed for the raised heads only: None says
             that no grid rose.
     """
 
-    packed: Tensor
+    pack: Callable[[], Tensor]
     raised: Tensor
     before: FixedPoint | None
+
+    @cached_property
+    def packed(self) -> Tensor:
+        """The rho of every row at its own width (:class:`BitPacking`), uint8."""
+        return self.pack()
 
     def tensors(self, raised: Tensor) -> list[Tensor]:
         """What must be kept; ``raised`` is ``self.raised`` on the CPU (the one thing that depends on the data)."""
@@ -133,12 +150,12 @@ class MemoryRemnant(NamedTuple):
         """The remnant from what :meth:`tensors` kept; ``after`` is the state after the chunk."""
         raised = torch.zeros_like(after.exponent, dtype=torch.bool)
         if len(tensors) == 1:
-            return cls(tensors[0], raised, None)
+            return cls(lambda: tensors[0], raised, None)
         packed, heads, kept, exponents = tensors
         mantissa = after.mantissa.flatten(0, 1).index_copy(0, heads, kept).view_as(after.mantissa)
         exponent = after.exponent.flatten().index_copy(0, heads, exponents).view_as(after.exponent)
         raised = raised.flatten().index_fill(0, heads, True).view_as(raised)
-        return cls(packed, raised, FixedPoint(mantissa, exponent))
+        return cls(lambda: packed, raised, FixedPoint(mantissa, exponent))
 
 
 class DecayPlan(NamedTuple):
@@ -171,14 +188,14 @@ def decay_plan(log_decay: Tensor, length: int) -> DecayPlan:
 
 def remnant_bits(decay: Tensor) -> Tensor:
     """Bits that rho needs for each Lambda in ``decay`` (float64, any shape): 0 for Lambda = 1, 32 for "whole"."""
-    values = torch.floor(1 / decay + 2 * SLACK) + 1
-    bits = torch.ceil(torch.log2(values))
-    return torch.where(decay == 1, 0.0, bits.clamp(max=32)).to(torch.int64)
+    largest = torch.floor(1 / decay + 2 * SLACK).clamp(max=2.0**32)
+    _, bits = torch.frexp(largest)
+    return torch.where(decay == 1, 0, bits.clamp(max=32)).to(torch.int64)
 
 
 def _base(decayed: Tensor, decay: Tensor) -> Tensor:
-    """The least integer that Lambda sends to D, up to :data:`SLACK`; D itself where Lambda = 1."""
-    return torch.where(decay == 1, decayed, torch.ceil((decayed - 0.5) / decay - SLACK))
+    """The least integer that Lambda sends to D, up to :data:`SLACK` (so D itself for Lambda = 1), float64."""
+    return (decayed - 0.5).div_(decay).sub_(SLACK).ceil_()
 
 
 def _power(exponent: Tensor) -> Tensor:
