@@ -2,7 +2,7 @@
 
     python benchmarks/kernels.py [--json FILE] [--kernel triton] [--profile]
 
-For each shape: the first call (compilation included), then medians over 20 calls by CUDA events of forward and of
+For each shape: the first call (compilation included), then medians of queued calls by CUDA events of forward and of
 forward + backward, the least memory traffic any implementation has (every input read, every output written, once
 per direction), and the relative RMS errors of results and gradients against the naive float64 recurrence, on the
 keys, values and decays of the first layer of the bundled checkpoints.
@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +53,18 @@ def inputs(function: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[l
 
 
 def milliseconds(call: Callable[[], Any]) -> float:
+    """Median time of one of many calls that are all queued before the device is waited for."""
     for _ in range(3):
         call()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)] for _ in range(3)]
     times = []
-    for _ in range(REPEATS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
+    for row in events:
+        row[0].record()
+        for event in row[1:]:
+            call()
+            event.record()
+        torch.cuda.synchronize()
+        times += [start.elapsed_time(end) for start, end in pairwise(row)]
     return statistics.median(times)
 
 

@@ -37,7 +37,7 @@ class Case(NamedTuple):
 
 
 # relative RMS error of (float32 results, gradients that are rounded to the input's dtype)
-TOLERANCES = {torch.float32: (3e-6, 3e-6), torch.float16: (3e-6, 1e-3), torch.bfloat16: (3e-6, 5e-3)}
+TOLERANCES = {torch.float32: (3e-6, 3e-6), torch.float16: (2e-5, 1e-3), torch.bfloat16: (2e-5, 5e-3)}
 
 SMALL = {
     "wkv5": [
@@ -117,8 +117,8 @@ def run(
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
-    """Relative RMS error; NaN where the actual values hold one."""
-    error = (actual.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
+    """Relative RMS error (absolute where nothing but zeros is expected); NaN where the actual values hold one."""
+    error = (actual.double() - expected.double()).norm() / (expected.double().norm() or 1.0)
     return error.item()
 
 
@@ -152,7 +152,7 @@ def compare(function: str, case: Case, device: str) -> dict[str, float]:
     errors = {name: relative(x, y) for name, x, y in zip(names, actual, expected, strict=True)}
     exact, rounded = TOLERANCES[case.dtype]
     for name, error in errors.items():
-        limit = rounded if name in ("d_r", "d_k", "d_v") else exact * (1 + case.key_scale / 4)
+        limit = rounded if name in ("d_r", "d_k", "d_v") else exact * (1 + case.key_scale / 2)
         assert error <= limit, (name, error, limit)
     return errors
 
@@ -233,7 +233,7 @@ def interpret(function: str) -> None:
     """Every small case of one function through the interpreter, in this process."""
     import triton.runtime.interpreter as interpreter
 
-    from rwkv_rev.wkv import triton_wkv4
+    from rwkv_rev.wkv import triton_wkv4, triton_wkv5
 
     original = interpreter._patch_lang_tensor
 
@@ -244,6 +244,7 @@ def interpret(function: str) -> None:
 
     interpreter._patch_lang_tensor = patched
     triton_wkv4.SEGMENT = 16  # several segments in few tokens
+    triton_wkv5.PRECISIONS = dict.fromkeys(triton_wkv5.PRECISIONS, "ieee")  # it has no bfloat16 products
     torch.set_num_threads(1)
     for case in SMALL[function]:
         print(case, {name: f"{error:.1e}" for name, error in compare(function, case, "cpu").items()})

@@ -60,10 +60,32 @@ def _log_decay(log_decay, channel, exists):
 
 
 @triton.jit
+def _valid(mask, position, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(mask + position) != 0
+    else:
+        return True
+
+
+@triton.jit
 def _merge(decayed, other):
     """The larger of two exponents, and what each side is then multiplied with."""
     largest = tl.maximum(decayed, other)
     return largest, tl.exp(decayed - largest), tl.exp(other - largest)
+
+
+@triton.jit
+def _step(m, age, decay, other, valid):
+    """One token of a running maximum m + age * decay: the new m and age, and the factors of old and new values.
+
+    Adding the decay to m at every token would round m at every token, always the same way.
+    """
+    decayed = m + (age + 1.0) * decay
+    _, old, new = _merge(decayed, other)
+    replaced = valid & (other > decayed)
+    m = tl.where(replaced, other, m)
+    age = tl.where(replaced, 0.0, tl.where(valid, age + 1.0, age))
+    return m, age, tl.where(valid, old, 1.0), tl.where(valid, new, 0.0)
 
 
 @triton.jit(do_not_specialize=["T", "segments"])
@@ -77,24 +99,19 @@ def _segment_kernel(
     a = tl.zeros([BLOCK], tl.float32)
     b = tl.zeros([BLOCK], tl.float32)
     m = tl.full([BLOCK], _EMPTY, tl.float32)
+    age = tl.zeros([BLOCK], tl.float32)
     for t in tl.range(segment * SEGMENT, tl.minimum((segment + 1) * SEGMENT, T), num_stages=STAGES):
         at = (row * T + t) * D + channel
         key = tl.load(k + at, mask=exists, other=0.0).to(tl.float32)
         value = tl.load(v + at, mask=exists, other=0.0).to(tl.float32)
-        largest, old, new = _merge(m + decay, key)
-        if MASKED:
-            valid = tl.load(mask + row * T + t) != 0
-            value = tl.where(valid, value, 0.0)
-            largest = tl.where(valid, largest, m)
-            old = tl.where(valid, old, 1.0)
-            new = tl.where(valid, new, 0.0)
-        a = old * a + new * value
+        valid = _valid(mask, row * T + t, MASKED)
+        m, age, old, new = _step(m, age, decay, key, valid)
+        a = old * a + new * tl.where(valid, value, 0.0)
         b = old * b + new
-        m = largest
     slot = local + (row * segments + segment) * 3 * D + channel
     tl.store(slot, a, mask=exists)
     tl.store(slot + D, b, mask=exists)
-    tl.store(slot + 2 * D, m, mask=exists)
+    tl.store(slot + 2 * D, m + age * decay, mask=exists)
 
 
 @triton.jit(do_not_specialize=["T", "segments"])
@@ -141,27 +158,22 @@ def _output_kernel(
     a = tl.load(before, mask=exists, other=0.0)
     b = tl.load(before + D, mask=exists, other=0.0)
     m = tl.load(before + 2 * D, mask=exists, other=0.0)
+    age = tl.zeros([BLOCK], tl.float32)
     for t in tl.range(segment * SEGMENT, tl.minimum((segment + 1) * SEGMENT, T), num_stages=STAGES):
         at = (row * T + t) * D + channel
         key = tl.load(k + at, mask=exists, other=0.0).to(tl.float32)
         value = tl.load(v + at, mask=exists, other=0.0).to(tl.float32)
-        exponent, old, new = _merge(m, u + key)
+        valid = _valid(mask, row * T + t, MASKED)
+        value = tl.where(valid, value, 0.0)
+        exponent, old, new = _merge(m + age * decay, u + key)
         denominator = old * b + new
         y = (old * a + new * value) / denominator
-        largest, old, new = _merge(m + decay, key)
-        if MASKED:
-            valid = tl.load(mask + row * T + t) != 0
-            y = tl.where(valid, y, 0.0)
-            value = tl.where(valid, value, 0.0)
-            largest = tl.where(valid, largest, m)
-            old = tl.where(valid, old, 1.0)
-            new = tl.where(valid, new, 0.0)
-        tl.store(out + at, y, mask=exists)
+        tl.store(out + at, tl.where(valid, y, 0.0), mask=exists)
         if SAVE:
             tl.store(log_denominator + at, exponent + tl.log(denominator), mask=exists)
+        m, age, old, new = _step(m, age, decay, key, valid)
         a = old * a + new * value
         b = old * b + new
-        m = largest
 
 
 @triton.jit(do_not_specialize=["T", "segments"])
@@ -177,6 +189,7 @@ def _segment_gradient_kernel(
     pa = tl.zeros([BLOCK], tl.float32)
     pb = tl.zeros([BLOCK], tl.float32)
     m = tl.full([BLOCK], _EMPTY, tl.float32)
+    age = tl.zeros([BLOCK], tl.float32)
     start = segment * SEGMENT
     steps = tl.minimum(SEGMENT, T - start)
     for step in tl.range(0, steps, num_stages=STAGES):
@@ -185,26 +198,19 @@ def _segment_gradient_kernel(
         out = tl.load(y + at, mask=exists, other=0.0)
         log_q = tl.load(log_denominator + at, mask=exists, other=0.0)
         d_y = tl.load(d_out + at, mask=exists, other=0.0)
-        largest, old, new = _merge(m + decay, -log_q)
-        counted = 1.0
-        if MASKED:
-            valid = tl.load(mask + row * T + t) != 0
-            largest = tl.where(valid, largest, m)
-            old = tl.where(valid, old, 1.0)
-            new = tl.where(valid, new, 0.0)
-            counted = tl.where(valid, 1.0, 0.0)
-            d_y = tl.where(valid, d_y, 0.0)
-        pa = old * (pa + counted * ga)
-        pb = old * (pb + counted * gb)
+        valid = _valid(mask, row * T + t, MASKED)
+        d_y = tl.where(valid, d_y, 0.0)
+        m, age, old, new = _step(m, age, decay, -log_q, valid)
+        pa = old * (pa + tl.where(valid, ga, 0.0))
+        pb = old * (pb + tl.where(valid, gb, 0.0))
         ga = old * ga + new * d_y
         gb = old * gb - new * d_y * out
-        m = largest
     slot = local + (row * segments + segment) * 5 * D + channel
     tl.store(slot, ga, mask=exists)
     tl.store(slot + D, gb, mask=exists)
     tl.store(slot + 2 * D, pa, mask=exists)
     tl.store(slot + 3 * D, pb, mask=exists)
-    tl.store(slot + 4 * D, m, mask=exists)
+    tl.store(slot + 4 * D, m + age * decay, mask=exists)
 
 
 @triton.jit(do_not_specialize=["T", "segments"])
@@ -267,6 +273,7 @@ def _gradient_kernel(
     pa = tl.load(following + 2 * D, mask=exists, other=0.0)
     pb = tl.load(following + 3 * D, mask=exists, other=0.0)
     m = tl.load(following + 4 * D, mask=exists, other=0.0)
+    age = tl.zeros([BLOCK], tl.float32)
     d_u = tl.zeros([BLOCK], tl.float32)
     d_w = tl.zeros([BLOCK], tl.float32)
     start = segment * SEGMENT
@@ -279,30 +286,21 @@ def _gradient_kernel(
         out = tl.load(y + at, mask=exists, other=0.0)
         log_q = tl.load(log_denominator + at, mask=exists, other=0.0)
         d_y = tl.load(d_out + at, mask=exists, other=0.0)
-        later = tl.exp(key + m)
-        direct = tl.exp(u + key - log_q) * d_y
-        largest, old, new = _merge(m + decay, -log_q)
-        counted = 1.0
-        if MASKED:
-            valid = tl.load(mask + row * T + t) != 0
-            later = tl.where(valid, later, 0.0)
-            direct = tl.where(valid, direct, 0.0)
-            value = tl.where(valid, value, 0.0)
-            largest = tl.where(valid, largest, m)
-            old = tl.where(valid, old, 1.0)
-            new = tl.where(valid, new, 0.0)
-            counted = tl.where(valid, 1.0, 0.0)
-            d_y = tl.where(valid, d_y, 0.0)
+        valid = _valid(mask, row * T + t, MASKED)
+        value = tl.where(valid, value, 0.0)
+        d_y = tl.where(valid, d_y, 0.0)
+        later = tl.where(valid, tl.exp(key + m + age * decay), 0.0)
+        direct = tl.where(valid, tl.exp(u + key - log_q), 0.0) * d_y
         shared = direct * (value - out)
         tl.store(d_k + at, (shared + later * (value * ga + gb)).to(d_k.dtype.element_ty), mask=exists)
         tl.store(d_v + at, (direct + later * ga).to(d_v.dtype.element_ty), mask=exists)
         d_u += shared
         d_w += later * (value * pa + pb)
-        pa = old * (pa + counted * ga)
-        pb = old * (pb + counted * gb)
+        m, age, old, new = _step(m, age, decay, -log_q, valid)
+        pa = old * (pa + tl.where(valid, ga, 0.0))
+        pb = old * (pb + tl.where(valid, gb, 0.0))
         ga = old * ga + new * d_y
         gb = old * gb - new * d_y * out
-        m = largest
     partial = (row * segments + segment) * D + channel
     tl.store(d_bonus + partial, d_u, mask=exists)
     tl.store(d_log_decay + partial, d_w, mask=exists)

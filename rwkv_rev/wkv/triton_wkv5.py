@@ -38,9 +38,11 @@ from rwkv_rev.wkv.dispatch import KernelError
 
 LEVELS = 6
 CHUNK = 1 << LEVELS
-PRECISION = "tf32x3"
-OUTER_WARPS, OUTPUT_WARPS, GRADIENT_WARPS = 4, 4, 8
+PRECISIONS = {torch.float32: "tf32x3", torch.float16: "bf16x3", torch.bfloat16: "bf16x3"}
+OUTER_WARPS = 4
 SCAN_BLOCK, SCAN_WARPS, SCAN_STAGES = 256, 2, 6
+VALUE_TILE, VALUE_WARPS, VALUE_REG = 64, 4, None
+KEY_TILE, KEY_VALUE_TILE, KEY_WARPS, KEY_REG = 32, 32, 4, None
 MAX_HEAD_SIZE = 128
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _MIN_LOG_DECAY = tl.constexpr(-1e5)  # below it w is zero in float32 anyway, and 0 * inf cannot happen
@@ -80,9 +82,9 @@ def _log2_decay(log_decay, head, channel, N: tl.constexpr):
 
 @triton.jit
 def _load(x, token, valid, head, channel, H, N: tl.constexpr):
-    """Rows of [B * T, H, N] in float32; rows that are not valid and channels beyond N are zero."""
+    """Rows of [B * T, H, N]; rows that are not valid and channels beyond N are zero."""
     at = x + (token[:, None] * H + head) * N + channel[None, :]
-    return tl.load(at, mask=valid[:, None] & (channel[None, :] < N), other=0.0).to(tl.float32)
+    return tl.load(at, mask=valid[:, None] & (channel[None, :] < N), other=0.0)
 
 
 @triton.jit
@@ -99,8 +101,17 @@ def _matrix(x, slot, i, c, N: tl.constexpr):
 
 
 @triton.jit
-def _dot(a, b, PRECISION: tl.constexpr):
-    return tl.dot(a, b, input_precision=PRECISION)
+def _dot(a, b, total, PRECISION: tl.constexpr):
+    """total + a b. For "bf16x3" a float32 operand is the sum of two bfloat16, 16 bits; the lowest product is left out."""
+    if PRECISION != "bf16x3":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
+    a_high = a.to(tl.bfloat16)
+    b_high = b.to(tl.bfloat16)
+    if a.dtype != tl.bfloat16:
+        total = tl.dot((a - a_high.to(tl.float32)).to(tl.bfloat16), b_high, total)
+    if b.dtype != tl.bfloat16:
+        total = tl.dot(a_high, (b - b_high.to(tl.float32)).to(tl.bfloat16), total)
+    return tl.dot(a_high, b_high, total)
 
 
 @triton.jit
@@ -114,19 +125,21 @@ def _halvings(log2_decay, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def _level(step, halvings, LEVELS: tl.constexpr):
+def _level(step, halvings, TRANSPOSED: tl.constexpr, LEVELS: tl.constexpr):
     """One level of the halved chunk: exponents of r and of k, and the pairs (t, s) it covers."""
     t = tl.arange(0, 1 << LEVELS)
+    between = (step < halvings).to(tl.int32)
     bits = LEVELS - tl.minimum(step + 1, halvings)
     within = t & ((1 << bits) - 1)
-    shift = tl.where(step == halvings, (1 << bits) >> 1, 0)
+    shift = ((1 << bits) >> 1) * (1 - between)
     r_exponent = (within - shift).to(tl.float32)
     k_exponent = ((1 << bits) - 1 - within - shift).to(tl.float32)
-    block = (t >> bits)[:, None]
-    other = (t >> bits)[None, :]
-    neighbours = (block == other + 1) & (block % 2 == 1) & (step < halvings)
-    same = (block == other) & (t[:, None] > t[None, :]) & (step == halvings)
-    return r_exponent, k_exponent, neighbours | same
+    later, earlier = t[:, None], t[None, :]
+    if TRANSPOSED:
+        later, earlier = earlier, later
+    # neighbouring blocks, the later one odd, or the same block
+    pairs = (((later ^ earlier) >> bits) == between) & (later > earlier)
+    return r_exponent, k_exponent, pairs
 
 
 @triton.jit(do_not_specialize=["T", "H", "chunks"])
@@ -145,12 +158,12 @@ def _outer_kernel(
     valid = t < count
     log2_decay = _log2_decay(log_decay, head, i, N)
     exponent = t if FROM_START else tl.maximum(count - 1 - t, 0)
-    key = _load(keys, token, valid, head, i, H, N) * tl.exp2(
-        exponent.to(tl.float32)[:, None] * log2_decay[None, :]
-    )
+    key = _load(keys, token, valid, head, i, H, N).to(tl.float32)
+    key *= tl.exp2(exponent.to(tl.float32)[:, None] * log2_decay[None, :])
     value = _load(values, token, valid, head, c, H, N)
     at, inside = _matrix(products, (row.to(tl.int64) * chunks + chunk) * H + head, i, c, N)
-    tl.store(at, _dot(tl.trans(key), value, PRECISION), mask=inside)
+    product = _dot(tl.trans(key), value, tl.zeros([BN, BV], tl.float32), PRECISION)
+    tl.store(at, product, mask=inside)
 
 
 @triton.jit(do_not_specialize=["T", "H", "chunks"])
@@ -188,12 +201,32 @@ def _scan_kernel(
     tl.store(total_out + at, total, mask=inside)
 
 
+@triton.jit
+def _scores(
+    receptance, key, log2_decay, TRANSPOSED: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr
+):
+    """A without its diagonal, [t, s], or its transpose."""
+    halvings = _halvings(log2_decay, LEVELS)
+    nothing = tl.zeros([1 << LEVELS, 1 << LEVELS], tl.float32)
+    scores = nothing
+    for step in range(0, halvings + 1):
+        r_exponent, k_exponent, pairs = _level(step, halvings, TRANSPOSED, LEVELS)
+        left = receptance * tl.exp2(r_exponent[:, None] * log2_decay[None, :])
+        right = key * tl.exp2(k_exponent[:, None] * log2_decay[None, :])
+        if TRANSPOSED:
+            scores += tl.where(pairs, _dot(right, tl.trans(left), nothing, PRECISION), 0.0)
+        else:
+            scores += tl.where(pairs, _dot(left, tl.trans(right), nothing, PRECISION), 0.0)
+    return scores
+
+
 @triton.jit(do_not_specialize=["T", "H", "chunks"])
-def _output_kernel(
-    r, k, v, log_decay, bonus, states, index, counts, out, T, H, chunks,
+def _value_kernel(
+    r, k, values, log_decay, bonus, states, index, counts, out, T, H, chunks,
     N: tl.constexpr, LEVELS: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """out = (w^t r) S + A v; transposed, d_v = (w^{n-1-s} k) dS + A^T d_y."""
     BT: tl.constexpr = 1 << LEVELS
     head, tile, chunk, row = _program(H, chunks, TILES)
     token, exists, count = _tokens(index, counts, row, chunk, T, BT, MASKED)
@@ -203,54 +236,47 @@ def _output_kernel(
     valid = t < count
     log2_decay = _log2_decay(log_decay, head, i, N)
     u = tl.load(bonus + head * N + i, mask=i < N, other=0.0)
-    receptance = _load(r, token, valid, head, i, H, N)
-    key = _load(k, token, valid, head, i, H, N)
-    value = _load(v, token, valid, head, c, H, N)
+    receptance = _load(r, token, valid, head, i, H, N).to(tl.float32)
+    key = _load(k, token, valid, head, i, H, N).to(tl.float32)
+    diagonal = tl.sum(receptance * key * u[None, :], 1)
+    scores = _scores(receptance, key, log2_decay, TRANSPOSED, LEVELS, PRECISION)
+    value = _load(values, token, valid, head, c, H, N)
+    result = _dot(scores, value, diagonal[:, None] * value.to(tl.float32), PRECISION)
+    if TRANSPOSED:
+        exponent = tl.maximum(count - 1 - t, 0)
+        reader = key
+    else:
+        exponent = t
+        reader = receptance
     at, inside = _matrix(states, (row.to(tl.int64) * chunks + chunk) * H + head, i, c, N)
     state = tl.load(at, mask=inside, other=0.0)
-
-    y = _dot(receptance * tl.exp2(t.to(tl.float32)[:, None] * log2_decay[None, :]), state, PRECISION)
-    y += tl.sum(receptance * key * u[None, :], 1)[:, None] * value
-    halvings = _halvings(log2_decay, LEVELS)
-    scores = tl.zeros([BT, BT], tl.float32)
-    for step in range(0, halvings + 1):
-        r_exponent, k_exponent, pairs = _level(step, halvings, LEVELS)
-        left = receptance * tl.exp2(r_exponent[:, None] * log2_decay[None, :])
-        right = key * tl.exp2(k_exponent[:, None] * log2_decay[None, :])
-        scores += tl.where(pairs, _dot(left, tl.trans(right), PRECISION), 0.0)
-    y += _dot(scores, value, PRECISION)
-    _store(out, y, token, exists, head, c, H, N)
+    reader *= tl.exp2(exponent.to(tl.float32)[:, None] * log2_decay[None, :])
+    result = _dot(reader, state, result, PRECISION)
+    _store(out, result, token, exists, head, c, H, N)
 
 
 @triton.jit(do_not_specialize=["T", "H", "chunks"])
-def _gradient_kernel(
+def _key_gradient_kernel(
     r, k, v, log_decay, bonus, states, d_states, d_out, index, counts,
-    d_r, d_k, d_v, d_log_decay, d_bonus, T, H, chunks,
-    N: tl.constexpr, LEVELS: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    d_r, d_k, d_log_decay, d_bonus, T, H, chunks,
+    N: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, KEY_TILES: tl.constexpr, BN: tl.constexpr,
+    BV: tl.constexpr, TILES: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Everything of one chunk, given the state before it and the gradient of the state after it."""
+    """Gradients of one tile of key channels, given the states before the chunk and the gradients after it."""
     BT: tl.constexpr = 1 << LEVELS
-    head, _, chunk, row = _program(H, chunks, 1)
+    head, key_tile, chunk, row = _program(H, chunks, KEY_TILES)
     token, exists, count = _tokens(index, counts, row, chunk, T, BT, MASKED)
     t = tl.arange(0, BT)
-    i = tl.arange(0, BN)
+    i = key_tile * BK + tl.arange(0, BK)
     valid = t < count
-    log2_decay = _log2_decay(log_decay, head, i, N)
-    receptance = _load(r, token, valid, head, i, H, N)
-    key = _load(k, token, valid, head, i, H, N)
     slot = (row.to(tl.int64) * chunks + chunk) * H + head
-    to_end = tl.maximum(count - 1 - t, 0).to(tl.float32)
-    from_start = t.to(tl.float32)
-    halvings = _halvings(log2_decay, LEVELS)
 
-    # d_scores, and the gradients through the states, summed over tiles of the value dimension
     d_scores = tl.zeros([BT, BT], tl.float32)
-    d_receptance = tl.zeros([BT, BN], tl.float32)
-    d_key = tl.zeros([BT, BN], tl.float32)
+    d_receptance = tl.zeros([BT, BK], tl.float32)
+    d_key = tl.zeros([BT, BK], tl.float32)
     d_diagonal = tl.zeros([BT], tl.float32)
-    carried = tl.zeros([BN], tl.float32)
-    for tile in tl.static_range(TILES):
+    carried = tl.zeros([BK], tl.float32)
+    for tile in range(TILES):
         c = tile * BV + tl.arange(0, BV)
         value = _load(v, token, valid, head, c, H, N)
         d_y = _load(d_out, token, valid, head, c, H, N)
@@ -258,49 +284,44 @@ def _gradient_kernel(
         state = tl.load(at, mask=inside, other=0.0)
         at, inside = _matrix(d_states, slot, i, c, N)
         d_state = tl.load(at, mask=inside, other=0.0)
-        d_diagonal += tl.sum(d_y * value, 1)
         carried += tl.sum(state * d_state, 1)
-        d_scores += _dot(d_y, tl.trans(value), PRECISION)
-        d_receptance += _dot(d_y, tl.trans(state), PRECISION)
-        d_key += _dot(value, tl.trans(d_state), PRECISION)
+        d_diagonal += tl.sum(d_y * value.to(tl.float32), 1)
+        d_scores = _dot(d_y, tl.trans(value), d_scores, PRECISION)
+        d_receptance = _dot(d_y, tl.trans(state), d_receptance, PRECISION)
+        d_key = _dot(value, tl.trans(d_state), d_key, PRECISION)
+
+    log2_decay = _log2_decay(log_decay, head, i, N)
+    every = tl.arange(0, BN)
+    halvings = _halvings(_log2_decay(log_decay, head, every, N), LEVELS)
+    to_end = tl.maximum(count - 1 - t, 0).to(tl.float32)
+    from_start = t.to(tl.float32)
+    whole = count.to(tl.float32)
+    receptance = _load(r, token, valid, head, i, H, N).to(tl.float32)
+    key = _load(k, token, valid, head, i, H, N).to(tl.float32)
     d_receptance *= tl.exp2(from_start[:, None] * log2_decay[None, :])
     d_key *= tl.exp2(to_end[:, None] * log2_decay[None, :])
-    weighted = from_start[:, None] * (receptance * d_receptance) + to_end[:, None] * (key * d_key)
-    whole = count.to(tl.float32)
-    carried *= whole * tl.exp2(log2_decay * whole)
+    d_decay = carried * whole * tl.exp2(log2_decay * whole)
+    d_decay += tl.sum(from_start[:, None] * (receptance * d_receptance) + to_end[:, None] * (key * d_key), 0)
 
-    scores = tl.zeros([BT, BT], tl.float32)
+    nothing = tl.zeros([BT, BK], tl.float32)
     for step in range(0, halvings + 1):
-        r_exponent, k_exponent, pairs = _level(step, halvings, LEVELS)
+        r_exponent, k_exponent, pairs = _level(step, halvings, False, LEVELS)
+        d_pairs = tl.where(pairs, d_scores, 0.0)
         r_factor = tl.exp2(r_exponent[:, None] * log2_decay[None, :])
         k_factor = tl.exp2(k_exponent[:, None] * log2_decay[None, :])
-        left = receptance * r_factor
-        right = key * k_factor
-        scores += tl.where(pairs, _dot(left, tl.trans(right), PRECISION), 0.0)
-        d_pairs = tl.where(pairs, d_scores, 0.0)
-        d_left = _dot(d_pairs, right, PRECISION) * r_factor
-        d_right = _dot(tl.trans(d_pairs), left, PRECISION) * k_factor
-        d_receptance += d_left
-        d_key += d_right
-        weighted += r_exponent[:, None] * (receptance * d_left) + k_exponent[:, None] * (key * d_right)
+        change = _dot(d_pairs, key * k_factor, nothing, PRECISION) * r_factor
+        d_receptance += change
+        weighted = r_exponent[:, None] * (receptance * change)
+        change = _dot(tl.trans(d_pairs), receptance * r_factor, nothing, PRECISION) * k_factor
+        d_key += change
+        d_decay += tl.sum(weighted + k_exponent[:, None] * (key * change), 0)
 
     u = tl.load(bonus + head * N + i, mask=i < N, other=0.0)
-    product = d_diagonal[:, None] * receptance * key
-    partial = slot * N + i
-    tl.store(d_bonus + partial, tl.sum(product, 0), mask=i < N)
-    tl.store(d_log_decay + partial, tl.sum(weighted, 0) + carried, mask=i < N)
     _store(d_r, d_receptance + d_diagonal[:, None] * u[None, :] * key, token, exists, head, i, H, N)
     _store(d_k, d_key + d_diagonal[:, None] * u[None, :] * receptance, token, exists, head, i, H, N)
-
-    diagonal = tl.sum(receptance * key * u[None, :], 1)
-    decayed = key * tl.exp2(to_end[:, None] * log2_decay[None, :])
-    for tile in tl.static_range(TILES):
-        c = tile * BV + tl.arange(0, BV)
-        d_y = _load(d_out, token, valid, head, c, H, N)
-        at, inside = _matrix(d_states, slot, i, c, N)
-        d_state = tl.load(at, mask=inside, other=0.0)
-        d_value = _dot(tl.trans(scores), d_y, PRECISION) + _dot(decayed, d_state, PRECISION)
-        _store(d_v, d_value + diagonal[:, None] * d_y, token, exists, head, c, H, N)
+    partial = slot * N + i
+    tl.store(d_bonus + partial, tl.sum(d_diagonal[:, None] * receptance * key, 0), mask=i < N)
+    tl.store(d_log_decay + partial, d_decay, mask=i < N)
 
 
 class _Launcher:
@@ -311,25 +332,32 @@ class _Launcher:
         self.chunks = triton.cdiv(self.T, CHUNK)
         self.log_decay = log_decay
         self.like = like
-        block = max(16, triton.next_power_of_2(self.N))
-        tile = min(block, 64)
-        self.tiles = triton.cdiv(self.N, tile)
-        self.blocks = {"N": self.N, "LEVELS": LEVELS, "BN": block, "BV": tile, "TILES": self.tiles}
-        self.options = {"MASKED": mask is not None, "PRECISION": PRECISION}
+        self.block = max(16, triton.next_power_of_2(self.N))
+        self.sizes = (self.T, self.H, self.chunks)
         self.index = self.counts = None
         if mask is not None:
             # a permutation of each row's tokens, the valid ones first and in order
             self.index = torch.argsort(~mask, dim=1, stable=True).to(torch.int32)
             self.counts = mask.sum(1, dtype=torch.int32)
+        self.fixed = {
+            "N": self.N, "LEVELS": LEVELS, "BN": self.block, "MASKED": mask is not None,
+            "PRECISION": PRECISIONS[like.dtype], "num_stages": 1,
+        }  # fmt: skip
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.like.device)
 
+    def tiles(self, size: int) -> tuple[int, int]:
+        """(Width, number) of the tiles a head is cut into."""
+        size = min(size, self.block)
+        return size, triton.cdiv(self.N, size)
+
     def outer(self, keys: Tensor, values: Tensor, *, from_start: bool) -> Tensor:
         products = self.empty(self.B, self.chunks, self.H, self.N, self.N)
-        _outer_kernel[(self.B * self.chunks * self.H * self.tiles,)](
-            keys, values, self.log_decay, self.index, self.counts, products, self.T, self.H, self.chunks,
-            **self.blocks, **self.options, FROM_START=from_start, num_warps=OUTER_WARPS, num_stages=1,
+        width, tiles = self.tiles(VALUE_TILE)
+        _outer_kernel[(self.B * self.chunks * self.H * tiles,)](
+            keys, values, self.log_decay, self.index, self.counts, products, *self.sizes,
+            BV=width, TILES=tiles, FROM_START=from_start, num_warps=OUTER_WARPS, **self.fixed,
         )  # fmt: skip
         return products
 
@@ -339,11 +367,42 @@ class _Launcher:
         block = min(SCAN_BLOCK, triton.next_power_of_2(self.N * self.N))
         blocks = triton.cdiv(self.N * self.N, block)
         _scan_kernel[(self.B * self.H * blocks,)](
-            products, outside, self.log_decay, self.counts, products, total,
-            self.T, self.H, self.chunks, blocks, N=self.N, LEVELS=LEVELS, BLOCK=block,
-            REVERSE=reverse, MASKED=self.counts is not None, STAGES=SCAN_STAGES, num_warps=SCAN_WARPS,
+            products, outside, self.log_decay, self.counts, products, total, *self.sizes, blocks,
+            N=self.N, LEVELS=LEVELS, BLOCK=block, REVERSE=reverse, MASKED=self.counts is not None,
+            STAGES=SCAN_STAGES, num_warps=SCAN_WARPS,
         )  # fmt: skip
         return products, total
+
+    def values(
+        self,
+        r: Tensor,
+        k: Tensor,
+        values: Tensor,
+        bonus: Tensor,
+        states: Tensor,
+        out: Tensor,
+        *,
+        transposed: bool,
+    ) -> Tensor:
+        width, tiles = self.tiles(VALUE_TILE)
+        _value_kernel[(self.B * self.chunks * self.H * tiles,)](
+            r, k, values, self.log_decay, bonus, states, self.index, self.counts, out, *self.sizes,
+            BV=width, TILES=tiles, TRANSPOSED=transposed, num_warps=VALUE_WARPS, maxnreg=VALUE_REG, **self.fixed,
+        )  # fmt: skip
+        return out
+
+    def key_gradients(self, r: Tensor, k: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(d_r, d_k, d_log_decay, d_bonus), the last two of every chunk alone: [B, chunks, H, N]."""
+        d_r, d_k = torch.empty_like(r), torch.empty_like(k)
+        d_log_decay = self.empty(self.B, self.chunks, self.H, self.N)
+        d_bonus = torch.empty_like(d_log_decay)
+        key_width, key_tiles = self.tiles(KEY_TILE)
+        width, tiles = self.tiles(KEY_VALUE_TILE)
+        _key_gradient_kernel[(self.B * self.chunks * self.H * key_tiles,)](
+            r, k, *others, self.index, self.counts, d_r, d_k, d_log_decay, d_bonus, *self.sizes,
+            BK=key_width, KEY_TILES=key_tiles, BV=width, TILES=tiles, num_warps=KEY_WARPS, maxnreg=KEY_REG, **self.fixed,
+        )  # fmt: skip
+        return d_r, d_k, d_log_decay, d_bonus
 
 
 class _WKV5(torch.autograd.Function):
@@ -361,12 +420,7 @@ class _WKV5(torch.autograd.Function):
         with torch.cuda.device_of(k):
             launch = _Launcher(k, log_decay, mask)
             states, contribution = launch.scan(launch.outer(k, v, from_start=False), state, reverse=False)
-            out = launch.empty(*k.shape)
-            _output_kernel[(launch.B * launch.chunks * launch.H * launch.tiles,)](
-                r, k, v, log_decay, bonus, states, launch.index, launch.counts, out,
-                launch.T, launch.H, launch.chunks,
-                **launch.blocks, **launch.options, num_warps=OUTPUT_WARPS, num_stages=1,
-            )  # fmt: skip
+            out = launch.values(r, k, v, bonus, states, launch.empty(*k.shape), transposed=False)
         ctx.save_for_backward(r, k, v, log_decay, bonus, state, states, mask)
         return out, contribution
 
@@ -377,17 +431,12 @@ class _WKV5(torch.autograd.Function):
         d_out, d_contribution = d_out.contiguous(), d_contribution.contiguous()
         with torch.cuda.device_of(k):
             launch = _Launcher(k, log_decay, mask)
-            d_states, d_state = launch.scan(
-                launch.outer(r, d_out, from_start=True), d_contribution, reverse=True
+            products = launch.outer(r, d_out, from_start=True)
+            d_states, d_state = launch.scan(products, d_contribution, reverse=True)
+            d_v = launch.values(r, k, d_out, bonus, d_states, torch.empty_like(v), transposed=True)
+            d_r, d_k, d_log_decay, d_bonus = launch.key_gradients(
+                r, k, v, log_decay, bonus, states, d_states, d_out
             )
-            d_r, d_k, d_v = torch.empty_like(r), torch.empty_like(k), torch.empty_like(v)
-            d_log_decay = launch.empty(launch.B, launch.chunks, launch.H, launch.N)
-            d_bonus = torch.empty_like(d_log_decay)
-            _gradient_kernel[(launch.B * launch.chunks * launch.H,)](
-                r, k, v, log_decay, bonus, states, d_states, d_out, launch.index, launch.counts,
-                d_r, d_k, d_v, d_log_decay, d_bonus, launch.T, launch.H, launch.chunks,
-                **launch.blocks, **launch.options, num_warps=GRADIENT_WARPS, num_stages=1,
-            )  # fmt: skip
             # S_j holds w^{64 j} S_0, which the contribution does not: take that path out again
             count = launch.T if mask is None else mask.sum(1)[:, None, None]
             through_state = (
