@@ -113,7 +113,7 @@ def _print(result: "Conversion") -> None:
     if result.config is None:
         out.note("note: the config and the shards are known once these files are in the cache")
     if result.shards:
-        rows = [[s.filename, size(s.nbytes), len(s.entries)] for s in result.shards]
+        rows = [[s.filename, size(s.nbytes), f"{len(s.entries)}"] for s in result.shards]
         out.print_table(f"Weights of {result.directory}", ["file", ">size", ">tensors"], rows)
     if result.config is not None:
         config = result.config

@@ -2,11 +2,14 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rwkv_rev.cli import output as out
+
+if TYPE_CHECKING:
+    import torch
 
 
 def generate(
@@ -47,14 +50,12 @@ def generate(
     with ConvertedModel(directory):
         pass  # refuses what is not a whole model, in one line
     text = sys.stdin.read() if prompt == "-" else prompt
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = _device(device)
     tokenizer = AutoTokenizer.from_pretrained(str(directory))
-    model = RwkvRevForCausalLM.from_pretrained(
-        str(directory), dtype="auto" if device != "cpu" else torch.float32
-    )
-    model = model.to(device).eval()
-    inputs = tokenizer(text, return_tensors="pt").to(device)
+    dtype = torch.float32 if place.type == "cpu" else "auto"
+    model: Any = RwkvRevForCausalLM.from_pretrained(str(directory), dtype=dtype)
+    model.to(place).eval()
+    inputs = tokenizer(text, return_tensors="pt").to(place)
     if inputs["input_ids"].shape[1] == 0:
         raise DataError("the prompt holds no tokens; give at least one character")
     if seed is not None:
@@ -68,4 +69,17 @@ def generate(
         **(sampling if temperature > 0 else {"do_sample": False}),
     )
     if not stream:
-        out.print_text(tokenizer.decode(tokens[0], skip_special_tokens=True))
+        out.print_text(str(tokenizer.decode(tokens[0], skip_special_tokens=True)))
+
+
+def _device(name: str) -> "torch.device":
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(f"{name} is no device of this machine; use --device cpu") from error
+    return device

@@ -83,7 +83,7 @@ def _architecture(config: RwkvRevConfig) -> list[tuple[str, object]]:
         rows.append(("GroupNorm eps", config.group_norm_epsilon))
     rows.append(("channel mix width", config.intermediate_size))
     rows.append(("vocabulary", config.vocab_size))
-    rows.append(("stored dtype", str(config.dtype).removeprefix("torch.")))
+    rows.append(("stored dtype", _name(_dtype(config))))
     return rows
 
 
@@ -101,9 +101,17 @@ def _table(columns: tuple[str, ...], rows: list[tuple[str, object]]) -> str:
 
 
 def _values(config: RwkvRevConfig, record: dict[str, Any]) -> str:
-    dtype = str(config.dtype).removeprefix("torch.")
-    if all(
-        torch.promote_types(getattr(torch, name), config.dtype) == config.dtype for name in record["dtypes"]
-    ):
+    written = _dtype(config)
+    if all(torch.promote_types(getattr(torch, name), written) == written for name in record["dtypes"]):
         return "The values of the weights are exactly those of the source."
-    return f"The values of the weights are those of the source, rounded to {dtype}."
+    return f"The values of the weights are those of the source, rounded to {_name(written)}."
+
+
+def _dtype(config: RwkvRevConfig) -> torch.dtype:
+    dtype = config.dtype
+    found: torch.dtype = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype))
+    return found
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

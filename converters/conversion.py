@@ -220,11 +220,7 @@ def _fill(
         report = verify_directory(folder, tokens=VERIFY_TOKENS)
         report = replace(report, directory=str(directory))  # the folder has a temporary name until the end
         if not report.passed:
-            raise ConversionDiffers(
-                f"{report.summary}; it was not kept (--no-verify keeps it, --group-norm-eps 1e-5 is for "
-                "RWKV-5 trained without the division by 8)",
-                report,
-            )
+            raise ConversionDiffers(f"{report.summary}; nothing was written (--no-verify writes it)", report)
     (folder / "README.md").write_text(model_card(config, record, report), encoding="utf-8")
     return report
 

@@ -245,7 +245,7 @@ def test_the_folder_appears_only_if_verification_passes(
         assert result.verification.directory == str(tmp_path / "model")
         assert "| naive |" in (tmp_path / "model" / "README.md").read_text()
     else:
-        with pytest.raises(ConversionDiffers, match=r"blocks\.0; it was not kept") as caught:
+        with pytest.raises(ConversionDiffers, match=r"blocks\.0; nothing was written") as caught:
             convert(tmp_path / "a.pth", tmp_path / "model", verify=True)
         assert caught.value.exit_code == 3
         assert not caught.value.report.passed
