@@ -1,5 +1,6 @@
 """A conversion writes a whole, loadable folder with the source's values, or nothing."""
 
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from foreign import VERSIONS, blinkdl_state_dict, hf_config, hf_state_dict
+from hub_server import HubServer, Repository, commit_id, use_hub
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig
@@ -258,3 +260,38 @@ def test_bundled_checkpoints_verify(tmp_path: Path, name: str) -> None:
     result = convert(f"bundled:{name}", tmp_path / "model", verify=True)
     assert result.verification.passed
     assert "PASS" in (tmp_path / "model" / "README.md").read_text()
+
+
+def in_memory(state: dict[str, torch.Tensor]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = {
+        "RWKV-5-World-0.1B-v1.pth": in_memory(blinkdl_state_dict("5.2", **SIZES)),
+        "RWKV-5-World-3B-v2.pth": in_memory(blinkdl_state_dict("5.1", **SIZES)),
+    }
+    monkeypatch.chdir(tmp_path)
+    with HubServer({"BlinkDL/rwkv-5-world": Repository(world)}) as server:
+        use_hub(monkeypatch, server.endpoint, tmp_path / "cache")
+        with pytest.raises(SourceError, match=r"0\.1B-v1\.pth.*3B-v2\.pth"):
+            convert("BlinkDL/rwkv-5-world")
+        planned = convert("BlinkDL/rwkv-5-world", file="*0.1B*", dry_run=True)
+        name, content = next(iter(world.items()))
+        assert planned.files == ((name, len(content)),)
+        assert planned.directory == Path("RWKV-5-World-0.1B-v1-rev")
+        assert planned.config is None and not planned.shards  # known only once it is here
+        assert not any(request.method == "GET" and name in request.path for request in server.requests)
+
+        result = convert("BlinkDL/rwkv-5-world", file="*0.1B*", verify=True)
+        assert result.directory == planned.directory
+        assert result.verification.passed  # against the same file, from the cache
+        assert result.record["source"] == "BlinkDL/rwkv-5-world"
+        assert result.record["file"] == name
+        assert result.record["commit"] == commit_id(world)
+        again = convert("BlinkDL/rwkv-5-world", file="*0.1B*", dry_run=True)
+        assert again.config is not None and again.config.rwkv_version == "5.2"
+    card = (result.directory / "README.md").read_text()
+    assert "base_model: BlinkDL/rwkv-5-world" in card and commit_id(world) in card
