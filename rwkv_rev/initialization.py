@@ -1,7 +1,9 @@
 """Official initialisation of RWKV-4 and RWKV-5, for models trained from scratch and for benchmarks.
 
-RWKV paper, appendix E ("Parameter initializations"), and Eagle and Finch paper, appendix on initialisation: most
-square maps start at zero, embeddings near zero, decays spread over the channels by depth.
+RWKV paper, appendix E ("Parameter initializations"), and for RWKV-5 the v5 trainer's ``generate_init_weight``
+(BlinkDL/RWKV-LM, RWKV-v5/src/model.py): embeddings near zero, decays spread over the channels by depth, and every
+block the identity because its output maps start at zero. RWKV-5's key and gate start small, not at zero: without
+RWKV-4's sigmoid and running mean, a zero key, gate and output would have no gradient and stay zero for good.
 """
 
 import math
@@ -37,12 +39,17 @@ def initialize_time_mix(cell: TimeMixRwkv4 | TimeMixRwkv5, config: RwkvRevConfig
         _set(cell.time_decay, -6 + 5 * (each / max(1, count - 1)) ** (0.7 + 1.3 * depth))
         u = depth * (1 - each / max(1, count - 1)) + 0.1 * ((each + 1) % 3 - 1)
         _set(cell.bonus, u.clamp(min=1e-3).log() if cell.bonus_is_exponential else u)
-        init.ones_(cell.ln_x.weight)
+        init.constant_(cell.ln_x.weight, ((1 + layer) / config.num_hidden_layers) ** 0.7)
         init.zeros_(cell.ln_x.bias)
-    for linear in (cell.receptance, cell.key, cell.output, getattr(cell, "gate", None)):
-        if isinstance(linear, nn.Linear):
-            init.zeros_(linear.weight)
+        init.orthogonal_(cell.receptance.weight)
+        init.orthogonal_(cell.key.weight, gain=0.1)
+        if cell.gate is not None:
+            init.orthogonal_(cell.gate.weight, gain=0.1)
+    if isinstance(cell, TimeMixRwkv4):
+        init.zeros_(cell.receptance.weight)
+        init.zeros_(cell.key.weight)
     init.orthogonal_(cell.value.weight)
+    init.zeros_(cell.output.weight)
 
 
 def initialize_channel_mix(cell: ChannelMix, config: RwkvRevConfig) -> None:
