@@ -1,0 +1,351 @@
+"""The laws of a reversible cell (rwkv_rev/cells/cell.py), as checks that any ReversibleCell can be run through.
+
+``LAWS`` maps names to functions of a :class:`Trial`; ``trials`` draws trials for hypothesis from a strategy of
+cells. A new cell is tested by ``@pytest.mark.parametrize("law", LAWS)`` and ``LAWS[law](trial)``.
+"""
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rwkv_rev.cells import CellState, ChunkMask, Remnant, ReversibleCell
+from rwkv_rev.cells.cell import FloatState
+from rwkv_rev.reversal.fixed_point import FixedPoint, MemoryRemnant
+from rwkv_rev.wkv.dispatch import KERNEL_VARIABLE
+
+# Relative to each tensor's RMS (gradients, float64) or largest element (states, outputs).
+GRADIENT_TOLERANCE = 1e-7  # a contribution that differs by an ulp may round to the next grid point, 2**-27
+VALUE_TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-5, torch.bfloat16: 0.1}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A cell, a state before the first chunk, and the chunks: x [B, C, D] with its validity [B, C] or None."""
+
+    cell: ReversibleCell
+    state: FloatState
+    chunks: list[tuple[Tensor, Tensor | None]]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.chunks[0][0].dtype
+
+    def exact(self) -> CellState:
+        return self.cell.exact(self.state)
+
+
+MASKS = ("none", "none", "holes", "left", "right", "masked row", "all masked")
+
+
+@st.composite
+def trials(draw: st.DrawFn, cells: st.SearchStrategy[tuple[ReversibleCell, int]], state: Callable) -> Trial:
+    """Trials of a cell of width D; ``cells`` draws (cell, D), ``state(cell, B, D, generator)`` makes a memory."""
+    cell, width = draw(cells)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    batch = draw(st.integers(1, 3))
+    scale = draw(st.sampled_from([1.0, 1.0, 1e-3, 30.0]))
+    dtype = next(p for n, p in cell.named_parameters() if n.endswith("weight")).dtype
+    chunks: list[tuple[Tensor, Tensor | None]] = []
+    for length in draw(st.lists(st.sampled_from([1, 2, 3, 7, 33]), min_size=1, max_size=3)):
+        x = (torch.randn(batch, length, width, generator=generator) * scale).to(dtype)
+        chunks.append((x, _mask(draw(st.sampled_from(MASKS)), batch, length, generator)))
+    shift = torch.randn(batch, width, generator=generator).to(dtype)
+    return Trial(cell, FloatState(shift, state(cell, batch, width, generator)), chunks)
+
+
+def _mask(kind: str, batch: int, length: int, generator: torch.Generator) -> Tensor | None:
+    if kind == "none":
+        return None
+    valid = torch.rand(batch, length, generator=generator) < 0.6
+    count = torch.randint(0, length + 1, (batch, 1), generator=generator)
+    if kind == "left":
+        valid = torch.arange(length) >= length - count
+    elif kind == "right":
+        valid = torch.arange(length) < count
+    elif kind == "masked row":
+        valid[0] = False
+    elif kind == "all masked":
+        valid[:] = False
+    return valid
+
+
+# --- the laws -------------------------------------------------------------------------------------------------------
+
+
+def write_first(trial: Trial) -> None:
+    """out follows from state', x and the remnant: reverse, given copies of those alone, makes it to the bit."""
+    for _, after, out, remnant, x, mask in _forwards(trial):
+        _, again = trial.cell.reverse(_copy(after), x, mask, _kept(remnant, after))
+        assert same_bits(out, again)
+
+
+def write_once(trial: Trial) -> None:
+    """state' is one update: the state is not written to, a second call agrees, and ``step`` gives its value."""
+    for before, after, out, remnant, x, mask in _forwards(trial):
+        kept = _copy(before)
+        again = trial.cell(before, x, mask)
+        assert same_state(before, kept) and same_state(again[0], after)
+        assert same_bits(again[1], out) and same_bits(again[2].carried, remnant.carried)
+        start = trial.cell.float_state(trial.cell.carried(before, x, mask))
+        with torch.no_grad():
+            stepped_out, stepped = trial.cell.step(start, x, mask)
+        assert same_bits(stepped_out, out) and same_bits(stepped.shift, after.shift)
+        value = trial.cell.float_state(after).memory
+        if value is not None and stepped.memory is not None:
+            scale = max(_largest(value), _largest(start.memory))
+            assert _largest(value - stepped.memory) <= VALUE_TOLERANCES[torch.float32] * scale
+
+
+def masked_tokens_change_nothing(trial: Trial) -> None:
+    """State and other outputs do not depend on what stands at masked places; a masked chunk is no chunk."""
+    for before, after, out, _, x, mask in _forwards(trial):
+        if mask is not None:
+            junk = torch.where(mask.valid[:, :, None], x, -7 * x + 3)
+            junk_after, junk_out, _ = trial.cell(before, junk, mask)
+            assert same_state(junk_after, after)
+            assert same_bits(junk_out[mask.valid], out[mask.valid])
+            for row in (mask.count == 0).nonzero()[:, 0].tolist():
+                assert same_state(_row(after, row), _row(before, row))
+        nothing = ChunkMask.of(torch.zeros(x.shape[:2]))
+        unchanged, _, remnant = trial.cell(before, x, nothing)
+        assert same_state(unchanged, before)
+        assert same_state(trial.cell.reverse(unchanged, x, nothing, remnant)[0], before)
+
+
+def rows_are_alone(trial: Trial) -> None:
+    """A row padded left, right or with holes gets the outputs and the state that its valid tokens get alone."""
+    for before, after, out, _, x, mask in _forwards(trial):
+        for row in range(x.shape[0]) if mask is not None else ():
+            valid = mask.valid[row]
+            if not valid.any():
+                continue
+            alone, alone_out, _ = trial.cell(_row(before, row), x[row, valid][None])
+            assert same_bits(alone.shift[0], after.shift[row])
+            assert _close(alone_out[0], out[row, valid], VALUE_TOLERANCES[trial.dtype])
+            memory = trial.cell.float_state(after).memory
+            if memory is not None:
+                single = trial.cell.float_state(alone).memory
+                scale = max(_largest(memory[row]), _largest(trial.cell.float_state(before).memory[row]))
+                assert _largest(single[0] - memory[row]) <= VALUE_TOLERANCES[trial.dtype] * max(scale, 1e-30)
+
+
+def reverse_of_forward(trial: Trial) -> None:
+    """reverse(forward(s)) == s through all chunks, bit for bit; x_{a-1} as its carried y gives it."""
+    steps = list(_forwards(trial))
+    state = steps[-1][1]
+    for before, _, _, remnant, x, mask in reversed(steps):
+        state, _ = trial.cell.reverse(state, x, mask, _kept(remnant, state))
+        assert same_state(state, trial.cell.carried(before, x, mask))
+
+
+def forward_of_reverse(trial: Trial) -> None:
+    """forward(reverse(s')) == s', with the same remnant, bit for bit."""
+    for _, after, out, remnant, x, mask in _forwards(trial):
+        before, _ = trial.cell.reverse(after, x, mask, remnant)
+        again, again_out, again_remnant = trial.cell(before, x, mask)
+        assert same_state(again, after) and same_bits(again_out, out)
+        assert same_bits(again_remnant.carried, remnant.carried)
+        for first, second in zip(_tensors(again_remnant.memory), _tensors(remnant.memory), strict=True):
+            assert same_bits(first, second)
+
+
+def replays_agree(trial: Trial) -> None:
+    """``replay`` and ``reversed_replay`` give forward's bits, with gradients enabled or not, and each other's end."""
+    for before, after, out, remnant, x, mask in _forwards(trial):
+        with torch.no_grad():
+            quiet = trial.cell.reversed_replay(after, x, mask, remnant)
+        replays = [
+            quiet,
+            trial.cell.reversed_replay(after, x, mask, remnant),
+            trial.cell.replay(before, x, mask),
+        ]
+        for replay in replays:
+            assert same_bits(replay.out.detach(), out)
+            assert same_state(replay.state, quiet.state)
+            assert same_bits(replay.end.shift.detach(), after.shift)
+            if quiet.end.memory is not None and replay.end.memory is not None:
+                assert same_bits(replay.end.memory.detach(), quiet.end.memory)
+
+
+def gradients_are_exact(trial: Trial) -> None:
+    """Gradients (parameters, input, state) of both replays: autograd of ``step``, to the bit; in float64 the truth's."""
+    for replays, step in _gradient_pairs(trial, trial.cell):
+        for replay in replays:
+            for name, gradient in step.items():
+                assert same_bits(replay[name], gradient), name
+    wide = copy.deepcopy(trial.cell).double()
+    doubled = Trial(wide, _doubled(trial.state), [(x.double(), valid) for x, valid in trial.chunks])
+    with _naive_kernel():
+        expected = [step for _, step in _gradient_pairs(doubled, wide)]
+    for (replays, _), truth in zip(_gradient_pairs(doubled, wide), expected, strict=True):
+        scale = max(_rms(gradient) for gradient in truth.values())
+        for replay in replays:
+            for name, gradient in truth.items():
+                assert _rms(replay[name] - gradient) <= GRADIENT_TOLERANCE * max(
+                    _rms(gradient), 1e-6 * scale
+                ), name
+
+
+LAWS: dict[str, Callable[[Trial], None]] = {
+    law.__name__: law
+    for law in (
+        write_first,
+        write_once,
+        masked_tokens_change_nothing,
+        rows_are_alone,
+        reverse_of_forward,
+        forward_of_reverse,
+        replays_agree,
+        gradients_are_exact,
+    )
+}
+
+
+# --- helpers --------------------------------------------------------------------------------------------------------
+
+
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    """Equal dtype, shape and bits (0.0 and -0.0 differ)."""
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))
+
+
+def same_state(first: CellState, second: CellState) -> bool:
+    """Equal shift and memory, bit for bit."""
+    parts = zip(_tensors(first.memory), _tensors(second.memory), strict=True)
+    return same_bits(first.shift, second.shift) and all(same_bits(a, b) for a, b in parts)
+
+
+def _forwards(
+    trial: Trial,
+) -> Iterator[tuple[CellState, CellState, Tensor, Remnant, Tensor, ChunkMask | None]]:
+    """(state, state', out, remnant, x, mask) of every chunk in turn."""
+    state = trial.exact()
+    for x, valid in trial.chunks:
+        mask = None if valid is None else ChunkMask.of(valid)
+        after, out, remnant = trial.cell(state, x, mask)
+        yield state, after, out, remnant, x, mask
+        state = after
+
+
+def _gradient_pairs(
+    trial: Trial, cell: ReversibleCell
+) -> Iterator[tuple[list[dict[str, Tensor]], dict[str, Tensor]]]:
+    """Per chunk the gradients of both replays, and of ``step`` from the same state."""
+    for before, after, _, remnant, x, mask in _forwards(trial):
+        found = []
+        for state, given in ((after, remnant), (before, None)):
+            leaf = x.clone().requires_grad_()
+            replay = (
+                cell.replay(state, leaf, mask)
+                if given is None
+                else cell.reversed_replay(state, leaf, mask, given)
+            )
+            found.append(_gradients(cell, replay.out, replay.start, replay.end, leaf))
+        start = FloatState(
+            *(
+                None if t is None else t.clone().requires_grad_()
+                for t in cell.float_state(cell.carried(before, x, mask))
+            )
+        )
+        leaf = x.clone().requires_grad_()
+        out, end = cell.step(start, leaf, mask)
+        yield found, _gradients(cell, out, start, end, leaf)
+
+
+def _gradients(
+    cell: ReversibleCell, out: Tensor, start: FloatState, end: FloatState, x: Tensor
+) -> dict[str, Tensor]:
+    """Of a fixed random objective of output and final state."""
+    generator = torch.Generator().manual_seed(0)
+    objective = torch.zeros((), dtype=torch.float64)
+    for tensor in (out, end.shift, end.memory):
+        if tensor is not None:
+            weights = torch.randn(tensor.shape, generator=generator)
+            if (
+                tensor is end.memory and tensor.dim() == 3
+            ):  # RWKV-4: the exponent m is a gauge without gradient
+                weights[:, 2] = 0
+            objective = objective + (tensor.double() * weights.double()).sum()
+    wanted = {"x": x, "shift": start.shift, **dict(cell.named_parameters())}
+    if start.memory is not None:
+        wanted["memory"] = start.memory
+    found = torch.autograd.grad(objective, list(wanted.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(leaf) if gradient is None else gradient
+        for (name, leaf), gradient in zip(wanted.items(), found, strict=True)
+    }
+
+
+def _tensors(memory: Any) -> list[Tensor]:
+    if memory is None:
+        return []
+    if isinstance(memory, FixedPoint):
+        return [memory.mantissa, memory.exponent]
+    if isinstance(memory, MemoryRemnant):
+        return memory.tensors(memory.raised)
+    return [memory]
+
+
+def _kept(remnant: Remnant, after: CellState) -> Remnant:
+    """The remnant as a tape would give it back."""
+    memory = remnant.memory
+    if isinstance(memory, MemoryRemnant):
+        memory = MemoryRemnant.restore([t.clone() for t in memory.tensors(memory.raised)], after.memory)
+    elif memory is not None:
+        memory = memory.clone()
+    return Remnant(remnant.carried.clone(), memory)
+
+
+def _copy(state: CellState) -> CellState:
+    return _mapped(state, Tensor.clone)
+
+
+def _row(state: CellState, row: int) -> CellState:
+    return _mapped(state, lambda tensor: tensor[row : row + 1])
+
+
+def _mapped(state: CellState, change: Callable[[Tensor], Tensor]) -> CellState:
+    memory = state.memory
+    if isinstance(memory, FixedPoint):
+        memory = FixedPoint(change(memory.mantissa), change(memory.exponent))
+    elif memory is not None:
+        memory = change(memory)
+    return CellState(change(state.shift), memory, None if state.carried is None else change(state.carried))
+
+
+def _largest(tensor: Tensor | None) -> float:
+    return 0.0 if tensor is None else float(tensor.double().abs().max())
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(tensor.double().square().mean().sqrt())
+
+
+def _doubled(state: FloatState) -> FloatState:
+    return FloatState(state.shift.double(), None if state.memory is None else state.memory.double())
+
+
+def _close(first: Tensor, second: Tensor, tolerance: float) -> bool:
+    return _largest(first.double() - second.double()) <= tolerance * max(_largest(second), 1e-30)
+
+
+@contextmanager
+def _naive_kernel() -> Iterator[None]:
+    former = os.environ.get(KERNEL_VARIABLE)
+    os.environ[KERNEL_VARIABLE] = "naive"
+    try:
+        yield
+    finally:
+        if former is None:
+            del os.environ[KERNEL_VARIABLE]
+        else:
+            os.environ[KERNEL_VARIABLE] = former
