@@ -36,7 +36,9 @@ RWKV_REV_TRACEBACK=1 shows where an error came from.
 
 def build_app(requested: str | None = None) -> typer.Typer:
     """The typer application; only ``requested`` is imported if given, the others are names with a help."""
-    app = typer.Typer(name="rwkv-rev", no_args_is_help=True, pretty_exceptions_enable=False)
+    app = typer.Typer(
+        name="rwkv-rev", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
+    )
     app.callback(help=HELP)(_options)
     for name, summary in COMMANDS:
         function = _load(name) if requested is None or name == requested else _not_loaded

@@ -14,10 +14,13 @@ if TYPE_CHECKING:
 
 def convert(
     source: Annotated[
-        str, typer.Argument(help="Hub id, .pth file, folder, bundled:rwkv-4 or bundled:rwkv-5.2.")
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="Hub id, .pth file, folder, bundled:rwkv-4 or bundled:rwkv-5.2."
+        ),
     ],
     output: Annotated[
-        Path | None, typer.Option(help="Folder to make.  [default: the source's name with -rev]")
+        Path | None, typer.Option(help="Folder to make (default: the source's name with -rev).")
     ] = None,
     file: Annotated[
         str | None, typer.Option(help="Which .pth of a repository that holds several: a name or a glob.")
@@ -37,7 +40,7 @@ def convert(
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            help="world, byte, neox, a path or a Hub id; none leaves it out.  [default: by vocabulary]"
+            help="world, byte, neox, a path or a Hub id; none leaves it out (default: by vocabulary)."
         ),
     ] = None,
     verify: Annotated[
@@ -65,7 +68,7 @@ def convert(
 
       rwkv-rev convert bundled:rwkv-5.2 --output my-model
 
-      rwkv-rev convert BlinkDL/rwkv-4-pile-169m --file 'RWKV-4-Pile-169M-20220807-8023.pth'
+      rwkv-rev convert BlinkDL/rwkv-4-pile-169m --file '*8023.pth'
 
       rwkv-rev convert RWKV/v5-Eagle-7B-HF --max-shard-size 2GB --dry-run
     """

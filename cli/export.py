@@ -10,7 +10,7 @@ from rwkv_rev.cli.options import DEFAULT_SHARD_SIZE, shard_size
 
 
 def export(
-    directory: Annotated[Path, typer.Argument(help="A converted or fine-tuned model folder.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A converted or fine-tuned model folder.")],
     output: Annotated[Path, typer.Option(help="The .pth file (blinkdl) or the folder (hf) to make.")],
     to: Annotated[
         Literal["blinkdl", "hf"],

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    directory: Annotated[Path, typer.Argument(help="A converted or fine-tuned model folder.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A converted or fine-tuned model folder.")],
     prompt: Annotated[str, typer.Option(help="Text to continue; - reads it from stdin.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 128,
     temperature: Annotated[
@@ -37,7 +37,7 @@ def generate(
 
       rwkv-rev generate my-model --prompt "def main():" --max-new-tokens 64
 
-      rwkv-rev generate my-model --prompt - --temperature 0 --no-stream < prompt.txt
+      rwkv-rev generate my-model --prompt - --temperature 0 < text.txt
     """
     import torch
     from transformers import AutoTokenizer, TextStreamer

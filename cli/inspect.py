@@ -9,7 +9,10 @@ from rwkv_rev.cli import output
 
 def inspect(
     source: Annotated[
-        str, typer.Argument(help="Hub id, .pth file, folder, bundled:rwkv-4 or bundled:rwkv-5.2.")
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="Hub id, .pth file, folder, bundled:rwkv-4 or bundled:rwkv-5.2."
+        ),
     ],
     file: Annotated[
         str | None, typer.Option(help="Which .pth of a repository that holds several: a name or a glob.")
@@ -26,7 +29,7 @@ def inspect(
 
       rwkv-rev inspect bundled:rwkv-5.2
 
-      rwkv-rev inspect BlinkDL/rwkv-4-pile-169m --file '*-8023.pth' --json
+      rwkv-rev inspect BlinkDL/rwkv-4-pile-169m --file '*8023.pth'
     """
     from rwkv_rev.converters.inspection import inspect_source
 

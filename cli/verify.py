@@ -9,7 +9,7 @@ from rwkv_rev.cli import output as out
 
 
 def verify(
-    directory: Annotated[Path, typer.Argument(help="A converted model folder.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A converted model folder.")],
     original: Annotated[
         str | None,
         typer.Option(metavar="SOURCE", help="What to compare with. Default: what it was converted from."),
