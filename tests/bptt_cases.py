@@ -1,0 +1,189 @@
+"""Models, texts and comparisons for the tests of gradient strategies.
+
+Tests import it as ``from bptt_cases import tiny_model``.
+"""
+
+import os
+import pydoc_data.topics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv_rev import RwkvRevConfig, RwkvRevForCausalLM, RwkvRevState
+from rwkv_rev.wkv.dispatch import KERNEL_VARIABLE
+
+VERSIONS = ("4", "5.0", "5.1", "5.2")
+
+AGREE = 1e-5
+"""Relative RMS error, per parameter, between float32 gradients of strategies that must agree."""
+AS_CLOSE = 1.5
+"""How much farther from float64 than ``full`` in the same precision a strategy may be."""
+
+
+def tiny_model(
+    version: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any
+) -> RwkvRevForCausalLM:
+    """A random model in training mode whose every parameter matters.
+
+    Decays run from slow to fast, mixes leave [0, 1] on both sides, no map is zero. Equal arguments give equal values.
+    """
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 32, "intermediate_size": 32} | config
+    heads = 1 if version == "4" else sizes["hidden_size"] // 8
+    model = RwkvRevForCausalLM(
+        RwkvRevConfig(
+            rwkv_version=version,
+            num_attention_heads=heads,
+            head_size=sizes["hidden_size"] // heads,
+            bonus_is_exponential=version == "5.0",
+            **sizes,
+        )
+    )
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(parameter: Tensor) -> Tensor:
+        return torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = normal(parameter)
+            if "time_decay" in name:
+                value = -2.5 + 1.5 * noise
+            elif "mix_" in name:
+                value = 0.5 + 0.5 * noise
+            elif "bonus" in name:
+                value = 0.5 * noise
+            elif parameter.dim() == 2:
+                value = noise / parameter.shape[1] ** 0.5
+            else:
+                value = 0.2 * noise + (1.0 if name.endswith("weight") else 0.0)
+            parameter.copy_(value)
+    return model.to(dtype).train()
+
+
+def load(directory: Path, dtype: torch.dtype = torch.float32) -> RwkvRevForCausalLM:
+    """A converted model in training mode."""
+    return RwkvRevForCausalLM.from_pretrained(directory, dtype=dtype).train()
+
+
+def english(length: int, batch: int = 1) -> Tensor:
+    """Real text as byte tokens [batch, length]; rows are different places of Python's own reference."""
+    topics = pydoc_data.topics.topics
+    text = "\n".join(topics[name] for name in sorted(topics)).encode()
+    return torch.tensor([list(text[place : place + length]) for place in range(0, 50_000 * batch, 50_000)])
+
+
+def random_tokens(length: int, batch: int = 1, vocab: int = 32, seed: int = 1) -> Tensor:
+    """Random token ids [batch, length]."""
+    return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def random_state(
+    model: RwkvRevForCausalLM, batch: int, seed: int = 2, *, learned: bool = False
+) -> RwkvRevState:
+    """A non-empty state as some text would leave it; ``learned`` makes its tensors require gradients."""
+    tokens = random_tokens(23, batch, model.config.vocab_size, seed)
+    with torch.no_grad():
+        state = model(tokens).state
+    return RwkvRevState(*(tensor.detach().clone().requires_grad_(learned) for tensor in state.tensors()))
+
+
+def random_like(state: RwkvRevState, seed: int = 3) -> RwkvRevState:
+    """Random values in the shapes of ``state``."""
+    generator = torch.Generator().manual_seed(seed)
+    return RwkvRevState(*(torch.randn(t.shape, generator=generator).to(t.dtype) for t in state.tensors()))
+
+
+@dataclass
+class Outcome:
+    """What one forward and backward pass gave; parameters without a gradient are absent."""
+
+    loss: Tensor
+    state: RwkvRevState
+    gradients: dict[str, Tensor]
+    report: dict[str, Any]
+
+
+def differentiate(
+    model: RwkvRevForCausalLM, strategy: str, chunk_length: int | None = None, **inputs: Any
+) -> Outcome:
+    """Loss, final state and parameter gradients of ``model(**inputs)``; labels are the input ids unless given."""
+    if "input_ids" in inputs:
+        inputs.setdefault("labels", inputs["input_ids"])
+    model.zero_grad()
+    with model.set_bptt(strategy, chunk_length=chunk_length):
+        output = model(**inputs)
+    output.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return Outcome(output.loss.detach(), output.state, gradients, output.report)
+
+
+@contextmanager
+def kernel(name: str) -> Iterator[None]:
+    """Compute the recurrences by this kernel."""
+    former = os.environ.get(KERNEL_VARIABLE)
+    os.environ[KERNEL_VARIABLE] = name
+    try:
+        yield
+    finally:
+        del os.environ[KERNEL_VARIABLE]
+        if former is not None:
+            os.environ[KERNEL_VARIABLE] = former
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """Root mean square of the difference over that of ``truth``; 0 where both are zero."""
+    error, size = (value.double() - truth.double()).norm(), truth.double().norm()
+    return 0.0 if error == 0 else float(error / size)
+
+
+def relative_errors(values: dict[str, Tensor], truths: dict[str, Tensor]) -> dict[str, float]:
+    """:func:`relative_error` by parameter."""
+    assert values.keys() == truths.keys()
+    return {name: relative_error(values[name], truth) for name, truth in truths.items()}
+
+
+def grouped_errors(values: dict[str, Tensor], truths: dict[str, Tensor]) -> dict[str, float]:
+    """Relative RMS error by kind of parameter, all layers together; ``all`` is the whole gradient."""
+    squares: dict[str, list[float]] = {}
+    assert values.keys() == truths.keys()
+    for name, truth in truths.items():
+        value = values[name]
+        kind = ".".join(part for part in name.split(".") if not part.isdigit())
+        error = float((value.double() - truth.double()).square().sum())
+        size = float(truth.double().square().sum())
+        for group in (kind, "all"):
+            total = squares.setdefault(group, [0.0, 0.0])
+            total[0] += error
+            total[1] += size
+    return {group: (error / size) ** 0.5 for group, (error, size) in squares.items()}
+
+
+def assert_agree(value: Outcome, truth: Outcome, tolerance: float = AGREE) -> None:
+    """Loss, every parameter's gradient and the final state within ``tolerance``, relatively."""
+    assert relative_error(value.loss, truth.loss) <= tolerance
+    errors = relative_errors(value.gradients, truth.gradients)
+    worst = max(errors, key=lambda name: errors[name])
+    assert errors[worst] <= tolerance, (worst, errors[worst])
+    for found, expected in zip(value.state.tensors(), truth.state.tensors(), strict=True):
+        assert relative_error(found, expected) <= tolerance
+
+
+def assert_same_bits(value: Outcome, truth: Outcome) -> None:
+    """Loss, every gradient and the final state equal to the bit."""
+    assert value.loss.item() == truth.loss.item()
+    assert value.gradients.keys() == truth.gradients.keys()
+    for name, expected in truth.gradients.items():
+        assert torch.equal(value.gradients[name], expected), name
+    for found, expected in zip(value.state.tensors(), truth.state.tensors(), strict=True):
+        assert torch.equal(found, expected)
+
+
+def checkpoint_blocks(model: RwkvRevForCausalLM) -> None:
+    """Switch per-block activation checkpointing on, by the name that the installed transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()

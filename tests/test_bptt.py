@@ -1,0 +1,468 @@
+"""The strategies against each other and against float64 back-propagation through the naive recurrence."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from bptt_cases import (
+    AGREE,
+    AS_CLOSE,
+    VERSIONS,
+    Outcome,
+    assert_agree,
+    assert_same_bits,
+    checkpoint_blocks,
+    differentiate,
+    english,
+    grouped_errors,
+    kernel,
+    load,
+    random_like,
+    random_state,
+    random_tokens,
+    relative_error,
+    tiny_model,
+)
+
+from rwkv_rev import RwkvRevForCausalLM, RwkvRevState
+from rwkv_rev.errors import StrategyError
+from rwkv_rev.loss import IGNORE
+
+EXACT = ("full", "checkpoint", "reversible")
+TWO_SWEEPS = ("checkpoint", "reversible")
+LENGTHS = [512, pytest.param(4096, marks=pytest.mark.slow)]
+BUNDLED = ("4", "5.2")
+
+
+# --- bundled checkpoints on real text ---------------------------------------------------------------------------
+
+
+def float64_truth(directory: Path, tokens: torch.Tensor) -> Outcome:
+    """Full back-propagation through the naive kernel in float64; blocks are recomputed to spare memory."""
+    model = load(directory, torch.float64)
+    checkpoint_blocks(model)
+    with kernel("naive"):
+        return differentiate(model, "full", input_ids=tokens)
+
+
+@pytest.fixture(scope="module")
+def truths(bundled: dict[str, Path]) -> dict[tuple[str, int], tuple[Outcome, Outcome]]:
+    """(float64 truth, ``full`` in float32) by version and length, filled on demand."""
+    return {}
+
+
+@pytest.mark.parametrize("chunk", [64, 256, 1000])
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("version", BUNDLED)
+def test_bundled_checkpoints_on_real_text(
+    bundled: dict[str, Path],
+    truths: dict[tuple[str, int], tuple[Outcome, Outcome]],
+    version: str,
+    length: int,
+    chunk: int,
+) -> None:
+    """Strategies agree to 1e-5, and are as close to float64 as ``full`` is; the two exact tapes agree to the bit."""
+    # 1000 of 512 would be one chunk: keep an uneven tail
+    chunk = min(chunk, 300) if length == 512 else chunk
+    tokens = english(length)
+    model = load(bundled[version])
+    if (version, length) not in truths:
+        truths[version, length] = (
+            float64_truth(bundled[version], tokens),
+            differentiate(model, "full", input_ids=tokens),
+        )
+    truth, full = truths[version, length]
+    checkpoint = differentiate(model, "checkpoint", chunk, input_ids=tokens)
+    reversible = differentiate(model, "reversible", chunk, input_ids=tokens)
+
+    assert_same_bits(reversible, checkpoint)
+    assert_agree(reversible, full)
+    least = grouped_errors(full.gradients, truth.gradients)
+    for group, error in grouped_errors(reversible.gradients, truth.gradients).items():
+        assert error <= AS_CLOSE * least[group], (group, error, least[group])
+    assert abs(reversible.loss.item() - truth.loss.item()) <= 1e-6 * truth.loss.item()
+    assert (
+        reversible.report["tape_bytes"] == 0
+        or version == "4"
+        or (reversible.report["tape_bytes"] < checkpoint.report["tape_bytes"])
+    )
+
+
+@pytest.mark.parametrize("version", BUNDLED)
+def test_timestep_by_timestep(bundled: dict[str, Path], version: str) -> None:
+    """C = 1, the single step of the EBRT papers."""
+    model, tokens = load(bundled[version]), english(24)
+    full = differentiate(model, "full", input_ids=tokens)
+    reversible = differentiate(model, "reversible", 1, input_ids=tokens)
+    assert_agree(reversible, full)
+    assert_same_bits(reversible, differentiate(model, "checkpoint", 1, input_ids=tokens))
+
+
+# --- tiny random models of every version ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 16, 64])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_random_models(version: str, chunk: int) -> None:
+    """Odd shapes, an initial state with gradient, a gradient arriving at the final state."""
+    model, tokens = tiny_model(version), random_tokens(43, batch=3)
+    outcomes, by_state = {}, {}
+    for strategy in EXACT:
+        state = random_state(model, 3, learned=True)
+        arriving = random_like(state)
+        outcomes[strategy] = differentiate(
+            model, strategy, chunk, input_ids=tokens, state=state, final_state_gradient=arriving
+        )
+        by_state[strategy] = [tensor.grad for tensor in state.tensors()]
+    assert_same_bits(outcomes["reversible"], outcomes["checkpoint"])
+    assert_agree(outcomes["reversible"], outcomes["full"])
+    for found, twin, truth in zip(
+        by_state["reversible"], by_state["checkpoint"], by_state["full"], strict=True
+    ):
+        assert found is not None and twin is not None and truth is not None
+        assert truth.norm() > 0
+        assert torch.equal(found, twin)
+        assert relative_error(found, truth) <= 1e-5
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_random_models_against_float64(version: str) -> None:
+    """No strategy is farther from the naive float64 scan than ``full`` in float32 is."""
+    truth_model, model = tiny_model(version, dtype=torch.float64), tiny_model(version)
+    tokens = random_tokens(130, batch=4)
+    with kernel("naive"):
+        truth = differentiate(truth_model, "full", input_ids=tokens)
+    least = grouped_errors(differentiate(model, "full", input_ids=tokens).gradients, truth.gradients)["all"]
+    for strategy in TWO_SWEEPS:
+        found = differentiate(model, strategy, 16, input_ids=tokens)
+        assert grouped_errors(found.gradients, truth.gradients)["all"] <= AS_CLOSE * least
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("strategy", EXACT)
+def test_finite_differences(version: str, strategy: str) -> None:
+    """The float64 gradient predicts how the loss changes along a random direction, state and embeddings included."""
+    model = tiny_model(version, dtype=torch.float64)
+    tokens, generator = random_tokens(20, batch=2), torch.Generator().manual_seed(5)
+    state = random_state(model, 2, learned=True)
+    outcome = differentiate(model, strategy, 6, input_ids=tokens, state=state)
+    leaves = [*model.parameters(), *state.tensors()[: 3 if version != "4" else 2]]
+    directions = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64) for leaf in leaves]
+    slope = sum(float((leaf.grad * d).sum()) for leaf, d in zip(leaves, directions, strict=True))
+    losses = []
+    for sign in (1, -1):
+        with torch.no_grad(), model.set_bptt("full"):
+            for leaf, direction in zip(leaves, directions, strict=True):
+                leaf.add_(direction, alpha=sign * 1e-6)
+            losses.append(model(tokens, labels=tokens, state=state).loss.item())
+            for leaf, direction in zip(leaves, directions, strict=True):
+                leaf.sub_(direction, alpha=sign * 1e-6)
+    assert (losses[0] - losses[1]) / 2e-6 == pytest.approx(slope, rel=1e-5)
+    assert outcome.report["strategy"] == strategy
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_input_embeddings(version: str) -> None:
+    """``inputs_embeds`` gets the gradient that ``full`` gives it."""
+    model, labels = tiny_model(version), random_tokens(29, batch=2)
+    gradients = {}
+    for strategy in EXACT:
+        embeds = torch.randn(2, 29, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        differentiate(model, strategy, 8, inputs_embeds=embeds, labels=labels)
+        gradients[strategy] = embeds.grad
+    assert torch.equal(gradients["reversible"], gradients["checkpoint"])
+    assert relative_error(gradients["reversible"], gradients["full"]) <= 1e-5
+
+
+@pytest.mark.parametrize("tape", ["host", "device", "disk"])
+def test_tapes_give_the_same_bits(tape: str, tmp_path: Path) -> None:
+    model, tokens = tiny_model("5.2"), random_tokens(60, batch=2)
+    expected = differentiate(model, "checkpoint", 7, input_ids=tokens)
+    with model.set_bptt("auto", tape=tape, tape_dir=str(tmp_path)):
+        found = differentiate(model, "reversible", 7, input_ids=tokens)
+    assert_same_bits(found, expected)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- masks and labels -------------------------------------------------------------------------------------------
+
+ROW_LENGTHS = (37, 20, 3)
+WIDTH = 41
+
+
+def placed(padding: str, row: int, length: int) -> torch.Tensor:
+    """Positions of a row's tokens within WIDTH."""
+    if padding == "left":
+        return torch.arange(WIDTH - length, WIDTH)
+    if padding == "right":
+        return torch.arange(length)
+    generator = torch.Generator().manual_seed(row)
+    return torch.randperm(WIDTH, generator=generator)[:length].sort().values
+
+
+@pytest.mark.parametrize("padding", ["left", "right", "holes"])
+@pytest.mark.parametrize("strategy", EXACT)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_padded_rows_are_as_alone(version: str, strategy: str, padding: str) -> None:
+    """Loss, gradient and final state of a row do not depend on its padding, its holes and its neighbours.
+
+    In float64, where only the grid of the exact states (2**-27 of the largest element) tells the strategies apart.
+    """
+    tolerance = 1e-10 if strategy == "full" else AGREE
+    model = tiny_model(version, dtype=torch.float64)
+    count = len(ROW_LENGTHS)
+    state = random_state(model, count)
+    batch, mask = random_tokens(WIDTH, batch=count, seed=9), torch.zeros(count, WIDTH, dtype=torch.int64)
+    rows = [random_tokens(length, seed=row) for row, length in enumerate(ROW_LENGTHS)]
+    for row, length in enumerate(ROW_LENGTHS):
+        positions = placed(padding, row, length)
+        batch[row, positions], mask[row, positions] = rows[row][0], 1
+    inputs = {"input_ids": batch, "attention_mask": mask, "num_items_in_batch": 7, "state": state}
+
+    alone = []
+    for row, tokens in enumerate(rows):
+        start = state.rows(torch.tensor([row]))
+        alone.append(differentiate(model, "full", input_ids=tokens, num_items_in_batch=7, state=start))
+        labels = torch.full_like(batch, IGNORE)
+        labels[row] = batch[row]
+        among = differentiate(model, strategy, 8, labels=labels, **inputs)
+        among.state = among.state.rows(torch.tensor([row]))
+        assert_agree(among, alone[row], tolerance)
+
+    together = differentiate(model, strategy, 8, **inputs)
+    assert relative_error(together.loss, sum(outcome.loss for outcome in alone)) <= tolerance
+    for name, gradient in together.gradients.items():
+        assert relative_error(gradient, sum(outcome.gradients[name] for outcome in alone)) <= tolerance
+
+
+@pytest.mark.parametrize("strategy", EXACT)
+def test_padding_contents_do_not_matter(strategy: str) -> None:
+    """Other tokens and labels under the mask give the same bits."""
+    model, tokens = tiny_model("5.2"), random_tokens(30, batch=2)
+    mask = torch.ones_like(tokens)
+    mask[0, :11], mask[1, 5:9] = 0, 0
+    other = torch.where(mask.bool(), tokens, (tokens + 3) % 32)
+    first = differentiate(model, strategy, 8, input_ids=tokens, attention_mask=mask)
+    second = differentiate(model, strategy, 8, input_ids=other, attention_mask=mask)
+    assert first.loss == second.loss
+    for a, b in zip(first.state.tensors(), second.state.tensors(), strict=True):
+        assert torch.equal(a, b)
+    for name, gradient in first.gradients.items():
+        assert torch.allclose(gradient, second.gradients[name], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("strategy", EXACT)
+@pytest.mark.parametrize("version", BUNDLED)
+def test_an_empty_row_changes_nothing(version: str, strategy: str) -> None:
+    """A row that is all padding keeps its state to the bit and adds nothing to the loss."""
+    model, tokens = tiny_model(version), random_tokens(30, batch=2)
+    state = random_state(model, 2)
+    mask = torch.ones_like(tokens)
+    mask[1] = 0
+    found = differentiate(model, strategy, 8, input_ids=tokens, attention_mask=mask, state=state)
+    alone = differentiate(model, strategy, 8, input_ids=tokens[:1], state=state.rows(torch.tensor([0])))
+    assert relative_error(found.loss, alone.loss) <= 1e-6
+    for after, before in zip(found.state.tensors(), state.tensors(), strict=True):
+        assert relative_error(after[:, 1], before[:, 1]) <= 1e-7
+
+
+@pytest.mark.parametrize("strategy", [*EXACT, "truncated"])
+@pytest.mark.parametrize("version", BUNDLED)
+def test_a_chunk_without_labels(version: str, strategy: str) -> None:
+    """Chunks whose labels are all -100 still carry gradient through, and give no NaN."""
+    model, tokens = tiny_model(version), random_tokens(40)
+    labels = tokens.clone()
+    labels[:, :17] = IGNORE
+    labels[:, 24:33] = IGNORE
+    found = differentiate(model, strategy, 8, input_ids=tokens, labels=labels)
+    assert torch.isfinite(found.loss)
+    if strategy != "truncated":
+        assert_agree(found, differentiate(model, "full", input_ids=tokens, labels=labels))
+
+
+@pytest.mark.parametrize("strategy", [*EXACT, "truncated"])
+def test_no_labels_at_all(strategy: str) -> None:
+    """Every label -100: the loss is 0 and every gradient zero, none NaN."""
+    model, tokens = tiny_model("5.2"), random_tokens(20)
+    found = differentiate(model, strategy, 8, input_ids=tokens, labels=torch.full_like(tokens, IGNORE))
+    assert found.loss == 0
+    assert all(not gradient.any() for gradient in found.gradients.values())
+
+
+@pytest.mark.parametrize("strategy", [*EXACT, "truncated"])
+def test_num_items_in_batch(strategy: str) -> None:
+    """The trainer's own divisor, as a number or a tensor."""
+    model, tokens = tiny_model("5.2"), random_tokens(30, batch=2)
+    mean = differentiate(model, strategy, 8, input_ids=tokens)
+    for number in (100, torch.tensor(100)):
+        found = differentiate(model, strategy, 8, input_ids=tokens, num_items_in_batch=number)
+        assert found.loss.item() == pytest.approx(mean.loss.item() * 58 / 100, rel=1e-6)
+        assert relative_error(found.gradients["head.weight"], mean.gradients["head.weight"] * 58 / 100) < 1e-6
+
+
+def test_final_state_gradient_alone() -> None:
+    """A gradient that only arrives at the final state, no label anywhere: back-propagation of a state objective."""
+    model, tokens = tiny_model("5.2"), random_tokens(40, batch=2)
+    arriving = random_like(model.model.initial_state(2))
+    labels = torch.full_like(tokens, IGNORE)
+    inputs = {"input_ids": tokens, "labels": labels, "final_state_gradient": arriving}
+    model.zero_grad()
+    model(tokens).state.inner(arriving).backward()
+    truth = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert "head.weight" not in truth
+    for strategy in EXACT:
+        found = differentiate(model, strategy, 8, **inputs)
+        assert found.loss == 0
+        for name, gradient in truth.items():
+            assert relative_error(found.gradients[name], gradient) <= 1e-5
+
+
+def test_chained_contexts() -> None:
+    """Two contexts one after the other, joined by hand through the state's gradient, equal one context.
+
+    The pieces share no prediction: the last token of the first piece predicts the first of the second.
+    """
+    model, tokens = tiny_model("5.1", dtype=torch.float64), random_tokens(50)
+    labels = tokens.clone()
+    labels[:, 30] = IGNORE
+    whole = differentiate(model, "full", input_ids=tokens, labels=labels, num_items_in_batch=1)
+    with torch.no_grad():
+        middle = model(tokens[:, :30]).state
+    state = RwkvRevState(*(tensor.requires_grad_() for tensor in middle.tensors()))
+    second = differentiate(
+        model, "reversible", 8, input_ids=tokens[:, 30:], state=state, num_items_in_batch=1
+    )
+    arriving = RwkvRevState(*(tensor.grad for tensor in state.tensors()))
+    first = differentiate(
+        model, "reversible", 8, input_ids=tokens[:, :30], num_items_in_batch=1, final_state_gradient=arriving
+    )
+    assert float(first.loss + second.loss) == pytest.approx(float(whole.loss), rel=1e-6)
+    for name, gradient in whole.gradients.items():
+        assert relative_error(first.gradients[name] + second.gradients[name], gradient) <= 1e-6
+
+
+def test_frozen_parameters_get_no_gradient() -> None:
+    model, tokens = tiny_model("5.2"), random_tokens(30)
+    whole = differentiate(model, "reversible", 8, input_ids=tokens).gradients
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("receptance" in name)
+    found = differentiate(model, "reversible", 8, input_ids=tokens).gradients
+    assert found.keys() == {name for name in whole if "receptance" in name}
+    for name, gradient in found.items():
+        assert relative_error(gradient, whole[name]) <= 1e-6
+
+
+def test_without_gradients_the_loss_streams() -> None:
+    """Under ``no_grad`` the same loss and state, chunk by chunk, for every strategy."""
+    model, tokens = tiny_model("5.2"), random_tokens(50, batch=2)
+    expected = differentiate(model, "full", input_ids=tokens)
+    for strategy in (*EXACT, "truncated", "auto"):
+        with torch.no_grad(), model.set_bptt(strategy, chunk_length=8):
+            output = model(tokens, labels=tokens)
+        assert not output.loss.requires_grad
+        assert relative_error(output.loss, expected.loss) <= 1e-6
+        for found, state in zip(output.state.tensors(), expected.state.tensors(), strict=True):
+            assert relative_error(found, state) <= 1e-5
+
+
+def test_backward_twice_is_refused() -> None:
+    model, tokens = tiny_model("5.2"), random_tokens(20)
+    with model.set_bptt("reversible", chunk_length=8):
+        loss = model(tokens, labels=tokens).loss
+    loss.backward()
+    with pytest.raises(RuntimeError, match="call the model again"):
+        loss.backward()
+
+
+def test_the_loss_scales_and_adds() -> None:
+    """The incoming gradient counts: a scaled loss, a sum of losses, a loss beside another term."""
+    model, tokens = tiny_model("5.2"), random_tokens(30)
+    once = differentiate(model, "reversible", 8, input_ids=tokens).gradients
+    model.zero_grad()
+    with model.set_bptt("reversible", chunk_length=8):
+        total = 3 * model(tokens, labels=tokens).loss - model(tokens, labels=tokens).loss
+    (total + model.head.weight.sum()).backward()
+    for name, parameter in model.named_parameters():
+        expected = 2 * once[name] + (1 if name == "head.weight" else 0)
+        assert relative_error(parameter.grad, expected) <= 1e-5
+
+
+# --- default, truncated, lossy ----------------------------------------------------------------------------------
+
+
+def test_default_strategy() -> None:
+    """``full`` up to one chunk, ``reversible`` above."""
+    model = tiny_model("5.2", chunk_length=16)
+    assert differentiate(model, "auto", input_ids=random_tokens(16)).report["strategy"] == "full"
+    assert differentiate(model, "auto", input_ids=random_tokens(17)).report["strategy"] == "reversible"
+
+
+@pytest.mark.parametrize("version", BUNDLED)
+def test_truncated_is_another_gradient_and_says_so(version: str) -> None:
+    model, tokens = tiny_model(version), random_tokens(48)
+    full = differentiate(model, "full", input_ids=tokens)
+    truncated = differentiate(model, "truncated", 8, input_ids=tokens)
+    assert truncated.report["strategy"] == "truncated"
+    assert relative_error(truncated.loss, full.loss) <= 1e-6
+    assert grouped_errors(truncated.gradients, full.gradients)["all"] > 1e-3
+    # one chunk: nothing to cut
+    assert_agree(differentiate(model, "truncated", 48, input_ids=tokens), full)
+    # what it is: the sum of the chunks' own gradients
+    parts, state = [], None
+    for start in range(0, 48, 8):
+        labels = tokens[:, start : start + 9].clone()
+        piece = torch.full((1, 48), IGNORE)
+        piece[:, start : start + labels.shape[1]] = labels
+        piece[:, start] = IGNORE
+        model.zero_grad()
+        output = model(tokens[:, start : start + 8], state=state)
+        state = output.state.detach()
+        targets = tokens[:, start + 1 : start + 9]
+        logits = output.logits[:, : targets.shape[1]]
+        loss = (
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / 47
+        )
+        loss.backward()
+        parts.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name, gradient in truncated.gradients.items():
+        assert relative_error(gradient, sum(part[name] for part in parts)) <= 1e-5
+
+
+def slow_decay(model: RwkvRevForCausalLM, log_bits: float) -> RwkvRevForCausalLM:
+    """Set every decay so that a step forgets 2**log_bits bits."""
+    with torch.no_grad():
+        for block in model.blocks:
+            # bits = exp(time_decay) / log 2
+            block.time_mix.time_decay.fill_((2**log_bits * torch.log(torch.tensor(2.0))).log().item())
+    return model
+
+
+@pytest.mark.parametrize("version", ["5.0", "5.1", "5.2"])
+def test_lossy_reports_its_drift(version: str) -> None:
+    """On decays slow enough plain division works, nearly; its drift stands in the report."""
+    model, tokens = slow_decay(tiny_model(version), -4), random_tokens(256)
+    full = differentiate(model, "full", input_ids=tokens)
+    lossy = differentiate(model, "reversible-lossy", 16, input_ids=tokens)
+    assert lossy.report["predicted_bits_lost"] == pytest.approx(16, rel=1e-4)
+    assert 0 < lossy.report["drift"] < 1e-9
+    assert_agree(lossy, full)
+    drifts = []
+    for log_bits in (-5, -4, -3):
+        outcome = differentiate(slow_decay(model, log_bits), "reversible-lossy", 16, input_ids=tokens)
+        drifts.append(outcome.report["drift"])
+    assert drifts[0] < drifts[1] < drifts[2]
+    assert drifts[2] > 1e-9, "32 bits of 52 lost must show"
+
+
+def test_lossy_refuses_what_would_be_noise() -> None:
+    model, tokens = slow_decay(tiny_model("5.2"), -2), random_tokens(256)
+    with pytest.raises(StrategyError, match=r"64 bits over 256 tokens.*'reversible'"):
+        differentiate(model, "reversible-lossy", 16, input_ids=tokens)
+    with pytest.raises(StrategyError, match=r"RWKV-5.*'reversible'"):
+        differentiate(tiny_model("4"), "reversible-lossy", 16, input_ids=tokens)
+
+
+def test_lossy_on_the_bundled_checkpoint_refuses(bundled: dict[str, Path]) -> None:
+    """A trained model forgets more than float64 holds within a few hundred tokens."""
+    with pytest.raises(StrategyError, match="'reversible'"):
+        differentiate(load(bundled["5.2"]), "reversible-lossy", 64, input_ids=english(512))
