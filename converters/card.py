@@ -1,5 +1,6 @@
 """The model card (README.md) of a converted folder: what it is, where it came from, and that it is equal."""
 
+import re
 from typing import Any
 
 import torch
@@ -91,8 +92,8 @@ def _verification(report: Any, record: dict[str, Any]) -> str:
     if report is None:
         return "Not verified at conversion. Run `rwkv-rev verify PATH`."
     # The table is Markdown; each line after its rows becomes a paragraph. No path of this machine goes in.
-    lines = str(report.table()).replace(str(record["source"]), _source_name(record)).splitlines()
-    return "\n".join(line if line.startswith("|") or not line else f"\n{line}" for line in lines).strip()
+    text = str(report.table()).replace(str(record["source"]), _source_name(record))
+    return re.sub(r"\n+(?!\|)|\n{2,}", "\n\n", text).strip()
 
 
 def _table(columns: tuple[str, ...], rows: list[tuple[str, object]]) -> str:

@@ -129,7 +129,7 @@ def test_bad_files(cli: Cli, tmp_path: Path, kind: str) -> None:
         (("convert", "bundled:rwkv-4", "--tokenizer", "./no-such-folder"), 1, ("tokenizer",)),
         (("convert", "bundled:rwkv-4", "--max-shard-size", "lots"), 2, ("5GB",)),
         (("convert", "bundled:rwkv-4", "--dtype", "int8"), 2, ("int8", "bfloat16")),
-        (("convert",), 2, ("source",)),
+        (("convert",), 2, ("SOURCE",)),
         (("convert", "bundled:rwkv-4", "--frobnicate"), 2, ("--frobnicate",)),
         (("frobnicate",), 2, ("frobnicate",)),
         (("inspect", "several", "--file", "a.pth"), 1, ("a.pth",)),
@@ -279,6 +279,15 @@ def test_push_uploads_the_folder_without_local_paths(
     assert set(uploaded) == {path.name for path in (tmp_path / "model").iterdir()}
     assert json.loads(uploaded["conversion.json"])["source"] == "mine.pth"
     assert not any(str(tmp_path).encode() in content for content in uploaded.values())
+
+
+def test_a_refused_upload_keeps_the_folder(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, out, err = cli("convert", "bundled:rwkv-4", "--no-verify", "--push-to-hub", "me/model")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: the Hub did not take me/model") and err.count("\n") == 1
+    assert "rwkv-4-rev is complete" in err
+    assert (tmp_path / "rwkv-4-rev" / "model.safetensors").exists()
 
 
 def test_tracebacks_only_on_demand(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
