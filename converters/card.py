@@ -1,6 +1,6 @@
 """The model card (README.md) of a converted folder: what it is, where it came from, and that it is equal."""
 
-import re
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -93,7 +93,9 @@ def _verification(report: Any, record: dict[str, Any]) -> str:
         return "Not verified at conversion. Run `rwkv-rev verify PATH`."
     # The table is Markdown; each line after its rows becomes a paragraph. No path of this machine goes in.
     text = str(report.table()).replace(str(record["source"]), _source_name(record))
-    return re.sub(r"\n+(?!\|)|\n{2,}", "\n\n", text).strip()
+    lines = [line for line in text.splitlines() if line]
+    breaks = ["\n" if a[0] == b[0] == "|" else "\n\n" for a, b in pairwise(lines)]
+    return "".join(line + end for line, end in zip(lines, [*breaks, ""], strict=True))
 
 
 def _table(columns: tuple[str, ...], rows: list[tuple[str, object]]) -> str:
