@@ -205,8 +205,10 @@ def _power(exponent: Tensor) -> Tensor:
 
 
 def _exponent_for(largest: Tensor) -> Tensor:
-    """The exponent at which a value of magnitude ``largest`` [B, H] has :data:`TARGET_BITS` bits."""
+    """The exponent at which a value of magnitude ``largest`` [B, H] has :data:`TARGET_BITS` bits.
+
+    :data:`SMALLEST_EXPONENT` for 0; for inf and NaN so large that any sum with it exceeds NON_FINITE.
+    """
     _, exponent = torch.frexp(largest)
-    return (
-        torch.where(largest > 0, exponent - TARGET_BITS, SMALLEST_EXPONENT).clamp(-500, 500).to(torch.int32)
-    )
+    exponent = torch.where(largest > 0, exponent - TARGET_BITS, SMALLEST_EXPONENT).clamp(-500, 500)
+    return torch.where(largest.isfinite(), exponent, 4 * NON_FINITE).to(torch.int32)
