@@ -175,7 +175,7 @@ def replays_agree(trial: Trial) -> None:
 
 
 def gradients_are_exact(trial: Trial) -> None:
-    """Gradients (parameters, input, state) of both replays: autograd of ``step``, to the bit; in float64 the truth's."""
+    """Gradients of both replays (parameters, input, state): those of ``step`` to the bit; in float64, the truth's."""
     for replays, step in _gradient_pairs(trial, trial.cell):
         for replay in replays:
             for name, gradient in step.items():

@@ -7,10 +7,9 @@ import torch
 from cell_laws import LAWS, Trial, trials
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
-from rwkv_rev.cells import ChannelMix, ChunkMask, ReversibleCell, TimeMixRwkv4, TimeMixRwkv5
-from rwkv_rev.reversal.fixed_point import FixedPoint
+from rwkv_rev.cells import ChannelMix, ReversibleCell, TimeMixRwkv4, TimeMixRwkv5
 from rwkv_rev.wkv import EMPTY_EXPONENT
 
 DECAYS = (0.0, 1e-9, 1e-4, 0.1, 0.5, 0.9, 0.99, 0.9999, 1 - 2**-24, 1.0)
