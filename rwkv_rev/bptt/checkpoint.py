@@ -5,13 +5,12 @@ The same arithmetic as ``reversible``, to the bit, with a simpler and larger tap
 """
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
 from rwkv_rev.bptt.strategy import Chunk, LanguageModel
 from rwkv_rev.bptt.sweeps import TwoSweeps
-from rwkv_rev.cells.block import BlockReplay, ExactStates, Remnants
+from rwkv_rev.cells.block import BlockReplay, ExactStates, Plans, Remnants
 from rwkv_rev.cells.cell import CellState
 from rwkv_rev.reversal.fixed_point import FixedPoint
 
@@ -46,9 +45,11 @@ class Checkpoint(TwoSweeps):
         after: ExactStates,
         record: list[Tensor],
         chunk: Chunk,
-        plan: Any,
+        plans: Plans,
     ) -> BlockReplay:
         time_shift, channel_shift, *memory = record
         exact = FixedPoint(*memory) if isinstance(after[0].memory, FixedPoint) else memory[0]
         states = CellState(time_shift, exact), CellState(channel_shift, None)
-        return model.blocks[layer].replay(x, states, chunk.mask(), checkpointed=model.checkpoints_blocks)
+        return model.blocks[layer].replay(
+            x, states, chunk.mask(), plans=plans, checkpointed=model.checkpoints_blocks
+        )

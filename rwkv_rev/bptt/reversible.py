@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rwkv_rev.bptt.strategy import Chunk, LanguageModel, LossInputs
 from rwkv_rev.bptt.sweeps import TwoSweeps
-from rwkv_rev.cells.block import BlockReplay, ExactStates, Remnants
+from rwkv_rev.cells.block import BlockReplay, ExactStates, Plans, Remnants
 from rwkv_rev.cells.cell import Remnant
 from rwkv_rev.errors import ReversalMismatchError
 from rwkv_rev.reversal.fixed_point import FixedPoint, MemoryRemnant
@@ -68,7 +68,7 @@ class Reversible(TwoSweeps):
         after: ExactStates,
         record: list[Tensor],
         chunk: Chunk,
-        plan: Any,
+        plans: Plans,
     ) -> BlockReplay:
         time_carried, channel_carried, witness, *parts = record
         memory: Any = parts[0]
@@ -80,7 +80,7 @@ class Reversible(TwoSweeps):
             after,
             chunk.mask(),
             (Remnant(time_carried, memory), Remnant(channel_carried, None)),
-            plan,
+            plans,
             checkpointed=model.checkpoints_blocks,
         )
         end = replay.end[0].memory

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rwkv_rev.bptt.strategy import Chunk, LanguageModel, LossInputs
 from rwkv_rev.bptt.sweeps import TwoSweeps
-from rwkv_rev.cells.block import BlockReplay, ExactStates, Remnants
+from rwkv_rev.cells.block import BlockReplay, ExactStates, Plans, Remnants
 from rwkv_rev.cells.cell import Remnant
 from rwkv_rev.cells.time_mix_rwkv5 import TimeMixRwkv5
 from rwkv_rev.errors import StrategyError
@@ -82,7 +82,7 @@ class ReversibleLossy(TwoSweeps):
         after: ExactStates,
         record: list[Tensor],
         chunk: Chunk,
-        plan: Any,
+        plans: Plans,
     ) -> BlockReplay:
         time_carried, channel_carried, *anchor = record
         replay = model.blocks[layer].replay(
@@ -90,7 +90,7 @@ class ReversibleLossy(TwoSweeps):
             after,
             chunk.mask(),
             (Remnant(time_carried, None), Remnant(channel_carried, None)),
-            plan,
+            plans,
             checkpointed=model.checkpoints_blocks,
         )
         if anchor:

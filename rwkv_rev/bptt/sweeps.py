@@ -33,7 +33,7 @@ from rwkv_rev.bptt.strategy import (
     trainable,
     uncached_autocast,
 )
-from rwkv_rev.cells.block import BlockReplay, ExactStates, FloatStates, Remnants
+from rwkv_rev.cells.block import BlockReplay, ExactStates, FloatStates, Plans, Remnants
 from rwkv_rev.loss import FinishedGradients, add_gradients, cross_entropy_gradients
 from rwkv_rev.reversal.tape import Tape
 from rwkv_rev.state import RwkvRevState
@@ -98,7 +98,7 @@ class TwoSweeps(Strategy):
         after: ExactStates,
         record: list[Tensor],
         chunk: Chunk,
-        plan: Any,
+        plans: Plans,
     ) -> BlockReplay:
         """Layer ``layer`` of a chunk with graph, its exact states before the chunk recovered from ``record``."""
 
@@ -164,7 +164,7 @@ class TwoSweeps(Strategy):
         self,
         model: LanguageModel,
         chunks: list[Chunk],
-        plans: dict[int, list[Any]],
+        plans: dict[int, list[Plans]],
         states: list[ExactStates],
         tape: Tape,
         random: list[list[Tensor]] | None,
@@ -197,7 +197,7 @@ class TwoSweeps(Strategy):
         self,
         model: LanguageModel,
         chunk: Chunk,
-        plans: list[Any],
+        plans: list[Plans],
         after: list[ExactStates],
         known: list[ExactStates] | None,
         record: list[list[Tensor]] | None,
@@ -210,7 +210,9 @@ class TwoSweeps(Strategy):
             for layer, block in enumerate(model.blocks):
                 if record is None:
                     assert known is not None
-                    replay = block.replay(x, known[layer], mask, checkpointed=model.checkpoints_blocks)
+                    replay = block.replay(
+                        x, known[layer], mask, plans=plans[layer], checkpointed=model.checkpoints_blocks
+                    )
                 else:
                     replay = self.recover(model, layer, x, after[layer], record[layer], chunk, plans[layer])
                 x = replay.out

@@ -4,6 +4,7 @@ States run through the whole context, gradients do not: nothing before a chunk l
 the gradient of the context**, and no other strategy ever falls back to it. One pass, no tape, memory of one chunk.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class Truncated(Strategy):
 
         def compute() -> tuple[Tensor, tuple[Tensor, ...], list]:
             with uncached_autocast(inputs.targets.device), torch.enable_grad():
-                return self._sweep(model, inputs, leaves)
+                return self._sweep(model, *_cut_off(inputs, leaves))
 
         loss, *state = FinishedGradients.apply(compute, *leaves)
         report: dict[str, Any] = {"strategy": self.name, "chunk_length": self.chunk_length}
@@ -63,3 +64,20 @@ class Truncated(Strategy):
                 sums = add_gradients(sums, torch.autograd.grad(objective, leaves, allow_unused=True))
             state = state.detach()
         return total, tuple(state.tensors()), sums
+
+
+def _cut_off(inputs: LossInputs, leaves: list[Tensor]) -> tuple[LossInputs, list[Tensor]]:
+    """The inputs without the graph that made them, and the leaves with those in their place.
+
+    A state computed from parameters would otherwise hand them a gradient here and a second one in ``backward()``.
+    """
+    copies = {id(leaf): leaf for leaf in leaves}
+
+    def cut(tensor: Tensor) -> Tensor:
+        if tensor.requires_grad:
+            copies[id(tensor)] = tensor.detach().requires_grad_()
+        return copies.get(id(tensor), tensor)
+
+    state = RwkvRevState(*map(cut, inputs.state.tensors()))
+    embeds = None if inputs.inputs_embeds is None else cut(inputs.inputs_embeds)
+    return replace(inputs, state=state, inputs_embeds=embeds), [copies[id(leaf)] for leaf in leaves]

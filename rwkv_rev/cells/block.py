@@ -5,13 +5,13 @@ The block offers the same three ways through a chunk as its cells: plain differe
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rwkv_rev.cells.cell import CellState, FloatState, Remnant, Replay, ReversibleCell
+from rwkv_rev.cells.cell import CellPlan, CellState, FloatState, Remnant, Replay, ReversibleCell
 from rwkv_rev.cells.channel_mix import ChannelMix
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.time_mix_rwkv4 import TimeMixRwkv4
@@ -21,6 +21,7 @@ from rwkv_rev.configuration import RwkvRevConfig
 FloatStates = tuple[FloatState, FloatState]
 ExactStates = tuple[CellState, CellState]
 Remnants = tuple[Remnant, Remnant]
+Plans = tuple[CellPlan, CellPlan]
 
 
 class BlockReplay(NamedTuple):
@@ -69,18 +70,18 @@ class Block(nn.Module):
         """The exact states nearest to float ones."""
         return self.time_mix.exact(states[0]), self.channel_mix.exact(states[1])
 
-    def plan(self, length: int) -> Any:
-        """The time mix's plan for chunks of ``length`` tokens."""
-        return self.time_mix.plan(length)
+    def plan(self, length: int) -> Plans:
+        """Both cells' plans for chunks of ``length`` tokens, while the weights stay as they are."""
+        return self.time_mix.plan(length), self.channel_mix.plan(length)
 
     @torch.no_grad()
     def advance(
-        self, x: Tensor, states: ExactStates, mask: ChunkMask | None, plan: Any
+        self, x: Tensor, states: ExactStates, mask: ChunkMask | None, plans: Plans
     ) -> tuple[Tensor, ExactStates, Remnants]:
         """One chunk forwards without graph: output, exact states after it, remnants."""
-        time, out, time_remnant = self.time_mix(states[0], self.ln1(x), mask, plan)
+        time, out, time_remnant = self.time_mix(states[0], self.ln1(x), mask, plans[0])
         x = x + out
-        channel, out, channel_remnant = self.channel_mix(states[1], self.ln2(x), mask)
+        channel, out, channel_remnant = self.channel_mix(states[1], self.ln2(x), mask, plans[1])
         return x + out, (time, channel), (time_remnant, channel_remnant)
 
     def replay(
@@ -89,7 +90,7 @@ class Block(nn.Module):
         states: ExactStates,
         mask: ChunkMask | None,
         remnants: Remnants | None = None,
-        plan: Any = None,
+        plans: Plans | None = None,
         *,
         checkpointed: bool = False,
     ) -> BlockReplay:
@@ -101,29 +102,35 @@ class Block(nn.Module):
                 gradient is taken (activation checkpointing).
         """
         if checkpointed:
-            return self._checkpointed_replay(x, states, mask, remnants, plan)
+            return self._checkpointed_replay(x, states, mask, remnants, plans)
 
         def through(
-            cell: ReversibleCell, state: CellState, inputs: Tensor, remnant: Remnant | None
+            cell: ReversibleCell, state: CellState, inputs: Tensor, remnant: Remnant | None, plan: CellPlan
         ) -> Replay:
             if remnant is None:
-                return cell.replay(state, inputs, mask)
+                return cell.replay(state, inputs, mask, plan)
             return cell.reversed_replay(state, inputs, mask, remnant, plan)
 
+        time_plan, channel_plan = plans or self.plan(x.shape[1])
         time_remnant, channel_remnant = remnants or (None, None)
-        time = through(self.time_mix, states[0], self.ln1(x), time_remnant)
+        time = through(self.time_mix, states[0], self.ln1(x), time_remnant, time_plan)
         x = x + time.out
-        channel = through(self.channel_mix, states[1], self.ln2(x), channel_remnant)
+        channel = through(self.channel_mix, states[1], self.ln2(x), channel_remnant, channel_plan)
         return BlockReplay(
             (time.state, channel.state), x + channel.out, (time.start, channel.start), (time.end, channel.end)
         )
 
     def _checkpointed_replay(
-        self, x: Tensor, states: ExactStates, mask: ChunkMask | None, remnants: Remnants | None, plan: Any
+        self,
+        x: Tensor,
+        states: ExactStates,
+        mask: ChunkMask | None,
+        remnants: Remnants | None,
+        plans: Plans | None,
     ) -> BlockReplay:
         devices = [x.device] if x.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices):
-            before = self.replay(x, states, mask, remnants, plan).states
+            before = self.replay(x, states, mask, remnants, plans).states
         values = self.time_mix.float_state(before[0]), self.channel_mix.float_state(before[1])
         start = (_leaves(values[0]), _leaves(values[1]))
         forward: Callable[..., tuple[Tensor, FloatStates]] = self.forward

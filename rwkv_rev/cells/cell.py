@@ -57,6 +57,13 @@ class Remnant(NamedTuple):
     memory: Any
 
 
+class CellPlan(NamedTuple):
+    """What the exact update needs of the weights, computed once per sweep: mu* [D], and the memory's plan."""
+
+    mix: Tensor
+    memory: Any
+
+
 class Replay(NamedTuple):
     """A chunk computed again, with graph.
 
@@ -97,8 +104,8 @@ class ReversibleCell(nn.Module, ABC):
         """The memory after the chunk, differentiable; ``length`` is C."""
         return None
 
-    def plan(self, length: int) -> Any:
-        """What the exact update of chunks of C = ``length`` tokens needs to know of the weights beforehand."""
+    def memory_plan(self, length: int) -> Any:
+        """What :meth:`advance` and :meth:`retreat` of C = ``length`` tokens need of the weights, or None."""
         return None
 
     def exact_memory(self, memory: Tensor | None) -> Any:
@@ -126,6 +133,10 @@ class ReversibleCell(nn.Module, ABC):
 
     # --- the contract -----------------------------------------------------------------------------------------
 
+    def plan(self, length: int) -> CellPlan:
+        """The plan for chunks of C = ``length`` tokens, while the weights stay as they are."""
+        return CellPlan(carried_mix(self.mixes()), self.memory_plan(length))
+
     def exact(self, state: FloatState) -> CellState:
         """The exact state nearest to a float one."""
         memory = None if state.memory is None else self.exact_memory(state.memory.detach())
@@ -144,14 +155,14 @@ class ReversibleCell(nn.Module, ABC):
 
     @torch.no_grad()
     def forward(
-        self, state: CellState, x: Tensor, mask: ChunkMask | None = None, plan: Any = None
+        self, state: CellState, x: Tensor, mask: ChunkMask | None = None, plan: CellPlan | None = None
     ) -> tuple[CellState, Tensor, Remnant]:
         """One chunk forwards: the next exact state, the output [B, C, D] and what the chunk forgot."""
         plan = plan if plan is not None else self.plan(x.shape[1])
-        state = self.carried(state, x, mask)
+        state = self.carried(state, x, mask, plan)
         projection = self.project(x, token_shift(x, state.shift, mask))
         out, contribution = self.read(projection, self.float_memory(state.memory), mask)
-        memory, remnant = self.advance(state.memory, contribution, mask, plan)
+        memory, remnant = self.advance(state.memory, contribution, mask, plan.memory)
         assert state.carried is not None
         return (
             CellState(last_token(x, state.shift, mask), memory),
@@ -161,7 +172,12 @@ class ReversibleCell(nn.Module, ABC):
 
     @torch.no_grad()
     def reverse(
-        self, state: CellState, x: Tensor, mask: ChunkMask | None, remnant: Remnant, plan: Any = None
+        self,
+        state: CellState,
+        x: Tensor,
+        mask: ChunkMask | None,
+        remnant: Remnant,
+        plan: CellPlan | None = None,
     ) -> tuple[CellState, Tensor]:
         """One chunk backwards: the exact state before it and its output, both the same bits as in ``forward``."""
         replay = self.reversed_replay(state, x, mask, remnant, plan)
@@ -169,31 +185,38 @@ class ReversibleCell(nn.Module, ABC):
 
     # --- the same with graph, for the backward sweep ------------------------------------------------------------
 
-    def carried(self, state: CellState, x: Tensor, mask: ChunkMask | None) -> CellState:
+    def carried(self, state: CellState, x: Tensor, mask: ChunkMask | None, plan: CellPlan) -> CellState:
         """The state with its x_{a-1} sent through the carried y (a state that has one keeps it)."""
         if state.carried is not None:
             return state
-        mu = carried_mix(self.mixes())
-        y = carry(x.detach(), state.shift, mu, mask)
-        return CellState(uncarry(x.detach(), y, mu, mask), state.memory, y)
+        y = carry(x.detach(), state.shift, plan.mix, mask)
+        return CellState(uncarry(x.detach(), y, plan.mix, mask), state.memory, y)
 
-    def replay(self, state: CellState, x: Tensor, mask: ChunkMask | None = None) -> Replay:
+    def replay(
+        self, state: CellState, x: Tensor, mask: ChunkMask | None = None, plan: CellPlan | None = None
+    ) -> Replay:
         """A chunk whose exact state before it is known, with graph; the same bits as ``forward``."""
-        state = self.carried(state, x, mask)
+        plan = plan if plan is not None else self.plan(x.shape[1])
+        state = self.carried(state, x, mask, plan)
         start = self._leaves(state.shift, self.float_memory(state.memory))
         projection = self.project(x, token_shift(x, start.shift, mask))
         return self._finish(state, start, projection, x, mask)
 
     def reversed_replay(
-        self, state: CellState, x: Tensor, mask: ChunkMask | None, remnant: Remnant, plan: Any = None
+        self,
+        state: CellState,
+        x: Tensor,
+        mask: ChunkMask | None,
+        remnant: Remnant,
+        plan: CellPlan | None = None,
     ) -> Replay:
         """A chunk whose exact state *after* it is known: rebuild the one before, then compute with graph."""
         plan = plan if plan is not None else self.plan(x.shape[1])
-        shift = uncarry(x.detach(), remnant.carried, carried_mix(self.mixes()), mask)
+        shift = uncarry(x.detach(), remnant.carried, plan.mix, mask)
         shift_leaf = self._leaves(shift, None).shift
         projection = self.project(x, token_shift(x, shift_leaf, mask))
         with torch.no_grad():
-            memory = self.retreat(state.memory, projection, mask, remnant.memory, plan)
+            memory = self.retreat(state.memory, projection, mask, remnant.memory, plan.memory)
         before = CellState(shift, memory, remnant.carried)
         start = FloatState(shift_leaf, self._leaves(shift, self.float_memory(memory)).memory)
         return self._finish(before, start, projection, x, mask)

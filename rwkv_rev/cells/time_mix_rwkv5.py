@@ -123,7 +123,7 @@ class TimeMixRwkv5(ReversibleCell):
             decay = torch.exp(mask.count[:, None, None, None] * self.log_decay()[None, :, :, None])
         return decay * memory + contribution
 
-    def plan(self, length: int) -> DecayPlan:
+    def memory_plan(self, length: int) -> DecayPlan:
         return decay_plan(self.log_decay(), length)
 
     def exact_memory(self, memory: Tensor | None) -> FixedPoint | None:

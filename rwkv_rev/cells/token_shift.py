@@ -60,13 +60,13 @@ def carried_mix(mixes: list[Tensor]) -> Tensor:
 def carry(x: Tensor, shift: Tensor, mu: Tensor, mask: ChunkMask | None) -> Tensor:
     """The carried y [B, D] (dtype of x) from the chunk's input x [B, C, D], x_{a-1} [B, D] and mu* [D]."""
     first, mu = _first_token(x, mu, mask)
-    return (mu * first + (1 - mu) * shift.double()).to(x.dtype)
+    return torch.lerp(shift.double(), first, mu).to(x.dtype)
 
 
 def uncarry(x: Tensor, y: Tensor, mu: Tensor, mask: ChunkMask | None) -> Tensor:
     """x_{a-1} [B, D] (dtype of x), the inverse of :func:`carry`."""
     first, mu = _first_token(x, mu, mask)
-    return ((y.double() - mu * first) / (1 - mu)).to(x.dtype)
+    return (torch.addcmul(y.double(), mu, first, value=-1) / (1 - mu)).to(x.dtype)
 
 
 def _first_token(x: Tensor, mu: Tensor, mask: ChunkMask | None) -> tuple[Tensor, Tensor]:
