@@ -185,12 +185,15 @@ class ReversibleCell(nn.Module, ABC):
 
     # --- the same with graph, for the backward sweep ------------------------------------------------------------
 
-    def carried(self, state: CellState, x: Tensor, mask: ChunkMask | None, plan: CellPlan) -> CellState:
+    def carried(
+        self, state: CellState, x: Tensor, mask: ChunkMask | None, plan: CellPlan | None = None
+    ) -> CellState:
         """The state with its x_{a-1} sent through the carried y (a state that has one keeps it)."""
         if state.carried is not None:
             return state
-        y = carry(x.detach(), state.shift, plan.mix, mask)
-        return CellState(uncarry(x.detach(), y, plan.mix, mask), state.memory, y)
+        mu = carried_mix(self.mixes()) if plan is None else plan.mix
+        y = carry(x.detach(), state.shift, mu, mask)
+        return CellState(uncarry(x.detach(), y, mu, mask), state.memory, y)
 
     def replay(
         self, state: CellState, x: Tensor, mask: ChunkMask | None = None, plan: CellPlan | None = None
