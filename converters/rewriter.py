@@ -21,7 +21,7 @@ import torch
 from rwkv_rev.converters.reading import check_finite
 from rwkv_rev.errors import CheckpointError, OutputError
 
-PIECE = 4 * 1024 * 1024  # elements copied at once
+PIECE = 1024 * 1024  # elements copied at once
 INDEX_NAME = "model.safetensors.index.json"
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",

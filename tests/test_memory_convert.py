@@ -98,5 +98,5 @@ def test_anonymous_memory_while_converting_2_gb(folder: Path) -> None:
         print(f"{dtype}: {growth / 1e6:.0f} MB, {found['shards']} shards, {rate / 1e9:.2f} GB/s written")
         assert found["shards"] > 0.6 * written / SHARD
         assert growth <= SHARD + largest  # what is promised
-        assert growth <= 128e6  # what the pieces of rewriter.PIECE elements take, whatever the tensors' sizes
+        assert growth <= 64e6  # what the pieces of rewriter.PIECE elements take, whatever the tensors' sizes
         shutil.rmtree(folder / "model")
