@@ -29,18 +29,45 @@ def verify(
         typer.Option(metavar="FILE", help="UTF-8 text to read. Default: Python's language reference."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="How many tokens of it.")] = 1024,
+    reversal: Annotated[
+        bool | None,
+        typer.Option(
+            "--reversal/--no-reversal",
+            help="Run states backwards and compare bits.  [default: below 50M parameters]",
+        ),
+    ] = None,
+    gradients: Annotated[
+        bool | None,
+        typer.Option(
+            "--gradients/--no-gradients",
+            help="Compare every gradient strategy with float64.  [default: below 50M parameters]",
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens for these two checks.  [default: 4096 for reversal, 512 for gradients]"
+        ),
+    ] = None,
+    chunk: Annotated[
+        int | None,
+        typer.Option(min=1, help="Their chunk length.  [default: 256 for reversal, 96 for gradients]"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Prove that a converted model computes what its original computes.
 
     Compares every stored value, and the logits over real text, with the rwkv package, with transformers
-    (RWKV-4) and with a float64 scan. Exit code 3 if they differ; the first layer that does is named.
+    (RWKV-4) and with a float64 scan; the first layer that differs is named. Then runs states backwards over a text
+    and compares every gradient strategy with float64 back-propagation. Exit code 3 if anything fails.
 
     Examples:
 
       rwkv-rev verify my-model
 
       rwkv-rev verify my-model --oracle rwkv --tokens 4096 --text book.txt
+
+      rwkv-rev verify my-model --reversal --gradients --context 4096 --chunk 256
 
       rwkv-rev verify my-model --original BlinkDL/rwkv-4-pile-169m --file '*8023.pth'
     """
@@ -55,6 +82,10 @@ def verify(
         oracle=oracle,
         text=text,
         tokens=tokens,
+        reversal=reversal,
+        gradients=gradients,
+        context=context,
+        chunk=chunk,
         progress=True,
     )
     if as_json:

@@ -1,6 +1,7 @@
 """``rwkv-rev verify``: what it prints, and its exit codes."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from rwkv_rev.cli import main
 from rwkv_rev.converters.conversion import convert
+from rwkv_rev.equivalence import gradients, verification
+from rwkv_rev.reversal.fixed_point import FixedPoint
+
+LOGITS = ("--no-reversal", "--no-gradients")
 
 
 @pytest.fixture
@@ -31,7 +36,7 @@ def flip_a_weight(model: Path) -> None:
 
 
 def test_pass_prints_a_table_and_exits_0(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run(model, "--oracle", "naive", "--tokens", "40") == 0
+    assert run(model, "--oracle", "naive", "--tokens", "40", *LOGITS) == 0
     out, err = capfd.readouterr()
     assert out.startswith("RWKV-5.2, 2 layers of 32, vocabulary 256, against ")
     assert "| naive  |     40 |" in out
@@ -41,7 +46,7 @@ def test_pass_prints_a_table_and_exits_0(model: Path, capfd: pytest.CaptureFixtu
 
 def test_fail_exits_3_and_names_the_layer(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     flip_a_weight(model)
-    assert run(model, "--oracle", "naive", "--tokens", "40") == 3
+    assert run(model, "--oracle", "naive", "--tokens", "40", *LOGITS) == 3
     out, err = capfd.readouterr()
     assert "first difference: block 1 time mix" in out
     assert out.rstrip().endswith("\nFAIL")
@@ -54,7 +59,7 @@ def test_fail_exits_3_and_names_the_layer(model: Path, capfd: pytest.CaptureFixt
 def test_json(model: Path, capfd: pytest.CaptureFixture[str], damage: bool) -> None:
     if damage:
         flip_a_weight(model)
-    assert run(model, "--oracle", "naive", "--tokens", "40", "--json") == (3 if damage else 0)
+    assert run(model, "--oracle", "naive", "--tokens", "40", "--json", *LOGITS) == (3 if damage else 0)
     document = json.loads(capfd.readouterr().out)
     assert document["passed"] is not damage
     assert document["oracles"][0]["oracle"] == "naive"
@@ -75,7 +80,7 @@ def test_json(model: Path, capfd: pytest.CaptureFixture[str], damage: bool) -> N
 
 def test_auto_keeps_stdout_to_the_document(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("rwkv")
-    assert run(model, "--tokens", "40", "--json") == 0
+    assert run(model, "--tokens", "40", "--json", *LOGITS) == 0
     document = json.loads(capfd.readouterr().out)
     assert [row["oracle"] for row in document["oracles"]] == ["rwkv", "naive"]
     assert document["skipped"] == {"transformers": "transformers knows RWKV-4 only"}
@@ -84,7 +89,17 @@ def test_auto_keeps_stdout_to_the_document(model: Path, capfd: pytest.CaptureFix
 def test_original_and_text_options(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     torch.save(blinkdl_state_dict("5.2", vocab=256), tmp_path / "b.pth")
     (tmp_path / "text").write_text("Some words.")
-    arguments = ["--original", tmp_path, "--file", "b.*", "--text", tmp_path / "text", "--oracle", "naive"]
+    arguments = [
+        "--original",
+        tmp_path,
+        "--file",
+        "b.*",
+        "--text",
+        tmp_path / "text",
+        "--oracle",
+        "naive",
+        *LOGITS,
+    ]
     assert run(model, *arguments) == 0
     assert "the text has 11 tokens, fewer than the 1024 asked for" in capfd.readouterr().out
 
@@ -98,7 +113,7 @@ def test_original_and_text_options(model: Path, tmp_path: Path, capfd: pytest.Ca
         (["MODEL", "--file", "a.pth"], 1, "--original SOURCE"),
         (["MODEL", "--oracle", "other"], 2, "oracle"),
         (["MODEL", "--tokens", "0"], 2, "tokens"),
-        ([], 2, "directory"),
+        ([], 2, "missing argument"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -112,3 +127,73 @@ def test_errors(
     if code == 1:
         assert err.startswith("error: ")
         assert err.count("\n") == 1
+
+
+def test_reversal_and_gradients_run_unasked_on_small_models(
+    model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(model, "--oracle", "naive", "--tokens", "20", "--context", "30", "--chunk", "8") == 0
+    out, _ = capfd.readouterr()
+    assert "reversal over 30 tokens in chunks of 8\nbit-exact at all 4 boundaries: yes" in out
+    assert re.search(r"^\| 4096 +\|", out, re.MULTILINE)
+    assert "gradients over 30 tokens in chunks of 8" in out
+    assert "not the full gradient" in out
+    assert out.rstrip().endswith("\nPASS")
+
+
+def test_either_check_can_be_left_out(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = [model, "--oracle", "naive", "--tokens", "20", "--context", "16", "--json"]
+    assert run(*arguments, "--no-reversal") == 0
+    document = json.loads(capfd.readouterr().out)
+    assert document["reversal"] is None
+    assert document["gradients"]["context"] == 16
+    assert document["gradients"]["chunk"] == 4
+    assert run(*arguments, "--reversal", "--no-gradients") == 0
+    document = json.loads(capfd.readouterr().out)
+    assert document["reversal"]["passed"]
+    assert len(document["reversal"]["division_drift"]) == 10
+    assert document["gradients"] is None
+
+
+def test_large_models_are_checked_only_when_asked(
+    model: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verification, "SMALL_MODEL", 1000)
+    arguments = [model, "--oracle", "naive", "--tokens", "20", "--context", "8"]
+    assert run(*arguments) == 0
+    assert "reversal and gradients: not checked unasked" in capfd.readouterr().out
+    assert run(*arguments, "--reversal") == 0
+    out = capfd.readouterr().out
+    assert "bit-exact at all" in out
+    assert "gradients: not checked unasked" in out
+
+
+@pytest.mark.parametrize("check", ["reversal", "gradients"])
+def test_a_failed_check_exits_3(
+    model: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, check: str
+) -> None:
+    if check == "reversal":
+        honest = FixedPoint.retreat
+
+        def off_by_one(self: FixedPoint, *arguments: object) -> FixedPoint:
+            before = honest(self, *arguments)
+            return FixedPoint(before.mantissa + 1, before.exponent)
+
+        monkeypatch.setattr(FixedPoint, "retreat", off_by_one)
+    else:
+        monkeypatch.setattr(gradients, "AGREEMENT", 1e-12)
+    arguments = [model, "--oracle", "naive", "--tokens", "20", "--context", "24", "--chunk", "6"]
+    arguments += ["--no-gradients"] if check == "reversal" else ["--no-reversal"]
+    assert run(*arguments) == 3
+    out, err = capfd.readouterr()
+    assert out.rstrip().endswith("\nFAIL")
+    assert err.count("\n") == 1
+    assert {"reversal": "states do not come back to the bit", "gradients": "gradients are wrong"}[
+        check
+    ] in err
+
+
+@pytest.mark.parametrize("option", ["--context", "--chunk"])
+def test_lengths_are_positive(model: Path, capfd: pytest.CaptureFixture[str], option: str) -> None:
+    assert run(model, option, "0") == 2
+    assert option in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""The outcome of a verification: one row per oracle, whether it passed, and a table of it for people."""
+"""The outcome of a verification: one row per oracle, further sections, a verdict, and all of it as text or JSON."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 
+from rwkv_rev.equivalence.gradients import GradientCheck
 from rwkv_rev.equivalence.logits import LogitComparison
+from rwkv_rev.equivalence.reversal import ReversalCheck
+from rwkv_rev.equivalence.table import aligned
 from rwkv_rev.equivalence.weights import WeightComparison
 
 
@@ -38,6 +41,8 @@ class Report:
         weights: the comparison of the stored values.
         divergence: on FAIL, the first place that differs, in words.
         notes: what a reader should know about the figures.
+        reversal: whether states come back to the bit; None if not asked for.
+        gradients: every strategy against float64; None if not asked for.
     """
 
     directory: str
@@ -49,11 +54,19 @@ class Report:
     skipped: dict[str, str] = field(default_factory=dict)
     divergence: str | None = None
     notes: tuple[str, ...] = ()
+    reversal: ReversalCheck | None = None
+    gradients: GradientCheck | None = None
+
+    @property
+    def equal(self) -> bool:
+        """At least one oracle ran, all are within their tolerance, and no stored value differs."""
+        return bool(self.rows) and all(row.passed for row in self.rows) and self.weights.passed
 
     @property
     def passed(self) -> bool:
-        """At least one oracle ran, all are within their tolerance, and no stored value differs."""
-        return bool(self.rows) and all(row.passed for row in self.rows) and self.weights.passed
+        """The models are equal, and every further check that ran passed."""
+        further = [check for check in (self.reversal, self.gradients) if check is not None]
+        return self.equal and all(check.passed for check in further)
 
     @property
     def summary(self) -> str:
@@ -62,6 +75,9 @@ class Report:
             rounded = self.weights.rounded_to
             qualifier = f", up to rounding to {_dtype_name(rounded)}" if rounded else ""
             return f"{self.directory} computes what {self.original} computes{qualifier}"
+        broken = self._broken_checks()
+        if self.equal:
+            return f"{self.directory} computes what {self.original} computes, but {'; '.join(broken)}"
         reasons = []
         failed = [row.oracle for row in self.rows if not row.passed]
         if failed:
@@ -70,7 +86,7 @@ class Report:
             first, more = self.weights.different[0], len(self.weights.different) - 1
             reasons.append(f"{first} differs" + (f" and {more} more tensors" if more else ""))
         where = f"; first difference: {self.divergence}" if self.divergence else ""
-        return f"{self.directory} differs from {self.original}: {'; '.join(reasons)}{where}"
+        return f"{self.directory} differs from {self.original}: {'; '.join([*reasons, *broken])}{where}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; figures that are NaN or infinite become None."""
@@ -92,6 +108,8 @@ class Report:
             },
             "divergence": self.divergence,
             "notes": list(self.notes),
+            "reversal": None if self.reversal is None else self.reversal.to_dict(),
+            "gradients": None if self.gradients is None else self.gradients.to_dict(),
         }
 
     def table(self) -> str:
@@ -111,7 +129,7 @@ class Report:
         lines = [
             f"{self.model}, against {self.original}",
             "",
-            *_aligned(header, [_cells(r) for r in self.rows]),
+            *aligned(header, [_cells(r) for r in self.rows]),
             "",
         ]
         lines.append(self._weights_line())
@@ -119,8 +137,22 @@ class Report:
         lines += list(self.notes)
         if self.divergence:
             lines.append(f"first difference: {self.divergence}")
+        sections = [section for section in (self.reversal, self.gradients) if section is not None]
+        for section in sections:
+            lines += ["", *section.lines()]
+        if sections:
+            lines.append("")
         lines.append("PASS" if self.passed else "FAIL")
         return "\n".join(lines)
+
+    def _broken_checks(self) -> list[str]:
+        """What the further checks found wrong, in words."""
+        broken = []
+        if self.reversal is not None and self.reversal.mismatch is not None:
+            broken.append(f"states do not come back to the bit: {self.reversal.mismatch}")
+        if self.gradients is not None and self.gradients.failure is not None:
+            broken.append(f"gradients are wrong: {self.gradients.failure}")
+        return broken
 
     def _weights_line(self) -> str:
         weights = self.weights
@@ -166,18 +198,6 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.tolerance:.1e}",
         "PASS" if row.passed else "FAIL",
     )
-
-
-def _aligned(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(3, *(len(line[i]) for line in (header, *rows))) for i in range(len(header))]
-
-    def line(cells: tuple[str, ...]) -> str:
-        first, *others = cells
-        padded = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:], strict=True))]
-        return f"| {' | '.join(padded)} |"
-
-    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
-    return [line(header), rule, *map(line, rows)]
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -1,10 +1,12 @@
 """Prove that a converted model computes what its original computes.
 
-    weights   every stored value against the original's (weights.py) logits    the converted model, in
-    float32 through the ordinary ``from_pretrained``, against every oracle that can
-              run for this original (oracles.py), over one text
+    weights   every stored value against the original's (weights.py)
+    logits    the converted model, in float32 through the ordinary ``from_pretrained``, against every oracle that
+              can run for this original (oracles.py), over one text
     expected  logits that lie beside the original checkpoint, where there are any (expected.py)
     where     on FAIL, the first sub-layer whose residual stream differs (divergence.py)
+    reversal  on request, whether states run backwards come back to the bit (reversal.py)
+    gradients on request, every gradient strategy against float64 (gradients.py)
 
 The original is the SOURCE that ``conversion.json`` remembers, or the one given. Costs one float32 model in
 memory and its logits once, 4*T*V bytes; oracles are read in pieces.
@@ -17,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from rwkv_rev.configuration import RwkvRevConfig
@@ -25,18 +26,25 @@ from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.converters.source import Source, parse_source
 from rwkv_rev.equivalence.divergence import first_divergence, place_of
 from rwkv_rev.equivalence.expected import ExpectedLogits, read_expected
+from rwkv_rev.equivalence.gradients import CONTEXT as GRADIENT_CONTEXT
+from rwkv_rev.equivalence.gradients import check_gradients
 from rwkv_rev.equivalence.logits import compare_logits
 from rwkv_rev.equivalence.naive_model import PUBLISHED_GROUP_NORM_EPSILON
 from rwkv_rev.equivalence.oracles import ORACLES, OracleUnavailable
 from rwkv_rev.equivalence.original import Original, RoundedTensors, open_original
 from rwkv_rev.equivalence.report import Report, Row
+from rwkv_rev.equivalence.reversal import CONTEXT as REVERSAL_CONTEXT
+from rwkv_rev.equivalence.reversal import check_reversal
 from rwkv_rev.equivalence.text import default_text, encode_text, read_text
 from rwkv_rev.equivalence.tolerance import tolerance
 from rwkv_rev.equivalence.weights import WeightComparison, compare_weights
 from rwkv_rev.errors import RwkvRevError, SourceError
+from rwkv_rev.modeling import RwkvRevForCausalLM
 
 RECORD_NAME = "conversion.json"
 ORACLE_CHOICES = ("auto", *ORACLES)
+SMALL_MODEL = 50_000_000
+"""Parameters below which reversal and gradients are checked unasked (``None``): seconds to minutes on a CPU."""
 # Without and with the division by 8 before the GroupNorm.
 GROUP_NORM_EPSILONS = (1e-5, PUBLISHED_GROUP_NORM_EPSILON)
 
@@ -50,6 +58,10 @@ def verify_directory(
     oracle: str = "auto",
     text: str | Path | None = None,
     tokens: int = 1024,
+    reversal: bool | None = False,
+    gradients: bool | None = False,
+    context: int | None = None,
+    chunk: int | None = None,
     progress: bool = False,
 ) -> Report:
     """Compare a converted model with its original.
@@ -62,6 +74,11 @@ def verify_directory(
         oracle: ``auto`` (every oracle that can run), ``rwkv``, ``transformers`` or ``naive``.
         text: the text to read, or the ``Path`` of a UTF-8 file; None for Python's language reference.
         tokens: how many tokens of it; fewer if the text is shorter, with a note.
+        reversal: also check that states come back to the bit; None: if the model has less than
+            :data:`SMALL_MODEL` parameters.
+        gradients: also compare every gradient strategy with float64; None as for ``reversal``.
+        context: tokens that these two read, fewer if the text is shorter; 4,096 and 512 when None.
+        chunk: their chunk length in tokens; 256 and 96 when None, less for a short text.
         progress: download bars on stderr.
 
     Returns:
@@ -71,25 +88,29 @@ def verify_directory(
         SourceError, CheckpointError: the directory or its original cannot be read.
         DataError: no text, or no tokenizer.
         OracleUnavailable: the oracle asked for by name cannot run for this original.
-        ValueError: an unknown oracle or less than one token.
+        ValueError: an unknown oracle, or less than one token where tokens are counted.
     """
     if oracle not in ORACLE_CHOICES:
         raise ValueError(f"oracle {oracle!r} must be one of {', '.join(ORACLE_CHOICES)}")
-    if tokens < 1:
-        raise ValueError(f"tokens = {tokens} must be at least 1")
+    for name, count in (("tokens", tokens), ("context", context), ("chunk", chunk)):
+        if count is not None and count < 1:
+            raise ValueError(f"{name} = {count} must be at least 1")
     directory = Path(directory)
     with ConvertedModel(directory) as converted:
         record = _read_record(directory)
         source = _source(directory, record, original, file, revision)
         config = converted.config
         content = read_text(text) if isinstance(text, Path) else default_text() if text is None else text
-        ids = encode_text(content, directory, vocabulary=config.vocab_size, tokens=tokens)
+        needed = max(tokens, *_contexts(reversal, gradients, context).values(), 1)
+        ids = encode_text(content, directory, vocabulary=config.vocab_size, tokens=needed)
         with open_original(
             source, group_norm_epsilon=record.get("group_norm_eps"), progress=progress
         ) as opened:
             _refuse_other_architecture(directory, config, opened)
             weights = compare_weights(opened.own_tensors, converted)
-            return _Verification(directory, config, opened, weights, ids, tokens).report(oracle)
+            verification = _Verification(directory, config, opened, weights, ids[:tokens], tokens)
+            report, model = verification.report(oracle)
+        return _with_further_checks(report, model, ids, reversal, gradients, context, chunk)
 
 
 @dataclass
@@ -101,7 +122,7 @@ class _Verification:
     ids: Tensor
     asked: int
 
-    def report(self, oracle: str) -> Report:
+    def report(self, oracle: str) -> tuple[Report, RwkvRevForCausalLM]:
         expected = None
         if oracle == "auto" and self.original.expected is not None:
             expected = read_expected(self.original.expected, self.config.vocab_size)
@@ -119,7 +140,7 @@ class _Verification:
             rows.append(row)
             if not row.passed and divergence is None:
                 divergence = self._divergence_from_expected(model, expected, row.tolerance)
-        return Report(
+        report = Report(
             directory=str(self.directory),
             original=self.original.label,
             model=_describe(self.config),
@@ -130,6 +151,7 @@ class _Verification:
             divergence=divergence,
             notes=tuple(notes),
         )
+        return report, model
 
     def _oracle_rows(self, oracle: str, logits: Tensor) -> tuple[list[Row], dict[str, str]]:
         rows, skipped = [], {}
@@ -160,20 +182,20 @@ class _Verification:
         tensors = RoundedTensors(self.original.tensors, self.weights.rounded_to)
         return replace(self.original, tensors=tensors)
 
-    def _divergence(self, model: PreTrainedModel, original: Original) -> str:
+    def _divergence(self, model: RwkvRevForCausalLM, original: Original) -> str:
         found = first_divergence(model, original, self.ids)
         if found.error is None and self.weights.different:
             # Too small, or of a token too rare, to show in the streams.
             return place_of(self.weights.different[0].name)
         return str(found)
 
-    def _expected_row(self, model: PreTrainedModel, expected: ExpectedLogits) -> Row:
+    def _expected_row(self, model: RwkvRevForCausalLM, expected: ExpectedLogits) -> Row:
         last = _logits(model, expected.prompt)[-1:]
         comparison = compare_logits([expected.logits[None]], last, expected.prompt[-1:])
         return Row("expected", comparison, self._tolerance(self.weights.rounded_to))
 
     def _divergence_from_expected(
-        self, model: PreTrainedModel, expected: ExpectedLogits, allowed: float
+        self, model: RwkvRevForCausalLM, expected: ExpectedLogits, allowed: float
     ) -> str:
         """All oracles agree with the model, the expected logits do not: look for an eps that explains it."""
         for epsilon in GROUP_NORM_EPSILONS if self.original.has_heads else ():
@@ -183,6 +205,48 @@ class _Verification:
                 found = first_divergence(model, other, expected.prompt)
                 return f"{found}; the expected logits fit --group-norm-eps {epsilon:g}"
         return "in no layer: the expected logits are not those of the original's tensors"
+
+
+def _contexts(reversal: bool | None, gradients: bool | None, context: int | None) -> dict[str, int]:
+    """Tokens that each further check would read, 0 if it is not to run."""
+    return {
+        "reversal": 0 if reversal is False else context or REVERSAL_CONTEXT,
+        "gradients": 0 if gradients is False else context or GRADIENT_CONTEXT,
+    }
+
+
+def _with_further_checks(
+    report: Report,
+    model: RwkvRevForCausalLM,
+    ids: Tensor,
+    reversal: bool | None,
+    gradients: bool | None,
+    context: int | None,
+    chunk: int | None,
+) -> Report:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    wanted = {"reversal": reversal, "gradients": gradients}
+    left_out = [name for name, asked in wanted.items() if asked is None and parameters >= SMALL_MODEL]
+    notes = list(report.notes)
+    if left_out:
+        flags = " ".join(f"--{name}" for name in left_out)
+        notes.append(
+            f"{' and '.join(left_out)}: not checked unasked, the model has {parameters:,} parameters; use {flags}"
+        )
+    lengths = {
+        name: 0 if name in left_out else length
+        for name, length in _contexts(reversal, gradients, context).items()
+    }
+    asked = max(lengths.values())
+    if context is not None and len(ids) < asked:
+        notes.append(f"the text has {len(ids)} tokens, fewer than the context of {context}")
+    parts = {name: ids[:length] for name, length in lengths.items() if length}
+    return replace(
+        report,
+        notes=tuple(notes),
+        reversal=check_reversal(model, parts["reversal"], chunk=chunk) if "reversal" in parts else None,
+        gradients=check_gradients(model, parts["gradients"], chunk=chunk) if "gradients" in parts else None,
+    )
 
 
 def _read_record(directory: Path) -> dict[str, Any]:
@@ -247,9 +311,7 @@ def _refuse_other_architecture(directory: Path, config: RwkvRevConfig, original:
             )
 
 
-def _load(directory: Path) -> PreTrainedModel:
-    from rwkv_rev.modeling import RwkvRevForCausalLM
-
+def _load(directory: Path) -> RwkvRevForCausalLM:
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -260,7 +322,7 @@ def _load(directory: Path) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+def _logits(model: RwkvRevForCausalLM, tokens: Tensor) -> Tensor:
     """``[T, V]`` of one forward over the whole text."""
     logits: Tensor = model(input_ids=tokens[None]).logits
     return logits[0]

@@ -1,0 +1,335 @@
+"""Every gradient strategy against float64: full back-propagation through the naive scan, the only oracle.
+
+The reference is the same model in float64 with ``wkv`` scanned token by token and one graph over the whole context.
+The question is posed at its hardest: the state before the first token is not empty, its gradient is compared too,
+and a gradient arrives at the state after the last token. Two errors per tensor: relative RMS,
+``||g - g64|| / ||g64||``, and the largest deviation relative to the largest element of g64. A group of parameters
+reports its worst tensor.
+
+What must hold: ``checkpoint`` and ``reversible`` give the gradient of ``full`` up to :data:`AGREEMENT`, their losses
+are equal to the bit, and they are as close to float64 as ``full`` in float32 is: within a factor :data:`FACTOR` over
+all tensors (root mean square of their relative errors) and in every group, plus a rounding error's worth
+(:data:`OVERALL_FLOOR`; :data:`FLOOR` for groups, whose few tensors scatter more). ``truncated`` and
+``reversible-lossy`` are shown beside them; the first is not the gradient of the context.
+
+Cost: the naive scan in float64, a Python step per token; layers are recomputed one at a time in its backward pass, so
+that one layer's states over the whole context are in memory at once.
+"""
+
+import copy
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv_rev.equivalence.reversal import chunk_for
+from rwkv_rev.equivalence.table import aligned
+from rwkv_rev.errors import StrategyError
+from rwkv_rev.modeling import RwkvRevForCausalLM
+from rwkv_rev.state import RwkvRevState
+from rwkv_rev.wkv.dispatch import KERNEL_VARIABLE
+
+CONTEXT = 512
+CHUNK = 96
+AGREEMENT = 1e-5
+FACTOR = 1.5
+FLOOR = 2e-6
+"""Relative error of a group that is rounding in any case: 16 units of float32."""
+OVERALL_FLOOR = 5e-7
+"""The same over all tensors, 4 units: gradients summed over very many chunks round as often."""
+STRATEGIES = ("full", "checkpoint", "reversible", "reversible-lossy", "truncated")
+EXACT = ("checkpoint", "reversible")
+GROUPS = (
+    "embeddings",
+    "mixes",
+    "decay",
+    "bonus",
+    "projections",
+    "norms",
+    "head",
+    "initial state",
+)
+REMARKS = {"truncated": "not the full gradient", "reversible-lossy": "approximate"}
+
+
+@dataclass(frozen=True)
+class GroupError:
+    """Worst tensor of a group: relative RMS error, largest deviation (both relative), and its name."""
+
+    rms: float
+    largest: float
+    tensor: str
+
+
+@dataclass(frozen=True)
+class StrategyGradients:
+    """What one strategy gave.
+
+    Attributes:
+        name: of the strategy.
+        loss: its loss; None if it refused.
+        overall: root mean square of all tensors' relative errors against float64.
+        errors: per group, against float64.
+        from_full: largest relative RMS distance of a tensor from ``full``'s gradient.
+        refusal: why it would not run.
+        failure: which of the promises it broke; None for strategies that make none.
+    """
+
+    name: str
+    loss: float | None = None
+    overall: float | None = None
+    errors: dict[str, GroupError] | None = None
+    from_full: float | None = None
+    refusal: str | None = None
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class GradientCheck:
+    """Outcome of :func:`check_gradients`; lengths in tokens."""
+
+    context: int
+    chunk: int
+    strategies: tuple[StrategyGradients, ...]
+
+    @property
+    def passed(self) -> bool:
+        """No strategy broke a promise."""
+        return all(strategy.failure is None for strategy in self.strategies)
+
+    @property
+    def failure(self) -> str | None:
+        """The first broken promise, in words."""
+        return next((f"{s.name}: {s.failure}" for s in self.strategies if s.failure is not None), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; figures that are not finite become None."""
+        return {
+            "passed": self.passed,
+            "context": self.context,
+            "chunk": self.chunk,
+            "reference": "float64, naive scan, full back-propagation",
+            "strategies": [
+                {
+                    "strategy": s.name,
+                    "loss": _finite(s.loss),
+                    "rms": _finite(s.overall),
+                    "relative_distance_from_full": _finite(s.from_full),
+                    "groups": {
+                        group: {
+                            "rms": _finite(e.rms),
+                            "largest": _finite(e.largest),
+                            "worst_tensor": e.tensor,
+                        }
+                        for group, e in (s.errors or {}).items()
+                    },
+                    "remark": REMARKS.get(s.name),
+                    "refusal": s.refusal,
+                    "failure": s.failure,
+                }
+                for s in self.strategies
+            ],
+        }
+
+    def lines(self) -> list[str]:
+        """The section for people."""
+        ran = [s for s in self.strategies if s.errors is not None]
+        header = ["relative RMS / largest", *(s.name for s in ran)]
+        rows = [
+            [group, *(_pair(s.errors[group]) if s.errors is not None else "" for s in ran)]
+            for group in GROUPS
+            if any(s.errors is not None and group in s.errors for s in ran)
+        ]
+        rows.append(["all tensors", *(f"{s.overall:.1e}" for s in ran)])
+        rows.append(["distance from full", *(f"{s.from_full:.1e}" for s in ran)])
+        verdicts = [REMARKS.get(s.name, "FAIL" if s.failure else "PASS") for s in ran]
+        rows.append(["", *("-" if s.name == "full" else v for s, v in zip(ran, verdicts, strict=True))])
+        lines = [
+            f"gradients over {self.context} tokens in chunks of {self.chunk}, non-zero initial state, gradient at "
+            "the final state; error against float64 back-propagation through the naive scan",
+            *aligned(header, rows),
+        ]
+        lines += [f"{s.name}: not run, {s.refusal}" for s in self.strategies if s.refusal is not None]
+        if self.failure is not None:
+            lines.append(f"gradients: FAIL, {self.failure}")
+        return lines
+
+
+def check_gradients(model: RwkvRevForCausalLM, ids: Tensor, *, chunk: int | None = None) -> GradientCheck:
+    """Compare every strategy's gradient with float64 over the text ``ids`` [T].
+
+    Args:
+        model: float32, in eval mode; left as it was.
+        chunk: C; :data:`CHUNK`, or a quarter of a shorter text, when None.
+    """
+    context = len(ids)
+    chunk = chunk_for(context, chunk, CHUNK)
+    with torch.no_grad():
+        state = model(input_ids=ids[None]).state  # reading the text a second time
+    arriving = _some_gradient(state)
+    reference = _reference(model, ids, state, arriving)
+    found: dict[str, tuple[float, dict[str, Tensor]]] = {}
+    refusals = {}
+    for name in STRATEGIES:
+        length = context if name == "full" else chunk
+        try:
+            with model.set_bptt(name, chunk_length=length, tape="host"):
+                found[name] = _gradients(model, ids, state, arriving)
+        except StrategyError as refusal:
+            refusals[name] = str(refusal)
+    errors = {name: _group_errors(gradients, reference) for name, (_, gradients) in found.items()}
+    overall = {name: _overall(gradients, reference) for name, (_, gradients) in found.items()}
+    full = found["full"][1]
+    strategies = []
+    for name in STRATEGIES:
+        if name in refusals:
+            strategies.append(StrategyGradients(name, refusal=refusals[name]))
+            continue
+        loss, gradients = found[name]
+        distance = max(_relative(gradients[tensor], full[tensor])[0] for tensor in full)
+        failure = None
+        if name in EXACT:
+            failure = _broken_promise(distance, overall[name], overall["full"], errors[name], errors["full"])
+            if failure is None and loss != found[EXACT[0]][0]:
+                failure = f"the loss {loss} is not that of {EXACT[0]}, {found[EXACT[0]][0]}"
+        elif name == "full" and not all(math.isfinite(e.rms) for e in errors[name].values()):
+            failure = "the gradient is not finite"
+        strategies.append(
+            StrategyGradients(name, loss, overall[name], errors[name], distance, failure=failure)
+        )
+    return GradientCheck(context, chunk, tuple(strategies))
+
+
+def group_of(name: str) -> str:
+    """The group of :data:`GROUPS` that a parameter of a converted model belongs to."""
+    last = name.split(".")[-1]
+    if name.startswith("model.embeddings."):
+        return "embeddings"
+    if name.startswith("head."):
+        return "head"
+    if name.startswith("state."):
+        return "initial state"
+    if last.startswith("mix_"):
+        return "mixes"
+    if last in ("time_decay", "bonus"):
+        return {"time_decay": "decay"}.get(last, last)
+    return "norms" if ".ln" in name else "projections"
+
+
+def _gradients(
+    model: RwkvRevForCausalLM, ids: Tensor, state: RwkvRevState, arriving: RwkvRevState
+) -> tuple[float, dict[str, Tensor]]:
+    """The loss, and the gradient by every parameter and by the initial state, under the model's setting."""
+    names = ("time_shift", "channel_shift", "wkv")
+    start = RwkvRevState(*(tensor.detach().requires_grad_() for tensor in state.tensors()))
+    leaves: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    leaves |= {f"state.{name}": tensor for name, tensor in zip(names, start.tensors(), strict=True)}
+    with torch.enable_grad():
+        loss = model(input_ids=ids[None], labels=ids[None], state=start, final_state_gradient=arriving).loss
+        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    return float(loss.detach()), {
+        name: torch.zeros_like(leaf) if gradient is None else gradient
+        for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True)
+    }
+
+
+def _reference(
+    model: RwkvRevForCausalLM, ids: Tensor, state: RwkvRevState, arriving: RwkvRevState
+) -> dict[str, Tensor]:
+    """Gradients of the float64 model through the naive scan."""
+    exact = copy.deepcopy(model).double()
+    exact.model.gradient_checkpointing = True
+    exact.train()  # layers are recomputed in training mode only; there is no dropout
+    with _kernel("naive"), exact.set_bptt("full"):
+        return _gradients(
+            exact,
+            ids,
+            RwkvRevState(*(tensor.double() for tensor in state.tensors())),
+            RwkvRevState(*(tensor.double() for tensor in arriving.tensors())),
+        )[1]
+
+
+@contextmanager
+def _kernel(name: str) -> Iterator[None]:
+    """The environment's choice of kernel, for a while."""
+    former = os.environ.get(KERNEL_VARIABLE)
+    os.environ[KERNEL_VARIABLE] = name
+    try:
+        yield
+    finally:
+        if former is None:
+            del os.environ[KERNEL_VARIABLE]
+        else:
+            os.environ[KERNEL_VARIABLE] = former
+
+
+def _some_gradient(state: RwkvRevState) -> RwkvRevState:
+    """A gradient for the final state, random from a fixed seed, whose inner product with it is of order one."""
+    generator = torch.Generator().manual_seed(0)
+    return RwkvRevState(
+        *(
+            torch.randn(tensor.shape, generator=generator).to(tensor) / tensor.norm().clamp(min=1e-30)
+            for tensor in state.tensors()
+        )
+    )
+
+
+def _group_errors(gradients: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, GroupError]:
+    worst: dict[str, GroupError] = {}
+    for name, exact in reference.items():
+        rms, largest = _relative(gradients[name], exact)
+        group = group_of(name)
+        if group not in worst:
+            worst[group] = GroupError(rms, largest, name)
+        elif not rms <= worst[group].rms:  # NaN is worse than any number
+            worst[group] = GroupError(rms, max(largest, worst[group].largest), name)
+        else:
+            worst[group] = GroupError(
+                worst[group].rms, max(largest, worst[group].largest), worst[group].tensor
+            )
+    return {group: worst[group] for group in GROUPS if group in worst}
+
+
+def _overall(gradients: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
+    squares = [_relative(gradients[name], exact)[0] ** 2 for name, exact in reference.items()]
+    return math.sqrt(math.fsum(squares) / len(squares)) if all(map(math.isfinite, squares)) else math.nan
+
+
+def _relative(gradient: Tensor, exact: Tensor) -> tuple[float, float]:
+    """Relative RMS and largest deviation, 0 where both are zero."""
+    exact = exact.double()
+    difference = gradient.double() - exact
+    smallest = torch.finfo(torch.float64).tiny
+    rms = difference.norm() / exact.norm().clamp(min=smallest)
+    return float(rms), float(difference.abs().max() / exact.abs().max().clamp(min=smallest))
+
+
+def _broken_promise(
+    distance: float,
+    overall: float,
+    overall_of_full: float,
+    errors: dict[str, GroupError],
+    of_full: dict[str, GroupError],
+) -> str | None:
+    if not distance <= AGREEMENT:
+        return f"the gradient is {distance:.1e} from full's, more than {AGREEMENT:.0e}"
+    if not overall <= FACTOR * overall_of_full + OVERALL_FLOOR:
+        return f"the gradient is {overall:.1e} from float64, full's only {overall_of_full:.1e}"
+    for group, error in errors.items():
+        full = of_full[group].rms
+        if not error.rms <= FACTOR * full + FLOOR:
+            return f"{group} ({error.tensor}) differ by {error.rms:.1e} from float64, full only by {full:.1e}"
+    return None
+
+
+def _pair(error: GroupError) -> str:
+    return f"{error.rms:.1e} / {error.largest:.1e}"
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

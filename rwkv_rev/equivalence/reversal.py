@@ -1,0 +1,278 @@
+"""Whether states come back to the bit, what that costs, and what would happen without remnants.
+
+The model reads a text chunk by chunk through ``Block.advance`` and then back over *all* boundaries through the very
+methods by which the ``reversible`` strategy keeps and recovers states, remnants on a real tape. Every rebuilt state
+(token shifts and memory of both cells of every layer) and every output is compared with the one of the forward
+sweep, which this check alone stores whole.
+
+Bits are counted for the memory of the recurrence. *Theory* is what its decay destroys, ``log2(1/w)`` bits per token
+and element, at most the element's 32 bits per chunk (MacKay et al. 2018, "Reversible Recurrent Neural Networks",
+section 3); *used* is what lies on the tape. The carried token shifts, two vectors per layer and chunk, come on top.
+The first chunk is run back like the others but not counted: the state before it is given, and training keeps no
+remnant for it.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv_rev.bptt.reversible import Reversible
+from rwkv_rev.bptt.strategy import LossInputs
+from rwkv_rev.cells import TimeMixRwkv4, TimeMixRwkv5
+from rwkv_rev.cells.block import ExactStates, Remnants
+from rwkv_rev.equivalence.table import aligned
+from rwkv_rev.errors import ReversalMismatchError
+from rwkv_rev.modeling import RwkvRevForCausalLM
+from rwkv_rev.numerics import bits_forgotten
+from rwkv_rev.reversal.drift import division_drift
+from rwkv_rev.reversal.fixed_point import FixedPoint, MemoryRemnant
+from rwkv_rev.reversal.tape import Tape
+
+CONTEXT = 4096
+CHUNK = 256
+DRIFT_STEPS = (16, 64, 256, 1024, 4096)
+LOST = 1.0
+"""Relative error from which on nothing of a state is left."""
+
+
+@dataclass(frozen=True)
+class DriftRow:
+    """Plain division, ``steps`` tokens back: over all channels the median error and the share of lost channels."""
+
+    steps: int
+    dtype: str
+    median: float
+    lost: float
+
+
+@dataclass(frozen=True)
+class ReversalCheck:
+    """Outcome of :func:`check_reversal`.
+
+    Attributes:
+        context: T, tokens. chunk: C, tokens per chunk. boundaries: how many states were rebuilt, per layer.
+        mismatch: the first state that did not come back to the bit, in words; None when all did.
+        counted: tokens of all chunks but the first, to which the following belong.
+        used_bits: of memory remnants on the tape. theory_bits: what the decays destroyed.
+        whole_bits: of whole float32 memories at the same boundaries.
+        shift_bytes: of carried token shifts. tape_bytes: all that lay on the tape, fingerprints too.
+        drift: plain division in float32 and float64 on the model's decays.
+    """
+
+    context: int
+    chunk: int
+    boundaries: int
+    mismatch: str | None
+    counted: int
+    used_bits: int
+    theory_bits: float
+    whole_bits: int
+    shift_bytes: int
+    tape_bytes: int
+    drift: tuple[DriftRow, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Every state and output came back to the bit."""
+        return self.mismatch is None
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Tape bytes per token of one row."""
+        return self.tape_bytes / max(1, self.counted)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; an infinite error becomes None."""
+        return {
+            "passed": self.passed,
+            "context": self.context,
+            "chunk": self.chunk,
+            "boundaries": self.boundaries,
+            "mismatch": self.mismatch,
+            "counted_tokens": self.counted,
+            "tape_bytes": self.tape_bytes,
+            "tape_bytes_per_token": self.bytes_per_token,
+            "shift_bytes": self.shift_bytes,
+            "memory_bits": {"used": self.used_bits, "theory": self.theory_bits, "whole": self.whole_bits},
+            "division_drift": [
+                {
+                    "steps": row.steps,
+                    "dtype": row.dtype,
+                    "median_relative_error": row.median if math.isfinite(row.median) else None,
+                    "lost_channels": row.lost,
+                }
+                for row in self.drift
+            ],
+        }
+
+    def lines(self) -> list[str]:
+        """The section for people."""
+        verdict = f"bit-exact at all {self.boundaries} boundaries: yes"
+        if self.mismatch is not None:
+            verdict = f"bit-exact at all {self.boundaries} boundaries: NO, {self.mismatch}"
+        used, theory = (100 * bits / max(1, self.whole_bits) for bits in (self.used_bits, self.theory_bits))
+        shifts = self.shift_bytes / max(1, self.counted)
+        lines = [
+            f"reversal over {self.context} tokens in chunks of {self.chunk}",
+            verdict,
+            f"tape: {self.bytes_per_token:,.0f} bytes per token; memory remnants {used:.1f} % of whole float32 "
+            f"states (theory {theory:.1f} %), token shifts {shifts:,.0f} bytes per token",
+            "without remnants, by plain division (relative error in the median channel; channels with nothing left):",
+        ]
+        dtypes = list(dict.fromkeys(row.dtype for row in self.drift))
+        header = ["steps back", *(cell for name in dtypes for cell in (name, "lost"))]
+        by_step: dict[int, list[str]] = {}
+        for row in self.drift:
+            by_step.setdefault(row.steps, [str(row.steps)]).extend(
+                (f"{row.median:.1e}", f"{100 * row.lost:.0f} %")
+            )
+        return [*lines, *aligned(header, list(by_step.values()))]
+
+
+def chunk_for(context: int, chunk: int | None, default: int) -> int:
+    """The chunk length asked for, else ``default`` or as much as leaves four chunks of a short text."""
+    return chunk if chunk is not None else min(default, max(1, context // 4))
+
+
+@torch.no_grad()
+def check_reversal(
+    model: RwkvRevForCausalLM,
+    ids: Tensor,
+    *,
+    chunk: int | None = None,
+    drift_steps: tuple[int, ...] = DRIFT_STEPS,
+) -> ReversalCheck:
+    """Run ``ids`` [T] forwards and backwards.
+
+    Args:
+        model: in eval mode, any device.
+        ids: the text.
+        chunk: C; :data:`CHUNK`, or a quarter of a shorter text, when None.
+        drift_steps: distances for the table of plain division.
+    """
+    context = len(ids)
+    chunk = chunk_for(context, chunk, CHUNK)
+    inputs = LossInputs(
+        input_ids=ids[None],
+        inputs_embeds=None,
+        valid=None,
+        targets=ids[None],
+        divisor=1.0,
+        state=model.model.initial_state(1),
+    )
+    chunks = inputs.chunks(chunk)
+    blocks = list(model.model.blocks)
+    plans = {c.length: [block.plan(c.length) for block in blocks] for c in chunks}
+    strategy = Reversible(chunk)
+    strategy.begin(model, inputs)
+    states = [block.exact(inputs.state.layer(i)) for i, block in enumerate(blocks)]
+    stored: list[list[tuple[ExactStates, Tensor]]] = []
+    used = whole = shifts = nbytes = 0
+    theory = 0.0
+    with Tape("host", ids.device) as tape:
+        for part in chunks:
+            x = part.embed(model)
+            after, remnants, seen = [], [], []
+            for block, state, plan in zip(blocks, states, plans[part.length], strict=True):
+                before = block.replay(x, state, None).states  # token shifts as this chunk reads them
+                x, advanced, remnant = block.advance(x, state, None, plan)
+                seen.append((before, x))
+                after.append(advanced)
+                remnants.append(remnant)
+            start = tape.nbytes
+            tape.push(strategy.record(model, states, after, remnants)())
+            stored.append(seen)
+            states_before, states = states, after
+            if part.index == 0:
+                continue
+            nbytes += tape.nbytes - start
+            used += 8 * sum(_memory_bytes(remnant) for remnant in remnants)
+            shifts += sum(cell.carried.nbytes for pair in remnants for cell in pair)
+            for (time, _), decays in zip(states_before, _log_decays(model), strict=True):
+                elements = _memory_tensors(time.memory)[0].numel()
+                whole += 32 * elements
+                theory += float(bits_forgotten(decays, part.length).sum()) * elements / decays.numel()
+        mismatch = None
+        for part in reversed(chunks):
+            record = tape.pop()
+            x = part.embed(model)
+            rebuilt = []
+            for layer in range(len(blocks)):
+                try:
+                    replay = strategy.recover(
+                        model, layer, x, states[layer], record[layer], part, plans[part.length][layer]
+                    )
+                except ReversalMismatchError as error:
+                    mismatch = str(error)
+                    break
+                expected, out = stored[part.index][layer]
+                x = replay.out
+                different = _first_difference(replay.states, expected) or (
+                    None if torch.equal(x, out) else "the output"
+                )
+                if different:
+                    mismatch = f"{different} of layer {layer} differs before chunk {part.index}"
+                    break
+                rebuilt.append(replay.states)
+            if mismatch is not None:
+                break
+            states = rebuilt
+    return ReversalCheck(
+        context=context,
+        chunk=chunk,
+        boundaries=len(chunks),
+        mismatch=mismatch,
+        counted=context - chunks[0].length,
+        used_bits=used,
+        theory_bits=theory,
+        whole_bits=whole,
+        shift_bytes=shifts,
+        tape_bytes=nbytes,
+        drift=_drift(torch.cat([decays.flatten() for decays in _log_decays(model)]), drift_steps),
+    )
+
+
+def _log_decays(model: RwkvRevForCausalLM) -> list[Tensor]:
+    """log w of every layer, one per row of its memory."""
+    decays = []
+    for block in model.model.blocks:
+        assert isinstance(block.time_mix, TimeMixRwkv4 | TimeMixRwkv5)
+        decays.append(block.time_mix.log_decay().detach())
+    return decays
+
+
+def _drift(log_decay: Tensor, steps: tuple[int, ...]) -> tuple[DriftRow, ...]:
+    errors = {dtype: division_drift(log_decay, steps, dtype) for dtype in (torch.float32, torch.float64)}
+    return tuple(
+        DriftRow(
+            back,
+            str(dtype).removeprefix("torch."),
+            float(error[i].median()),
+            float((error[i] >= LOST).double().mean()),
+        )
+        for i, back in enumerate(steps)
+        for dtype, error in errors.items()
+    )
+
+
+def _memory_tensors(memory: Any) -> list[Tensor]:
+    return [memory.mantissa, memory.exponent] if isinstance(memory, FixedPoint) else [memory]
+
+
+def _memory_bytes(remnants: Remnants) -> int:
+    memory = remnants[0].memory
+    if isinstance(memory, MemoryRemnant):
+        return sum(tensor.nbytes for tensor in memory.tensors(memory.raised.cpu()))
+    return int(memory.nbytes)
+
+
+def _first_difference(rebuilt: ExactStates, expected: ExactStates) -> str | None:
+    """What differs between two exact states of a block, or None."""
+    for name, one, other in zip(("time mix", "channel mix"), rebuilt, expected, strict=True):
+        if not torch.equal(one.shift, other.shift):
+            return f"the token shift of the {name}"
+    pairs = zip(_memory_tensors(rebuilt[0].memory), _memory_tensors(expected[0].memory), strict=True)
+    return None if all(torch.equal(one, other) for one, other in pairs) else "the memory of the time mix"
