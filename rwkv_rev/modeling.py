@@ -378,6 +378,10 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, GenerationMixin):
         inputs["logits_to_keep"] = 1 if logits_to_keep is None else logits_to_keep
         return inputs
 
+    def _reorder_cache(self, state: RwkvRevState, beam_idx: Tensor) -> RwkvRevState:
+        """The state of the beams that go on, for beam search."""
+        return state.rows(beam_idx)
+
 
 class BpttSetting:
     """A gradient strategy just set on a config; as a context manager it puts the former one back."""
