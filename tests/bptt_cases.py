@@ -137,7 +137,8 @@ def kernel(name: str) -> Iterator[None]:
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
     """Root mean square of the difference over that of ``truth``; 0 where both are zero."""
-    error, size = (value.double() - truth.double()).norm(), truth.double().norm()
+    value, truth = value.detach().double(), truth.detach().double()
+    error, size = (value - truth).norm(), truth.norm()
     return 0.0 if error == 0 else float(error / size)
 
 

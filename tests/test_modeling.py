@@ -1,0 +1,382 @@
+"""The Hugging Face classes: loading, padding, carried state, generation, settings."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bptt_cases import (
+    VERSIONS,
+    checkpoint_blocks,
+    english,
+    load,
+    random_state,
+    random_tokens,
+    relative_error,
+    tiny_model,
+)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from rwkv_rev import RwkvRevConfig, RwkvRevForCausalLM, RwkvRevModel, RwkvRevState
+from rwkv_rev.errors import StrategyError
+
+CLOSE = {torch.float32: 1e-5, torch.float64: 1e-12}
+"""Relative RMS error between two ways through the same arithmetic."""
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.shape == expected.shape
+    assert relative_error(found, expected) <= CLOSE[expected.dtype]
+
+
+def assert_states_close(found: RwkvRevState, expected: RwkvRevState) -> None:
+    for a, b in zip(found.tensors(), expected.tensors(), strict=True):
+        assert_close(a, b)
+
+
+def evaluated(version: str, dtype: torch.dtype = torch.float64, **config: Any) -> RwkvRevForCausalLM:
+    return tiny_model(version, dtype=dtype, **config).eval()
+
+
+# --- saving, loading, Auto classes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_round_trip(version: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Every tensor and every setting comes back; decays stay float32 in half precision."""
+    model = tiny_model(version, chunk_length=77, bptt="checkpoint")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert type(loaded) is RwkvRevForCausalLM
+    changes = {"dtype", "_name_or_path"}
+    found, expected = loaded.config.to_dict(), model.config.to_dict()
+    assert {k: v for k, v in found.items() if k not in changes} == {
+        k: v for k, v in expected.items() if k not in changes
+    }
+    assert (loaded.config.chunk_length, loaded.config.bptt) == (77, "checkpoint")
+    parameters = dict(loaded.named_parameters())
+    for name, parameter in model.named_parameters():
+        strict = name.endswith(("time_decay", "bonus"))
+        assert parameters[name].dtype == (torch.float32 if strict else dtype), name
+        assert torch.equal(parameters[name], parameter.to(parameters[name].dtype)), name
+
+
+def test_auto_classes(tmp_path: Path) -> None:
+    model = tiny_model("5.2")
+    model.save_pretrained(tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is RwkvRevConfig
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is RwkvRevForCausalLM
+    assert type(AutoModelForCausalLM.from_config(model.config)) is RwkvRevForCausalLM
+    base = AutoModel.from_pretrained(tmp_path)
+    assert type(base) is RwkvRevModel
+    tokens = random_tokens(9)
+    expected = model.model(tokens)
+    assert torch.equal(base(tokens).last_hidden_state, expected.last_hidden_state)
+
+
+def test_sharded_round_trip(tmp_path: Path) -> None:
+    model = tiny_model("5.1")
+    model.save_pretrained(tmp_path, max_shard_size="8KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    loaded = RwkvRevForCausalLM.from_pretrained(tmp_path)
+    tokens = random_tokens(9)
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_fresh_models_train(version: str) -> None:
+    """A model made from a configuration alone predicts uniformly and gets finite gradients."""
+    torch.manual_seed(0)
+    heads = 1 if version == "4" else 2
+    config = RwkvRevConfig(
+        rwkv_version=version,
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=heads,
+        head_size=16 // heads,
+        intermediate_size=32,
+        chunk_length=8,
+        bonus_is_exponential=version == "5.0",
+    )
+    model, tokens = RwkvRevForCausalLM(config), random_tokens(20)
+    loss = model(tokens, labels=tokens).loss
+    loss.backward()
+    assert 2 < loss.item() < 6
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("bptt", "backwards"), ("tape", "cloud"), ("chunk_length", 0), ("num_attention_heads", 3)],
+)
+def test_configurations_that_cannot_work(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=field):
+        RwkvRevConfig(**{field: value})
+
+
+# --- padding ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("places", ["left", "right", "holes"])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_padded_rows_are_as_alone(version: str, places: str) -> None:
+    """Logits and state of a row do not depend on padding, holes or neighbours."""
+    model, lengths, width = evaluated(version), (21, 8, 1), 25
+    state = random_state(model, 3)
+    batch, mask = random_tokens(width, batch=3), torch.zeros(3, width, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        order = torch.randperm(width, generator=torch.Generator().manual_seed(row))[:length].sort().values
+        where = {"left": torch.arange(width - length, width), "right": torch.arange(length), "holes": order}[
+            places
+        ]
+        mask[row, where] = 1
+    found = model(batch, attention_mask=mask, state=state)
+    with torch.no_grad():
+        model.config.chunk_length = 6
+        streamed = model(batch, attention_mask=mask, state=state)
+        model.config.chunk_length = 1024
+    for row in range(3):
+        index = torch.tensor([row])
+        where = mask[row].bool()
+        alone = model(batch[row, where][None], state=state.rows(index))
+        for output in (found, streamed):
+            assert_close(output.logits[row, where], alone.logits[0])
+            assert_states_close(output.state.rows(index), alone.state)
+
+
+def test_a_mask_of_ones_is_no_mask() -> None:
+    model, tokens = evaluated("5.2"), random_tokens(20, batch=2)
+    assert torch.equal(model(tokens).logits, model(tokens, attention_mask=torch.ones_like(tokens)).logits)
+
+
+# --- state ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_token_by_token_equals_one_forward(version: str) -> None:
+    model, tokens = evaluated(version), random_tokens(30, batch=2)
+    whole = model(tokens)
+    state, logits = None, []
+    for token in tokens.split(1, dim=1):
+        output = model(token, state=state)
+        state = output.state
+        logits.append(output.logits)
+    assert_close(torch.cat(logits, dim=1), whole.logits)
+    assert_states_close(state, whole.state)
+
+
+@pytest.mark.parametrize("version", ["4", "5.2"])
+def test_token_by_token_in_float32(bundled: dict[str, Path], version: str) -> None:
+    """The bundled checkpoints, in the arithmetic they are used in."""
+    model, tokens = load(bundled[version]).eval(), english(60)
+    with torch.no_grad():
+        whole, state, logits = model(tokens), None, []
+        for token in tokens.split(1, dim=1):
+            output = model(token, state=state)
+            state = output.state
+            logits.append(output.logits)
+    assert_close(torch.cat(logits, dim=1), whole.logits)
+    assert_states_close(state, whole.state)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_streaming_without_gradients(version: str, chunk: int) -> None:
+    """Under ``no_grad`` long contexts run in chunks: same logits, states and residual streams."""
+    model, tokens = evaluated(version, chunk_length=chunk), random_tokens(45, batch=2)
+    whole = model(tokens, output_hidden_states=True)
+    with torch.no_grad():
+        streamed = model(tokens, output_hidden_states=True)
+    assert_close(streamed.logits, whole.logits)
+    assert_states_close(streamed.state, whole.state)
+    assert len(streamed.hidden_states) == model.config.num_hidden_layers + 1
+    for found, expected in zip(streamed.hidden_states, whole.hidden_states, strict=True):
+        assert_close(found, expected)
+
+
+def test_state_rows_and_shapes() -> None:
+    model = evaluated("5.2")
+    state = random_state(model, 3)
+    assert state.batch_size == 3
+    assert state.time_shift.shape == state.channel_shift.shape == (2, 3, 16)
+    assert state.wkv.shape == (2, 3, 2, 8, 8)
+    assert torch.equal(state.rows(torch.tensor([2, 0])).wkv, state.wkv[:, [2, 0]])
+    with pytest.raises(ValueError, match="3 rows, the input 2"):
+        model(random_tokens(5, batch=2), state=state)
+
+
+def test_embeddings_instead_of_ids() -> None:
+    model, tokens = evaluated("5.2"), random_tokens(12)
+    embeds = model.get_input_embeddings()(tokens)
+    assert torch.equal(model(inputs_embeds=embeds).logits, model(tokens).logits)
+    for arguments in ({}, {"input_ids": tokens, "inputs_embeds": embeds}):
+        with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+            model(**arguments)
+
+
+def test_logits_to_keep() -> None:
+    model, tokens = evaluated("5.2"), random_tokens(12)
+    logits = model(tokens).logits
+    assert_close(model(tokens, logits_to_keep=3).logits, logits[:, -3:])
+    assert_close(model(tokens, logits_to_keep=torch.tensor([0, 5])).logits, logits[:, [0, 5]])
+
+
+def test_tuples_on_request() -> None:
+    model, tokens = evaluated("5.2"), random_tokens(12)
+    output = model(tokens, return_dict=False)
+    assert torch.equal(output[0], model(tokens).logits)
+    assert isinstance(output[1], RwkvRevState)
+
+
+# --- generation -------------------------------------------------------------------------------------------------
+
+
+def recomputed(model: RwkvRevForCausalLM, prompt: torch.Tensor, new: int) -> list[int]:
+    """Greedy continuation, the whole row computed again for every token."""
+    row = prompt
+    for _ in range(new):
+        with torch.no_grad():
+            row = torch.cat([row, model(row).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    return row[0, prompt.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_greedy_generation(version: str, use_cache: bool) -> None:
+    """Carrying the state and recomputing give what a full forward pass per token gives."""
+    model, prompt = evaluated(version), random_tokens(11)
+    found = model.generate(prompt, max_new_tokens=9, do_sample=False, eos_token_id=None, use_cache=use_cache)
+    assert found[0, 11:].tolist() == recomputed(model, prompt, 9)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_batched_generation_with_left_padding(version: str) -> None:
+    """Each row of a left-padded batch continues as it does alone."""
+    model, lengths = evaluated(version), (13, 6, 2)
+    prompts = [random_tokens(length, seed=row) for row, length in enumerate(lengths)]
+    batch, mask = torch.full((3, 13), 31), torch.zeros(3, 13, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        batch[row, -prompt.shape[1] :], mask[row, -prompt.shape[1] :] = prompt[0], 1
+    found = model.generate(
+        batch, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=31
+    )
+    for row, prompt in enumerate(prompts):
+        assert found[row, 13:].tolist() == recomputed(model, prompt, 8)
+
+
+def test_sampled_generation_follows_the_distribution() -> None:
+    """Sampling with a seed repeats, and draws the first token as often as its probability says."""
+    model, prompt = evaluated("5.2"), random_tokens(7)
+    options = {"max_new_tokens": 5, "do_sample": True, "top_k": 0, "eos_token_id": None}
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        draws.append(model.generate(prompt.expand(2000, -1), **options))
+    assert torch.equal(draws[0], draws[1])
+    with torch.no_grad():
+        expected = model(prompt).logits[0, -1].softmax(-1)
+    found = torch.bincount(draws[0][:, 7], minlength=32).double() / 2000
+    assert (found - expected).abs().sum() / 2 < 0.08  # total variation; 0.05 is usual for 2000 draws of 32
+
+
+def test_generation_stops_at_the_end_token() -> None:
+    """Rows that end early are padded and leave the others alone."""
+    model, prompts = evaluated("5.2"), random_tokens(7, batch=4)
+    free = model.generate(prompts, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    end = int(free[0, 9])
+    stopped = model.generate(prompts, max_new_tokens=12, do_sample=False, eos_token_id=end, pad_token_id=end)
+    for row in range(4):
+        new = free[row, 7:].tolist()
+        expected = new[: new.index(end) + 1] if end in new else new
+        assert stopped[row, 7 : 7 + len(expected)].tolist() == expected
+
+
+def test_beam_search_is_not_worse_than_greedy() -> None:
+    """Beams reorder the state; if that went wrong their scores would be another sequence's."""
+    model, prompt = evaluated("5.2"), random_tokens(7)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+
+    def score(row: torch.Tensor) -> float:
+        with torch.no_grad():
+            log_probabilities = model(row[None]).logits[0].log_softmax(-1)
+        return sum(float(log_probabilities[t, row[t + 1]]) for t in range(6, 12))
+
+    beams = model.generate(
+        prompt, num_beams=4, return_dict_in_generate=True, output_scores=True, length_penalty=0.0, **options
+    )
+    assert float(beams.sequences_scores[0]) == pytest.approx(score(beams.sequences[0]), rel=1e-4)
+    assert score(beams.sequences[0]) >= score(model.generate(prompt, **options)[0]) - 1e-6
+
+
+# --- settings ---------------------------------------------------------------------------------------------------
+
+
+def test_set_bptt_as_a_context_manager(tmp_path: Path) -> None:
+    """It sets at once, and puts back what was there, also after an exception."""
+    model = tiny_model("5.2")
+    before = {name: getattr(model.config, name) for name in ("bptt", "chunk_length", "tape", "tape_dir")}
+    chosen = model.set_bptt("checkpoint", chunk_length=5, tape="disk", tape_dir=str(tmp_path))
+    with pytest.raises(RuntimeError, match="inside"), chosen:
+        assert (model.config.bptt, model.config.chunk_length) == ("checkpoint", 5)
+        assert (model.config.tape, model.config.tape_dir) == ("disk", str(tmp_path))
+        with model.set_bptt("full"):
+            assert (model.config.bptt, model.config.chunk_length) == ("full", 5)
+        assert model.config.bptt == "checkpoint"
+        raise RuntimeError("inside")
+    assert before == {name: getattr(model.config, name) for name in before}
+    model.set_bptt("truncated")
+    assert model.config.bptt == "truncated"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("backwards", {}), "'backwards'.*reversible"),
+        (("reversible", {"chunk_length": 0}), "chunk_length = 0"),
+        (("reversible", {"tape": "cloud"}), "'cloud'.*host"),
+    ],
+)
+def test_settings_that_do_not_exist(arguments: tuple[str, dict[str, Any]], message: str) -> None:
+    model = tiny_model("5.2")
+    before = model.config.to_dict()
+    with pytest.raises(StrategyError, match=message):
+        model.set_bptt(arguments[0], **arguments[1])
+    assert model.config.to_dict() == before
+
+
+def test_a_tape_directory_that_is_not_there(tmp_path: Path) -> None:
+    model, tokens = tiny_model("5.2"), random_tokens(40)
+    model.set_bptt("reversible", chunk_length=8, tape="disk", tape_dir=str(tmp_path / "absent"))
+    with pytest.raises(StrategyError, match="tape_dir"):
+        model(tokens, labels=tokens)
+
+
+def test_logits_beside_the_loss() -> None:
+    """Only where the whole graph is kept; elsewhere refused by name."""
+    model, tokens = tiny_model("5.2", chunk_length=16), random_tokens(16)
+    assert model(tokens, labels=tokens).logits is None
+    output = model(tokens, labels=tokens, return_logits=True)
+    expected = torch.nn.functional.cross_entropy(output.logits[0, :-1], tokens[0, 1:])
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    output.loss.backward()
+    longer = random_tokens(17)
+    with pytest.raises(StrategyError, match="full"):
+        model(longer, labels=longer, return_logits=True)
+
+
+def test_activation_checkpointing_of_a_plain_forward() -> None:
+    """Without labels too, blocks are computed again when the gradient is taken: same logits, same gradient."""
+    model, tokens = tiny_model("5.2"), random_tokens(20)
+    gradients = []
+    for recompute in (False, True):
+        if recompute:
+            checkpoint_blocks(model)
+        model.zero_grad()
+        logits = model(tokens).logits
+        logits.square().sum().backward()
+        gradients.append((logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}))
+    assert torch.equal(gradients[0][0], gradients[1][0])
+    for name, gradient in gradients[0][1].items():
+        assert torch.equal(gradient, gradients[1][1][name]), name
