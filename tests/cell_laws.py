@@ -88,6 +88,7 @@ def write_first(trial: Trial) -> None:
 
 def write_once(trial: Trial) -> None:
     """state' is one update: the state is not written to, a second call agrees, and ``step`` gives its value."""
+    scale = 0.0  # the largest value so far: the grid it set stays
     for before, after, out, remnant, x, mask in _forwards(trial):
         kept = _copy(before)
         again = trial.cell(before, x, mask)
@@ -99,7 +100,7 @@ def write_once(trial: Trial) -> None:
         assert same_bits(stepped_out, out) and same_bits(stepped.shift, after.shift)
         value = trial.cell.float_state(after).memory
         if value is not None and stepped.memory is not None:
-            scale = max(_largest(value), _largest(start.memory))
+            scale = max(scale, _largest(value), _largest(start.memory))
             assert _largest(value - stepped.memory) <= VALUE_TOLERANCES[torch.float32] * scale
 
 
@@ -122,18 +123,19 @@ def masked_tokens_change_nothing(trial: Trial) -> None:
 def rows_are_alone(trial: Trial) -> None:
     """A row padded left, right or with holes gets the outputs and the state that its valid tokens get alone."""
     for before, after, out, _, x, mask in _forwards(trial):
-        for row in range(x.shape[0]) if mask is not None else ():
-            valid = mask.valid[row]
+        for row in range(x.shape[0]):
+            valid = torch.ones(x.shape[1], dtype=torch.bool) if mask is None else mask.valid[row]
             if not valid.any():
                 continue
             alone, alone_out, _ = trial.cell(_row(before, row), x[row, valid][None])
             assert same_bits(alone.shift[0], after.shift[row])
             assert _close(alone_out[0], out[row, valid], VALUE_TOLERANCES[trial.dtype])
-            memory = trial.cell.float_state(after).memory
-            if memory is not None:
-                single = trial.cell.float_state(alone).memory
-                scale = max(_largest(memory[row]), _largest(trial.cell.float_state(before).memory[row]))
-                assert _largest(single[0] - memory[row]) <= VALUE_TOLERANCES[trial.dtype] * max(scale, 1e-30)
+            former, memory, single = (
+                trial.cell.float_state(state).memory for state in (before, after, alone)
+            )
+            if former is not None and memory is not None and single is not None:
+                scale = max(_largest(memory[row]), _largest(former[row]), 1e-30)
+                assert _largest(single[0] - memory[row]) <= VALUE_TOLERANCES[trial.dtype] * scale
 
 
 def reverse_of_forward(trial: Trial) -> None:
@@ -250,12 +252,9 @@ def _gradient_pairs(
                 else cell.reversed_replay(state, leaf, mask, given)
             )
             found.append(_gradients(cell, replay.out, replay.start, replay.end, leaf))
-        start = FloatState(
-            *(
-                None if t is None else t.clone().requires_grad_()
-                for t in cell.float_state(cell.carried(before, x, mask))
-            )
-        )
+        shift, memory = cell.float_state(cell.carried(before, x, mask))
+        memory = None if memory is None else memory.clone().requires_grad_()
+        start = FloatState(shift.clone().requires_grad_(), memory)
         leaf = x.clone().requires_grad_()
         out, end = cell.step(start, leaf, mask)
         yield found, _gradients(cell, out, start, end, leaf)
