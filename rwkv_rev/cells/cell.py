@@ -125,7 +125,7 @@ class ReversibleCell(nn.Module, ABC):
         return None
 
     def witness(self, before: Any, after: Any) -> Tensor | None:
-        """Checksum (int64 scalar) that tells whether a chunk was rebuilt to the bit; None without a memory.
+        """Checksum (int64) that tells whether a chunk was rebuilt to the bit; None without a memory.
 
         Of the memory before the chunk, or, in a cell that keeps that whole, of the recomputed one after it.
         """

@@ -21,3 +21,10 @@ def fingerprint(*tensors: Tensor) -> Tensor:
         position = torch.arange(words.numel(), device=words.device, dtype=torch.int64)
         total = total * 3 + (words.to(torch.int64) * (2 * position * _MULTIPLIER + 1)).sum()
     return total
+
+
+def head_fingerprints(mantissa: Tensor, exponent: Tensor) -> Tensor:
+    """Checksum of each head, int64 [B, H], of a fixed-point state [B, H, N, N] int32 and its exponents [B, H]."""
+    words = mantissa.flatten(2)
+    position = torch.arange(words.shape[2], device=words.device, dtype=torch.int64)
+    return (words.to(torch.int64) * (2 * position * _MULTIPLIER + 1)).sum(dim=2) * 3 + exponent

@@ -22,12 +22,13 @@ non-finite for good (:data:`NON_FINITE`): a diverged run ends in a NaN loss, nev
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rwkv_rev.reversal.fingerprint import fingerprint
+from rwkv_rev.reversal.fingerprint import head_fingerprints
 from rwkv_rev.reversal.packing import BitPacking
 
 LARGEST = 2**31 - 2
@@ -50,10 +51,14 @@ class FixedPoint:
     Attributes:
         mantissa: [B, H, N, N] int32.
         exponent: [B, H] int32; the state's value is ``mantissa * 2**exponent``.
+        floats: the value in float32, where the kernel that made the state gave it.
+        prints: the fingerprint, likewise.
     """
 
     mantissa: Tensor
     exponent: Tensor
+    floats: Tensor | None = None
+    prints: Tensor | None = None
 
     @classmethod
     def of(cls, value: Tensor) -> "FixedPoint":
@@ -64,6 +69,8 @@ class FixedPoint:
 
     def value(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The state [B, H, N, N] as floats, rounded once."""
+        if self.floats is not None and dtype == torch.float32:
+            return self.floats
         return (self.mantissa.double() * _power(self.exponent)).to(dtype)
 
     def advance(
@@ -77,6 +84,8 @@ class FixedPoint:
             plan: for this chunk's length.
         """
         decay = plan.decay_of(count)
+        if plan.uses_kernels(contribution):
+            return self._advance_by_kernel(contribution, decay, plan)
         decayed = decay * self.mantissa
         unit = contribution.double() * _power(-self.exponent)
         largest = (decayed + unit).abs_().amax(dim=(2, 3))
@@ -100,20 +109,47 @@ class FixedPoint:
     ) -> "FixedPoint":
         """One chunk backwards: S from S' (this state), the same U bit for bit, and the remnant."""
         decay = plan.decay_of(count)
+        if plan.uses_kernels(contribution):
+            return self._retreat_by_kernel(contribution, decay, remnant, plan)
         decayed = (contribution.double() * _power(-self.exponent)).round_().neg_().add_(self.mantissa)
         rho = plan.packing.unpack(remnant.packed, self.mantissa.flatten(1, 2).shape).view_as(self.mantissa)
         whole = plan.packing.whole.view_as(plan.decay)
         mantissa = torch.where(whole, rho, _base(decayed, decay).add_(rho).to(torch.int32))
-        if remnant.before is None:
-            return FixedPoint(mantissa, self.exponent)
-        return FixedPoint(
-            torch.where(remnant.raised[:, :, None, None], remnant.before.mantissa, mantissa),
-            torch.where(remnant.raised, remnant.before.exponent, self.exponent),
-        )
+        return remnant.kept_heads(FixedPoint(mantissa, self.exponent))
 
     def fingerprint(self) -> Tensor:
-        """Checksum of the state's bits, int64 scalar."""
-        return fingerprint(self.mantissa, self.exponent)
+        """Checksum of the state's bits, int64 [B, H]."""
+        if self.prints is not None:
+            return self.prints
+        return head_fingerprints(self.mantissa, self.exponent)
+
+    def _advance_by_kernel(
+        self, contribution: Tensor, decay: Tensor, plan: "DecayPlan"
+    ) -> tuple["FixedPoint", "MemoryRemnant"]:
+        from rwkv_rev.reversal import triton_fixed_point as kernel
+
+        found = kernel.advance(
+            self.mantissa,
+            self.exponent,
+            contribution,
+            decay,
+            plan.planes,
+            target_bits=TARGET_BITS,
+            non_finite=NON_FINITE,
+        )
+        after = FixedPoint(found.mantissa, found.exponent, found.floats, found.fingerprint)
+        return after, MemoryRemnant(lambda: found.packed, found.raised.bool(), self)
+
+    def _retreat_by_kernel(
+        self, contribution: Tensor, decay: Tensor, remnant: "MemoryRemnant", plan: "DecayPlan"
+    ) -> "FixedPoint":
+        from rwkv_rev.reversal import triton_fixed_point as kernel
+
+        planes = plan.planes
+        before = kernel.retreat(self.mantissa, self.exponent, contribution, decay, planes, remnant.packed)
+        return remnant.kept_heads(
+            FixedPoint(before.mantissa, self.exponent, before.floats, before.fingerprint)
+        )
 
 
 @dataclass(frozen=True)
@@ -145,6 +181,15 @@ class MemoryRemnant:
         mantissa = self.before.mantissa.flatten(0, 1).index_select(0, heads)
         return [self.packed, heads, mantissa, self.before.exponent.flatten().index_select(0, heads)]
 
+    def kept_heads(self, rebuilt: FixedPoint) -> FixedPoint:
+        """``rebuilt``, with the heads whose grid rose as they were kept."""
+        if self.before is None:
+            return rebuilt
+        return FixedPoint(
+            torch.where(self.raised[:, :, None, None], self.before.mantissa, rebuilt.mantissa),
+            torch.where(self.raised, self.before.exponent, rebuilt.exponent),
+        )
+
     @classmethod
     def restore(cls, tensors: list[Tensor], after: FixedPoint) -> "MemoryRemnant":
         """The remnant from what :meth:`tensors` kept; ``after`` is the state after the chunk."""
@@ -165,11 +210,17 @@ class DecayPlan(NamedTuple):
         log_decay: [H, N] float64.
         decay: [1, H, N, 1] float64, Lambda for a chunk without masked tokens.
         packing: widths of the remnants, [H * N] rows.
+        planes: the same widths laid out for the CUDA kernels; None where they are not used.
     """
 
     log_decay: Tensor
     decay: Tensor
     packing: BitPacking
+    planes: Any = None
+
+    def uses_kernels(self, contribution: Tensor) -> bool:
+        """Whether an update by ``contribution`` runs in :mod:`rwkv_rev.reversal.triton_fixed_point`."""
+        return self.planes is not None and contribution.dtype == torch.float32
 
     def decay_of(self, count: Tensor | None) -> Tensor:
         """Lambda for rows of ``count`` [B] valid tokens, [B, H, N, 1]; [1, H, N, 1] for None, all valid."""
@@ -182,8 +233,14 @@ def decay_plan(log_decay: Tensor, length: int) -> DecayPlan:
     """Plan for chunks of up to ``length`` tokens; ``log_decay`` [H, N] is log w, natural."""
     log_decay = log_decay.detach().double()
     decay = torch.exp(length * log_decay)
-    packing = BitPacking(remnant_bits(decay).flatten().tolist(), log_decay.device)
-    return DecayPlan(log_decay, decay[None, :, :, None], packing)
+    bits = remnant_bits(decay).flatten().tolist()
+    size = log_decay.shape[1]
+    planes = None
+    if log_decay.is_cuda and size % 8 == 0 and find_spec("triton") is not None:
+        from rwkv_rev.reversal.triton_fixed_point import PlaneLayout
+
+        planes = PlaneLayout.of(bits, size, log_decay.device)
+    return DecayPlan(log_decay, decay[None, :, :, None], BitPacking(bits, log_decay.device), planes)
 
 
 def remnant_bits(decay: Tensor) -> Tensor:
