@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LOGITS_AT_ONCE = 2**25
-"""Logits per sub-chunk: 128 MiB in float32."""
+LOGITS_AT_ONCE = 2**26
+"""Logits per sub-chunk: 256 MiB in float32."""
 
 IGNORE = -100
 
