@@ -1,0 +1,330 @@
+"""Recall over a distance no chunk sees: exact gradients learn it, truncated ones cannot.
+
+    python examples/long_recall/long_recall.py [--device cuda] [--distance 8192] [--chunk-length 1024] ...
+
+A row states a few facts (a key token, then its value token) over and over in its first chunk, goes on with filler for
+the whole distance, and ends with one question per fact: the key, then the value to predict. Only the answers count in
+the loss, and every answer lies at least ``distance`` tokens behind the facts:
+
+    k2 v7 k0 v1 f f k2 v7 k1 v3 k0 v1 ...  |  f f f f ... f f f  |  f f f f ... k0 (v1) k2 (v7) k1 (v3)
+    first chunk                                                     last chunk
+
+Each value is drawn anew for every row, so a model that has not read the facts is right once in ``values`` answers.
+
+The same model (from the same initialisation), rows, steps and learning rate run under ``reversible``, whose gradient
+is that of the whole row, and ``truncated``, whose gradient ends at the border of the chunk. Both carry the state
+through the whole row in the forward pass; only the first can learn what to write into it.
+
+A randomly initialised RWKV-5.2 forgets too fast for this: its slowest channel loses exp(-6)/ln(2) = 0.0036 bits per
+step, 29 bits over 8,192. For both strategies the slower half of the channels starts at ``time_decay`` -11 to -10
+instead (0.2 to 0.5 bits over 8,192), and embeddings start large enough to tell the few tokens apart.
+"""
+
+import argparse
+import json
+import math
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv_rev import RwkvRevConfig, RwkvRevForCausalLM
+
+STRATEGIES = ("reversible", "truncated")
+SLOW_DECAY = (-11.0, -10.0)
+"""Initial ``time_decay`` of the slower half of the channels."""
+FAST_DECAY = (-6.0, -1.0)
+"""Initial ``time_decay`` of the others: the range of the official initialisation."""
+EMBEDDING_SCALE = 0.5
+STATED = 0.75
+"""Share of the first chunk's tokens that state facts; the rest is filler."""
+WARMUP_STEPS = 10
+HELD_OUT_SEED = 1_000_000
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows of ``distance + chunk_length`` tokens; the vocabulary is keys, then values, then fillers."""
+
+    distance: int = 8192
+    chunk_length: int = 1024
+    pairs: int = 4
+    values: int = 8
+    fillers: int = 4
+
+    def __post_init__(self) -> None:
+        if self.distance % self.chunk_length:
+            raise ValueError(
+                f"distance {self.distance} must be a multiple of chunk_length {self.chunk_length}"
+            )
+        if self.repeats < 1:
+            raise ValueError(
+                f"{self.pairs} pairs and as many questions need more than {self.chunk_length} tokens"
+            )
+
+    @property
+    def length(self) -> int:
+        return self.distance + self.chunk_length
+
+    @property
+    def repeats(self) -> int:
+        """How often each fact is stated; the first chunk's last 2 * pairs tokens stay filler (see ``rows``)."""
+        return min(int(self.chunk_length * STATED), self.chunk_length - 2 * self.pairs) // (2 * self.pairs)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.pairs + self.values + self.fillers
+
+    @property
+    def chance(self) -> float:
+        return 1 / self.values
+
+    def rows(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Token ids and labels [count, length] int64; labels are -100 except at the answers."""
+        pairs = self.pairs
+        ids = torch.randint(pairs + self.values, self.vocab_size, (count, self.length), generator=generator)
+        values = pairs + torch.randint(self.values, (count, pairs), generator=generator)
+        # facts end as far before the chunk's end as questions begin before the row's: distance or more apart
+        places = (self.chunk_length - 2 * pairs) // 2
+        place = 2 * _shuffled(count, places, generator)[:, : pairs * self.repeats]
+        ids.scatter_(1, place, torch.arange(pairs).repeat(count, self.repeats))
+        ids.scatter_(1, place + 1, values.repeat(1, self.repeats))
+        asked = _shuffled(count, pairs, generator)
+        ids[:, -2 * pairs :: 2] = asked
+        ids[:, -2 * pairs + 1 :: 2] = values.gather(1, asked)
+        labels = torch.full_like(ids, -100)
+        labels[:, -2 * pairs + 1 :: 2] = ids[:, -2 * pairs + 1 :: 2]
+        return ids, labels
+
+
+@dataclass(frozen=True)
+class Run:
+    """How to train: sizes of the model and of the optimisation, equal for every strategy."""
+
+    width: int = 128
+    head_size: int = 32
+    layers: int = 2
+    steps: int = 300
+    batch_size: int = 32
+    learning_rate: float = 3e-3
+    evaluate_every: int = 20
+    held_out_rows: int = 256
+    device: str = "cpu"
+
+
+def build_model(task: Task, run: Run, seed: int) -> RwkvRevForCausalLM:
+    """An RWKV-5.2 of the official initialisation, but for slow decays and larger embeddings (see above)."""
+    torch.manual_seed(seed)
+    model = RwkvRevForCausalLM(
+        RwkvRevConfig(
+            rwkv_version="5.2",
+            vocab_size=task.vocab_size,
+            hidden_size=run.width,
+            num_hidden_layers=run.layers,
+            num_attention_heads=run.width // run.head_size,
+            head_size=run.head_size,
+            intermediate_size=2 * run.width,
+        )
+    )
+    with torch.no_grad():
+        model.model.get_input_embeddings().weight.normal_(std=EMBEDDING_SCALE)
+        for name, decay in model.named_parameters():
+            if not name.endswith("time_decay"):
+                continue
+            slow = torch.linspace(*SLOW_DECAY, decay.numel() // 2)
+            fast = torch.linspace(*FAST_DECAY, decay.numel() - slow.numel())
+            decay.copy_(torch.cat([slow, fast]).view_as(decay))
+    return model.to(run.device)
+
+
+@torch.no_grad()
+def evaluate(model: RwkvRevForCausalLM, task: Task, ids: Tensor, batch_size: int) -> tuple[float, float]:
+    """Share of right answers and mean cross-entropy (nats) of the answers."""
+    right, loss = 0, 0.0
+    for part in ids.split(batch_size):
+        logits = model(part, logits_to_keep=2 * task.pairs).logits[:, ::2].float().flatten(0, 1)
+        answers = part[:, -2 * task.pairs + 1 :: 2].flatten()
+        right += int((logits.argmax(dim=-1) == answers).sum())
+        loss += float(torch.nn.functional.cross_entropy(logits, answers, reduction="sum"))
+    count = ids.shape[0] * task.pairs
+    return right / count, loss / count
+
+
+def train(strategy: str, task: Task, run: Run, seed: int, *, quiet: bool = False) -> dict[str, Any]:
+    """One training run; the curve is measured on rows never trained on."""
+    model = build_model(task, run, seed)
+    model.set_bptt(strategy, chunk_length=task.chunk_length)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=run.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS))
+    held_out, _ = task.rows(run.held_out_rows, torch.Generator().manual_seed(HELD_OUT_SEED))
+    held_out = held_out.to(run.device)
+    generator = torch.Generator().manual_seed(seed)
+    curve: list[dict[str, float]] = []
+    report: dict[str, Any] = {}
+    if run.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    seconds = 0.0
+    for step in range(run.steps + 1):
+        if step % run.evaluate_every == 0 or step == run.steps:
+            accuracy, loss = evaluate(model, task, held_out, run.batch_size)
+            curve.append({"step": step, "accuracy": accuracy, "loss": loss})
+            if not quiet:
+                print(
+                    f"{strategy:10}  seed {seed}  step {step:4}  accuracy {accuracy:.3f}  "
+                    f"loss {loss:.3f}  {seconds:.0f} s",
+                    flush=True,
+                )
+        if step == run.steps:
+            break
+        start = time.perf_counter()
+        ids, labels = (rows.to(run.device) for rows in task.rows(run.batch_size, generator))
+        output = model(ids, labels=labels)
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        output.loss.item()  # waits for the device, so that seconds are seconds
+        seconds += time.perf_counter() - start
+        report = output.report or {}
+    result = {
+        "strategy": strategy,
+        "seed": seed,
+        "accuracy": curve[-1]["accuracy"],
+        "loss": curve[-1]["loss"],
+        "training_seconds": seconds,
+        "tape_bytes": report.get("tape_bytes", 0),
+        "curve": curve,
+    }
+    if run.device.startswith("cuda"):
+        result["peak_device_bytes"] = torch.cuda.max_memory_allocated()
+    return result
+
+
+def compare(task: Task, run: Run, seeds: list[int], *, quiet: bool = False) -> dict[str, Any]:
+    """Every strategy with every seed, and what they ran on."""
+    cuda = run.device.startswith("cuda")
+    return {
+        "task": asdict(task)
+        | {"context_length": task.length, "repeats": task.repeats, "chance": task.chance},
+        "run": asdict(run),
+        "machine": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU",
+        "torch": torch.__version__,
+        "results": [train(name, task, run, seed, quiet=quiet) for seed in seeds for name in STRATEGIES],
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The results as a Markdown table."""
+    lines = [
+        "| strategy | seed | accuracy | loss (nats) | training s | tape MB | peak device MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in report["results"]:
+        peak = f"{row['peak_device_bytes'] / 1e6:,.0f}" if "peak_device_bytes" in row else "-"
+        lines.append(
+            f"| {row['strategy']} | {row['seed']} | {row['accuracy']:.3f} | {row['loss']:.3f} | "
+            f"{row['training_seconds']:.0f} | {row['tape_bytes'] / 1e6:.1f} | {peak} |"
+        )
+    task = report["task"]
+    guess = math.log(task["values"])
+    lines.append(f"| guessing | | {task['chance']:.3f} | {guess:.3f} | | | |")
+    return "\n".join(lines)
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Accuracy and loss over the steps, one line per run, and the level of guessing."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    task = report["task"]
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    colors = {"reversible": "#0072b2", "truncated": "#d55e00"}
+    levels = {"accuracy": task["chance"], "loss": math.log(task["values"])}
+    labels = {
+        "reversible": f"reversible: gradient of all {task['context_length']:,} tokens",
+        "truncated": f"truncated at {task['chunk_length']:,} tokens",
+    }
+    for axis, (quantity, level) in zip(axes, levels.items(), strict=True):
+        axis.axhline(level, color="0.4", linestyle="--", linewidth=1, label="guessing")
+        for row in report["results"]:
+            axis.plot(
+                [point["step"] for point in row["curve"]],
+                [point[quantity] for point in row["curve"]],
+                color=colors[row["strategy"]],
+                linewidth=1.6,
+                alpha=0.9,
+                label=labels.pop(row["strategy"], None) if quantity == "accuracy" else None,
+            )
+        axis.set_xlabel("training steps")
+        axis.set_ylim(bottom=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("right answers, held-out rows")
+    axes[0].set_ylim(0, 1.03)
+    axes[1].set_ylabel("loss of the answers (nats)")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(f"Recall over {task['distance']:,} tokens, {report['machine']}")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    task, run = Task(), Run()
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--distance", type=int, default=task.distance, help="tokens from facts to questions")
+    parser.add_argument("--chunk-length", type=int, default=task.chunk_length, help="tokens per chunk")
+    parser.add_argument("--pairs", type=int, default=task.pairs, help="facts of a row")
+    parser.add_argument("--values", type=int, default=task.values, help="values a fact can have")
+    parser.add_argument("--width", type=int, default=run.width)
+    parser.add_argument("--head-size", type=int, default=run.head_size)
+    parser.add_argument("--layers", type=int, default=run.layers)
+    parser.add_argument("--steps", type=int, default=run.steps)
+    parser.add_argument("--batch-size", type=int, default=run.batch_size)
+    parser.add_argument("--learning-rate", type=float, default=run.learning_rate)
+    parser.add_argument("--evaluate-every", type=int, default=run.evaluate_every)
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one or several")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the results to this file")
+    parser.add_argument("--plot", type=Path, metavar="OUT", help="write the curves to this PNG")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    report = compare(
+        Task(options.distance, options.chunk_length, options.pairs, options.values),
+        Run(
+            options.width,
+            options.head_size,
+            options.layers,
+            options.steps,
+            options.batch_size,
+            options.learning_rate,
+            options.evaluate_every,
+            device=options.device,
+        ),
+        options.seed,
+    )
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    if options.plot:
+        plot(report, options.plot)
+    print(table(report))
+
+
+def _shuffled(rows: int, count: int, generator: torch.Generator) -> Tensor:
+    """[rows, count], each row the numbers below ``count`` in random order."""
+    return torch.rand(rows, count, generator=generator).argsort(dim=1)
+
+
+if __name__ == "__main__":
+    main()
