@@ -131,10 +131,9 @@ def _scan_kernel(
         local_a = tl.load(local + slot, mask=exists, other=0.0)
         local_b = tl.load(local + slot + D, mask=exists, other=0.0)
         local_m = tl.load(local + slot + 2 * D, mask=exists, other=0.0)
+        steps = tl.minimum(SEGMENT, T - segment * SEGMENT)
         if MASKED:
             steps = tl.load(counts + row * segments + segment)
-        else:
-            steps = tl.minimum(SEGMENT, T - segment * SEGMENT)
         tl.store(states + slot, a, mask=exists)
         tl.store(states + slot + D, b, mask=exists)
         tl.store(states + slot + 2 * D, m, mask=exists)
@@ -235,15 +234,15 @@ def _scan_gradient_kernel(
         local_pa = tl.load(local + slot + 2 * D, mask=exists, other=0.0)
         local_pb = tl.load(local + slot + 3 * D, mask=exists, other=0.0)
         local_m = tl.load(local + slot + 4 * D, mask=exists, other=0.0)
+        steps = tl.minimum(SEGMENT, T - segment * SEGMENT)
         if MASKED:
-            steps = tl.load(counts + row * segments + segment).to(tl.float32)
-        else:
-            steps = tl.minimum(SEGMENT, T - segment * SEGMENT).to(tl.float32)
+            steps = tl.load(counts + row * segments + segment)
         tl.store(after + slot, ga, mask=exists)
         tl.store(after + slot + D, gb, mask=exists)
         tl.store(after + slot + 2 * D, pa, mask=exists)
         tl.store(after + slot + 3 * D, pb, mask=exists)
         tl.store(after + slot + 4 * D, m, mask=exists)
+        steps = steps.to(tl.float32)
         m, old, new = _merge(m + steps * decay, local_m)
         pa = old * (pa + steps * ga) + new * local_pa
         pb = old * (pb + steps * gb) + new * local_pb

@@ -2,8 +2,8 @@
 
     y_t = r_t (S_t + diag(u) k_t^T v_t),      S_{t+1} = diag(w) S_t + k_t^T v_t
 
-(Peng et al. 2024, "Eagle and Finch", section 4.1.) Chunks of 64 tokens are handled by matrix products, in
-three launches:
+(Peng et al. 2024, "Eagle and Finch", section 4.1.) Chunks of 64 tokens are handled by matrix products, in three
+launches:
 
 1. each chunk's own update U_j = sum_s (w^{n-1-s} k_s)^T v_s;
 2. a scan over chunks from zero, C_{j+1} = w^{n_j} C_j + U_j; the last C is the *contribution*, and the state
@@ -11,15 +11,18 @@ three launches:
 3. outputs (w^t r_t) S_j + A v, with A_ts = sum_i r_ti k_si w_i^{t-1-s} for s < t, and r_t diag(u) k_t on the
    diagonal.
 
-The backward pass mirrors them: G_j = sum_t (w^t r_t)^T dy_t, the same scan reversed, then dr, dk, dv.
+The backward pass mirrors them: G_j = sum_t (w^t r_t)^T dy_t, the same scan reversed, then dv by the kernel of 3.
+transposed, and dr, dk by one of their own.
 
 A is stable for every decay, however small: the chunk is halved until w^{-block/2} is harmless, as often as the
-head's strongest decay needs. Between two halves exponents are counted from their common border and are all >= 0,
+head's strongest decay needs. Between two halves exponents count from their common border and are all >= 0,
 within the smallest block from its middle. Weak decays need one matrix product, w = 1e-9 needs seven. The
 gradient of log w weighs each product by the same local exponents, so nothing large cancels in it.
 
 The states before every chunk (N / 64 float32 numbers per token and channel) are kept for the backward pass. All
-sums are float32, each product in three tf32 parts (``PRECISION``); sums over rows and chunks go through buffers
+sums are float32. A product of float32 operands is taken in three tf32 parts (relative error about 4e-7); where
+the inputs are bfloat16 or float16, in bfloat16 parts, the inputs themselves exact (errors of results and of
+gradients before their rounding to the input's dtype 2e-6 to 6e-6). Sums over rows and chunks go through buffers
 that are added in a fixed order: results are the same to the bit. One configuration per head size, nothing is
 tuned at run time. float64 is refused. Over 400 lines, because both directions share every helper and the scan.
 """
@@ -39,10 +42,12 @@ from rwkv_rev.wkv.dispatch import KernelError
 LEVELS = 6
 CHUNK = 1 << LEVELS
 PRECISIONS = {torch.float32: "tf32x3", torch.float16: "bf16x3", torch.bfloat16: "bf16x3"}
+# Change tiles only with the gpu tests at hand: for VALUE_TILE = 32 or KEY_TILE = 16 the ptxas of CUDA 12.8 (Triton
+# 3.6) reads uniform registers before it writes them, and the kernel leaves its shared memory.
 OUTER_WARPS = 4
 SCAN_BLOCK, SCAN_WARPS, SCAN_STAGES = 256, 2, 6
-VALUE_TILE, VALUE_WARPS, VALUE_REG = 64, 4, None
-KEY_TILE, KEY_VALUE_TILE, KEY_WARPS, KEY_REG = 32, 32, 4, None
+VALUE_TILE, VALUE_WARPS = 64, 4
+KEY_TILE, KEY_VALUE_TILE, KEY_WARPS = 32, 32, 4
 MAX_HEAD_SIZE = 128
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _MIN_LOG_DECAY = tl.constexpr(-1e5)  # below it w is zero in float32 anyway, and 0 * inf cannot happen
@@ -102,7 +107,7 @@ def _matrix(x, slot, i, c, N: tl.constexpr):
 
 @triton.jit
 def _dot(a, b, total, PRECISION: tl.constexpr):
-    """total + a b. For "bf16x3" a float32 operand is the sum of two bfloat16, 16 bits; the lowest product is left out."""
+    """total + a b. In "bf16x3" a float32 operand is the sum of two bfloat16; the lowest product is left out."""
     if PRECISION != "bf16x3":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
     a_high = a.to(tl.bfloat16)
@@ -387,7 +392,7 @@ class _Launcher:
         width, tiles = self.tiles(VALUE_TILE)
         _value_kernel[(self.B * self.chunks * self.H * tiles,)](
             r, k, values, self.log_decay, bonus, states, self.index, self.counts, out, *self.sizes,
-            BV=width, TILES=tiles, TRANSPOSED=transposed, num_warps=VALUE_WARPS, maxnreg=VALUE_REG, **self.fixed,
+            BV=width, TILES=tiles, TRANSPOSED=transposed, num_warps=VALUE_WARPS, **self.fixed,
         )  # fmt: skip
         return out
 
@@ -400,7 +405,7 @@ class _Launcher:
         width, tiles = self.tiles(KEY_VALUE_TILE)
         _key_gradient_kernel[(self.B * self.chunks * self.H * key_tiles,)](
             r, k, *others, self.index, self.counts, d_r, d_k, d_log_decay, d_bonus, *self.sizes,
-            BK=key_width, KEY_TILES=key_tiles, BV=width, TILES=tiles, num_warps=KEY_WARPS, maxnreg=KEY_REG, **self.fixed,
+            BK=key_width, KEY_TILES=key_tiles, BV=width, TILES=tiles, num_warps=KEY_WARPS, **self.fixed,
         )  # fmt: skip
         return d_r, d_k, d_log_decay, d_bonus
 
