@@ -5,7 +5,8 @@ most :data:`LOGITS_AT_ONCE` logits each, as fused linear cross-entropy losses do
 forward pass and scaled by the incoming one in the backward pass, which a scalar loss allows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -104,14 +105,16 @@ class FinishedGradients(torch.autograd.Function):
 
     ``FinishedGradients.apply(compute, *inputs)`` calls ``compute()``, which returns ``(loss, extras, gradients)``:
     the scalar, further outputs that carry no gradient, and one gradient (or None) per input. The backward pass
-    scales and returns them, so hooks, accumulation and data-parallel reduction work as for any operation.
+    scales and returns them, so hooks, accumulation and data-parallel reduction work as for any operation. Hooks on
+    the inputs see the finished gradient alone, not the parts that it is computed from.
     """
 
     @staticmethod
     def forward(
         ctx: Any, compute: Callable[[], tuple[Tensor, tuple[Tensor, ...], list]], *inputs: Tensor
     ) -> Any:
-        loss, extras, gradients = compute()
+        with _hooks_withheld(inputs):
+            loss, extras, gradients = compute()
         ctx.gradients = [
             None if gradient is None else gradient.to(tensor.dtype)
             for gradient, tensor in zip(gradients, inputs, strict=True)
@@ -142,6 +145,19 @@ def linear_cross_entropy(
         return loss, (), [to_hidden, *to_head]
 
     return FinishedGradients.apply(compute, hidden, *parameters)[0]
+
+
+@contextmanager
+def _hooks_withheld(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Keep hooks of ``tensors`` from being called by ``torch.autograd.grad``, which would apply them twice over."""
+    withheld = [(hooks, dict(hooks)) for tensor in tensors if (hooks := tensor._backward_hooks)]
+    for hooks, _ in withheld:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, kept in withheld:
+            hooks.update(kept)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
