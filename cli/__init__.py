@@ -23,6 +23,8 @@ COMMANDS = (
     ("verify", "Prove that a converted model computes what its original computes."),
     ("export", "Write a converted model back in the original layouts, bit for bit."),
     ("generate", "Continue a text with a converted model."),
+    ("finetune", "Train a model on your data, with the exact gradient of the whole context."),
+    ("eval", "Bits per byte and perplexity by position in the context."),
 )
 
 HELP = """Convert pretrained RWKV-4/5 checkpoints to reversible cells and prove that nothing changed.

@@ -9,13 +9,19 @@ import yaml
 from rwkv_rev.configuration import RwkvRevConfig
 
 
-def model_card(config: RwkvRevConfig, record: dict[str, Any], verification: Any = None) -> str:
+def model_card(
+    config: RwkvRevConfig,
+    record: dict[str, Any],
+    verification: Any = None,
+    training: list[tuple[str, object]] | None = None,
+) -> str:
     """Markdown of the card.
 
     Args:
         config: of the converted model.
         record: contents of ``conversion.json``.
         verification: report of the verification, or None if it was not asked for.
+        training: fields and values of a fine-tuning run, for a model whose values are no longer the source's.
     """
     name = _source_name(record)
     header: dict[str, Any] = {
@@ -25,15 +31,21 @@ def model_card(config: RwkvRevConfig, record: dict[str, Any], verification: Any 
     }
     if _is_hub(record):
         header["base_model"] = record["source"]
+    if training is None:
+        title, values = f"# {name}, reversible", _values(config, record)
+        last = "## Verification\n\n" + _verification(verification, record)
+    else:
+        title, values = f"# {name}, reversible, fine-tuned", "They were fine-tuned; see below."
+        last = "## Fine-tuning\n\n" + _table(("field", "value"), training)
     sections = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
-        f"# {name}, reversible",
+        title,
         f"RWKV-{config.rwkv_version} weights of `{name}` in the form that rwkv-rev runs and trains as "
-        f"time-reversible cells. {_values(config, record)}",
+        f"time-reversible cells. {values}",
         _usage(),
         "## Source\n\n" + _table(("field", "value"), _provenance(record)),
         "## Architecture\n\n" + _table(("field", "value"), _architecture(config)),
-        "## Verification\n\n" + _verification(verification, record),
+        last,
     ]
     return "\n\n".join(sections) + "\n"
 

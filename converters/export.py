@@ -82,6 +82,10 @@ def export(
     if output.resolve() == inside or output.resolve() in inside.parents:
         raise OutputError(f"{output} holds the model itself; choose another --output")
     with ConvertedModel(directory) as model:
+        if to == "hf" and model.config.has_initial_state:
+            raise OutputError(
+                "the hf layout has no place for a tuned initial state; export with --to blinkdl instead"
+            )
         layout = "blinkdl" if to == "blinkdl" else hub_layout(model.config.rwkv_version)
         table = _as_stored(tensor_table(model.config, layout), layout, model.record)
         nbytes = sum(model.nbytes(row.name) for row in table)
@@ -110,7 +114,12 @@ def _as_stored(
 
 
 def _write_pth(model: ConvertedModel, table: tuple[TensorNames, ...], output: Path, *, force: bool) -> None:
-    state = {row.foreign: model.tensor(row.name).reshape(row.foreign_shape) for row in table}
+    state = {
+        row.foreign: model.tensor(row.name).transpose(-1, -2).contiguous()
+        if row.transposed
+        else model.tensor(row.name).reshape(row.foreign_shape)
+        for row in table
+    }
     with whole_file(output, force=force) as path:
         try:
             torch.save(state, path)

@@ -7,7 +7,8 @@ Layouts:
                       extend the names of ``transformers``.
 
 Vectors that mix a token with the one before have the shape [1, 1, D] in every foreign layout and [D] in ours;
-all other shapes agree. Shapes are written in the letters B, T, D, H, N, F, V of the README.
+all other shapes agree. A tuned initial state exists in ``blinkdl`` alone. Shapes are written in the
+letters B, T, D, H, N, F, V of the README.
 """
 
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ class TensorNames:
     shape: tuple[int, ...]
     foreign: str
     foreign_shape: tuple[int, ...]
+    transposed: bool = False  # the last two dimensions are exchanged in the foreign layout
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,10 @@ def tensor_table(config: RwkvRevConfig, layout: Layout) -> tuple[TensorNames, ..
             table += [entry(row) for row in _FIRST_BLOCK]
         prefixes = (f"model.blocks.{i}.", f"blocks.{i}.", f"rwkv.blocks.{i}.")
         table += [entry(row, *prefixes) for row in _EACH_BLOCK if version in row.versions]
+        if config.has_initial_state and layout == "blinkdl":
+            state = (config.num_attention_heads, config.head_size, config.head_size)
+            foreign = f"blocks.{i}.att.time_state"  # value index first there, key index first here
+            table.append(TensorNames(f"model.initial_wkv.{i}", state, foreign, state, transposed=True))
     table += [entry(row) for row in _AFTER]
     return tuple(table)
 

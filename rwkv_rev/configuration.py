@@ -29,6 +29,7 @@ class RwkvRevConfig(PreTrainedConfig):
         group_norm_epsilon: eps of the GroupNorm after the RWKV-5 recurrence. Published models divide by
             ``head_size_divisor = 8`` before a GroupNorm of eps 1e-5, which is 64e-5 without the division.
         bonus_is_exponential: the stored bonus is the logarithm of u (RWKV-5.0 files with ``time_first``).
+        has_initial_state: the model holds a tuned initial WKV state (RWKV-5), with which every context begins.
         bptt: gradient strategy; ``auto`` is ``full`` up to one chunk and ``reversible`` above it.
         chunk_length: C, tokens per chunk of the strategies that work in chunks.
         tape: where remnants are kept, ``host``, ``device`` or ``disk``.
@@ -50,6 +51,7 @@ class RwkvRevConfig(PreTrainedConfig):
     layer_norm_epsilon: float = 1e-5
     group_norm_epsilon: float = 64e-5
     bonus_is_exponential: bool = False
+    has_initial_state: bool = False
     bptt: str = "auto"
     chunk_length: int = 1024
     tape: str = "host"
@@ -71,6 +73,8 @@ class RwkvRevConfig(PreTrainedConfig):
                 raise ValueError(f"{field} = {getattr(self, field)!r} must be one of {', '.join(allowed)}")
         if self.chunk_length < 1:
             raise ValueError(f"chunk_length = {self.chunk_length} must be at least 1 token")
+        if self.has_initial_state and not self.has_heads:
+            raise ValueError("has_initial_state = True needs RWKV-5: RWKV-4 has no state of matrices")
         super().__post_init__(**kwargs)
         # whoever holds a configuration may next ask an Auto class for its model
         register_models()

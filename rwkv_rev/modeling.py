@@ -7,7 +7,7 @@ would be the largest tensor of all.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, cast
 
@@ -61,7 +61,7 @@ class RwkvRevPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["Block"]  # noqa: RUF012 (declared so by the base class)
     _is_stateful = True
     # decays act through a double exponential: half precision would change them
-    _keep_in_fp32_modules_strict = ["time_decay", "bonus"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["time_decay", "bonus", "initial_wkv"]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -70,6 +70,9 @@ class RwkvRevPreTrainedModel(PreTrainedModel):
             initialize_time_mix(module, self.config)
         elif isinstance(module, ChannelMix):
             initialize_channel_mix(module, self.config)
+        elif isinstance(module, nn.ParameterList):
+            for state in module:
+                init.zeros_(state)
         elif isinstance(module, nn.Embedding):
             init.uniform_(module.weight, a=-1e-4, b=1e-4)
         elif isinstance(module, nn.LayerNorm):
@@ -88,6 +91,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         self.ln0 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.ln_out = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.initial_wkv = initial_states(config) if config.has_initial_state else None
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -168,9 +172,14 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         )
 
     def initial_state(self, batch_size: int) -> RwkvRevState:
-        """The empty state for ``batch_size`` rows, on the model's device."""
+        """What ``batch_size`` rows begin with, on the model's device: empty, or with the tuned WKV state."""
         weight = self.ln0.weight
-        return RwkvRevState.empty(self.config, batch_size, weight.device, weight.dtype)
+        state = RwkvRevState.empty(self.config, batch_size, weight.device, weight.dtype)
+        if self.initial_wkv is None:
+            return state
+        tuned = torch.stack(list(self.initial_wkv)).to(state.wkv.dtype)  # [L, H, N, N]
+        wkv = tuned[:, None].expand(-1, batch_size, -1, -1, -1).contiguous()
+        return replace(state, wkv=wkv)
 
 
 class RwkvRevForCausalLM(RwkvRevPreTrainedModel, GenerationMixin):
@@ -214,6 +223,22 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, GenerationMixin):
 
     def run(self, x: Tensor, state: RwkvRevState, mask: ChunkMask | None) -> tuple[Tensor, RwkvRevState]:
         return self.model.run(x, state, mask)
+
+    def initial_state(self, batch_size: int) -> RwkvRevState:
+        """What ``batch_size`` rows begin with when no state is given."""
+        return self.model.initial_state(batch_size)
+
+    def add_initial_state(self) -> None:
+        """Give the model an initial WKV state to tune, zero at first; one that it has stays.
+
+        Raises:
+            ValueError: for RWKV-4.
+        """
+        if not self.config.has_heads:
+            raise ValueError("RWKV-4 has no state of matrices to tune")
+        if self.model.initial_wkv is None:
+            self.model.initial_wkv = initial_states(self.config).to(self.model.ln0.weight.device)
+            self.config.has_initial_state = True
 
     # --- use --------------------------------------------------------------------------------------------------
 
@@ -400,6 +425,12 @@ class BpttSetting:
     ) -> None:
         for name, value in self._former.items():
             setattr(self._config, name, value)
+
+
+def initial_states(config: RwkvRevConfig) -> nn.ParameterList:
+    """A WKV state [H, N, N] (key index first) of zeros for each layer, float32."""
+    shape = (config.num_attention_heads, config.head_size, config.head_size)
+    return nn.ParameterList(torch.zeros(shape) for _ in range(config.num_hidden_layers))
 
 
 def valid_tokens(attention_mask: Tensor | None, length: int) -> Tensor | None:

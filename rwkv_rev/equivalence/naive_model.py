@@ -119,7 +119,8 @@ def _time_mix(x: Tensor, tensors: Mapping[str, Tensor], att: str, group_norm_eps
         return _linear(out, tensors, f"{att}.output")
     heads = decay.shape[0]
     u = stored_bonus.exp() if exponential else stored_bonus
-    y = _wkv5(r, k, v, decay.reshape(heads, -1, 1), u.reshape(heads, -1, 1))  # [T, H, N]
+    start = tensors[f"{att}.time_state"].double().mT if f"{att}.time_state" in tensors else None
+    y = _wkv5(r, k, v, decay.reshape(heads, -1, 1), u.reshape(heads, -1, 1), start)  # [T, H, N]
     y = _standardised(y, group_norm_epsilon).flatten(1)
     y = y * tensors[f"{att}.ln_x.weight"].double() + tensors[f"{att}.ln_x.bias"].double()
     if f"{att}.gate.weight" in tensors:
@@ -142,11 +143,11 @@ def _wkv4(k: Tensor, v: Tensor, decay: Tensor, bonus: Tensor) -> Tensor:
     return out
 
 
-def _wkv5(r: Tensor, k: Tensor, v: Tensor, decay: Tensor, u: Tensor) -> Tensor:
-    """r, k, v ``[T, D]``; decay, u ``[H, N or 1, 1]``; returns ``[T, H, N]``."""
+def _wkv5(r: Tensor, k: Tensor, v: Tensor, decay: Tensor, u: Tensor, start: Tensor | None = None) -> Tensor:
+    """r, k, v ``[T, D]``; decay, u ``[H, N or 1, 1]``; start ``[H, N, N]`` or zero; returns ``[T, H, N]``."""
     heads = decay.shape[0]
     r, k, v = (tensor.unflatten(-1, (heads, -1)) for tensor in (r, k, v))
-    state = k.new_zeros(heads, k.shape[-1], k.shape[-1])  # key index first
+    state = k.new_zeros(heads, k.shape[-1], k.shape[-1]) if start is None else start  # key index first
     out = torch.empty_like(v)
     for t in range(k.shape[0]):
         kv = k[t, :, :, None] * v[t, :, None, :]

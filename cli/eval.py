@@ -1,0 +1,73 @@
+"""``rwkv-rev eval``: does a long context help?"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rwkv_rev.cli import output as out
+
+
+def eval(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A converted or fine-tuned model folder.")],
+    data: Annotated[
+        list[str],
+        typer.Option(help="Files, folders, globs or hf:owner/name; repeatable.", show_default=False),
+    ],
+    context_length: Annotated[
+        int, typer.Option(min=2, help="Tokens per row; every row begins anew.")
+    ] = 16384,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 1,
+    max_tokens: Annotated[int, typer.Option(min=0, help="Read at most about so many tokens; 0 for all.")] = 0,
+    text_field: Annotated[str | None, typer.Option(help="Field of the text in records.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw bits per byte by position.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Arithmetic: auto, float32, bfloat16, float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda; auto takes a GPU if there is one.")] = "auto",
+    cache_dir: Annotated[str | None, typer.Option(help="Where tokenised data is kept.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Bits per byte and perplexity of a model on a text, by position in the context.
+
+    If the numbers fall from bucket to bucket, the model uses what lies that far back. Streaming: memory does not
+    grow with --context-length.
+
+    Examples:
+
+      rwkv-rev eval my-model --data book.txt --context-length 65536
+
+      rwkv-rev eval my-book --data book.txt --context-length 1048576 --plot positions.png
+    """
+    from rwkv_rev.training.evaluate import evaluate_directory
+    from rwkv_rev.training.plots import plot_buckets, refuse_without_matplotlib
+
+    if plot is not None:
+        refuse_without_matplotlib()
+    result = evaluate_directory(
+        directory,
+        data,
+        context_length=context_length,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        text_field=text_field,
+        dtype=dtype,
+        device=device,
+        cache_dir=cache_dir,
+    )
+    if plot is not None:
+        curve = [bucket.bits_per_byte for bucket in result.buckets]
+        names = [bucket.name for bucket in result.buckets]
+        plot_buckets(names, {directory.name: curve}, plot, "Bits per byte by position", "bits per byte")
+    if as_json:
+        out.print_json(result.to_dict())
+        return
+    rows = [
+        [name, f"{b.tokens:,}", f"{b.bits_per_byte:.4f}", f"{b.bits_per_token:.4f}", f"{b.perplexity:.4f}"]
+        for name, b in [*((bucket.name, bucket) for bucket in result.buckets), ("all", result.total)]
+    ]
+    out.print_table(
+        f"{directory}: context of {context_length:,} tokens",
+        ["position", ">tokens", ">bits/byte", ">bits/token", ">perplexity"],
+        rows,
+    )

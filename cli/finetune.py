@@ -1,0 +1,189 @@
+"""``rwkv-rev finetune``: data in, adapted model out."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from rwkv_rev.cli import output as out
+
+Text = str | None
+Number = int | None
+
+
+def finetune(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[DIR]", help="A converted or fine-tuned model folder.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Files, folders, globs (.txt .jsonl .parquet .bin/.idx) or hf:owner/name; repeatable."
+        ),
+    ] = None,
+    output: Annotated[Text, typer.Option(help="The model folder to make.")] = None,
+    context_length: Annotated[
+        Number, typer.Option(help="Most tokens one gradient goes through. [16384]")
+    ] = None,
+    chunk_length: Annotated[Number, typer.Option(help="Tokens per chunk.  [the model's own]")] = None,
+    bptt: Annotated[
+        Text, typer.Option(help="auto, full, checkpoint, reversible, truncated, ...  [auto]")
+    ] = None,
+    tape: Annotated[Text, typer.Option(help="host, device or disk.  [host]")] = None,
+    batch_size: Annotated[Number, typer.Option(help="Rows at once per process.  [1]")] = None,
+    grad_accum: Annotated[Number, typer.Option(help="Batches per optimizer step.  [1]")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate.  [full 1e-4, lora 5e-4, state 1e-2]")
+    ] = None,
+    lr_schedule: Annotated[Text, typer.Option(help="cosine, linear, constant, ...  [cosine]")] = None,
+    warmup: Annotated[
+        float | None, typer.Option(help="Warmup steps; below 1 a share of all.  [0.03]")
+    ] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Of matrices.  [0]")] = None,
+    max_steps: Annotated[Number, typer.Option(help="Optimizer steps; replaces --epochs.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.  [1]")] = None,
+    dtype: Annotated[
+        Text, typer.Option(help="Arithmetic: auto, float32, bfloat16, float16. Weights train in float32.")
+    ] = None,
+    tune: Annotated[
+        Literal["full", "lora", "state"] | None,
+        typer.Option(help="Everything, low-rank additions, or the initial state.  [full]"),
+    ] = None,
+    lora_rank: Annotated[Number, typer.Option(help="Rank of the additions.  [32]")] = None,
+    lora_targets: Annotated[
+        Text, typer.Option(help="Linear maps with an addition, comma-separated.  [all but the head]")
+    ] = None,
+    carry_state: Annotated[
+        bool | None,
+        typer.Option("--carry-state", help="Long documents go on with their state; gradient cut per row."),
+    ] = None,
+    pack: Annotated[
+        bool | None, typer.Option("--pack", help="One stream of all documents; state leaks between them.")
+    ] = None,
+    text_field: Annotated[Text, typer.Option(help="Field of the text in records.")] = None,
+    prompt_field: Annotated[Text, typer.Option(help="Field of the prompt; no loss on it.")] = None,
+    completion_field: Annotated[Text, typer.Option(help="Field of the completion.")] = None,
+    seed: Annotated[Number, typer.Option(help="Of data order and new parameters.  [0]")] = None,
+    eval_data: Annotated[list[str] | None, typer.Option(help="Held-out data; repeatable.")] = None,
+    eval_every: Annotated[Number, typer.Option(help="Steps between evaluations.")] = None,
+    save_every: Annotated[Number, typer.Option(help="Steps between checkpoints; 0 for none.  [100]")] = None,
+    resume: Annotated[
+        Text, typer.Option(metavar="auto|PATH", help="Go on from the newest or a named checkpoint.")
+    ] = None,
+    report_to: Annotated[Text, typer.Option(help="none, tensorboard, wandb or trackio.  [none]")] = None,
+    device: Annotated[Text, typer.Option(help="auto, cpu or cuda.  [auto]")] = None,
+    cache_dir: Annotated[Text, typer.Option(help="Where tokenised data is kept.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE.yaml", help="Settings; options here win over it.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; repeatable.")
+    ] = None,
+    push_to_hub: Annotated[Text, typer.Option(metavar="OWNER/NAME", help="Upload the result.")] = None,
+    force: Annotated[
+        bool | None, typer.Option("--force", help="Replace an existing output and an unfinished run.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show settings, data, memory and steps; train nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only the path.")] = False,
+) -> None:
+    """Fine-tune a converted model over long contexts, with the exact gradient of each whole context.
+
+    OUTPUT is a normal model folder with a log and a loss curve. Under torchrun or accelerate launch every
+    process takes its share of the data.
+
+    Examples:
+
+      rwkv-rev finetune my-model --data book.txt --output my-book --context-length 65536 --max-steps 100
+
+      rwkv-rev finetune my-model --data chats.jsonl --output tuned --tune lora --lora-rank 16
+
+      torchrun --nproc-per-node 2 -m rwkv_rev.cli finetune my-model --data corpus/ --output tuned
+    """
+    given: dict[str, Any] = {
+        name: value
+        for name, value in locals().items()
+        if name not in ("config", "set_", "dry_run", "as_json", "quiet", "lora_targets")
+    }
+    if lora_targets is not None:
+        given["lora_targets"] = [name.strip() for name in lora_targets.split(",") if name.strip()]
+    from rwkv_rev.training.config import build_config
+
+    settings = build_config(file=config, pairs=set_ or (), options=given)
+    from rwkv_rev.training.launch import first_process, in_processes
+
+    if dry_run:
+        from rwkv_rev.training.finetune import plan
+
+        planned = plan(settings, progress=not quiet)
+        if first_process():
+            _print_plan(planned, as_json)
+        return
+    from rwkv_rev.training.finetune import run
+
+    with in_processes():
+        result = run(settings, notify=out.note if first_process() else lambda text: None, quiet=quiet)
+    if not first_process():
+        return
+    if as_json:
+        out.print_json(result.to_dict())
+    elif quiet:
+        out.print_text(str(result.output))
+    else:
+        _print_result(result)
+
+
+def _print_plan(planned: Any, as_json: bool) -> None:
+    values = planned.to_dict()
+    if as_json:
+        out.print_json(values)
+        return
+    shown = {name: value for name, value in values["settings"].items() if value not in (None, [], False)}
+    out.print_fields("Settings", {**shown, "model is": values["model"], "processes": values["processes"]})
+    data = values["data"]
+    out.print_fields(
+        "\nData",
+        {
+            "documents": f"{data['documents']:,}",
+            "tokens": f"{data['tokens']:,} (shortest {data['shortest']:,}, longest {data['longest']:,})",
+            "rows": f"{data['rows']:,}",
+            "padding": f"{data['padding_share']:.1%}",
+        },
+    )
+    memory = values["memory"]
+    out.print_fields(
+        "\nForecast",
+        {
+            "steps": f"{values['steps']:,}",
+            "tokens per step": f"{values['tokens_per_step']:,.0f}",
+            **{
+                name: out.human_bytes(memory[name])
+                for name in ("weights", "optimizer", "graph", "device", "tape")
+            },
+        },
+    )
+    for text in values["notes"]:
+        out.note(f"warning: {text}")
+
+
+def _print_result(result: Any) -> None:
+    held_out = result.held_out
+    fields: dict[str, object] = {
+        "model": result.output,
+        "tuned": f"{result.tune}, {result.trainable_parameters:,} of {result.parameters:,} parameters",
+        "steps": f"{result.steps:,}",
+        "training loss": f"{result.first_loss:.4f} to {result.last_loss:.4f} nats per token",
+    }
+    if held_out is not None:
+        fields["held-out"] = f"{held_out[0]:.4f} to {held_out[1]:.4f} bits per byte"
+    fields |= {
+        "speed": f"{result.tokens_per_second:,.0f} tokens/s ({result.tokens:,} tokens, {result.seconds:,.0f} s)",
+        "tape": out.human_bytes(result.tape_bytes),
+        "memory": out.human_bytes(result.memory_bytes),
+        "log and curve": result.output / "training",
+    }
+    if result.address:
+        fields["uploaded to"] = result.address
+    out.print_fields("Fine-tuned", fields)

@@ -1,0 +1,136 @@
+"""What a run shows and writes down on its way: a progress bar, a JSONL log, a stop at a loss that is no number.
+
+The bar goes to stderr and is off where that is no terminal. The log is always written, one JSON object a line: rows
+with ``loss`` per logged step, rows with ``eval_loss`` per evaluation. A resumed run drops the rows after the
+checkpoint it goes on from, so that each step stands in the log once.
+"""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rwkv_rev.errors import DataError
+
+
+class Log(TrainerCallback):
+    """Appends every row to ``path``; only the first process writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            kept = [
+                row for row in read_log(self.path) if row["step"] <= state.global_step and state.global_step
+            ]
+            fresh = self.path.with_name(f".{self.path.name}")
+            fresh.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
+            fresh.replace(self.path)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs or not ("loss" in logs or "eval_loss" in logs):
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log; a last line cut short by a killed process is left out."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text("utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and "step" in row:
+                rows.append(row)
+    return rows
+
+
+class StopAtBadLoss(TrainerCallback):
+    """Raises DataError at a loss that is not finite: nothing after it could be right, and no checkpoint holds it."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs and not math.isfinite(logs.get("loss", 0.0)):
+            raise DataError(
+                f"the loss is {logs['loss']} at step {state.global_step}: lower --lr, lengthen --warmup or use "
+                "--dtype float32; --resume auto goes on from the last checkpoint"
+            )
+
+
+class Bar(TrainerCallback):
+    """A progress bar with loss, tokens per second, tape and memory."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet or not sys.stderr.isatty()
+        self._bar: tqdm | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        off = self.quiet or not state.is_world_process_zero
+        self._bar = tqdm(
+            total=state.max_steps, initial=state.global_step, unit="step", desc="fine-tuning", disable=off
+        )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._bar is None or not logs:
+            return
+        if "loss" in logs:
+            self._bar.set_postfix_str(describe(logs))
+        elif "eval_loss" in logs and not self._bar.disable:
+            text = f"step {state.global_step}: held-out {logs['eval_bits_per_byte']:.4f} bits/byte"
+            self._bar.write(text, file=sys.stderr)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def describe(row: dict[str, Any]) -> str:
+    """A log row in a few words."""
+    parts = [f"loss {row['loss']:.4f}", f"{row.get('tokens_per_second', 0):,.0f} tokens/s"]
+    for name, label in (("tape_bytes", "tape"), ("memory_bytes", "memory")):
+        if row.get(name):
+            parts.append(f"{label} {row[name] / 1e6:,.1f} MB")
+    return ", ".join(parts)

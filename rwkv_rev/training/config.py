@@ -1,0 +1,288 @@
+"""Everything a fine-tuning run can be told, as one dataclass.
+
+Values come from, in rising order: the defaults, a YAML file, ``key=value`` pairs, and explicit options. A key that
+does not exist is an error that names the nearest one; so is a value of the wrong type.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from rwkv_rev.configuration import BPTT_STRATEGIES, TAPES
+from rwkv_rev.errors import RwkvRevError
+
+TUNE = ("full", "lora", "state")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+REPORTERS = ("none", "tensorboard", "wandb", "trackio")
+SCHEDULES = ("constant", "linear", "cosine", "cosine_with_min_lr", "inverse_sqrt", "polynomial")
+DEFAULT_LR = {"full": 1e-4, "lora": 5e-4, "state": 1e-2}
+
+
+class ConfigError(RwkvRevError, ValueError):
+    """A setting that does not exist, has the wrong type, or does not go with another."""
+
+    exit_code = 2
+
+
+@dataclass
+class FinetuneConfig:
+    """Settings of one fine-tuning run; lengths in tokens, ``*_every`` in optimizer steps.
+
+    Attributes:
+        model: a converted or fine-tuned model folder.
+        data: files, folders, globs or dataset ids (:mod:`rwkv_rev.training.documents`).
+        output: model folder to make. Checkpoints and the log lie in ``OUTPUT.training`` until it is there.
+        text_field, prompt_field, completion_field: fields of records; found by name when None.
+        end_token: put after every document: ``auto`` is the tokenizer's own, ``none`` no token, or an id.
+        pack: lay all documents end to end in one stream; state runs on from one into the next.
+        carry_state: begin the next row of a long document with the state of the row before (gradient cut there).
+        context_length: T, the most tokens that one gradient goes through.
+        chunk_length: C, tokens per chunk; the model's own when None.
+        bptt: gradient strategy; ``auto`` is exact at every length.
+        tape, tape_dir: where remnants are kept, ``host``, ``device`` or ``disk``.
+        batch_size: rows at once per process. grad_accum: batches per optimizer step.
+        lr: highest learning rate; when None 1e-4 for ``full``, 5e-4 for ``lora``, 1e-2 for ``state``.
+        lr_schedule: shape of the learning rate after the warmup.
+        warmup: steps of linear warmup; below 1, a share of all steps.
+        weight_decay: of matrices; mixes, decays, norms and states are never decayed.
+        max_grad_norm: gradients are clipped to it; 0 does not clip.
+        max_steps: optimizer steps; ``epochs`` passes over the data when None.
+        dtype: of the arithmetic; ``auto`` is bfloat16 where a GPU has it, else float32. Weights are trained in
+            float32 whatever this is.
+        save_dtype: of changed tensors in the output. ``auto`` is float32, which loses nothing.
+        tune: ``full`` (everything), ``lora`` (low-rank additions, merged at the end) or ``state`` (RWKV-5: the
+            initial state alone).
+        lora_rank, lora_alpha, lora_dropout: alpha is twice the rank when None.
+        lora_targets: linear maps that get an addition, by name; all but the head when empty.
+        checkpoint_blocks: keep only each block's input inside a chunk: less memory, a third more time.
+        seed: of the order of the data, of new parameters and of dropout.
+        eval_data: held-out data; read whole every ``eval_every`` steps, before the first and after the last.
+        eval_tokens: at most so many tokens of it; 0 for all.
+        save_every: steps between checkpoints; 0 for none. keep: how many newest ones stay.
+        resume: ``auto`` (newest checkpoint of OUTPUT.training, if any), the path of one, or None.
+        log_every: steps between log rows. report_to: a further place for them.
+        device: ``auto``, ``cpu``, ``cuda``.
+        force: replace OUTPUT, and throw away an unfinished run of that name.
+        push_to_hub: repository to upload the result to. cache_dir: of tokenised data.
+        num_workers: processes that tokenise; by the size of the data when None.
+    """
+
+    model: str = ""
+    data: list[str] = field(default_factory=list)
+    output: str = ""
+    text_field: str | None = None
+    prompt_field: str | None = None
+    completion_field: str | None = None
+    end_token: str | int = "auto"
+    pack: bool = False
+    carry_state: bool = False
+    context_length: int = 16384
+    chunk_length: int | None = None
+    bptt: str = "auto"
+    tape: str | None = None
+    tape_dir: str | None = None
+    batch_size: int = 1
+    grad_accum: int = 1
+    lr: float | None = None
+    lr_schedule: str = "cosine"
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    max_steps: int | None = None
+    epochs: float = 1.0
+    dtype: str = "auto"
+    save_dtype: str = "auto"
+    tune: str = "full"
+    lora_rank: int = 32
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    lora_targets: list[str] = field(default_factory=list)
+    checkpoint_blocks: bool = False
+    seed: int = 0
+    eval_data: list[str] = field(default_factory=list)
+    eval_every: int = 0
+    eval_tokens: int = 0
+    save_every: int = 100
+    keep: int = 2
+    resume: str | None = None
+    log_every: int = 1
+    report_to: str = "none"
+    device: str = "auto"
+    force: bool = False
+    push_to_hub: str | None = None
+    cache_dir: str | None = None
+    num_workers: int | None = None
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate, chosen by ``tune`` when none was given."""
+        return DEFAULT_LR[self.tune] if self.lr is None else self.lr
+
+    @property
+    def work_directory(self) -> Path:
+        """Where checkpoints and the log lie while the run lasts."""
+        output = Path(self.output)
+        return output.with_name(output.name + ".training")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return dataclasses.asdict(self)
+
+    def check(self) -> None:
+        """Refuse values that do not exist or do not go together.
+
+        Raises:
+            ConfigError: naming the setting and what would work.
+        """
+        for name, allowed in (
+            ("tune", TUNE),
+            ("dtype", DTYPES),
+            ("save_dtype", DTYPES),
+            ("bptt", BPTT_STRATEGIES),
+            ("tape", (None, *TAPES)),
+            ("lr_schedule", SCHEDULES),
+            ("report_to", REPORTERS),
+        ):
+            if (value := getattr(self, name)) not in allowed:
+                choices = ", ".join(str(choice) for choice in allowed if choice is not None)
+                raise ConfigError(f"{name} = {value!r} does not exist; choose one of {choices}")
+        for name in ("model", "data", "output"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} is missing; give it as an option or in the configuration file")
+        for name, least in _LEAST.items():
+            if (number := getattr(self, name)) is not None and number < least:
+                raise ConfigError(f"{name} = {number} must be at least {least}")
+        for name in ("lr", "epochs"):
+            if (number := getattr(self, name)) is not None and number <= 0:
+                raise ConfigError(f"{name} = {number} must be above 0")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout = {self.lora_dropout} must be at least 0 and below 1")
+        if self.pack and self.carry_state:
+            raise ConfigError("pack and carry_state exclude each other: packed rows do not follow documents")
+        if (self.prompt_field is None) != (self.completion_field is None):
+            raise ConfigError("prompt_field and completion_field go together; name both")
+        if self.eval_every and not self.eval_data:
+            raise ConfigError("eval_every needs eval_data")
+        if self.tune != "lora" and self.lora_targets:
+            raise ConfigError(f"lora_targets are for tune = lora, this run has tune = {self.tune}")
+        if isinstance(self.end_token, str) and self.end_token not in ("auto", "none"):
+            raise ConfigError(f"end_token = {self.end_token!r} must be auto, none or a token id")
+
+
+_LEAST: Mapping[str, int] = {
+    "context_length": 2,
+    "chunk_length": 1,
+    "batch_size": 1,
+    "grad_accum": 1,
+    "max_steps": 1,
+    "warmup": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "lora_rank": 1,
+    "eval_every": 0,
+    "eval_tokens": 0,
+    "save_every": 0,
+    "keep": 1,
+    "log_every": 1,
+    "num_workers": 1,
+}
+_TYPES = typing.get_type_hints(FinetuneConfig)
+
+
+def build_config(
+    *,
+    file: str | Path | None = None,
+    pairs: Iterable[str] = (),
+    options: Mapping[str, Any] | None = None,
+) -> FinetuneConfig:
+    """A configuration from a YAML file, then ``key=value`` pairs, then options (those not None).
+
+    Raises:
+        ConfigError: for a key that does not exist, a value of the wrong type, or an unreadable file.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        values |= _read_yaml(Path(file))
+    for pair in pairs:
+        key, sign, text = pair.partition("=")
+        if not sign:
+            raise ConfigError(f"{pair!r} is not key=value")
+        try:
+            values[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{pair!r}: the value is not valid YAML") from error
+    values |= {key: value for key, value in (options or {}).items() if value is not None}
+    return FinetuneConfig(**{_known(key): _typed(key, value) for key, value in values.items()})
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not valid YAML: {reason}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines, it holds a {type(values).__name__}")
+    for key in values:
+        try:
+            _known(key)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+    return values
+
+
+def _known(key: Any) -> str:
+    """``key`` itself if it is a setting; dashes are as good as underscores."""
+    name = str(key).replace("-", "_")
+    if name in _TYPES:
+        return name
+    near = difflib.get_close_matches(name, _TYPES, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_TYPES)}"
+    raise ConfigError(f"{key} is not a setting; {hint}")
+
+
+def _typed(key: str, value: Any) -> Any:
+    """``value`` as its field's type, without guessing across kinds."""
+    name = _known(key)
+    wanted = _TYPES[name]
+    kinds = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    if value is None and type(None) in kinds:
+        return None
+    for kind in kinds:
+        if typing.get_origin(kind) is list:
+            items = [value] if isinstance(value, str) else value
+            if isinstance(items, list | tuple) and all(isinstance(item, str) for item in items):
+                return list(items)
+        elif kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+            try:
+                return float(value)  # YAML reads 1e-4, without a dot, as a string
+            except ValueError:
+                continue
+        elif (
+            isinstance(kind, type)
+            and isinstance(value, kind)
+            and not (kind is int and isinstance(value, bool))
+        ):
+            return value
+    described = " or ".join(_KIND_NAMES.get(kind, "a list of texts") for kind in kinds)
+    raise ConfigError(f"{key} = {value!r} must be {described}")
+
+
+_KIND_NAMES: Mapping[Any, Literal["a text", "a whole number", "a number", "true or false", "null"]] = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}

@@ -1,0 +1,57 @@
+"""What a checkpoint belongs to, so that a run is never resumed with another model, other data or other settings."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from rwkv_rev.errors import CheckpointError
+
+SAMPLES = 16
+SAMPLE_BYTES = 1 << 16
+
+
+def model_fingerprint(directory: Path) -> str:
+    """SHA-256 over the size and :data:`SAMPLES` evenly spread blocks of every weight file, and the architecture.
+
+    Quick at any size; differs for other weights unless they agree in all blocks.
+    """
+    digest = hashlib.sha256()
+    config = json.loads((directory / "config.json").read_text("utf-8"))
+    for name in ("rwkv_version", "hidden_size", "num_hidden_layers", "vocab_size", "group_norm_epsilon"):
+        digest.update(f"{name}={config.get(name)}\n".encode())
+    for path in sorted(directory.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}\n".encode())
+        with path.open("rb") as file:
+            for sample in range(SAMPLES):
+                file.seek(max(0, (size - SAMPLE_BYTES) * sample // (SAMPLES - 1)))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def refuse_other_run(checkpoint: Path, identity: dict[str, Any]) -> None:
+    """Raise CheckpointError unless ``checkpoint`` belongs to a run of this identity."""
+    from rwkv_rev.training.trainer import RUN_NAME
+
+    try:
+        saved = json.loads((checkpoint / RUN_NAME).read_text("utf-8"))["identity"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{checkpoint} is not a whole checkpoint of a fine-tuning run") from error
+    flat, mine = _flat(saved), _flat(identity)
+    for name in sorted(set(flat) | set(mine)):
+        if flat.get(name) == mine.get(name):
+            continue
+        if name == "model":
+            raise CheckpointError(
+                f"{checkpoint} is a checkpoint of another model; name the model it was begun with, or start "
+                "again with --force"
+            )
+        raise CheckpointError(
+            f"{checkpoint} cannot be resumed: {name} was {flat.get(name)} and is now {mine.get(name)}; "
+            "keep it, or start again with --force"
+        )
+
+
+def _flat(identity: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in identity.items() if k != "order"} | dict(identity.get("order", {}))

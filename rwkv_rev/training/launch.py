@@ -1,0 +1,64 @@
+"""Where a run takes place: its device, its dtype, its tokenizer, and being one of several processes."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rwkv_rev.errors import RwkvRevError, SourceError
+from rwkv_rev.training.config import DTYPES
+
+
+def first_process() -> bool:
+    """Whether this process writes and speaks for all."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextmanager
+def in_processes() -> Iterator[None]:
+    """Leaves the process group at the end, if there came to be one."""
+    yield
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def choose_device(device: str, dtype: str) -> tuple[str, str]:
+    """(device, dtype) with ``auto`` resolved: a GPU if there is one, and bfloat16 where it has that.
+
+    Raises:
+        RwkvRevError: for a device that is not there, or a dtype it cannot train in.
+    """
+    cuda = torch.cuda.is_available()
+    if device == "auto":
+        device = "cuda" if cuda else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise RwkvRevError(f"device = {device!r} is not known; use auto, cpu or cuda")
+    if device == "cuda" and not cuda:
+        raise RwkvRevError("device = cuda, but PyTorch sees no GPU here; use device = cpu")
+    if dtype not in DTYPES:
+        raise RwkvRevError(f"dtype = {dtype!r} does not exist; choose one of {', '.join(DTYPES)}")
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    if dtype == "float16" and device == "cpu":
+        raise RwkvRevError("dtype = float16 needs a GPU; use bfloat16 or float32 on the CPU")
+    return device, dtype
+
+
+def load_tokenizer(directory: str | Path) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        SourceError: if it holds none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(directory))
+    except (OSError, ValueError) as error:
+        raise SourceError(
+            f"{directory} holds no tokenizer; convert the model again with --tokenizer"
+        ) from error

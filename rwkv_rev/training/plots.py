@@ -1,0 +1,65 @@
+"""Curves as PNG files. Drawn without a display; needs matplotlib (``pip install 'rwkv-rev[train]'``)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rwkv_rev.errors import RwkvRevError
+
+
+def has_matplotlib() -> bool:
+    """Whether curves can be drawn."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def refuse_without_matplotlib() -> None:
+    """Raise RwkvRevError when a curve was asked for that cannot be drawn."""
+    if not has_matplotlib():
+        raise RwkvRevError("drawing needs matplotlib: pip install 'rwkv-rev[train]'")
+
+
+def plot_losses(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Training loss by step from log rows, and held-out loss where there is any; nats per token."""
+    axes, save = _axes(title)
+    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+    if train:
+        axes.plot(*zip(*train, strict=True), label="training")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), marker="o", label="held-out")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    if train or held_out:
+        axes.legend()
+    save(path)
+
+
+def plot_buckets(
+    names: Sequence[str], curves: dict[str, Sequence[float]], path: Path, title: str, unit: str
+) -> None:
+    """One curve per name over buckets of positions."""
+    axes, save = _axes(title)
+    for label, values in curves.items():
+        axes.plot(range(len(values)), values, marker="o", label=label)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_xlabel("position in the context (tokens)")
+    axes.set_ylabel(unit)
+    if len(curves) > 1:
+        axes.legend()
+    save(path)
+
+
+def _axes(title: str) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    return axes, lambda path: figure.savefig(path, dpi=120)

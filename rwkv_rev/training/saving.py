@@ -1,0 +1,168 @@
+"""Write a fine-tuned model as a normal model folder: weights, tokenizer, card, record, log and curve.
+
+Tensors that training did not change are stored as the source stored them, bit for bit; changed ones in float32
+unless ``save_dtype`` says otherwise. ``conversion.json`` gains a ``finetuned`` list, one entry for each run, by which
+``verify`` and ``export`` know that the values are no longer the original's.
+"""
+
+import functools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from rwkv_rev.configuration import RwkvRevConfig
+from rwkv_rev.converters.card import model_card
+from rwkv_rev.converters.converted import RECORD_NAME, ConvertedModel
+from rwkv_rev.converters.rewriter import Entry, plan_shards, write_shards
+from rwkv_rev.converters.safe_output import whole_directory
+from rwkv_rev.training.config import FinetuneConfig
+from rwkv_rev.training.plots import has_matplotlib, plot_losses
+from rwkv_rev.training.tuning import merged
+
+SHARD_SIZE = "5GB"
+HISTORY = "training"
+_NOT_COPIED = ("model", "config.json", "generation_config.json", "README.md", RECORD_NAME)
+
+
+def save_finetuned(
+    model: nn.Module,
+    planned: dict[str, Any],
+    result: dict[str, Any],
+    rows: list[dict[str, Any]],
+    config: FinetuneConfig,
+) -> None:
+    """Make ``config.output`` out of a trained model.
+
+    Args:
+        model: the trained model, or peft's wrapper; low-rank additions are merged into it.
+        planned: plain values of the plan. result: plain values of the outcome.
+        rows: of the log.
+        config: of the run.
+
+    Raises:
+        OutputError: if the folder cannot be written. CheckpointError: for weights that are not finite.
+    """
+    source = Path(config.model)
+    output = Path(config.output)
+    with whole_directory(output, force=config.force) as folder:
+        if hasattr(model, "peft_config"):
+            _save_adapter(model, folder / "adapter", source.name)
+        tensors = {name: tensor.detach() for name, tensor in merged(model).state_dict().items()}
+        dtype = _write_weights(tensors, source, folder, config.save_dtype)
+        for file in sorted(source.iterdir()):
+            if file.is_file() and not file.name.startswith(_NOT_COPIED):
+                shutil.copyfile(file, folder / file.name)
+        model_config = RwkvRevConfig.from_pretrained(str(source))
+        model_config.dtype = dtype
+        model_config.has_initial_state = any(name.startswith("model.initial_wkv.") for name in tensors)
+        model_config.save_pretrained(str(folder))
+        if (source / "generation_config.json").is_file():
+            GenerationConfig.from_pretrained(str(source)).save_pretrained(str(folder))
+        record = _record(source, planned, result)
+        (folder / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        card = model_card(model_config, record, training=_card_rows(planned, result, config))
+        (folder / "README.md").write_text(card, "utf-8")
+        history = folder / HISTORY
+        history.mkdir()
+        (history / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        summary = {"plan": _public(planned), "result": _public(result)}
+        (history / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
+        if has_matplotlib():
+            plot_losses(rows, history / "loss.png", f"{output.name}: {config.tune}")
+
+
+def _write_weights(
+    tensors: dict[str, torch.Tensor], source: Path, folder: Path, save_dtype: str
+) -> torch.dtype:
+    """Returns the narrowest dtype that holds every stored value."""
+    changed_dtype = torch.float32 if save_dtype == "auto" else getattr(torch, save_dtype)
+    with ConvertedModel(source) as before:
+        known = set(before.names())
+
+        def stored_dtype(name: str) -> torch.dtype:
+            if name.startswith("model.initial_wkv."):
+                return torch.float32
+            if name in known and torch.equal(
+                before.tensor(name).to(tensors[name].dtype), tensors[name].cpu()
+            ):
+                return before.dtype(name)
+            return changed_dtype
+
+        entries = [Entry(name, name, tuple(tensors[name].shape), stored_dtype(name)) for name in tensors]
+    write_shards(plan_shards(entries, SHARD_SIZE), folder, lambda name: tensors[name].cpu())
+    return functools.reduce(torch.promote_types, (entry.dtype for entry in entries))
+
+
+def _save_adapter(model: Any, folder: Path, base: str) -> None:
+    """The low-rank additions alone, for peft; without the path of this machine."""
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+    path = folder / "adapter_config.json"
+    values = json.loads(path.read_text("utf-8")) | {"base_model_name_or_path": base}
+    path.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+
+
+def _record(source: Path, planned: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    path = source / RECORD_NAME
+    record = json.loads(path.read_text("utf-8")) if path.is_file() else {"source": source.name}
+    run = {
+        "settings": _public(planned)["settings"],
+        "steps": result["steps"],
+        "last_loss": result["last_loss"],
+    }
+    return record | {"finetuned": [*record.get("finetuned", []), run]}
+
+
+def _public(values: dict[str, Any]) -> dict[str, Any]:
+    """Without the paths of this machine: names only."""
+    values = json.loads(json.dumps(values, default=str))
+    if values.get("output"):
+        values["output"] = Path(values["output"]).name
+    values.pop("resume_from", None)
+    settings = values.get("settings", {})
+    for name in ("model", "output"):
+        if settings.get(name):
+            settings[name] = Path(settings[name]).name
+    for name in ("data", "eval_data"):
+        if name in settings:
+            settings[name] = [_source_name(text) for text in settings[name]]
+    for name in ("cache_dir", "tape_dir", "resume"):
+        settings.pop(name, None)
+    return values
+
+
+def _source_name(text: str) -> str:
+    path = Path(text).expanduser()
+    return path.name if path.is_absolute() or path.exists() or text.startswith((".", "~")) else text
+
+
+def _card_rows(
+    planned: dict[str, Any], result: dict[str, Any], config: FinetuneConfig
+) -> list[tuple[str, object]]:
+    settings, data = _public(planned)["settings"], planned["data"]
+    rows: list[tuple[str, object]] = [
+        ("fine-tuned from", settings["model"]),
+        ("data", ", ".join(settings["data"])),
+        ("documents", f"{data['documents']:,} ({data['tokens']:,} tokens, longest {data['longest']:,})"),
+        ("context length", f"{config.context_length:,} tokens"),
+        ("gradient", f"{settings['bptt']}, chunks of {settings['chunk_length']:,}"),
+        (
+            "tuned",
+            f"{config.tune} ({result['trainable_parameters']:,} of {result['parameters']:,} parameters)",
+        ),
+        ("steps", f"{result['steps']:,}, about {planned['tokens_per_step']:,.0f} tokens each"),
+        ("learning rate", f"{settings['lr']:g}, {config.lr_schedule}"),
+        ("arithmetic", settings["dtype"]),
+        ("training loss", f"{result['first_loss']:.4f} to {result['last_loss']:.4f} nats per token"),
+    ]
+    if config.carry_state:
+        rows.append(("carried state", f"yes, gradient cut every {config.context_length:,} tokens"))
+    if result.get("held_out"):
+        before, after = result["held_out"]["before"], result["held_out"]["after"]
+        rows.append(("held-out", f"{before:.4f} to {after:.4f} bits per byte"))
+    return rows

@@ -1,0 +1,330 @@
+"""``transformers.Trainer`` over our rows: its schedules, optimizer, checkpoints, logging and distributed launch.
+
+What is added to it, and why:
+
+- batches come from :class:`~rwkv_rev.training.batches.RowLoader`, already split over processes;
+- the loss is summed and divided by the predicted tokens of *all* processes and accumulated batches, so that two
+  processes compute what one does with the doubled batch;
+- ``carry_state``: the state that a slot's row ended in begins its next row, and lies in the checkpoints;
+- a checkpoint is written beside its place and renamed into it: a folder called ``checkpoint-N`` is whole;
+- log rows gain tokens per second, tape bytes and memory;
+- with ``tune = state``, checkpoints hold the tuned state alone;
+- evaluation is :func:`rwkv_rev.training.evaluate.evaluate_documents`, streaming, split over the processes.
+
+Resuming: the trainer counts the batches it has taken and skips as many (:func:`accelerate.skip_first_batches` reads
+no row); random generators are restored after that.
+"""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from rwkv_rev.errors import CheckpointError
+from rwkv_rev.state import RwkvRevState
+from rwkv_rev.training.batches import BatchOrder, RowLoader
+from rwkv_rev.training.config import FinetuneConfig
+from rwkv_rev.training.evaluate import evaluate_documents
+from rwkv_rev.training.memory import used_memory
+from rwkv_rev.training.token_store import TokenStore
+from rwkv_rev.training.tuning import language_model
+
+RUN_NAME = "rwkv_rev_run.json"
+CARRIED_NAME = "carried_state_{rank}.safetensors"
+TUNED_NAME = "tuned_state.safetensors"
+
+
+class RwkvRevTrainer(Trainer):
+    """Trains ``model`` on the rows of ``order``; see the module's docstring.
+
+    Args:
+        model: the model, or peft's wrapper of it.
+        args: from :func:`training_arguments`.
+        order: this process's rows, step by step.
+        config: of the run.
+        identity: what a checkpoint must agree with to be resumed; saved in each.
+        held_out: documents to evaluate on, with the bytes of every token id.
+        callbacks: watchers of the run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        order: BatchOrder,
+        config: FinetuneConfig,
+        identity: dict[str, Any],
+        held_out: tuple[TokenStore, Tensor] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        self.order = order
+        self.run = config
+        self.identity = identity
+        self.held_out = held_out
+        self.carried: RwkvRevState | None = None
+        self.report: dict[str, Any] = {}
+        self.tokens = 0  # of all processes, in this run of the program
+        self._since = (time.perf_counter(), 0)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=order.rows,
+            eval_dataset=None if held_out is None else order.rows,  # only tells that there is one
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+        self.loss_is_scaled_for_ga = True  # by num_items_in_batch, always
+        self._last_saved = 0
+
+    # --- data ---------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        return RowLoader(self.order)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        """Predicted tokens of all processes in one optimizer step; at least 1."""
+        predicted = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batch_samples)
+        tokens = sum(int(batch["attention_mask"].sum()) for batch in batch_samples)
+        counts = torch.tensor([predicted, tokens], device=device)
+        if self.args.world_size > 1:
+            dist.all_reduce(counts)
+        self.tokens += int(counts[1])
+        return counts[0].clamp(min=1)
+
+    # --- loss ---------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        inputs = dict(inputs)
+        continues = inputs.pop("continues", None)
+        if continues is not None:
+            inputs["state"] = self._start(continues)
+        output = model(**inputs, num_items_in_batch=num_items_in_batch)
+        if continues is not None:
+            self.carried = output.state.detach()
+        self._note(output.report or {})
+        loss = output.loss
+        if not (inputs["labels"] != -100).any():
+            # Nothing predicted: data-parallel reduction still waits for a gradient of every parameter.
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            loss = loss + sum((0.0 * p.sum() for p in parameters), torch.zeros_like(loss))
+        loss = (
+            loss * self.args.world_size
+        )  # gradients are averaged over processes, the loss is already divided
+        return (loss, output) if return_outputs else loss
+
+    def _start(self, continues: Tensor) -> RwkvRevState:
+        """The state each slot begins with: carried where its row continues a document, else initial."""
+        fresh = language_model(self.model).initial_state(len(continues))
+        if self.carried is None:
+            return fresh
+        chosen = [
+            torch.where(continues.view(1, -1, *[1] * (new.dim() - 2)), old.to(new.device), new)
+            for old, new in zip(self.carried.tensors(), fresh.tensors(), strict=True)
+        ]
+        return RwkvRevState(*chosen)
+
+    def _note(self, report: dict[str, Any]) -> None:
+        tape = max(int(report.get("tape_bytes", 0)), int(self.report.get("tape_bytes", 0)))
+        self.report = {**report, "tape_bytes": tape}
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Matrices only; decays, bonuses, mixes, norms and initial states keep their size."""
+        return [n for n, p in model.named_parameters() if p.dim() == 2 and n.endswith(".weight")]
+
+    # --- log ----------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            now = time.perf_counter()
+            then, before = self._since
+            logs["tokens_per_second"] = (self.tokens - before) / max(now - then, 1e-9)
+            logs["tokens"] = self.tokens - before
+            logs["seconds"] = now - then
+            self._since = (now, self.tokens)
+            logs["tape_bytes"] = self.report.get("tape_bytes", 0)
+            logs["memory_bytes"] = used_memory(self.args.device)
+            self.report = {}
+        super().log(logs, start_time)
+
+    # --- evaluation ---------------------------------------------------------------------------------------------
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        assert self.held_out is not None
+        store, token_bytes = self.held_out
+        began = time.perf_counter()
+        result = evaluate_documents(
+            self.accelerator.unwrap_model(self.model),
+            store,
+            token_bytes,
+            context_length=self.run.context_length,
+            batch_size=self.run.batch_size,
+            max_tokens=self.run.eval_tokens,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+        )
+        metrics = {
+            f"{metric_key_prefix}_loss": result.total.nats_per_token,
+            f"{metric_key_prefix}_bits_per_byte": result.total.bits_per_byte,
+            f"{metric_key_prefix}_tokens": result.total.tokens,
+        }
+        self._since = (self._since[0] + time.perf_counter() - began, self._since[1])
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A whole checkpoint or none: written into a hidden folder by all processes, then renamed by the first."""
+        began = time.perf_counter()
+        root = self.run.work_directory
+        hidden = root / ".writing"
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(hidden, ignore_errors=True)
+            hidden.mkdir(parents=True)
+        self._barrier()
+        self.args.output_dir = str(hidden)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.output_dir = str(root)
+        self._save_ours(hidden / name)
+        self._barrier()
+        if self.args.should_save:
+            _sync_tree(hidden / name)
+            shutil.rmtree(root / name, ignore_errors=True)
+            (hidden / name).rename(root / name)
+            shutil.rmtree(hidden, ignore_errors=True)
+            for old in checkpoints(root)[: -self.run.keep]:
+                _discard(old)
+        self._barrier()
+        self._since = (self._since[0] + time.perf_counter() - began, self._since[1])
+
+    def _save_ours(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.carried is not None:
+            names = ("time_shift", "channel_shift", "wkv")
+            tensors = {n: t.cpu().contiguous() for n, t in zip(names, self.carried.tensors(), strict=True)}
+            save_file(tensors, folder / CARRIED_NAME.format(rank=self.args.process_index))
+        if self.args.should_save:
+            run = {
+                "identity": self.identity,
+                "world_size": self.args.world_size,
+                "config": self.run.to_dict(),
+            }
+            (folder / RUN_NAME).write_text(json.dumps(run, indent=1), "utf-8")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.run.tune != "state":
+            return super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir or ".")
+        folder.mkdir(parents=True, exist_ok=True)
+        trained = {
+            n: p.detach().cpu().contiguous()
+            for n, p in language_model(self.model).named_parameters()
+            if p.requires_grad
+        }
+        save_file(trained, folder / TUNED_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if self.run.tune == "state":
+            own = dict(language_model(self.model).named_parameters())
+            for name, tensor in load_file(folder / TUNED_NAME).items():
+                own[name].data.copy_(tensor)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.order.rows.carry_state:
+            path = folder / CARRIED_NAME.format(rank=self.args.process_index)
+            if not path.is_file():
+                raise CheckpointError(
+                    f"{folder} has no carried state of process {self.args.process_index}; "
+                    "resume with as many processes as it was saved by"
+                )
+            self.carried = RwkvRevState(**load_file(path, device=str(self.args.device)))
+
+    def _barrier(self) -> None:
+        if self.args.world_size > 1:
+            dist.barrier()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    found = [p for p in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (p / RUN_NAME).is_file()]
+    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+
+
+def training_arguments(
+    config: FinetuneConfig, output_dir: Path, *, device: str, dtype: str
+) -> TrainingArguments:
+    """The trainer's arguments for a run on ``device`` (``cpu`` or ``cuda``) in ``dtype``."""
+    schedule = config.lr_schedule
+    if schedule == "constant" and config.warmup:
+        schedule = "constant_with_warmup"
+    return TrainingArguments(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.grad_accum,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=schedule,
+        lr_scheduler_kwargs={"min_lr_rate": 0.1} if schedule == "cosine_with_min_lr" else {},
+        warmup_steps=config.warmup,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        adam_beta2=0.99,
+        max_steps=config.max_steps or -1,
+        num_train_epochs=config.epochs,
+        bf16=dtype == "bfloat16",
+        fp16=dtype == "float16",
+        use_cpu=device == "cpu",
+        seed=config.seed,
+        logging_strategy="steps",
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if config.eval_every else "no",
+        eval_steps=config.eval_every or None,
+        save_strategy="steps" if config.save_every else "no",
+        save_steps=config.save_every or 500,
+        report_to=config.report_to,
+        disable_tqdm=True,
+        log_level="error",
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        dataloader_pin_memory=device != "cpu",
+        average_tokens_across_devices=True,
+    )
+
+
+def _discard(folder: Path) -> None:
+    """Delete a checkpoint; a process killed meanwhile leaves no half of one under its name."""
+    doomed = folder.with_name(f".{folder.name}.deleted")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,113 @@
+"""What is trained: everything (``full``), low-rank additions (``lora``), or the initial state alone (``state``).
+
+``lora`` (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models"): ``W + (alpha/rank) B A`` through
+peft, on every linear map of the blocks but not the head, merged into W at the end. The maps of both mixes matter in
+RWKV: the channel mix holds most of the weights.
+
+``state`` (state tuning): the WKV state [L, H, N, N] that every context begins with, zero at first. Its gradient comes
+through the whole context and is exact. RWKV-5 only: the ``rwkv`` package, which loads it as
+``blocks.i.att.time_state``, has no such tensor for RWKV-4.
+"""
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from rwkv_rev.errors import RwkvRevError, StrategyError
+
+if TYPE_CHECKING:
+    from rwkv_rev.modeling import RwkvRevForCausalLM
+    from rwkv_rev.training.config import FinetuneConfig
+
+LORA_TARGETS = ("receptance", "key", "value", "gate", "output")
+
+
+def apply_tuning(model: "RwkvRevForCausalLM", config: "FinetuneConfig") -> nn.Module:
+    """Decide what requires gradients; returns the module to train (peft's wrapper for ``lora``).
+
+    Raises:
+        StrategyError: for ``state`` on RWKV-4, and for lora targets that the model has not.
+        RwkvRevError: when peft is missing.
+    """
+    if config.tune == "full":
+        return model.requires_grad_(True)
+    if config.tune == "state":
+        refuse_state_tuning(model.config.rwkv_version)
+        model.requires_grad_(False)
+        model.add_initial_state()
+        assert model.model.initial_wkv is not None
+        model.model.initial_wkv.requires_grad_(True)
+        return model
+    return _with_lora(model, config)
+
+
+def refuse_state_tuning(version: str) -> None:
+    """Raise StrategyError for a version without a loadable initial state."""
+    if version == "4":
+        raise StrategyError(
+            "tune = state needs RWKV-5: the rwkv package loads no initial state for RWKV-4; use tune = lora"
+        )
+
+
+def merged(model: nn.Module) -> "RwkvRevForCausalLM":
+    """The plain model with low-rank additions merged into its float32 weights."""
+    if hasattr(model, "merge_and_unload"):
+        wrapped: Any = model.float()
+        return wrapped.merge_and_unload()
+    return language_model(model)
+
+
+def language_model(model: Any) -> "RwkvRevForCausalLM":
+    """The causal language model inside peft's or a data-parallel wrapper."""
+    from rwkv_rev.modeling import RwkvRevForCausalLM
+
+    found: Any = model
+    while not isinstance(found, RwkvRevForCausalLM):
+        found = found.module if hasattr(found, "module") else found.base_model.model
+    return found
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) numbers in the parameters."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+
+
+def linear_names(model: nn.Module) -> set[str]:
+    """Last names of the linear maps inside the blocks."""
+    return {
+        name.rsplit(".", 1)[1]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".blocks." in name
+    }
+
+
+def _with_lora(model: "RwkvRevForCausalLM", config: "FinetuneConfig") -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise RwkvRevError("tune = lora needs peft: pip install 'rwkv-rev[train]'") from error
+    there = linear_names(model)
+    targets = config.lora_targets or sorted(there & set(LORA_TARGETS))
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise StrategyError(
+                f"lora_targets: no linear map is called {target!r}; there are {', '.join(sorted(there))}"
+            )
+    adapter = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha if config.lora_alpha is not None else 2 * config.lora_rank,  # type: ignore[arg-type]
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        bias="none",
+    )
+    with warnings.catch_warnings():  # peft asks transformers by a name that is on its way out
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        wrapped = get_peft_model(model, adapter)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
+    return wrapped
