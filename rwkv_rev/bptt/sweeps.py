@@ -147,6 +147,7 @@ class TwoSweeps(Strategy):
                     following = random_state.capture(device) if draws else None
                 total = total + gradients.loss
                 sums = add_gradients(sums, gradients.parameters)
+                gradients.parameters.clear()  # or they would stay in memory during the next chunk
                 state_gradients = gradients.state
                 embeds.append(gradients.embeds)
             if draws and following is not None:

@@ -39,7 +39,7 @@ def token_shift(x: Tensor, shift: Tensor, mask: ChunkMask | None) -> Tensor:
 def last_token(x: Tensor, shift: Tensor, mask: ChunkMask | None) -> Tensor:
     """The shift state after the chunk: the last valid token's vector [B, D], ``shift`` where there is none."""
     if mask is None:
-        return x[:, -1]
+        return x[:, -1].clone()  # a view would keep the whole chunk in memory
     index = (mask.last + 1)[:, None, None].expand(-1, 1, x.shape[2])
     return torch.cat([shift.to(x.dtype)[:, None], x], dim=1).gather(1, index)[:, 0]
 
