@@ -286,6 +286,7 @@ def test_no_labels_at_all(strategy: str) -> None:
     model, tokens = tiny_model("5.2"), random_tokens(20)
     found = differentiate(model, strategy, 8, input_ids=tokens, labels=torch.full_like(tokens, IGNORE))
     assert found.loss == 0
+    assert found.gradients.keys() == dict(model.named_parameters()).keys()
     assert all(not gradient.any() for gradient in found.gradients.values())
 
 

@@ -1,0 +1,120 @@
+"""DistributedDataParallel over two processes (gloo): gradients equal those of one process on the joined batch."""
+
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing
+from bptt_cases import random_tokens, relative_error, tiny_model
+from torch import Tensor, nn
+
+CHUNK = 8
+ROWS = 4
+WORLD = 2
+
+CASES = ["RWKV-5", "RWKV-4", "masked", "checkpointed blocks", "nothing to predict"]
+
+pytestmark = pytest.mark.dist
+
+
+def inputs(case: str, rank: int | None) -> dict[str, Tensor]:
+    """The batch of a rank, or the joined batch for None. Rows of a case predict equally many tokens per rank."""
+    tokens = random_tokens(40, batch=ROWS)
+    labels = tokens.clone()
+    batch = {"input_ids": tokens, "labels": labels}
+    if case == "masked":
+        mask = torch.ones_like(tokens)
+        mask[0, :13] = 0
+        mask[3, 20:33] = 0
+        batch["attention_mask"] = mask
+    if case == "nothing to predict":
+        labels[:2] = -100
+    if rank is not None:
+        half = ROWS // WORLD
+        batch = {name: tensor[rank * half : (rank + 1) * half] for name, tensor in batch.items()}
+    return batch
+
+
+def model_of(case: str) -> nn.Module:
+    model = tiny_model("4" if case == "RWKV-4" else "5.2", chunk_length=CHUNK, bptt="reversible")
+    if case == "checkpointed blocks":
+        model.model.gradient_checkpointing = True
+    return model
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def train(rank: int, case: str) -> dict[str, dict[str, Tensor]]:
+    """Two steps of DistributedDataParallel, then accumulation without and with synchronisation."""
+    model = model_of(case)
+    # small buckets, so that reduction of some overlaps others
+    parallel = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.002)
+    found = {}
+    batch = inputs(case, rank)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for step in range(2):
+        optimizer.zero_grad()
+        parallel(**batch).loss.backward()
+        found[f"step {step}"] = gradients_of(model)
+        optimizer.step()
+    optimizer.zero_grad()
+    with parallel.no_sync():
+        (parallel(**{name: tensor[:1] for name, tensor in batch.items()}).loss / 2).backward()
+    (parallel(**{name: tensor[1:] for name, tensor in batch.items()}).loss / 2).backward()
+    found["accumulated"] = gradients_of(model)
+    return found
+
+
+def work(rank: int, folder: str) -> None:
+    """One process: every case in turn."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=WORLD,
+        timeout=timedelta(seconds=120),
+    )
+    torch.save({case: train(rank, case) for case in CASES}, Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, dict[str, Tensor]]]]:
+    """Gradients by rank, case and place."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(work, args=(str(folder),), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one(by_rank: list[dict[str, dict[str, dict[str, Tensor]]]], case: str) -> None:
+    """Each step's gradients, and those of accumulation under ``no_sync``, on both ranks."""
+    ranks = [found[case] for found in by_rank]
+    model = model_of(case)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    expected = {}
+    # a rank that predicts nothing still counts in the mean over ranks
+    share = 0.5 if case == "nothing to predict" else 1.0
+    for step in range(2):
+        optimizer.zero_grad()
+        (share * model(**inputs(case, None)).loss).backward()
+        expected[f"step {step}"] = gradients_of(model)
+        optimizer.step()
+    optimizer.zero_grad()
+    for rank in range(WORLD):
+        batch = inputs(case, rank)
+        for row in range(ROWS // WORLD):
+            (model(**{name: tensor[row : row + 1] for name, tensor in batch.items()}).loss / ROWS).backward()
+    expected["accumulated"] = gradients_of(model)
+
+    for place, truth in expected.items():
+        for rank in ranks:
+            for name, gradient in truth.items():
+                assert relative_error(rank[place][name], gradient) <= 2e-5, (place, name)
+        for name, gradient in ranks[0][place].items():
+            assert torch.equal(gradient, ranks[1][place][name])
