@@ -2,22 +2,28 @@
 
     python examples/long_recall/long_recall.py [--device cuda] [--distance 8192] [--chunk-length 1024] ...
 
-A row states a few facts (a key token, then its value token) over and over in its first chunk, goes on with filler for
-the whole distance, and ends with one question per fact: the key, then the value to predict. Only the answers count in
-the loss, and every answer lies at least ``distance`` tokens behind the facts:
+A row states a few facts (a key token, then its value token) over and over in a statement of half the distance, goes
+on with filler for the whole distance, and ends with one question per fact: its key alone. Only the answers count in
+the loss, and every question stands at least ``distance`` tokens behind the last statement:
 
-    k2 v7 k0 v1 f f k2 v7 k1 v3 k0 v1 ...  |  f f f f ... f f f  |  f f f f ... k0 (v1) k2 (v7) k1 (v3)
-    first chunk                                                     last chunk
+    k1 v2 k0 v1 f f k1 v2 k0 v1 k0 v1 ...  |  f f f f ... f f f f f f f f  k0 k1        answers: v1 v2
+    statement                                 distance
 
-Each value is drawn anew for every row, so a model that has not read the facts is right once in ``values`` answers.
+Each value is drawn anew for every row, so a model that knows nothing of the facts is right once in ``values`` answers.
 
 The same model (from the same initialisation), rows, steps and learning rate run under ``reversible``, whose gradient
 is that of the whole row, and ``truncated``, whose gradient ends at the border of the chunk. Both carry the state
 through the whole row in the forward pass; only the first can learn what to write into it.
 
+All value tokens start with one and the same embedding: what tells them apart must be learned from answers that come
+``distance`` tokens later. Truncated gradients never reach them, so under ``truncated`` the state cannot depend on the
+answers, whatever else is learned. (Random embeddings would be told apart from the start. A model that writes random
+features of them can be *read* without any gradient through time, as in a reservoir computer, and truncation gets
+there too, later, where the facts are loud enough. That is not learning over a distance.)
+
 A randomly initialised RWKV-5.2 forgets too fast for this: its slowest channel loses exp(-6)/ln(2) = 0.0036 bits per
 step, 29 bits over 8,192. For both strategies the slower half of the channels starts at ``time_decay`` -11 to -10
-instead (0.2 to 0.5 bits over 8,192), and embeddings start large enough to tell the few tokens apart.
+instead (0.2 to 0.5 bits over 8,192).
 """
 
 import argparse
@@ -39,41 +45,47 @@ SLOW_DECAY = (-11.0, -10.0)
 """Initial ``time_decay`` of the slower half of the channels."""
 FAST_DECAY = (-6.0, -1.0)
 """Initial ``time_decay`` of the others: the range of the official initialisation."""
-EMBEDDING_SCALE = 0.5
+EMBEDDING_SCALE = 0.1
+"""Standard deviation of the initial embeddings; the official 1e-4 turns over in the first step."""
 STATED = 0.75
-"""Share of the first chunk's tokens that state facts; the rest is filler."""
+"""Share of the statement's tokens that state facts; the rest is filler."""
 WARMUP_STEPS = 10
 HELD_OUT_SEED = 1_000_000
 
 
 @dataclass(frozen=True)
 class Task:
-    """Rows of ``distance + chunk_length`` tokens; the vocabulary is keys, then values, then fillers."""
+    """Rows of ``1.5 * distance`` tokens; the vocabulary is keys, then values, then fillers."""
 
     distance: int = 8192
     chunk_length: int = 1024
-    pairs: int = 4
-    values: int = 8
+    pairs: int = 2
+    values: int = 4
     fillers: int = 4
 
     def __post_init__(self) -> None:
-        if self.distance % self.chunk_length:
+        if self.distance % (2 * self.chunk_length):
             raise ValueError(
-                f"distance {self.distance} must be a multiple of chunk_length {self.chunk_length}"
+                f"distance {self.distance} must be an even number of chunks of {self.chunk_length} tokens"
             )
         if self.repeats < 1:
             raise ValueError(
-                f"{self.pairs} pairs and as many questions need more than {self.chunk_length} tokens"
+                f"{self.pairs} facts and as many questions need more than {self.statement} tokens"
             )
 
     @property
+    def statement(self) -> int:
+        """Tokens at the beginning in which the facts are stated."""
+        return self.distance // 2
+
+    @property
     def length(self) -> int:
-        return self.distance + self.chunk_length
+        return self.statement + self.distance
 
     @property
     def repeats(self) -> int:
-        """How often each fact is stated; the first chunk's last 2 * pairs tokens stay filler (see ``rows``)."""
-        return min(int(self.chunk_length * STATED), self.chunk_length - 2 * self.pairs) // (2 * self.pairs)
+        """How often each fact is stated; the statement's last tokens stay filler, as many as there are questions."""
+        return min(int(self.statement * STATED), self.statement - self.pairs - 1) // (2 * self.pairs)
 
     @property
     def vocab_size(self) -> int:
@@ -88,16 +100,14 @@ class Task:
         pairs = self.pairs
         ids = torch.randint(pairs + self.values, self.vocab_size, (count, self.length), generator=generator)
         values = pairs + torch.randint(self.values, (count, pairs), generator=generator)
-        # facts end as far before the chunk's end as questions begin before the row's: distance or more apart
-        places = (self.chunk_length - 2 * pairs) // 2
+        places = (self.statement - pairs - 1) // 2
         place = 2 * _shuffled(count, places, generator)[:, : pairs * self.repeats]
         ids.scatter_(1, place, torch.arange(pairs).repeat(count, self.repeats))
         ids.scatter_(1, place + 1, values.repeat(1, self.repeats))
         asked = _shuffled(count, pairs, generator)
-        ids[:, -2 * pairs :: 2] = asked
-        ids[:, -2 * pairs + 1 :: 2] = values.gather(1, asked)
+        ids[:, -pairs - 1 : -1] = asked
         labels = torch.full_like(ids, -100)
-        labels[:, -2 * pairs + 1 :: 2] = ids[:, -2 * pairs + 1 :: 2]
+        labels[:, -pairs:] = values.gather(1, asked)  # a label is what the token before it predicts
         return ids, labels
 
 
@@ -111,13 +121,13 @@ class Run:
     steps: int = 300
     batch_size: int = 32
     learning_rate: float = 3e-3
-    evaluate_every: int = 20
+    evaluate_every: int = 10
     held_out_rows: int = 256
     device: str = "cpu"
 
 
 def build_model(task: Task, run: Run, seed: int) -> RwkvRevForCausalLM:
-    """An RWKV-5.2 of the official initialisation, but for slow decays and larger embeddings (see above)."""
+    """An RWKV-5.2 of the official initialisation, but for its embeddings and slow decays (see above)."""
     torch.manual_seed(seed)
     model = RwkvRevForCausalLM(
         RwkvRevConfig(
@@ -131,7 +141,9 @@ def build_model(task: Task, run: Run, seed: int) -> RwkvRevForCausalLM:
         )
     )
     with torch.no_grad():
-        model.model.get_input_embeddings().weight.normal_(std=EMBEDDING_SCALE)
+        embeddings = dict(model.named_parameters())["model.embeddings.weight"]
+        embeddings.normal_(std=EMBEDDING_SCALE)
+        embeddings[task.pairs : task.pairs + task.values] = embeddings[task.pairs].clone()
         for name, decay in model.named_parameters():
             if not name.endswith("time_decay"):
                 continue
@@ -142,15 +154,17 @@ def build_model(task: Task, run: Run, seed: int) -> RwkvRevForCausalLM:
 
 
 @torch.no_grad()
-def evaluate(model: RwkvRevForCausalLM, task: Task, ids: Tensor, batch_size: int) -> tuple[float, float]:
+def evaluate(
+    model: RwkvRevForCausalLM, task: Task, rows: tuple[Tensor, Tensor], batch_size: int
+) -> tuple[float, float]:
     """Share of right answers and mean cross-entropy (nats) of the answers."""
     right, loss = 0, 0.0
-    for part in ids.split(batch_size):
-        logits = model(part, logits_to_keep=2 * task.pairs).logits[:, ::2].float().flatten(0, 1)
-        answers = part[:, -2 * task.pairs + 1 :: 2].flatten()
+    for ids, labels in zip(*(x.split(batch_size) for x in rows), strict=True):
+        logits = model(ids, logits_to_keep=task.pairs + 1).logits[:, :-1].float().flatten(0, 1)
+        answers = labels[:, -task.pairs :].flatten()
         right += int((logits.argmax(dim=-1) == answers).sum())
         loss += float(torch.nn.functional.cross_entropy(logits, answers, reduction="sum"))
-    count = ids.shape[0] * task.pairs
+    count = rows[0].shape[0] * task.pairs
     return right / count, loss / count
 
 
@@ -162,8 +176,8 @@ def train(strategy: str, task: Task, run: Run, seed: int, *, quiet: bool = False
         model.parameters(), lr=run.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS))
-    held_out, _ = task.rows(run.held_out_rows, torch.Generator().manual_seed(HELD_OUT_SEED))
-    held_out = held_out.to(run.device)
+    ids, labels = task.rows(run.held_out_rows, torch.Generator().manual_seed(HELD_OUT_SEED))
+    held_out = ids.to(run.device), labels.to(run.device)
     generator = torch.Generator().manual_seed(seed)
     curve: list[dict[str, float]] = []
     report: dict[str, Any] = {}
@@ -254,7 +268,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
         "truncated": f"truncated at {task['chunk_length']:,} tokens",
     }
     for axis, (quantity, level) in zip(axes, levels.items(), strict=True):
-        axis.axhline(level, color="0.4", linestyle="--", linewidth=1, label="guessing")
+        name = "guessing" if quantity == "accuracy" else None
+        axis.axhline(level, color="0.4", linestyle="--", linewidth=1, label=name)
         for row in report["results"]:
             axis.plot(
                 [point["step"] for point in row["curve"]],
@@ -293,6 +308,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=run.batch_size)
     parser.add_argument("--learning-rate", type=float, default=run.learning_rate)
     parser.add_argument("--evaluate-every", type=int, default=run.evaluate_every)
+    parser.add_argument("--held-out-rows", type=int, default=run.held_out_rows)
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one or several")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the results to this file")
     parser.add_argument("--plot", type=Path, metavar="OUT", help="write the curves to this PNG")
@@ -310,6 +326,7 @@ def main() -> None:
             options.batch_size,
             options.learning_rate,
             options.evaluate_every,
+            options.held_out_rows,
             device=options.device,
         ),
         options.seed,
