@@ -18,6 +18,17 @@ def inspect(
         str | None, typer.Option(help="Which .pth of a repository that holds several: a name or a glob.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")] = None,
+    context_length: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="T", help="Forecast the memory of training on contexts of T tokens."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="B", help="Rows of the forecast.")] = 1,
+    chunk_length: Annotated[
+        int | None, typer.Option(min=1, metavar="C", help="Its chunk length.  [default: 1024]")
+    ] = None,
+    numerics: Annotated[
+        bool, typer.Option("--numerics", help="How long each floating-point format lasts on these decays.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Show the version, sizes, dtype, tokenizer and forgetting of a checkpoint.
@@ -25,17 +36,45 @@ def inspect(
     Works on any SOURCE that convert takes, and on converted folders. Only headers and the decays are read.
     The bits a layer forgets per step and state element, log2(1/w), are what an exact reversal has to store.
 
+    With --context-length, forecasts device and tape memory of every gradient strategy (float32, all weights trained,
+    optimizer not included). With --numerics, shows after how many updates half of a format's mantissa is gone.
+
     Examples:
 
       rwkv-rev inspect bundled:rwkv-5.2
+
+      rwkv-rev inspect bundled:rwkv-5.2 --context-length 1000000 --chunk-length 512
 
       rwkv-rev inspect BlinkDL/rwkv-4-pile-169m --file '*8023.pth'
     """
     from rwkv_rev.converters.inspection import inspect_source
 
     found = inspect_source(source, file=file, revision=revision, progress=True)
+    forecasts, limits = None, None
+    if context_length is not None:
+        from rwkv_rev.forecast import forecast_memory
+
+        forecasts = forecast_memory(
+            found.config,
+            found.log_decays,
+            found.parameters,
+            context_length=context_length,
+            batch_size=batch_size,
+            chunk_length=chunk_length,
+        )
+    if numerics:
+        import torch
+
+        from rwkv_rev.numerics import format_limits
+
+        limits = format_limits(torch.cat([log_decay.flatten() for log_decay in found.log_decays]))
     if as_json:
-        output.print_json(found.to_dict())
+        document = found.to_dict()
+        if forecasts is not None:
+            document["memory_forecast"] = [forecast.to_dict() for forecast in forecasts]
+        if limits is not None:
+            document["numerics"] = [limit.to_dict() for limit in limits]
+        output.print_json(document)
         return
     output.print_fields(found.source, found.fields())
     output.print_text("")
@@ -44,3 +83,45 @@ def inspect(
         ["layer", *(f">{name}" for name in found.quantile_names)],
         [[layer, *(f"{bits:.3g}" for bits in row)] for layer, row in enumerate(found.bits_forgotten)],
     )
+    size = output.human_bytes
+    if forecasts is not None:
+        chunk = min(chunk_length or found.config.chunk_length, context_length or 1)
+        output.print_table(
+            f"Memory of a gradient: {context_length:,} tokens x {batch_size}, chunks of {chunk:,}, float32",
+            ["strategy", ">weights", ">gradients", ">graph", ">states", ">device at its peak", ">tape"],
+            [
+                [
+                    f.strategy,
+                    *(size(n) for n in (f.parameters, f.gradients, f.graph, f.states, f.device, f.tape)),
+                ]
+                for f in forecasts
+            ],
+        )
+        output.print_text(f"The optimizer is not included (AdamW: {size(8 * found.parameters)}).\n")
+    if limits is not None:
+        steps = [f">{name}" for name in limits[0].division]
+        output.print_table(
+            "Updates until half of the mantissa is gone: states that only grow (NUHMC), and plain division back "
+            "in channels by how fast they forget (formula / measured)",
+            ["format", ">mantissa bits", ">NUHMC", ">counted", *steps],
+            [
+                [
+                    limit.format,
+                    limit.mantissa_bits,
+                    f"{limit.nuhmc:,}",
+                    f"{limit.counted:,}",
+                    *(
+                        f"{formula:,.0f} / {_steps(measured)}"
+                        for formula, measured in limit.division.values()
+                    ),
+                ]
+                for limit in limits
+            ],
+        )
+
+
+def _steps(measured: float) -> str:
+    """A measured number of steps; longer than was looked at when infinite."""
+    from rwkv_rev.numerics import LONGEST_MEASURED
+
+    return f"{measured:,.0f}" if measured <= LONGEST_MEASURED else f"> {LONGEST_MEASURED:,}"

@@ -5,7 +5,8 @@ reversing one step exactly (:mod:`rwkv_rev.numerics`).
 """
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
+from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,11 @@ QUANTILES = {"min": 0.0, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "99 %": 0.99
 
 @dataclass(frozen=True)
 class Inspection:
-    """Facts about a checkpoint; ``bits_forgotten[layer][i]``, bits per step, is ``quantile_names[i]``."""
+    """Facts about a checkpoint; ``bits_forgotten[layer][i]``, bits per step, is ``quantile_names[i]``.
+
+    ``config`` and ``log_decays`` (per layer log w, float32, as stored) are for further calculations
+    (:mod:`rwkv_rev.forecast`, :mod:`rwkv_rev.numerics`) and no part of :meth:`to_dict`.
+    """
 
     source: str
     layout: str
@@ -43,10 +48,15 @@ class Inspection:
     tokenizer: str
     quantile_names: tuple[str, ...]
     bits_forgotten: tuple[tuple[float, ...], ...]
+    config: RwkvRevConfig = field(repr=False, compare=False)
+    log_decays: tuple[torch.Tensor, ...] = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        values = asdict(self)
+        values = {
+            f.name: getattr(self, f.name) for f in fields_of(self) if f.name not in ("config", "log_decays")
+        }
+        values["dtypes"] = dict(self.dtypes)
         names = values.pop("quantile_names")
         rows = values.pop("bits_forgotten")
         return values | {"bits_forgotten_per_step": [dict(zip(names, row, strict=True)) for row in rows]}
@@ -97,6 +107,10 @@ def _inspection(
     checkpoint: Checkpoint | ConvertedModel,
     stored: dict[str, str],
 ) -> Inspection:
+    log_decays = tuple(
+        -checkpoint.tensor(stored[f"model.blocks.{layer}.time_mix.time_decay"]).float().exp()
+        for layer in range(config.num_hidden_layers)
+    )
     return Inspection(
         source=source,
         layout=layout,
@@ -112,15 +126,14 @@ def _inspection(
         dtypes=dict(Counter(str(checkpoint.dtype(n)).removeprefix("torch.") for n in checkpoint.names())),
         tokenizer=_tokenizer(config.vocab_size),
         quantile_names=tuple(QUANTILES),
-        bits_forgotten=tuple(
-            _quantiles(checkpoint.tensor(stored[f"model.blocks.{layer}.time_mix.time_decay"]))
-            for layer in range(config.num_hidden_layers)
-        ),
+        bits_forgotten=tuple(_quantiles(log_decay) for log_decay in log_decays),
+        config=config,
+        log_decays=log_decays,
     )
 
 
-def _quantiles(time_decay: torch.Tensor) -> tuple[float, ...]:
-    bits = bits_forgotten_per_step(-time_decay.double().exp()).flatten()
+def _quantiles(log_decay: torch.Tensor) -> tuple[float, ...]:
+    bits = bits_forgotten_per_step(log_decay).flatten()
     return tuple(torch.quantile(bits, torch.tensor(list(QUANTILES.values()), dtype=bits.dtype)).tolist())
 
 

@@ -21,6 +21,8 @@ float64 after 260 tokens, not after 67 million. Both are measured too, by adding
 """
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import numpy
 import torch
@@ -31,8 +33,12 @@ from rwkv_rev.reversal.drift import division_drift
 FORMATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 STATE_BITS = 32
 """Bits of a state element: no chunk forgets more."""
-_MEASURED_STEPS = tuple(sorted({round(2 ** (i / 4)) for i in range(0, 45)}))
-"""Where a run back is looked at: 1 to 2,048 steps, four per doubling."""
+DECAY_QUANTILES = {"25 %": 0.25, "median": 0.5, "75 %": 0.75, "99 %": 0.99}
+"""Channels, by how fast they forget, for which :func:`format_limits` looks at plain division."""
+LONGEST_MEASURED = 2048
+"""Steps over which plain division is measured."""
+_MEASURED_STEPS = tuple(sorted({round(2 ** (i / 4)) for i in range(4 * LONGEST_MEASURED.bit_length() - 3)}))
+"""Where a run back is looked at, four per doubling."""
 
 
 def bits_forgotten_per_step(log_decay: Tensor) -> Tensor:
@@ -96,7 +102,8 @@ def division_nuhmc(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
 def measured_division_nuhmc(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
     """The same, measured: steps after which a state divided back is wrong by more than ``2^-(p/2)``.
 
-    Found among distances of four per doubling up to 2,048 steps; infinite where the state is still good then.
+    Found among distances of four per doubling up to :data:`LONGEST_MEASURED`; infinite where the state is still
+    good then.
 
     Args:
         log_decay: any shape, natural logarithm of the decay, at most 0.
@@ -107,3 +114,64 @@ def measured_division_nuhmc(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
     steps = torch.tensor(_MEASURED_STEPS, dtype=torch.float64)
     first = steps[wrong.to(torch.uint8).argmax(dim=0)]
     return torch.where(wrong.any(dim=0), first, torch.inf)
+
+
+@dataclass(frozen=True)
+class FormatLimits:
+    """What one floating-point format can bear.
+
+    Attributes:
+        format: its name. mantissa_bits: p.
+        nuhmc: updates of a growing state, by the formula. counted: the same, counted.
+        division: per quantile of forgetting, steps back by plain division, by the formula and measured.
+    """
+
+    format: str
+    mantissa_bits: int
+    nuhmc: int
+    counted: int
+    division: dict[str, tuple[float, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; None where a channel outlasts the measurement or forgets nothing."""
+        return {
+            "format": self.format,
+            "mantissa_bits": self.mantissa_bits,
+            "nuhmc": self.nuhmc,
+            "nuhmc_counted": self.counted,
+            "division_steps": {
+                name: {"formula": _finite(formula), "measured": _finite(measured)}
+                for name, (formula, measured) in self.division.items()
+            },
+        }
+
+
+def format_limits(log_decay: Tensor) -> list[FormatLimits]:
+    """Limits of every format in :data:`FORMATS` for channels with the given log w (any shape)."""
+    bits = bits_forgotten_per_step(log_decay).flatten()
+    quantiles = torch.quantile(bits, torch.tensor(list(DECAY_QUANTILES.values()), dtype=bits.dtype))
+    chosen = -quantiles * math.log(2.0)
+    return [
+        FormatLimits(
+            str(dtype).removeprefix("torch."),
+            mantissa_bits(dtype),
+            nuhmc(dtype),
+            counted_nuhmc(dtype),
+            dict(
+                zip(
+                    DECAY_QUANTILES,
+                    zip(
+                        division_nuhmc(chosen, dtype).tolist(),
+                        measured_division_nuhmc(chosen, dtype).tolist(),
+                        strict=True,
+                    ),
+                    strict=True,
+                )
+            ),
+        )
+        for dtype in FORMATS
+    ]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

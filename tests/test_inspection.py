@@ -8,6 +8,7 @@ import pytest
 import torch
 from foreign import VERSIONS, blinkdl_state_dict
 
+from rwkv_rev.cli import main
 from rwkv_rev.converters.conversion import convert
 from rwkv_rev.converters.inspection import inspect_source
 from rwkv_rev.converters.reading import Checkpoint
@@ -54,3 +55,37 @@ def test_only_decays_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unknown_vocabulary_is_no_error(tmp_path: Path) -> None:
     torch.save(blinkdl_state_dict("4", vocab=300), tmp_path / "a.pth")
     assert "unknown" in inspect_source(str(tmp_path / "a.pth")).tokenizer
+
+
+def test_forecast_and_numerics_on_the_command_line(capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "inspect",
+        "bundled:rwkv-5.2",
+        "--context-length",
+        "4096",
+        "--chunk-length",
+        "256",
+        "--numerics",
+    ]
+
+    def run(*more: str) -> str:
+        with pytest.raises(SystemExit) as left:
+            main([*arguments, *more])
+        assert not left.value.code
+        return capfd.readouterr().out
+
+    text = run()
+    assert "Memory of a gradient: 4,096 tokens x 1, chunks of 256, float32" in text
+    assert "67,108,864" in text
+    document = json.loads(run("--json", "--batch-size", "2"))
+    by_name = {forecast["strategy"]: forecast for forecast in document["memory_forecast"]}
+    assert set(by_name) == {"full", "checkpoint", "reversible", "truncated"}
+    assert by_name["reversible"]["tape"] < 0.6 * by_name["checkpoint"]["tape"]
+    assert [limit["nuhmc"] for limit in document["numerics"]] == [32, 8, 2048, 67_108_864]
+
+
+def test_the_forecast_is_only_made_when_asked(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["inspect", "bundled:rwkv-4", "--json"])
+    document = json.loads(capfd.readouterr().out)
+    assert not {"memory_forecast", "numerics", "config", "log_decays"} & set(document)

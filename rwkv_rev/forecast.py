@@ -1,0 +1,177 @@
+r"""How much memory a gradient takes, per strategy, before anything is loaded: float32 weights and activations.
+
+Letters as everywhere (B, T, C, L, D, H, N, F, V), n = B C tokens in the graph at once (B T for ``full``). The graph of
+n tokens holds, in numbers of 4 bytes,
+
+    n (L (k D + 2 F + s) + 2 D)      k = 22 vectors (5.1, 5.2), 18 (5.0, no gate), 18 (4)
+                                     s = state of the recurrence: D N (1/32 + 2/C) (RWKV-5, one matrix per sub-chunk and two),
+                                         3 D (1 + 1/c) (RWKV-4, three numbers per token, c the scan's piece)
+
+The k vectors are, in the time mix, the residual stream, its LayerNorm, the shifted and the mixed inputs, r, k, v, the
+recurrence's output before and after GroupNorm, gate, its silu and their product; in the channel mix the residual,
+LayerNorm, shifted and two mixed inputs, receptance and value. F numbers are the hidden layer before and after
+squaring. The peak of device memory comes at one of three moments:
+
+    loss        graph + states + 3 logits + head gradient
+    backward    graph + states + head gradient + (2 F + 5 D) n + 0.4 of a layer's weights
+    end         gradients of all weights, and for chunked strategies their running sum, which the other two hold too
+
+*States* count what the two sweeps keep of memories [B, L, D N or 3 D] besides the graph: before and after the chunk,
+exact and as floats, their gradients, and one layer's arithmetic in float64. The constants 3, 5, 0.4 and those of the
+states are calibrated on the allocator's log (CPU, chunked kernels); tests hold forecasts within 15 % of measurements
+over several widths, depths and vocabularies. Optimizer states are not included (AdamW: 8 bytes per weight).
+
+The tape's bytes are exact: remnant widths follow from the decays. Heads whose grid rises add a matrix each, once.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from rwkv_rev.configuration import RwkvRevConfig
+from rwkv_rev.loss import LOGITS_AT_ONCE
+from rwkv_rev.reversal.fixed_point import decay_plan
+from rwkv_rev.reversal.tape import _ALIGNMENT
+from rwkv_rev.wkv.chunked_wkv5 import SUB_CHUNK
+
+STRATEGIES = ("full", "checkpoint", "reversible", "truncated")
+NUMBER = 4
+"""Bytes of a float32."""
+_VECTORS = {"4": 18, "5.0": 18, "5.1": 22, "5.2": 22}
+_LOGIT_COPIES = 3
+_BACKWARD_VECTORS = 5
+_LAYER_SHARE = 0.4
+_STATE_COPIES = {"checkpoint": 6, "reversible": 8}
+_STATE_ARITHMETIC = 8
+
+
+@dataclass(frozen=True)
+class StrategyForecast:
+    """Bytes one strategy takes.
+
+    Attributes:
+        strategy: its name.
+        parameters: float32 weights.
+        gradients: of all weights, with their running sum where there are several chunks.
+        graph: what back-propagation keeps of the tokens in the graph at once.
+        states: boundary states besides the graph.
+        device: the peak of all of it; less than the sum, since gradients grow as the graph is freed.
+        tape: on the host, or where the tape lies.
+    """
+
+    strategy: str
+    parameters: int
+    gradients: int
+    graph: int
+    states: int
+    device: int
+    tape: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def forecast_memory(
+    config: RwkvRevConfig,
+    log_decays: Sequence[Tensor],
+    parameters: int,
+    *,
+    context_length: int,
+    batch_size: int = 1,
+    chunk_length: int | None = None,
+) -> tuple[StrategyForecast, ...]:
+    """Forecast the memory of one loss and its gradient.
+
+    Args:
+        config: of the model.
+        log_decays: per layer log w, of the stored shape.
+        parameters: number of weights, all of them trained.
+        context_length: T, tokens.
+        batch_size: B, rows.
+        chunk_length: C, tokens; the config's when None.
+    """
+    chunk = min(chunk_length or config.chunk_length, context_length)
+    lengths = [min(chunk, context_length - start) for start in range(0, context_length, chunk)]
+    return tuple(
+        _forecast(name, config, log_decays, NUMBER * parameters, batch_size, context_length, lengths)
+        for name in STRATEGIES
+    )
+
+
+def _forecast(
+    name: str,
+    config: RwkvRevConfig,
+    log_decays: Sequence[Tensor],
+    weights: int,
+    batch: int,
+    context: int,
+    lengths: list[int],
+) -> StrategyForecast:
+    layers, width = config.num_hidden_layers, config.hidden_size
+    at_once = context if name == "full" else lengths[0]
+    tokens = batch * at_once
+    graph = graph_bytes(config, batch, at_once)
+    sums = 0 if name == "full" or len(lengths) == 1 else weights
+    memory = NUMBER * batch * width * (config.head_size if config.has_heads else 3)
+    copies = _STATE_COPIES.get(name)
+    states = 0 if copies is None else (copies * layers + _STATE_ARITHMETIC) * memory
+    head = NUMBER * config.vocab_size * width
+    logits = NUMBER * min(tokens * config.vocab_size, LOGITS_AT_ONCE)
+    layer = (weights - 2 * head) / layers
+    workspace = NUMBER * tokens * (2 * config.intermediate_size + _BACKWARD_VECTORS * width)
+    peak = sums + max(
+        graph + states + _LOGIT_COPIES * logits + head,
+        graph + states + head + workspace + _LAYER_SHARE * layer,
+        weights + states,
+    )
+    tape = 0
+    if name in ("checkpoint", "reversible"):
+        tape = sum(_record_bytes(name, config, log_decays, batch, length) for length in lengths[1:-1])
+    return StrategyForecast(
+        strategy=name,
+        parameters=weights,
+        gradients=weights + sums,
+        graph=graph,
+        states=states,
+        device=weights + round(peak),
+        tape=tape,
+    )
+
+
+def graph_bytes(config: RwkvRevConfig, batch: int, length: int) -> int:
+    """Bytes that the graph of ``batch`` rows of ``length`` tokens keeps, loss and weights aside."""
+    width, layers = config.hidden_size, config.num_hidden_layers
+    if config.has_heads:
+        # one per sub-chunk, the scan's last, and the state before the chunk
+        state = batch * (math.ceil(length / SUB_CHUNK) + 2) * width * config.head_size
+    else:
+        piece = 1 << ((length - 1).bit_length() // 2)  # of the scan, see wkv/chunked_wkv4.py
+        pieces = -(-length // piece)
+        state = 3 * batch * (piece + 1) * pieces * width
+    vectors = _VECTORS[config.rwkv_version] * width + 2 * config.intermediate_size
+    return NUMBER * (batch * length * (layers * vectors + 2 * width) + layers * state)
+
+
+def _record_bytes(
+    name: str, config: RwkvRevConfig, log_decays: Sequence[Tensor], batch: int, length: int
+) -> int:
+    """What one chunk puts on the tape: tensors of all layers, each rounded up to the tape's alignment."""
+    heads, size, width = config.num_attention_heads, config.head_size, config.hidden_size
+    total = 0
+    for log_decay in log_decays:
+        sizes = [NUMBER * batch * width] * 2  # the token shifts
+        if name == "reversible":
+            sizes.append(8 * batch * heads if config.has_heads else 8)  # fingerprints
+        if not config.has_heads:
+            sizes.append(NUMBER * batch * 3 * width)
+        elif name == "checkpoint":
+            sizes += [NUMBER * batch * width * size, NUMBER * batch * heads]
+        else:
+            per_channel = log_decay.reshape(heads, -1).expand(heads, size)
+            sizes.append(decay_plan(per_channel, length).packing.nbytes(batch, size))
+        total += sum(math.ceil(nbytes / _ALIGNMENT) * _ALIGNMENT for nbytes in sizes)
+    return total

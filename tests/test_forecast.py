@@ -1,0 +1,181 @@
+"""Forecasts of device and tape memory against what the allocator and the tape say: within 15 %."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from rwkv_rev.configuration import RwkvRevConfig
+from rwkv_rev.forecast import STRATEGIES, StrategyForecast, forecast_memory, graph_bytes
+from rwkv_rev.modeling import RwkvRevForCausalLM
+
+TOLERANCE = 0.15
+WIDE = {
+    "5.2": RwkvRevConfig(
+        rwkv_version="5.2",
+        vocab_size=1000,
+        hidden_size=320,
+        num_hidden_layers=3,
+        num_attention_heads=5,
+        head_size=64,
+        intermediate_size=1120,
+    ),
+    "4": RwkvRevConfig(
+        rwkv_version="4",
+        vocab_size=2000,
+        hidden_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=1,
+        head_size=256,
+        intermediate_size=1024,
+    ),
+}
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Most bytes allocated on the CPU at once during ``work``, by the allocator's own log."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as log:
+        work()
+    assert log.profiler is not None
+    events = [e for e in log.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def saved_bytes(model: RwkvRevForCausalLM, ids: torch.Tensor) -> int:
+    """Bytes of the distinct storages, weights aside, that a graph over ``ids`` keeps."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model.model(ids)
+    total = sum(storage.nbytes() for storage in kept.values())
+    del out
+    return total
+
+
+def forecasts(model: RwkvRevForCausalLM, context: int, batch: int, chunk: int) -> dict[str, StrategyForecast]:
+    found = forecast_memory(
+        model.config,
+        [block.time_mix.log_decay().detach() for block in model.model.blocks],
+        sum(parameter.numel() for parameter in model.parameters()),
+        context_length=context,
+        batch_size=batch,
+        chunk_length=chunk,
+    )
+    return {forecast.strategy: forecast for forecast in found}
+
+
+def measured(
+    model: RwkvRevForCausalLM, strategy: str, context: int, batch: int, chunk: int
+) -> tuple[int, int]:
+    """Device bytes at the peak, weights included, and tape bytes; the tape lies on the disk, out of the way."""
+    ids = torch.randint(
+        0, model.config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(0)
+    )
+    report = {}
+
+    def work() -> None:
+        with model.set_bptt(strategy, chunk_length=chunk, tape="disk"):
+            out = model(ids, labels=ids)
+        report.update(out.report)
+        out.loss.backward()
+
+    peak = peak_bytes(work)
+    model.zero_grad()
+    return peak + sum(parameter.nbytes for parameter in model.parameters()), report.get("tape_bytes", 0)
+
+
+@pytest.fixture(scope="module", params=["bundled 4", "bundled 5.2", "wide 4", "wide 5.2"])
+def model(request: pytest.FixtureRequest, bundled: dict[str, Path]) -> RwkvRevForCausalLM:
+    kind, version = request.param.split()
+    if kind == "bundled":
+        return RwkvRevForCausalLM.from_pretrained(bundled[version], dtype=torch.float32)
+    torch.manual_seed(0)
+    return RwkvRevForCausalLM(WIDE[version])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("context", "batch", "chunk"),
+    [(384, 1, 128), (320, 3, 64)],
+    ids=lambda value: str(value),
+)
+def test_device_and_tape(
+    model: RwkvRevForCausalLM, strategy: str, context: int, batch: int, chunk: int
+) -> None:
+    forecast = forecasts(model, context, batch, chunk)[strategy]
+    device, tape = measured(model, strategy, context, batch, chunk)
+    assert forecast.device == pytest.approx(device, rel=TOLERANCE)
+    matrix = 4 * model.config.head_size**2 + 64  # a head whose grid rises keeps one more
+    raised = batch * model.config.num_attention_heads * model.config.num_hidden_layers
+    assert forecast.tape <= tape <= forecast.tape + matrix * raised
+    assert tape == pytest.approx(forecast.tape, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("shape", [(1, 100), (1, 256), (3, 200)], ids=str)
+def test_graph(model: RwkvRevForCausalLM, shape: tuple[int, int]) -> None:
+    found = saved_bytes(model, torch.zeros(shape, dtype=torch.long))
+    assert graph_bytes(model.config, *shape) == pytest.approx(found, rel=0.05)
+
+
+@pytest.mark.parametrize("version", ["5.0", "5.1"])
+def test_graph_of_other_versions(version: str) -> None:
+    config = RwkvRevConfig(
+        rwkv_version=version,
+        vocab_size=100,
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        head_size=32,
+        intermediate_size=448,
+    )
+    found = saved_bytes(RwkvRevForCausalLM(config), torch.zeros((1, 192), dtype=torch.long))
+    assert graph_bytes(config, 1, 192) == pytest.approx(found, rel=0.05)
+
+
+def test_only_full_and_the_tape_grow_with_the_context() -> None:
+    config = WIDE["5.2"]
+    decays = [torch.full((5, 64), -0.05)] * 3
+    short, long = (
+        {
+            f.strategy: f
+            for f in forecast_memory(config, decays, 10**7, context_length=length, chunk_length=256)
+        }
+        for length in (4096, 65536)
+    )
+    for strategy in ("checkpoint", "reversible", "truncated"):
+        assert long[strategy].device == short[strategy].device
+    assert long["full"].device > 10 * short["full"].device
+    assert long["reversible"].tape / short["reversible"].tape == pytest.approx(254 / 14)
+    assert long["reversible"].tape < long["checkpoint"].tape
+    assert long["full"].tape == long["truncated"].tape == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_device_memory_on_cuda(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same constants hold for the chunked kernels on a GPU."""
+    monkeypatch.setenv("RWKV_REV_KERNEL", "chunked")
+    torch.manual_seed(0)
+    model = RwkvRevForCausalLM(WIDE["5.2"]).cuda()
+    ids = torch.randint(0, 1000, (2, 2048), device="cuda")
+    for _ in range(2):  # the first call also allocates workspaces of libraries
+        model.zero_grad()
+        torch.cuda.reset_peak_memory_stats()
+        with model.set_bptt(strategy, chunk_length=512):
+            model(ids, labels=ids).loss.backward()
+    forecast = forecasts(model, 2048, 2, 512)[strategy]
+    assert forecast.device == pytest.approx(torch.cuda.max_memory_allocated(), rel=TOLERANCE)
