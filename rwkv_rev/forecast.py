@@ -3,9 +3,9 @@ r"""How much memory a gradient takes, per strategy, before anything is loaded: f
 Letters as everywhere (B, T, C, L, D, H, N, F, V), n = B C tokens in the graph at once (B T for ``full``). The graph of
 n tokens holds, in numbers of 4 bytes,
 
-    n (L (k D + 2 F + s) + 2 D)      k = 22 vectors (5.1, 5.2), 18 (5.0, no gate), 18 (4)
-                                     s = state of the recurrence: D N (1/32 + 2/C) (RWKV-5, one matrix per sub-chunk and two),
-                                         3 D (1 + 1/c) (RWKV-4, three numbers per token, c the scan's piece)
+    n (L (k D + 2 F) + 2 D) + L s    k = 22 vectors (5.1, 5.2), 18 (5.0, no gate), 18 (4)
+                                     s = states of the recurrence: D N (n / 32 + 2 B) (RWKV-5, one matrix per
+                                         sub-chunk and two), 3 D n (1 + 1/c) (RWKV-4, c the scan's piece)
 
 The k vectors are, in the time mix, the residual stream, its LayerNorm, the shifted and the mixed inputs, r, k, v, the
 recurrence's output before and after GroupNorm, gate, its silu and their product; in the channel mix the residual,
@@ -34,7 +34,7 @@ from torch import Tensor
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.loss import LOGITS_AT_ONCE
 from rwkv_rev.reversal.fixed_point import decay_plan
-from rwkv_rev.reversal.tape import _ALIGNMENT
+from rwkv_rev.reversal.tape import ALIGNMENT
 from rwkv_rev.wkv.chunked_wkv5 import SUB_CHUNK
 
 STRATEGIES = ("full", "checkpoint", "reversible", "truncated")
@@ -173,5 +173,5 @@ def _record_bytes(
         else:
             per_channel = log_decay.reshape(heads, -1).expand(heads, size)
             sizes.append(decay_plan(per_channel, length).packing.nbytes(batch, size))
-        total += sum(math.ceil(nbytes / _ALIGNMENT) * _ALIGNMENT for nbytes in sizes)
+        total += sum(math.ceil(nbytes / ALIGNMENT) * ALIGNMENT for nbytes in sizes)
     return total

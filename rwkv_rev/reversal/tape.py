@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rwkv_rev.errors import StrategyError
 
-_ALIGNMENT = 16
+ALIGNMENT = 16
 _SMALLEST_SLAB = 2**22
 _LARGEST_SLAB = 2**28
 
@@ -79,7 +79,7 @@ class Tape:
                 data = tensor.detach().contiguous()
                 layouts[-1].append(_Layout(data.dtype, data.shape, end))
                 parts.append((end, data.flatten().view(torch.uint8)))
-                end += math.ceil(data.nbytes / _ALIGNMENT) * _ALIGNMENT
+                end += math.ceil(data.nbytes / ALIGNMENT) * _ALIGNMENT
         self._records.append((self._keep(parts, end), layouts))
         self._ahead = None
         self.nbytes += end
