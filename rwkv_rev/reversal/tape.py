@@ -79,7 +79,7 @@ class Tape:
                 data = tensor.detach().contiguous()
                 layouts[-1].append(_Layout(data.dtype, data.shape, end))
                 parts.append((end, data.flatten().view(torch.uint8)))
-                end += math.ceil(data.nbytes / ALIGNMENT) * _ALIGNMENT
+                end += math.ceil(data.nbytes / ALIGNMENT) * ALIGNMENT
         self._records.append((self._keep(parts, end), layouts))
         self._ahead = None
         self.nbytes += end
