@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_rev.bptt.cuda_graphs import STATIC
 from rwkv_rev.bptt.strategy import Chunk, LanguageModel, LossInputs
 from rwkv_rev.bptt.sweeps import TwoSweeps
 from rwkv_rev.cells.block import BlockReplay, ExactStates, Plans, Remnants
@@ -30,8 +29,7 @@ class Reversible(TwoSweeps):
     name = "reversible"
 
     def begin(self, model: LanguageModel, inputs: LossInputs) -> None:
-        # chunk, whether its layers were rebuilt to the bit (bool), index of the first of these layers
-        self._checks: list[tuple[int, Tensor, int]] = []
+        self._checks: list[tuple[int, int, Tensor]] = []
 
     def record(
         self,
@@ -89,19 +87,10 @@ class Reversible(TwoSweeps):
         assert end is not None
         found = block.time_mix.witness(replay.states[0].memory, end.detach())
         assert found is not None
-        self._checks.append((chunk.index, (found == witness).all()[None], layer))
+        self._checks.append((layer, chunk.index, (found == witness).all()))
         if x.device.type == "cpu":
             self._compare()
         return replay
-
-    def take_checks(self) -> Tensor | None:
-        taken = [ok for chunk, ok, _ in self._checks if chunk == STATIC]
-        self._checks = [check for check in self._checks if check[0] != STATIC]
-        return torch.cat(taken)
-
-    def graph_checked(self, chunk: Chunk, checks: Tensor | None) -> None:
-        assert checks is not None
-        self._checks.append((chunk.index, checks.clone(), 0))
 
     def finish(self, outcome: dict[str, Any]) -> None:
         self._compare()
@@ -110,13 +99,10 @@ class Reversible(TwoSweeps):
         checks, self._checks = self._checks, []
         if not checks:
             return
-        if bool(torch.cat([ok for _, ok, _ in checks]).all()):
-            return
-        for chunk, ok, first in checks:
-            wrong = (~ok).nonzero()
-            if not len(wrong):
-                continue
-            layer = first + int(wrong[0])
+        equal = torch.stack([ok for _, _, ok in checks]).tolist()
+        wrong = [(layer, chunk) for (layer, chunk, _), ok in zip(checks, equal, strict=True) if not ok]
+        if wrong:
+            layer, chunk = wrong[0]
             raise ReversalMismatchError(
                 f"the state of layer {layer} before chunk {chunk} could not be rebuilt to the bit: the two sweeps "
                 "computed different numbers. Likely causes: a non-deterministic kernel, weights or dropout changed "

@@ -32,7 +32,6 @@ class ReversibleLossy(TwoSweeps):
     """
 
     name = "reversible-lossy"
-    repeatable = False  # some boundaries keep an anchor
 
     def begin(self, model: LanguageModel, inputs: LossInputs) -> None:
         decays = []

@@ -17,7 +17,6 @@ draws. Under float16 autocast each chunk's graph is differentiated with a loss s
 
 from abc import abstractmethod
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -53,12 +52,7 @@ class ChunkGradients(NamedTuple):
 
 
 class TwoSweeps(Strategy):
-    """Base of the strategies that recover exact boundary states.
-
-    ``repeatable`` says that all interior chunks do the same work, so that a CUDA graph can stand for them.
-    """
-
-    repeatable = True
+    """Base of the strategies that recover exact boundary states."""
 
     def loss(self, model: LanguageModel, inputs: LossInputs) -> LossResult:
         leaves = trainable(model, inputs)
@@ -138,7 +132,7 @@ class TwoSweeps(Strategy):
             draws = random_state.draws(model)
             random: list[list[Tensor]] = []
             plain = not draws and not _half(device) and not model.checkpoints_blocks
-            graphs = self.repeatable and cuda_graphs.worthwhile(chunks, device, plain=plain)
+            graphs = cuda_graphs.worthwhile(chunks, device, plain=plain)
             last = self._forward_sweep(model, chunks, plans, first, tape, random if draws else None, graphs)
             outcome["tape_bytes"] = tape.peak_nbytes
 
@@ -225,10 +219,9 @@ class TwoSweeps(Strategy):
                 if pending is not None:
                     tape.push(pending())
                     pending = None
-                graph = cuda_graphs.attempt(
-                    partial(self._forward_graph, model, chunk, states, plans[chunk.length])
+                graph = cuda_graphs.ForwardGraph.of(
+                    chunk, states, lambda own, before: self._advance(model, own, before, plans[own.length])
                 )
-                graphs = graph is not None
             if graph is not None and cuda_graphs.repeats(chunk, chunks):
                 if pending is not None:
                     tape.push(pending())
@@ -248,14 +241,6 @@ class TwoSweeps(Strategy):
         if pending is not None:
             tape.push(pending())
         return states if graph is None else cuda_graphs.cloned(states)
-
-    def _forward_graph(
-        self, model: LanguageModel, chunk: Chunk, states: list[ExactStates], plans: list[Plans]
-    ) -> cuda_graphs.ForwardGraph:
-        def work(own: Chunk, before: list[ExactStates]) -> tuple[list[ExactStates], list[Remnants]]:
-            return self._advance(model, own, before, plans)
-
-        return cuda_graphs.ForwardGraph.of(chunk, states, work)
 
     def _advance(
         self, model: LanguageModel, chunk: Chunk, states: list[ExactStates], plans: list[Plans]
