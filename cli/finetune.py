@@ -33,7 +33,7 @@ def finetune(
     batch_size: Annotated[Number, typer.Option(help="Rows at once per process.  [1]")] = None,
     grad_accum: Annotated[Number, typer.Option(help="Batches per optimizer step.  [1]")] = None,
     lr: Annotated[
-        float | None, typer.Option(help="Learning rate.  [full 1e-4, lora 5e-4, state 1e-2]")
+        float | None, typer.Option(help="Learning rate.  [full 1e-4, lora 5e-4, state 0.1]")
     ] = None,
     lr_schedule: Annotated[Text, typer.Option(help="cosine, linear, constant, ...  [cosine]")] = None,
     warmup: Annotated[

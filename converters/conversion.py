@@ -208,8 +208,14 @@ def _fill(
         pad_token_id=config.pad_token_id if config.pad_token_id is not None else 0,
     ).save_pretrained(str(folder))
 
+    transposed = {row.foreign for row in tensor_table(config, record["layout"]) if row.transposed}
+
+    def read(name: str) -> torch.Tensor:
+        tensor = checkpoint.tensor(name)
+        return tensor.mT.contiguous() if name in transposed else tensor
+
     with _progress_bar(sum(shard.nbytes for shard in shards), settings.progress) as on_bytes:
-        write_shards(shards, folder, checkpoint.tensor, on_bytes)
+        write_shards(shards, folder, read, on_bytes)
     record["sha256"] = checkpoint.sha256()
     (folder / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

@@ -46,7 +46,6 @@ _FOREIGN_KINDS = (
         r"^blocks\.\d+\.attention\.",
         "is a transformers base model without its head; give the causal language model",
     ),
-    (r"\.time_state$", "holds tuned initial states, not a whole model; give the model's own .pth"),
     (r"lora_|\.bone$", "holds adapter weights that are not merged; merge them into the model first"),
     (
         r"^(_forward_module|_orig_mod|module|model)\.(emb|blocks|rwkv)\.",
@@ -60,6 +59,7 @@ _LEFTOVERS = (
     (r"pos_emb_", "position embeddings"),
     (r"^(head_[qk]\.|copy_mask)", "a copying head"),
     (r"\.ffnPre\.", "a channel mix in the place of the first time mix"),
+    (r"\.time_state$", "a tuned initial state of RWKV-4 or in this layout"),
 )
 
 
@@ -75,6 +75,7 @@ class Architecture:
         layout: whose tensor names the file uses.
         layer_norm_epsilon: from ``config.json``, else 1e-5.
         group_norm_epsilon: ``1e-5 * head_size_divisor**2`` from ``config.json``, else 64e-5.
+        has_initial_state: the file holds a tuned initial state (``att.time_state``).
         unusual_shapes: stored shape by foreign name, of the tensors that have not the shape their layout
             usually gives them (extra or fewer dimensions of size one).
     """
@@ -90,6 +91,7 @@ class Architecture:
     layout: Layout
     layer_norm_epsilon: float = 1e-5
     group_norm_epsilon: float = 64e-5
+    has_initial_state: bool = False
     unusual_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
 
     def to_config(self, **overrides: Any) -> RwkvRevConfig:
@@ -105,6 +107,7 @@ class Architecture:
             "layer_norm_epsilon": self.layer_norm_epsilon,
             "group_norm_epsilon": self.group_norm_epsilon,
             "bonus_is_exponential": self.bonus_is_exponential,
+            "has_initial_state": self.has_initial_state,
         }
         return RwkvRevConfig(**(fields | overrides))
 
@@ -140,6 +143,10 @@ def detect(checkpoint: Checkpoint) -> Architecture:
 
 
 def _refuse_foreign_kinds(where: str, names: Sequence[str]) -> None:
+    if names and all(name.endswith(".time_state") for name in names):
+        raise CheckpointError(
+            f"{where} holds tuned initial states, not a whole model; give the model's own .pth ({some(names, 1)})"
+        )
     for pattern, what in _FOREIGN_KINDS:
         found = [name for name in names if re.search(pattern, name)]
         if found:
@@ -207,6 +214,7 @@ def _sizes(where: str, checkpoint: Checkpoint) -> Architecture:
         layout=hub_layout(version) if hugging_face else "blinkdl",
         layer_norm_epsilon=layer_norm_epsilon,
         group_norm_epsilon=group_norm_epsilon,
+        has_initial_state=version != "4" and not hugging_face and "att.time_state" in kinds,
     )
 
 

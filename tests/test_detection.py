@@ -240,7 +240,6 @@ def test_floating_dtypes(look: Any, dtype: torch.dtype) -> None:
         ("blocks.0.att.w0", "is an RWKV-7 model"),
         ("model.layers.0.attn.r_proj.weight", "is an RWKV-7 model"),
         ("blocks.0.att.time_alpha", "is an RWKV-1 model"),
-        ("blocks.0.att.time_state", "initial states"),
         ("blocks.0.att.key.lora_A", "adapter"),
         ("blocks.0.att.key.weight_mx", "quantised by the rwkv package"),
         ("blocks.0.attention.key.weight", "without its head"),
@@ -259,6 +258,19 @@ def test_other_kinds_by_name(look: Any, tmp_path: Path, name: str, message: str)
         ):
             detect(checkpoint)
         assert name in str(caught.value)
+
+
+def test_initial_states(look: Any) -> None:
+    """Part of a whole RWKV-5 model; alone, in part, or with RWKV-4 they are refused."""
+    model = blinkdl_state_dict("5.2")
+    heads, size = model["blocks.0.att.time_decay"].shape
+    blocks = [name.split(".")[1] for name in model if name.endswith("att.time_decay")]
+    states = {f"blocks.{i}.att.time_state": torch.zeros(heads, size, size) for i in blocks}
+    assert look(model | states).has_initial_state and not look(model).has_initial_state
+    assert "tuned initial states, not a whole model" in refused(look, states)
+    states.pop("blocks.1.att.time_state")
+    assert "missing blocks.1.att.time_state" in refused(look, model | states)
+    assert "a tuned initial state of RWKV-4" in refused(look, blinkdl_state_dict("4") | states)
 
 
 def test_not_rwkv(look: Any) -> None:

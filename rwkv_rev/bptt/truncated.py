@@ -61,7 +61,8 @@ class Truncated(Strategy):
                 )
                 total = total + loss.detach()
                 objective = loss if further is None else loss + further
-                sums = add_gradients(sums, torch.autograd.grad(objective, leaves, allow_unused=True))
+                if objective.requires_grad:  # not after the first chunk when the initial state alone is tuned
+                    sums = add_gradients(sums, torch.autograd.grad(objective, leaves, allow_unused=True))
             state = state.detach()
         return total, tuple(state.tensors()), sums
 

@@ -1,6 +1,6 @@
 """The original model as the oracles see it: tensors under BlinkDL's names, whatever file they came from."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rwkv_rev.configuration import RwkvRevConfig
+from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.converters.detection import detect
 from rwkv_rev.converters.hub import resolve
 from rwkv_rev.converters.names import Layout, tensor_table
@@ -62,13 +63,20 @@ class Original:
 class RenamedTensors(Mapping[str, Tensor]):
     """The tensors of an open checkpoint under other names and shapes, each read when it is asked for."""
 
-    def __init__(self, checkpoint: Checkpoint, names: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint | ConvertedModel,
+        names: Mapping[str, tuple[str, tuple[int, ...]]],
+        transposed: Collection[str] = (),
+    ) -> None:
         self._checkpoint = checkpoint
         self._names = names  # wanted name -> (name in the checkpoint, wanted shape)
+        self._transposed = transposed  # wanted names whose last two dimensions are exchanged
 
     def __getitem__(self, name: str) -> Tensor:
         stored, shape = self._names[name]
-        return self._checkpoint.tensor(stored).reshape(shape)
+        tensor = self._checkpoint.tensor(stored)
+        return (tensor.mT if name in self._transposed else tensor).reshape(shape)
 
     def __contains__(self, name: object) -> bool:
         return name in self._names  # Mapping's own would read the tensor
@@ -137,7 +145,11 @@ def open_original(
             group_norm_epsilon=group_norm_epsilon or config.group_norm_epsilon,
             layer_norm_epsilon=config.layer_norm_epsilon,
             transformers_tensors=renamed("transformers") if config.rwkv_version == "4" else None,
-            own_tensors=RenamedTensors(checkpoint, {row.name: (row.foreign, row.shape) for row in stored}),
+            own_tensors=RenamedTensors(
+                checkpoint,
+                {row.name: (row.foreign, row.shape) for row in stored},
+                {row.name for row in stored if row.transposed},
+            ),
             expected=expected_path(local.files[0]),
             config=config,
         )

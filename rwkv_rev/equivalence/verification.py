@@ -13,6 +13,7 @@ memory and its logits once, 4*T*V bytes; oracles are read in pieces.
 """
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from rwkv_rev.equivalence.divergence import first_divergence, place_of
 from rwkv_rev.equivalence.expected import ExpectedLogits, read_expected
 from rwkv_rev.equivalence.gradients import CONTEXT as GRADIENT_CONTEXT
 from rwkv_rev.equivalence.gradients import check_gradients
+from rwkv_rev.equivalence.itself import as_original
 from rwkv_rev.equivalence.logits import compare_logits
 from rwkv_rev.equivalence.naive_model import PUBLISHED_GROUP_NORM_EPSILON
 from rwkv_rev.equivalence.oracles import ORACLES, OracleUnavailable
@@ -68,7 +70,8 @@ def verify_directory(
 
     Args:
         directory: what ``convert`` wrote.
-        original: SOURCE to compare with; None for the one the conversion remembers.
+        original: SOURCE to compare with; None for the one the conversion remembers, or for a fine-tuned model its own
+            values, run by the original implementations.
         file: which checkpoint of a repository or folder, with ``original``.
         revision: branch, tag or commit of a Hub repository, with ``original``.
         oracle: ``auto`` (every oracle that can run), ``rwkv``, ``transformers`` or ``naive``.
@@ -98,14 +101,19 @@ def verify_directory(
     directory = Path(directory)
     with ConvertedModel(directory) as converted:
         record = _read_record(directory)
-        source = _source(directory, record, original, file, revision)
         config = converted.config
         content = read_text(text) if isinstance(text, Path) else default_text() if text is None else text
         needed = max(tokens, *_contexts(reversal, gradients, context).values(), 1)
         ids = encode_text(content, directory, vocabulary=config.vocab_size, tokens=needed)
-        with open_original(
-            source, group_norm_epsilon=record.get("group_norm_eps"), progress=progress
-        ) as opened:
+        opening: AbstractContextManager[Original]
+        if record.get("finetuned") and (original, file, revision) == (None, None, None):
+            opening = nullcontext(as_original(converted))
+        else:
+            source = _source(directory, record, original, file, revision)
+            opening = open_original(
+                source, group_norm_epsilon=record.get("group_norm_eps"), progress=progress
+            )
+        with opening as opened:
             _refuse_other_architecture(directory, config, opened)
             weights = compare_weights(opened.own_tensors, converted)
             verification = _Verification(directory, config, opened, weights, ids[:tokens], tokens)

@@ -22,7 +22,7 @@ TUNE = ("full", "lora", "state")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 REPORTERS = ("none", "tensorboard", "wandb", "trackio")
 SCHEDULES = ("constant", "linear", "cosine", "cosine_with_min_lr", "inverse_sqrt", "polynomial")
-DEFAULT_LR = {"full": 1e-4, "lora": 5e-4, "state": 1e-2}
+DEFAULT_LR = {"full": 1e-4, "lora": 5e-4, "state": 0.1}
 
 
 class ConfigError(RwkvRevError, ValueError):
@@ -48,7 +48,7 @@ class FinetuneConfig:
         bptt: gradient strategy; ``auto`` is exact at every length.
         tape, tape_dir: where remnants are kept, ``host``, ``device`` or ``disk``.
         batch_size: rows at once per process. grad_accum: batches per optimizer step.
-        lr: highest learning rate; when None 1e-4 for ``full``, 5e-4 for ``lora``, 1e-2 for ``state``.
+        lr: highest learning rate; when None 1e-4 for ``full``, 5e-4 for ``lora``, 0.1 for ``state``.
         lr_schedule: shape of the learning rate after the warmup.
         warmup: steps of linear warmup; below 1, a share of all steps.
         weight_decay: of matrices; mixes, decays, norms and states are never decayed.
@@ -194,6 +194,18 @@ _LEAST: Mapping[str, int] = {
     "num_workers": 1,
 }
 _TYPES = typing.get_type_hints(FinetuneConfig)
+_ELSEWHERE = {  # transformers' names for the same, to know what was meant
+    "learning_rate": "lr",
+    "lr_scheduler_type": "lr_schedule",
+    "gradient_accumulation_steps": "grad_accum",
+    "per_device_train_batch_size": "batch_size",
+    "num_train_epochs": "epochs",
+    "warmup_steps": "warmup",
+    "eval_steps": "eval_every",
+    "save_steps": "save_every",
+    "save_total_limit": "keep",
+    "resume_from_checkpoint": "resume",
+}
 
 
 def build_config(
@@ -247,9 +259,8 @@ def _known(key: Any) -> str:
     name = str(key).replace("-", "_")
     if name in _TYPES:
         return name
-    near = difflib.get_close_matches(name, _TYPES, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_TYPES)}"
-    raise ConfigError(f"{key} is not a setting; {hint}")
+    (near,) = difflib.get_close_matches(name, [*_TYPES, *_ELSEWHERE], n=1, cutoff=0.0)
+    raise ConfigError(f"{key} is not a setting; did you mean {_ELSEWHERE.get(near, near)}?")
 
 
 def _typed(key: str, value: Any) -> Any:

@@ -1,0 +1,33 @@
+"""A fine-tuned model as its own original: what ``export`` would write, without writing it.
+
+Its values are its own, so there is nothing to compare them with; but the original implementations run them, and must
+compute what the model computes.
+"""
+
+from rwkv_rev.converters.converted import ConvertedModel
+from rwkv_rev.converters.names import Layout, tensor_table
+from rwkv_rev.equivalence.original import Original, RenamedTensors
+
+
+def as_original(model: ConvertedModel) -> Original:
+    """The open model under the names of the other layouts; readable as long as ``model`` is open."""
+    config = model.config
+
+    def renamed(layout: Layout) -> RenamedTensors:
+        table = tensor_table(config, layout)
+        return RenamedTensors(
+            model,
+            {row.foreign: (row.name, row.foreign_shape) for row in table},
+            {row.foreign for row in table if row.transposed},
+        )
+
+    own = tensor_table(config, "blinkdl")
+    return Original(
+        tensors=renamed("blinkdl"),
+        label=f"itself, fine-tuned ({model.directory})",
+        group_norm_epsilon=config.group_norm_epsilon,
+        layer_norm_epsilon=config.layer_norm_epsilon,
+        transformers_tensors=renamed("transformers") if config.rwkv_version == "4" else None,
+        own_tensors=RenamedTensors(model, {row.name: (row.name, row.shape) for row in own}),
+        config=config,
+    )

@@ -1,0 +1,257 @@
+"""Runs of a few steps: what gets better, what is written, what is refused, and that a resumed run is the same run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetune_cases import counting_text, finetune, losses, settings, split_text
+from safetensors.torch import load_file
+
+import rwkv_rev
+from rwkv_rev.errors import RwkvRevError
+from rwkv_rev.modeling import RwkvRevForCausalLM
+from rwkv_rev.training.callbacks import StopAtBadLoss
+from rwkv_rev.training.finetune import plan
+from rwkv_rev.training.trainer import checkpoints
+
+RATES = {"full": 1e-3, "lora": 3e-3, "state": 1.0}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("tune", RATES)
+def test_held_out_text_gets_better(bundled: dict[str, Path], tmp_path: Path, tune: str) -> None:
+    train, held_out = split_text(tmp_path)
+    result = finetune(
+        settings(
+            bundled["5.2"],
+            train,
+            tmp_path / "out",
+            tune=tune,
+            lr=RATES[tune],
+            max_steps=8,
+            eval_data=[str(held_out)],
+            eval_tokens=4096,
+        )
+    )
+    assert result.held_out is not None
+    before, after = result.held_out
+    assert after < before - (0.02 if tune == "state" else 0.1), result
+    before_weights, after_weights = weights(bundled["5.2"]), weights(tmp_path / "out")
+    changed = {
+        name for name, tensor in before_weights.items() if not torch.equal(tensor, after_weights[name])
+    }
+    if tune == "full":
+        assert len(changed) > 0.95 * len(before_weights)
+    elif tune == "lora":
+        assert changed and all(".blocks." in name and name.endswith(".weight") for name in changed)
+        assert not any(".ln" in name for name in changed)
+    else:
+        assert not changed
+        assert set(after_weights) - set(before_weights) == {f"model.initial_wkv.{i}" for i in range(6)}
+    for name in set(before_weights) - changed:
+        assert after_weights[name].dtype == before_weights[name].dtype, "unchanged tensors keep their bits"
+
+
+def test_the_output_is_a_normal_model_folder(bundled: dict[str, Path], tmp_path: Path) -> None:
+    data, output = counting_text(tmp_path / "data.txt"), tmp_path / "out"
+    result = finetune(settings(bundled["5.2"], data, output, eval_data=[str(data)], eval_tokens=600))
+    assert result.steps == 3 and result.last_loss < result.first_loss
+    assert result.tape_bytes > 0 and result.memory_bytes > 0 and result.tokens == 3 * 2 * 512
+    assert {path.name for path in tmp_path.iterdir()} == {"data.txt", "out", "cache"}, (
+        "no work folder is left"
+    )
+    assert {path.name for path in (output / "training").iterdir()} == {
+        "log.jsonl",
+        "summary.json",
+        "loss.png",
+    }
+    config = rwkv_rev.RwkvRevConfig.from_pretrained(str(output))
+    source = rwkv_rev.RwkvRevConfig.from_pretrained(str(bundled["5.2"]))
+    assert (config.chunk_length, config.bptt, config.use_cache) == (source.chunk_length, "auto", True)
+    assert config.dtype == torch.float32
+    record = json.loads((output / "conversion.json").read_text())
+    assert record["source"] == "bundled:rwkv-5.2" and len(record["finetuned"]) == 1
+    card = (output / "README.md").read_text()
+    for text in ("fine-tuned", "data.txt", "512 tokens", "chunks of 128", "full (1,354,752", "held-out"):
+        assert text in card
+    public = card + json.dumps(record) + (output / "training" / "summary.json").read_text()
+    assert str(tmp_path) not in public and str(bundled["5.2"]) not in public, "no path of this machine"
+    again = finetune(settings(output, data, tmp_path / "twice", max_steps=1))
+    assert again.first_loss < result.first_loss
+    assert len(json.loads((tmp_path / "twice" / "conversion.json").read_text())["finetuned"]) == 2
+
+
+@pytest.mark.parametrize(("version", "tune"), [("5.2", "full"), ("4", "lora")])
+def test_a_finetuned_model_runs_elsewhere(
+    bundled: dict[str, Path], tmp_path: Path, version: str, tune: str
+) -> None:
+    """``verify`` hands its values to the rwkv package, transformers (RWKV-4) and the float64 scan."""
+    data = counting_text(tmp_path / "data.txt")
+    finetune(settings(bundled[version], data, tmp_path / "out", tune=tune, lr=3e-3))
+    report = rwkv_rev.verify(tmp_path / "out", tokens=96)
+    assert report.passed, report.table()
+    assert {row.oracle for row in report.rows} >= {"rwkv", "naive"} | (
+        {"transformers"} if version == "4" else set()
+    )
+    original = rwkv_rev.verify(tmp_path / "out", original=f"bundled:rwkv-{version}", tokens=64)
+    assert not original.passed, "the values are no longer the original's"
+
+
+def test_export_to_transformers(bundled: dict[str, Path], tmp_path: Path) -> None:
+    from transformers import RwkvForCausalLM
+
+    data = counting_text(tmp_path / "data.txt")
+    finetune(settings(bundled["4"], data, tmp_path / "out", max_steps=2))
+    rwkv_rev.export(tmp_path / "out", tmp_path / "hf", to="hf")
+    theirs = RwkvForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32, rescale_every=0).eval()
+    ours = RwkvRevForCausalLM.from_pretrained(str(tmp_path / "out"), dtype=torch.float32).eval()
+    ids = torch.tensor([list(b"12 squared is 144\n13 squared is ")])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_lie_beside_the_merged_weights(bundled: dict[str, Path], tmp_path: Path) -> None:
+    data = counting_text(tmp_path / "data.txt")
+    config = settings(
+        bundled["5.2"],
+        data,
+        tmp_path / "out",
+        tune="lora",
+        lora_rank=4,
+        lora_targets=["time_mix.key"],
+        lr=1e-2,
+    )
+    finetune(config)
+    adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert len(adapter) == 2 * 6
+    before, after = weights(bundled["5.2"]), weights(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"model.blocks.{i}.time_mix.key.weight" for i in range(6)}
+    name = "model.blocks.3.time_mix.key"
+    a = next(t for n, t in adapter.items() if f"{name}.lora_A" in n)
+    b = next(t for n, t in adapter.items() if f"{name}.lora_B" in n)
+    torch.testing.assert_close(after[f"{name}.weight"] - before[f"{name}.weight"].float(), 2.0 * b @ a)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tune": "lora", "lora_dropout": 0.2, "lora_rank": 4, "grad_accum": 2},
+        {"tune": "state", "carry_state": True},
+    ],
+    ids=["full", "lora-dropout-accumulated", "state-carried"],
+)
+def test_a_resumed_run_is_the_same_run(
+    bundled: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """Interrupted after its fourth step and resumed from the checkpoint of the third, into the second epoch."""
+    data = tmp_path / "data.jsonl"
+    text = counting_text(tmp_path / "text.txt", 200).read_text()
+    pieces = [text[:2300], text[2300:2700], text[2700:4300], text[4300:]]
+    data.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces))
+    common = {
+        "context_length": 256,
+        "chunk_length": 100,
+        "max_steps": 7,
+        "save_every": 3,
+        "keep": 1,
+    } | changes
+    whole = settings(bundled["5.2"], data, tmp_path / "whole", **common)
+    finetune(whole)
+    config = settings(bundled["5.2"], data, tmp_path / "cut", **common)
+
+    def stop(self: Any, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 4:
+            raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StopAtBadLoss, "on_log", stop)
+        with pytest.raises(Interrupted):
+            finetune(config)
+    assert [path.name for path in checkpoints(config.work_directory)] == ["checkpoint-3"]
+    with pytest.raises(RwkvRevError, match=r"holds an unfinished run \(checkpoint-3\): --resume auto"):
+        plan(config)
+    config.resume = "auto"
+    torch.manual_seed(99)
+    finetune(config)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(tmp_path / "cut")[name]), name
+
+
+def test_refuses_a_checkpoint_of_another_run(bundled: dict[str, Path], tmp_path: Path) -> None:
+    data = counting_text(tmp_path / "data.txt", 100)
+    config = settings(bundled["5.2"], data, tmp_path / "out", save_every=1, max_steps=2, context_length=256)
+    config.work_directory.mkdir()
+    kept = tmp_path / "kept"
+    finetune(config)
+    config.output = str(tmp_path / "other")
+    with pytest.MonkeyPatch.context() as patch:  # keep the work folder
+        patch.setattr("rwkv_rev.training.finetune.save_finetuned", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            finetune(config)
+    config.work_directory.rename(kept)
+    for changes, message in (
+        ({"model": str(tmp_path / "out")}, "is a checkpoint of another model"),
+        ({"batch_size": 1}, "cannot be resumed: rows_per_step was 2 and is now 1"),
+        ({"tune": "state"}, "cannot be resumed: tune was full and is now state"),
+        ({"data": [str(counting_text(tmp_path / "d.txt", 90))]}, "cannot be resumed: data was"),
+        ({"resume": str(tmp_path / "nowhere")}, "is not a whole checkpoint"),
+    ):
+        values = {**config.to_dict(), "output": str(tmp_path / "next"), "resume": str(kept / "checkpoint-1")}
+        with pytest.raises(RwkvRevError, match=message):
+            finetune(type(config)(**(values | changes)))
+        assert not (tmp_path / "next").exists()
+
+
+def test_refuses_what_cannot_work(bundled: dict[str, Path], tmp_path: Path) -> None:
+    data, empty = counting_text(tmp_path / "data.txt"), tmp_path / "empty.txt"
+    empty.write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "config.json").write_text("{}")
+    good = settings(bundled["5.2"], data, tmp_path / "out")
+    for changes, message in (
+        ({"data": [str(empty)]}, "holds no text at all"),
+        ({"data": [str(tmp_path / "absent.txt")]}, "no such file or folder"),
+        ({"model": str(tmp_path)}, "is not a converted model"),
+        ({"output": str(tmp_path / "full")}, "already exists; pass --force"),
+        ({"output": str(bundled["5.2"]), "force": True}, "holds the model that is fine-tuned"),
+        ({"chunk_length": 1 << 32, "context_length": 1 << 32, "batch_size": 1 << 20}, "GB are free: use"),
+        ({"tune": "state", "model": str(bundled["4"])}, "tune = state needs RWKV-5"),
+        ({"tune": "lora", "lora_targets": ["query"]}, "no linear map is called 'query'; there are gate, key"),
+        ({"device": "tpu"}, "device = 'tpu' is not known"),
+        ({"dtype": "float16"}, "float16 needs a GPU"),
+    ):
+        with pytest.raises(RwkvRevError, match=message) as error:
+            finetune(type(good)(**(good.to_dict() | changes)))
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_no_number_stops_the_run(bundled: dict[str, Path], tmp_path: Path) -> None:
+    data = counting_text(tmp_path / "data.txt", 100)
+    with pytest.raises(RwkvRevError, match=r"the loss is (nan|inf) at step|not finite|NaN"):
+        finetune(settings(bundled["5.2"], data, tmp_path / "out", lr=1e9, warmup=0, max_grad_norm=0.0))
+    assert not (tmp_path / "out").exists()
+
+
+def test_plan_tells_and_touches_nothing(bundled: dict[str, Path], tmp_path: Path) -> None:
+    data = counting_text(tmp_path / "data.txt", 100)
+    config = settings(bundled["5.2"], data, tmp_path / "out", context_length=100_000, max_steps=None)
+    planned = plan(config).to_dict()
+    assert not (tmp_path / "out").exists() and not config.work_directory.exists()
+    assert planned["steps"] == 1 and planned["data"]["documents"] == 1
+    assert planned["tokens_per_step"] == planned["data"]["tokens"] == data.stat().st_size
+    assert any("longer than any document" in note for note in planned["notes"])
+    assert planned["settings"]["lr"] == 1e-4 and planned["memory"]["device"] > 0
+    json.dumps(planned)

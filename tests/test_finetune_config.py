@@ -1,0 +1,101 @@
+"""Settings: where they come from, which are refused, and what the message names."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rwkv_rev.training.config import ConfigError, FinetuneConfig, build_config
+
+GOOD: dict[str, Any] = {"model": "m", "data": ["d.txt"], "output": "o"}
+
+
+def test_options_win_over_pairs_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("lr: 1e-3\nbatch-size: 4\nseed: 1\ndata: one.txt\n")
+    config = build_config(file=file, pairs=["batch_size=5", "seed=2"], options={"seed": 3, "lr": None})
+    assert (config.lr, config.batch_size, config.seed, config.data) == (1e-3, 5, 3, ["one.txt"])
+
+
+@pytest.mark.parametrize(
+    ("pair", "value"),
+    [
+        ("lr=1e-4", 1e-4),
+        ("lr=2", 2.0),
+        ("chunk_length=null", None),
+        ("end_token=0", 0),
+        ("end_token=none", "none"),
+        ("pack=true", True),
+        ("lora_targets=[key, value]", ["key", "value"]),
+        ("lora_targets=key", ["key"]),
+    ],
+)
+def test_types(pair: str, value: object) -> None:
+    assert getattr(build_config(pairs=[pair]), pair.split("=")[0]) == value
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("lerning_rate=1", r"lerning_rate is not a setting; did you mean lr\?"),
+        ("contextlength=4", "did you mean context_length?"),
+        ("xyzzy=4", "xyzzy is not a setting; did you mean"),
+        ("seed", "'seed' is not key=value"),
+        ("seed=one", "seed = 'one' must be a whole number"),
+        ("seed=true", "seed = True must be a whole number"),
+        ("seed=1.5", "seed = 1.5 must be a whole number"),
+        ("lr=fast", "lr = 'fast' must be a number or null"),
+        ("pack=1", "pack = 1 must be true or false"),
+        ("data=[1]", r"data = \[1\] must be a list of texts"),
+        ("seed=[", "is not valid YAML|not valid YAML"),
+    ],
+)
+def test_wrong_settings_are_named(pair: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        build_config(pairs=[pair])
+    assert "\n" not in str(error.value) and error.value.exit_code == 2
+
+
+def test_wrong_files(tmp_path: Path) -> None:
+    for text, message in (
+        ("- 1\n", "must hold `key: value` lines"),
+        ("a: [", "not valid YAML"),
+        ("sede: 1\n", "run.yaml: sede is not a setting; did you mean seed?"),
+    ):
+        (tmp_path / "run.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            build_config(file=tmp_path / "run.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        build_config(file=tmp_path / "absent.yaml")
+    (tmp_path / "empty.yaml").write_text("")
+    assert build_config(file=tmp_path / "empty.yaml") == FinetuneConfig()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": ""}, "model is missing"),
+        ({"data": []}, "data is missing"),
+        ({"tune": "all"}, "tune = 'all' does not exist; choose one of full, lora, state"),
+        ({"tape": "tapes"}, "choose one of host, device, disk"),
+        ({"bptt": "exact"}, "choose one of auto, full"),
+        ({"context_length": 1}, "context_length = 1 must be at least 2"),
+        ({"lr": 0.0}, "lr = 0.0 must be above 0"),
+        ({"lora_dropout": 1.0}, "lora_dropout"),
+        ({"pack": True, "carry_state": True}, "exclude each other"),
+        ({"prompt_field": "q"}, "go together"),
+        ({"eval_every": 5}, "eval_every needs eval_data"),
+        ({"lora_targets": ["key"]}, "lora_targets are for tune = lora"),
+        ({"end_token": "eos"}, "must be auto, none or a token id"),
+    ],
+)
+def test_check(changes: dict[str, Any], message: str) -> None:
+    FinetuneConfig(**GOOD).check()
+    with pytest.raises(ConfigError, match=message):
+        FinetuneConfig(**(GOOD | changes)).check()
+
+
+def test_the_learning_rate_follows_what_is_tuned() -> None:
+    rates = [FinetuneConfig(tune=tune).learning_rate for tune in ("full", "lora", "state")]
+    assert rates == sorted(rates) and len(set(rates)) == 3
+    assert FinetuneConfig(tune="state", lr=2.0).learning_rate == 2.0
