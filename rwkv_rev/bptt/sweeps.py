@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_rev.bptt import cuda_graphs, random_state
+from rwkv_rev.bptt import random_state
 from rwkv_rev.bptt.strategy import (
     Chunk,
     LanguageModel,
@@ -102,13 +102,6 @@ class TwoSweeps(Strategy):
     ) -> BlockReplay:
         """Layer ``layer`` of a chunk with graph, its exact states before the chunk recovered from ``record``."""
 
-    def take_checks(self) -> Tensor | None:
-        """The checks of the chunk just recovered, bool [L], taken off the strategy's list; None if it makes none."""
-        return None
-
-    def graph_checked(self, chunk: Chunk, checks: Tensor | None) -> None:
-        """Called after a chunk that a graph recovered, with the values of :meth:`take_checks`."""
-
     def finish(self, outcome: dict[str, Any]) -> None:
         """Called after the last chunk; adds to the report."""
 
@@ -131,9 +124,7 @@ class TwoSweeps(Strategy):
             )
             draws = random_state.draws(model)
             random: list[list[Tensor]] = []
-            plain = not draws and not _half(device) and not model.checkpoints_blocks
-            graphs = cuda_graphs.worthwhile(chunks, device, plain=plain)
-            last = self._forward_sweep(model, chunks, plans, first, tape, random if draws else None, graphs)
+            last = self._forward_sweep(model, chunks, plans, first, tape, random if draws else None)
             outcome["tape_bytes"] = tape.peak_nbytes
 
             total = torch.zeros((), device=device)
@@ -141,23 +132,8 @@ class TwoSweeps(Strategy):
             embeds: list[Tensor | None] = []
             state_gradients = _initial_state_gradients(inputs)
             states, final = last, None
-            graph: _BackwardGraph | None = None
             for chunk in reversed(chunks):
                 record = tape.pop() if 0 < chunk.index < len(chunks) - 1 else None
-                if graph is not None and record is not None and graph.fits(chunk, chunks, record):
-                    assert state_gradients is not None
-                    graph.run(chunk, states, record, state_gradients)
-                    states, state_gradients = graph.states, graph.state_gradients
-                    self.graph_checked(chunk, graph.checks)
-                    continue
-                if chunk.index == 0 and graph is not None:  # its memory is needed for this chunk
-                    states, state_gradients = (
-                        cuda_graphs.cloned(states),
-                        [g.clone() for g in state_gradients or []],
-                    )
-                    total = total + graph.loss
-                    graph = None
-                    torch.cuda.empty_cache()
                 known = {0: first, len(chunks) - 1: last}.get(chunk.index)
                 if draws:
                     random_state.restore(random[chunk.index], device)
@@ -174,19 +150,6 @@ class TwoSweeps(Strategy):
                 gradients.parameters.clear()  # or they would stay in memory during the next chunk
                 state_gradients = gradients.state
                 embeds.append(gradients.embeds)
-                if graphs and graph is None and record is not None and cuda_graphs.repeats(chunk, chunks):
-                    sums = [_zeros(p) if g is None else g for p, g in zip(parameters, sums, strict=True)]
-                    graph = _BackwardGraph(
-                        self,
-                        model,
-                        chunk,
-                        plans[chunk.length],
-                        parameters,
-                        sums,
-                        states,
-                        record,
-                        state_gradients,
-                    )
             if draws and following is not None:
                 random_state.restore(following, device)
             self.finish(outcome)
@@ -206,32 +169,21 @@ class TwoSweeps(Strategy):
         states: list[ExactStates],
         tape: Tape,
         random: list[list[Tensor]] | None,
-        graphs: bool,
     ) -> list[ExactStates]:
-        graph: cuda_graphs.ForwardGraph | None = None
         pending: Callable[[], list[list[Tensor]]] | None = None
         for chunk in chunks:
             if random is not None:
                 random.append(random_state.capture(chunk.inputs.targets.device))
             if chunk is chunks[-1]:
                 break
-            if graph is None and graphs and chunk.index > 1 and cuda_graphs.repeats(chunk, chunks):
-                if pending is not None:
-                    tape.push(pending())
-                    pending = None
-                graph = cuda_graphs.ForwardGraph.of(
-                    chunk, states, lambda own, before: self._advance(model, own, before, plans[own.length])
-                )
-            if graph is not None and cuda_graphs.repeats(chunk, chunks):
-                if pending is not None:
-                    tape.push(pending())
-                    pending = None
-                graph.run(chunk, states)
-                # at once: the next run writes over these states
-                tape.push(self.record(model, graph.before, graph.after, graph.remnants)())
-                states = graph.after
-                continue
-            after, remnants = self._advance(model, chunk, states, plans[chunk.length])
+            mask = chunk.mask()
+            x = chunk.embed(model, chunk.embeds())
+            after: list[ExactStates] = []
+            remnants: list[Remnants] = []
+            for block, state, plan in zip(model.blocks, states, plans[chunk.length], strict=True):
+                x, advanced, remnant = block.advance(x, state, mask, plan)
+                after.append(advanced)
+                remnants.append(remnant)
             if pending is not None:
                 tape.push(pending())
                 pending = None
@@ -240,21 +192,7 @@ class TwoSweeps(Strategy):
             states = after
         if pending is not None:
             tape.push(pending())
-        return states if graph is None else cuda_graphs.cloned(states)
-
-    def _advance(
-        self, model: LanguageModel, chunk: Chunk, states: list[ExactStates], plans: list[Plans]
-    ) -> tuple[list[ExactStates], list[Remnants]]:
-        """All layers of one chunk forwards: states after it, and remnants."""
-        mask = chunk.mask()
-        x = chunk.embed(model, chunk.embeds())
-        after: list[ExactStates] = []
-        remnants: list[Remnants] = []
-        for block, state, plan in zip(model.blocks, states, plans, strict=True):
-            x, advanced, remnant = block.advance(x, state, mask, plan)
-            after.append(advanced)
-            remnants.append(remnant)
-        return after, remnants
+        return states
 
     def _replayer(
         self,
@@ -293,7 +231,9 @@ class TwoSweeps(Strategy):
         incoming: list[Tensor] | None,
         device: torch.device,
     ) -> tuple[ChunkGradients, list[ExactStates], RwkvRevState]:
-        half = _half(device)
+        half = (
+            torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
+        )
         scale = HALF_PRECISION_LOSS_SCALE if half else 1.0
         random = random_state.capture(device) if half else None
         while True:
@@ -362,72 +302,6 @@ class TwoSweeps(Strategy):
             [replay.states for replay in replays],
             end,
         )
-
-
-class _BackwardGraph:
-    """One chunk of the backward sweep: states after it, record and state gradients in; adds to ``sums``, ``loss``.
-
-    Attributes:
-        states: exact states before the chunk, filled by each run.
-        state_gradients: gradients by those states, likewise.
-        checks: the strategy's checks, likewise.
-        loss: sum of the losses of all runs.
-    """
-
-    def __init__(
-        self,
-        strategy: TwoSweeps,
-        model: LanguageModel,
-        chunk: Chunk,
-        plans: list[Plans],
-        parameters: list[Tensor],
-        sums: list[Tensor | None],
-        after: list[ExactStates],
-        record: list[list[Tensor]],
-        incoming: list[Tensor],
-    ) -> None:
-        self._chunk = cuda_graphs.static_chunk(chunk)
-        self._after = cuda_graphs.cloned(after)
-        self._record = [[tensor.clone() for tensor in layer] for layer in record]
-        self._incoming = [gradient.clone() for gradient in incoming]
-        self.loss = torch.zeros((), device=incoming[0].device)
-
-        def work() -> tuple[list[ExactStates], list[Tensor], Tensor | None]:
-            replay = strategy._replayer(model, self._chunk, plans, self._after, None, self._record)
-            gradients, states, _ = strategy._scaled_gradients(
-                model, self._chunk, replay, parameters, self._incoming, 1.0
-            )
-            add_gradients(sums, gradients.parameters)
-            self.loss += gradients.loss
-            return states, gradients.state, strategy.take_checks()
-
-        self._graph, (self.states, self.state_gradients, self.checks) = cuda_graphs.record(work)
-
-    def fits(self, chunk: Chunk, chunks: list[Chunk], record: list[list[Tensor]]) -> bool:
-        """Whether ``chunk`` does what was recorded (a grid that rose has a longer record)."""
-        return cuda_graphs.repeats(chunk, chunks) and [[t.shape for t in layer] for layer in record] == [
-            [t.shape for t in layer] for layer in self._record
-        ]
-
-    def run(
-        self, chunk: Chunk, after: list[ExactStates], record: list[list[Tensor]], incoming: list[Tensor]
-    ) -> None:
-        """Run on ``chunk``; ``states``, ``state_gradients`` and ``checks`` are filled."""
-        cuda_graphs.load(self._chunk, chunk)
-        cuda_graphs.copy_states(self._after, after)
-        flat = [tensor for layer in record for tensor in layer]
-        cuda_graphs.copy_all([tensor for layer in self._record for tensor in layer], flat)
-        cuda_graphs.copy_all(self._incoming, incoming)
-        self._graph.replay()
-
-
-def _half(device: torch.device) -> bool:
-    return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
-
-
-def _zeros(parameter: Tensor) -> Tensor:
-    wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    return torch.zeros_like(parameter, dtype=wide)
 
 
 def _detached(states: FloatStates) -> FloatStates:
