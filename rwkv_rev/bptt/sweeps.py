@@ -292,7 +292,7 @@ class TwoSweeps(Strategy):
         )
         of_head = {id(p): g for p, g in zip(head_parameters, head_gradients, strict=True)}
         to_parameters = [_sum(g, of_head.get(id(p))) for p, g in zip(parameters, to_parameters, strict=True)]
-        # copies: the gradient by a token shift is a view of that by the whole chunk's shifted input
+        # copies: a gradient may be a view of one of the chunk's length, which would stay in memory with it
         state = [
             torch.zeros_like(s) if g is None else g.clone() for s, g in zip(starts, to_starts, strict=True)
         ]
