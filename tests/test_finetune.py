@@ -146,7 +146,9 @@ class Interrupted(Exception):
     "changes",
     [
         {},
-        {"tune": "lora", "lora_dropout": 0.2, "lora_rank": 4, "grad_accum": 2},
+        pytest.param(
+            {"tune": "lora", "lora_dropout": 0.2, "lora_rank": 4, "grad_accum": 2}, marks=pytest.mark.slow
+        ),
         {"tune": "state", "carry_state": True},
     ],
     ids=["full", "lora-dropout-accumulated", "state-carried"],
