@@ -17,6 +17,9 @@ buffer). Where that is 32 bits or more the mantissa itself is the remnant.
 The width of rho follows from Lambda alone, so packing needs no look at the data (no host synchronisation). Only a
 *rise* of the grid does: those heads keep their mantissa whole. A state that has overflowed to inf or NaN stays
 non-finite for good (:data:`NON_FINITE`): a diverged run ends in a NaN loss, never in plausible integers.
+
+Limit: the grid never falls. A state is as precise as 2**-27 of the largest number its head has held since the start
+of the context, so after a spike of 10,000 times the usual size states have some 1e-4 relative error until the end.
 """
 
 from collections.abc import Callable

@@ -3,7 +3,7 @@
 Kernels: ``naive`` (token by token, the truth), ``chunked`` (parallel in time, PyTorch operators, any device)
 and ``triton`` (CUDA). The argument ``kernel`` decides, then the environment variable ``RWKV_REV_KERNEL``,
 then the default: triton on CUDA where it can be imported, else chunked. ``triton`` falls back to ``chunked``
-for tensors it cannot take (another device, float64) and where triton is missing; :func:`choose_kernel` tells
+for tensors it cannot take (another device, float64, heads above 128) and where triton is missing; :func:`choose_kernel` tells
 what would run.
 
 All kernels: inputs in bfloat16, float16, float32 or float64; arithmetic and results in float32 (float64 where
@@ -23,6 +23,7 @@ from torch import Tensor
 from rwkv_rev.errors import RwkvRevError
 
 KERNELS = ("naive", "chunked", "triton")
+LARGEST_TRITON_HEAD = 128
 KERNEL_VARIABLE = "RWKV_REV_KERNEL"
 
 
@@ -40,7 +41,10 @@ def choose_kernel(kernel: str | None, tensor: Tensor) -> str:
     if name not in KERNELS:
         raise KernelError(f"no wkv kernel is called {name!r}; there are {', '.join(KERNELS)}")
     if name == "triton" and not (
-        tensor.is_cuda and tensor.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+        tensor.is_cuda
+        and tensor.dtype != torch.float64
+        and (tensor.dim() < 4 or tensor.shape[-1] <= LARGEST_TRITON_HEAD)
+        and importlib.util.find_spec("triton") is not None
     ):
         return "chunked"
     return name
