@@ -1,4 +1,4 @@
-# make demo   convert, verify and run both bundled checkpoints, without network
+# make demo   convert, verify and run both bundled checkpoints, fine-tune one; without network
 # make test   lint, types and the default tests
 # make slow   the tests that take minutes
 # make lint   ruff, its formatter and mypy, on the package as it is installed
@@ -7,7 +7,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
-PYTEST ?= -q
+PYTEST ?= -q -n auto
 
 bin := $(VENV)/bin
 
