@@ -25,6 +25,7 @@ COMMANDS = (
     ("generate", "Continue a text with a converted model."),
     ("finetune", "Train a model on your data, with the exact gradient of the whole context."),
     ("eval", "Bits per byte and perplexity by position in the context."),
+    ("bench", "Measure speed, memory and tape on this machine."),
 )
 
 HELP = """Convert pretrained RWKV-4/5 checkpoints to reversible cells and prove that nothing changed.

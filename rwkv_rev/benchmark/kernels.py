@@ -1,28 +1,23 @@
-"""Time and error of the recurrences on this machine's CUDA device.
+"""Time and error of the recurrences alone; ``rwkv-rev bench kernels``.
 
-    python benchmarks/kernels.py [--json FILE] [--kernel triton] [--profile]
-
-For each shape: the first call (compilation included), then medians of queued calls by CUDA events of forward and of
-forward + backward, the least memory traffic any implementation has (every input read, every output written, once
-per direction), and the relative RMS errors of results and gradients against the naive float64 recurrence, on the
-keys, values and decays of the first layer of the bundled checkpoints.
+For each shape: the first call (compilation included), then medians of forward and of forward + backward (on a CUDA
+device of queued calls, by CUDA events), the least memory traffic any implementation has (every input read, every
+output written, once per direction), and the relative RMS errors of results and gradients against the naive float64
+recurrence, on the keys, values and decays of the first layer of the bundled checkpoints.
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import rwkv_rev.bundled
 from rwkv_rev import wkv
-from rwkv_rev.wkv import EMPTY_EXPONENT, naive
+from rwkv_rev.bundled import bundled_path
+from rwkv_rev.wkv import EMPTY_EXPONENT, choose_kernel, naive
 
 SHAPES: list[tuple[str, tuple[int, ...], torch.dtype]] = [
     ("wkv5", (8, 4096, 32, 64), torch.bfloat16),
@@ -33,29 +28,76 @@ SHAPES: list[tuple[str, tuple[int, ...], torch.dtype]] = [
     ("wkv4", (1, 32768, 2048), torch.float32),
     ("wkv4", (1, 4096, 2048), torch.float32),
 ]
+CPU_SHAPES: list[tuple[str, tuple[int, ...], torch.dtype]] = [
+    ("wkv5", (1, 4096, 8, 64), torch.float32),
+    ("wkv4", (1, 4096, 512), torch.float32),
+]
 REPEATS = 20
+CPU_REPEATS = 7
 
 
-def inputs(function: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+def kernel_rows(
+    device: torch.device,
+    kernel: str | None = None,
+    shapes: list[tuple[str, tuple[int, ...], torch.dtype]] | None = None,
+    *,
+    profile: bool = False,
+    on_row: Callable[[dict[str, Any]], object] = lambda row: None,
+) -> list[dict[str, Any]]:
+    """Times of each shape, then errors of both recurrences in float32 and bfloat16.
+
+    Args:
+        device: CUDA or CPU.
+        kernel: one of :data:`rwkv_rev.wkv.KERNELS`; None for what the dispatcher picks.
+        shapes: (function, shape, dtype); :data:`SHAPES` on CUDA and :data:`CPU_SHAPES` elsewhere when None.
+        profile: also the time of every kernel launched (CUDA only).
+        on_row: called with each row as soon as it is there.
+    """
+    torch.manual_seed(0)
+    cuda = device.type == "cuda"
+    kernel = choose_kernel(kernel, torch.empty(0, device=device))
+    rows: list[dict[str, Any]] = []
+    for function, shape, dtype in shapes or (SHAPES if cuda else CPU_SHAPES):
+        rows.append(measure(function, shape, dtype, kernel, profile and cuda, device))
+        on_row(rows[-1])
+        if cuda:
+            torch.cuda.empty_cache()
+    for function in ("wkv5", "wkv4"):
+        for dtype in (torch.float32, torch.bfloat16):
+            rows.append(errors(function, dtype, kernel, device))
+            on_row(rows[-1])
+    return rows
+
+
+def inputs(
+    function: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[list[Tensor], list[Tensor]]:
     """Random arguments with decays as in the official initialisation, and the gradients arriving at the results."""
     batch, _, *width = shape
     channels = width[-1] if function == "wkv4" else width[0] * width[1]
-    place = torch.arange(channels, device="cuda") / (channels - 1)
+    place = torch.arange(channels, device=device) / (channels - 1)
     log_decay = -torch.exp(-6 + 5 * place**0.9).view(*width)
-    bonus = torch.randn(*width, device="cuda")
-    tokens = [torch.randn(*shape, device="cuda").to(dtype) for _ in range(3 if function == "wkv5" else 2)]
-    state = torch.zeros(batch, *width, width[-1], device="cuda")
+    bonus = torch.randn(*width, device=device)
+    tokens = [torch.randn(*shape, device=device).to(dtype) for _ in range(3 if function == "wkv5" else 2)]
+    state = torch.zeros(batch, *width, width[-1], device=device)
     if function == "wkv4":
-        state = torch.zeros(batch, 3, *width, device="cuda")
+        state = torch.zeros(batch, 3, *width, device=device)
         state[:, 2] = EMPTY_EXPONENT
     arguments = [x.requires_grad_() for x in (*tokens, log_decay, bonus, state)]
-    return arguments, [torch.randn(*shape, device="cuda"), torch.randn_like(state)]
+    return arguments, [torch.randn(*shape, device=device), torch.randn_like(state)]
 
 
-def milliseconds(call: Callable[[], Any]) -> float:
-    """Median time of one of many calls that are all queued before the device is waited for."""
+def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Median time of one of many calls; on CUDA they are all queued before the device is waited for."""
     for _ in range(3):
         call()
+    if device.type != "cuda":
+        times = []
+        for _ in range(CPU_REPEATS):
+            start = time.perf_counter()
+            call()
+            times.append(1e3 * (time.perf_counter() - start))
+        return statistics.median(times)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)] for _ in range(3)]
     times = []
     for row in events:
@@ -69,9 +111,15 @@ def milliseconds(call: Callable[[], Any]) -> float:
 
 
 def measure(
-    function: str, shape: tuple[int, ...], dtype: torch.dtype, kernel: str, profile: bool
+    function: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    kernel: str,
+    profile: bool,
+    device: torch.device,
 ) -> dict[str, Any]:
-    arguments, arriving = inputs(function, shape, dtype)
+    """First call, forward and forward + backward in ms, memory beyond the inputs in GB (CUDA) and least traffic."""
+    arguments, arriving = inputs(function, shape, dtype, device)
     recurrence = getattr(wkv, function)
 
     def forward() -> Any:
@@ -81,20 +129,25 @@ def measure(
     def both() -> None:
         torch.autograd.grad(recurrence(*arguments, kernel=kernel), arguments, arriving)
 
-    torch.cuda.synchronize()
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
     start = time.perf_counter()
     both()
-    torch.cuda.synchronize()
+    if cuda:
+        torch.cuda.synchronize()
     first = time.perf_counter() - start
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = {
-        "function": function, "shape": list(shape), "dtype": str(dtype)[6:], "kernel": kernel,
-        "first_call_s": round(first, 2), "forward_ms": round(milliseconds(forward), 3),
-        "forward_backward_ms": round(milliseconds(both), 3),
-        "peak_extra_gb": round((torch.cuda.max_memory_allocated() - before) / 1e9, 3),
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    result: dict[str, Any] = {
+        "function": function, "size": list(shape), "dtype": str(dtype)[6:], "kernel": kernel,
+        "first_call_s": round(first, 2), "forward_ms": round(milliseconds(forward, device), 3),
+        "forward_backward_ms": round(milliseconds(both, device), 3),
         "least_traffic_gb": round(least_traffic(function, arguments) / 1e9, 3),
     }  # fmt: skip
+    if cuda:
+        result["peak_extra_gb"] = round((torch.cuda.max_memory_allocated() - before) / 1e9, 3)
     if profile:
         result["kernels_ms"] = kernel_times(both)
     return result
@@ -108,6 +161,7 @@ def least_traffic(function: str, arguments: list[Tensor]) -> float:
 
 
 def kernel_times(call: Callable[[], Any]) -> dict[str, float]:
+    """Milliseconds of every CUDA kernel that a call launches, the longest first."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as record:
@@ -118,13 +172,14 @@ def kernel_times(call: Callable[[], Any]) -> dict[str, float]:
     return {name: round(ms, 3) for name, ms in sorted(times.items(), key=lambda item: -item[1]) if ms > 0.005}
 
 
-def trained_inputs(function: str, tokens: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+def trained_inputs(
+    function: str, tokens: int, dtype: torch.dtype, device: torch.device
+) -> tuple[list[Tensor], list[Tensor]]:
     """What block 0 of a bundled checkpoint hands to its recurrence for random tokens."""
-    name = "rwkv-5.2.pth" if function == "wkv5" else "rwkv-4.pth"
-    path = Path(rwkv_rev.bundled.__file__).with_name(name)
-    weights = {key: x.float().cuda() for key, x in torch.load(path, weights_only=True).items()}
+    path = bundled_path("rwkv-5.2" if function == "wkv5" else "rwkv-4")
+    weights = {key: x.float().to(device) for key, x in torch.load(path, weights_only=True).items()}
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(weights["emb.weight"].shape[0], (2, tokens), generator=generator).cuda()
+    ids = torch.randint(weights["emb.weight"].shape[0], (2, tokens), generator=generator).to(device)
     x = weights["emb.weight"][ids]
     for norm in ("ln0", "ln1"):
         scale, shift = weights[f"blocks.0.{norm}.weight"], weights[f"blocks.0.{norm}.bias"]
@@ -138,23 +193,25 @@ def trained_inputs(function: str, tokens: int, dtype: torch.dtype) -> tuple[list
     log_decay = -torch.exp(weights["blocks.0.att.time_decay"])
     k, v = project("k", "key"), project("v", "value")
     if function == "wkv4":
-        state = torch.zeros(2, 3, k.shape[-1], device="cuda")
+        state = torch.zeros(2, 3, k.shape[-1], device=device)
         state[:, 2] = EMPTY_EXPONENT
         arguments = [k, v, log_decay, weights["blocks.0.att.time_first"], state]
     else:
         heads, size = log_decay.shape
         r, k, v = (z.view(2, tokens, heads, size) for z in (project("r", "receptance"), k, v))
-        state = torch.randn(2, heads, size, size, generator=generator).cuda()
+        state = torch.randn(2, heads, size, size, generator=generator).to(device)
         arguments = [r, k, v, log_decay, weights["blocks.0.att.time_faaaa"], state]
-    arriving = [torch.randn(z.shape, generator=generator).cuda() for z in (k, state)]
+    arriving = [torch.randn(z.shape, generator=generator).to(device) for z in (k, state)]
     if function == "wkv4":
         arriving[1][:, 2] = 0.0
     return arguments, arriving
 
 
-def errors(function: str, dtype: torch.dtype, kernel: str, tokens: int = 1024) -> dict[str, Any]:
+def errors(
+    function: str, dtype: torch.dtype, kernel: str, device: torch.device, tokens: int = 1024
+) -> dict[str, Any]:
     """Relative RMS errors against float64; gradients of tokens include their rounding to ``dtype``."""
-    arguments, arriving = trained_inputs(function, tokens, dtype)
+    arguments, arriving = trained_inputs(function, tokens, dtype, device)
 
     def run(call: Callable[..., Any], values: list[Tensor], **options: Any) -> list[Tensor]:
         values = [x.detach().requires_grad_() for x in values]
@@ -177,31 +234,3 @@ def errors(function: str, dtype: torch.dtype, kernel: str, tokens: int = 1024) -
         "tokens": tokens,
         "errors": relative,
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--kernel", default="triton", choices=wkv.KERNELS)
-    parser.add_argument("--profile", action="store_true", help="also print the time of every kernel launched")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "times": [], "errors": [],
-    }  # fmt: skip
-    for function, shape, dtype in SHAPES:
-        report["times"].append(measure(function, shape, dtype, options.kernel, options.profile))
-        print(json.dumps(report["times"][-1]), flush=True)
-        torch.cuda.empty_cache()
-    for function in ("wkv5", "wkv4"):
-        for dtype in (torch.float32, torch.bfloat16):
-            report["errors"].append(errors(function, dtype, options.kernel))
-            print(json.dumps(report["errors"][-1]), flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1))
-
-
-if __name__ == "__main__":
-    main()

@@ -6,12 +6,14 @@ Strategies that are compared take turns within one run, and the median of the re
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rwkv_rev.benchmark.models import matrix_parameters
+from rwkv_rev.benchmark.settings import BenchSettings
 from rwkv_rev.modeling import RwkvRevForCausalLM
 
 
@@ -49,7 +51,8 @@ def compare(
 ) -> list[dict[str, Any]]:
     """One row per setting (arguments of ``set_bptt``), in turns: seconds, tokens/s, memory, tape.
 
-    Memory is ``max_memory_allocated`` on CUDA (parameters and gradients included), absent on the CPU.
+    Memory is ``max_memory_allocated`` and ``max_memory_reserved`` on CUDA (parameters and gradients included),
+    absent on the CPU.
     """
     ids = random_tokens(model, batch_size, length)
     rows: dict[str, dict[str, Any]] = {}
@@ -73,6 +76,7 @@ def compare(
             rows[name] = {"setting": name, "tokens": length, **report}
             if ids.is_cuda:
                 rows[name]["peak_bytes"] = torch.cuda.max_memory_allocated()
+                rows[name]["reserved_bytes"] = torch.cuda.max_memory_reserved()
     flops = 6 * matrix_parameters(model) * batch_size * length
     for name, row in rows.items():
         if times[name]:
@@ -81,3 +85,53 @@ def compare(
                 seconds=seconds, tokens_per_second=batch_size * length / seconds, model_flops=flops / seconds
             )
     return list(rows.values())
+
+
+def matrix_product_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+    """Floating-point operations per second of a large square matrix product: what utilisation is measured by."""
+    size = size or (8192 if device.type == "cuda" else 1024)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    times = []
+    for turn in range(12):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if turn > 1:
+            times.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(times)
+
+
+def training_rows(
+    settings: BenchSettings, on_row: Callable[[dict[str, Any]], object] = lambda row: None
+) -> list[dict[str, Any]]:
+    """:func:`compare` at every context length, with ratios.
+
+    Adds to each row ``ratio_to_full`` (seconds over those of ``full`` at the same length, where that fits) and
+    ``matmul_utilisation``: model operations per second (6 per weight and token; what is computed twice counts once)
+    over the rate of one large matrix product in the same run. With low-rank additions the weights' own gradients are
+    not computed, so there it is 4 per weight and token, and the additions are not counted.
+    """
+    model = settings.model()
+    rate = matrix_product_rate(settings.device, settings.dtype)
+    left = settings.bptt()
+    rows = []
+    for length in settings.lengths:
+        found = compare(model, length, left, batch_size=settings.batch_size, repeats=settings.repeats)
+        full = next((row.get("seconds") for row in found if row["setting"] == "full"), None)
+        for row in found:
+            row.update(
+                {name: left[row["setting"]].get(name) for name in ("strategy", "chunk_length", "tape")}
+            )
+            if "seconds" in row:
+                if settings.lora_rank:
+                    row["model_flops"] *= 4 / 6
+                row["matmul_utilisation"] = row["model_flops"] / rate
+                if full is not None:
+                    row["ratio_to_full"] = row["seconds"] / full
+            on_row(row)
+        left = {row["setting"]: left[row["setting"]] for row in found if "error" not in row}
+        rows += found
+    return rows

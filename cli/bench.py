@@ -1,0 +1,221 @@
+"""``rwkv-rev bench``: the code behind every figure in docs/benchmarks.md."""
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from rwkv_rev.cli import output as out
+
+COLUMNS = {
+    "training": (
+        "setting", "tokens", "seconds", "tokens_per_second", "ratio_to_full", "matmul_utilisation", "peak_bytes",
+        "reserved_bytes", "tape_bytes", "error",
+    ),
+    "memory": (
+        "setting", "tokens", "peak_bytes", "reserved_bytes", "tape_bytes", "tokens_per_second", "limit_bytes", "error",
+    ),
+    "cpu": ("setting", "tokens", "seconds", "peer_seconds", "ratio", "matmul_share", "others"),
+    "convert": (
+        "bytes", "convert_bytes_per_second", "copy_bytes_per_second", "convert_to_copy", "sha256_bytes_per_second",
+        "check_bytes_per_second",
+    ),
+    "kernels": (
+        "function", "size", "dtype", "kernel", "first_call_s", "forward_ms", "forward_backward_ms", "least_traffic_gb",
+        "peak_extra_gb", "errors",
+    ),
+    "fits": (
+        "setting", "time_exponent", "tape_exponent", "memory_exponent", "tape_bytes_per_token", "bytes_per_token",
+        "runs_out_at",
+    ),
+}  # fmt: skip
+
+
+def bench(
+    what: Annotated[
+        Literal["kernels", "training", "memory", "cpu", "convert"],
+        typer.Argument(
+            metavar="[kernels|training|memory|cpu|convert]",
+            help="The recurrences alone; training steps; peak memory; other implementations; conversion.",
+        ),
+    ] = "training",
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="5.2-15m, 5.2-0.1b, 5.2-1.5b, 5.2-7b, 4-0.1b, 4-0.4b, bundled:NAME or a model folder."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda; auto takes a GPU if there is one.")] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="Of weights and arithmetic; auto is bfloat16 on a GPU, else float32."),
+    ] = "auto",
+    lengths: Annotated[
+        str | None, typer.Option(help="Context lengths in tokens, comma-separated; 16k is 16384.")
+    ] = None,
+    chunk_length: Annotated[str | None, typer.Option(help="Tokens per chunk, comma-separated.")] = None,
+    strategies: Annotated[
+        str, typer.Option(help="full, checkpoint, reversible, reversible-lossy, truncated; comma-separated.")
+    ] = "full,reversible",
+    tape: Annotated[
+        str | None,
+        typer.Option(help="host, device, disk; comma-separated.  [host; disk for memory on the CPU]"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 1,
+    lora_rank: Annotated[
+        int, typer.Option(min=0, help="Train low-rank additions of this rank; 0: all weights.")
+    ] = 0,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each point; the median counts.")] = 3,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(help="memory on the CPU: most that one point may take.  [half of what is free]"),
+    ] = None,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: PyTorch's choice.")] = 0,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Draw memory and speed by context as PNG files.")
+    ] = None,
+    rows: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Show or draw the rows of an earlier --json run; measure nothing."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A bundled model and short contexts: a minute.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document: a list of rows.")] = False,
+) -> None:
+    """Measure this machine. Every row names hardware, versions, dtype and command.
+
+    training: seconds, tokens/s and tape of a loss with its gradients, settings in turns, and how they grow with the
+    context. memory: peak of the same, and where it runs out. cpu: against the rwkv package and transformers, and the
+    share of time in matrix products. convert: bytes/s against a copy on the disk of the current folder.
+
+    Examples:
+
+      rwkv-rev bench training --quick
+
+      rwkv-rev bench memory --lengths 1k,4k,16k,64k --memory-limit 4GB --plot plots
+
+      rwkv-rev bench training --shape 5.2-1.5b --lengths 16k,64k,256k,1024k --chunk-length 4096 --json > rows.json
+    """
+    from rwkv_rev.benchmark.plots import plot_rows, refuse_without_matplotlib
+
+    if plot is not None:
+        refuse_without_matplotlib()
+    if rows is not None:
+        found = json.loads(rows.read_text(encoding="utf-8"))
+    else:
+        import torch
+
+        from rwkv_rev.benchmark.run import run_benchmark
+        from rwkv_rev.benchmark.settings import DTYPES, BenchSettings
+        from rwkv_rev.converters.rewriter import parse_size
+
+        if threads:
+            torch.set_num_threads(threads)
+        chosen = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        )
+        cuda = chosen.type == "cuda"
+        settings = BenchSettings(
+            shape=shape or _default_shape(what, cuda, quick),
+            device=chosen,
+            dtype=DTYPES[
+                ("bfloat16" if cuda or what == "convert" else "float32") if dtype == "auto" else dtype
+            ],
+            lengths=_numbers(lengths or _default_lengths(what, cuda, quick), "--lengths"),
+            chunk_lengths=_numbers(
+                chunk_length or ("128" if quick else "4096" if cuda else "512"), "--chunk-length"
+            ),
+            strategies=tuple(strategies.split(",")),
+            tapes=tuple((tape or ("disk" if what == "memory" and not cuda else "host")).split(",")),
+            repeats=1 if quick else repeats,
+            batch_size=batch_size,
+            lora_rank=lora_rank,
+            memory_limit=None if memory_limit is None else parse_size(memory_limit),
+            command=shlex.join(["rwkv-rev", *sys.argv[1:]]),
+        )
+        found = run_benchmark(what, settings, lambda row: out.note(_line(row)))
+    if plot is not None:
+        for path in plot_rows(found, plot):
+            out.note(f"wrote {path}")
+    if as_json:
+        out.print_json(found)
+        return
+    _print(found)
+
+
+def _default_shape(what: str, cuda: bool, quick: bool) -> str:
+    if quick:
+        return "bundled:rwkv-4" if what == "cpu" else "bundled:rwkv-5.2"
+    if what == "cpu":
+        return "bundled:rwkv-5.2"
+    if what == "convert":
+        return "5.2-0.1b"
+    return "5.2-1.5b" if cuda else "5.2-15m"
+
+
+def _default_lengths(what: str, cuda: bool, quick: bool) -> str:
+    if what == "cpu":
+        return "256" if quick else "1k"
+    if quick:
+        return "512,1k,2k"
+    if cuda:
+        return "16k,64k,256k,1024k"
+    return "1k,2k,4k,8k,16k" if what == "memory" else "1k,2k,4k"
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(
+            int(part[:-1]) * 1024 if part.lower().endswith("k") else int(part) for part in text.split(",")
+        )
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is not a list of numbers such as 4096,16k", param_hint=option
+        ) from None
+
+
+def _line(row: dict[str, Any]) -> str:
+    names = {name for columns in COLUMNS.values() for name in columns}
+    return "  ".join(f"{name} {_cell(name, value)}" for name, value in row.items() if name in names and value)
+
+
+def _print(found: Sequence[dict[str, Any]]) -> None:
+    if not found:
+        out.print_text("no rows")
+        return
+    first = found[0]
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    dtype = "" if first["bench"] == "kernels" else f", {first['dtype']}"
+    out.print_text(f"{first['shape']}{dtype} on {first['hardware']}; {versions}\n{first['command']}\n")
+    for title, columns, rows in (
+        (first["bench"], COLUMNS[first["bench"]], [row for row in found if not row.get("fit")]),
+        ("fits over the context T", COLUMNS["fits"], [row for row in found if row.get("fit")]),
+    ):
+        shown = [name for name in columns if any(row.get(name) is not None for row in rows)]
+        if shown:
+            heads = [
+                name if name in ("setting", "error", "others", "errors") else f">{name}" for name in shown
+            ]
+            cells = [[_cell(name, row.get(name)) for name in shown] for row in rows]
+            out.print_table(title, [head.replace("_", " ") for head in heads], cells)
+
+
+def _cell(name: str, value: Any) -> str | None:
+    if value is None:
+        return None
+    if name.endswith("bytes_per_second"):
+        return f"{out.human_bytes(value)}/s"
+    if name.endswith("bytes") or name.endswith("bytes_per_token"):
+        return out.human_bytes(value)
+    if isinstance(value, dict):
+        return " ".join(f"{key.removeprefix('aten::')} {part}" for key, part in value.items())
+    if isinstance(value, list):
+        return "x".join(map(str, value))
+    if name == "tokens_per_second" or isinstance(value, int):
+        return f"{value:,.0f}"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,177 @@
+"""``rwkv-rev bench``: rows of the right form, at sizes that take seconds; no test depends on a time."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rwkv_rev.benchmark.conversion import conversion_rows
+from rwkv_rev.benchmark.cpu_compare import cpu_rows
+from rwkv_rev.benchmark.environment import environment
+from rwkv_rev.benchmark.growth import exponent, fits, slope
+from rwkv_rev.benchmark.kernels import kernel_rows
+from rwkv_rev.benchmark.memory import OUT_OF_MEMORY, AnonymousPeak, memory_rows
+from rwkv_rev.benchmark.models import SHAPES, shape_config
+from rwkv_rev.benchmark.plots import plot_rows
+from rwkv_rev.benchmark.run import run_benchmark
+from rwkv_rev.benchmark.settings import BenchSettings
+from rwkv_rev.cli import main
+from rwkv_rev.errors import RwkvRevError, SourceError
+
+CPU = torch.device("cpu")
+SMALL = {"lengths": (64, 128, 256), "chunk_lengths": (16,), "repeats": 1}
+COMMON = {"bench", "shape", "hardware", "versions", "dtype", "command"}
+
+
+@pytest.fixture
+def model_folder(bundled: dict[str, Path]) -> str:
+    return str(bundled["5.2"])
+
+
+def test_exponents_and_lines_are_recovered() -> None:
+    sizes = [2**i for i in range(6)]
+    assert exponent(sizes, [3 * size**1.5 for size in sizes]) == pytest.approx(1.5)
+    assert slope(sizes, [7 * size + 2 for size in sizes]) == pytest.approx((7, 2))
+
+
+def test_fits_say_where_memory_runs_out() -> None:
+    rows: list[dict[str, Any]] = [
+        {
+            "setting": "full",
+            "tokens": T,
+            "peak_bytes": 100 * T + 1000,
+            "seconds": T / 10,
+            "limit_bytes": 101_000,
+        }
+        for T in (100, 200, 400)
+    ]
+    rows.append({"setting": "full", "tokens": 800, "error": OUT_OF_MEMORY})
+    taped = {"setting": "reversible", "chunk_length": 10, "peak_bytes": 5000, "limit_bytes": 101_000}
+    rows += [taped | {"tokens": T, "tape_bytes": 3 * (T - 20)} for T in (100, 200, 400)]
+    full, reversible = fits(rows)
+    assert full["runs_out_at"] == 1000 and full["bytes_per_token"] == pytest.approx(100)
+    assert full["time_exponent"] == pytest.approx(1)
+    assert reversible["memory_exponent"] == pytest.approx(0, abs=1e-9) and "runs_out_at" not in reversible
+    assert reversible["tape_exponent"] == pytest.approx(1)
+    assert reversible["tape_bytes_per_token"] == pytest.approx(3)
+
+
+def test_environment_names_everything() -> None:
+    row = environment(CPU, torch.bfloat16, "rwkv-rev bench")
+    assert "threads" in row["hardware"] and row["versions"]["torch"] == torch.__version__
+    assert row["dtype"] == "bfloat16"
+
+
+def test_training_rows(model_folder: str) -> None:
+    settings = BenchSettings(model_folder, strategies=("full", "reversible"), command="this", **SMALL)  # type: ignore[arg-type]
+    rows = run_benchmark("training", settings)
+    assert all(row.keys() >= COMMON and row["command"] == "this" for row in rows)
+    points = [row for row in rows if not row.get("fit")]
+    assert [(row["setting"], row["tokens"]) for row in points] == [
+        (name, T) for T in (64, 128, 256) for name in ("full", "reversible C=16")
+    ]
+    for full, reversible in zip(points[::2], points[1::2], strict=True):
+        assert full["ratio_to_full"] == 1
+        assert reversible["ratio_to_full"] == pytest.approx(reversible["seconds"] / full["seconds"])
+        assert reversible["loss"] == pytest.approx(full["loss"], rel=1e-5)
+    assert "tape_exponent" in rows[-1]
+    json.dumps(rows)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_memory_rows(model_folder: str) -> None:
+    """The graph of a whole context runs out of a limit that chunks stay below."""
+    settings = BenchSettings(
+        model_folder, lengths=(1280,), chunk_lengths=(64,), tapes=("disk",), memory_limit=80_000_000
+    )
+    full, reversible = memory_rows(settings)
+    assert full["setting"] == "full" and full["error"] == OUT_OF_MEMORY
+    assert full["limit_bytes"] == 80_000_000 and "error" not in reversible
+    assert 0 < reversible["peak_bytes"] < 80_000_000 and reversible["tape_bytes"] > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_anonymous_peak_sees_what_is_gone_again() -> None:
+    with AnonymousPeak() as memory:
+        torch.ones(64_000_000, dtype=torch.uint8).add_(1)
+        for _ in range(3):
+            torch.ones(64_000_000, dtype=torch.uint8).add_(1)
+    assert memory.peak - memory.before > 32e6
+
+
+def test_cpu_rows(model_folder: str) -> None:
+    pytest.importorskip("rwkv")
+    settings = BenchSettings("bundled:rwkv-4", lengths=(24,), chunk_lengths=(8,), repeats=1)
+    forward, training, *shares = cpu_rows(settings)
+    assert forward["peer"].startswith("rwkv ") and forward["ratio"] > 0
+    assert training["loss"] == pytest.approx(training["peer_loss"], rel=1e-4)
+    assert all(0 < row["matmul_share"] < 1 and row["others"] for row in shares)
+
+
+def test_conversion_rows(tmp_path: Path) -> None:
+    (row,) = conversion_rows(BenchSettings("bundled:rwkv-4", repeats=1), tmp_path)
+    assert row["convert_to_copy"] == pytest.approx(
+        row["convert_bytes_per_second"] / row["copy_bytes_per_second"]
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_kernel_rows() -> None:
+    shapes = [("wkv5", (1, 40, 2, 8), torch.float32), ("wkv4", (2, 40, 16), torch.float32)]
+    rows = kernel_rows(CPU, shapes=shapes)
+    assert [row["kernel"] for row in rows] == ["chunked"] * 6
+    assert all(row["forward_backward_ms"] > 0 for row in rows[:2])
+    assert all(
+        float(error) < 1e-4
+        for row in rows
+        if row["dtype"] == "float32"
+        for error in row.get("errors", {}).values()
+    )
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    with pytest.raises(RwkvRevError, match="no gradient strategy"):
+        BenchSettings(strategies=("fast",))
+    with pytest.raises(SourceError, match="neither a shape"):
+        BenchSettings("9.9-huge").model()
+    with pytest.raises(RwkvRevError, match="at least 2 tokens"):
+        BenchSettings(lengths=(1,))
+    assert all(shape_config(name).hidden_size % 64 == 0 for name in SHAPES)
+
+
+def test_plots(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows: list[dict[str, Any]] = [
+        {"setting": name, "tokens": T, "peak_bytes": T * 10**6, "tokens_per_second": 5.0, "seconds": 1.0,
+         "limit_bytes": 10**10, "hardware": "here", "dtype": "float32", "shape": "small"}
+        for name in ("full", "reversible C=16", "reversible C=32") for T in (1024, 2048)
+    ]  # fmt: skip
+    rows.append({"setting": "full", "tokens": 4096, "error": OUT_OF_MEMORY, "limit_bytes": 10**10})
+    rows.append({"setting": "full", "fit": True, "time_exponent": 1.0})
+    drawn = plot_rows(rows, tmp_path / "plots")
+    assert [path.name for path in drawn] == ["memory-by-context.png", "speed-by-context.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, model_folder: str) -> None:
+    arguments = ["bench", "training", "--shape", model_folder, "--lengths", "32,64", "--chunk-length", "16"]
+    with pytest.raises(SystemExit) as exit_:
+        main([*arguments, "--repeats", "1", "--json"])
+    assert not exit_.value.code
+    streams = capsys.readouterr()
+    rows = json.loads(streams.out)
+    assert len(rows) == 4 and "tokens_per_second" in streams.err
+    saved = tmp_path / "rows.json"
+    saved.write_text(json.dumps(rows))
+    with pytest.raises(SystemExit):
+        main(["bench", "--rows", str(saved)])
+    table = capsys.readouterr().out
+    assert "reversible C=16" in table and torch.__version__ in table
+    with pytest.raises(SystemExit) as exit_:
+        main(["bench", "training", "--lengths", "many"])
+    assert exit_.value.code == 2
+    assert math.isfinite(rows[0]["seconds"])
