@@ -46,7 +46,9 @@ SLOW_DECAY = (-11.0, -10.0)
 FAST_DECAY = (-6.0, -1.0)
 """Initial ``time_decay`` of the others: the range of the official initialisation."""
 EMBEDDING_SCALE = 0.1
-"""Standard deviation of the initial embeddings; the official 1e-4 turns over in the first step."""
+"""Standard deviation of the initial embeddings, but of the values'."""
+VALUE_SCALE = 0.01
+"""Standard deviation of the vector that every value starts with; LayerNorm follows, so small means soon apart."""
 STATED = 0.75
 """Share of the statement's tokens that state facts; the rest is filler."""
 WARMUP_STEPS = 10
@@ -84,7 +86,7 @@ class Task:
 
     @property
     def repeats(self) -> int:
-        """How often each fact is stated; the statement's last tokens stay filler, as many as there are questions."""
+        """How often each fact is stated; its last tokens stay filler, one more than questions."""
         return min(int(self.statement * STATED), self.statement - self.pairs - 1) // (2 * self.pairs)
 
     @property
@@ -100,6 +102,7 @@ class Task:
         pairs = self.pairs
         ids = torch.randint(pairs + self.values, self.vocab_size, (count, self.length), generator=generator)
         values = pairs + torch.randint(self.values, (count, pairs), generator=generator)
+        # facts end as far before the statement's end as questions begin before the row's: distance or more apart
         places = (self.statement - pairs - 1) // 2
         place = 2 * _shuffled(count, places, generator)[:, : pairs * self.repeats]
         ids.scatter_(1, place, torch.arange(pairs).repeat(count, self.repeats))
@@ -115,14 +118,15 @@ class Task:
 class Run:
     """How to train: sizes of the model and of the optimisation, equal for every strategy."""
 
-    width: int = 128
-    head_size: int = 32
+    width: int = 64
+    head_size: int = 16
     layers: int = 2
     steps: int = 300
-    batch_size: int = 32
-    learning_rate: float = 3e-3
+    batch_size: int = 64
+    learning_rate: float = 5e-3
     evaluate_every: int = 10
     held_out_rows: int = 256
+    random_values: bool = False
     device: str = "cpu"
 
 
@@ -143,7 +147,8 @@ def build_model(task: Task, run: Run, seed: int) -> RwkvRevForCausalLM:
     with torch.no_grad():
         embeddings = dict(model.named_parameters())["model.embeddings.weight"]
         embeddings.normal_(std=EMBEDDING_SCALE)
-        embeddings[task.pairs : task.pairs + task.values] = embeddings[task.pairs].clone()
+        if not run.random_values:
+            embeddings[task.pairs : task.pairs + task.values] = torch.randn(run.width) * VALUE_SCALE
         for name, decay in model.named_parameters():
             if not name.endswith("time_decay"):
                 continue
@@ -309,6 +314,9 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=run.learning_rate)
     parser.add_argument("--evaluate-every", type=int, default=run.evaluate_every)
     parser.add_argument("--held-out-rows", type=int, default=run.held_out_rows)
+    parser.add_argument(
+        "--random-values", action="store_true", help="values start apart: an easier task, see README.md"
+    )
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one or several")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the results to this file")
     parser.add_argument("--plot", type=Path, metavar="OUT", help="write the curves to this PNG")
@@ -327,6 +335,7 @@ def main() -> None:
             options.learning_rate,
             options.evaluate_every,
             options.held_out_rows,
+            options.random_values,
             device=options.device,
         ),
         options.seed,
