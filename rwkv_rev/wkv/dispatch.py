@@ -3,8 +3,8 @@
 Kernels: ``naive`` (token by token, the truth), ``chunked`` (parallel in time, PyTorch operators, any device)
 and ``triton`` (CUDA). The argument ``kernel`` decides, then the environment variable ``RWKV_REV_KERNEL``,
 then the default: triton on CUDA where it can be imported, else chunked. ``triton`` falls back to ``chunked``
-for tensors it cannot take (another device, float64, heads above 128) and where triton is missing; :func:`choose_kernel` tells
-what would run.
+for tensors it cannot take (another device, float64, heads above 128) and where triton is missing;
+:func:`choose_kernel` tells what would run.
 
 All kernels: inputs in bfloat16, float16, float32 or float64; arithmetic and results in float32 (float64 where
 the keys are float64), whatever autocast says; the same call gives the same bits, with gradients enabled or
