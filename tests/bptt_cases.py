@@ -33,12 +33,12 @@ def tiny_model(
     Decays run from slow to fast, mixes leave [0, 1] on both sides, no map is zero. Equal arguments give equal values.
     """
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 32, "intermediate_size": 32} | config
-    heads = 1 if version == "4" else sizes["hidden_size"] // 8
+    head_size = sizes["hidden_size"] if version == "4" else sizes.pop("head_size", 8)
     model = RwkvRevForCausalLM(
         RwkvRevConfig(
             rwkv_version=version,
-            num_attention_heads=heads,
-            head_size=sizes["hidden_size"] // heads,
+            num_attention_heads=sizes["hidden_size"] // head_size,
+            head_size=head_size,
             bonus_is_exponential=version == "5.0",
             **sizes,
         )

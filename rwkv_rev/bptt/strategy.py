@@ -69,6 +69,8 @@ class LossInputs:
         starts = range(0, self.length, length)
         # one transfer each, so that no chunk waits for the device later
         predicts = [bool(n) for n in _any_per_chunk(self.targets != IGNORE, length)]
+        # a batch without any target: zero gradients, as ``full`` gives, since data-parallel reduction waits for them
+        predicts[-1] |= not any(predicts)
         full = (
             [True] * len(stops)
             if self.valid is None
