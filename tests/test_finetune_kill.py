@@ -1,0 +1,82 @@
+"""SIGKILL at random moments: ``--resume auto`` goes on from the last whole checkpoint as if nothing had happened."""
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from finetune_cases import counting_text, environment, losses
+from safetensors.torch import load_file
+
+from rwkv_rev.training.callbacks import read_log
+from rwkv_rev.training.trainer import checkpoints
+
+STEPS = 24
+KILLS = 4
+
+
+def command(model: Path, data: Path, output: Path) -> list[str]:
+    return [
+        *(sys.executable, "-m", "rwkv_rev.cli", "finetune", str(model), "--data", str(data)),
+        *("--output", str(output), "--cache-dir", str(data.parent / "cache"), "--device", "cpu"),
+        *("--context-length", "256", "--chunk-length", "100", "--batch-size", "2", "--grad-accum", "2"),
+        *("--max-steps", str(STEPS), "--save-every", "2", "--resume", "auto"),
+        *("--tune", "lora", "--set", "lora_dropout=0.1", "--set", "lora_rank=4"),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_killed_and_resumed(bundled: dict[str, Path], tmp_path: Path) -> None:
+    """Data order and dropout draws are those of a run that nobody disturbed: losses and weights to the bit."""
+    data = counting_text(tmp_path / "data.txt", 300)
+    output = tmp_path / "killed"
+    whole = command(bundled["5.2"], data, tmp_path / "whole")
+    subprocess.run(whole, check=True, capture_output=True, env=environment(), timeout=600)
+
+    moments = random.Random(7)
+    work = output.with_name("killed.training")
+    resumed_from = []
+    for _ in range(KILLS):
+        before = len(read_log(work / "log.jsonl"))
+        process = subprocess.Popen(
+            command(bundled["5.2"], data, output),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environment(),
+        )
+        _wait_for_progress(process, work / "log.jsonl", before)
+        time.sleep(moments.uniform(0.0, 1.5))  # in the middle of a step, of a checkpoint, of anything
+        process.kill()
+        process.wait()
+        assert not output.exists(), "not finished, so not there"
+        whole_ones = checkpoints(work)
+        resumed_from.append(whole_ones[-1].name if whole_ones else "the start")
+    done = subprocess.run(
+        command(bundled["5.2"], data, output), capture_output=True, text=True, env=environment(), timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(set(resumed_from)) > 1, f"the kills came too early to tell anything: {resumed_from}"
+    assert "resuming from" in done.stderr
+    assert losses(output) == losses(tmp_path / "whole")
+    expected = load_file(tmp_path / "whole" / "model.safetensors")
+    for name, tensor in load_file(output / "model.safetensors").items():
+        assert tensor.equal(expected[name]), name
+    assert not work.exists()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"data.txt", "cache", "whole", "killed"}, left
+
+
+def _wait_for_progress(process: subprocess.Popen[bytes], log: Path, before: int) -> None:
+    """Until the run has come a few steps further (the log of a resumed run begins at its checkpoint)."""
+    rows = read_log(log)
+    deadline = time.monotonic() + 120
+    first = rows[-1]["step"] if rows else 0
+    while time.monotonic() < deadline and process.poll() is None:
+        rows = read_log(log)
+        if rows and rows[-1]["step"] >= min(first + 2, STEPS - 4):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"the run made no progress (exit status {process.poll()}, {before} rows before)")
