@@ -17,9 +17,9 @@ through the whole row in the forward pass; only the first can learn what to writ
 
 All value tokens start with one and the same embedding: what tells them apart must be learned from answers that come
 ``distance`` tokens later. Truncated gradients never reach them, so under ``truncated`` the state cannot depend on the
-answers, whatever else is learned. (Random embeddings would be told apart from the start. A model that writes random
-features of them can be *read* without any gradient through time, as in a reservoir computer, and truncation gets
-there too, later, where the facts are loud enough. That is not learning over a distance.)
+answers, whatever else is learned. (Random embeddings would be told apart from the start, and a model that writes
+random features of them could be *read* without any gradient through time, as in a reservoir computer: that would not
+be learning over a distance.)
 
 A randomly initialised RWKV-5.2 forgets too fast for this: its slowest channel loses exp(-6)/ln(2) = 0.0036 bits per
 step, 29 bits over 8,192. For both strategies the slower half of the channels starts at ``time_decay`` -11 to -10
@@ -121,12 +121,11 @@ class Run:
     width: int = 64
     head_size: int = 16
     layers: int = 2
-    steps: int = 300
+    steps: int = 150
     batch_size: int = 64
     learning_rate: float = 5e-3
     evaluate_every: int = 10
     held_out_rows: int = 256
-    random_values: bool = False
     device: str = "cpu"
 
 
@@ -147,8 +146,7 @@ def build_model(task: Task, run: Run, seed: int) -> RwkvRevForCausalLM:
     with torch.no_grad():
         embeddings = dict(model.named_parameters())["model.embeddings.weight"]
         embeddings.normal_(std=EMBEDDING_SCALE)
-        if not run.random_values:
-            embeddings[task.pairs : task.pairs + task.values] = torch.randn(run.width) * VALUE_SCALE
+        embeddings[task.pairs : task.pairs + task.values] = torch.randn(run.width) * VALUE_SCALE
         for name, decay in model.named_parameters():
             if not name.endswith("time_decay"):
                 continue
@@ -314,9 +312,6 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=run.learning_rate)
     parser.add_argument("--evaluate-every", type=int, default=run.evaluate_every)
     parser.add_argument("--held-out-rows", type=int, default=run.held_out_rows)
-    parser.add_argument(
-        "--random-values", action="store_true", help="values start apart: an easier task, see README.md"
-    )
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one or several")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the results to this file")
     parser.add_argument("--plot", type=Path, metavar="OUT", help="write the curves to this PNG")
@@ -335,7 +330,6 @@ def main() -> None:
             options.learning_rate,
             options.evaluate_every,
             options.held_out_rows,
-            options.random_values,
             device=options.device,
         ),
         options.seed,
