@@ -78,10 +78,13 @@ def _source_name(record: dict[str, Any]) -> str:
 def _provenance(record: dict[str, Any]) -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = [("source", _source_name(record))]
     rows += [(key, record[key]) for key in ("file", "revision", "commit") if record.get(key)]
-    rows += [(f"SHA-256 of {name}", digest) for name, digest in record["sha256"].items()]
-    rows.append(("layout", record["layout"]))
-    rows.append(("dtypes", ", ".join(f"{dtype} ({n} tensors)" for dtype, n in record["dtypes"].items())))
-    rows += [(f"{package} version", version) for package, version in record["versions"].items()]
+    # a model that was saved rather than converted has a record without what only a conversion knows
+    rows += [(f"SHA-256 of {name}", digest) for name, digest in record.get("sha256", {}).items()]
+    if "layout" in record:
+        rows.append(("layout", record["layout"]))
+    if "dtypes" in record:
+        rows.append(("dtypes", ", ".join(f"{dtype} ({n} tensors)" for dtype, n in record["dtypes"].items())))
+    rows += [(f"{package} version", version) for package, version in record.get("versions", {}).items()]
     return rows
 
 

@@ -89,3 +89,9 @@ def test_a_conversion_writes_it(tmp_path: Path) -> None:
     assert "bfloat16 (114 tensors)" in text
     assert torch.__version__ in text
     assert str(tmp_path) not in text
+
+
+def test_a_model_that_was_saved_and_not_converted_has_a_card() -> None:
+    card = model_card(CONFIG, {"source": "my-model"}, training=[("steps", 2)])
+    assert "my-model" in card
+    assert "SHA-256" not in card
