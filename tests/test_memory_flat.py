@@ -95,7 +95,7 @@ def test_peak_memory_is_flat(bundled: dict[str, Path], version: str) -> None:
 @linux
 @pytest.mark.slow
 def test_the_measurement_sees_growth(bundled: dict[str, Path]) -> None:
-    """``full`` at 2k and 4k: the graph doubles, and the measurement says so."""
+    """``full`` at 2k and 4k: the graph doubles (the rest, some 270 MiB, does not), and the measurement says so."""
     small, _ = measure(bundled["5.2"], "full", 2048)
     large, _ = measure(bundled["5.2"], "full", 4096)
-    assert large > 1.5 * small
+    assert large > 1.3 * small
