@@ -230,6 +230,7 @@ class _Wkv5(torch.autograd.Function):
         rs, ks, vs = plan.split(r), plan.split(k), plan.split(v)
         starts, contribution = plan.prefixes(ks, vs)
         ctx.save_for_backward(r, k, v, log_decay, bonus, state, counts, starts)
+        ctx.plan = plan if plan.whole else None  # others hold powers for every token
         states = torch.addcmul(starts, plan.before_powers(), state)
         out = torch.matmul(rs * plan.powers[:, :-1], states)
         out += torch.matmul(_attention(plan, rs, ks, bonus), vs)
@@ -240,7 +241,7 @@ class _Wkv5(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, grad_contribution: Tensor) -> tuple[Tensor | None, ...]:
         r, k, v, log_decay, bonus, state, counts, starts = ctx.saved_tensors
         with torch.autocast(k.device.type, enabled=False):
-            plan = _Plan(log_decay, k.shape[1], counts)
+            plan = ctx.plan or _Plan(log_decay, k.shape[1], counts)
             rs, ks, vs, go = plan.split(r), plan.split(k), plan.split(v), plan.split(grad_out)
             before = plan.before_powers()
 

@@ -129,6 +129,9 @@ def _run(function: str, kernel: str | None, *arguments: Tensor | None) -> Any:
     name = choose_kernel(kernel, key)
     module = f"triton_{function[:4]}" if name == "triton" else name
     implementation: Callable[..., Any] = getattr(importlib.import_module(f"rwkv_rev.wkv.{module}"), function)
+    # entering the context costs more than a small operation
+    if not torch.is_autocast_enabled(key.device.type):
+        return implementation(*arguments)
     with torch.autocast(key.device.type, enabled=False):
         return implementation(*arguments)
 
