@@ -10,8 +10,10 @@ weights came from.
 import functools
 import json
 import platform
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -214,9 +216,16 @@ def _fill(
         tensor = checkpoint.tensor(name)
         return tensor.mT.contiguous() if name in transposed else tensor
 
-    with _progress_bar(sum(shard.nbytes for shard in shards), settings.progress) as on_bytes:
-        write_shards(shards, folder, read, on_bytes)
-    record["sha256"] = checkpoint.sha256()
+    stop = threading.Event()
+    # Hashing takes as long as writing and leaves the interpreter to others, so both run at once.
+    with ThreadPoolExecutor(1) as beside:
+        hashes = beside.submit(checkpoint.sha256, stop)
+        try:
+            with _progress_bar(sum(shard.nbytes for shard in shards), settings.progress) as on_bytes:
+                write_shards(shards, folder, read, on_bytes)
+            record["sha256"] = hashes.result()
+        finally:
+            stop.set()
     (folder / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     report = None

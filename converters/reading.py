@@ -11,6 +11,7 @@ shard at a time (each is loaded once for its names, and once more when read in t
 import hashlib
 import json
 import pickle
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -144,9 +145,9 @@ class Checkpoint:
                 other.release()
         return file.tensor(name).contiguous()
 
-    def sha256(self) -> dict[str, str]:
-        """SHA-256 of each weight file, by file name; reads every file once."""
-        return {path.name: file_sha256(path) for path in self.files}
+    def sha256(self, stop: threading.Event | None = None) -> dict[str, str]:
+        """SHA-256 of each weight file, by file name; reads every file once. Setting ``stop`` ends it early."""
+        return {path.name: file_sha256(path, stop) for path in self.files}
 
 
 def open_checkpoint(local: LocalCheckpoint) -> Checkpoint:
@@ -204,11 +205,11 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+def file_sha256(path: Path, stop: threading.Event | None = None) -> str:
+    """SHA-256 of a file, in hexadecimal; meaningless once ``stop`` is set, when nobody waits for it."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(HASH_BLOCK):
+        while (block := file.read(HASH_BLOCK)) and not (stop is not None and stop.is_set()):
             digest.update(block)
     return digest.hexdigest()
 
