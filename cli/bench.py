@@ -13,8 +13,8 @@ from rwkv_rev.cli import output as out
 
 COLUMNS = {
     "training": (
-        "setting", "tokens", "seconds", "tokens_per_second", "ratio_to_full", "matmul_utilisation", "peak_bytes",
-        "reserved_bytes", "tape_bytes", "error",
+        "setting", "tokens", "seconds", "tokens_per_second", "ratio_to_full", "cpu_seconds",
+        "cpu_ratio_to_full", "matmul_utilisation", "peak_bytes", "reserved_bytes", "tape_bytes", "error",
     ),
     "memory": (
         "setting", "tokens", "peak_bytes", "reserved_bytes", "tape_bytes", "tokens_per_second", "limit_bytes", "error",

@@ -25,17 +25,22 @@ def random_tokens(model: RwkvRevForCausalLM, batch_size: int, length: int, seed:
 
 
 def step(model: RwkvRevForCausalLM, ids: Tensor) -> tuple[float, dict[str, Any]]:
-    """Seconds of one loss and its gradients, and the strategy's report. Gradients are dropped afterwards."""
+    """Seconds of one loss and its gradients, and the strategy's report. Gradients are dropped afterwards.
+
+    ``cpu_seconds`` of the report are those the process computed, whatever else ran on the machine: with one thread,
+    the time to compare on a machine that is shared.
+    """
     cuda = ids.is_cuda
     if cuda:
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     output = model(ids, labels=ids)
     output.loss.backward()
     if cuda:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    report = dict(output.report or {}) | {"loss": output.loss.item()}
+    report = dict(output.report or {}) | {"cpu_seconds": time.process_time() - start_cpu}
+    report["loss"] = output.loss.item()
     model.zero_grad(set_to_none=True)
     return seconds, report
 
@@ -57,6 +62,7 @@ def compare(
     ids = random_tokens(model, batch_size, length)
     rows: dict[str, dict[str, Any]] = {}
     times: dict[str, list[float]] = {name: [] for name in settings}
+    cpu_times: dict[str, list[float]] = {name: [] for name in settings}
     for turn in range(warmup + repeats):
         for name, setting in settings.items():
             if name in rows and "error" in rows[name]:
@@ -73,6 +79,7 @@ def compare(
                 continue
             if turn >= warmup:
                 times[name].append(seconds)
+                cpu_times[name].append(report["cpu_seconds"])
             rows[name] = {"setting": name, "tokens": length, **report}
             if ids.is_cuda:
                 rows[name]["peak_bytes"] = torch.cuda.max_memory_allocated()
@@ -81,6 +88,7 @@ def compare(
     for name, row in rows.items():
         if times[name]:
             seconds = statistics.median(times[name])
+            row["cpu_seconds"] = statistics.median(cpu_times[name])
             row.update(
                 seconds=seconds, tokens_per_second=batch_size * length / seconds, model_flops=flops / seconds
             )
@@ -109,7 +117,8 @@ def training_rows(
 ) -> list[dict[str, Any]]:
     """:func:`compare` at every context length, with ratios.
 
-    Adds to each row ``ratio_to_full`` (seconds over those of ``full`` at the same length, where that fits) and
+    Adds to each row ``ratio_to_full`` (seconds over those of ``full`` at the same length, where that fits),
+    ``cpu_ratio_to_full`` (the same of the process's own seconds) and
     ``matmul_utilisation``: model operations per second (6 per weight and token; what is computed twice counts once)
     over the rate of one large matrix product in the same run. With low-rank additions the weights' own gradients are
     not computed, so there it is 4 per weight and token, and the additions are not counted.
@@ -120,7 +129,7 @@ def training_rows(
     rows = []
     for length in settings.lengths:
         found = compare(model, length, left, batch_size=settings.batch_size, repeats=settings.repeats)
-        full = next((row.get("seconds") for row in found if row["setting"] == "full"), None)
+        full = next((row for row in found if row["setting"] == "full" and "seconds" in row), None)
         for row in found:
             row.update(
                 {name: left[row["setting"]].get(name) for name in ("strategy", "chunk_length", "tape")}
@@ -130,7 +139,8 @@ def training_rows(
                     row["model_flops"] *= 4 / 6
                 row["matmul_utilisation"] = row["model_flops"] / rate
                 if full is not None:
-                    row["ratio_to_full"] = row["seconds"] / full
+                    row["ratio_to_full"] = row["seconds"] / full["seconds"]
+                    row["cpu_ratio_to_full"] = row["cpu_seconds"] / full["cpu_seconds"]
             on_row(row)
         left = {row["setting"]: left[row["setting"]] for row in found if "error" not in row}
         rows += found
