@@ -29,8 +29,8 @@ COLUMNS = {
         "peak_extra_gb", "errors",
     ),
     "fits": (
-        "setting", "time_exponent", "tape_exponent", "memory_exponent", "tape_bytes_per_token", "bytes_per_token",
-        "runs_out_at",
+        "setting", "time_exponent", "cpu_time_exponent", "tape_exponent", "memory_exponent",
+        "tape_bytes_per_token", "bytes_per_token", "runs_out_at",
     ),
 }  # fmt: skip
 

@@ -32,6 +32,7 @@ def fits(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per setting that has enough contexts: exponents of time, tape and memory over T.
 
     ``time_exponent`` is that of seconds, so time per token grows with that less 1; likewise for the tape.
+    ``cpu_time_exponent`` is that of the process's own seconds.
     ``bytes_per_token`` is the slope of peak memory over T. Where a limit is known, ``runs_out_at`` is the context
     at which that line meets it.
     """
@@ -44,6 +45,8 @@ def fits(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         fit: dict[str, Any] = {"setting": name, "fit": True, "contexts": tokens}
         if all("seconds" in row for row in points):
             fit["time_exponent"] = exponent(tokens, [row["seconds"] for row in points])
+        if all("cpu_seconds" in row for row in points):
+            fit["cpu_time_exponent"] = exponent(tokens, [row["cpu_seconds"] for row in points])
         taped = [row for row in points if row.get("tape_bytes", 0) > 0]
         if len(taped) >= LEAST_POINTS:
             on_tape = [row["tokens"] - 2 * row["chunk_length"] for row in taped]

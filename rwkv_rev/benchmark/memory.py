@@ -188,6 +188,7 @@ def _measure_here(job: dict[str, Any]) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "tokens_per_second": settings.batch_size * job["length"] / seconds,
+        "cpu_seconds": report["cpu_seconds"],
         "peak_bytes": memory.peak - memory.before,
         "tape_bytes": report.get("tape_bytes", 0),
     }

@@ -9,7 +9,7 @@ from rwkv_rev.training.plots import refuse_without_matplotlib
 __all__ = ["plot_memory", "plot_rows", "plot_speed", "refuse_without_matplotlib"]
 
 COLORS = {"full": "#c1432e", "reversible": "#1f6fb2", "checkpoint": "#3f8f4f", "truncated": "#8a6fb0"}
-GIB = 2**30
+GB, MB = 10**9, 10**6
 
 
 def plot_rows(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
@@ -32,7 +32,7 @@ def plot_memory(rows: Sequence[dict[str, Any]], path: Path) -> None:
     limits = [row["limit_bytes"] for row in rows if row.get("limit_bytes")]
     top = max(row["peak_bytes"] for row in rows if "peak_bytes" in row)
     failed = [row for row in rows if "error" in row]
-    unit, name = (GIB, "GiB") if max([top, *(limits if failed else [])]) >= GIB else (2**20, "MiB")
+    unit, name = (GB, "GB") if max([top, *(limits if failed else [])]) >= GB else (MB, "MB")
     for setting, points in _by_setting(rows):
         good = [(row["tokens"], row["peak_bytes"] / unit) for row in points if "peak_bytes" in row]
         bad = [row["tokens"] for row in points if "error" in row]
@@ -48,7 +48,7 @@ def plot_memory(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 "out of memory",
                 (bad[0], height),
                 textcoords="offset points",
-                xytext=(9, -4),
+                xytext=(10, -14),
                 color=style["color"],
             )
     if failed and limits:
