@@ -53,13 +53,17 @@ def finetune(folder: Path) -> str:
     write(before, LEARNED_PROMPT)
     run(
         *("finetune", before, "--data", str(train), "--eval-data", str(held_out), "--output", after),
-        *("--context-length", str(CONTEXT), "--max-steps", str(STEPS), "--lr", "5e-4"),
+        *("--context-length", str(CONTEXT), "--max-steps", str(STEPS), "--lr", "1e-4", "--warmup", "5"),
+        *("--eval-every", "5", "--tune", "full"),
         *("--cache-dir", str(folder / "cache"), "--force"),
     )
     rows = [json.loads(line) for line in Path(after, "training", "log.jsonl").read_text("utf-8").splitlines()]
-    rows = [row for row in rows if "loss" in row]
+    print("\n step   held-out bits/byte")
+    for row in rows:
+        if "eval_loss" in row:
+            print(f"{row['step']:5d} {row['eval_bits_per_byte']:20.4f}")
     print("\n step   loss   tokens/s   tape MB   peak memory MB")
-    for row in rows[:3] + rows[4::5]:
+    for row in [row for row in rows if "loss" in row][1::3]:
         tape, memory = row["tape_bytes"] / 1e6, row["memory_bytes"] / 1e6
         print(
             f"{row['step']:5d} {row['loss']:6.3f} {row['tokens_per_second']:10,.0f} {tape:9.2f} {memory:16.1f}"
