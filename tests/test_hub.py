@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import HubServer, Repository, commit_id, use_hub
+from huggingface_hub.utils import enable_progress_bars
 
 from rwkv_rev.converters.hub import plan, resolve
 from rwkv_rev.converters.source import parse_source
@@ -305,6 +306,9 @@ class TestHub:
         self, hub: HubServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("TQDM_POSITION", "-1")  # the client shows bars although stderr is no terminal
+        # another test's command line, run in this process, may have switched bars off for good
+        monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", None)
+        enable_progress_bars()
         resolve(parse_source("BlinkDL/rwkv-5-world", file="*0.1B*"), progress=False)
         out, err = capsys.readouterr()
         assert (out, err) == ("", "")
