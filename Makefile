@@ -1,6 +1,6 @@
 # make demo   convert, verify and run both bundled checkpoints, fine-tune one; without network
-# make test   lint, types and the default tests
-# make slow   the tests that take minutes
+# make test   lint, types and all tests but those of speed
+# make timing the tests of speed, one after another: for an idle machine
 # make lint   ruff, its formatter and mypy, on the package as it is installed
 # make format rewrite the sources as `make lint` wants them
 
@@ -11,7 +11,7 @@ PYTEST ?= -q -n auto
 
 bin := $(VENV)/bin
 
-.PHONY: demo test slow lint format clean
+.PHONY: demo test timing lint format clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: pyproject.toml
@@ -25,10 +25,10 @@ demo: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(bin)/python examples/demo.py demo-out
 
 test: lint
-	$(bin)/python -m pytest $(PYTEST) -m 'not slow'
+	$(bin)/python -m pytest $(PYTEST) -m 'not timing'
 
-slow: $(VENV)/.installed
-	$(bin)/python -m pytest $(PYTEST) -m slow
+timing: $(VENV)/.installed
+	$(bin)/python -m pytest -q -m timing
 
 # converters/ and cli/ are installed inside rwkv_rev: types are checked in that arrangement.
 lint: $(VENV)/.installed

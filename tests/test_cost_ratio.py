@@ -41,7 +41,7 @@ def ratio(model: RwkvRevForCausalLM, length: int, chunk: int) -> float:
     return reversible / full
 
 
-@pytest.mark.slow
+@pytest.mark.timing
 @pytest.mark.parametrize(
     "chunk",
     [
@@ -61,7 +61,7 @@ def test_cost_on_the_bundled_checkpoints(bundled: dict[str, Path], version: str,
     assert ratio(load(bundled[version]), 4096, chunk) <= MOST
 
 
-@pytest.mark.slow
+@pytest.mark.timing
 @pytest.mark.parametrize("version", ["4", "5.2"])
 def test_cost_at_a_usual_width(version: str) -> None:
     """Width 512, where products weigh as they do in larger models."""
