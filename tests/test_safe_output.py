@@ -146,7 +146,8 @@ def test_space_is_checked_before_writing(tmp_path: Path) -> None:
 def test_a_signal_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     """The command line turns both into exceptions; a folder half written when they arrive is removed."""
     script = """
-        import sys, time, rwkv_rev.cli as cli
+        import signal, sys, time, rwkv_rev.cli as cli
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits it ignored
         def slow(name):
             def command(source: str) -> None:
                 from rwkv_rev.converters.safe_output import whole_directory
