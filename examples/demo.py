@@ -15,7 +15,7 @@ from pathlib import Path
 from rwkv_rev.equivalence.text import default_text
 
 PROMPTS = {"rwkv-4": "The function returns ", "rwkv-5.2": "To install the package, "}
-LEARNED_PROMPT = 'The "with" statement\n'
+LEARNED_PROMPT = "A class definition "
 CONTEXT, STEPS = 16_384, 20
 HELD_OUT = 32_768  # characters at the end of the text
 
