@@ -7,7 +7,6 @@ from transformers import PreTrainedConfig
 
 from rwkv_rev.registration import register_models
 
-VERSIONS = ("4", "5.0", "5.1", "5.2")
 Version = Literal["4", "5.0", "5.1", "5.2"]
 BPTT_STRATEGIES = ("auto", "full", "checkpoint", "reversible", "reversible-lossy", "truncated")
 TAPES = ("host", "device", "disk")

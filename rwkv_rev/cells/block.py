@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rwkv_rev.cells.cell import CellPlan, CellState, FloatState, Remnant, Replay, ReversibleCell
+from rwkv_rev.cells.cell import (
+    CellPlan,
+    CellState,
+    FloatState,
+    Remnant,
+    Replay,
+    ReversibleCell,
+    leaves,
+)
 from rwkv_rev.cells.channel_mix import ChannelMix
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.time_mix_rwkv4 import TimeMixRwkv4
@@ -132,14 +140,7 @@ class Block(nn.Module):
         with torch.no_grad(), torch.random.fork_rng(devices):
             before = self.replay(x, states, mask, remnants, plans).states
         values = self.time_mix.float_state(before[0]), self.channel_mix.float_state(before[1])
-        start = (_leaves(values[0]), _leaves(values[1]))
+        start = (leaves(values[0]), leaves(values[1]))
         forward: Callable[..., tuple[Tensor, FloatStates]] = self.forward
         out, end = checkpoint(forward, x, start, mask, use_reentrant=False)
         return BlockReplay(before, out, start, end)
-
-
-def _leaves(state: FloatState) -> FloatState:
-    return FloatState(
-        state.shift.detach().requires_grad_(),
-        None if state.memory is None else state.memory.detach().requires_grad_(),
-    )

@@ -201,7 +201,7 @@ class ReversibleCell(nn.Module, ABC):
         """A chunk whose exact state before it is known, with graph; the same bits as ``forward``."""
         plan = plan if plan is not None else self.plan(x.shape[1])
         state = self.carried(state, x, mask, plan)
-        start = self._leaves(state.shift, self.float_memory(state.memory))
+        start = leaves(self.float_state(state))
         projection = self.project(x, token_shift(x, start.shift, mask))
         return self._finish(state, start, projection, x, mask)
 
@@ -216,12 +216,12 @@ class ReversibleCell(nn.Module, ABC):
         """A chunk whose exact state *after* it is known: rebuild the one before, then compute with graph."""
         plan = plan if plan is not None else self.plan(x.shape[1])
         shift = uncarry(x.detach(), remnant.carried, plan.mix, mask)
-        shift_leaf = self._leaves(shift, None).shift
+        shift_leaf = leaves(FloatState(shift, None)).shift
         projection = self.project(x, token_shift(x, shift_leaf, mask))
         with torch.no_grad():
             memory = self.retreat(state.memory, projection, mask, remnant.memory, plan.memory)
         before = CellState(shift, memory, remnant.carried)
-        start = FloatState(shift_leaf, self._leaves(shift, self.float_memory(memory)).memory)
+        start = FloatState(shift_leaf, leaves(self.float_state(before)).memory)
         return self._finish(before, start, projection, x, mask)
 
     def _finish(
@@ -231,10 +231,11 @@ class ReversibleCell(nn.Module, ABC):
         memory = self.update(start.memory, contribution, mask, x.shape[1])
         return Replay(state, out, start, FloatState(last_token(x, start.shift, mask), memory))
 
-    @staticmethod
-    def _leaves(shift: Tensor, memory: Tensor | None) -> FloatState:
-        grad = torch.is_grad_enabled()
-        return FloatState(
-            shift.detach().requires_grad_(grad),
-            None if memory is None else memory.detach().requires_grad_(grad),
-        )
+
+def leaves(state: FloatState) -> FloatState:
+    """The same values as differentiable leaves (plain tensors where gradients are disabled)."""
+    grad = torch.is_grad_enabled()
+    return FloatState(
+        state.shift.detach().requires_grad_(grad),
+        None if state.memory is None else state.memory.detach().requires_grad_(grad),
+    )

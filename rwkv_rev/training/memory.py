@@ -12,7 +12,7 @@ from rwkv_rev.errors import StrategyError
 from rwkv_rev.loss import LOGITS_AT_ONCE
 from rwkv_rev.training.config import FinetuneConfig
 
-GRAPH_NUMBERS = 30  # kept for the backward pass, per token, layer and channel; DESIGN's round figure
+GRAPH_NUMBERS = 30  # kept for the backward pass, per token, layer and channel; a round figure
 REMNANT_SHARE = 0.57  # of whole states, at chunks of 256 tokens on a trained 5.2 model; more at longer chunks
 
 
