@@ -158,9 +158,10 @@ def _print_plan(planned: Any, as_json: bool) -> None:
         {
             "steps": f"{values['steps']:,}",
             "tokens per step": f"{values['tokens_per_step']:,.0f}",
+            "gradient": f"{memory['strategy']}, {memory['tokens_at_once']:,} tokens at once",
             **{
                 name: out.human_bytes(memory[name])
-                for name in ("weights", "optimizer", "graph", "device", "tape")
+                for name in ("weights", "gradients", "optimizer", "graph", "device", "tape")
             },
         },
     )

@@ -1,4 +1,4 @@
-r"""How much memory a gradient takes, per strategy, before anything is loaded: float32 weights and activations.
+r"""How much memory a gradient takes, per strategy, before anything is loaded.
 
 Letters as everywhere (B, T, C, L, D, H, N, F, V), n = B C tokens in the graph at once (B T for ``full``). The graph of
 n tokens holds, in numbers of 4 bytes,
@@ -20,6 +20,10 @@ squaring. The peak of device memory comes at one of three moments:
 exact and as floats, their gradients, and one layer's arithmetic in float64. The constants 3, 5, 0.4 and those of the
 states are calibrated on the allocator's log (CPU, chunked kernels); tests hold forecasts within 15 % of measurements
 over several widths, depths and vocabularies. Optimizer states are not included (AdamW: 8 bytes per weight).
+
+Those are float32 weights and activations with every weight trained. Under autocast to 16 bits the graph of n tokens
+takes 2/3 of that (LayerNorms, residuals and states stay float32), and a copy of each matrix in 2 bytes. Of weights that
+are not trained there is no gradient.
 
 The tape's bytes are exact: remnant widths follow from the decays. Heads whose grid rises add a matrix each, once.
 """
@@ -46,6 +50,7 @@ _BACKWARD_VECTORS = 5
 _LAYER_SHARE = 0.4
 _STATE_COPIES = {"checkpoint": 6, "reversible": 8}
 _STATE_ARITHMETIC = 8
+_HALF_GRAPH = 2 / 3
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,8 @@ class StrategyForecast:
 
     Attributes:
         strategy: its name.
-        parameters: float32 weights.
-        gradients: of all weights, with their running sum where there are several chunks.
+        parameters: the weights.
+        gradients: of the trained weights, with their running sum where there are several chunks.
         graph: what back-propagation keeps of the tokens in the graph at once.
         states: boundary states besides the graph.
         device: the peak of all of it; less than the sum, since gradients grow as the graph is freed.
@@ -83,68 +88,100 @@ def forecast_memory(
     context_length: int,
     batch_size: int = 1,
     chunk_length: int | None = None,
+    trained: int | None = None,
+    half: bool = False,
+    weight_bytes: int = NUMBER,
+    checkpoint_blocks: bool = False,
 ) -> tuple[StrategyForecast, ...]:
     """Forecast the memory of one loss and its gradient.
 
     Args:
         config: of the model.
         log_decays: per layer log w, of the stored shape.
-        parameters: number of weights, all of them trained.
+        parameters: number of weights.
         context_length: T, tokens.
         batch_size: B, rows.
         chunk_length: C, tokens; the config's when None.
+        trained: number of weights with a gradient; all when None.
+        half: whether autocast computes in 16 bits.
+        weight_bytes: of one weight.
+        checkpoint_blocks: whether the graph keeps only the blocks' inputs (activation checkpointing).
     """
     chunk = min(chunk_length or config.chunk_length, context_length)
-    lengths = [min(chunk, context_length - start) for start in range(0, context_length, chunk)]
-    return tuple(
-        _forecast(name, config, log_decays, NUMBER * parameters, batch_size, context_length, lengths)
-        for name in STRATEGIES
+    run = _Run(
+        config=config,
+        log_decays=log_decays,
+        weights=weight_bytes * parameters,
+        gradients=NUMBER * (parameters if trained is None else trained),
+        batch=batch_size,
+        context=context_length,
+        lengths=[min(chunk, context_length - start) for start in range(0, context_length, chunk)],
+        graph_share=_HALF_GRAPH if half else 1.0,
+        half_copies=2 * (parameters - 2 * config.vocab_size * config.hidden_size) if half else 0,
+        checkpoint_blocks=checkpoint_blocks,
     )
+    return tuple(_forecast(name, run) for name in STRATEGIES)
 
 
-def _forecast(
-    name: str,
-    config: RwkvRevConfig,
-    log_decays: Sequence[Tensor],
-    weights: int,
-    batch: int,
-    context: int,
-    lengths: list[int],
-) -> StrategyForecast:
+@dataclass(frozen=True)
+class _Run:
+    """What is computed; sizes in bytes, ``lengths`` of the chunks in tokens."""
+
+    config: RwkvRevConfig
+    log_decays: Sequence[Tensor]
+    weights: int
+    gradients: int
+    batch: int
+    context: int
+    lengths: list[int]
+    graph_share: float
+    half_copies: int
+    checkpoint_blocks: bool
+
+
+def _forecast(name: str, run: _Run) -> StrategyForecast:
+    config, batch, gradients = run.config, run.batch, run.gradients
     layers, width = config.num_hidden_layers, config.hidden_size
-    at_once = context if name == "full" else lengths[0]
+    at_once = run.context if name == "full" else run.lengths[0]
     tokens = batch * at_once
-    graph = graph_bytes(config, batch, at_once)
-    sums = 0 if name == "full" or len(lengths) == 1 else weights
+    held = graph_bytes(config, batch, at_once, checkpoint_blocks=run.checkpoint_blocks)
+    graph = round(run.graph_share * held) + run.half_copies
+    sums = 0 if name == "full" or len(run.lengths) == 1 else gradients
     memory = NUMBER * batch * width * (config.head_size if config.has_heads else 3)
     copies = _STATE_COPIES.get(name)
     states = 0 if copies is None else (copies * layers + _STATE_ARITHMETIC) * memory
-    head = NUMBER * config.vocab_size * width
+    head = min(NUMBER * config.vocab_size * width, gradients)
     logits = NUMBER * min(tokens * config.vocab_size, LOGITS_AT_ONCE)
-    layer = (weights - 2 * head) / layers
-    workspace = NUMBER * tokens * (2 * config.intermediate_size + _BACKWARD_VECTORS * width)
+    layer = (gradients - 2 * head) / layers
+    workspace = run.graph_share * NUMBER * tokens * (2 * config.intermediate_size + _BACKWARD_VECTORS * width)
     peak = sums + max(
         graph + states + _LOGIT_COPIES * logits + head,
-        graph + states + head + workspace + _LAYER_SHARE * layer,
-        weights + states,
+        graph + states + head + workspace + _LAYER_SHARE * max(0.0, layer),
+        gradients + states,
     )
     tape = 0
     if name in ("checkpoint", "reversible"):
-        tape = sum(_record_bytes(name, config, log_decays, batch, length) for length in lengths[1:-1])
+        recorded = run.lengths[1:-1]  # all of one length
+        if recorded:
+            tape = len(recorded) * _record_bytes(name, config, run.log_decays, batch, recorded[0])
     return StrategyForecast(
         strategy=name,
-        parameters=weights,
-        gradients=weights + sums,
+        parameters=run.weights,
+        gradients=gradients + sums,
         graph=graph,
         states=states,
-        device=weights + round(peak),
+        device=run.weights + round(peak),
         tape=tape,
     )
 
 
-def graph_bytes(config: RwkvRevConfig, batch: int, length: int) -> int:
-    """Bytes that the graph of ``batch`` rows of ``length`` tokens keeps, loss and weights aside."""
-    width, layers = config.hidden_size, config.num_hidden_layers
+def graph_bytes(config: RwkvRevConfig, batch: int, length: int, *, checkpoint_blocks: bool = False) -> int:
+    """Bytes that the graph of ``batch`` rows of ``length`` tokens keeps, loss and weights aside.
+
+    With ``checkpoint_blocks`` the inputs of the blocks, and one block's graph while it is differentiated.
+    """
+    width = config.hidden_size
+    layers = 1 if checkpoint_blocks else config.num_hidden_layers
     if config.has_heads:
         # one per sub-chunk, the scan's last, and the state before the chunk
         state = batch * (math.ceil(length / SUB_CHUNK) + 2) * width * config.head_size
@@ -153,7 +190,8 @@ def graph_bytes(config: RwkvRevConfig, batch: int, length: int) -> int:
         pieces = -(-length // piece)
         state = 3 * batch * (piece + 1) * pieces * width
     vectors = _VECTORS[config.rwkv_version] * width + 2 * config.intermediate_size
-    return NUMBER * (batch * length * (layers * vectors + 2 * width) + layers * state)
+    inputs = config.num_hidden_layers * width if checkpoint_blocks else 0
+    return NUMBER * (batch * length * (layers * vectors + 2 * width + inputs) + layers * state)
 
 
 def _record_bytes(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +66,9 @@ def saved_bytes(model: RwkvRevForCausalLM, ids: torch.Tensor) -> int:
     return total
 
 
-def forecasts(model: RwkvRevForCausalLM, context: int, batch: int, chunk: int) -> dict[str, StrategyForecast]:
+def forecasts(
+    model: RwkvRevForCausalLM, context: int, batch: int, chunk: int, **kind: Any
+) -> dict[str, StrategyForecast]:
     found = forecast_memory(
         model.config,
         [block.time_mix.log_decay().detach() for block in model.model.blocks],
@@ -73,12 +76,13 @@ def forecasts(model: RwkvRevForCausalLM, context: int, batch: int, chunk: int) -
         context_length=context,
         batch_size=batch,
         chunk_length=chunk,
+        **kind,
     )
     return {forecast.strategy: forecast for forecast in found}
 
 
 def measured(
-    model: RwkvRevForCausalLM, strategy: str, context: int, batch: int, chunk: int
+    model: RwkvRevForCausalLM, strategy: str, context: int, batch: int, chunk: int, half: bool = False
 ) -> tuple[int, int]:
     """Device bytes at the peak, weights included, and tape bytes; the tape lies on the disk, out of the way."""
     ids = torch.randint(
@@ -87,7 +91,8 @@ def measured(
     report = {}
 
     def work() -> None:
-        with model.set_bptt(strategy, chunk_length=chunk, tape="disk"):
+        autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=half)
+        with model.set_bptt(strategy, chunk_length=chunk, tape="disk"), autocast:
             out = model(ids, labels=ids)
         report.update(out.report)
         out.loss.backward()
@@ -122,6 +127,42 @@ def test_device_and_tape(
     raised = batch * model.config.num_attention_heads * model.config.num_hidden_layers
     assert forecast.tape <= tape <= forecast.tape + matrix * raised
     assert tape == pytest.approx(forecast.tape, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("version", WIDE)
+def test_half_precision(version: str, strategy: str) -> None:
+    torch.manual_seed(0)
+    model = RwkvRevForCausalLM(WIDE[version])
+    forecast = forecasts(model, 640, 2, 256, half=True)[strategy]
+    device, _ = measured(model, strategy, 640, 2, 256, half=True)
+    assert forecast.device == pytest.approx(device, rel=TOLERANCE)
+    assert forecast.device < 0.95 * forecasts(model, 640, 2, 256)[strategy].device
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("version", WIDE)
+def test_checkpointed_blocks(version: str, strategy: str) -> None:
+    torch.manual_seed(0)
+    model = RwkvRevForCausalLM(WIDE[version]).train()
+    model.model.gradient_checkpointing = True
+    forecast = forecasts(model, 640, 2, 256, checkpoint_blocks=True)[strategy]
+    device, _ = measured(model, strategy, 640, 2, 256)
+    assert forecast.device == pytest.approx(device, rel=TOLERANCE + 0.01)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_frozen_weights_have_no_gradient(strategy: str) -> None:
+    """The graph drops the inputs of frozen maps, which the forecast counts: it is too high, never too low."""
+    torch.manual_seed(0)
+    model = RwkvRevForCausalLM(WIDE["5.2"]).requires_grad_(False)
+    model.add_initial_state()
+    assert model.model.initial_wkv is not None
+    model.model.initial_wkv.requires_grad_(True)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    forecast = forecasts(model, 384, 1, 128, trained=trained)[strategy]
+    device, _ = measured(model, strategy, 384, 1, 128)
+    assert device <= forecast.device <= 1.5 * device
 
 
 @pytest.mark.parametrize("shape", [(1, 100), (1, 256), (3, 200)], ids=str)

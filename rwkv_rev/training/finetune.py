@@ -22,6 +22,7 @@ from transformers import set_seed
 
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.converted import ConvertedModel
+from rwkv_rev.converters.inspection import inspect_source
 from rwkv_rev.converters.safe_output import check_output
 from rwkv_rev.errors import CheckpointError, OutputError
 from rwkv_rev.modeling import RwkvRevForCausalLM
@@ -38,7 +39,7 @@ from rwkv_rev.training.saving import save_finetuned
 from rwkv_rev.training.token_cache import load_tokens
 from rwkv_rev.training.token_store import TokenStore
 from rwkv_rev.training.trainer import RwkvRevTrainer, checkpoints, training_arguments
-from rwkv_rev.training.tuning import apply_tuning, count_parameters, refuse_state_tuning
+from rwkv_rev.training.tuning import apply_tuning, count_parameters, count_trained, refuse_state_tuning
 
 LOG_NAME = "log.jsonl"
 Notify = Callable[[str], object]
@@ -128,7 +129,7 @@ def plan(config: FinetuneConfig, *, progress: bool = False) -> Plan:
     config.check()
     with ConvertedModel(config.model) as source:
         model_config = source.config
-        parameters = sum(_count(source.shape(name)) for name in source.names())
+        shapes = {name: source.shape(name) for name in source.names()}
     if config.tune == "state":
         refuse_state_tuning(model_config.rwkv_version)
     if config.carry_state and config.tune == "state":
@@ -151,9 +152,18 @@ def plan(config: FinetuneConfig, *, progress: bool = False) -> Plan:
     statistics = order.statistics()
     per_epoch = -(-len(order) // config.grad_accum)
     steps = config.max_steps or max(1, int(-(-config.epochs * per_epoch // 1)))
-    longest = int(rows.lengths().max())
-    memory = forecast_memory(model_config, config, parameters, longest, dtype)
-    refuse_too_large(memory, torch.device(device), config)
+    facts = inspect_source(config.model)
+    memory = forecast_memory(
+        model_config,
+        facts.log_decays,
+        config,
+        parameters=facts.parameters,
+        trained=count_trained(config, model_config, shapes),
+        longest=int(rows.lengths().max()),
+        dtype=dtype,
+        world_size=world_size,
+    )
+    notes += refuse_too_large(memory, torch.device(device), config)
     if config.bptt == "truncated":
         notes.append("bptt = truncated is not the gradient of the context; reversible is exact")
     return Plan(
@@ -340,10 +350,3 @@ def _evaluated(state: Any) -> bool:
 def _barrier() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

@@ -2,90 +2,128 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from rwkv_rev.bptt import choose_strategy
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.errors import StrategyError
-from rwkv_rev.loss import LOGITS_AT_ONCE
+from rwkv_rev.forecast import NUMBER, StrategyForecast
+from rwkv_rev.forecast import forecast_memory as forecast_strategies
 from rwkv_rev.training.config import FinetuneConfig
 
-GRAPH_NUMBERS = 30  # kept for the backward pass, per token, layer and channel; a round figure
-REMNANT_SHARE = 0.57  # of whole states, at chunks of 256 tokens on a trained 5.2 model; more at longer chunks
+LEAST_SHARE = 0.6
+"""Of a forecast that a run takes at least: frozen weights let the graph drop inputs that are counted."""
+_ADAM = 2 * NUMBER
 
 
 @dataclass(frozen=True)
 class MemoryForecast:
-    """Bytes a run will take on its device (weights, gradients, optimizer, graph) and on the tape.
+    """Bytes a run will take on its device and on the tape.
 
-    ``tokens_at_once``: length of what is in the graph, a chunk or for ``full`` the whole context.
+    Attributes:
+        gradient: of one loss and its gradient (:mod:`rwkv_rev.forecast`).
+        optimizer: AdamW's two moments of the trained weights that this process keeps.
+        kept_gradients: further copies of the gradients: accumulated ones, and the buckets of several processes.
+        tokens_at_once: length of what is in the graph, a chunk or for ``full`` the whole context.
     """
 
-    weights: int
+    gradient: StrategyForecast
     optimizer: int
-    graph: int
-    tape: int
+    kept_gradients: int
     tokens_at_once: int
 
     @property
     def device(self) -> int:
-        return self.weights + self.optimizer + self.graph
+        return self.gradient.device + self.optimizer + self.kept_gradients
 
-    def to_dict(self) -> dict[str, int]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return dict(self.__dict__) | {"device": self.device}
+        return {
+            "strategy": self.gradient.strategy,
+            "tokens_at_once": self.tokens_at_once,
+            "weights": self.gradient.parameters,
+            "gradients": self.gradient.gradients + self.kept_gradients,
+            "optimizer": self.optimizer,
+            "graph": self.gradient.graph,
+            "device": self.device,
+            "tape": self.gradient.tape,
+        }
 
 
 def forecast_memory(
-    model: RwkvRevConfig, config: FinetuneConfig, parameters: int, longest: int, dtype: str
+    model: RwkvRevConfig,
+    log_decays: Sequence[Tensor],
+    config: FinetuneConfig,
+    *,
+    parameters: int,
+    trained: int,
+    longest: int,
+    dtype: str,
+    world_size: int = 1,
 ) -> MemoryForecast:
-    """Estimate, to within a factor of about two; ``longest`` is the longest row in tokens."""
+    """What a run will take.
+
+    Args:
+        model: of the model. log_decays: per layer log w.
+        config: of the run.
+        parameters, trained: number of weights, and of those with a gradient.
+        longest: tokens of the longest row.
+        dtype: of the arithmetic.
+        world_size: number of processes.
+    """
     chunk = config.chunk_length or model.chunk_length
-    strategy = config.bptt
-    if strategy == "auto":
-        strategy = "full" if longest <= chunk else "reversible"
-    at_once = longest if strategy == "full" else min(chunk, longest)
+    name = choose_strategy(config.bptt, longest, chunk_length=chunk).name
     half = dtype != "float32"
-    layers, width, batch = model.num_hidden_layers, model.hidden_size, config.batch_size
-    if config.tune == "full":
-        weights, trained = 4 * parameters, parameters
-    else:
-        rank = config.lora_rank
-        state = layers * width * model.head_size
-        trained = state if config.tune == "state" else 9 * layers * rank * 2 * width
-        weights = (2 if half else 4) * parameters + 4 * trained
-    number = 2 if half else 4
-    graph = GRAPH_NUMBERS * layers * width * at_once * batch * number
-    graph += 3 * 4 * min(LOGITS_AT_ONCE, at_once * batch * model.vocab_size)
-    boundaries = max(0, -(-longest // chunk) - 2)
-    state_bytes = 4 * width * (model.head_size if model.has_heads else 3)
-    share = {"checkpoint": 1.0, "reversible": REMNANT_SHARE if model.has_heads else 1.0}.get(strategy, 0.0)
-    tape = int(boundaries * layers * batch * (2 * width * number + share * state_bytes))
-    if strategy in ("full", "truncated"):
-        tape = 0
-    return MemoryForecast(weights, 12 * trained, graph, tape, at_once)
+    forecasts = forecast_strategies(
+        model,
+        log_decays,
+        parameters,
+        context_length=longest,
+        batch_size=config.batch_size,
+        chunk_length=chunk,
+        trained=trained,
+        half=half,
+        weight_bytes=NUMBER if config.tune == "full" or not half else 2,
+        checkpoint_blocks=config.checkpoint_blocks,
+    )
+    # reversible-lossy takes a little less tape than reversible, and the same device memory
+    like = "reversible" if name == "reversible-lossy" else name
+    (gradient,) = (forecast for forecast in forecasts if forecast.strategy == like)
+    copies = (config.grad_accum > 1) + (world_size > 1)
+    return MemoryForecast(
+        gradient,
+        optimizer=_ADAM * trained,
+        kept_gradients=copies * NUMBER * trained,
+        tokens_at_once=longest if name == "full" else min(chunk, longest),
+    )
 
 
-def refuse_too_large(forecast: MemoryForecast, device: torch.device, config: FinetuneConfig) -> None:
-    """Raise StrategyError when a run cannot fit even if it took half of what is forecast."""
-    free = free_memory(device)
-    place = config.tape or "host"
-    if free is None:
-        return
-    if forecast.device / 2 > free:
-        smaller = "a shorter --chunk-length" if config.bptt != "full" else "--bptt reversible"
-        raise StrategyError(
-            f"{forecast.tokens_at_once:,} tokens at once need about {forecast.device / 1e9:.1f} GB, "
-            f"{free / 1e9:.1f} GB are free: use {smaller}, a smaller --batch-size or --tune lora"
+def refuse_too_large(forecast: MemoryForecast, device: torch.device, config: FinetuneConfig) -> list[str]:
+    """Raise StrategyError when a run cannot fit; returns warnings where it may not."""
+    warnings = []
+    free, host = free_memory(device), free_memory(torch.device("cpu"))
+    smaller = "--bptt reversible" if config.bptt == "full" else "a shorter --chunk-length"
+    needs = [(forecast.device, free, "on the device", f"{smaller}, a smaller --batch-size or --tune lora")]
+    if (config.tape or "host") == "host":
+        tape = forecast.gradient.tape
+        needs.append((tape, host, "for the tape on the host", "--tape disk or a longer --chunk-length"))
+    for need, there, place, remedy in needs:
+        if there is None or need <= there:
+            continue
+        text = (
+            f"{forecast.tokens_at_once:,} tokens at once need about {need / 1e9:.1f} GB {place}, "
+            f"{there / 1e9:.1f} GB are free: use {remedy}"
         )
-    host = free_memory(torch.device("cpu"))
-    if place == "host" and host is not None and forecast.tape / 2 > host:
-        raise StrategyError(
-            f"the tape needs about {forecast.tape / 1e9:.1f} GB of host memory, {host / 1e9:.1f} GB are free: "
-            "use --tape disk or a longer --chunk-length"
-        )
+        if LEAST_SHARE * need > there:
+            raise StrategyError(text)
+        warnings.append(text)
+    return warnings
 
 
 def used_memory(device: torch.device) -> int:

@@ -9,7 +9,9 @@ through the whole context and is exact. RWKV-5 only: the ``rwkv`` package, which
 ``blocks.i.att.time_state``, has no such tensor for RWKV-4.
 """
 
+import math
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import nn
 from rwkv_rev.errors import RwkvRevError, StrategyError
 
 if TYPE_CHECKING:
+    from rwkv_rev.configuration import RwkvRevConfig
     from rwkv_rev.modeling import RwkvRevForCausalLM
     from rwkv_rev.training.config import FinetuneConfig
 
@@ -75,6 +78,27 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
 
 
+def count_trained(
+    config: "FinetuneConfig", model: "RwkvRevConfig", shapes: Mapping[str, Sequence[int]]
+) -> int:
+    """Number of weights that a run trains, from the names and shapes of the stored tensors."""
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    if config.tune == "full":
+        return sum(sizes.values())
+    if config.tune == "state":
+        return model.num_hidden_layers * model.hidden_size * model.head_size
+    found = 0
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight")
+        if len(shape) == 2 and module != name and _has_addition(module, config.lora_targets):
+            found += config.lora_rank * sum(shape)
+    return found
+
+
+def _has_addition(module: str, targets: Sequence[str]) -> bool:
+    return any(module == target or module.endswith(f".{target}") for target in targets or LORA_TARGETS)
+
+
 def linear_names(model: nn.Module) -> set[str]:
     """Last names of the linear maps inside the blocks."""
     return {
@@ -93,7 +117,7 @@ def _with_lora(model: "RwkvRevForCausalLM", config: "FinetuneConfig") -> nn.Modu
     targets = config.lora_targets or sorted(there & set(LORA_TARGETS))
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
+        if not any(_has_addition(name, [target]) for name in names):
             raise StrategyError(
                 f"lora_targets: no linear map is called {target!r}; there are {', '.join(sorted(there))}"
             )
