@@ -10,6 +10,9 @@ import torch
 import rwkv_rev
 from rwkv_rev.benchmark.models import benchmark_model
 from rwkv_rev.benchmark.training import compare, random_tokens, step
+from rwkv_rev.bptt import cuda_graphs
+from rwkv_rev.errors import ReversalMismatchError
+from rwkv_rev.reversal.tape import Tape
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -73,6 +76,41 @@ def test_strategies_give_the_gradient_of_the_whole_context(trained, chunk_length
     if not autocast:
         assert errors["reversible to full"] <= 1e-5
         assert reversible_loss == pytest.approx(full_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("strategy", ["checkpoint", "reversible"])
+def test_graphs_change_no_bit(trained, strategy, autocast, monkeypatch):
+    model, ids, _ = trained
+    runs = []
+    run = cuda_graphs.BackwardGraph.run
+    monkeypatch.setattr(
+        cuda_graphs.BackwardGraph, "run", lambda *arguments: runs.append(1) or run(*arguments)
+    )
+    with_graphs = gradients(model, ids, strategy, 128, autocast)
+    assert len(runs) >= CONTEXT // 128 - 8
+    monkeypatch.setenv(cuda_graphs.SWITCH, "0")
+    without = gradients(model, ids, strategy, 128, autocast)
+    assert len(runs) < CONTEXT // 128
+    assert with_graphs[0] == without[0]
+    assert torch.equal(with_graphs[1], without[1])
+
+
+def test_a_wrong_state_is_noticed_in_a_graph(trained, monkeypatch):
+    model, ids, _ = trained
+    pop = Tape.pop_flat
+    records = []
+
+    def spoilt(tape):
+        record = pop(tape)
+        records.append(record)
+        if len(records) == 9:  # well after the recording; the packed remnant, or the state, of layer 3
+            record.tensors()[3][3].flatten().view(torch.uint8)[5] ^= 1
+        return record
+
+    monkeypatch.setattr(Tape, "pop_flat", spoilt)
+    with pytest.raises(ReversalMismatchError, match="layer 3"):
+        gradients(model, ids, "reversible", 128, False)
 
 
 def test_memory_does_not_grow_with_the_context(capsys):

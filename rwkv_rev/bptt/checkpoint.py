@@ -4,13 +4,11 @@ The same arithmetic as ``reversible``, to the bit, with a simpler and larger tap
 ``4 D N + 8 D`` bytes for RWKV-5, ``20 D`` for RWKV-4 (float32 shifts), per batch row.
 """
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from rwkv_rev.bptt.strategy import Chunk, LanguageModel
-from rwkv_rev.bptt.sweeps import TwoSweeps
-from rwkv_rev.cells.block import BlockReplay, ExactStates, Plans, Remnants
+from rwkv_rev.bptt.sweeps import Record, Recovered, TwoSweeps
+from rwkv_rev.cells.block import ExactStates, Plans, Remnants
 from rwkv_rev.cells.cell import CellState
 from rwkv_rev.reversal.fixed_point import FixedPoint
 
@@ -19,6 +17,7 @@ class Checkpoint(TwoSweeps):
     """Gradient strategy ``checkpoint``; see the module's docstring."""
 
     name = "checkpoint"
+    repeatable = True
 
     def record(
         self,
@@ -26,8 +25,8 @@ class Checkpoint(TwoSweeps):
         before: list[ExactStates],
         after: list[ExactStates],
         remnants: list[Remnants],
-    ) -> Callable[[], list[list[Tensor]]]:
-        def tensors() -> list[list[Tensor]]:
+    ) -> Record:
+        def tensors(raised: Tensor | None) -> list[list[Tensor]]:
             kept: list[list[Tensor]] = []
             for time, channel in before:
                 memory = time.memory
@@ -35,7 +34,7 @@ class Checkpoint(TwoSweeps):
                 kept.append([time.shift, channel.shift, *parts])
             return kept
 
-        return tensors
+        return Record(None, tensors)
 
     def recover(
         self,
@@ -46,10 +45,11 @@ class Checkpoint(TwoSweeps):
         record: list[Tensor],
         chunk: Chunk,
         plans: Plans,
-    ) -> BlockReplay:
+    ) -> Recovered:
         time_shift, channel_shift, *memory = record
         exact = FixedPoint(*memory) if isinstance(after[0].memory, FixedPoint) else memory[0]
         states = CellState(time_shift, exact), CellState(channel_shift, None)
-        return model.blocks[layer].replay(
+        replay = model.blocks[layer].replay(
             x, states, chunk.mask(), plans=plans, checkpointed=model.checkpoints_blocks
         )
+        return Recovered(replay, None)

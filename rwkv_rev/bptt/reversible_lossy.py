@@ -6,7 +6,6 @@ boundaries (at most :data:`ANCHORS`) the state is kept, and the rebuilt one comp
 forgets whole states within a few tokens.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor
 
 from rwkv_rev.bptt.strategy import Chunk, LanguageModel, LossInputs
-from rwkv_rev.bptt.sweeps import TwoSweeps
-from rwkv_rev.cells.block import BlockReplay, ExactStates, Plans, Remnants
+from rwkv_rev.bptt.sweeps import Record, Recovered, TwoSweeps
+from rwkv_rev.cells.block import ExactStates, Plans, Remnants
 from rwkv_rev.cells.cell import Remnant
 from rwkv_rev.cells.time_mix_rwkv5 import TimeMixRwkv5
 from rwkv_rev.errors import StrategyError
@@ -61,18 +60,18 @@ class ReversibleLossy(TwoSweeps):
         before: list[ExactStates],
         after: list[ExactStates],
         remnants: list[Remnants],
-    ) -> Callable[[], list[list[Tensor]]]:
+    ) -> Record:
         anchored = self._recorded % self._every == 0
         self._recorded += 1
 
-        def tensors() -> list[list[Tensor]]:
+        def tensors(raised: Tensor | None) -> list[list[Tensor]]:
             kept = []
             for (time, _), (time_remnant, channel_remnant) in zip(before, remnants, strict=True):
                 anchor = [time.memory.state] if anchored else []
                 kept.append([time_remnant.carried, channel_remnant.carried, *anchor])
             return kept
 
-        return tensors
+        return Record(None, tensors)
 
     def recover(
         self,
@@ -83,7 +82,7 @@ class ReversibleLossy(TwoSweeps):
         record: list[Tensor],
         chunk: Chunk,
         plans: Plans,
-    ) -> BlockReplay:
+    ) -> Recovered:
         time_carried, channel_carried, *anchor = record
         replay = model.blocks[layer].replay(
             x,
@@ -96,7 +95,7 @@ class ReversibleLossy(TwoSweeps):
         if anchor:
             rebuilt = replay.states[0].memory.state
             self._drifts.append((rebuilt - anchor[0]).norm() / anchor[0].norm().clamp(min=1e-300))
-        return replay
+        return Recovered(replay, None)
 
     def finish(self, outcome: dict[str, Any]) -> None:
         outcome["predicted_bits_lost"] = self._bits

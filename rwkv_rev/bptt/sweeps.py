@@ -12,17 +12,22 @@ head more than ordinary back-propagation. The first chunk starts at the given st
 sweep, so neither needs the tape.
 
 Both sweeps do the same arithmetic on the same chunk shapes; random generators are captured per chunk where dropout
-draws. Under float16 autocast each chunk's graph is differentiated with a loss scale, lowered until it is finite.
+draws. Under float16 autocast each chunk's graph is differentiated with a loss scale, lowered until it is finite. On a
+GPU all chunks that do the same work are replays of one recording (:mod:`rwkv_rev.bptt.cuda_graphs`).
+
+Whether states were rebuilt to the bit is looked at once per chunk on the CPU, and at the end of the sweep on a GPU
+(one transfer); either way before any gradient is returned.
 """
 
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rwkv_rev.bptt import random_state
+from rwkv_rev.bptt import cuda_graphs, random_state
 from rwkv_rev.bptt.strategy import (
     Chunk,
     LanguageModel,
@@ -34,12 +39,46 @@ from rwkv_rev.bptt.strategy import (
     uncached_autocast,
 )
 from rwkv_rev.cells.block import BlockReplay, ExactStates, FloatStates, Plans, Remnants
+from rwkv_rev.errors import ReversalMismatchError
 from rwkv_rev.loss import FinishedGradients, add_gradients, cross_entropy_gradients
 from rwkv_rev.reversal.tape import Tape
 from rwkv_rev.state import RwkvRevState
 
 HALF_PRECISION_LOSS_SCALE = 2.0**15
 SMALLEST_LOSS_SCALE = 2.0**-10
+
+
+class Record(NamedTuple):
+    """What a chunk puts on the tape.
+
+    Attributes:
+        raised: [L, B, H] bool, on the device: heads whose grid rose, the one thing that a record's size depends on;
+            None where nothing does.
+        tensors: the record, a list of tensors per layer, from ``raised`` on the host.
+    """
+
+    raised: Tensor | None
+    tensors: Callable[[Tensor | None], list[list[Tensor]]]
+
+    def start(self) -> Callable[[], list[list[Tensor]]]:
+        """A function that gives the record; called a chunk later, it does not wait for the device."""
+        raised = None if self.raised is None else _on_host(self.raised)
+        return lambda: self.tensors(None if raised is None else raised())
+
+
+class Recovered(NamedTuple):
+    """A layer's chunk computed again; ``exactly``, a bool scalar, where the state before it had to be rebuilt."""
+
+    replay: BlockReplay
+    exactly: Tensor | None
+
+
+class Replayed(NamedTuple):
+    """All layers of a chunk computed again: output [B, C, D], layers, and [L] bool, see :class:`Recovered`."""
+
+    out: Tensor
+    layers: list[BlockReplay]
+    exactly: Tensor | None
 
 
 class ChunkGradients(NamedTuple):
@@ -51,8 +90,35 @@ class ChunkGradients(NamedTuple):
     embeds: Tensor | None
 
 
+class ChunkResult(NamedTuple):
+    """What the backward sweep takes from one chunk.
+
+    ``states`` are the exact ones before it, ``end`` the state after it, ``exactly`` as in :class:`Replayed`.
+    """
+
+    gradients: ChunkGradients
+    states: list[ExactStates]
+    end: RwkvRevState
+    exactly: Tensor | None
+
+
+class SweepResult(NamedTuple):
+    """Loss, state after the last token, sums of the parameters' gradients, those by the first state and embeddings."""
+
+    loss: Tensor
+    end: RwkvRevState
+    parameters: list[Tensor | None]
+    state: list[Tensor]
+    embeds: list[Tensor | None]
+
+
 class TwoSweeps(Strategy):
-    """Base of the strategies that recover exact boundary states."""
+    """Base of the strategies that recover exact boundary states.
+
+    ``repeatable`` says that all inner chunks do the same work, so that a CUDA graph of one can stand for them.
+    """
+
+    repeatable = False
 
     def loss(self, model: LanguageModel, inputs: LossInputs) -> LossResult:
         leaves = trainable(model, inputs)
@@ -83,11 +149,8 @@ class TwoSweeps(Strategy):
         before: list[ExactStates],
         after: list[ExactStates],
         remnants: list[Remnants],
-    ) -> Callable[[], list[list[Tensor]]]:
-        """What to put on the tape for a chunk, as a function that is called one chunk later.
-
-        The delay lets values that depend on the data reach the host while the device computes the next chunk.
-        """
+    ) -> Record:
+        """What to put on the tape for a chunk."""
 
     @abstractmethod
     def recover(
@@ -99,7 +162,7 @@ class TwoSweeps(Strategy):
         record: list[Tensor],
         chunk: Chunk,
         plans: Plans,
-    ) -> BlockReplay:
+    ) -> Recovered:
         """Layer ``layer`` of a chunk with graph, its exact states before the chunk recovered from ``record``."""
 
     def finish(self, outcome: dict[str, Any]) -> None:
@@ -123,41 +186,19 @@ class TwoSweeps(Strategy):
                 [block.exact(_detached(inputs.state.layer(i))) for i, block in enumerate(model.blocks)]
             )
             draws = random_state.draws(model)
-            random: list[list[Tensor]] = []
-            last = self._forward_sweep(model, chunks, plans, first, tape, random if draws else None)
+            plain = not draws and not _half(device) and not model.checkpoints_blocks
+            graphs = self.repeatable and plain and cuda_graphs.worthwhile(chunks, device)
+            random: list[list[Tensor]] | None = [] if draws else None
+            last = self._forward_sweep(model, chunks, plans, first, tape, random, graphs)
             outcome["tape_bytes"] = tape.peak_nbytes
-
-            total = torch.zeros((), device=device)
-            sums: list[Tensor | None] = [None] * len(parameters)
-            embeds: list[Tensor | None] = []
-            state_gradients = _initial_state_gradients(inputs)
-            states, final = last, None
-            for chunk in reversed(chunks):
-                record = tape.pop() if 0 < chunk.index < len(chunks) - 1 else None
-                known = {0: first, len(chunks) - 1: last}.get(chunk.index)
-                if draws:
-                    random_state.restore(random[chunk.index], device)
-                replay = self._replayer(model, chunk, plans[chunk.length], states, known, record)
-                gradients, states, end = self._chunk_gradients(
-                    model, chunk, replay, parameters, state_gradients, device
-                )
-                if final is None:
-                    final = end
-                    # whoever draws after this loss goes on from the last token, not from the first chunk
-                    following = random_state.capture(device) if draws else None
-                total = total + gradients.loss
-                sums = add_gradients(sums, gradients.parameters)
-                gradients.parameters.clear()  # or they would stay in memory during the next chunk
-                state_gradients = gradients.state
-                embeds.append(gradients.embeds)
-            if draws and following is not None:
-                random_state.restore(following, device)
+            found = self._backward_sweep(
+                model, inputs, chunks, plans, first, last, tape, random, graphs, parameters
+            )
             self.finish(outcome)
-        assert final is not None
         return (
-            total,
-            tuple(final.tensors()),
-            _in_order(leaves, inputs, parameters, sums, state_gradients, embeds),
+            found.loss,
+            tuple(found.end.tensors()),
+            _in_order(leaves, inputs, parameters, found),
         )
 
     @torch.no_grad()
@@ -169,56 +210,154 @@ class TwoSweeps(Strategy):
         states: list[ExactStates],
         tape: Tape,
         random: list[list[Tensor]] | None,
+        graphs: bool,
     ) -> list[ExactStates]:
+        """Exact states before the last chunk; records of all but the first and the last go onto the tape."""
         pending: Callable[[], list[list[Tensor]]] | None = None
-        for chunk in chunks:
+        graph: cuda_graphs.ForwardGraph | None = None
+
+        def advance(chunk: Chunk, states: list[ExactStates]) -> tuple[list[ExactStates], Record]:
+            after, remnants = _advance(model, chunk, states, plans[chunk.length])
+            return after, self.record(model, states, after, remnants)
+
+        for chunk in chunks[:-1]:
             if random is not None:
                 random.append(random_state.capture(chunk.inputs.targets.device))
-            if chunk is chunks[-1]:
-                break
-            mask = chunk.mask()
-            x = chunk.embed(model, chunk.embeds())
-            after: list[ExactStates] = []
-            remnants: list[Remnants] = []
-            for block, state, plan in zip(model.blocks, states, plans[chunk.length], strict=True):
-                x, advanced, remnant = block.advance(x, state, mask, plan)
-                after.append(advanced)
-                remnants.append(remnant)
+            if chunk.index == 0:
+                states, _ = _advance(model, chunk, states, plans[chunk.length])
+                continue
+            # the first chunk has compiled and loaded every kernel
+            if graphs and graph is None and cuda_graphs.repeats(chunk, chunks):
+                graph = cuda_graphs.attempt(partial(cuda_graphs.ForwardGraph, chunk, states, advance))
+                graphs = graph is not None
+            replayed = graph is not None and cuda_graphs.repeats(chunk, chunks)
+            if not replayed:
+                after, record = advance(chunk, states)
+            # only now: the device is busy with the next chunk
             if pending is not None:
                 tape.push(pending())
                 pending = None
-            if chunk.index > 0:
-                pending = self.record(model, states, after, remnants)
-            states = after
+            if replayed:
+                assert graph is not None
+                states = graph.run(chunk, states, tape)
+            else:
+                pending, states = record.start(), after
         if pending is not None:
             tape.push(pending())
-        return states
+        if random is not None:
+            random.append(random_state.capture(chunks[-1].inputs.targets.device))
+        return cuda_graphs.cloned(states) if graph is not None else states
+
+    def _backward_sweep(
+        self,
+        model: LanguageModel,
+        inputs: LossInputs,
+        chunks: list[Chunk],
+        plans: dict[int, list[Plans]],
+        first: list[ExactStates],
+        states: list[ExactStates],
+        tape: Tape,
+        random: list[list[Tensor]] | None,
+        graphs: bool,
+        parameters: list[Tensor],
+    ) -> SweepResult:
+        """Gradients of all chunks, from the last, whose exact ``states`` before it are given, to the first."""
+        device = inputs.targets.device
+        loss = torch.zeros((), device=device)
+        sums: list[Tensor | None] = [None] * len(parameters)
+        embeds: list[Tensor | None] = []
+        checks: list[tuple[int, Tensor]] = []
+        incoming = _final_state_gradients(inputs)
+        end, following = None, None
+        graph: cuda_graphs.BackwardGraph | None = None
+
+        def work(
+            chunk: Chunk,
+            after: list[ExactStates],
+            record: list[list[Tensor]],
+            incoming: list[Tensor],
+            parameters: list[Tensor],
+        ) -> ChunkResult:
+            replay = self._replayer(model, chunk, plans[chunk.length], after, record)
+            return self._scaled_gradients(model, chunk, replay, parameters, incoming, 1.0)
+
+        for chunk in reversed(chunks):
+            record = tape.pop_flat() if 0 < chunk.index < len(chunks) - 1 else None
+            if graph is not None and record is not None and graph.fits(chunk, record, chunks):
+                assert incoming is not None
+                states, incoming, exactly = graph.run(chunk, states, record, incoming)
+                if exactly is not None:
+                    checks.append((chunk.index, exactly))
+                continue
+            if graph is not None:  # the memory of its recording is needed now
+                states, incoming = cuda_graphs.cloned(states), [g.clone() for g in incoming or []]
+                graph.finish()
+                graph = None
+                torch.cuda.empty_cache()
+            if random is not None:
+                random_state.restore(random[chunk.index], device)
+            if record is None:
+                known = first if chunk.index == 0 else states
+                replay = self._replayer(model, chunk, plans[chunk.length], known, None)
+            else:
+                replay = self._replayer(model, chunk, plans[chunk.length], states, record.tensors())
+            found = self._chunk_gradients(model, chunk, replay, parameters, incoming, device)
+            states, incoming = found.states, found.gradients.state
+            if found.exactly is not None:
+                checks.append((chunk.index, found.exactly))
+                if device.type != "cuda":  # there once, at the end: no chunk waits for the one before
+                    _compare(checks)
+            if end is None:
+                end = found.end
+                # whoever draws after this loss goes on from the last token, not from the first chunk
+                following = random_state.capture(device) if random is not None else None
+            loss.add_(found.gradients.loss)
+            sums = add_gradients(sums, found.gradients.parameters)
+            embeds.append(found.gradients.embeds)
+            del found, replay  # or the chunk's gradients would stay in memory during the next one
+            if graphs and record is not None and cuda_graphs.repeats(chunk, chunks):
+                # this chunk has compiled and loaded every kernel
+                graph = cuda_graphs.attempt(
+                    partial(
+                        cuda_graphs.BackwardGraph,
+                        model, parameters, sums, loss, chunk, states, record, incoming, work,
+                    )
+                )  # fmt: skip
+                graphs = graph is not None
+        _compare(checks)
+        if following is not None:
+            random_state.restore(following, device)
+        assert end is not None and incoming is not None
+        return SweepResult(loss, end, sums, incoming, embeds)
 
     def _replayer(
         self,
         model: LanguageModel,
         chunk: Chunk,
         plans: list[Plans],
-        after: list[ExactStates],
-        known: list[ExactStates] | None,
+        states: list[ExactStates],
         record: list[list[Tensor]] | None,
-    ) -> Callable[[Tensor], tuple[Tensor, list[BlockReplay]]]:
-        """A function from the chunk's embedded input to its top hidden states and every layer's replay."""
+    ) -> Callable[[Tensor], Replayed]:
+        """A function of the chunk's embedded input; ``states`` are those before it, or after it with a ``record``."""
 
-        def run(x: Tensor) -> tuple[Tensor, list[BlockReplay]]:
+        def run(x: Tensor) -> Replayed:
             mask = chunk.mask()
-            replays = []
+            layers: list[BlockReplay] = []
+            exactly: list[Tensor] = []
             for layer, block in enumerate(model.blocks):
                 if record is None:
-                    assert known is not None
                     replay = block.replay(
-                        x, known[layer], mask, plans=plans[layer], checkpointed=model.checkpoints_blocks
+                        x, states[layer], mask, plans=plans[layer], checkpointed=model.checkpoints_blocks
                     )
                 else:
-                    replay = self.recover(model, layer, x, after[layer], record[layer], chunk, plans[layer])
+                    replay, rebuilt = self.recover(
+                        model, layer, x, states[layer], record[layer], chunk, plans[layer]
+                    )
+                    if rebuilt is not None:
+                        exactly.append(rebuilt)
                 x = replay.out
-                replays.append(replay)
-            return x, replays
+                layers.append(replay)
+            return Replayed(x, layers, torch.stack(exactly) if exactly else None)
 
         return run
 
@@ -226,20 +365,18 @@ class TwoSweeps(Strategy):
         self,
         model: LanguageModel,
         chunk: Chunk,
-        replay: Callable[[Tensor], tuple[Tensor, list[BlockReplay]]],
+        replay: Callable[[Tensor], Replayed],
         parameters: list[Tensor],
         incoming: list[Tensor] | None,
         device: torch.device,
-    ) -> tuple[ChunkGradients, list[ExactStates], RwkvRevState]:
-        half = (
-            torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
-        )
+    ) -> ChunkResult:
+        half = _half(device)
         scale = HALF_PRECISION_LOSS_SCALE if half else 1.0
         random = random_state.capture(device) if half else None
         while True:
-            gradients, states, end = self._scaled_gradients(model, chunk, replay, parameters, incoming, scale)
-            if not half or scale <= SMALLEST_LOSS_SCALE or _all_finite(gradients):
-                return _unscaled(gradients, scale), states, end
+            found = self._scaled_gradients(model, chunk, replay, parameters, incoming, scale)
+            if not half or scale <= SMALLEST_LOSS_SCALE or _all_finite(found.gradients):
+                return found._replace(gradients=_unscaled(found.gradients, scale))
             scale /= 16
             random_state.restore(random or [], device)
 
@@ -247,19 +384,19 @@ class TwoSweeps(Strategy):
         self,
         model: LanguageModel,
         chunk: Chunk,
-        replay: Callable[[Tensor], tuple[Tensor, list[BlockReplay]]],
+        replay: Callable[[Tensor], Replayed],
         parameters: list[Tensor],
         incoming: list[Tensor] | None,
         scale: float,
-    ) -> tuple[ChunkGradients, list[ExactStates], RwkvRevState]:
+    ) -> ChunkResult:
         embeds = chunk.embeds()
         with torch.enable_grad():
             if embeds is not None:
                 embeds = embeds.detach().requires_grad_()
-            x, replays = replay(chunk.embed(model, embeds))
+            x, layers, exactly = replay(chunk.embed(model, embeds))
             hidden = model.normalize(x)
-        starts = flatten_states([replay.start for replay in replays])
-        ends = flatten_states([replay.end for replay in replays])
+        starts = flatten_states([layer.start for layer in layers])
+        ends = flatten_states([layer.end for layer in layers])
         outputs, output_gradients = [], []
         head_parameters = [p for p in model.head.parameters() if p.requires_grad]
         head_gradients: list[Tensor | None] = [None] * len(head_parameters)
@@ -296,12 +433,69 @@ class TwoSweeps(Strategy):
         state = [
             torch.zeros_like(s) if g is None else g.clone() for s, g in zip(starts, to_starts, strict=True)
         ]
-        end = RwkvRevState.stack([_detached(replay.end) for replay in replays])
-        return (
+        return ChunkResult(
             ChunkGradients(loss, to_parameters, state, found[-1] if embeds is not None else None),
-            [replay.states for replay in replays],
-            end,
+            [layer.states for layer in layers],
+            RwkvRevState.stack([_detached(layer.end) for layer in layers]),
+            exactly,
         )
+
+
+def _advance(
+    model: LanguageModel, chunk: Chunk, states: list[ExactStates], plans: list[Plans]
+) -> tuple[list[ExactStates], list[Remnants]]:
+    """All layers of one chunk forwards: exact states after it, and remnants."""
+    mask = chunk.mask()
+    x = chunk.embed(model, chunk.embeds())
+    after: list[ExactStates] = []
+    remnants: list[Remnants] = []
+    for block, state, plan in zip(model.blocks, states, plans, strict=True):
+        x, advanced, remnant = block.advance(x, state, mask, plan)
+        after.append(advanced)
+        remnants.append(remnant)
+    return after, remnants
+
+
+def _compare(checks: list[tuple[int, Tensor]]) -> None:
+    """Take the checks off the list.
+
+    Raises:
+        ReversalMismatchError: a layer's state before a chunk is not the one that was there.
+    """
+    taken = checks.copy()
+    checks.clear()
+    if not taken or bool(torch.cat([exactly for _, exactly in taken]).all()):
+        return
+    for chunk, exactly in taken:
+        if not exactly.all():
+            layer = int((~exactly).nonzero()[0])
+            raise ReversalMismatchError(
+                f"the state of layer {layer} before chunk {chunk} could not be rebuilt to the bit: the two sweeps "
+                "computed different numbers. Likely causes: a non-deterministic kernel, weights or dropout changed "
+                "between the sweeps, another autocast. Use torch.use_deterministic_algorithms(True) or "
+                "bptt='checkpoint'"
+            )
+
+
+def _on_host(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start copying to the host; the returned function waits for the copy alone."""
+    if tensor.device.type != "cuda":
+        return lambda: tensor
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+
+    def wait() -> Tensor:
+        event.synchronize()
+        return copy
+
+    return wait
+
+
+def _half(device: torch.device) -> bool:
+    """Whether float16 autocast is on: gradients of a chunk need a loss scale."""
+    return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
 
 
 def _detached(states: FloatStates) -> FloatStates:
@@ -313,7 +507,7 @@ def _detached(states: FloatStates) -> FloatStates:
     )
 
 
-def _initial_state_gradients(inputs: LossInputs) -> list[Tensor] | None:
+def _final_state_gradients(inputs: LossInputs) -> list[Tensor] | None:
     given = inputs.final_state_gradient
     if given is None:
         return None
@@ -343,20 +537,16 @@ def _all_finite(gradients: ChunkGradients) -> bool:
 
 
 def _in_order(
-    leaves: list[Tensor],
-    inputs: LossInputs,
-    parameters: list[Tensor],
-    sums: list[Tensor | None],
-    state_gradients: list[Tensor] | None,
-    embeds: list[Tensor | None],
+    leaves: list[Tensor], inputs: LossInputs, parameters: list[Tensor], found: SweepResult
 ) -> list[Tensor | None]:
     """The finished gradients in the order of ``leaves``."""
-    assert state_gradients is not None
-    by_tensor: dict[int, Tensor | None] = {id(p): g for p, g in zip(parameters, sums, strict=True)}
-    layers = [state_gradients[i : i + 3] for i in range(0, len(state_gradients), 3)]
+    by_tensor: dict[int, Tensor | None] = {
+        id(p): g for p, g in zip(parameters, found.parameters, strict=True)
+    }
+    layers = [found.state[i : i + 3] for i in range(0, len(found.state), 3)]
     stacked = [torch.stack([layer[k].detach() for layer in layers]) for k in (0, 2, 1)]
     by_tensor.update({id(t): g for t, g in zip(inputs.state.tensors(), stacked, strict=True)})
     if inputs.inputs_embeds is not None:
-        pieces = [piece for piece in reversed(embeds) if piece is not None]
+        pieces = [piece for piece in reversed(found.embeds) if piece is not None]
         by_tensor[id(inputs.inputs_embeds)] = torch.cat(pieces, dim=1) if pieces else None
     return [by_tensor.get(id(leaf)) for leaf in leaves]

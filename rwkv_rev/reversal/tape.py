@@ -30,6 +30,29 @@ class _Layout(NamedTuple):
     offset: int
 
 
+class FlatRecord(NamedTuple):
+    """A record as one uint8 tensor, and where in it the tensors of each layer lie."""
+
+    data: Tensor
+    layouts: list[list[_Layout]]
+
+    @classmethod
+    def of(cls, record: list[list[Tensor]], device: torch.device) -> "FlatRecord":
+        """A copy of ``record`` on ``device``."""
+        layouts, parts, size = _lay_out(record)
+        return cls(_joined(parts, torch.empty(size, dtype=torch.uint8, device=device)), layouts)
+
+    def tensors(self) -> list[list[Tensor]]:
+        """The record, as views."""
+        return [
+            [
+                self.data[offset : offset + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+                for dtype, shape, offset in layer
+            ]
+            for layer in self.layouts
+        ]
+
+
 class Tape:
     """A stack of records (lists of tensor lists, one per layer) for tensors on ``device``.
 
@@ -70,23 +93,19 @@ class Tape:
 
     def push(self, record: list[list[Tensor]]) -> None:
         """Put one record on the tape (values are copied)."""
-        layouts: list[list[_Layout]] = []
-        parts: list[tuple[int, Tensor]] = []
-        end = 0
-        for tensors in record:
-            layouts.append([])
-            for tensor in tensors:
-                data = tensor.detach().contiguous()
-                layouts[-1].append(_Layout(data.dtype, data.shape, end))
-                parts.append((end, data.flatten().view(torch.uint8)))
-                end += math.ceil(data.nbytes / ALIGNMENT) * ALIGNMENT
-        self._records.append((self._keep(parts, end), layouts))
-        self._ahead = None
-        self.nbytes += end
-        self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
+        layouts, parts, size = _lay_out(record)
+        self._push(parts, size, layouts)
+
+    def push_flat(self, record: FlatRecord) -> None:
+        """The same for a record that is flat already."""
+        self._push([(0, record.data)], record.data.numel(), record.layouts)
 
     def pop(self) -> list[list[Tensor]]:
         """Take the newest record off the tape, on the tape's device."""
+        return self.pop_flat().tensors()
+
+    def pop_flat(self) -> FlatRecord:
+        """The same as one tensor."""
         flat, layouts = self._records.pop()
         self.nbytes -= flat.numel()
         if self._stream is not None:
@@ -95,13 +114,7 @@ class Tape:
             fetched.record_stream(torch.cuda.current_stream(self.device))
             self._ahead = self._fetch(self._records[-1][0]) if self._records else None
             flat = fetched
-        return [
-            [
-                flat[offset : offset + shape.numel() * dtype.itemsize].view(dtype).view(shape)
-                for dtype, shape, offset in layer
-            ]
-            for layer in layouts
-        ]
+        return FlatRecord(flat, layouts)
 
     def close(self) -> None:
         """Forget every record and free what held them."""
@@ -113,13 +126,18 @@ class Tape:
         if self._store is not None:
             self._store.close()
 
+    def _push(self, parts: list[tuple[int, Tensor]], size: int, layouts: list[list[_Layout]]) -> None:
+        self._records.append((self._keep(parts, size), layouts))
+        self._ahead = None
+        self.nbytes += size
+        self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
+
     def _keep(self, parts: list[tuple[int, Tensor]], size: int) -> Tensor:
         if self._stream is None and self._store is not None:
             flat = self._store.allocate(size)
         else:
             flat = torch.empty(size, dtype=torch.uint8, device=self.device)
-        for offset, part in parts:
-            flat[offset : offset + part.numel()].copy_(part)
+        _joined(parts, flat)
         if self._stream is None or self._store is None:
             return flat
         kept = self._store.allocate(size)
@@ -136,6 +154,28 @@ class Tape:
             event = torch.cuda.Event()
             event.record(self._stream)
         return fetched, event
+
+
+def _lay_out(record: list[list[Tensor]]) -> tuple[list[list[_Layout]], list[tuple[int, Tensor]], int]:
+    """Where each tensor goes in a flat record, its bytes with their offset, and the bytes of all."""
+    layouts: list[list[_Layout]] = []
+    parts: list[tuple[int, Tensor]] = []
+    end = 0
+    for tensors in record:
+        layouts.append([])
+        for tensor in tensors:
+            data = tensor.detach().contiguous()
+            layouts[-1].append(_Layout(data.dtype, data.shape, end))
+            parts.append((end, data.flatten().view(torch.uint8)))
+            end += math.ceil(data.nbytes / ALIGNMENT) * ALIGNMENT
+    return layouts, parts, end
+
+
+def _joined(parts: list[tuple[int, Tensor]], flat: Tensor) -> Tensor:
+    """``flat`` with the parts copied to their offsets."""
+    for offset, part in parts:
+        flat[offset : offset + part.numel()].copy_(part)
+    return flat
 
 
 class _Store:
