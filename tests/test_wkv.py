@@ -15,6 +15,7 @@ from torch import Tensor
 from rwkv_rev.bundled import __file__ as BUNDLED
 from rwkv_rev.wkv import EMPTY_EXPONENT, KernelError, choose_kernel, wkv4, wkv5, wkv5_contribution
 from rwkv_rev.wkv.compaction import Compaction
+from rwkv_rev.wkv.linear_wkv4 import LARGEST_EXPONENT, LinearWkv4
 
 # (relative RMS error of the results, of the gradients, which come in the inputs' dtype)
 TOLERANCES = {
@@ -249,6 +250,30 @@ def test_chunked_wkv4_is_naive_for_any_shape(**shape: Any) -> None:
     assert_close(run4(case, "chunked"), run4(case, "naive"), torch.float64)
 
 
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("tokens", [2, 32, 64, 96])
+@pytest.mark.parametrize("empty", [False, True])
+def test_wkv4_without_running_maxima(
+    tokens: int, decay: str, empty: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With keys up to the largest allowed; a key, a bonus or a state beyond takes the scan with maxima."""
+    chosen = []
+    apply = LinearWkv4.apply
+    monkeypatch.setattr(LinearWkv4, "apply", lambda *a: chosen.append(True) or apply(*a))
+    case = case4(tokens=tokens, decay=decay, empty=empty)
+    k, _, _, bonus, state = case.arguments
+    k.mul_(LARGEST_EXPONENT / k.abs().max())
+    assert_close(run4(case, "chunked"), run4(case, "naive"), torch.float64)
+    assert chosen
+    chosen.clear()
+    for part in (k[1, 1], bonus) if empty else (k[1, 1], bonus, state[:, 2]):
+        former = part.clone()
+        part.clamp_(min=1.01 * LARGEST_EXPONENT)
+        assert_close(run4(case, "chunked"), run4(case, "naive"), torch.float64)
+        part.copy_(former)
+    assert not chosen
+
+
 @pytest.mark.parametrize("decay", [-0.5, -1.5, -3.0, -7.0, -15.0, -40.0])
 def test_every_depth_of_halving(decay: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(DECAYS, "constant", lambda n: torch.full((n,), decay, dtype=torch.float64))
@@ -278,8 +303,11 @@ def test_chunked_wkv5_in_lower_precision(decay: str, scale: float, dtype: torch.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 10.0])
 @pytest.mark.parametrize("decay", ["1e-9..1", "mild", "one"])
-def test_chunked_wkv4_in_lower_precision(decay: str, scale: float, dtype: torch.dtype) -> None:
-    case = case4(tokens=300, width=64, decay=decay, scale=scale, share=0.9)
+@pytest.mark.parametrize(("tokens", "share"), [(300, 0.9), (320, None)])
+def test_chunked_wkv4_in_lower_precision(
+    tokens: int, share: float | None, decay: str, scale: float, dtype: torch.dtype
+) -> None:
+    case = case4(tokens=tokens, width=64, decay=decay, scale=scale, share=share)
     case.arguments[0].clamp_(-20, 20)
     low, high = rounded(case, dtype)
     actual = run4(low, "chunked")

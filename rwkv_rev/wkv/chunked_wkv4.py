@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rwkv_rev.wkv import naive
+from rwkv_rev.wkv import linear_wkv4, naive
 from rwkv_rev.wkv.compaction import Compaction
 from rwkv_rev.wkv.naive import EMPTY_EXPONENT, LOWEST_LOG_DECAY, arithmetic_dtype
 
@@ -241,6 +241,9 @@ def wkv4(
     log_decay = log_decay.to(dtype).clamp(min=LOWEST_LOG_DECAY)
     bonus, state = bonus.to(dtype), state.to(dtype)
     if mask is None:
+        c = _Layout(k.shape[1], None).c
+        if k.device.type == "cpu" and k.shape[1] % c == 0 and linear_wkv4.fits(k, bonus, state):
+            return linear_wkv4.LinearWkv4.apply(k, v, log_decay, bonus, state, c)
         return _Wkv4.apply(k, v, log_decay, bonus, state, None)
     compaction = Compaction(mask)
     out, state = _Wkv4.apply(
