@@ -125,12 +125,13 @@ class _Plan:
 
         The one place that computes a contribution, so that it has the same bits with and without outputs.
         """
-        updates = torch.matmul((k * self.end_powers).transpose(-1, -2), v)
-        prefixes = updates.new_empty(self.J + 1, *updates.shape[1:])
+        prefixes = k.new_empty(self.J + 1, *k.shape[1:3], k.shape[4], k.shape[4])
         prefixes[0].zero_()
+        written = (k * self.end_powers).transpose(-1, -2)
+        torch.bmm(written.flatten(0, 2), v.flatten(0, 2), out=prefixes[1:].flatten(0, 2))
         places = prefixes.unbind(0)
-        for j, (update, decay) in enumerate(zip(updates.unbind(0), self._inside_steps(), strict=True)):
-            torch.addcmul(update, decay, places[j], out=places[j + 1])
+        for j, decay in enumerate(self._inside_steps()):
+            places[j + 1].addcmul_(decay, places[j])
         return prefixes[:-1], places[-1].clone()
 
     def prefix_gradients(self, starts: Tensor | None, end: Tensor) -> Tensor:
@@ -180,12 +181,18 @@ def _pairs(level: _Level, square: Tensor) -> Tensor:
 
 def _attention(plan: _Plan, r: Tensor, k: Tensor, bonus: Tensor) -> Tensor:
     """A with the bonus on its diagonal, [J, B, H, c, c]."""
-    square = r.new_zeros(*r.shape[:-1], plan.c)
+    square = None if plan.levels[0].diagonal else r.new_zeros(*r.shape[:-1], plan.c)
     for level in plan.levels:
         rows = _rows(level, r) * level.row_powers[:, None]
         columns = _columns(level, k) * level.column_powers[:, None]
         product = torch.matmul(rows, columns.transpose(-1, -2))
-        _pairs(level, square).copy_(product.tril_(-1) if level.diagonal else product)
+        if level.diagonal:
+            product.tril_(-1)
+        if square is None:  # one block is all pairs
+            square = product[:, :, :, 0]
+        else:
+            _pairs(level, square).copy_(product)
+    assert square is not None
     diagonal = torch.matmul(r * k, bonus[..., None])[..., 0]
     square.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
     return square
@@ -231,9 +238,14 @@ class _Wkv5(torch.autograd.Function):
         starts, contribution = plan.prefixes(ks, vs)
         ctx.save_for_backward(r, k, v, log_decay, bonus, state, counts, starts)
         ctx.plan = plan if plan.whole else None  # others hold powers for every token
-        states = torch.addcmul(starts, plan.before_powers(), state)
-        out = torch.matmul(rs * plan.powers[:, :-1], states)
-        out += torch.matmul(_attention(plan, rs, ks, bonus), vs)
+        pairs = _attention(plan, rs, ks, bonus)
+        decayed = rs.mul_(plan.powers[:, :-1])
+        if any(ctx.needs_input_grad):
+            states = torch.addcmul(starts, plan.before_powers(), state)
+        else:
+            states = starts.addcmul_(plan.before_powers(), state)  # nobody needs them afterwards
+        out = torch.matmul(decayed, states)
+        out.flatten(0, 2).baddbmm_(pairs.flatten(0, 2), vs.flatten(0, 2))
         return plan.join(out, plan.dtype), contribution
 
     @staticmethod
