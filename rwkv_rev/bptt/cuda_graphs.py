@@ -2,14 +2,16 @@
 
 A layer's chunk is some 300 kernel launches, 10 ms of host time, whatever the chunk's length: below about 16,384
 tokens of a small model the GPU is idle for most of a sweep. All inner chunks of a context do exactly the same, so
-their launches are recorded once per sweep and replayed for every one of them. A replay runs the same kernels on the
-same shapes: the results are the same bits as without graphs.
+their launches are recorded once per sweep and replayed for every one of them, where a first chunk shows that the GPU
+does wait (:class:`Pace`). A replay runs the same kernels on the same shapes: the results are the same bits as without
+graphs.
 
 Chunks that differ (the first, the last, masked ones, those in which a grid rose) and sweeps that draw random numbers
 or retry with another loss scale run without a graph. ``RWKV_REV_CUDA_GRAPHS=0`` turns graphs off.
 """
 
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,8 +28,11 @@ from rwkv_rev.reversal.fixed_point import FixedPoint
 from rwkv_rev.reversal.tape import FlatRecord, Tape
 
 SWITCH = "RWKV_REV_CUDA_GRAPHS"
-FEWEST_CHUNKS = 6
+FEWEST_CHUNKS = 8
 """Inner chunks below which recording, which costs the host as much as running a chunk or two, does not pay."""
+
+HOST_BOUND = 0.1
+"""Where less than this share of the launching time is left to wait for the device, the device has waited before."""
 
 _failures: list[str] = []
 
@@ -48,6 +53,20 @@ def repeats(chunk: Chunk, chunks: list[Chunk]) -> bool:
     """Whether ``chunk`` does the same work as the other inner chunks."""
     inner = 0 < chunk.index < len(chunks) - 1
     return inner and chunk.is_full and chunk.predicts and chunk.inputs.input_ids is not None
+
+
+class Pace:
+    """Tells of the work launched between its making and :meth:`waits_for_host` whether the device was kept busy."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        torch.cuda.synchronize(device)
+        self._start = time.perf_counter()
+
+    def waits_for_host(self) -> bool:
+        launched = time.perf_counter() - self._start
+        torch.cuda.synchronize(self._device)
+        return time.perf_counter() - self._start - launched < HOST_BOUND * launched
 
 
 def attempt(make: Callable[[], T]) -> T | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rwkv_rev.cells.block import Block, FloatStates
 from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.errors import StrategyError
 from rwkv_rev.loss import IGNORE, sum_cross_entropy
 from rwkv_rev.state import RwkvRevState
 
@@ -169,8 +170,17 @@ class Strategy(ABC):
 
 
 def trainable(model: LanguageModel, inputs: LossInputs) -> list[Tensor]:
-    """Everything a loss is differentiated by: parameters, initial state, input embeddings; no repeats."""
+    """Everything a loss is differentiated by: parameters, initial state, input embeddings; no repeats.
+
+    Raises:
+        StrategyError: for parameters of which this process holds a shard.
+    """
     candidates = [*model.parameters(), *inputs.state.tensors()]  # type: ignore[misc]
+    if any(hasattr(tensor, "full_tensor") for tensor in candidates):  # a DTensor
+        raise StrategyError(
+            "the model's parameters are sharded inside it: chunks need them whole. Shard the model as one unit, "
+            "fully_shard(model), not block by block, or use bptt = 'full'"
+        )
     if inputs.inputs_embeds is not None:
         candidates.append(inputs.inputs_embeds)
     return [tensor for tensor in candidates if tensor.requires_grad]

@@ -224,7 +224,9 @@ class TwoSweeps(Strategy):
             if random is not None:
                 random.append(random_state.capture(chunk.inputs.targets.device))
             if chunk.index == 0:
+                pace = cuda_graphs.Pace(chunk.inputs.targets.device) if graphs else None
                 states, _ = _advance(model, chunk, states, plans[chunk.length])
+                graphs = pace is not None and pace.waits_for_host()
                 continue
             # the first chunk has compiled and loaded every kernel
             if graphs and graph is None and cuda_graphs.repeats(chunk, chunks):
@@ -301,6 +303,11 @@ class TwoSweeps(Strategy):
                 replay = self._replayer(model, chunk, plans[chunk.length], known, None)
             else:
                 replay = self._replayer(model, chunk, plans[chunk.length], states, record.tensors())
+            # recorded after a chunk that has compiled and loaded every kernel, if enough of them are left
+            recordable = (
+                graphs and cuda_graphs.repeats(chunk, chunks) and chunk.index >= cuda_graphs.FEWEST_CHUNKS
+            )
+            pace = cuda_graphs.Pace(device) if recordable else None
             found = self._chunk_gradients(model, chunk, replay, parameters, incoming, device)
             states, incoming = found.states, found.gradients.state
             if found.exactly is not None:
@@ -315,15 +322,12 @@ class TwoSweeps(Strategy):
             sums = add_gradients(sums, found.gradients.parameters)
             embeds.append(found.gradients.embeds)
             del found, replay  # or the chunk's gradients would stay in memory during the next one
-            if graphs and record is not None and cuda_graphs.repeats(chunk, chunks):
-                # this chunk has compiled and loaded every kernel
-                graph = cuda_graphs.attempt(
-                    partial(
-                        cuda_graphs.BackwardGraph,
-                        model, parameters, sums, loss, chunk, states, record, incoming, work,
-                    )
-                )  # fmt: skip
-                graphs = graph is not None
+            if pace is not None and record is not None:
+                graphs = pace.waits_for_host()
+                if graphs:
+                    new = partial(cuda_graphs.BackwardGraph, model, parameters, sums, loss)
+                    graph = cuda_graphs.attempt(partial(new, chunk, states, record, incoming, work))
+                    graphs = graph is not None
         _compare(checks)
         if following is not None:
             random_state.restore(following, device)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_rev.cells.mask import ChunkMask
-from rwkv_rev.cells.token_shift import carried_mix, carry, last_token, token_shift, uncarry
+from rwkv_rev.cells.token_shift import carried_mix, carry, last_token, token_mixes, uncarry
 
 
 class FloatState(NamedTuple):
@@ -93,8 +93,8 @@ class ReversibleCell(nn.Module, ABC):
         """The cell's token-mix coefficients mu, each [D]."""
 
     @abstractmethod
-    def project(self, x: Tensor, shifted: Tensor) -> Any:
-        """Linear maps of the mixed input; independent of the memory."""
+    def project(self, *mixed: Tensor) -> Any:
+        """Linear maps of the mixed inputs [B, C, D], one for each of :meth:`mixes`; independent of the memory."""
 
     @abstractmethod
     def read(self, projection: Any, memory: Tensor | None, mask: ChunkMask | None) -> tuple[Tensor, Any]:
@@ -148,7 +148,7 @@ class ReversibleCell(nn.Module, ABC):
 
     def step(self, state: FloatState, x: Tensor, mask: ChunkMask | None = None) -> tuple[Tensor, FloatState]:
         """Output and next state by plain differentiable arithmetic, no rounding to a grid."""
-        projection = self.project(x, token_shift(x, state.shift, mask))
+        projection = self.project(*token_mixes(x, state.shift, mask, self.mixes()))
         out, contribution = self.read(projection, state.memory, mask)
         memory = self.update(state.memory, contribution, mask, x.shape[1])
         return out, FloatState(last_token(x, state.shift, mask), memory)
@@ -160,7 +160,7 @@ class ReversibleCell(nn.Module, ABC):
         """One chunk forwards: the next exact state, the output [B, C, D] and what the chunk forgot."""
         plan = plan if plan is not None else self.plan(x.shape[1])
         state = self.carried(state, x, mask, plan)
-        projection = self.project(x, token_shift(x, state.shift, mask))
+        projection = self.project(*token_mixes(x, state.shift, mask, self.mixes()))
         out, contribution = self.read(projection, self.float_memory(state.memory), mask)
         memory, remnant = self.advance(state.memory, contribution, mask, plan.memory)
         assert state.carried is not None
@@ -202,7 +202,7 @@ class ReversibleCell(nn.Module, ABC):
         plan = plan if plan is not None else self.plan(x.shape[1])
         state = self.carried(state, x, mask, plan)
         start = leaves(self.float_state(state))
-        projection = self.project(x, token_shift(x, start.shift, mask))
+        projection = self.project(*token_mixes(x, start.shift, mask, self.mixes()))
         return self._finish(state, start, projection, x, mask)
 
     def reversed_replay(
@@ -217,7 +217,7 @@ class ReversibleCell(nn.Module, ABC):
         plan = plan if plan is not None else self.plan(x.shape[1])
         shift = uncarry(x.detach(), remnant.carried, plan.mix, mask)
         shift_leaf = leaves(FloatState(shift, None)).shift
-        projection = self.project(x, token_shift(x, shift_leaf, mask))
+        projection = self.project(*token_mixes(x, shift_leaf, mask, self.mixes()))
         with torch.no_grad():
             memory = self.retreat(state.memory, projection, mask, remnant.memory, plan.memory)
         before = CellState(shift, memory, remnant.carried)

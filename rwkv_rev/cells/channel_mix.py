@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_rev.cells.cell import ReversibleCell
+from rwkv_rev.cells.gates import sigmoid_product, squared_relu
 from rwkv_rev.cells.mask import ChunkMask
-from rwkv_rev.cells.token_shift import mix
 
 
 class ChannelProjection(NamedTuple):
@@ -37,13 +37,11 @@ class ChannelMix(ReversibleCell):
     def mixes(self) -> list[Tensor]:
         return [self.mix_key, self.mix_receptance]
 
-    def project(self, x: Tensor, shifted: Tensor) -> ChannelProjection:
-        key = self.key(mix(x, shifted, self.mix_key))
-        return ChannelProjection(
-            self.receptance(mix(x, shifted, self.mix_receptance)), self.value(torch.relu(key).square())
-        )
+    def project(self, *mixed: Tensor) -> ChannelProjection:
+        to_key, to_receptance = mixed
+        return ChannelProjection(self.receptance(to_receptance), self.value(squared_relu(self.key(to_key))))
 
     def read(
         self, projection: ChannelProjection, memory: Tensor | None, mask: ChunkMask | None
     ) -> tuple[Tensor, None]:
-        return torch.sigmoid(projection.receptance) * projection.value, None
+        return sigmoid_product(projection.receptance, projection.value), None

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_rev.cells.cell import ReversibleCell
+from rwkv_rev.cells.gates import sigmoid_product
 from rwkv_rev.cells.mask import ChunkMask
-from rwkv_rev.cells.token_shift import mix
 from rwkv_rev.reversal.fingerprint import fingerprint
 from rwkv_rev.wkv import wkv4
 
@@ -50,12 +50,9 @@ class TimeMixRwkv4(ReversibleCell):
     def mixes(self) -> list[Tensor]:
         return [self.mix_key, self.mix_value, self.mix_receptance]
 
-    def project(self, x: Tensor, shifted: Tensor) -> TimeProjection:
-        return TimeProjection(
-            self.receptance(mix(x, shifted, self.mix_receptance)),
-            self.key(mix(x, shifted, self.mix_key)),
-            self.value(mix(x, shifted, self.mix_value)),
-        )
+    def project(self, *mixed: Tensor) -> TimeProjection:
+        to_key, to_value, to_receptance = mixed
+        return TimeProjection(self.receptance(to_receptance), self.key(to_key), self.value(to_value))
 
     def log_decay(self) -> Tensor:
         """log w per channel [D], <= 0, natural logarithm, float32 or wider."""
@@ -69,8 +66,7 @@ class TimeMixRwkv4(ReversibleCell):
         wkv, after = wkv4(
             key, value, self.log_decay(), wide(self.bonus), memory, None if mask is None else mask.valid
         )
-        out = self.output(torch.sigmoid(receptance) * wkv.to(receptance.dtype))
-        return out, after
+        return self.output(sigmoid_product(receptance, wkv)), after
 
     def update(
         self, memory: Tensor | None, contribution: Tensor, mask: ChunkMask | None, length: int

@@ -13,13 +13,12 @@ The matrix is reversed exactly in fixed point (:mod:`rwkv_rev.reversal.fixed_poi
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_rev.cells.cell import ReversibleCell
+from rwkv_rev.cells.gates import gated_group_norm
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.time_mix_rwkv4 import log_decay_of, wide
-from rwkv_rev.cells.token_shift import mix
 from rwkv_rev.reversal.fixed_point import DecayPlan, FixedPoint, MemoryRemnant, decay_plan
 from rwkv_rev.wkv import wkv5, wkv5_contribution
 
@@ -75,16 +74,14 @@ class TimeMixRwkv5(ReversibleCell):
         mixes: list[Tensor] = [self.mix_key, self.mix_value, self.mix_receptance]
         return mixes if self.mix_gate is None else [*mixes, self.mix_gate]
 
-    def project(self, x: Tensor, shifted: Tensor) -> TimeProjection:
-        heads = (*x.shape[:2], self.num_heads, self.head_size)
-        gate = None
-        if self.gate is not None and self.mix_gate is not None:
-            gate = self.gate(mix(x, shifted, self.mix_gate))
+    def project(self, *mixed: Tensor) -> TimeProjection:
+        to_key, to_value, to_receptance, *to_gate = mixed
+        heads = (*to_key.shape[:2], self.num_heads, self.head_size)
         return TimeProjection(
-            self.receptance(mix(x, shifted, self.mix_receptance)).view(heads),
-            self.key(mix(x, shifted, self.mix_key)).view(heads),
-            self.value(mix(x, shifted, self.mix_value)).view(heads),
-            gate,
+            self.receptance(to_receptance).view(heads),
+            self.key(to_key).view(heads),
+            self.value(to_value).view(heads),
+            None if self.gate is None else self.gate(*to_gate),
         )
 
     def log_decay(self) -> Tensor:
@@ -101,17 +98,9 @@ class TimeMixRwkv5(ReversibleCell):
         y, contribution = wkv5(
             receptance, key, value, self.log_decay(), bonus, memory, None if mask is None else mask.valid
         )
-        batch, length = y.shape[:2]
         norm = self.ln_x
-        y = F.group_norm(
-            y.reshape(batch * length, -1),
-            self.num_heads,
-            norm.weight.to(y.dtype),
-            norm.bias.to(y.dtype),
-            norm.eps,
-        ).view(batch, length, -1)
-        y = y.to(receptance.dtype)
-        return self.output(y if gate is None else y * F.silu(gate)), contribution
+        out = gated_group_norm(y, norm.weight, norm.bias, norm.eps, gate, receptance.dtype)
+        return self.output(out), contribution
 
     def update(
         self, memory: Tensor | None, contribution: Tensor, mask: ChunkMask | None, length: int

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.wkv.dispatch import choose_kernel
 
 SMALLEST_COEFFICIENT = 1 / 16
 """Least ``1 - mu*`` at which a mix is inverted; the round trip of x_{a-1} then stays within about 16 ulp."""
@@ -42,6 +43,19 @@ def last_token(x: Tensor, shift: Tensor, mask: ChunkMask | None) -> Tensor:
         return x[:, -1].clone()  # a view would keep the whole chunk in memory
     index = (mask.last + 1)[:, None, None].expand(-1, 1, x.shape[2])
     return torch.cat([shift.to(x.dtype)[:, None], x], dim=1).gather(1, index)[:, 0]
+
+
+def token_mixes(x: Tensor, shift: Tensor, mask: ChunkMask | None, mus: list[Tensor]) -> tuple[Tensor, ...]:
+    """:func:`mix` of every token with the one before, for each of ``mus``: [B, C, D] each.
+
+    On a CUDA device without a mask in one launch (:mod:`rwkv_rev.cells.triton_token_shift`).
+    """
+    if mask is None and choose_kernel(None, x) == "triton":
+        from rwkv_rev.cells import triton_token_shift
+
+        return triton_token_shift.token_mixes(x, shift, mus)
+    shifted = token_shift(x, shift, mask)
+    return tuple(mix(x, shifted, mu) for mu in mus)
 
 
 def mix(x: Tensor, shifted: Tensor, mu: Tensor) -> Tensor:

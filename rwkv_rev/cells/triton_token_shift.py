@@ -1,0 +1,161 @@
+"""Every mix of a token with the one before on a CUDA device: one Triton launch each way instead of some forty.
+
+The formulas of :func:`rwkv_rev.cells.token_shift.mix`, in float32, rounded once; for chunks without a mask. The
+gradients of the coefficients are summed block by block and then over the blocks, always in the same order.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# (the compiler, not Python, gives a kernel's arguments their types)
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MOST_MIXES = 4
+TOKENS = 16
+CHANNELS = 128
+STEPS = 8
+"""Blocks of tokens per program of the backward pass; each program leaves one partial sum."""
+
+
+@triton.jit
+def _mixed(x, before, mu):
+    """lerp as PyTorch computes it: exact at mu = 0 and mu = 1."""
+    change = x - before
+    return tl.where(tl.abs(mu) < 0.5, before + mu * change, x - change * (1.0 - mu))
+
+
+@triton.jit
+def _before(x, shift, token, channel, here, row, T, D):
+    """Vectors of the tokens before ``token`` [BT], float32; that of token 0 is the row's ``shift``."""
+    at = (row * T + token - 1)[:, None] * D + channel[None, :]
+    earlier = tl.load(x + at, mask=here & (token > 0)[:, None], other=0.0)
+    first = tl.load(shift + row * D + channel, mask=channel < D, other=0.0).to(x.dtype.element_ty)
+    return tl.where((token == 0)[:, None], first[None, :], earlier).to(tl.float32)
+
+
+@triton.jit
+def _mu(mu, x, channel, D):
+    """One coefficient per channel, rounded to the dtype of ``x``."""
+    return tl.load(mu + channel, mask=channel < D, other=0.0).to(x.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _forward_kernel(
+    x, shift, mu0, mu1, mu2, mu3, out0, out1, out2, out3, T, D, tiles,
+    MIXES: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    token = (tl.program_id(0) % tiles) * BT + tl.arange(0, BT)
+    channel = tl.program_id(1) * BD + tl.arange(0, BD)
+    here = (token < T)[:, None] & (channel < D)[None, :]
+    at = (row * T + token)[:, None] * D + channel[None, :]
+    now = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
+    before = _before(x, shift, token, channel, here, row, T, D)
+    tl.store(out0 + at, _mixed(now, before, _mu(mu0, x, channel, D)[None, :]), mask=here)
+    tl.store(out1 + at, _mixed(now, before, _mu(mu1, x, channel, D)[None, :]), mask=here)
+    if MIXES > 2:
+        tl.store(out2 + at, _mixed(now, before, _mu(mu2, x, channel, D)[None, :]), mask=here)
+    if MIXES > 3:
+        tl.store(out3 + at, _mixed(now, before, _mu(mu3, x, channel, D)[None, :]), mask=here)
+
+
+@triton.jit
+def _pull_back(gradient, x, mu, change, d_now, at, channel, token, here, T, D):
+    """The gradient by x with one mix's share added, and that by mu for every token, both [BT, BD]."""
+    coefficient = _mu(mu, x, channel, D)[None, :]
+    now = tl.load(gradient + at, mask=here, other=0.0).to(tl.float32)
+    after = tl.load(gradient + at + D, mask=here & (token + 1 < T)[:, None], other=0.0).to(tl.float32)
+    return d_now + now * coefficient + after * (1.0 - coefficient), now * change
+
+
+@triton.jit
+def _backward_kernel(
+    x, shift, mu0, mu1, mu2, mu3, g0, g1, g2, g3, d_x, d_mu, T, D, tiles,
+    MIXES: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    start = (tl.program_id(0) % tiles) * BT * STEPS
+    channel = tl.program_id(1) * BD + tl.arange(0, BD)
+    total0 = tl.zeros((BT, BD), tl.float32)
+    total1 = tl.zeros((BT, BD), tl.float32)
+    total2 = tl.zeros((BT, BD), tl.float32)
+    total3 = tl.zeros((BT, BD), tl.float32)
+    for step in range(STEPS):
+        token = start + step * BT + tl.arange(0, BT)
+        here = (token < T)[:, None] & (channel < D)[None, :]
+        at = (row * T + token)[:, None] * D + channel[None, :]
+        now = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
+        change = now - _before(x, shift, token, channel, here, row, T, D)
+        d_now = tl.zeros((BT, BD), tl.float32)
+        d_now, part = _pull_back(g0, x, mu0, change, d_now, at, channel, token, here, T, D)
+        total0 += part
+        d_now, part = _pull_back(g1, x, mu1, change, d_now, at, channel, token, here, T, D)
+        total1 += part
+        if MIXES > 2:
+            d_now, part = _pull_back(g2, x, mu2, change, d_now, at, channel, token, here, T, D)
+            total2 += part
+        if MIXES > 3:
+            d_now, part = _pull_back(g3, x, mu3, change, d_now, at, channel, token, here, T, D)
+            total3 += part
+        tl.store(d_x + at, d_now, mask=here)
+    partial = d_mu + tl.program_id(0).to(tl.int64) * MIXES * D + channel
+    tl.store(partial, tl.sum(total0, 0), mask=channel < D)
+    tl.store(partial + D, tl.sum(total1, 0), mask=channel < D)
+    if MIXES > 2:
+        tl.store(partial + 2 * D, tl.sum(total2, 0), mask=channel < D)
+    if MIXES > 3:
+        tl.store(partial + 3 * D, tl.sum(total3, 0), mask=channel < D)
+
+
+class _Mixes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: Tensor, *mus: Tensor) -> tuple[Tensor, ...]:
+        batch, length, width = x.shape
+        tiles = triton.cdiv(length, TOKENS)
+        outs = tuple(torch.empty_like(x) for _ in mus)
+        with torch.cuda.device_of(x):
+            _forward_kernel[(batch * tiles, triton.cdiv(width, CHANNELS))](
+                x, shift, *_padded(mus), *_padded(outs), length, width, tiles,
+                MIXES=len(mus), BT=TOKENS, BD=CHANNELS, num_warps=4,
+            )  # fmt: skip
+        ctx.save_for_backward(x, shift, *mus)
+        return outs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, shift, *mus = ctx.saved_tensors
+        gradients = tuple(gradient.contiguous() for gradient in gradients)
+        batch, length, width = x.shape
+        tiles = triton.cdiv(length, TOKENS * STEPS)
+        d_x = torch.empty_like(x)
+        d_mu = torch.empty(batch * tiles, len(mus), width, dtype=torch.float32, device=x.device)
+        with torch.cuda.device_of(x):
+            _backward_kernel[(batch * tiles, triton.cdiv(width, CHANNELS))](
+                x, shift, *_padded(mus), *_padded(gradients), d_x, d_mu, length, width, tiles,
+                MIXES=len(mus), BT=TOKENS, BD=CHANNELS, STEPS=STEPS, num_warps=4,
+            )  # fmt: skip
+        d_shift = None
+        if ctx.needs_input_grad[1]:
+            firsts = torch.stack([gradient[:, 0] for gradient in gradients]).float()  # [M, B, D]
+            rest = 1 - torch.stack(mus).to(x.dtype).float()
+            d_shift = (firsts * rest[:, None]).sum(0).to(shift.dtype)
+        totals = d_mu.sum(0).unbind(0)
+        return d_x, d_shift, *(total.to(mu.dtype) for total, mu in zip(totals, mus, strict=True))
+
+
+def _padded(tensors: tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
+    """Four tensors, the last one repeated where there are fewer; the kernels do not touch the repetitions."""
+    return [*tensors, *[tensors[-1]] * (MOST_MIXES - len(tensors))]
+
+
+def token_mixes(x: Tensor, shift: Tensor, mus: list[Tensor]) -> tuple[Tensor, ...]:
+    """As :func:`rwkv_rev.cells.token_shift.token_mixes` for 2 to 4 coefficients and no mask.
+
+    x [B, C, D] in bfloat16, float16 or float32 on a CUDA device.
+    """
+    return _Mixes.apply(x.contiguous(), shift.contiguous(), *(mu.contiguous() for mu in mus))

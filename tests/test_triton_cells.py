@@ -1,0 +1,140 @@
+"""The CUDA kernels of token shift and gates against the PyTorch formulas in float64, values and every gradient.
+
+On a machine without a GPU they run in Triton's interpreter, in a process of its own (the choice is made at import):
+``TRITON_INTERPRET=1 python tests/test_triton_cells.py``.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from rwkv_rev.cells import gates, token_shift
+
+pytest.importorskip("triton")
+
+# relative error (Frobenius norm) that rounding inputs' gradients and results to the dtype allows
+TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+SMALL = [(1, 1, 1, 8), (2, 19, 2, 8), (1, 70, 3, 20)]
+LARGE = [(1, 1, 2, 64), (3, 517, 4, 64), (2, 64, 3, 128), (1, 1000, 12, 64), (2, 129, 5, 40)]
+DTYPES = list(TOLERANCES)
+
+
+def differentiate(function: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor]) -> list[Tensor]:
+    """Values and gradients by all inputs, for fixed output gradients."""
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    outs = function(*leaves)
+    generator = torch.Generator().manual_seed(1)
+    pulls = [torch.randn(out.shape, generator=generator).to(out) for out in outs]
+    return [*(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, pulls)]
+
+
+def compare(
+    fast: Callable[..., tuple[Tensor, ...]],
+    formula: Callable[..., tuple[Tensor, ...]],
+    inputs: list[Tensor],
+    dtype: torch.dtype,
+) -> None:
+    found = differentiate(fast, inputs)
+    again = differentiate(fast, inputs)
+    expected = differentiate(formula, [tensor.double() for tensor in inputs])
+    for number, (value, repeated, truth) in enumerate(zip(found, again, expected, strict=True)):
+        assert torch.equal(value, repeated), number
+        error = (value.double() - truth).norm() / truth.norm().clamp(min=1e-30)
+        assert error <= TOLERANCES[dtype], (number, float(error))
+
+
+def drawn(*shapes: tuple[int, ...], dtype: torch.dtype, device: str) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+
+
+def check_mixes(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    from rwkv_rev.cells import triton_token_shift
+
+    batch, length, heads, size = shape
+    width = heads * size
+    for count in (2, 3, 4):
+        x, shift, *mus = drawn(
+            (batch, length, width), (batch, width), *[(width,)] * count, dtype=dtype, device=device
+        )
+        mus[0][:3] = torch.tensor([0.0, 1.0, -1.0])
+
+        def formula(x: Tensor, shift: Tensor, *mus: Tensor) -> tuple[Tensor, ...]:
+            shifted = token_shift.token_shift(x, shift, None)
+            return tuple(token_shift.mix(x, shifted, mu) for mu in mus)
+
+        def fast(x: Tensor, shift: Tensor, *mus: Tensor) -> tuple[Tensor, ...]:
+            return triton_token_shift.token_mixes(x, shift, list(mus))
+
+        compare(fast, formula, [x, shift, *mus], dtype)
+        mixed, shifted = fast(x, shift, *mus)[0], token_shift.token_shift(x, shift, None)
+        assert torch.equal(mixed[..., 0], shifted[..., 0])
+        assert torch.equal(mixed[..., 1], x[..., 1])
+
+
+def check_gates(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    from rwkv_rev.cells import triton_gates
+
+    width = shape[2] * shape[3]
+    x, gate, weight, bias = drawn(
+        (*shape[:2], width), (*shape[:2], width), (width,), (width,), dtype=dtype, device=device
+    )
+    (y,) = drawn(shape, dtype=torch.float32, device=device)
+    eps = 64e-5
+
+    def norm(y: Tensor, weight: Tensor, bias: Tensor, *gate: Tensor) -> tuple[Tensor, ...]:
+        return (triton_gates.gated_group_norm(y, weight, bias, eps, *(gate or (None,)), dtype),)
+
+    def norm_formula(y: Tensor, weight: Tensor, bias: Tensor, *gate: Tensor) -> tuple[Tensor, ...]:
+        return (gates.gated_group_norm(y, weight, bias, eps, *(gate or (None,)), torch.float64),)
+
+    compare(norm, norm_formula, [3 * y + 1, weight, bias, gate], dtype)
+    compare(norm, norm_formula, [3 * y + 1, weight, bias], dtype)
+    compare(lambda x: (triton_gates.squared_relu(x),), lambda x: (gates.squared_relu(x),), [x], dtype)
+    compare(
+        lambda gate, x: (triton_gates.sigmoid_product(gate, x),),
+        lambda gate, x: (gates.sigmoid_product(gate, x),),
+        [gate, x],
+        dtype,
+    )
+    wide = y.flatten(2)
+    assert triton_gates.sigmoid_product(gate, wide).dtype == dtype
+    compare(
+        lambda gate, x: (triton_gates.sigmoid_product(gate, x),),
+        lambda gate, x: (gates.sigmoid_product(gate, x),),
+        [gate, wide],
+        dtype,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+@pytest.mark.parametrize("check", [check_mixes, check_gates])
+def test_kernels_on_the_device(
+    check: Callable[..., None], shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    check(shape, dtype, "cuda")
+
+
+def test_kernels_in_the_interpreter() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run(
+        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.split() == ["compared"] * len(SMALL) * len(DTYPES)
+
+
+if __name__ == "__main__":
+    for shape in SMALL:
+        for dtype in DTYPES:
+            check_mixes(shape, dtype, "cpu")
+            check_gates(shape, dtype, "cpu")
+            print("compared")
