@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rwkv_rev.bundled import __file__ as BUNDLED
-from rwkv_rev.wkv import EMPTY_EXPONENT, KernelError, choose_kernel, wkv4, wkv5, wkv5_contribution
+from rwkv_rev.wkv import (
+    EMPTY_EXPONENT,
+    KernelError,
+    Wkv5Work,
+    choose_kernel,
+    wkv4,
+    wkv5,
+    wkv5_contribution,
+    wkv5_plan,
+)
 from rwkv_rev.wkv.compaction import Compaction
 from rwkv_rev.wkv.linear_wkv4 import LARGEST_EXPONENT, LinearWkv4
 
@@ -113,11 +122,11 @@ def empty_state4(batch: int, width: int) -> Tensor:
     return torch.tensor([0.0, 0.0, EMPTY_EXPONENT], dtype=torch.float64)[:, None].expand(batch, 3, width)
 
 
-def run5(case: Case, kernel: str) -> dict[str, Tensor]:
+def run5(case: Case, kernel: str, **options: Any) -> dict[str, Tensor]:
     """Results and gradients, those of the state through both the outputs and the final state."""
     arguments = [x.detach().clone().requires_grad_() for x in case.arguments]
     log_decay, state = arguments[3], arguments[5]
-    out, contribution = wkv5(*arguments, case.mask, kernel=kernel)
+    out, contribution = wkv5(*arguments, case.mask, kernel=kernel, **options)
     tokens = out.shape[1]
     counts = torch.full((len(out),), tokens) if case.mask is None else case.mask.sum(1)
     decay = torch.exp(counts[:, None, None].to(out.dtype) * log_decay.clamp(min=-1e30))
@@ -447,6 +456,26 @@ def test_the_same_bits_every_time(kernel: str, tokens: int, share: float | None)
                 alone = wkv5_contribution(*case.arguments[1:4], case.mask, kernel=kernel)
                 assert torch.equal(state, first["contribution"])
                 assert torch.equal(alone, first["contribution"])
+
+
+@pytest.mark.parametrize("share", [None, 0.8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("tokens", [1, 32, 61])
+@pytest.mark.parametrize("kernel", ["naive", "chunked"])
+def test_a_plan_and_shared_work_change_no_bit(
+    kernel: str, tokens: int, dtype: torch.dtype, share: float | None
+) -> None:
+    """Neither of those for these tokens, nor of a plan for others, nor work used twice."""
+    case = case5(tokens=tokens, share=share, size=32, decay="mild").to(dtype, torch.float32)
+    expected = run5(case, kernel)
+    for planned in (tokens, tokens + 1):
+        plan, work = wkv5_plan(case.arguments[3], planned, kernel=kernel), Wkv5Work()
+        with torch.no_grad():
+            alone = wkv5_contribution(*case.arguments[1:4], case.mask, kernel=kernel, plan=plan, work=work)
+        assert torch.equal(alone, expected["contribution"])
+        for _ in range(2):
+            actual = run5(case, kernel, plan=plan, work=work)
+            assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def test_no_result_depends_on_uninitialised_memory() -> None:

@@ -1,14 +1,25 @@
 """The recurrences of RWKV-4 and RWKV-5, each with several kernels (see :mod:`rwkv_rev.wkv.dispatch`)."""
 
-from rwkv_rev.wkv.dispatch import KERNELS, KernelError, choose_kernel, wkv4, wkv5, wkv5_contribution
+from rwkv_rev.wkv.dispatch import (
+    KERNELS,
+    KernelError,
+    Wkv5Work,
+    choose_kernel,
+    wkv4,
+    wkv5,
+    wkv5_contribution,
+    wkv5_plan,
+)
 from rwkv_rev.wkv.naive import EMPTY_EXPONENT
 
 __all__ = [
     "EMPTY_EXPONENT",
     "KERNELS",
     "KernelError",
+    "Wkv5Work",
     "choose_kernel",
     "wkv4",
     "wkv5",
     "wkv5_contribution",
+    "wkv5_plan",
 ]

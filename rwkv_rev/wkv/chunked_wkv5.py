@@ -19,6 +19,7 @@ decay is read on the host, one synchronisation per call on an accelerator; the b
 and cannot be differentiated again.
 """
 
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -46,8 +47,14 @@ class _Level(NamedTuple):
     lag: Tensor  # [size, size], t - 1 - s, zero where t <= s in a diagonal block
 
 
-class _Plan:
-    """Sizes and powers of w, for the forward and the backward pass: J sub-chunks of c tokens each."""
+class Plan:
+    """Sizes and powers of w, for the forward and the backward pass: J sub-chunks of c tokens each.
+
+    Args:
+        log_decay: [H, N], in the dtype of the arithmetic.
+        tokens: T.
+        counts: [B] valid tokens of the rows, None for all.
+    """
 
     def __init__(self, log_decay: Tensor, tokens: int, counts: Tensor | None) -> None:
         self.tokens = tokens
@@ -78,10 +85,12 @@ class _Plan:
         exponents = exponents.to(self.log_decay.dtype)
         return torch.exp(exponents[..., None, :, None] * self.log_decay[:, None]).to(self.dtype)
 
+    @cached_property
     def before_powers(self) -> Tensor:
         """w^before, [J, 1 or B, H, N, 1]."""
         return self._power(self.before[..., None]).transpose(-1, -2)
 
+    @cached_property
     def inside_powers(self) -> Tensor:
         """w^inside, [J, 1 or B, H, N, 1]."""
         return self._power(self.inside[..., None]).transpose(-1, -2)
@@ -130,7 +139,7 @@ class _Plan:
         written = (k * self.end_powers).transpose(-1, -2)
         torch.bmm(written.flatten(0, 2), v.flatten(0, 2), out=prefixes[1:].flatten(0, 2))
         places = prefixes.unbind(0)
-        for j, decay in enumerate(self._inside_steps()):
+        for j, decay in enumerate(self._inside_steps):
             places[j + 1].addcmul_(decay, places[j])
         return prefixes[:-1], places[-1].clone()
 
@@ -140,7 +149,7 @@ class _Plan:
         gradients = end.new_empty(shape)
         places = gradients.unbind(0)
         places[-1].copy_(end)
-        decays = self._inside_steps()
+        decays = self._inside_steps
         for j in range(self.J - 1, 0, -1):
             if starts is None:
                 torch.mul(decays[j], places[j], out=places[j - 1])
@@ -148,13 +157,42 @@ class _Plan:
                 torch.addcmul(starts[j], decays[j], places[j], out=places[j - 1])
         return gradients
 
+    @cached_property
     def _inside_steps(self) -> tuple[Tensor, ...]:
-        return self.inside_powers().expand(self.J, -1, -1, -1, -1).unbind(0)
+        return self.inside_powers.expand(self.J, -1, -1, -1, -1).unbind(0)
 
     def sum_prefix_gradient(self, starts: Tensor, ends: Tensor) -> Tensor:
         """d log_decay [H, N] through P_{j+1} = w^n P_j + U_j, from P_j and the gradients of P_{j+1}."""
-        weights = self.inside_powers()[..., 0] * self.inside[..., None, None]
+        weights = self.inside_powers[..., 0] * self.inside[..., None, None]
         return ((starts * ends).sum(-1) * weights).sum((0, 1))
+
+
+class _Written(NamedTuple):
+    """What a chunk writes: keys and values in sub-chunks, P of every sub-chunk start, contribution of all tokens."""
+
+    k: Tensor  # [J, B, H, c, N]
+    v: Tensor  # [J, B, H, c, N]
+    starts: Tensor  # [J, B, H, N, N]
+    contribution: Tensor  # [B, H, N, N]
+
+    @classmethod
+    def of(cls, plan: Plan, k: Tensor, v: Tensor) -> "_Written":
+        ks, vs = plan.split(k), plan.split(v)
+        return cls(ks, vs, *plan.prefixes(ks, vs))
+
+
+class Work:
+    """What :func:`wkv5_contribution` has computed for the :func:`wkv5` of the same k, v and decays, which takes it."""
+
+    def __init__(self) -> None:
+        self._written: _Written | None = None
+
+    def keep(self, written: _Written) -> None:
+        self._written = written
+
+    def take(self) -> _Written | None:
+        written, self._written = self._written, None
+        return written
 
 
 def _rows(level: _Level, x: Tensor) -> Tensor:
@@ -179,7 +217,7 @@ def _pairs(level: _Level, square: Tensor) -> Tensor:
     return blocks[:, :, :, :, 1, :, :, 0].diagonal(dim1=3, dim2=5).movedim(-1, 3)
 
 
-def _attention(plan: _Plan, r: Tensor, k: Tensor, bonus: Tensor) -> Tensor:
+def _attention(plan: Plan, r: Tensor, k: Tensor, bonus: Tensor) -> Tensor:
     """A with the bonus on its diagonal, [J, B, H, c, c]."""
     square = None if plan.levels[0].diagonal else r.new_zeros(*r.shape[:-1], plan.c)
     for level in plan.levels:
@@ -199,7 +237,7 @@ def _attention(plan: _Plan, r: Tensor, k: Tensor, bonus: Tensor) -> Tensor:
 
 
 def _attention_backward(
-    plan: _Plan, grad: Tensor, r: Tensor, k: Tensor, bonus: Tensor, dr: Tensor, dk: Tensor
+    plan: Plan, grad: Tensor, r: Tensor, k: Tensor, bonus: Tensor, dr: Tensor, dk: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Adds to dr and dk in place; returns d log_decay and d bonus, [H, N]."""
     d_log_decay = torch.zeros_like(bonus)
@@ -232,18 +270,20 @@ class _Wkv5(torch.autograd.Function):
         bonus: Tensor,
         state: Tensor,
         counts: Tensor | None,
+        plan: Plan | None,
+        written: _Written | None,
     ) -> tuple[Tensor, Tensor]:
-        plan = _Plan(log_decay, k.shape[1], counts)
-        rs, ks, vs = plan.split(r), plan.split(k), plan.split(v)
-        starts, contribution = plan.prefixes(ks, vs)
+        plan = plan or Plan(log_decay, k.shape[1], counts)
+        rs = plan.split(r)
+        ks, vs, starts, contribution = written or _Written.of(plan, k, v)
         ctx.save_for_backward(r, k, v, log_decay, bonus, state, counts, starts)
         ctx.plan = plan if plan.whole else None  # others hold powers for every token
         pairs = _attention(plan, rs, ks, bonus)
         decayed = rs.mul_(plan.powers[:, :-1])
         if any(ctx.needs_input_grad):
-            states = torch.addcmul(starts, plan.before_powers(), state)
+            states = torch.addcmul(starts, plan.before_powers, state)
         else:
-            states = starts.addcmul_(plan.before_powers(), state)  # nobody needs them afterwards
+            states = starts.addcmul_(plan.before_powers, state)  # nobody needs them afterwards
         out = torch.matmul(decayed, states)
         out.flatten(0, 2).baddbmm_(pairs.flatten(0, 2), vs.flatten(0, 2))
         return plan.join(out, plan.dtype), contribution
@@ -253,9 +293,9 @@ class _Wkv5(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, grad_contribution: Tensor) -> tuple[Tensor | None, ...]:
         r, k, v, log_decay, bonus, state, counts, starts = ctx.saved_tensors
         with torch.autocast(k.device.type, enabled=False):
-            plan = ctx.plan or _Plan(log_decay, k.shape[1], counts)
+            plan = ctx.plan or Plan(log_decay, k.shape[1], counts)
             rs, ks, vs, go = plan.split(r), plan.split(k), plan.split(v), plan.split(grad_out)
-            before = plan.before_powers()
+            before = plan.before_powers
 
             # Outputs from the state at the sub-chunk's start.
             from_start = plan.powers[:, :-1]
@@ -294,22 +334,23 @@ class _Wkv5(torch.autograd.Function):
                 d_bonus,
                 d_state,
                 None,
+                None,
+                None,
             )
 
 
 class _Wkv5Contribution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, k: Tensor, v: Tensor, log_decay: Tensor, counts: Tensor | None) -> Tensor:
-        plan = _Plan(log_decay, k.shape[1], counts)
         ctx.save_for_backward(k, v, log_decay, counts)
-        return plan.prefixes(plan.split(k), plan.split(v))[1]
+        return _Written.of(Plan(log_decay, k.shape[1], counts), k, v).contribution
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         k, v, log_decay, counts = ctx.saved_tensors
         with torch.autocast(k.device.type, enabled=False):
-            plan = _Plan(log_decay, k.shape[1], counts)
+            plan = Plan(log_decay, k.shape[1], counts)
             ks, vs = plan.split(k), plan.split(v)
             starts, _ = plan.prefixes(ks, vs)
             ends = plan.prefix_gradients(None, grad.to(plan.dtype))
@@ -328,6 +369,8 @@ def wkv5(
     bonus: Tensor,
     state: Tensor,
     mask: Tensor | None = None,
+    plan: Plan | None = None,
+    work: Work | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RWKV-5; arguments and results as in :func:`rwkv_rev.wkv.wkv5`."""
     if k.shape[1] == 1:
@@ -336,19 +379,44 @@ def wkv5(
     log_decay = log_decay.to(dtype).clamp(min=LOWEST_LOG_DECAY)
     bonus, state = bonus.to(dtype), state.to(dtype)
     if mask is None:
-        return _Wkv5.apply(r, k, v, log_decay, bonus, state, None)
+        written = None if work is None else work.take()
+        return _Wkv5.apply(r, k, v, log_decay, bonus, state, None, _fitting(plan, k), written)
     compaction = Compaction(mask)
     r, k, v = (compaction.pack(x) for x in (r, k, v))
-    out, contribution = _Wkv5.apply(r, k, v, log_decay, bonus, state, compaction.counts)
+    out, contribution = _Wkv5.apply(r, k, v, log_decay, bonus, state, compaction.counts, None, None)
     return compaction.unpack(out), contribution
 
 
-def wkv5_contribution(k: Tensor, v: Tensor, log_decay: Tensor, mask: Tensor | None = None) -> Tensor:
+def wkv5_contribution(
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    mask: Tensor | None = None,
+    plan: Plan | None = None,
+    work: Work | None = None,
+) -> Tensor:
     """Second result of :func:`wkv5`, to the bit; as :func:`rwkv_rev.wkv.wkv5_contribution`."""
     if k.shape[1] == 1:
         return naive.wkv5_contribution(k, v, log_decay, mask)
+    if mask is None and not torch.is_grad_enabled():
+        written = _Written.of(
+            _fitting(plan, k) or wkv5_plan(log_decay.to(arithmetic_dtype(k)), k.shape[1]), k, v
+        )
+        if work is not None:
+            work.keep(written)
+        return written.contribution
     log_decay = log_decay.to(arithmetic_dtype(k)).clamp(min=LOWEST_LOG_DECAY)
     if mask is None:
         return _Wkv5Contribution.apply(k, v, log_decay, None)
     compaction = Compaction(mask)
     return _Wkv5Contribution.apply(compaction.pack(k), compaction.pack(v), log_decay, compaction.counts)
+
+
+def wkv5_plan(log_decay: Tensor, tokens: int) -> Plan:
+    """The plan for chunks of ``tokens`` unmasked tokens; as :func:`rwkv_rev.wkv.wkv5_plan`."""
+    return Plan(log_decay.detach().clamp(min=LOWEST_LOG_DECAY), tokens, None)
+
+
+def _fitting(plan: Plan | None, k: Tensor) -> Plan | None:
+    fits = plan is not None and plan.tokens == k.shape[1] and plan.dtype == arithmetic_dtype(k)
+    return plan if fits else None

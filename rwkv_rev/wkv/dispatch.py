@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from rwkv_rev.errors import RwkvRevError
+from rwkv_rev.wkv.chunked_wkv5 import Work as Wkv5Work
+from rwkv_rev.wkv.chunked_wkv5 import wkv5_plan as chunked_plan
 
 KERNELS = ("naive", "chunked", "triton")
 LARGEST_TRITON_HEAD = 128
@@ -90,6 +92,8 @@ def wkv5(
     mask: Tensor | None = None,
     *,
     kernel: str | None = None,
+    plan: Any = None,
+    work: Wkv5Work | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RWKV-5 recurrence over a chunk.
 
@@ -100,6 +104,8 @@ def wkv5(
         state: [B, H, N, N] before the chunk, key index first, value index second.
         mask: [B, T] bool, true where the token is valid; None: all are.
         kernel: see the module.
+        plan: of :func:`wkv5_plan` for the same decays, T and kernel.
+        work: the one that :func:`wkv5_contribution` was given for the same tokens and decays.
 
     Returns:
         Outputs [B, T, H, N] and the chunk's contribution [B, H, N, N] to the state: with n valid tokens in
@@ -111,29 +117,51 @@ def wkv5(
         r=(r, k.shape), v=(v, k.shape), log_decay=(log_decay, (heads, size)), bonus=(bonus, (heads, size))
     )
     _expect(state=(state, (batch, heads, size, size)), mask=(mask, (batch, tokens)))
-    return _run("wkv5", kernel, r, k, v, log_decay, bonus, state, _as_bool(mask))
+    return _run("wkv5", kernel, r, k, v, log_decay, bonus, state, _as_bool(mask), chunked=(plan, work))
 
 
 def wkv5_contribution(
-    k: Tensor, v: Tensor, log_decay: Tensor, mask: Tensor | None = None, *, kernel: str | None = None
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    mask: Tensor | None = None,
+    *,
+    kernel: str | None = None,
+    plan: Any = None,
+    work: Wkv5Work | None = None,
 ) -> Tensor:
-    """Only the contribution of :func:`wkv5`, bit for bit what that returns for the same inputs and kernel."""
+    """Only the contribution of :func:`wkv5`, bit for bit what that returns for the same inputs and kernel.
+
+    With gradients disabled, what both compute is left in ``work`` for it (by the kernels that have any).
+    """
     batch, tokens, heads, size = _shape(k, 4, "k")
     _expect(v=(v, k.shape), log_decay=(log_decay, (heads, size)), mask=(mask, (batch, tokens)))
-    return _run("wkv5_contribution", kernel, k, v, log_decay, _as_bool(mask))
+    return _run("wkv5_contribution", kernel, k, v, log_decay, _as_bool(mask), chunked=(plan, work))
 
 
-def _run(function: str, kernel: str | None, *arguments: Tensor | None) -> Any:
+def wkv5_plan(log_decay: Tensor, tokens: int, *, kernel: str | None = None) -> Any:
+    """Powers of the decays [H, N], float32 or wider, computed once for many chunks of ``tokens`` unmasked tokens.
+
+    None where the kernel that will run has no use for it.
+    """
+    if choose_kernel(kernel, log_decay) != "chunked":
+        return None
+    return chunked_plan(log_decay, tokens)
+
+
+def _run(function: str, kernel: str | None, *arguments: Tensor | None, chunked: tuple[Any, ...] = ()) -> Any:
+    """``function`` of the chosen kernel; ``chunked`` are further arguments that the chunked one takes."""
     key = arguments[0]
     assert key is not None
     name = choose_kernel(kernel, key)
     module = f"triton_{function[:4]}" if name == "triton" else name
     implementation: Callable[..., Any] = getattr(importlib.import_module(f"rwkv_rev.wkv.{module}"), function)
+    further = chunked if name == "chunked" else ()
     # entering the context costs more than a small operation
     if not torch.is_autocast_enabled(key.device.type):
-        return implementation(*arguments)
+        return implementation(*arguments, *further)
     with torch.autocast(key.device.type, enabled=False):
-        return implementation(*arguments)
+        return implementation(*arguments, *further)
 
 
 def _shape(tensor: Tensor, dimensions: int, name: str) -> torch.Size:
