@@ -53,6 +53,10 @@ def finetune(
     lora_targets: Annotated[
         Text, typer.Option(help="Linear maps with an addition, comma-separated.  [all but the head]")
     ] = None,
+    shard_optimizer: Annotated[
+        bool | None,
+        typer.Option("--shard-optimizer", help="Spread the optimizer's state over the processes."),
+    ] = None,
     carry_state: Annotated[
         bool | None,
         typer.Option("--carry-state", help="Long documents go on with their state; gradient cut per row."),
@@ -101,6 +105,8 @@ def finetune(
       rwkv-rev finetune my-model --data chats.jsonl --output tuned --tune lora --lora-rank 16
 
       torchrun --nproc-per-node 2 -m rwkv_rev.cli finetune my-model --data corpus/ --output tuned
+
+      accelerate launch --multi_gpu --num_processes 2 -m rwkv_rev.cli finetune my-model --data corpus/ --output tuned
     """
     given: dict[str, Any] = {
         name: value
@@ -183,6 +189,7 @@ def _print_result(result: Any) -> None:
         "speed": f"{result.tokens_per_second:,.0f} tokens/s ({result.tokens:,} tokens, {result.seconds:,.0f} s)",
         "tape": out.human_bytes(result.tape_bytes),
         "memory": out.human_bytes(result.memory_bytes),
+        "optimizer": out.human_bytes(result.optimizer_bytes),
         "log and curve": result.output / "training",
     }
     if result.address:

@@ -1,21 +1,41 @@
-"""Two processes compute what one does with the doubled batch."""
+"""Two processes compute what one does with the doubled batch, however they are launched."""
 
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 from finetune_cases import counting_text, environment, finetune, losses, settings
+
+from rwkv_rev.training.trainer import checkpoints
 
 pytestmark = pytest.mark.dist
 
 
-def two_processes(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """``torchrun --nproc-per-node 2 -m rwkv_rev.cli finetune ...`` on the CPU, with gloo."""
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--standalone"],
+    "accelerate": [
+        *("accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"),
+        *("--dynamo_backend", "no", "--mixed_precision", "no"),
+    ],
+}
+
+
+def two_processes(
+    *arguments: object, launcher: str = "torchrun", options: Sequence[str] = ("--multi_gpu",)
+) -> subprocess.CompletedProcess[str]:
+    """``torchrun`` or ``accelerate launch``, then ``-m rwkv_rev.cli finetune ...``, on the CPU with gloo."""
+    launch = ["-m", *LAUNCHERS[launcher], *(options if launcher == "accelerate" else ())]
     command = [sys.executable, *launch, "-m", "rwkv_rev.cli", "finetune", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+    env = environment(HF_HOME=tempfile.gettempdir())  # nobody's accelerate configuration
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
 
 
 def options(model: Path, data: Path, output: Path, cache: Path) -> list[object]:
@@ -35,11 +55,18 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def test_same_losses_as_one_process(bundled: dict[str, Path], data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
+def test_same_losses_as_one_process(
+    bundled: dict[str, Path], data: Path, tmp_path: Path, launcher: str
+) -> None:
     cache = tmp_path / "cache"
-    arguments = options(bundled["5.2"], data, tmp_path / "two", cache)
-    done = two_processes(*arguments, "--batch-size", 1, "--grad-accum", 2, "--eval-data", data, "--json")
+    arguments = [
+        *options(bundled["5.2"], data, tmp_path / "two", cache),
+        *("--batch-size", 1, "--grad-accum", 2, "--eval-data", data, "--json"),
+    ]
+    done = two_processes(*arguments, launcher=launcher)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "Warning" not in done.stderr and "deprecated" not in done.stderr, done.stderr
     result = json.loads(done.stdout)
     config = settings(
         bundled["5.2"],
@@ -83,6 +110,69 @@ def test_other_ways_of_tuning(
     ]
     subprocess.run(command, check=True, capture_output=True, env=environment(), timeout=300)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_sharded_optimizer(bundled: dict[str, Path], data: Path, tmp_path: Path, tune: str) -> None:
+    """Half the state in each process, the same losses; killed, it goes on sharded, and unsharded in one process."""
+    cache, steps = tmp_path / "cache", 12
+    rest = [*("--tune", tune, "--weight-decay", 0.1, "--max-steps", steps, "--json", "--resume", "auto")]
+
+    def arguments(output: str, batch: int) -> list[object]:
+        return [*options(bundled["5.2"], data, tmp_path / output, cache), *rest, "--batch-size", batch]
+
+    def alone(output: str) -> dict[str, Any]:
+        command = [sys.executable, "-m", "rwkv_rev.cli", "finetune", *map(str, arguments(output, 2))]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout)
+
+    one = alone("one")
+    two = two_processes(*arguments("two", 1), "--shard-optimizer")
+    assert two.returncode == 0, two.stderr[-3000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=5e-5)
+    assert 0.4 < json.loads(two.stdout)["optimizer_bytes"] / one["optimizer_bytes"] < 0.6
+
+    kill_at_a_checkpoint([*arguments("killed", 1), "--shard-optimizer"], tmp_path / "killed.training")
+    shutil.copytree(tmp_path / "killed.training", tmp_path / "fewer.training")
+    resumed = two_processes(*arguments("killed", 1), "--shard-optimizer")
+    assert resumed.returncode == 0 and "resuming from" in resumed.stderr, resumed.stderr[-3000:]
+    assert losses(tmp_path / "killed") == losses(tmp_path / "two")
+    alone("fewer")
+    assert losses(tmp_path / "fewer") == pytest.approx(losses(tmp_path / "one"), rel=5e-5)
+
+
+def kill_at_a_checkpoint(arguments: list[object], work: Path) -> None:
+    """SIGKILL every process of a run once it has written a checkpoint."""
+    launch = [sys.executable, "-m", *LAUNCHERS["torchrun"], "-m", "rwkv_rev.cli", "finetune"]
+    process = subprocess.Popen(
+        [*launch, *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment(),
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not checkpoints(work) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    group = psutil.Process(process.pid).children(recursive=True)  # torchrun gives each its own session
+    for member in [process, *group]:
+        member.kill()
+    process.wait()
+    psutil.wait_procs(group)
+    assert checkpoints(work) and not work.with_name(work.stem).exists(), "killed too late or too early"
+
+
+@pytest.mark.slow
+def test_accelerate_configured_for_fsdp(bundled: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    arguments = options(bundled["5.2"], data, tmp_path / "out", tmp_path / "cache")
+    done = two_processes(*arguments, launcher="accelerate", options=("--use_fsdp", "--fsdp_version", "2"))
+    assert done.returncode != 0
+    errors = {line for line in done.stderr.splitlines() if line.startswith("error: ")}
+    assert len(errors) == 1 and "FSDP, which finetune does not support: use" in errors.pop(), done.stderr
+    assert not (tmp_path / "out.training").exists()
 
 
 @pytest.mark.slow

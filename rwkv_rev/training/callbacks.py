@@ -46,7 +46,11 @@ class Log(TrainerCallback):
         if not state.is_world_process_zero or not logs or not ("loss" in logs or "eval_loss" in logs):
             return
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            row = {
+                name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in logs.items()
+            }  # a step that float16's loss scale skipped has no finite norm, and JSON no infinity
+            file.write(json.dumps({"step": state.global_step, **row}) + "\n")
             file.flush()
             os.fsync(file.fileno())
 

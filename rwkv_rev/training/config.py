@@ -61,6 +61,7 @@ class FinetuneConfig:
             initial state alone).
         lora_rank, lora_alpha, lora_dropout: alpha is twice the rank when None.
         lora_targets: linear maps that get an addition, by name; all but the head when empty.
+        shard_optimizer: with several processes, each keeps its share of the optimizer's state (ZeRO stage 1).
         checkpoint_blocks: keep only each block's input inside a chunk: less memory, a third more time.
         seed: of the order of the data, of new parameters and of dropout.
         eval_data: held-out data; read whole every ``eval_every`` steps, before the first and after the last.
@@ -104,6 +105,7 @@ class FinetuneConfig:
     lora_alpha: float | None = None
     lora_dropout: float = 0.0
     lora_targets: list[str] = field(default_factory=list)
+    shard_optimizer: bool = False
     checkpoint_blocks: bool = False
     seed: int = 0
     eval_data: list[str] = field(default_factory=list)

@@ -32,7 +32,7 @@ from rwkv_rev.training.config import FinetuneConfig
 from rwkv_rev.training.documents import Fields
 from rwkv_rev.training.evaluate import count_token_bytes
 from rwkv_rev.training.identity import model_fingerprint, refuse_other_run
-from rwkv_rev.training.launch import choose_device, load_tokenizer
+from rwkv_rev.training.launch import choose_device, load_tokenizer, refuse_launch
 from rwkv_rev.training.memory import MemoryForecast, forecast_memory, refuse_too_large
 from rwkv_rev.training.rows import RowDataset, RowStatistics
 from rwkv_rev.training.saving import save_finetuned
@@ -89,7 +89,10 @@ class Plan:
 
 @dataclass
 class FinetuneResult:
-    """What a run did. Losses in nats per token; ``held_out`` bits per byte before and after, where there is any."""
+    """What a run did. Losses in nats per token; ``held_out`` bits per byte before and after, where there is any.
+
+    ``memory_bytes`` (its peak) and ``optimizer_bytes`` are those of the first process.
+    """
 
     output: Path
     tune: str
@@ -101,6 +104,7 @@ class FinetuneResult:
     seconds: float
     tape_bytes: int
     memory_bytes: int
+    optimizer_bytes: int
     trainable_parameters: int
     parameters: int
     address: str | None = None
@@ -137,6 +141,7 @@ def plan(config: FinetuneConfig, *, progress: bool = False) -> Plan:
     else:
         notes = []
     _refuse_output(config)
+    refuse_launch()
     device, dtype = choose_device(config.device, config.dtype)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rows = RowDataset(
@@ -164,6 +169,13 @@ def plan(config: FinetuneConfig, *, progress: bool = False) -> Plan:
         world_size=world_size,
     )
     notes += refuse_too_large(memory, torch.device(device), config)
+    if config.shard_optimizer and world_size == 1:
+        notes.append("shard_optimizer needs several processes; this one keeps the whole state")
+    if device == "cuda" and world_size == 1 and torch.cuda.device_count() > 1:
+        count = torch.cuda.device_count()
+        notes.append(
+            f"one of {count} GPUs is used; torchrun --nproc-per-node {count} -m rwkv_rev.cli uses all"
+        )
     if config.bptt == "truncated":
         notes.append("bptt = truncated is not the gradient of the context; reversible is exact")
     return Plan(
@@ -261,14 +273,19 @@ def _train(planned: Plan, args: Any, notify: Notify, quiet: bool) -> FinetuneRes
     if held_out is not None and not _evaluated(trainer.state):
         trainer.evaluate()
     rows = read_log(log) if args.process_index == 0 else trainer.state.log_history
-    result = _result(planned, rows, seconds, trainable, total)
+    result = _result(planned, rows, seconds, trainable, total, trainer.optimizer_bytes)
     if args.process_index == 0:
         save_finetuned(tuned, planned.to_dict(), result.to_dict(), rows, config)
     return result
 
 
 def _result(
-    planned: Plan, rows: list[dict[str, Any]], seconds: float, trainable: int, total: int
+    planned: Plan,
+    rows: list[dict[str, Any]],
+    seconds: float,
+    trainable: int,
+    total: int,
+    optimizer_bytes: int,
 ) -> FinetuneResult:
     losses = [row for row in rows if "loss" in row]
     scores = [row["eval_bits_per_byte"] for row in rows if "eval_bits_per_byte" in row]
@@ -284,6 +301,7 @@ def _result(
         seconds=spent or seconds,
         tape_bytes=max((int(row.get("tape_bytes", 0)) for row in losses), default=0),
         memory_bytes=max((int(row.get("memory_bytes", 0)) for row in losses), default=0),
+        optimizer_bytes=optimizer_bytes,
         trainable_parameters=trainable,
         parameters=total,
     )

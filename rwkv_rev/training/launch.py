@@ -26,8 +26,29 @@ def in_processes() -> Iterator[None]:
         dist.destroy_process_group()
 
 
+_ACCELERATE_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
+_REFUSED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
+}
+
+
+def refuse_launch() -> None:
+    """Raise RwkvRevError when accelerate was told to split the model: gradient strategies need it whole."""
+    for variable, name in _REFUSED.items():
+        if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
+            raise RwkvRevError(
+                f"accelerate was configured for {name}, which finetune does not support: use accelerate launch "
+                "--multi_gpu (or torchrun), and --shard-optimizer to spread the optimizer's state"
+            )
+
+
 def choose_device(device: str, dtype: str) -> tuple[str, str]:
     """(device, dtype) with ``auto`` resolved: a GPU if there is one, and bfloat16 where it has that.
+
+    ``accelerate launch --mixed_precision`` is what ``auto`` means under it.
 
     Raises:
         RwkvRevError: for a device that is not there, or a dtype it cannot train in.
@@ -41,6 +62,12 @@ def choose_device(device: str, dtype: str) -> tuple[str, str]:
         raise RwkvRevError("device = cuda, but PyTorch sees no GPU here; use device = cpu")
     if dtype not in DTYPES:
         raise RwkvRevError(f"dtype = {dtype!r} does not exist; choose one of {', '.join(DTYPES)}")
+    if dtype == "auto" and (asked := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
+        if asked not in _ACCELERATE_DTYPES:
+            raise RwkvRevError(
+                f"accelerate was configured for {asked}, which finetune does not support: use bf16"
+            )
+        dtype = _ACCELERATE_DTYPES[asked]
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     if dtype == "float16" and device == "cpu":

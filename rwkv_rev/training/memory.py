@@ -95,10 +95,11 @@ def forecast_memory(
     # reversible-lossy takes a little less tape than reversible, and the same device memory
     like = "reversible" if name == "reversible-lossy" else name
     (gradient,) = (forecast for forecast in forecasts if forecast.strategy == like)
+    shares = world_size if config.shard_optimizer else 1
     copies = (config.grad_accum > 1) + (world_size > 1)
     return MemoryForecast(
         gradient,
-        optimizer=_ADAM * trained,
+        optimizer=_ADAM * trained // shares,
         kept_gradients=copies * NUMBER * trained,
         tokens_at_once=longest if name == "full" else min(chunk, longest),
     )

@@ -9,6 +9,7 @@ What is added to it, and why:
 - a checkpoint is written beside its place and renamed into it: a folder called ``checkpoint-N`` is whole;
 - log rows gain tokens per second, tape bytes and memory;
 - with ``tune = state``, checkpoints hold the tuned state alone;
+- ``shard_optimizer``: each process keeps its share of the optimizer's state (:mod:`rwkv_rev.training.sharded`);
 - evaluation is :func:`rwkv_rev.training.evaluate.evaluate_documents`, streaming, split over the processes.
 
 Resuming: the trainer counts the batches it has taken and skips as many (:func:`accelerate.skip_first_batches` reads
@@ -28,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from rwkv_rev.errors import CheckpointError
@@ -36,12 +38,14 @@ from rwkv_rev.training.batches import BatchOrder, RowLoader
 from rwkv_rev.training.config import FinetuneConfig
 from rwkv_rev.training.evaluate import evaluate_documents
 from rwkv_rev.training.memory import used_memory
+from rwkv_rev.training.sharded import ShardedOptimizer, state_bytes
 from rwkv_rev.training.token_store import TokenStore
 from rwkv_rev.training.tuning import language_model
 
 RUN_NAME = "rwkv_rev_run.json"
 CARRIED_NAME = "carried_state_{rank}.safetensors"
 TUNED_NAME = "tuned_state.safetensors"
+_MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
 class RwkvRevTrainer(Trainer):
@@ -147,6 +151,18 @@ class RwkvRevTrainer(Trainer):
         """Matrices only; decays, bonuses, mixes, norms and initial states keep their size."""
         return [n for n, p in model.named_parameters() if p.dim() == 2 and n.endswith(".weight")]
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        created = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if created and self.run.shard_optimizer and self.args.world_size > 1:
+            self.optimizer = optimizer = ShardedOptimizer(optimizer)
+        return optimizer
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """State of the optimizer in this process."""
+        return state_bytes(self.optimizer)
+
     # --- log ----------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -217,6 +233,25 @@ class RwkvRevTrainer(Trainer):
         self._barrier()
         self._since = (self._since[0] + time.perf_counter() - began, self._since[1])
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        sharded = getattr(self.optimizer, "optimizer", None)
+        if not isinstance(sharded, ShardedOptimizer):
+            return super()._save_optimizer_and_scheduler(output_dir)
+        sharded.gather()
+        super()._save_optimizer_and_scheduler(output_dir)
+        sharded.release()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        sharded = getattr(self.optimizer, "optimizer", None)
+        if not isinstance(sharded, ShardedOptimizer) or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        folder = Path(checkpoint)  # mapped, not read: the device gets this process's share alone
+        sharded.load_state_dict(
+            torch.load(folder / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
+        )
+        assert self.lr_scheduler is not None
+        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+
     def _save_ours(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if self.carried is not None:
@@ -274,11 +309,14 @@ def checkpoints(folder: Path) -> list[Path]:
 def training_arguments(
     config: FinetuneConfig, output_dir: Path, *, device: str, dtype: str
 ) -> TrainingArguments:
-    """The trainer's arguments for a run on ``device`` (``cpu`` or ``cuda``) in ``dtype``."""
+    """The trainer's arguments for a run on ``device`` (``cpu`` or ``cuda``) in ``dtype``.
+
+    Without a launcher one GPU is used, however many there are.
+    """
     schedule = config.lr_schedule
     if schedule == "constant" and config.warmup:
         schedule = "constant_with_warmup"
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(output_dir),
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.grad_accum,
@@ -307,10 +345,13 @@ def training_arguments(
         log_level="error",
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
         dataloader_pin_memory=device != "cpu",
         average_tokens_across_devices=True,
     )
+    arguments.mixed_precision = _MIXED_PRECISION[dtype]  # whatever accelerate launch says
+    if arguments.n_gpu > 1:  # the trainer would split batches by nn.DataParallel
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _discard(folder: Path) -> None:

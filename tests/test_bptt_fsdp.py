@@ -1,0 +1,101 @@
+"""``fully_shard`` over two processes (gloo): a model sharded as one unit trains as it does whole; by block is refused."""
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing
+from bptt_cases import random_tokens, relative_error, tiny_model
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+
+from rwkv_rev.errors import StrategyError
+
+CHUNK, ROWS, WORLD, STEPS = 8, 2, 2, 3
+STRATEGIES = ["full", "checkpoint", "reversible", "truncated"]
+
+pytestmark = pytest.mark.dist
+
+
+def train(model: Any, rows: slice) -> dict[str, Any]:
+    """Gradients of each step, whole, and how many numbers the optimizer keeps here."""
+    tokens = random_tokens(40, batch=ROWS)[rows]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    found: dict[str, Any] = {}
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        found[f"step {step}"] = {
+            name: whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None
+        }
+        optimizer.step()
+    kept = [t for state in optimizer.state.values() for t in state.values() if t.dim() > 0]
+    found["kept"] = sum(t.to_local().numel() if hasattr(t, "to_local") else t.numel() for t in kept)
+    return found
+
+
+def whole(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def model_of(strategy: str) -> Any:
+    return tiny_model("5.2", chunk_length=CHUNK, bptt=strategy)
+
+
+def sharded(strategy: str, rank: int, *, blocks: bool = False, reshard: bool = True) -> dict[str, Any]:
+    model = model_of(strategy)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (WORLD,))
+    for block in model.model.blocks if blocks else ():
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
+    return train(model, slice(rank, rank + 1))
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=WORLD,
+        timeout=timedelta(seconds=120),
+    )
+    found: dict[str, Any] = {strategy: sharded(strategy, rank) for strategy in STRATEGIES}
+    found["kept gathered"] = sharded("reversible", rank, reshard=False)
+    found["full by block"] = sharded("full", rank, blocks=True)
+    for strategy in STRATEGIES[1:]:
+        try:
+            sharded(strategy, rank, blocks=True)
+        except StrategyError as error:
+            found[f"{strategy} by block"] = str(error)
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(work, args=(str(folder),), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("case", [*STRATEGIES, "kept gathered", "full by block"])
+def test_equals_the_whole_model(by_rank: list[dict[str, Any]], case: str) -> None:
+    strategy = {"kept gathered": "reversible", "full by block": "full"}.get(case, case)
+    expected = train(model_of(strategy), slice(None))
+    for found in by_rank:
+        for step in range(STEPS):
+            for name, gradient in expected[f"step {step}"].items():
+                error = relative_error(found[case][f"step {step}"][name], gradient)
+                assert error <= (2e-5 if step == 0 else 2e-4), (step, name)
+    kept = [found[case]["kept"] for found in by_rank]
+    assert sum(kept) == expected["kept"] and max(kept) < 0.6 * expected["kept"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+def test_shards_inside_the_model_are_refused(by_rank: list[dict[str, Any]], strategy: str) -> None:
+    for found in by_rank:
+        assert "Shard the model as one unit, fully_shard(model)" in found[f"{strategy} by block"]

@@ -1,0 +1,79 @@
+"""Device and dtype of a run, and what a launcher may ask for."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from finetune_cases import settings
+
+from rwkv_rev.errors import RwkvRevError
+from rwkv_rev.training.launch import choose_device, refuse_launch
+from rwkv_rev.training.trainer import training_arguments
+
+
+@pytest.mark.parametrize(
+    ("asked", "dtype", "found"),
+    [
+        (None, "auto", "float32"),
+        ("no", "auto", "float32"),
+        ("bf16", "auto", "bfloat16"),
+        ("bf16", "float32", "float32"),
+        ("no", "bfloat16", "bfloat16"),
+    ],
+)
+def test_mixed_precision_of_accelerate(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, asked: str | None, dtype: str, found: str
+) -> None:
+    """``auto`` follows accelerate, an explicit dtype wins; either way the trainer computes in what was resolved."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+    assert choose_device("cpu", dtype) == ("cpu", found)
+    config = settings(tmp_path, tmp_path, tmp_path / "out")
+    arguments = training_arguments(config, tmp_path / "work", device="cpu", dtype=found)
+    assert arguments.mixed_precision == {"float32": "no", "bfloat16": "bf16"}[found]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"), [("fp8", "configured for fp8"), ("fp16", "float16 needs a GPU")]
+)
+def test_refused_precision(monkeypatch: pytest.MonkeyPatch, asked: str, message: str) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+    with pytest.raises(RwkvRevError, match=message):
+        choose_device("cpu", "auto")
+
+
+@pytest.mark.parametrize(
+    ("variable", "name"),
+    [
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "tensor or context parallelism"),
+    ],
+)
+def test_split_models_are_refused(monkeypatch: pytest.MonkeyPatch, variable: str, name: str) -> None:
+    monkeypatch.setenv(variable, "false")
+    refuse_launch()
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(RwkvRevError, match=f"configured for {name}, .*--shard-optimizer"):
+        refuse_launch()
+
+
+def test_one_gpu_without_a_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The trainer would split batches over all GPUs by ``nn.DataParallel``, which cannot join our outputs."""
+    from transformers import TrainingArguments
+
+    monkeypatch.setattr(
+        TrainingArguments, "n_gpu", property(lambda self: self.__dict__.get("_n_gpu", 2) or 2)
+    )
+    config = settings(tmp_path, tmp_path, tmp_path / "out")
+    assert training_arguments(config, tmp_path / "work", device="cpu", dtype="float32").n_gpu == 1
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RwkvRevError, match="device = 'tpu' is not known"):
+        choose_device("tpu", "auto")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RwkvRevError, match="no GPU here; use device = cpu"):
+        choose_device("cuda", "auto")
