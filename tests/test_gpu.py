@@ -1,5 +1,6 @@
 """The promises of the reversible trainer on a CUDA device (marker ``gpu``)."""
 
+import copy
 import gc
 import pydoc_data.topics
 from pathlib import Path
@@ -13,6 +14,7 @@ from rwkv_rev.benchmark.training import compare, random_tokens, step
 from rwkv_rev.bptt import cuda_graphs
 from rwkv_rev.errors import ReversalMismatchError
 from rwkv_rev.reversal.tape import Tape
+from rwkv_rev.state import RwkvRevState
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -94,6 +96,42 @@ def test_graphs_change_no_bit(trained, strategy, autocast, monkeypatch):
     assert len(runs) < CONTEXT // 128
     assert with_graphs[0] == without[0]
     assert torch.equal(with_graphs[1], without[1])
+
+
+def test_graphs_of_a_frozen_base_with_low_rank_additions(trained, monkeypatch):
+    peft = pytest.importorskip("peft")
+    model, ids, _ = trained
+    model = copy.deepcopy(model)
+    settings = peft.LoraConfig(r=4, lora_dropout=0.0, target_modules=["key", "receptance"])
+    wrapped = peft.get_peft_model(model, settings).train()
+    state = model.model.initial_state(1)
+    runs = []
+    for switch in ("1", "0"):
+        monkeypatch.setenv(cuda_graphs.SWITCH, switch)
+        initial = RwkvRevState(*(t.detach().requires_grad_() for t in state.tensors()))
+        wrapped.zero_grad()
+        with model.set_bptt("reversible", chunk_length=128):
+            loss = wrapped(input_ids=ids, labels=ids, state=initial).loss
+            loss.backward()
+        trained_only = {name: p.grad for name, p in wrapped.named_parameters() if p.grad is not None}
+        assert trained_only and all("lora_" in name for name in trained_only)
+        runs.append([loss.detach(), *trained_only.values(), *(t.grad for t in initial.tensors())])
+    assert not cuda_graphs._failures
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+def test_a_model_on_the_second_gpu(trained, autocast):
+    """Kernels and graphs run where the tensors are, not on the current device."""
+    model, ids, _ = trained
+    expected = gradients(model, ids, "reversible", 128, autocast)
+    moved = copy.deepcopy(model).to("cuda:1")
+    found = gradients(moved, ids.to("cuda:1"), "reversible", 128, autocast)
+    assert torch.cuda.current_device() == 0
+    assert not cuda_graphs._failures
+    assert found[0] == expected[0]
+    assert torch.equal(found[1].cpu(), expected[1].cpu())
 
 
 def test_a_wrong_state_is_noticed_in_a_graph(trained, monkeypatch):

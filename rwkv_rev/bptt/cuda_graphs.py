@@ -108,7 +108,7 @@ class ForwardGraph:
             none = None if record.raised is None else torch.zeros(record.raised.shape, dtype=torch.bool)
             return after, record, FlatRecord.of(record.tensors(none), chunk.inputs.targets.device)
 
-        self._graph, (self._after, self._record, self._flat) = _record(run)
+        self._graph, (self._after, self._record, self._flat) = _record(run, chunk.inputs.targets.device)
 
     def run(self, chunk: Chunk, states: list[ExactStates], tape: Tape) -> list[ExactStates]:
         """Put the record of ``chunk`` on the tape; the states returned hold until the next run."""
@@ -172,7 +172,7 @@ class BackwardGraph:
             loss.add_(found.gradients.loss)
             return found.states, found.gradients.state, found.exactly
 
-        self._graph, (self._states, self._outgoing, self._exactly) = _record(run)
+        self._graph, (self._states, self._outgoing, self._exactly) = _record(run, record.data.device)
 
     def fits(self, chunk: Chunk, record: FlatRecord, chunks: list[Chunk]) -> bool:
         """Whether ``chunk`` with ``record`` can be run."""
@@ -201,12 +201,15 @@ def cloned(states: list[ExactStates]) -> list[ExactStates]:
     return [(_clone(time), _clone(channel)) for time, channel in states]
 
 
-def _record(work: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+def _record(work: Callable[[], T], device: torch.device) -> tuple[torch.cuda.CUDAGraph, T]:
     """A graph of ``work``, whose kernels have all run before, and the tensors that its replays fill."""
     torch.cuda.empty_cache()  # the graph has memory of its own: what chunks before it used is free for that
     graph = torch.cuda.CUDAGraph()
     # thread_local: other threads (a process group's watchdog) may use the device meanwhile
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with (
+        torch.cuda.device(device),
+        torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
+    ):
         result = work()
     return graph, result
 

@@ -174,11 +174,12 @@ def advance(
         torch.empty_like(mantissa, dtype=torch.float32),
         torch.empty_like(exponent, dtype=torch.int64),
     )
-    _advance[(batch * heads,)](
-        mantissa, exponent, contribution.contiguous(), decay, 0 if decay.shape[0] == 1 else heads * size,
-        layout.widths, layout.offsets, layout.row_bytes, target_bits, non_finite, *result,
-        heads, size, layout.planes, BN=triton.next_power_of_2(size), num_warps=_warps(size),
-    )  # fmt: skip
+    with torch.cuda.device_of(mantissa):
+        _advance[(batch * heads,)](
+            mantissa, exponent, contribution.contiguous(), decay, 0 if decay.shape[0] == 1 else heads * size,
+            layout.widths, layout.offsets, layout.row_bytes, target_bits, non_finite, *result,
+            heads, size, layout.planes, BN=triton.next_power_of_2(size), num_warps=_warps(size),
+        )  # fmt: skip
     return result
 
 
@@ -195,11 +196,12 @@ def retreat(
     before = torch.empty_like(mantissa)
     floats = torch.empty_like(mantissa, dtype=torch.float32)
     prints = torch.empty_like(exponent, dtype=torch.int64)
-    _retreat[(batch * heads,)](
-        mantissa, exponent, contribution.contiguous(), decay, 0 if decay.shape[0] == 1 else heads * size,
-        layout.widths, layout.offsets, layout.row_bytes, packed, before, floats, prints,
-        heads, size, layout.planes, BN=triton.next_power_of_2(size), num_warps=_warps(size),
-    )  # fmt: skip
+    with torch.cuda.device_of(mantissa):
+        _retreat[(batch * heads,)](
+            mantissa, exponent, contribution.contiguous(), decay, 0 if decay.shape[0] == 1 else heads * size,
+            layout.widths, layout.offsets, layout.row_bytes, packed, before, floats, prints,
+            heads, size, layout.planes, BN=triton.next_power_of_2(size), num_warps=_warps(size),
+        )  # fmt: skip
     return Retreated(before, floats, prints)
 
 
