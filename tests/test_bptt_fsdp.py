@@ -1,4 +1,4 @@
-"""``fully_shard`` over two processes (gloo): a model sharded as one unit trains as it does whole; by block is refused."""
+"""``fully_shard`` over two processes (gloo): a model sharded as one unit trains as whole; block by block is refused."""
 
 from datetime import timedelta
 from pathlib import Path
