@@ -488,7 +488,7 @@ def _on_host(tensor: Tensor) -> Callable[[], Tensor]:
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     copy.copy_(tensor, non_blocking=True)
     event = torch.cuda.Event()
-    event.record()
+    event.record(torch.cuda.current_stream(tensor.device))
 
     def wait() -> Tensor:
         event.synchronize()
