@@ -26,6 +26,9 @@ def inspect(
     chunk_length: Annotated[
         int | None, typer.Option(min=1, metavar="C", help="Its chunk length.  [default: 1024]")
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="Of the forecast: cpu, cuda; auto is cuda if there is a GPU.")
+    ] = "auto",
     numerics: Annotated[
         bool, typer.Option("--numerics", help="How long each floating-point format lasts on these decays.")
     ] = False,
@@ -47,12 +50,20 @@ def inspect(
 
       rwkv-rev inspect BlinkDL/rwkv-4-pile-169m --file '*8023.pth'
     """
+    import torch
+
     from rwkv_rev.converters.inspection import inspect_source
+    from rwkv_rev.errors import RwkvRevError
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise RwkvRevError(f"there is no device {device!r} to forecast for: use cpu, cuda or auto")
 
     found = inspect_source(source, file=file, revision=revision, progress=True)
     forecasts, limits = None, None
     if context_length is not None:
         from rwkv_rev.forecast import forecast_memory
+
+        on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
 
         forecasts = forecast_memory(
             found.config,
@@ -61,10 +72,9 @@ def inspect(
             context_length=context_length,
             batch_size=batch_size,
             chunk_length=chunk_length,
+            fused=on_gpu,
         )
     if numerics:
-        import torch
-
         from rwkv_rev.numerics import format_limits
 
         limits = format_limits(torch.cat([log_decay.flatten() for log_decay in found.log_decays]))
@@ -87,7 +97,8 @@ def inspect(
     if forecasts is not None:
         chunk = min(chunk_length or found.config.chunk_length, context_length or 1)
         output.print_table(
-            f"Memory of a gradient: {context_length:,} tokens x {batch_size}, chunks of {chunk:,}, float32",
+            f"Memory of a gradient: {context_length:,} tokens x {batch_size}, chunks of {chunk:,}, float32, "
+            + ("CUDA kernels" if on_gpu else "CPU"),
             ["strategy", ">weights", ">gradients", ">graph", ">states", ">device at its peak", ">tape"],
             [
                 [

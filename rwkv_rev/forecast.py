@@ -10,7 +10,10 @@ n tokens holds, in numbers of 4 bytes,
 The k vectors are, in the time mix, the residual stream, its LayerNorm, the shifted and the mixed inputs, r, k, v, the
 recurrence's output before and after GroupNorm, gate, its silu and their product; in the channel mix the residual,
 LayerNorm, shifted and two mixed inputs, receptance and value. F numbers are the hidden layer before and after
-squaring. The peak of device memory comes at one of three moments:
+squaring. The CUDA kernels (``fused``) keep neither the shifted inputs nor the steps between GroupNorm and its gate: k
+is 18, 15 and 17 there, with one state per 64 tokens (RWKV-5) or none (RWKV-4).
+
+The peak of device memory comes at one of three moments:
 
     loss        graph + states + 3 logits + head gradient
     backward    graph + states + head gradient + (2 F + 5 D) n + 0.4 of a layer's weights
@@ -45,6 +48,8 @@ STRATEGIES = ("full", "checkpoint", "reversible", "truncated")
 NUMBER = 4
 """Bytes of a float32."""
 _VECTORS = {"4": 18, "5.0": 18, "5.1": 22, "5.2": 22}
+_FUSED_VECTORS = {"4": 17, "5.0": 15, "5.1": 18, "5.2": 18}
+_FUSED_SUB_CHUNK = 64  # of wkv/triton_wkv5.py, which cannot be imported without triton
 _LOGIT_COPIES = 3
 _BACKWARD_VECTORS = 5
 _LAYER_SHARE = 0.4
@@ -92,6 +97,7 @@ def forecast_memory(
     half: bool = False,
     weight_bytes: int = NUMBER,
     checkpoint_blocks: bool = False,
+    fused: bool = False,
 ) -> tuple[StrategyForecast, ...]:
     """Forecast the memory of one loss and its gradient.
 
@@ -106,6 +112,7 @@ def forecast_memory(
         half: whether autocast computes in 16 bits.
         weight_bytes: of one weight.
         checkpoint_blocks: whether the graph keeps only the blocks' inputs (activation checkpointing).
+        fused: whether the CUDA kernels run.
     """
     chunk = min(chunk_length or config.chunk_length, context_length)
     run = _Run(
@@ -119,6 +126,7 @@ def forecast_memory(
         graph_share=_HALF_GRAPH if half else 1.0,
         half_copies=2 * (parameters - 2 * config.vocab_size * config.hidden_size) if half else 0,
         checkpoint_blocks=checkpoint_blocks,
+        fused=fused,
     )
     return tuple(_forecast(name, run) for name in STRATEGIES)
 
@@ -137,6 +145,7 @@ class _Run:
     graph_share: float
     half_copies: int
     checkpoint_blocks: bool
+    fused: bool
 
 
 def _forecast(name: str, run: _Run) -> StrategyForecast:
@@ -144,7 +153,7 @@ def _forecast(name: str, run: _Run) -> StrategyForecast:
     layers, width = config.num_hidden_layers, config.hidden_size
     at_once = run.context if name == "full" else run.lengths[0]
     tokens = batch * at_once
-    held = graph_bytes(config, batch, at_once, checkpoint_blocks=run.checkpoint_blocks)
+    held = graph_bytes(config, batch, at_once, checkpoint_blocks=run.checkpoint_blocks, fused=run.fused)
     graph = round(run.graph_share * held) + run.half_copies
     sums = 0 if name == "full" or len(run.lengths) == 1 else gradients
     memory = NUMBER * batch * width * (config.head_size if config.has_heads else 3)
@@ -175,7 +184,9 @@ def _forecast(name: str, run: _Run) -> StrategyForecast:
     )
 
 
-def graph_bytes(config: RwkvRevConfig, batch: int, length: int, *, checkpoint_blocks: bool = False) -> int:
+def graph_bytes(
+    config: RwkvRevConfig, batch: int, length: int, *, checkpoint_blocks: bool = False, fused: bool = False
+) -> int:
     """Bytes that the graph of ``batch`` rows of ``length`` tokens keeps, loss and weights aside.
 
     With ``checkpoint_blocks`` the inputs of the blocks, and one block's graph while it is differentiated.
@@ -184,12 +195,16 @@ def graph_bytes(config: RwkvRevConfig, batch: int, length: int, *, checkpoint_bl
     layers = 1 if checkpoint_blocks else config.num_hidden_layers
     if config.has_heads:
         # one per sub-chunk, the scan's last, and the state before the chunk
-        state = batch * (math.ceil(length / SUB_CHUNK) + 2) * width * config.head_size
+        sub_chunk = _FUSED_SUB_CHUNK if fused else SUB_CHUNK
+        state = batch * (math.ceil(length / sub_chunk) + 2) * width * config.head_size
+    elif fused:
+        state = 0
     else:
         piece = 1 << ((length - 1).bit_length() // 2)  # of the scan, see wkv/chunked_wkv4.py
         pieces = -(-length // piece)
         state = 3 * batch * (piece + 1) * pieces * width
-    vectors = _VECTORS[config.rwkv_version] * width + 2 * config.intermediate_size
+    per_layer = _FUSED_VECTORS if fused else _VECTORS
+    vectors = per_layer[config.rwkv_version] * width + 2 * config.intermediate_size
     inputs = config.num_hidden_layers * width if checkpoint_blocks else 0
     return NUMBER * (batch * length * (layers * vectors + 2 * width + inputs) + layers * state)
 

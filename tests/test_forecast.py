@@ -207,16 +207,19 @@ def test_only_full_and_the_tape_grow_with_the_context() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_device_memory_on_cuda(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same constants hold for the chunked kernels on a GPU."""
-    monkeypatch.setenv("RWKV_REV_KERNEL", "chunked")
+@pytest.mark.parametrize("kernel", ["chunked", "triton"])
+@pytest.mark.parametrize("version", WIDE)
+def test_device_memory_on_cuda(
+    version: str, kernel: str, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RWKV_REV_KERNEL", kernel)
     torch.manual_seed(0)
-    model = RwkvRevForCausalLM(WIDE["5.2"]).cuda()
+    model = RwkvRevForCausalLM(WIDE[version]).cuda()
     ids = torch.randint(0, 1000, (2, 2048), device="cuda")
     for _ in range(2):  # the first call also allocates workspaces of libraries
         model.zero_grad()
         torch.cuda.reset_peak_memory_stats()
         with model.set_bptt(strategy, chunk_length=512):
             model(ids, labels=ids).loss.backward()
-    forecast = forecasts(model, 2048, 2, 512)[strategy]
+    forecast = forecasts(model, 2048, 2, 512, fused=kernel == "triton")[strategy]
     assert forecast.device == pytest.approx(torch.cuda.max_memory_allocated(), rel=TOLERANCE)
