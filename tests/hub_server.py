@@ -2,16 +2,19 @@
 
 Repository info (with and without a revision), the file tree, ``resolve`` by HEAD and GET, large files behind
 a redirect to another host name with ``X-Linked-*`` headers, range requests, entity tags, gated and private
-repositories, and downloads that are cut. What was asked for is kept in ``HubServer.requests``.
+repositories, and downloads that are cut; and for uploads: creating a repository, checking a card's metadata, the
+preupload call, large files by the LFS protocol, commits. What was asked for is kept in ``HubServer.requests``.
 
 The header names and error codes are those of https://huggingface.co/docs/hub/api and of the
 ``huggingface_hub`` client (``X-Repo-Commit``, ``X-Error-Code: RepoNotFound`` and so on).
 """
 
+import base64
 import hashlib
 import json
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -68,6 +71,10 @@ class HubServer:
         self.requests: list[Request] = []
         self.cuts: list[int] = []  # bytes after which each next large download is cut off
         self.status: int | None = None  # answer everything with this status
+        self.writers: dict[str, str] = {}  # the namespace that a token may write to
+        self.refusals: dict[str, int] = {}  # status by step: create, validate, preupload, batch, lfs, commit
+        self.messages: list[str] = []  # of commits
+        self.large_files: dict[str, bytes] = {}  # uploaded, by SHA-256
         server = self
 
         class Handler(_Handler):
@@ -114,6 +121,107 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._answer()
+
+    def do_POST(self) -> None:
+        self._take()
+
+    def do_PUT(self) -> None:
+        self._take()
+
+    def _take(self) -> None:
+        """Everything that uploads."""
+        body = self._body()
+        url = urlsplit(self.path)
+        path = unquote(url.path)
+        self.hub.requests.append(Request(self.command, self.headers.get("Host", ""), path, self.headers))
+        if path == "/api/repos/create":
+            return self._step(
+                "create", lambda: self._create(json.loads(body)), json.loads(body)["organization"]
+            )
+        if path == "/api/validate-yaml":
+            return self._step("validate", lambda: self._json({"errors": [], "warnings": []}, ""))
+        if match := re.fullmatch(r"/lfs/([0-9a-f]{64})", path):
+            return self._step("lfs", lambda: self._large(match[1], body))
+        if match := re.fullmatch(r"/([^/]+)/([^/]+)\.git/info/lfs/objects/batch", path):
+            return self._step("batch", lambda: self._batch(json.loads(body)), match[1])
+        if match := re.fullmatch(r"/api/models/([^/]+)/([^/]+)/(preupload|commit)/main", path):
+            name = f"{match[1]}/{match[2]}"
+            if match[3] == "preupload":
+                return self._step("preupload", lambda: self._preupload(name, json.loads(body)), match[1])
+            return self._step("commit", lambda: self._commit(name, body), match[1])
+        return self._error(404, "", "no such route")
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def _step(self, name: str, answer: Callable[[], None], namespace: str | None = None) -> None:
+        """Answer unless this step is to be refused, or the token may not write to ``namespace``."""
+        if status := self.hub.refusals.get(name):
+            return self._error(status, "", f"{name} refused on purpose")
+        if namespace is not None and self._token() is None:
+            return self._error(401, "", "Invalid username or password.")
+        if namespace is not None and self.hub.writers.get(self._token() or "") != namespace:
+            return self._error(403, "", f"You don't have the rights to create a model under {namespace}")
+        return answer()
+
+    def _create(self, asked: dict[str, Any]) -> None:
+        name = f"{asked['organization']}/{asked['name']}"
+        if name in self.hub.repositories:
+            body = json.dumps({"error": "exists", "url": f"{self.hub.endpoint}/{name}"}).encode()
+            return self._send(409, body, {})
+        self.hub.repositories[name] = Repository({})
+        return self._json({"url": f"{self.hub.endpoint}/{name}", "name": name, "id": "0"}, "")
+
+    def _preupload(self, name: str, asked: dict[str, Any]) -> None:
+        large = self.hub.repositories[name].large
+        files = [
+            {
+                "path": file["path"],
+                "uploadMode": "lfs" if file["size"] >= large else "regular",
+                "shouldIgnore": False,
+                "oid": None,
+            }
+            for file in asked["files"]
+        ]
+        return self._json({"files": files}, "")
+
+    def _batch(self, asked: dict[str, Any]) -> None:
+        objects = [
+            item | {"actions": {"upload": {"href": f"{self.hub.endpoint}/lfs/{item['oid']}"}}}
+            for item in asked["objects"]
+        ]
+        return self._json({"transfer": "basic", "objects": objects}, "")
+
+    def _large(self, digest: str, body: bytes) -> None:
+        if _sha256(body) != digest:
+            return self._error(400, "", "the content has another SHA-256")
+        self.hub.large_files[digest] = body
+        return self._send(200, b"", {})
+
+    def _commit(self, name: str, body: bytes) -> None:
+        files: dict[str, bytes] = {}
+        for line in body.splitlines():
+            item = json.loads(line)
+            value = item["value"]
+            if item["key"] == "header":
+                self.hub.messages.append(value["summary"])
+            elif item["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif item["key"] == "lfsFile":
+                files[value["path"]] = self.hub.large_files[value["oid"]]
+        repository = self.hub.repositories[name]
+        repository.files.update(files)
+        commit = commit_id(repository.files)
+        return self._json(
+            {"commitUrl": f"{self.hub.endpoint}/{name}/commit/{commit}", "commitOid": commit}, commit
+        )
 
     def _answer(self) -> None:
         url = urlsplit(self.path)

@@ -216,7 +216,10 @@ def test_refuses_a_checkpoint_of_another_run(bundled: dict[str, Path], tmp_path:
         assert not (tmp_path / "next").exists()
 
 
-def test_refuses_what_cannot_work(bundled: dict[str, Path], tmp_path: Path) -> None:
+def test_refuses_what_cannot_work(
+    bundled: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rwkv_rev.training.callbacks.find_spec", lambda name: None)
     data, empty = counting_text(tmp_path / "data.txt"), tmp_path / "empty.txt"
     empty.write_text("")
     (tmp_path / "full").mkdir()
@@ -233,6 +236,7 @@ def test_refuses_what_cannot_work(bundled: dict[str, Path], tmp_path: Path) -> N
         ({"tune": "lora", "lora_targets": ["query"]}, "no linear map is called 'query'; there are gate, key"),
         ({"device": "tpu"}, "device = 'tpu' is not known"),
         ({"dtype": "float16"}, "float16 needs a GPU"),
+        ({"report_to": "wandb"}, "report_to = wandb needs a package: pip install wandb"),
     ):
         with pytest.raises(RwkvRevError, match=message) as error:
             finetune(type(good)(**(good.to_dict() | changes)))

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,20 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rwkv_rev.errors import DataError
+from rwkv_rev.training.config import ConfigError
+
+_REPORTERS = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "trackio": ("trackio",),
+}
+
+
+def refuse_missing_reporter(name: str) -> None:
+    """Raise ConfigError when the package that ``report_to = name`` needs is not installed."""
+    packages = _REPORTERS.get(name, ())
+    if packages and not any(find_spec(package) for package in packages):
+        raise ConfigError(f"report_to = {name} needs a package: pip install {packages[0]}")
 
 
 class Log(TrainerCallback):

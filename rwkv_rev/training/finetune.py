@@ -23,11 +23,12 @@ from transformers import set_seed
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.converters.inspection import inspect_source
+from rwkv_rev.converters.publish import publish, refuse_unpublishable
 from rwkv_rev.converters.safe_output import check_output
 from rwkv_rev.errors import CheckpointError, OutputError
 from rwkv_rev.modeling import RwkvRevForCausalLM
 from rwkv_rev.training.batches import BatchOrder
-from rwkv_rev.training.callbacks import Bar, Log, StopAtBadLoss, read_log
+from rwkv_rev.training.callbacks import Bar, Log, StopAtBadLoss, read_log, refuse_missing_reporter
 from rwkv_rev.training.config import FinetuneConfig
 from rwkv_rev.training.documents import Fields
 from rwkv_rev.training.evaluate import count_token_bytes
@@ -141,6 +142,9 @@ def plan(config: FinetuneConfig, *, progress: bool = False) -> Plan:
     else:
         notes = []
     _refuse_output(config)
+    if config.push_to_hub:
+        refuse_unpublishable(config.push_to_hub)
+    refuse_missing_reporter(config.report_to)
     refuse_launch()
     device, dtype = choose_device(config.device, config.dtype)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -226,9 +230,7 @@ def run(config: FinetuneConfig, *, notify: Notify = lambda text: None, quiet: bo
     if first:
         shutil.rmtree(work, ignore_errors=True)
         if config.push_to_hub:
-            from rwkv_rev.converters.publish import publish
-
-            result = replace(result, address=publish(result.output, config.push_to_hub))
+            result = replace(result, address=publish(result.output, config.push_to_hub, kind="fine-tuned"))
     return result
 
 

@@ -72,6 +72,9 @@ def save_finetuned(
         (history / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
         summary = {"plan": _public(planned), "result": _public(result)}
         (history / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
+        events = config.work_directory / "runs"
+        if events.is_dir():  # TensorBoard's
+            shutil.copytree(events, history / "runs")
         if has_matplotlib():
             plot_losses(rows, history / "loss.png", f"{output.name}: {config.tune}")
 
