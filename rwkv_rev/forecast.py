@@ -5,7 +5,8 @@ n tokens holds, in numbers of 4 bytes,
 
     n (L (k D + 2 F) + 2 D) + L s    k = 22 vectors (5.1, 5.2), 18 (5.0, no gate), 18 (4)
                                      s = states of the recurrence: D N (n / 32 + 2 B) (RWKV-5, one matrix per
-                                         sub-chunk and two), 3 D n (1 + 1/c) (RWKV-4, c the scan's piece)
+                                         sub-chunk and two), 2 D n (1 + 1/c) (RWKV-4, c the scan's piece;
+                                         3 where c does not divide n / B)
 
 The k vectors are, in the time mix, the residual stream, its LayerNorm, the shifted and the mixed inputs, r, k, v, the
 recurrence's output before and after GroupNorm, gate, its silu and their product; in the channel mix the residual,
@@ -202,7 +203,8 @@ def graph_bytes(
     else:
         piece = 1 << ((length - 1).bit_length() // 2)  # of the scan, see wkv/chunked_wkv4.py
         pieces = -(-length // piece)
-        state = 3 * batch * (piece + 1) * pieces * width
+        numbers = 2 if length % piece == 0 else 3  # without maxima, see wkv/linear_wkv4.py
+        state = numbers * batch * (piece + 1) * pieces * width
     per_layer = _FUSED_VECTORS if fused else _VECTORS
     vectors = per_layer[config.rwkv_version] * width + 2 * config.intermediate_size
     inputs = config.num_hidden_layers * width if checkpoint_blocks else 0
