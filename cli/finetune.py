@@ -123,7 +123,7 @@ def finetune(
     if dry_run:
         from rwkv_rev.training.finetune import plan
 
-        planned = plan(settings, progress=not quiet)
+        planned = plan(settings, progress=not quiet, keep_cache=False)
         if first_process():
             _print_plan(planned, as_json)
         return

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from finetune_cases import counting_text, finetune, losses, settings, split_text
 from safetensors.torch import load_file
 
 import rwkv_rev
-from rwkv_rev.errors import RwkvRevError
+from rwkv_rev.errors import OutputError, RwkvRevError
 from rwkv_rev.modeling import RwkvRevForCausalLM
 from rwkv_rev.training.callbacks import StopAtBadLoss
 from rwkv_rev.training.finetune import plan
@@ -100,6 +101,34 @@ def test_a_finetuned_model_runs_elsewhere(
     )
     original = rwkv_rev.verify(tmp_path / "out", original=f"bundled:rwkv-{version}", tokens=64)
     assert not original.passed, "the values are no longer the original's"
+
+
+@pytest.mark.parametrize(("version", "tune"), [("5.2", "full"), ("5.2", "lora"), ("4", "full")])
+def test_the_rwkv_package_loads_the_export(
+    bundled: dict[str, Path], tmp_path: Path, version: str, tune: str
+) -> None:
+    """``export --to blinkdl``: the package reads the file itself and computes the fine-tuned model's logits."""
+    data = counting_text(tmp_path / "data.txt")
+    finetune(settings(bundled[version], data, tmp_path / "out", tune=tune, lr=3e-3))
+    rwkv_rev.export(tmp_path / "out", tmp_path / "out.pth", to="blinkdl")
+    found = rwkv_rev.verify(tmp_path / "out", original=str(tmp_path / "out.pth"), oracle="rwkv", tokens=96)
+    assert found.passed and [row.oracle for row in found.rows] == ["rwkv"], found.table()
+    rwkv_rev.export(bundled[version], tmp_path / "before.pth", to="blinkdl")
+    before = rwkv_rev.verify(
+        tmp_path / "out", original=str(tmp_path / "before.pth"), oracle="rwkv", tokens=16
+    )
+    assert not before.rows[0].passed, "the package must have read what training changed"
+
+
+def test_an_output_in_use_is_refused(bundled: dict[str, Path], tmp_path: Path) -> None:
+    config = settings(bundled["5.2"], counting_text(tmp_path / "data.txt"), tmp_path / "out")
+    config.work_directory.mkdir()
+    with (
+        FileLock(config.work_directory / ".lock"),
+        pytest.raises(OutputError, match="is in use by another run"),
+    ):
+        finetune(config)
+    assert not (tmp_path / "out").exists()
 
 
 def test_export_to_transformers(bundled: dict[str, Path], tmp_path: Path) -> None:

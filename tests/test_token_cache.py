@@ -1,5 +1,6 @@
 """Tokenised once, found again, never stale, safe between processes."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -89,6 +90,30 @@ def test_second_load_reads_the_cache(data: Path, tmp_path: Path) -> None:
     assert moved.cache == first.cache and moved.place(0) == f"{tmp_path / 'moved' / 'a.txt'}:1"
     assert not log.exists()
     assert [path.suffix for path in (tmp_path / "cache").iterdir() if path.is_file()] == [".lock"]
+
+
+def test_what_is_not_kept_goes_with_the_store(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch, cache = tmp_path / "scratch", tmp_path / "cache"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    store = load_tokens(data, Bytes(), cache_dir=cache, num_workers=1, keep=False)
+    assert not cache.exists() and len(list(scratch.iterdir())) == 1
+    tokens, fingerprint = len(store), store.fingerprint
+    del store
+    gc.collect()
+    assert not list(scratch.iterdir())
+    kept = load_tokens(data, Bytes(), cache_dir=cache, num_workers=1)
+    assert (len(kept), kept.fingerprint) == (tokens, fingerprint)
+    again = load_tokens(
+        data, Bytes(), cache_dir=cache, num_workers=1, keep=False
+    )  # it is there, so it is read
+    assert again.cache == kept.cache and not list(scratch.iterdir())
+    (data / "bad.txt").write_text("\uffff")
+    with pytest.raises(DataError, match=r"bad\.txt"):
+        load_tokens(data, Bytes(), cache_dir=cache, num_workers=1, keep=False)
+    assert not list(scratch.iterdir())
 
 
 @pytest.mark.parametrize("change", ["data", "tokenizer", "end", "fields"])

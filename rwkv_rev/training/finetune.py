@@ -125,8 +125,10 @@ class FinetuneResult:
         return values
 
 
-def plan(config: FinetuneConfig, *, progress: bool = False) -> Plan:
+def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = True) -> Plan:
     """Read the model's headers and the data, and refuse what cannot work.
+
+    ``keep_cache`` False leaves no trace: data that is not in the cache of tokens yet does not go there either.
 
     Raises:
         ConfigError, SourceError, CheckpointError, DataError, OutputError, StrategyError: one line each.
@@ -149,7 +151,7 @@ def plan(config: FinetuneConfig, *, progress: bool = False) -> Plan:
     device, dtype = choose_device(config.device, config.dtype)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rows = RowDataset(
-        _load(config, config.data, progress=progress),
+        _load(config, config.data, progress=progress, keep=keep_cache),
         config.context_length,
         pack=config.pack,
         carry_state=config.carry_state,
@@ -310,7 +312,12 @@ def _result(
 
 
 def _load(
-    config: FinetuneConfig, data: list[str], *, held_out: bool = False, progress: bool = False
+    config: FinetuneConfig,
+    data: list[str],
+    *,
+    held_out: bool = False,
+    progress: bool = False,
+    keep: bool = True,
 ) -> TokenStore:
     fields = Fields(config.text_field, config.prompt_field, config.completion_field)
     end: Any = None if held_out or config.end_token == "none" else config.end_token
@@ -322,6 +329,7 @@ def _load(
         cache_dir=config.cache_dir,
         num_workers=config.num_workers,
         progress=progress and sys.stderr.isatty(),
+        keep=keep,
     )
 
 

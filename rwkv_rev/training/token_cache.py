@@ -17,7 +17,9 @@ import json
 import multiprocessing
 import os
 import shutil
+import tempfile
 import uuid
+import weakref
 from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
@@ -55,13 +57,15 @@ def load_tokens(
     cache_dir: str | Path | None = None,
     num_workers: int | None = None,
     progress: bool = False,
+    keep: bool = True,
 ) -> TokenStore:
     """Documents of ``data`` as token ids, from the cache or tokenised now.
 
     ``tokenizer``: any transformers tokenizer, or anything with ``encode(text) -> ids``; not needed for
     binidx alone. No special tokens are added but ``end_token``, put after every document (not after binidx
     ones, which bring their own): an id, None for none, or "auto" for the tokenizer's ``eos_token_id``.
-    ``num_workers`` None: one a core for large data, else 1. ``progress``: a bar on stderr. Raises DataError
+    ``num_workers`` None: one a core for large data, else 1. ``progress``: a bar on stderr. ``keep`` False:
+    what is not in the cache yet goes to a temporary folder, which goes with the store. Raises DataError
     (missing, empty or unparsable data, naming file and line; ids outside ``vocab_size``).
     """
     fields = fields or Fields()
@@ -71,12 +75,19 @@ def load_tokens(
         raise DataError(f"{texts[0].name}: is text, and no tokenizer was given")
     end = getattr(tokenizer, "eos_token_id", None) if end_token == "auto" else end_token
     assert end is None or isinstance(end, int)
-    parts, hashes, cached = [], [], None
+    parts, hashes, cached, temporary = [], [], None, None
     if texts:
         hashes = [source.content_hash() for source in texts]
         key = _key(tokenizer, end, fields, hashes)
         root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
-        cached = _open_or_build(root, key, texts, tokenizer, end, fields, num_workers, progress)
+        if not keep and _read_meta(root / key) is None:
+            root = temporary = Path(tempfile.mkdtemp(prefix="rwkv-rev-tokens-"))
+        try:
+            cached = _open_or_build(root, key, texts, tokenizer, end, fields, num_workers, progress)
+        except BaseException:
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
         parts.append(_part(cached, texts))
         hashes = [key]
     for source in sources:
@@ -96,6 +107,8 @@ def load_tokens(
         max_token=meta["max_token"],
         cache=cached,
     )
+    if temporary is not None:
+        weakref.finalize(store, shutil.rmtree, temporary, ignore_errors=True)
     if vocab_size is not None:
         store.check_vocabulary(vocab_size)
     return store
