@@ -114,11 +114,10 @@ def test_other_ways_of_tuning(
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-@pytest.mark.parametrize("tune", ["full", "lora"])
-def test_sharded_optimizer(bundled: dict[str, Path], data: Path, tmp_path: Path, tune: str) -> None:
+def test_sharded_optimizer(bundled: dict[str, Path], data: Path, tmp_path: Path) -> None:
     """Half the state in each process, the same losses; killed, it goes on sharded, and unsharded in one process."""
     cache, steps = tmp_path / "cache", 12
-    rest = [*("--tune", tune, "--weight-decay", 0.1, "--max-steps", steps, "--json", "--resume", "auto")]
+    rest = ["--weight-decay", 0.1, "--max-steps", steps, "--json", "--resume", "auto"]
 
     def arguments(output: str, batch: int) -> list[object]:
         return [*options(bundled["5.2"], data, tmp_path / output, cache), *rest, "--batch-size", batch]
