@@ -83,8 +83,8 @@ def test_a_kernel_that_never_gives_the_same(monkeypatch: pytest.MonkeyPatch, ver
     module, name = (time_mix_rwkv4, "wkv4") if version == "4" else (time_mix_rwkv5, "wkv5")
     kernel = getattr(module, name)
 
-    def noisy(*arguments: Any) -> Any:
-        return tuple(part * (1 + 1e-3 * torch.rand(())) for part in kernel(*arguments))
+    def noisy(*arguments: Any, **options: Any) -> Any:
+        return tuple(part * (1 + 1e-3 * torch.rand(())) for part in kernel(*arguments, **options))
 
     monkeypatch.setattr(module, name, noisy)
     with pytest.raises(ReversalMismatchError, match=r"layer \d+ before chunk \d+"):

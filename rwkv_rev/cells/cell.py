@@ -97,15 +97,17 @@ class ReversibleCell(nn.Module, ABC):
         """Linear maps of the mixed inputs [B, C, D], one for each of :meth:`mixes`; independent of the memory."""
 
     @abstractmethod
-    def read(self, projection: Any, memory: Tensor | None, mask: ChunkMask | None) -> tuple[Tensor, Any]:
-        """Output [B, C, D] and the chunk's contribution to the memory."""
+    def read(
+        self, projection: Any, memory: Tensor | None, mask: ChunkMask | None, plan: Any = None
+    ) -> tuple[Tensor, Any]:
+        """Output [B, C, D] and the chunk's contribution to the memory; ``plan`` saves time, where there is one."""
 
     def update(self, memory: Tensor | None, contribution: Any, mask: ChunkMask | None, length: int) -> Any:
         """The memory after the chunk, differentiable; ``length`` is C."""
         return None
 
     def memory_plan(self, length: int) -> Any:
-        """What :meth:`advance` and :meth:`retreat` of C = ``length`` tokens need of the weights, or None."""
+        """What chunks of C = ``length`` tokens need of the weights beyond themselves, or None."""
         return None
 
     def exact_memory(self, memory: Tensor | None) -> Any:
@@ -161,7 +163,7 @@ class ReversibleCell(nn.Module, ABC):
         plan = plan if plan is not None else self.plan(x.shape[1])
         state = self.carried(state, x, mask, plan)
         projection = self.project(*token_mixes(x, state.shift, mask, self.mixes()))
-        out, contribution = self.read(projection, self.float_memory(state.memory), mask)
+        out, contribution = self.read(projection, self.float_memory(state.memory), mask, plan.memory)
         memory, remnant = self.advance(state.memory, contribution, mask, plan.memory)
         assert state.carried is not None
         return (
@@ -203,7 +205,7 @@ class ReversibleCell(nn.Module, ABC):
         state = self.carried(state, x, mask, plan)
         start = leaves(self.float_state(state))
         projection = self.project(*token_mixes(x, start.shift, mask, self.mixes()))
-        return self._finish(state, start, projection, x, mask)
+        return self._finish(state, start, projection, x, mask, plan)
 
     def reversed_replay(
         self,
@@ -222,12 +224,18 @@ class ReversibleCell(nn.Module, ABC):
             memory = self.retreat(state.memory, projection, mask, remnant.memory, plan.memory)
         before = CellState(shift, memory, remnant.carried)
         start = FloatState(shift_leaf, leaves(self.float_state(before)).memory)
-        return self._finish(before, start, projection, x, mask)
+        return self._finish(before, start, projection, x, mask, plan)
 
     def _finish(
-        self, state: CellState, start: FloatState, projection: Any, x: Tensor, mask: ChunkMask | None
+        self,
+        state: CellState,
+        start: FloatState,
+        projection: Any,
+        x: Tensor,
+        mask: ChunkMask | None,
+        plan: CellPlan,
     ) -> Replay:
-        out, contribution = self.read(projection, start.memory, mask)
+        out, contribution = self.read(projection, start.memory, mask, plan.memory)
         memory = self.update(start.memory, contribution, mask, x.shape[1])
         return Replay(state, out, start, FloatState(last_token(x, start.shift, mask), memory))
 

@@ -42,6 +42,6 @@ class ChannelMix(ReversibleCell):
         return ChannelProjection(self.receptance(to_receptance), self.value(squared_relu(self.key(to_key))))
 
     def read(
-        self, projection: ChannelProjection, memory: Tensor | None, mask: ChunkMask | None
+        self, projection: ChannelProjection, memory: Tensor | None, mask: ChunkMask | None, plan: None = None
     ) -> tuple[Tensor, None]:
         return sigmoid_product(projection.receptance, projection.value), None

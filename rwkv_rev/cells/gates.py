@@ -1,7 +1,8 @@
 """The elementwise ends of the cells: gated GroupNorm, squared ReLU, sigmoid gate.
 
 Each is a PyTorch formula; on a CUDA device :mod:`rwkv_rev.cells.triton_gates` computes it in one launch
-(``RWKV_REV_KERNEL=chunked`` keeps to PyTorch).
+(``RWKV_REV_KERNEL=chunked`` keeps to PyTorch). Without gradients the formulas work in memory of their own: on a CPU
+new memory costs more than the arithmetic.
 """
 
 import torch
@@ -25,11 +26,13 @@ def gated_group_norm(
         from rwkv_rev.cells import triton_gates
 
         return triton_gates.gated_group_norm(y, weight, bias, eps, gate, dtype)
-    batch, length, heads, size = y.shape
-    flat = y.reshape(batch * length, heads * size)
-    normalized = F.group_norm(flat, heads, weight.to(y.dtype), bias.to(y.dtype), eps)
-    normalized = normalized.view(batch, length, -1).to(dtype)
-    return normalized if gate is None else normalized * F.silu(gate)
+    normalized = F.layer_norm(y, y.shape[-1:], eps=eps).flatten(2)
+    weight, bias = weight.to(y.dtype), bias.to(y.dtype)
+    if torch.is_grad_enabled():
+        normalized = (normalized * weight + bias).to(dtype)
+        return normalized if gate is None else normalized * F.silu(gate)
+    normalized = normalized.mul_(weight).add_(bias).to(dtype)
+    return normalized if gate is None else F.silu(gate).mul_(normalized)
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -38,7 +41,8 @@ def squared_relu(x: Tensor) -> Tensor:
         from rwkv_rev.cells import triton_gates
 
         return triton_gates.squared_relu(x)
-    return torch.relu(x).square()
+    rectified = torch.relu(x)
+    return rectified.square() if torch.is_grad_enabled() else rectified.square_()
 
 
 def sigmoid_product(gate: Tensor, x: Tensor) -> Tensor:
@@ -47,4 +51,5 @@ def sigmoid_product(gate: Tensor, x: Tensor) -> Tensor:
         from rwkv_rev.cells import triton_gates
 
         return triton_gates.sigmoid_product(gate, x)
-    return torch.sigmoid(gate) * x.to(gate.dtype)
+    factor = torch.sigmoid(gate)
+    return factor * x.to(gate.dtype) if torch.is_grad_enabled() else factor.mul_(x.to(gate.dtype))

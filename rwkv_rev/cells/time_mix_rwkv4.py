@@ -59,7 +59,7 @@ class TimeMixRwkv4(ReversibleCell):
         return log_decay_of(self.time_decay)
 
     def read(
-        self, projection: TimeProjection, memory: Tensor | None, mask: ChunkMask | None
+        self, projection: TimeProjection, memory: Tensor | None, mask: ChunkMask | None, plan: None = None
     ) -> tuple[Tensor, Tensor]:
         assert memory is not None
         receptance, key, value = projection

@@ -10,7 +10,7 @@ The matrix is reversed exactly in fixed point (:mod:`rwkv_rev.reversal.fixed_poi
 ``log2(1/w)`` bits per step and element.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from rwkv_rev.cells.gates import gated_group_norm
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.time_mix_rwkv4 import log_decay_of, wide
 from rwkv_rev.reversal.fixed_point import DecayPlan, FixedPoint, MemoryRemnant, decay_plan
-from rwkv_rev.wkv import wkv5, wkv5_contribution
+from rwkv_rev.wkv import Wkv5Work, wkv5, wkv5_contribution, wkv5_plan
 
 
 class TimeProjection(NamedTuple):
@@ -28,6 +28,14 @@ class TimeProjection(NamedTuple):
     key: Tensor  # [B, C, H, N]
     value: Tensor  # [B, C, H, N]
     gate: Tensor | None  # [B, C, D]
+    work: Wkv5Work  # what the contribution and the output share
+
+
+class MemoryPlan(NamedTuple):
+    """What a sweep computes once of the decays, for chunks of one length."""
+
+    reversal: DecayPlan
+    recurrence: Any  # of the kernel
 
 
 class TimeMixRwkv5(ReversibleCell):
@@ -82,6 +90,7 @@ class TimeMixRwkv5(ReversibleCell):
             self.key(to_key).view(heads),
             self.value(to_value).view(heads),
             None if self.gate is None else self.gate(*to_gate),
+            Wkv5Work(),
         )
 
     def log_decay(self) -> Tensor:
@@ -89,14 +98,26 @@ class TimeMixRwkv5(ReversibleCell):
         return self._per_channel(log_decay_of(self.time_decay))
 
     def read(
-        self, projection: TimeProjection, memory: Tensor | None, mask: ChunkMask | None
+        self,
+        projection: TimeProjection,
+        memory: Tensor | None,
+        mask: ChunkMask | None,
+        plan: MemoryPlan | None = None,
     ) -> tuple[Tensor, Tensor]:
         assert memory is not None
-        receptance, key, value, gate = projection
+        receptance, key, value, gate, work = projection
         bonus = wide(self.bonus)
         bonus = self._per_channel(torch.exp(bonus) if self.bonus_is_exponential else bonus)
         y, contribution = wkv5(
-            receptance, key, value, self.log_decay(), bonus, memory, None if mask is None else mask.valid
+            receptance,
+            key,
+            value,
+            self.log_decay(),
+            bonus,
+            memory,
+            None if mask is None else mask.valid,
+            plan=None if plan is None else plan.recurrence,
+            work=work,
         )
         norm = self.ln_x
         out = gated_group_norm(y, norm.weight, norm.bias, norm.eps, gate, receptance.dtype)
@@ -112,8 +133,9 @@ class TimeMixRwkv5(ReversibleCell):
             decay = torch.exp(mask.count[:, None, None, None] * self.log_decay()[None, :, :, None])
         return decay * memory + contribution
 
-    def memory_plan(self, length: int) -> DecayPlan:
-        return decay_plan(self.log_decay(), length)
+    def memory_plan(self, length: int) -> MemoryPlan:
+        log_decay = self.log_decay()
+        return MemoryPlan(decay_plan(log_decay, length), wkv5_plan(log_decay, length))
 
     def exact_memory(self, memory: Tensor | None) -> FixedPoint | None:
         return None if memory is None else FixedPoint.of(memory)
@@ -122,9 +144,9 @@ class TimeMixRwkv5(ReversibleCell):
         return memory.value(torch.float64 if self.time_decay.dtype == torch.float64 else torch.float32)
 
     def advance(
-        self, memory: FixedPoint, contribution: Tensor, mask: ChunkMask | None, plan: DecayPlan
+        self, memory: FixedPoint, contribution: Tensor, mask: ChunkMask | None, plan: MemoryPlan
     ) -> tuple[FixedPoint, MemoryRemnant]:
-        return memory.advance(contribution, None if mask is None else mask.count, plan)
+        return memory.advance(contribution, None if mask is None else mask.count, plan.reversal)
 
     def retreat(
         self,
@@ -132,13 +154,18 @@ class TimeMixRwkv5(ReversibleCell):
         projection: TimeProjection,
         mask: ChunkMask | None,
         remnant: MemoryRemnant,
-        plan: DecayPlan,
+        plan: MemoryPlan,
     ) -> FixedPoint:
         contribution = wkv5_contribution(
-            projection.key, projection.value, self.log_decay(), None if mask is None else mask.valid
+            projection.key,
+            projection.value,
+            self.log_decay(),
+            None if mask is None else mask.valid,
+            plan=plan.recurrence,
+            work=projection.work,
         )
         count = None if mask is None else mask.count
-        return memory.retreat(contribution, count, remnant, plan)
+        return memory.retreat(contribution, count, remnant, plan.reversal)
 
     def witness(self, before: FixedPoint, after: FixedPoint) -> Tensor:
         return before.fingerprint()
