@@ -171,6 +171,7 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
         parameters=facts.parameters,
         trained=count_trained(config, model_config, shapes),
         longest=int(rows.lengths().max()),
+        device=device,
         dtype=dtype,
         world_size=world_size,
     )

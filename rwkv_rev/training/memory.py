@@ -16,6 +16,7 @@ from rwkv_rev.errors import StrategyError
 from rwkv_rev.forecast import NUMBER, StrategyForecast
 from rwkv_rev.forecast import forecast_memory as forecast_strategies
 from rwkv_rev.training.config import FinetuneConfig
+from rwkv_rev.wkv.dispatch import choose_kernel
 
 LEAST_SHARE = 0.6
 """Of a forecast that a run takes at least: frozen weights let the graph drop inputs that are counted."""
@@ -64,6 +65,7 @@ def forecast_memory(
     parameters: int,
     trained: int,
     longest: int,
+    device: str,
     dtype: str,
     world_size: int = 1,
 ) -> MemoryForecast:
@@ -74,7 +76,7 @@ def forecast_memory(
         config: of the run.
         parameters, trained: number of weights, and of those with a gradient.
         longest: tokens of the longest row.
-        dtype: of the arithmetic.
+        device, dtype: of the arithmetic.
         world_size: number of processes.
     """
     chunk = config.chunk_length or model.chunk_length
@@ -91,6 +93,7 @@ def forecast_memory(
         half=half,
         weight_bytes=NUMBER if config.tune == "full" or not half else 2,
         checkpoint_blocks=config.checkpoint_blocks,
+        fused=choose_kernel(None, torch.empty(_shape_of_keys(model), device=device)) == "triton",
     )
     # reversible-lossy takes a little less tape than reversible, and the same device memory
     like = "reversible" if name == "reversible-lossy" else name
@@ -102,6 +105,13 @@ def forecast_memory(
         optimizer=_ADAM * trained // shares,
         kept_gradients=copies * NUMBER * trained,
         tokens_at_once=longest if name == "full" else min(chunk, longest),
+    )
+
+
+def _shape_of_keys(model: RwkvRevConfig) -> tuple[int, ...]:
+    """Of no tokens: what the choice of a kernel depends on."""
+    return (
+        (0, 0, model.num_attention_heads, model.head_size) if model.has_heads else (0, 0, model.hidden_size)
     )
 
 
