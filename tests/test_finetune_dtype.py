@@ -1,13 +1,14 @@
 """Half precision: weights are trained in float32, the loss falls, and stays near that of a float32 run."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from finetune_cases import counting_text, finetune, losses, settings
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 STEPS = 6
 NEAR = {"bfloat16": 0.02, "float16": 0.005}
@@ -53,6 +54,33 @@ def compare(
 )
 def test_bfloat16_on_the_cpu(bundled: dict[str, Path], tmp_path: Path, version: str, tune: str) -> None:
     compare(bundled[version], tmp_path, "cpu", "bfloat16", tune)
+
+
+@pytest.mark.parametrize("tune", ["lora", "state"])
+def test_frozen_weights_keep_their_bits(bundled: dict[str, Path], tmp_path: Path, tune: str) -> None:
+    """A source in float32, its frozen weights rounded to bfloat16 for training alone."""
+    source = tmp_path / "source"
+    shutil.copytree(bundled["5.2"], source)
+    generator = torch.Generator().manual_seed(0)
+    before = {
+        name: tensor.float() * (1 + 1e-3 * torch.randn(tensor.shape, generator=generator))
+        for name, tensor in load_file(source / "model.safetensors").items()
+    }
+    save_file(before, source / "model.safetensors", {"format": "pt"})
+    data = counting_text(tmp_path / "data.txt")
+    changes = {"lora_rank": 4, "lora_targets": ["time_mix.key"]} if tune == "lora" else {}
+    out = tmp_path / "out"
+    finetune(settings(source, data, out, tune=tune, lr=RATES[tune], dtype="bfloat16", **changes))
+    after = load_file(out / "model.safetensors")
+    maps = {name for name in before if name.endswith("time_mix.key.weight")} if tune == "lora" else set()
+    for name in before.keys() - maps:
+        assert torch.equal(after[name], before[name]), name
+    for name in maps:
+        adapter = load_file(out / "adapter" / "adapter_model.safetensors")
+        stem = name.removesuffix(".weight")
+        a, b = (next(t for n, t in adapter.items() if f"{stem}.lora_{x}" in n) for x in "AB")
+        torch.testing.assert_close(after[name], before[name] + 2.0 * b @ a, rtol=0, atol=1e-6)
+        assert not torch.equal(after[name], before[name])
 
 
 @pytest.mark.gpu

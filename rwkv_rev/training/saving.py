@@ -52,8 +52,11 @@ def save_finetuned(
     with whole_directory(output, force=config.force) as folder:
         if hasattr(model, "peft_config"):
             _save_adapter(model, folder / "adapter", source.name)
-        tensors = {name: tensor.detach() for name, tensor in merged(model).state_dict().items()}
-        dtype = _write_weights(tensors, source, folder, config.save_dtype)
+        with ConvertedModel(source) as before:
+            known = set(before.names())
+            plain = merged(model, lambda name: before.tensor(name) if name in known else None)
+            tensors = {name: tensor.detach() for name, tensor in plain.state_dict().items()}
+            dtype = _write_weights(tensors, before, folder, config.save_dtype)
         for file in sorted(source.iterdir()):
             if file.is_file() and not file.name.startswith(_NOT_COPIED):
                 shutil.copyfile(file, folder / file.name)
@@ -80,24 +83,21 @@ def save_finetuned(
 
 
 def _write_weights(
-    tensors: dict[str, torch.Tensor], source: Path, folder: Path, save_dtype: str
+    tensors: dict[str, torch.Tensor], before: ConvertedModel, folder: Path, save_dtype: str
 ) -> torch.dtype:
     """Returns the narrowest dtype that holds every stored value."""
     changed_dtype = torch.float32 if save_dtype == "auto" else getattr(torch, save_dtype)
-    with ConvertedModel(source) as before:
-        known = set(before.names())
+    known = set(before.names())
 
-        def stored_dtype(name: str) -> torch.dtype:
-            if name.startswith("model.initial_wkv."):
-                return torch.float32
-            if name in known and torch.equal(
-                before.tensor(name).to(tensors[name].dtype), tensors[name].cpu()
-            ):
-                return before.dtype(name)
-            return changed_dtype
+    def stored_dtype(name: str) -> torch.dtype:
+        if name.startswith("model.initial_wkv."):
+            return torch.float32
+        if name in known and torch.equal(before.tensor(name).float(), tensors[name].float()):
+            return before.dtype(name)
+        return changed_dtype
 
-        entries = [Entry(name, name, tuple(tensors[name].shape), stored_dtype(name)) for name in tensors]
-    write_shards(plan_shards(entries, SHARD_SIZE), folder, lambda name: tensors[name].cpu())
+    entries = [Entry(name, name, tuple(tensors[name].shape), stored_dtype(name)) for name in tensors]
+    write_shards(plan_shards(entries, SHARD_SIZE), folder, lambda name: tensors[name])
     return functools.reduce(torch.promote_types, (entry.dtype for entry in entries))
 
 

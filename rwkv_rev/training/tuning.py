@@ -11,7 +11,7 @@ through the whole context and is exact. RWKV-5 only: the ``rwkv`` package, which
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,10 +54,23 @@ def refuse_state_tuning(version: str) -> None:
         )
 
 
-def merged(model: nn.Module) -> "RwkvRevForCausalLM":
-    """The plain model with low-rank additions merged into its float32 weights."""
+def merged(model: nn.Module, stored: Callable[[str], torch.Tensor | None]) -> "RwkvRevForCausalLM":
+    """The plain model on the CPU, low-rank additions merged into it, with the frozen weights' stored values.
+
+    Frozen weights may have been rounded to the arithmetic's dtype for training.
+
+    Args:
+        model: the trained model, or peft's wrapper; it is used up.
+        stored: a tensor of the source by its name, None if it has none.
+    """
+    model = model.cpu()
+    with torch.no_grad():
+        for name, parameter in language_model(model).named_parameters():
+            if parameter.requires_grad or (tensor := stored(name.replace(".base_layer.", "."))) is None:
+                continue
+            parameter.data = tensor.float()
     if hasattr(model, "merge_and_unload"):
-        wrapped: Any = model.float()
+        wrapped: Any = model
         return wrapped.merge_and_unload()
     return language_model(model)
 
