@@ -127,7 +127,13 @@ class FinishedGradients(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the gradients of this loss were already used; call the model again")
         finished, ctx.gradients = ctx.gradients, None
-        return (None, *(None if g is None else g.mul_(gradient.to(g.dtype)) for g in finished))
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for found in finished:
+            if found is not None:
+                by_dtype.setdefault(found.dtype, []).append(found)
+        for dtype, tensors in by_dtype.items():
+            torch._foreach_mul_(tensors, gradient.to(dtype))  # in a few launches for all parameters
+        return (None, *finished)
 
 
 def linear_cross_entropy(

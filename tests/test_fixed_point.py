@@ -19,7 +19,6 @@ from rwkv_rev.reversal.fixed_point import (
     decay_plan,
     remnant_bits,
 )
-from rwkv_rev.reversal.packing import BitPacking
 
 ULP = 2.0**-53
 EXTREME = 2**31 - 1  # of a mantissa
@@ -57,8 +56,8 @@ def mantissas(decay: Tensor, columns: int, generator: torch.Generator) -> Tensor
 
 def plan_of(decay: Tensor) -> DecayPlan:
     """A plan whose Lambdas are exactly ``decay`` [H, N]."""
-    packing = BitPacking(remnant_bits(decay).flatten().tolist())
-    return DecayPlan(torch.log(decay), decay[None, :, :, None], packing)
+    widths = remnant_bits(decay).flatten()
+    return DecayPlan(torch.log(decay), decay[None, :, :, None], lambda: widths)
 
 
 def stored(remnant: MemoryRemnant, after: FixedPoint) -> MemoryRemnant:

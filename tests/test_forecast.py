@@ -1,5 +1,6 @@
 """Forecasts of device and tape memory against what the allocator and the tape say: within 15 %."""
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,8 @@ def test_device_memory_on_cuda(
     version: str, kernel: str, strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RWKV_REV_KERNEL", kernel)
+    gc.collect()
+    others = torch.cuda.memory_allocated()
     torch.manual_seed(0)
     model = RwkvRevForCausalLM(WIDE[version]).cuda()
     ids = torch.randint(0, 1000, (2, 2048), device="cuda")
@@ -222,4 +225,4 @@ def test_device_memory_on_cuda(
         with model.set_bptt(strategy, chunk_length=512):
             model(ids, labels=ids).loss.backward()
     forecast = forecasts(model, 2048, 2, 512, fused=kernel == "triton")[strategy]
-    assert forecast.device == pytest.approx(torch.cuda.max_memory_allocated(), rel=TOLERANCE)
+    assert forecast.device == pytest.approx(torch.cuda.max_memory_allocated() - others, rel=TOLERANCE)

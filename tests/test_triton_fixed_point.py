@@ -6,6 +6,7 @@ On a machine without a GPU they run in Triton's interpreter, in a process of its
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,8 +25,8 @@ def compare(batch: int, heads: int, size: int, device: str) -> None:
     generator = torch.Generator().manual_seed(0)
     log_decay = -torch.exp(torch.linspace(-9, 2.5, heads * size)).view(heads, size).double()
     log_decay[0, 0], log_decay[0, 1] = 0.0, -1000.0
-    plan = decay_plan(log_decay.to(device), 32)._replace(planes=None)
-    layout = kernel.PlaneLayout.of(plan.packing.bits, size, torch.device(device))
+    plan = replace(decay_plan(log_decay.to(device), 32), kernels=False)
+    layout = kernel.PlaneLayout.of(plan.widths(), size, torch.device(device))
     count = torch.randint(0, 33, (batch,), generator=generator).to(device)
     state = FixedPoint.of(torch.randn(batch, heads, size, size, generator=generator).to(device))
     for chunk in range(CHUNKS):

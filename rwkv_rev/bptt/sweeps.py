@@ -41,6 +41,7 @@ from rwkv_rev.bptt.strategy import (
 from rwkv_rev.cells.block import BlockReplay, ExactStates, FloatStates, Plans, Remnants
 from rwkv_rev.errors import ReversalMismatchError
 from rwkv_rev.loss import FinishedGradients, add_gradients, cross_entropy_gradients
+from rwkv_rev.reversal.host_copy import start_copy
 from rwkv_rev.reversal.tape import Tape
 from rwkv_rev.state import RwkvRevState
 
@@ -62,7 +63,7 @@ class Record(NamedTuple):
 
     def start(self) -> Callable[[], list[list[Tensor]]]:
         """A function that gives the record; called a chunk later, it does not wait for the device."""
-        raised = None if self.raised is None else _on_host(self.raised)
+        raised = None if self.raised is None else start_copy(self.raised)
         return lambda: self.tensors(None if raised is None else raised())
 
 
@@ -265,7 +266,7 @@ class TwoSweeps(Strategy):
     ) -> SweepResult:
         """Gradients of all chunks, from the last, whose exact ``states`` before it are given, to the first."""
         device = inputs.targets.device
-        loss = torch.zeros((), device=device)
+        loss: Tensor | None = None
         sums: list[Tensor | None] = [None] * len(parameters)
         embeds: list[Tensor | None] = []
         checks: list[tuple[int, Tensor]] = []
@@ -318,7 +319,7 @@ class TwoSweeps(Strategy):
                 end = found.end
                 # whoever draws after this loss goes on from the last token, not from the first chunk
                 following = random_state.capture(device) if random is not None else None
-            loss.add_(found.gradients.loss)
+            loss = found.gradients.loss.clone() if loss is None else loss.add_(found.gradients.loss)
             sums = add_gradients(sums, found.gradients.parameters)
             embeds.append(found.gradients.embeds)
             del found, replay  # or the chunk's gradients would stay in memory during the next one
@@ -331,7 +332,7 @@ class TwoSweeps(Strategy):
         _compare(checks)
         if following is not None:
             random_state.restore(following, device)
-        assert end is not None and incoming is not None
+        assert loss is not None and end is not None and incoming is not None
         return SweepResult(loss, end, sums, incoming, embeds)
 
     def _replayer(
@@ -479,22 +480,6 @@ def _compare(checks: list[tuple[int, Tensor]]) -> None:
                 "between the sweeps, another autocast. Use torch.use_deterministic_algorithms(True) or "
                 "bptt='checkpoint'"
             )
-
-
-def _on_host(tensor: Tensor) -> Callable[[], Tensor]:
-    """Start copying to the host; the returned function waits for the copy alone."""
-    if tensor.device.type != "cuda":
-        return lambda: tensor
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    copy.copy_(tensor, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(tensor.device))
-
-    def wait() -> Tensor:
-        event.synchronize()
-        return copy
-
-    return wait
 
 
 def _half(device: torch.device) -> bool:

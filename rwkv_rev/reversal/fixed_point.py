@@ -26,12 +26,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rwkv_rev.reversal.fingerprint import head_fingerprints
+from rwkv_rev.reversal.host_copy import start_copy
 from rwkv_rev.reversal.packing import BitPacking
 
 LARGEST = 2**31 - 2
@@ -206,24 +207,38 @@ class MemoryRemnant:
         return cls(lambda: packed, raised, FixedPoint(mantissa, exponent))
 
 
-class DecayPlan(NamedTuple):
+@dataclass(frozen=True)
+class DecayPlan:
     """What the exact update needs of the decays for chunks of a given length, computed once per sweep.
 
     Attributes:
         log_decay: [H, N] float64.
         decay: [1, H, N, 1] float64, Lambda for a chunk without masked tokens.
-        packing: widths of the remnants, [H * N] rows.
-        planes: the same widths laid out for the CUDA kernels; None where they are not used.
+        widths: gives the bits of each remnant, [H * N] int64, on the host. A function, so that the copy from a
+            device goes on while the plans of other layers are made.
+        kernels: whether updates run in :mod:`rwkv_rev.reversal.triton_fixed_point`.
     """
 
     log_decay: Tensor
     decay: Tensor
-    packing: BitPacking
-    planes: Any = None
+    widths: Callable[[], Tensor]
+    kernels: bool = False
+
+    @cached_property
+    def packing(self) -> BitPacking:
+        """Layout of the remnants, [H * N] rows."""
+        return BitPacking(self.widths().tolist(), self.log_decay.device)
+
+    @cached_property
+    def planes(self) -> Any:
+        """The same for the CUDA kernels."""
+        from rwkv_rev.reversal.triton_fixed_point import PlaneLayout
+
+        return PlaneLayout.of(self.widths(), self.log_decay.shape[1], self.log_decay.device)
 
     def uses_kernels(self, contribution: Tensor) -> bool:
         """Whether an update by ``contribution`` runs in :mod:`rwkv_rev.reversal.triton_fixed_point`."""
-        return self.planes is not None and contribution.dtype == torch.float32
+        return self.kernels and contribution.dtype == torch.float32
 
     def decay_of(self, count: Tensor | None) -> Tensor:
         """Lambda for rows of ``count`` [B] valid tokens, [B, H, N, 1]; [1, H, N, 1] for None, all valid."""
@@ -236,14 +251,9 @@ def decay_plan(log_decay: Tensor, length: int) -> DecayPlan:
     """Plan for chunks of up to ``length`` tokens; ``log_decay`` [H, N] is log w, natural."""
     log_decay = log_decay.detach().double()
     decay = torch.exp(length * log_decay)
-    bits = remnant_bits(decay).flatten().tolist()
-    size = log_decay.shape[1]
-    planes = None
-    if log_decay.is_cuda and size % 8 == 0 and find_spec("triton") is not None:
-        from rwkv_rev.reversal.triton_fixed_point import PlaneLayout
-
-        planes = PlaneLayout.of(bits, size, log_decay.device)
-    return DecayPlan(log_decay, decay[None, :, :, None], BitPacking(bits, log_decay.device), planes)
+    kernels = log_decay.is_cuda and log_decay.shape[1] % 8 == 0 and find_spec("triton") is not None
+    widths = start_copy(remnant_bits(decay).flatten())
+    return DecayPlan(log_decay, decay[None, :, :, None], widths, kernels)
 
 
 def remnant_bits(decay: Tensor) -> Tensor:

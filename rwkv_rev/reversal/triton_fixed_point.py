@@ -133,12 +133,16 @@ class PlaneLayout(NamedTuple):
     planes: int
 
     @classmethod
-    def of(cls, bits: list[int], columns: int, device: torch.device) -> "PlaneLayout":
-        widths = torch.tensor(bits, dtype=torch.int32)
+    def of(cls, widths: Tensor, columns: int, device: torch.device) -> "PlaneLayout":
+        """For rows of ``columns`` numbers whose ``widths`` [H * N] are on the host."""
+        widths = widths.to(torch.int32)
         sizes = widths * (columns // 8)
         offsets = torch.cumsum(sizes, 0) - sizes
-        layout = torch.stack([widths, offsets.to(torch.int32)]).to(device)
-        return cls(layout[0], layout[1], int(sizes.sum()), max(bits, default=0))
+        layout = torch.stack([widths, offsets.to(torch.int32)])
+        if device.type == "cuda":
+            layout = layout.pin_memory()
+        layout = layout.to(device, non_blocking=True)
+        return cls(layout[0], layout[1], int(sizes.sum()), int(widths.max()))
 
 
 class Retreated(NamedTuple):
