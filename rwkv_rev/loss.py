@@ -90,13 +90,18 @@ def cross_entropy_gradients(
 def add_gradients(sums: list[Tensor | None], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Add ``gradients`` to running sums kept in float32 or wider."""
     added: list[Tensor | None] = []
+    totals, further = [], []
     for total, gradient in zip(sums, gradients, strict=True):
         if gradient is None:
             added.append(total)
         elif total is None:
             added.append(gradient.detach().to(_wide(gradient.dtype), copy=True))
         else:
-            added.append(total.add_(gradient.detach()))
+            added.append(total)
+            totals.append(total)
+            further.append(gradient.detach())
+    if totals:
+        torch._foreach_add_(totals, further)  # in few launches where there are hundreds of parameters
     return added
 
 

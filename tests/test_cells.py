@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rwkv_rev.cells import ChannelMix, ReversibleCell, TimeMixRwkv4, TimeMixRwkv5
+from rwkv_rev.cells import ChannelMix, ChunkMask, ReversibleCell, TimeMixRwkv4, TimeMixRwkv5
 from rwkv_rev.wkv import EMPTY_EXPONENT
 
 DECAYS = (0.0, 1e-9, 1e-4, 0.1, 0.5, 0.9, 0.99, 0.9999, 1 - 2**-24, 1.0)
@@ -134,3 +134,16 @@ def test_channel_mix(law: str) -> None:
         LAWS[law](trial)
 
     check()
+
+
+@PROPERTIES
+@given(trials(other_cells("channel"), no_memory))
+def test_the_shift_alone_is_that_of_the_whole_forward_pass(trial: Trial) -> None:
+    state = trial.exact()
+    for x, valid in trial.chunks:
+        mask = None if valid is None else ChunkMask.of(valid)
+        after, _, remnant = trial.cell(state, x, mask)
+        alone, remnant_alone = trial.cell.advance_shift(state, x, mask, trial.cell.plan(x.shape[1]))
+        assert torch.equal(alone.shift, after.shift)
+        assert torch.equal(remnant_alone.carried, remnant.carried)
+        state = after

@@ -454,8 +454,9 @@ def _advance(
     x = chunk.embed(model, chunk.embeds())
     after: list[ExactStates] = []
     remnants: list[Remnants] = []
-    for block, state, plan in zip(model.blocks, states, plans, strict=True):
-        x, advanced, remnant = block.advance(x, state, mask, plan)
+    blocks = model.blocks
+    for block, state, plan in zip(blocks, states, plans, strict=True):
+        x, advanced, remnant = block.advance(x, state, mask, plan, output=block is not blocks[-1])
         after.append(advanced)
         remnants.append(remnant)
     return after, remnants

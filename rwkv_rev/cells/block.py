@@ -84,11 +84,17 @@ class Block(nn.Module):
 
     @torch.no_grad()
     def advance(
-        self, x: Tensor, states: ExactStates, mask: ChunkMask | None, plans: Plans
+        self, x: Tensor, states: ExactStates, mask: ChunkMask | None, plans: Plans, *, output: bool = True
     ) -> tuple[Tensor, ExactStates, Remnants]:
-        """One chunk forwards without graph: output, exact states after it, remnants."""
+        """One chunk forwards without graph: output, exact states after it, remnants.
+
+        Without ``output``, which only the block above would read, the first result is none.
+        """
         time, out, time_remnant = self.time_mix(states[0], self.ln1(x), mask, plans[0])
         x = x + out
+        if not output:
+            channel, channel_remnant = self.channel_mix.advance_shift(states[1], self.ln2(x), mask, plans[1])
+            return x, (time, channel), (time_remnant, channel_remnant)
         channel, out, channel_remnant = self.channel_mix(states[1], self.ln2(x), mask, plans[1])
         return x + out, (time, channel), (time_remnant, channel_remnant)
 

@@ -173,6 +173,15 @@ class ReversibleCell(nn.Module, ABC):
         )
 
     @torch.no_grad()
+    def advance_shift(
+        self, state: CellState, x: Tensor, mask: ChunkMask | None, plan: CellPlan
+    ) -> tuple[CellState, Remnant]:
+        """:meth:`forward` without the output, of a cell without memory: its products are not computed."""
+        state = self.carried(state, x, mask, plan)
+        assert state.carried is not None and state.memory is None
+        return CellState(last_token(x, state.shift, mask), None), Remnant(state.carried, None)
+
+    @torch.no_grad()
     def reverse(
         self,
         state: CellState,

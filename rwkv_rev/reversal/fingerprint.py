@@ -5,6 +5,8 @@ that differs in one word always has another fingerprint; integer sums do not dep
 it is the same on every device and thread count.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -18,13 +20,17 @@ def fingerprint(*tensors: Tensor) -> Tensor:
         words = tensor.detach().contiguous().flatten()
         if words.dtype != torch.int32:
             words = words.view(torch.int32) if words.element_size() >= 4 else words.view(torch.int16)
-        position = torch.arange(words.numel(), device=words.device, dtype=torch.int64)
-        total = total * 3 + (words.to(torch.int64) * (2 * position * _MULTIPLIER + 1)).sum()
+        total = total * 3 + (words * _factors(words.numel(), words.device)).sum()
     return total
 
 
 def head_fingerprints(mantissa: Tensor, exponent: Tensor) -> Tensor:
     """Checksum of each head, int64 [B, H], of a fixed-point state [B, H, N, N] int32 and its exponents [B, H]."""
     words = mantissa.flatten(2)
-    position = torch.arange(words.shape[2], device=words.device, dtype=torch.int64)
-    return (words.to(torch.int64) * (2 * position * _MULTIPLIER + 1)).sum(dim=2) * 3 + exponent
+    return (words * _factors(words.shape[2], words.device)).sum(dim=2) * 3 + exponent
+
+
+@lru_cache(maxsize=8)
+def _factors(count: int, device: torch.device) -> Tensor:
+    """What each of ``count`` words is multiplied by, int64."""
+    return 2 * torch.arange(count, device=device, dtype=torch.int64) * _MULTIPLIER + 1
