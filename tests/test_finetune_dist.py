@@ -1,6 +1,7 @@
 """Two processes compute what one does with the doubled batch, however they are launched."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from finetune_cases import counting_text, environment, finetune, losses, settings
 
 from rwkv_rev.training.trainer import checkpoints
@@ -29,12 +31,15 @@ LAUNCHERS = {
 
 
 def two_processes(
-    *arguments: object, launcher: str = "torchrun", options: Sequence[str] = ("--multi_gpu",)
+    *arguments: object,
+    launcher: str = "torchrun",
+    options: Sequence[str] = ("--multi_gpu",),
+    env: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """``torchrun`` or ``accelerate launch``, then ``-m rwkv_rev.cli finetune ...``, on the CPU with gloo."""
     launch = ["-m", *LAUNCHERS[launcher], *(options if launcher == "accelerate" else ())]
     command = [sys.executable, *launch, "-m", "rwkv_rev.cli", "finetune", *map(str, arguments)]
-    env = environment(HF_HOME=tempfile.gettempdir())  # nobody's accelerate configuration
+    env = env or environment(HF_HOME=tempfile.gettempdir())  # nobody's accelerate configuration
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
 
 
@@ -114,43 +119,58 @@ def test_other_ways_of_tuning(
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-def test_sharded_optimizer(bundled: dict[str, Path], data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+            ],
+        ),
+    ],
+)
+def test_sharded_optimizer(bundled: dict[str, Path], data: Path, tmp_path: Path, device: str) -> None:
     """Half the state in each process, the same losses; killed, it goes on sharded, and unsharded in one process."""
     cache, steps = tmp_path / "cache", 12
     rest = ["--weight-decay", 0.1, "--max-steps", steps, "--json", "--resume", "auto"]
+    rest += ["--device", device, "--dtype", "float32"]
+    env = environment() if device == "cpu" else dict(os.environ)
 
     def arguments(output: str, batch: int) -> list[object]:
         return [*options(bundled["5.2"], data, tmp_path / output, cache), *rest, "--batch-size", batch]
 
     def alone(output: str) -> dict[str, Any]:
         command = [sys.executable, "-m", "rwkv_rev.cli", "finetune", *map(str, arguments(output, 2))]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout)
 
     one = alone("one")
-    two = two_processes(*arguments("two", 1), "--shard-optimizer")
+    two = two_processes(*arguments("two", 1), "--shard-optimizer", env=env)
     assert two.returncode == 0, two.stderr[-3000:]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=5e-5)
     assert 0.4 < json.loads(two.stdout)["optimizer_bytes"] / one["optimizer_bytes"] < 0.6
 
-    kill_at_a_checkpoint([*arguments("killed", 1), "--shard-optimizer"], tmp_path / "killed.training")
+    kill_at_a_checkpoint([*arguments("killed", 1), "--shard-optimizer"], tmp_path / "killed.training", env)
     shutil.copytree(tmp_path / "killed.training", tmp_path / "fewer.training")
-    resumed = two_processes(*arguments("killed", 1), "--shard-optimizer")
+    resumed = two_processes(*arguments("killed", 1), "--shard-optimizer", env=env)
     assert resumed.returncode == 0 and "resuming from" in resumed.stderr, resumed.stderr[-3000:]
     assert losses(tmp_path / "killed") == losses(tmp_path / "two")
     alone("fewer")
     assert losses(tmp_path / "fewer") == pytest.approx(losses(tmp_path / "one"), rel=5e-5)
 
 
-def kill_at_a_checkpoint(arguments: list[object], work: Path) -> None:
+def kill_at_a_checkpoint(arguments: list[object], work: Path, env: dict[str, str]) -> None:
     """SIGKILL every process of a run once it has written a checkpoint."""
     launch = [sys.executable, "-m", *LAUNCHERS["torchrun"], "-m", "rwkv_rev.cli", "finetune"]
     process = subprocess.Popen(
         [*launch, *map(str, arguments)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env=environment(),
+        env=env,
         start_new_session=True,
     )
     deadline = time.monotonic() + 120
