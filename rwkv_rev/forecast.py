@@ -164,11 +164,15 @@ def _forecast(name: str, run: _Run) -> StrategyForecast:
     logits = NUMBER * min(tokens * config.vocab_size, LOGITS_AT_ONCE)
     layer = (gradients - 2 * head) / layers
     workspace = run.graph_share * NUMBER * tokens * (2 * config.intermediate_size + _BACKWARD_VECTORS * width)
-    peak = sums + max(
-        graph + states + _LOGIT_COPIES * logits + head,
-        graph + states + head + workspace + _LAYER_SHARE * max(0.0, layer),
-        gradients + states,
-    )
+    terms = [graph + states + head + workspace + _LAYER_SHARE * max(0.0, layer), gradients + states]
+    if run.checkpoint_blocks:
+        # no block's graph at the loss; the lowest block's comes when those above it are gradients already
+        inputs = round(run.graph_share * NUMBER * tokens * width * (layers - 1))
+        terms.append(inputs + states + _LOGIT_COPIES * logits + head)
+        terms.append(gradients - max(0.0, layer) - head + graph - inputs + states + workspace)
+    else:
+        terms.append(graph + states + _LOGIT_COPIES * logits + head)
+    peak = sums + max(terms)
     tape = 0
     if name in ("checkpoint", "reversible"):
         recorded = run.lengths[1:-1]  # all of one length
