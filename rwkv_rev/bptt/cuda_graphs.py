@@ -28,7 +28,7 @@ from rwkv_rev.reversal.fixed_point import FixedPoint
 from rwkv_rev.reversal.tape import FlatRecord, Tape
 
 SWITCH = "RWKV_REV_CUDA_GRAPHS"
-FEWEST_CHUNKS = 8
+FEWEST_CHUNKS = 6
 """Inner chunks below which recording, which costs the host as much as running a chunk or two, does not pay."""
 
 HOST_BOUND = 0.1

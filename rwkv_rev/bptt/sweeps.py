@@ -229,8 +229,8 @@ class TwoSweeps(Strategy):
                 states, _ = _advance(model, chunk, states, plans[chunk.length])
                 graphs = pace is not None and pace.waits_for_host()
                 continue
-            # the first chunk has compiled and loaded every kernel
-            if graphs and graph is None and cuda_graphs.repeats(chunk, chunks):
+            # the first two chunks have made, compiled and loaded all that is made once
+            if graphs and graph is None and chunk.index > 1 and cuda_graphs.repeats(chunk, chunks):
                 graph = cuda_graphs.attempt(partial(cuda_graphs.ForwardGraph, chunk, states, advance))
                 graphs = graph is not None
             replayed = graph is not None and cuda_graphs.repeats(chunk, chunks)

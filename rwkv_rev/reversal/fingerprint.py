@@ -30,7 +30,14 @@ def head_fingerprints(mantissa: Tensor, exponent: Tensor) -> Tensor:
     return (words * _factors(words.shape[2], words.device)).sum(dim=2) * 3 + exponent
 
 
-@lru_cache(maxsize=8)
 def _factors(count: int, device: torch.device) -> Tensor:
     """What each of ``count`` words is multiplied by, int64."""
+    if device.type == "cpu":
+        return _factors_on_cpu(count)
+    # made anew: what a CUDA graph makes must not outlive it
     return 2 * torch.arange(count, device=device, dtype=torch.int64) * _MULTIPLIER + 1
+
+
+@lru_cache(maxsize=8)
+def _factors_on_cpu(count: int) -> Tensor:
+    return 2 * torch.arange(count, dtype=torch.int64) * _MULTIPLIER + 1
