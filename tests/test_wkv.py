@@ -24,7 +24,7 @@ from rwkv_rev.wkv import (
     wkv5_plan,
 )
 from rwkv_rev.wkv.compaction import Compaction
-from rwkv_rev.wkv.linear_wkv4 import LARGEST_EXPONENT, LinearWkv4
+from rwkv_rev.wkv.linear_wkv4 import LARGEST_EXPONENT, LinearWkv4, fits
 
 # (relative RMS error of the results, of the gradients, which come in the inputs' dtype)
 TOLERANCES = {
@@ -277,6 +277,9 @@ def test_wkv4_without_running_maxima(
     chosen.clear()
     for part in (k[1, 1], bonus) if empty else (k[1, 1], bonus, state[:, 2]):
         former = part.clone()
+        part[-1] = math.nan
+        assert not fits(k, bonus, state)
+        part.copy_(former)
         part.clamp_(min=1.01 * LARGEST_EXPONENT)
         assert_close(run4(case, "chunked"), run4(case, "naive"), torch.float64)
         part.copy_(former)
