@@ -21,8 +21,8 @@ COLUMNS = {
     ),
     "cpu": ("setting", "tokens", "seconds", "peer_seconds", "ratio", "matmul_share", "others"),
     "convert": (
-        "bytes", "convert_bytes_per_second", "copy_bytes_per_second", "convert_to_copy", "sha256_bytes_per_second",
-        "check_bytes_per_second",
+        "setting", "bytes", "convert_bytes_per_second", "copy_bytes_per_second", "convert_to_copy",
+        "sha256_bytes_per_second", "check_bytes_per_second",
     ),
     "kernels": (
         "function", "size", "dtype", "kernel", "first_call_s", "forward_ms", "forward_backward_ms", "least_traffic_gb",

@@ -27,7 +27,7 @@ from rwkv_rev.converters.selection import one_line, some, weight_map
 from rwkv_rev.converters.sniff import sniff
 from rwkv_rev.errors import CheckpointError
 
-HASH_BLOCK = 1 << 22  # bytes read at a time
+HASH_BLOCK = 1 << 22  # bytes read at a time; fewer make the threads wait for each other more often
 FINITE_BLOCK = 1 << 22  # values checked at a time
 
 _SAFETENSORS_DTYPES = {
@@ -208,9 +208,10 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
 def file_sha256(path: Path, stop: threading.Event | None = None) -> str:
     """SHA-256 of a file, in hexadecimal; meaningless once ``stop`` is set, when nobody waits for it."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while (block := file.read(HASH_BLOCK)) and not (stop is not None and stop.is_set()):
-            digest.update(block)
+    block = memoryview(bytearray(HASH_BLOCK))  # one for all: new memory takes longer than to read it
+    with path.open("rb", buffering=0) as file:
+        while (size := file.readinto(block)) and not (stop is not None and stop.is_set()):
+            digest.update(block[:size])
     return digest.hexdigest()
 
 

@@ -11,6 +11,7 @@ dtype.
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -159,3 +160,6 @@ def _write_shard(
                         "use --dtype auto, bfloat16 or float32"
                     )
                 on_bytes(file.write(converted.contiguous().view(torch.uint8).numpy().data))
+        # now, while the source may still be hashed; the end finds it on the disk
+        file.flush()
+        os.fsync(file.fileno())

@@ -26,7 +26,10 @@ from rwkv_rev.errors import RwkvRevError
 
 
 def conversion_rows(settings: BenchSettings, folder: Path | None = None) -> list[dict[str, Any]]:
-    """One row: bytes per second of converting and of copying, medians of turns.
+    """Bytes per second of converting and of copying, medians of turns.
+
+    One row with the source in the system's cache, and one where it has to come from the disk (on systems that can be
+    told to forget a file's pages).
 
     Args:
         settings: ``shape`` (its checkpoint is made first), ``dtype`` that it is stored in, ``repeats``.
@@ -36,35 +39,40 @@ def conversion_rows(settings: BenchSettings, folder: Path | None = None) -> list
         work = Path(name)
         source = checkpoint_file(settings, work)
         size = source.stat().st_size
-        actions: dict[str, Callable[[], object]] = {
+        both: dict[str, Callable[[], object]] = {
             "convert": lambda: convert(source, work / "model", tokenizer="none"),
             "copy": lambda: _copy(source, work / "copy"),
-            "sha256": lambda: file_sha256(source),
-            "finite": lambda: _check(source),
         }
-        times: dict[str, list[float]] = {action: [] for action in actions}
-        for turn in range(1 + settings.repeats):
-            for action, call in actions.items():
-                start = time.perf_counter()
-                call()
-                if turn:
-                    times[action].append(time.perf_counter() - start)
-                shutil.rmtree(
-                    work / "model", ignore_errors=True
-                )  # outside the time: neither replaces anything
-                (work / "copy").unlink(missing_ok=True)
-        rates = {action: size / statistics.median(seconds) for action, seconds in times.items()}
-    return [
-        {
-            "setting": "convert",
-            "bytes": size,
-            "convert_bytes_per_second": rates["convert"],
-            "copy_bytes_per_second": rates["copy"],
-            "convert_to_copy": rates["convert"] / rates["copy"],
-            "sha256_bytes_per_second": rates["sha256"],
-            "check_bytes_per_second": rates["finite"],
-        }
-    ]
+        alone = both | {"sha256": lambda: file_sha256(source), "check": lambda: _check(source)}
+        cached = _rates(alone, size, work, settings.repeats, lambda: None)
+        rows = [{"setting": "convert", "bytes": size} | cached]
+        if hasattr(os, "posix_fadvise"):
+            uncached = _rates(both, size, work, settings.repeats, lambda: _forget(source))
+            rows.append({"setting": "convert, source not cached", "bytes": size} | uncached)
+    return rows
+
+
+def _rates(
+    actions: dict[str, Callable[[], object]],
+    size: int,
+    work: Path,
+    repeats: int,
+    before: Callable[[], object],
+) -> dict[str, Any]:
+    """Bytes per second of every action, in turns; ``before`` each is called outside the time."""
+    times: dict[str, list[float]] = {action: [] for action in actions}
+    for turn in range(1 + repeats):
+        for action, call in actions.items():
+            before()
+            start = time.perf_counter()
+            call()
+            if turn:
+                times[action].append(time.perf_counter() - start)
+            shutil.rmtree(work / "model", ignore_errors=True)  # outside the time: neither replaces anything
+            (work / "copy").unlink(missing_ok=True)
+    rates = {action: size / statistics.median(seconds) for action, seconds in times.items()}
+    found: dict[str, Any] = {f"{action}_bytes_per_second": rate for action, rate in rates.items()}
+    return found | {"convert_to_copy": rates["convert"] / rates["copy"]}
 
 
 def checkpoint_file(settings: BenchSettings, folder: Path) -> Path:
@@ -89,6 +97,16 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
     with target.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def _forget(path: Path) -> None:
+    """Let the system drop the file's pages from its cache."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)  # pages that wait to be written cannot be dropped
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(handle)
 
 
 def _check(source: Path) -> None:
