@@ -216,9 +216,10 @@ class TwoSweeps(Strategy):
         """Exact states before the last chunk; records of all but the first and the last go onto the tape."""
         pending: Callable[[], list[list[Tensor]]] | None = None
         graph: cuda_graphs.ForwardGraph | None = None
+        draws = random is not None
 
         def advance(chunk: Chunk, states: list[ExactStates]) -> tuple[list[ExactStates], Record]:
-            after, remnants = _advance(model, chunk, states, plans[chunk.length])
+            after, remnants = _advance(model, chunk, states, plans[chunk.length], draws=draws)
             return after, self.record(model, states, after, remnants)
 
         for chunk in chunks[:-1]:
@@ -226,7 +227,7 @@ class TwoSweeps(Strategy):
                 random.append(random_state.capture(chunk.inputs.targets.device))
             if chunk.index == 0:
                 pace = cuda_graphs.Pace(chunk.inputs.targets.device) if graphs else None
-                states, _ = _advance(model, chunk, states, plans[chunk.length])
+                states, _ = _advance(model, chunk, states, plans[chunk.length], draws=draws)
                 graphs = pace is not None and pace.waits_for_host()
                 continue
             # the first two chunks have made, compiled and loaded all that is made once
@@ -447,16 +448,20 @@ class TwoSweeps(Strategy):
 
 
 def _advance(
-    model: LanguageModel, chunk: Chunk, states: list[ExactStates], plans: list[Plans]
+    model: LanguageModel, chunk: Chunk, states: list[ExactStates], plans: list[Plans], *, draws: bool
 ) -> tuple[list[ExactStates], list[Remnants]]:
-    """All layers of one chunk forwards: exact states after it, and remnants."""
+    """All layers of one chunk forwards: exact states after it, and remnants.
+
+    The top channel mix has no output unless the model ``draws``: then both sweeps have to draw the same numbers.
+    """
     mask = chunk.mask()
     x = chunk.embed(model, chunk.embeds())
     after: list[ExactStates] = []
     remnants: list[Remnants] = []
     blocks = model.blocks
     for block, state, plan in zip(blocks, states, plans, strict=True):
-        x, advanced, remnant = block.advance(x, state, mask, plan, output=block is not blocks[-1])
+        output = draws or block is not blocks[-1]
+        x, advanced, remnant = block.advance(x, state, mask, plan, output=output)
         after.append(advanced)
         remnants.append(remnant)
     return after, remnants
