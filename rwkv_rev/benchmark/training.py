@@ -75,7 +75,10 @@ def compare(
                     seconds, report = step(model, ids)
             except torch.cuda.OutOfMemoryError:
                 model.zero_grad(set_to_none=True)
-                rows[name] = {"setting": name, "tokens": length, "error": "out of memory"}
+                limit = torch.cuda.get_device_properties(ids.device).total_memory
+                rows[name] = {
+                    "setting": name, "tokens": length, "error": "out of memory", "limit_bytes": limit,
+                }  # fmt: skip
                 continue
             if turn >= warmup:
                 times[name].append(seconds)
