@@ -15,6 +15,8 @@ from nothing, J small steps join the pieces' last values, and one elementwise op
 what came before it. A step is three elementwise operations; exponentials are taken of whole tensors, and only
 of differences to a maximum, so that it is stable for all keys and decays.
 
+Keys of trained models are small enough to do without maxima: on a CPU, :mod:`rwkv_rev.wkv.linear_wkv4` takes those.
+
 Cost: some 25 elementwise passes over [T, D] forward, twice that backward, and 2 sqrt(T) steps each. Kept for
 the backward pass: the inputs as they came and the states (three numbers per token and channel). The backward
 pass is written by hand and cannot be differentiated again.
