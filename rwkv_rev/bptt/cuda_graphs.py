@@ -153,7 +153,8 @@ class BackwardGraph:
         self._record = FlatRecord(record.data.clone(), record.layouts)
         self._incoming = [gradient.clone() for gradient in incoming]
         self._sums = sums
-        self._known = [total is not None for total in sums]
+        known = [total is not None for total in sums]
+        self._known = known.copy()
         for index, parameter in enumerate(parameters):
             if sums[index] is None:
                 sums[index] = torch.zeros_like(
@@ -172,7 +173,12 @@ class BackwardGraph:
             loss.add_(found.gradients.loss)
             return found.states, found.gradients.state, found.exactly
 
-        self._graph, (self._states, self._outgoing, self._exactly) = _record(run, record.data.device)
+        try:
+            self._graph, (self._states, self._outgoing, self._exactly) = _record(run, record.data.device)
+        except BaseException:
+            self._known = known  # what was launched while recording has not run
+            self.finish()
+            raise
 
     def fits(self, chunk: Chunk, record: FlatRecord, chunks: list[Chunk]) -> bool:
         """Whether ``chunk`` with ``record`` can be run."""
@@ -208,6 +214,8 @@ def _record(work: Callable[[], T], device: torch.device) -> tuple[torch.cuda.CUD
     # thread_local: other threads (a process group's watchdog) may use the device meanwhile
     with (
         torch.cuda.device(device),
+        # where recording fails, torch.cuda.graph leaves its own stream the current one
+        torch.cuda.stream(torch.cuda.current_stream(device)),
         torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
     ):
         result = work()

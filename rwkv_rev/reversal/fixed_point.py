@@ -102,9 +102,11 @@ class FixedPoint:
         after = unit.mul_(shrink).round_().add_(decayed).to(torch.int32)
         kept = decayed.to(torch.int32)
 
+        packing = plan.packing  # made now: where a CUDA graph is recorded, nothing may come from the host
+
         def pack() -> Tensor:
             rho = _base(kept.double(), decay).neg_().add_(self.mantissa).to(torch.int32)
-            return plan.packing.pack(rho.flatten(1, 2), self.mantissa.flatten(1, 2))
+            return packing.pack(rho.flatten(1, 2), self.mantissa.flatten(1, 2))
 
         return FixedPoint(after, exponent), MemoryRemnant(pack, raised, self)
 

@@ -1,0 +1,226 @@
+"""How sweeps use CUDA graphs, on any machine: recordings are played by running the work again.
+
+Like a graph's, the tensors that a replay fills are the same every time, and hold garbage until the first one.
+"""
+
+import dataclasses
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from bptt_cases import differentiate, random_like, random_state, random_tokens, tiny_model
+from torch import Tensor
+
+from rwkv_rev.bptt import cuda_graphs
+from rwkv_rev.bptt.strategy import Chunk, LossInputs
+from rwkv_rev.reversal.fixed_point import DecayPlan
+from rwkv_rev.reversal.tape import FlatRecord
+
+LENGTH, CHUNK = 160, 8
+
+
+def pairs(first: Any, second: Any, seen: set[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tensors at the same places of two results of the same work, but for those that both share."""
+    if first is second or (id(first), id(second)) in seen:
+        return
+    seen.add((id(first), id(second)))
+    if isinstance(first, Tensor):
+        yield first, second
+        return
+    if isinstance(first, types.FunctionType):
+        first, second = ([cell.cell_contents for cell in f.__closure__ or ()] for f in (first, second))
+    elif dataclasses.is_dataclass(first):
+        first, second = vars(first), vars(second)
+    if isinstance(first, dict):
+        first, second = list(first.values()), [second[name] for name in first]
+    if isinstance(first, (list, tuple)):
+        for one, other in zip(first, second, strict=True):
+            yield from pairs(one, other, seen)
+
+
+class Played:
+    """Stands for a CUDA graph of ``work``; ``result`` are its static tensors."""
+
+    replays = 0
+
+    def __init__(self, work: Callable[[], Any], result: Any) -> None:
+        self.work, self.result = work, result
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        Played.replays += 1
+        for static, new in pairs(self.result, self.work(), set()):
+            static.copy_(new)
+
+
+def record(work: Callable[[], Any], device: torch.device) -> tuple[Played, Any]:
+    """Instead of :func:`cuda_graphs._record`: nothing that the recording computes counts."""
+    changed: list[Tensor] = []
+    for cell in work.__closure__ or ():
+        held = cell.cell_contents if isinstance(cell.cell_contents, list) else [cell.cell_contents]
+        changed += [value for value in held if isinstance(value, Tensor)]
+    kept = [tensor.detach().clone() for tensor in changed]
+    result, another = work(), work()
+    with torch.no_grad():
+        for static, _ in pairs(result, another, set()):
+            static.fill_(torch.nan if static.is_floating_point() else 1)
+        for tensor, value in zip(changed, kept, strict=True):
+            tensor.copy_(value)
+    return Played(work, result), result
+
+
+class Idle:
+    """A device that always waits for the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        pass
+
+    def waits_for_host(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Switches graphs on and off."""
+
+    def switch(on: bool) -> None:
+        def worthwhile(chunks: list[Chunk], device: torch.device) -> bool:
+            return on
+
+        monkeypatch.setattr(cuda_graphs, "worthwhile", worthwhile)
+        Played.replays = 0
+
+    monkeypatch.setattr(cuda_graphs, "_record", record)
+    monkeypatch.setattr(cuda_graphs, "Pace", Idle)
+    monkeypatch.setattr(cuda_graphs, "_failures", [])
+    return switch
+
+
+def holes() -> Tensor:
+    mask = torch.ones(2, LENGTH, dtype=torch.int64)
+    mask[0, 66:75], mask[1, :5], mask[1, -10:] = 0, 0, 0
+    return mask
+
+
+def partly_labelled(ids: Tensor) -> Tensor:
+    labels = ids.clone()
+    labels[:, 40:60], labels[0, :100] = -100, -100
+    return labels
+
+
+@pytest.mark.parametrize("case", ["plain", "masked", "labels", "states", "rising", "tied"])
+@pytest.mark.parametrize("strategy", ["reversible", "checkpoint"])
+@pytest.mark.parametrize("version", ["4", "5.2"])
+def test_replays_are_what_would_have_run(
+    played: Callable[[bool], None], version: str, strategy: str, case: str
+) -> None:
+    model, ids = tiny_model(version), random_tokens(LENGTH, 2)
+    inputs: dict[str, Any] = {"input_ids": ids}
+    if case == "masked":
+        inputs["attention_mask"] = holes()
+    elif case == "labels":
+        inputs["labels"] = partly_labelled(ids)
+    elif case == "states":
+        inputs |= {"state": (state := random_state(model, 2)), "final_state_gradient": random_like(state)}
+    elif case == "tied":
+        model.model.blocks[1].channel_mix = model.model.blocks[0].channel_mix
+        model.head.weight = model.model.embeddings.weight
+        model.model.blocks[0].time_mix.requires_grad_(False)
+    chunk = 1 if case == "rising" else CHUNK  # one by one: each token may lift a grid
+    played(False)
+    expected = differentiate(model, strategy, chunk, **inputs)
+    assert Played.replays == 0
+    played(True)
+    found = differentiate(model, strategy, chunk, **inputs)
+    assert Played.replays >= 2 * cuda_graphs.FEWEST_CHUNKS
+    assert torch.equal(found.loss, expected.loss)
+    assert found.gradients.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        assert torch.equal(found.gradients[name], gradient), name
+    for one, other in zip(found.state.tensors(), expected.state.tensors(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_layouts_are_made_before_a_recording(
+    played: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layout comes from the host, which a recording does not allow."""
+    recording: list[bool] = []
+    made = DecayPlan.packing.func
+
+    def packing(plan: DecayPlan) -> Any:
+        assert not recording
+        return made(plan)
+
+    def watched(work: Callable[[], Any], device: torch.device) -> Any:
+        recording.append(True)
+        found = record(work, device)
+        recording.clear()
+        return found
+
+    monkeypatch.setattr(DecayPlan.packing, "func", packing)
+    monkeypatch.setattr(cuda_graphs, "_record", watched)
+    played(True)
+    ids = random_tokens(LENGTH)
+    differentiate(tiny_model("5.2"), "reversible", CHUNK, input_ids=ids)
+    assert Played.replays
+
+
+def test_a_failed_recording_leaves_no_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros would be gradients of parameters that have none."""
+
+    def refuse(work: Callable[[], Any], device: torch.device) -> Any:
+        raise RuntimeError("cannot be recorded")
+
+    monkeypatch.setattr(cuda_graphs, "_record", refuse)
+    monkeypatch.setattr(cuda_graphs, "_failures", [])
+    model, ids = tiny_model("4"), random_tokens(LENGTH)
+    chunk = LossInputs(ids, None, None, ids, 1.0, random_state(model, 1)).chunks(CHUNK)[2]
+    nothing = FlatRecord.of([[torch.zeros(4)]], ids.device)
+    parameters, kept = list(model.parameters())[:2], torch.ones(3)
+    sums = [None, kept]
+    with pytest.warns(UserWarning, match="cannot be recorded"):
+        made = cuda_graphs.attempt(
+            lambda: cuda_graphs.BackwardGraph(
+                model, parameters, sums, torch.zeros(()), chunk, [], nothing, [], lambda *arguments: None
+            )
+        )
+    assert made is None
+    assert sums[0] is None and sums[1] is kept
+
+
+def test_a_failed_recording_gives_the_stream_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in PyTorch, the end of an invalid recording raises before the stream before it is set again."""
+    current = ["the caller's"]
+
+    @contextmanager
+    def stream(wanted: str) -> Iterator[None]:
+        before, current[0] = current[0], wanted
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    @contextmanager
+    def graph(graph: object, stream: str, capture_error_mode: str) -> Iterator[None]:
+        current[0] = stream
+        try:
+            yield
+        finally:
+            raise RuntimeError("capture was invalidated")
+
+    @contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        yield
+
+    fakes = {"stream": stream, "graph": graph, "device": device, "empty_cache": lambda: None}
+    fakes |= {"CUDAGraph": object, "Stream": lambda device: "its own"}
+    fakes |= {"current_stream": lambda device: current[0]}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    with pytest.raises(RuntimeError, match="invalidated"):
+        cuda_graphs._record(lambda: None, torch.device("cuda"))
+    assert current == ["the caller's"]
