@@ -102,6 +102,15 @@ def check_gates(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None
         [gate, x],
         dtype,
     )
+    x = x.clone()
+    x[0, 0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])  # a diverged run has to show
+    for found, expected in zip(
+        differentiate(lambda x: (triton_gates.squared_relu(x),), [x]),
+        differentiate(lambda x: (gates.squared_relu(x),), [x.double()]),
+        strict=True,
+    ):
+        assert torch.equal(found[0, 0, :3].isnan(), expected[0, 0, :3].isnan())
+        assert torch.equal(found[0, 0, :3].isinf(), expected[0, 0, :3].isinf())
     wide = y.flatten(2)
     assert triton_gates.sigmoid_product(gate, wide).dtype == dtype
     compare(

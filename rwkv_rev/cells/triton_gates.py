@@ -80,16 +80,21 @@ def _norm_backward_kernel(
 
 
 @triton.jit
+def _rectified(value):
+    return tl.where(value < 0.0, 0.0, value)  # tl.maximum passes over NaN
+
+
+@triton.jit
 def _squared_relu_kernel(x, out, size, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.maximum(tl.load(x + at, mask=at < size, other=0.0).to(tl.float32), 0.0)
+    value = _rectified(tl.load(x + at, mask=at < size, other=0.0).to(tl.float32))
     tl.store(out + at, value * value, mask=at < size)
 
 
 @triton.jit
 def _squared_relu_backward_kernel(x, d_out, d_x, size, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.maximum(tl.load(x + at, mask=at < size, other=0.0).to(tl.float32), 0.0)
+    value = _rectified(tl.load(x + at, mask=at < size, other=0.0).to(tl.float32))
     d = tl.load(d_out + at, mask=at < size, other=0.0).to(tl.float32)
     tl.store(d_x + at, 2.0 * value * d, mask=at < size)
 
