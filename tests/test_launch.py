@@ -7,7 +7,7 @@ import torch
 from finetune_cases import settings
 
 from rwkv_rev.errors import RwkvRevError
-from rwkv_rev.training.launch import choose_device, refuse_launch
+from rwkv_rev.training.launch import choose_device, own_device, refuse_launch
 from rwkv_rev.training.trainer import training_arguments
 
 
@@ -77,3 +77,16 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RwkvRevError, match="no GPU here; use device = cpu"):
         choose_device("cuda", "auto")
+
+
+@pytest.mark.parametrize(("rank", "seen", "own"), [(None, 4, 0), ("2", 4, 2), ("3", 1, 0)])
+def test_each_process_asks_its_own_gpu(
+    monkeypatch: pytest.MonkeyPatch, rank: str | None, seen: int, own: int
+) -> None:
+    """Where a launcher shows each process one GPU alone, that is the first it sees."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    assert own_device("cuda") == torch.device("cuda", own)
+    assert own_device("cpu") == torch.device("cpu")

@@ -33,7 +33,7 @@ from rwkv_rev.training.config import FinetuneConfig
 from rwkv_rev.training.documents import Fields
 from rwkv_rev.training.evaluate import count_token_bytes
 from rwkv_rev.training.identity import model_fingerprint, refuse_other_run
-from rwkv_rev.training.launch import choose_device, load_tokenizer, refuse_launch
+from rwkv_rev.training.launch import choose_device, load_tokenizer, own_device, refuse_launch
 from rwkv_rev.training.memory import MemoryForecast, forecast_memory, refuse_too_large
 from rwkv_rev.training.rows import RowDataset, RowStatistics
 from rwkv_rev.training.saving import save_finetuned
@@ -171,11 +171,11 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
         parameters=facts.parameters,
         trained=count_trained(config, model_config, shapes),
         longest=int(rows.lengths().max()),
-        device=device,
+        device=str(own_device(device)),
         dtype=dtype,
         world_size=world_size,
     )
-    notes += refuse_too_large(memory, torch.device(device), config)
+    notes += refuse_too_large(memory, own_device(device), config)
     if config.shard_optimizer and world_size == 1:
         notes.append("shard_optimizer needs several processes; this one keeps the whole state")
     if device == "cuda" and world_size == 1 and torch.cuda.device_count() > 1:

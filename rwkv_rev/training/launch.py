@@ -75,6 +75,13 @@ def choose_device(device: str, dtype: str) -> tuple[str, str]:
     return device, dtype
 
 
+def own_device(device: str) -> torch.device:
+    """``cpu``, or the GPU of this process: each one that a launcher starts on a host has its own."""
+    if device != "cuda":
+        return torch.device(device)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
 def load_tokenizer(directory: str | Path) -> Any:
     """The tokenizer of a model folder.
 
