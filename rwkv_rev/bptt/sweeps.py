@@ -103,6 +103,28 @@ class ChunkResult(NamedTuple):
     exactly: Tensor | None
 
 
+class Work(NamedTuple):
+    """What both sweeps go through.
+
+    Attributes:
+        chunks: of the batch ``inputs``.
+        plans: of every layer, by the length of a chunk.
+        first: exact states before the first chunk.
+        tape: records of all chunks but the first and the last.
+        random: the generators' states before each chunk, where the model draws.
+        graphs: whether CUDA graphs may stand for chunks.
+    """
+
+    model: LanguageModel
+    inputs: LossInputs
+    chunks: list[Chunk]
+    plans: dict[int, list[Plans]]
+    first: list[ExactStates]
+    tape: Tape
+    random: list[list[Tensor]] | None
+    graphs: bool
+
+
 class SweepResult(NamedTuple):
     """Loss, state after the last token, sums of the parameters' gradients, those by the first state and embeddings."""
 
@@ -189,12 +211,10 @@ class TwoSweeps(Strategy):
             draws = random_state.draws(model)
             plain = not draws and not _half(device) and not model.checkpoints_blocks
             graphs = self.repeatable and plain and cuda_graphs.worthwhile(chunks, device)
-            random: list[list[Tensor]] | None = [] if draws else None
-            last = self._forward_sweep(model, chunks, plans, first, tape, random, graphs)
+            work = Work(model, inputs, chunks, plans, first, tape, [] if draws else None, graphs)
+            last = self._forward_sweep(work)
             outcome["tape_bytes"] = tape.peak_nbytes
-            found = self._backward_sweep(
-                model, inputs, chunks, plans, first, last, tape, random, graphs, parameters
-            )
+            found = self._backward_sweep(work, last, parameters)
             self.finish(outcome)
         return (
             found.loss,
@@ -203,17 +223,9 @@ class TwoSweeps(Strategy):
         )
 
     @torch.no_grad()
-    def _forward_sweep(
-        self,
-        model: LanguageModel,
-        chunks: list[Chunk],
-        plans: dict[int, list[Plans]],
-        states: list[ExactStates],
-        tape: Tape,
-        random: list[list[Tensor]] | None,
-        graphs: bool,
-    ) -> list[ExactStates]:
-        """Exact states before the last chunk; records of all but the first and the last go onto the tape."""
+    def _forward_sweep(self, work: Work) -> list[ExactStates]:
+        """Exact states before the last chunk; fills the tape."""
+        model, _, chunks, plans, states, tape, random, graphs = work
         pending: Callable[[], list[list[Tensor]]] | None = None
         graph: cuda_graphs.ForwardGraph | None = None
         draws = random is not None
@@ -252,20 +264,9 @@ class TwoSweeps(Strategy):
             random.append(random_state.capture(chunks[-1].inputs.targets.device))
         return cuda_graphs.cloned(states) if graph is not None else states
 
-    def _backward_sweep(
-        self,
-        model: LanguageModel,
-        inputs: LossInputs,
-        chunks: list[Chunk],
-        plans: dict[int, list[Plans]],
-        first: list[ExactStates],
-        states: list[ExactStates],
-        tape: Tape,
-        random: list[list[Tensor]] | None,
-        graphs: bool,
-        parameters: list[Tensor],
-    ) -> SweepResult:
+    def _backward_sweep(self, work: Work, states: list[ExactStates], parameters: list[Tensor]) -> SweepResult:
         """Gradients of all chunks, from the last, whose exact ``states`` before it are given, to the first."""
+        model, inputs, chunks, plans, first, tape, random, graphs = work
         device = inputs.targets.device
         loss: Tensor | None = None
         sums: list[Tensor | None] = [None] * len(parameters)
@@ -275,7 +276,7 @@ class TwoSweeps(Strategy):
         end, following = None, None
         graph: cuda_graphs.BackwardGraph | None = None
 
-        def work(
+        def differentiate(
             chunk: Chunk,
             after: list[ExactStates],
             record: list[list[Tensor]],
@@ -328,7 +329,7 @@ class TwoSweeps(Strategy):
                 graphs = pace.waits_for_host()
                 if graphs:
                     new = partial(cuda_graphs.BackwardGraph, model, parameters, sums, loss)
-                    graph = cuda_graphs.attempt(partial(new, chunk, states, record, incoming, work))
+                    graph = cuda_graphs.attempt(partial(new, chunk, states, record, incoming, differentiate))
                     graphs = graph is not None
         _compare(checks)
         if following is not None:
