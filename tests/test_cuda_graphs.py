@@ -205,7 +205,7 @@ def test_a_failed_recording_gives_the_stream_back(monkeypatch: pytest.MonkeyPatc
             current[0] = before
 
     @contextmanager
-    def graph(graph: object, stream: str, capture_error_mode: str) -> Iterator[None]:
+    def graph(graph: object, pool: object, stream: str, capture_error_mode: str) -> Iterator[None]:
         current[0] = stream
         try:
             yield
@@ -217,8 +217,9 @@ def test_a_failed_recording_gives_the_stream_back(monkeypatch: pytest.MonkeyPatc
         yield
 
     fakes = {"stream": stream, "graph": graph, "device": device, "empty_cache": lambda: None}
-    fakes |= {"CUDAGraph": object, "Stream": lambda device: "its own"}
+    fakes |= {"CUDAGraph": object, "Stream": lambda device: "its own", "graph_pool_handle": object}
     fakes |= {"current_stream": lambda device: current[0]}
+    monkeypatch.setattr(cuda_graphs, "_streams", {})
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     with pytest.raises(RuntimeError, match="invalidated"):

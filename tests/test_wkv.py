@@ -265,13 +265,13 @@ def test_chunked_wkv4_is_naive_for_any_shape(**shape: Any) -> None:
 def test_wkv4_without_running_maxima(
     tokens: int, decay: str, empty: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With keys up to the largest allowed; a key, a bonus or a state beyond takes the scan with maxima."""
+    """With exponents up to the largest allowed; a key, a bonus or a state beyond takes the scan with maxima."""
     chosen = []
     apply = LinearWkv4.apply
     monkeypatch.setattr(LinearWkv4, "apply", lambda *a: chosen.append(True) or apply(*a))
     case = case4(tokens=tokens, decay=decay, empty=empty)
     k, _, _, bonus, state = case.arguments
-    k.mul_(LARGEST_EXPONENT / k.abs().max())
+    k.mul_(0.9999 * (LARGEST_EXPONENT - bonus.abs().max()) / k.abs().max())
     assert_close(run4(case, "chunked"), run4(case, "naive"), torch.float64)
     assert chosen
     chosen.clear()

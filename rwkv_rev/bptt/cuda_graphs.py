@@ -14,7 +14,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -35,6 +35,8 @@ HOST_BOUND = 0.1
 """Where less than this share of the launching time is left to wait for the device, the device has waited before."""
 
 _failures: list[str] = []
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+"""Where recordings are made, one per device: libraries keep a workspace for every stream they have seen."""
 
 T = TypeVar("T")
 
@@ -210,15 +212,22 @@ def cloned(states: list[ExactStates]) -> list[ExactStates]:
 def _record(work: Callable[[], T], device: torch.device) -> tuple[torch.cuda.CUDAGraph, T]:
     """A graph of ``work``, whose kernels have all run before, and the tensors that its replays fill."""
     torch.cuda.empty_cache()  # the graph has memory of its own: what chunks before it used is free for that
-    graph = torch.cuda.CUDAGraph()
-    # thread_local: other threads (a process group's watchdog) may use the device meanwhile
-    with (
-        torch.cuda.device(device),
-        # where recording fails, torch.cuda.graph leaves its own stream the current one
-        torch.cuda.stream(torch.cuda.current_stream(device)),
-        torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
-    ):
-        result = work()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    stream = _streams.get(device) or _streams.setdefault(device, torch.cuda.Stream(device))
+    try:
+        # thread_local: other threads (a process group's watchdog) may use the device meanwhile
+        with (
+            torch.cuda.device(device),
+            # where recording fails, torch.cuda.graph leaves its own stream the current one
+            torch.cuda.stream(torch.cuda.current_stream(device)),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
+            result = work()
+    except BaseException:
+        # and the allocator believing that recording goes on, during which it takes no memory back
+        with suppress(Exception):
+            torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+        raise
     return graph, result
 
 

@@ -116,13 +116,18 @@ def _shape_of_keys(model: RwkvRevConfig) -> tuple[int, ...]:
 
 
 def refuse_too_large(forecast: MemoryForecast, device: torch.device, config: FinetuneConfig) -> list[str]:
-    """Raise StrategyError when a run cannot fit; returns warnings where it may not."""
+    """Raise StrategyError when a run cannot fit; returns warnings where it may not.
+
+    The processes that a launcher starts on one host (``LOCAL_WORLD_SIZE``) share the host's memory.
+    """
     warnings = []
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     free, host = free_memory(device), free_memory(torch.device("cpu"))
     smaller = "--bptt reversible" if config.bptt == "full" else "a shorter --chunk-length"
-    needs = [(forecast.device, free, "on the device", f"{smaller}, a smaller --batch-size or --tune lora")]
+    on_device = forecast.device * (processes if device.type == "cpu" else 1)
+    needs = [(on_device, free, "on the device", f"{smaller}, a smaller --batch-size or --tune lora")]
     if (config.tape or "host") == "host":
-        tape = forecast.gradient.tape
+        tape = forecast.gradient.tape * processes
         needs.append((tape, host, "for the tape on the host", "--tape disk or a longer --chunk-length"))
     for need, there, place, remedy in needs:
         if there is None or need <= there:

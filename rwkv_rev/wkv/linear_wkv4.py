@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LARGEST_EXPONENT = 30.0
-"""exp(30) = 1e13: sums over 1e6 tokens and their inverses times gradients of 1e-18 stay normal float32 numbers."""
+"""Of u + k, either sign. exp(30) = 1e13: sums over 1e6 tokens and their inverses times gradients of 1e-18 stay
+normal float32 numbers."""
 
 
 @torch.no_grad()
@@ -29,8 +30,10 @@ def fits(k: Tensor, bonus: Tensor, state: Tensor) -> bool:
 
     The state's exponent may be as low as it likes: what it scales is then zero beside any token.
     """
-    # not of their maximum: Python's may pass over NaN
-    return all(x <= LARGEST_EXPONENT for x in (_largest(k), _largest(bonus), float(state[:, 2].amax())))
+    if k.numel() == 0:
+        return False
+    exponents = _largest(k) + _largest(bonus), float(state[:, 2].amax())
+    return all(x <= LARGEST_EXPONENT for x in exponents)  # not of their maximum: Python's may pass over NaN
 
 
 def _largest(x: Tensor) -> float:

@@ -56,7 +56,8 @@ def _program(D, segments, BLOCK: tl.constexpr):
 
 @triton.jit
 def _log_decay(log_decay, channel, exists):
-    return tl.maximum(tl.load(log_decay + channel, mask=exists, other=0.0), _MIN_LOG_DECAY)
+    value = tl.load(log_decay + channel, mask=exists, other=0.0)
+    return tl.where(value < _MIN_LOG_DECAY, _MIN_LOG_DECAY, value)  # tl.maximum passes over NaN
 
 
 @triton.jit

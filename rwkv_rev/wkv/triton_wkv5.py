@@ -82,7 +82,7 @@ def _tokens(index, counts, row, chunk, T, BT: tl.constexpr, MASKED: tl.constexpr
 @triton.jit
 def _log2_decay(log_decay, head, channel, N: tl.constexpr):
     value = tl.load(log_decay + head * N + channel, mask=channel < N, other=0.0)
-    return tl.maximum(value, _MIN_LOG_DECAY) * _LOG2_E
+    return tl.where(value < _MIN_LOG_DECAY, _MIN_LOG_DECAY, value) * _LOG2_E  # tl.maximum passes over NaN
 
 
 @triton.jit
@@ -187,7 +187,7 @@ def _scan_kernel(
     row = (slot // H).to(tl.int64)
     inside = element < N * N
     log2_decay = tl.load(log_decay + head * N + element // N, mask=inside, other=0.0)
-    log2_decay = tl.maximum(log2_decay, _MIN_LOG_DECAY) * _LOG2_E
+    log2_decay = tl.where(log2_decay < _MIN_LOG_DECAY, _MIN_LOG_DECAY, log2_decay) * _LOG2_E
     count = T
     if MASKED:
         count = tl.load(counts + row)
