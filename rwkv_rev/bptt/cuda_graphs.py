@@ -1,10 +1,9 @@
 """Both sweeps' work on one chunk as CUDA graphs, so that a GPU does not wait for the host to launch it.
 
-A layer's chunk is some 300 kernel launches, 10 ms of host time, whatever the chunk's length: below about 16,384
-tokens of a small model the GPU is idle for most of a sweep. All inner chunks of a context do exactly the same, so
-their launches are recorded once per sweep and replayed for every one of them, where a first chunk shows that the GPU
-does wait (:class:`Pace`). A replay runs the same kernels on the same shapes: the results are the same bits as without
-graphs.
+A layer's chunk is some 200 kernel launches, 9 ms of host time, whatever the chunk's length: in short chunks the GPU is
+idle for most of a sweep. All inner chunks of a context do exactly the same, so their launches are recorded once per
+sweep and replayed for every one of them, where a first chunk shows that the GPU does wait (:class:`Pace`). A replay
+runs the same kernels on the same shapes: the results are the same bits as without graphs.
 
 Chunks that differ (the first, the last, masked ones, those in which a grid rose) and sweeps that draw random numbers
 or retry with another loss scale run without a graph. ``RWKV_REV_CUDA_GRAPHS=0`` turns graphs off.
@@ -72,11 +71,12 @@ class Pace:
 
 
 def attempt(make: Callable[[], T]) -> T | None:
-    """What ``make`` returns, or None with a warning where a graph cannot be recorded; then none is tried again."""
+    """What ``make`` returns, or None with a warning where a graph cannot be recorded; then none is tried again.
+
+    Running out of memory is such a case too: the chunk before fitted without a graph.
+    """
     try:
         return make()
-    except torch.cuda.OutOfMemoryError:
-        raise
     except RuntimeError as error:
         cause: BaseException = error
         while cause.__context__ is not None:
