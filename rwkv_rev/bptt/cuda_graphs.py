@@ -23,6 +23,7 @@ from torch import Tensor
 from rwkv_rev.bptt.strategy import Chunk, LanguageModel
 from rwkv_rev.cells.block import ExactStates
 from rwkv_rev.cells.cell import CellState
+from rwkv_rev.loss import add_gradients
 from rwkv_rev.reversal.fixed_point import FixedPoint
 from rwkv_rev.reversal.tape import FlatRecord, Tape
 
@@ -156,7 +157,7 @@ class BackwardGraph:
         self._incoming = [gradient.clone() for gradient in incoming]
         self._sums = sums
         known = [total is not None for total in sums]
-        self._known = known.copy()
+        self._known = known
         for index, parameter in enumerate(parameters):
             if sums[index] is None:
                 sums[index] = torch.zeros_like(
@@ -166,12 +167,9 @@ class BackwardGraph:
         def run() -> tuple[list[ExactStates], list[Tensor], Tensor | None]:
             with _stand_ins(model, parameters) as tensors:
                 found = work(self._chunk, self._after, self._record.tensors(), self._incoming, tensors)
-            for index, gradient in enumerate(found.gradients.parameters):
-                if gradient is not None:
-                    self._known[index] = True
-                    total = sums[index]
-                    assert total is not None
-                    total.add_(gradient)
+            gradients = found.gradients.parameters
+            self._known = [was or new is not None for was, new in zip(known, gradients, strict=True)]
+            add_gradients(sums, gradients)
             loss.add_(found.gradients.loss)
             return found.states, found.gradients.state, found.exactly
 
@@ -193,7 +191,7 @@ class BackwardGraph:
         _load(self._chunk, chunk)
         _copy_states(self._after, states)
         self._record.data.copy_(record.data)
-        _copy(self._incoming, incoming)
+        torch._foreach_copy_(self._incoming, incoming)
         self._graph.replay()
         return self._states, self._outgoing, None if self._exactly is None else self._exactly.clone()
 
@@ -275,11 +273,7 @@ def _load(static: Chunk, chunk: Chunk) -> None:
 
 
 def _copy_states(targets: list[ExactStates], sources: list[ExactStates]) -> None:
-    _copy(_state_tensors(targets), _state_tensors(sources))
-
-
-def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    torch._foreach_copy_(targets, sources)
+    torch._foreach_copy_(_state_tensors(targets), _state_tensors(sources))
 
 
 def _state_tensors(states: list[ExactStates]) -> list[Tensor]:
