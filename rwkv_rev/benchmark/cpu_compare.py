@@ -7,10 +7,8 @@ ours; both report the loss, which has to agree. Both sides use the same number o
 
 import gc
 import importlib.metadata
-import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +25,7 @@ from rwkv_rev.benchmark.settings import BenchSettings, load_model
 from rwkv_rev.benchmark.training import random_tokens, step
 from rwkv_rev.converters.conversion import convert
 from rwkv_rev.converters.export import export
+from rwkv_rev.equivalence.oracles import rwkv_process
 from rwkv_rev.errors import RwkvRevError
 from rwkv_rev.modeling import RwkvRevForCausalLM
 
@@ -165,13 +164,10 @@ def _peer_step(model: nn.Module, ids: Tensor) -> tuple[float, float]:
 
 @contextmanager
 def _rwkv(file: Path, length: int) -> Iterator["subprocess.Popen[str]"]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RWKV_")}
-    environment |= {"RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0"}  # as the package recommends for speed
     worker = Path(__file__).with_name("rwkv_timer.py")
     arguments = [file.with_suffix(""), length, torch.get_num_threads()]
     with subprocess.Popen(
-        [sys.executable, "-P", str(worker), *map(str, arguments)],
-        env=environment,
+        **rwkv_process(worker, *arguments, jit=True),  # as the package recommends for speed
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

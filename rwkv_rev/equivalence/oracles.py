@@ -31,6 +31,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,13 +115,17 @@ def _write_checkpoint(original: Original, path: Path, *, spare: int) -> None:
     torch.save(tensors, path)
 
 
-def _run_worker(model: Path, tokens: Path, output: Path) -> None:
+def rwkv_process(script: Path, *arguments: object, jit: bool) -> dict[str, Any]:
+    """``args`` and ``env`` of a subprocess in which ``script`` uses the ``rwkv`` package on the CPU."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RWKV_")}
-    environment |= {"RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}
+    environment |= {"RWKV_JIT_ON": str(int(jit)), "RWKV_CUDA_ON": "0"}
+    return {"args": [sys.executable, "-P", str(script), *map(str, arguments)], "env": environment}
+
+
+def _run_worker(model: Path, tokens: Path, output: Path) -> None:
     arguments = [model, tokens, output, RWKV_PACKAGE_PIECE, torch.get_num_threads()]
     process = subprocess.run(
-        [sys.executable, "-P", str(_WORKER), *map(str, arguments)],
-        env=environment,
+        **rwkv_process(_WORKER, *arguments, jit=False),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
