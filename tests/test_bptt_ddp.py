@@ -1,13 +1,9 @@
 """DistributedDataParallel over two processes (gloo): gradients equal those of one process on the joined batch."""
 
-from datetime import timedelta
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed
-import torch.multiprocessing
 from bptt_cases import random_tokens, relative_error, tiny_model
+from ranks import in_ranks
 from torch import Tensor, nn
 
 CHUNK = 8
@@ -69,26 +65,15 @@ def train(rank: int, case: str) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def work(rank: int, folder: str) -> None:
+def work(rank: int) -> dict[str, dict[str, dict[str, Tensor]]]:
     """One process: every case in turn."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=WORLD,
-        timeout=timedelta(seconds=120),
-    )
-    torch.save({case: train(rank, case) for case in CASES}, Path(folder) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return {case: train(rank, case) for case in CASES}
 
 
 @pytest.fixture(scope="module")
 def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, dict[str, Tensor]]]]:
     """Gradients by rank, case and place."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, args=(str(folder),), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return in_ranks(work, WORLD, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("case", CASES)

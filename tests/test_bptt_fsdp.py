@@ -1,14 +1,12 @@
 """``fully_shard`` over two processes (gloo): a model sharded as one unit trains as whole; block by block is refused."""
 
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed
-import torch.multiprocessing
 from bptt_cases import random_tokens, relative_error, tiny_model
+from ranks import in_ranks
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
@@ -54,15 +52,7 @@ def sharded(strategy: str, rank: int, *, blocks: bool = False, reshard: bool = T
     return train(model, slice(rank, rank + 1))
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=WORLD,
-        timeout=timedelta(seconds=120),
-    )
+def work(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {strategy: sharded(strategy, rank) for strategy in STRATEGIES}
     found["kept gathered"] = sharded("reversible", rank, reshard=False)
     found["full by block"] = sharded("full", rank, blocks=True)
@@ -71,15 +61,12 @@ def work(rank: int, folder: str) -> None:
             sharded(strategy, rank, blocks=True)
         except StrategyError as error:
             found[f"{strategy} by block"] = str(error)
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, args=(str(folder),), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return in_ranks(work, WORLD, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("case", [*STRATEGIES, "kept gathered", "full by block"])

@@ -20,24 +20,6 @@ Cli = Callable[..., tuple[int, str, str]]
 SIZES = {"vocab": 256, "D": 32, "head_size": 8}
 
 
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cli:
-    """Run the command line in an empty folder; gives the exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("TRANSFORMERS_VERBOSITY", "TOKENIZERS_PARALLELISM", "HF_HUB_DISABLE_PROGRESS_BARS"):
-        monkeypatch.setenv(name, "1" if name.startswith("HF") else "error")
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-    monkeypatch.setattr("warnings.showwarning", None)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exit_:
-            main([str(argument) for argument in arguments])
-        streams = capsys.readouterr()
-        return int(exit_.value.code or 0), streams.out, streams.err
-
-    return run
-
-
 def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 

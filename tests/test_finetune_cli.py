@@ -7,29 +7,15 @@ from pathlib import Path
 import pytest
 from finetune_cases import counting_text
 
-from rwkv_rev.cli import main
-
 Cli = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cli:
-    """Run the command line in an empty folder; gives the exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
+def cli(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cli:
+    """The command line in a folder with a text, its token cache there too."""
     monkeypatch.setenv("RWKV_REV_CACHE", str(tmp_path / "cache"))
-    for name in ("TRANSFORMERS_VERBOSITY", "TOKENIZERS_PARALLELISM", "HF_HUB_DISABLE_PROGRESS_BARS"):
-        monkeypatch.setenv(name, "1" if name.startswith("HF") else "error")
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-    monkeypatch.setattr("warnings.showwarning", None)
     counting_text(tmp_path / "data.txt", 60)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exit_:
-            main([str(argument) for argument in arguments])
-        streams = capsys.readouterr()
-        return int(exit_.value.code or 0), streams.out, streams.err
-
-    return run
+    return cli
 
 
 def test_finetune_then_eval_then_generate(cli: Cli, bundled: dict[str, Path], tmp_path: Path) -> None:

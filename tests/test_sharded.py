@@ -1,13 +1,10 @@
 """The sharded optimizer in two processes (gloo) against AdamW in one: numbers, state, layout, resuming."""
 
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed
-import torch.multiprocessing
+from ranks import in_ranks
 from torch import Tensor
 
 from rwkv_rev.training.sharded import ShardedOptimizer, deal, state_bytes
@@ -67,24 +64,13 @@ def train(rank: int, groups: str) -> dict[str, Any]:
     return found | {"resumed": [t.detach() for t in copied], "resumed bytes": state_bytes(resumed)}
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=WORLD,
-        timeout=timedelta(seconds=120),
-    )
-    torch.save({groups: train(rank, groups) for groups in ("two", "one empty")}, Path(folder) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+def work(rank: int) -> dict[str, Any]:
+    return {groups: train(rank, groups) for groups in ("two", "one empty")}
 
 
 @pytest.fixture(scope="module")
 def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, args=(str(folder),), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return in_ranks(work, WORLD, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("groups", ["two", "one empty"])
