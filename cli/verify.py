@@ -58,7 +58,8 @@ def verify(
     """Prove that a converted model computes what its original computes.
 
     Compares every stored value, and the logits over real text, with the rwkv package, with transformers
-    (RWKV-4) and with a float64 scan; the first layer that differs is named. Then runs states backwards over a text
+    (RWKV-4) and with a float64 scan; where float32's rounding is in question, both in float64. The first layer
+    that differs is named. Then runs states backwards over a text
     and compares every gradient strategy with float64 back-propagation. Exit code 3 if anything fails.
 
     Examples:

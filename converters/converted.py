@@ -16,6 +16,7 @@ from rwkv_rev.converters.source import Source
 from rwkv_rev.errors import CheckpointError, SourceError
 
 RECORD_NAME = "conversion.json"
+_HEAD, _EMBEDDINGS = "head.weight", "model.embeddings.weight"
 
 
 def is_converted(directory: str | Path) -> bool:
@@ -25,6 +26,9 @@ def is_converted(directory: str | Path) -> bool:
 
 class ConvertedModel:
     """The config and the weights of a converted folder, under our own tensor names; a context manager.
+
+    Where the head is the embedding (``tie_word_embeddings``) it need not be stored: ``head.weight`` then names the
+    embedding's tensor, and is not among :meth:`names`.
 
     Attributes:
         directory: the folder.
@@ -63,29 +67,34 @@ class ConvertedModel:
         self._checkpoint.close()
 
     def names(self) -> tuple[str, ...]:
-        """Names of all tensors, in file order."""
+        """Names of all stored tensors, in file order."""
         return self._checkpoint.names()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
-        return self._checkpoint.shape(name)
+        return self._checkpoint.shape(self._stored(name))
 
     def dtype(self, name: str) -> torch.dtype:
         """Stored dtype of a tensor, without reading it."""
-        return self._checkpoint.dtype(name)
+        return self._checkpoint.dtype(self._stored(name))
 
     def nbytes(self, name: str) -> int:
         """Bytes of the values of a tensor."""
-        return self._checkpoint.nbytes(name)
+        return self._checkpoint.nbytes(self._stored(name))
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, memory-mapped: its pages are read when its values are. Do not write to it."""
-        return self._checkpoint.tensor(name)
+        return self._checkpoint.tensor(self._stored(name))
+
+    def _stored(self, name: str) -> str:
+        """The name that a tensor is stored under."""
+        shared = name == _HEAD and self.config.tie_word_embeddings and _HEAD not in self.names()
+        return _EMBEDDINGS if shared else name
 
     def _check(self) -> None:
         expected = {row.name: row.shape for row in tensor_table(self.config, "blinkdl")}
         stored = set(self.names())
-        if missing := [name for name in expected if name not in stored]:
+        if missing := [name for name in expected if self._stored(name) not in stored]:
             raise CheckpointError(f"{self.directory} lacks {some(missing)}, which its config.json asks for")
         if leftover := [name for name in self.names() if name not in expected]:
             raise CheckpointError(f"{self.directory} holds {some(leftover)}, which is no part of the model")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rwkv_rev.converters.conversion import convert as convert
     from rwkv_rev.converters.export import export as export
     from rwkv_rev.equivalence.verification import verify_directory as verify  # noqa: F401
+    from rwkv_rev.foreign_code import position_wise as position_wise
     from rwkv_rev.modeling import RwkvRevForCausalLM as RwkvRevForCausalLM
     from rwkv_rev.modeling import RwkvRevModel as RwkvRevModel
     from rwkv_rev.state import RwkvRevState as RwkvRevState
@@ -26,6 +27,7 @@ _PLACES = {
     "RwkvRevModel": ("rwkv_rev.modeling", "RwkvRevModel"),
     "RwkvRevState": ("rwkv_rev.state", "RwkvRevState"),
     "convert": ("rwkv_rev.converters.conversion", "convert"),
+    "position_wise": ("rwkv_rev.foreign_code", "position_wise"),
     "export": ("rwkv_rev.converters.export", "export"),
     "verify": ("rwkv_rev.equivalence.verification", "verify_directory"),
 }

@@ -39,6 +39,7 @@ class RwkvRevConfig(PreTrainedConfig):
     """
 
     model_type = "rwkv_rev"
+    keys_to_ignore_at_inference = ["state", "past_key_values", "cache", "report"]  # noqa: RUF012
 
     rwkv_version: Version = "5.2"
     vocab_size: int = 65536
@@ -77,6 +78,18 @@ class RwkvRevConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         # whoever holds a configuration may next ask an Auto class for its model
         register_models()
+
+    @property
+    def layer_types(self) -> list[str]:
+        """By these accelerate refuses to cut a context over devices, whose states it would not hand on."""
+        return ["linear_attention"] * self.num_hidden_layers
+
+    @layer_types.setter
+    def layer_types(self, value: list[str]) -> None:
+        if value != self.layer_types:
+            raise ValueError(
+                f"layer_types = {value}: each of the {self.num_hidden_layers} layers is linear_attention"
+            )
 
     @property
     def has_heads(self) -> bool:

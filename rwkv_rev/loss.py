@@ -2,21 +2,30 @@
 
 The product with the head, the softmax and their gradients are made for one sub-chunk of tokens after another, at
 most :data:`LOGITS_AT_ONCE` logits each, as fused linear cross-entropy losses do. Gradients are finished in the
-forward pass and scaled by the incoming one in the backward pass, which a scalar loss allows.
+forward pass and scaled by the incoming one in the backward pass, which a scalar loss allows. Where gradients flow in
+float16 they are computed times a *loss scale*, lowered until they are finite.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rwkv_rev.first_order import first_order
+from rwkv_rev.outside_leaves import OutsideLeaves, leaves_of
+
+T = TypeVar("T")
+
 LOGITS_AT_ONCE = 2**26
 """Logits per sub-chunk: 256 MiB in float32."""
 
 IGNORE = -100
+
+LARGEST_LOSS_SCALE = 2.0**15
+SMALLEST_LOSS_SCALE = 2.0**-10
 
 
 def next_token_targets(labels: Tensor, valid: Tensor | None) -> Tensor:
@@ -47,11 +56,11 @@ def sum_cross_entropy(
         hidden: [B, C, D].
         targets: [B, C] int64, -100 where ignored.
     """
-    total = torch.zeros((), dtype=_wide(hidden.dtype), device=hidden.device)
+    total = torch.zeros((), dtype=wide(hidden.dtype), device=hidden.device)
     with torch.no_grad():
         for part, target in _sub_chunks(hidden, targets, vocab_size):
             total += _cross_entropy(head(part), target)
-    return total * scale
+    return total * like(scale, total)
 
 
 def cross_entropy_gradients(
@@ -63,28 +72,44 @@ def cross_entropy_gradients(
     scale: float | Tensor,
     vocab_size: int,
     loss_scale: float = 1.0,
+    outside: OutsideLeaves | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """The loss of :func:`sum_cross_entropy` with its finished gradients.
 
     Args:
-        parameters: the head's trainable parameters.
+        parameters: trainable tensors, of which the head uses some.
+        scale: factor of the loss.
         loss_scale: further factor on the gradients alone, against underflow in float16.
+        outside: looks for leaves that are not among the parameters.
 
     Returns:
         loss, d loss / d hidden [B, C, D], and d loss / d parameters (float32 sums).
     """
-    total = torch.zeros((), dtype=_wide(hidden.dtype), device=hidden.device)
+    total = torch.zeros((), dtype=wide(hidden.dtype), device=hidden.device)
     hidden_gradients: list[Tensor] = []
-    sums: list[Tensor | None] = [None] * len(parameters)
-    for part, target in _sub_chunks(hidden.detach(), targets, vocab_size):
+    sums: list[Tensor | None] = []
+    used: list[int] = []
+    scale = like(scale, total)
+    for number, (part, target) in enumerate(_sub_chunks(hidden.detach(), targets, vocab_size)):
         part = part.requires_grad_()
         with torch.enable_grad():
             loss = _cross_entropy(head(part), target) * scale
-            gradients = torch.autograd.grad(loss * loss_scale, [part, *parameters], allow_unused=True)
+            if number == 0:
+                leaves = leaves_of([loss])
+                known = {id(leaf) for leaf in leaves}
+                used = [index for index, parameter in enumerate(parameters) if id(parameter) in known]
+                sums = [None] * len(used)
+                if outside is not None:
+                    outside.note(leaves, [part])
+            wanted = [part, *(parameters[index] for index in used)]
+            gradients = torch.autograd.grad(loss * loss_scale, wanted, allow_unused=True)
         total += loss.detach()
         hidden_gradients.append(torch.zeros_like(part) if gradients[0] is None else gradients[0])
         sums = add_gradients(sums, gradients[1:])
-    return total, torch.cat(hidden_gradients).view_as(hidden), sums
+    of_parameters: list[Tensor | None] = [None] * len(parameters)
+    for index, gradient in zip(used, sums, strict=True):
+        of_parameters[index] = gradient
+    return total, torch.cat(hidden_gradients).view_as(hidden), of_parameters
 
 
 def add_gradients(sums: list[Tensor | None], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -95,7 +120,7 @@ def add_gradients(sums: list[Tensor | None], gradients: Sequence[Tensor | None])
         if gradient is None:
             added.append(total)
         elif total is None:
-            added.append(gradient.detach().to(_wide(gradient.dtype), copy=True))
+            added.append(gradient.detach().to(wide(gradient.dtype), copy=True))
         else:
             added.append(total)
             totals.append(total)
@@ -105,13 +130,20 @@ def add_gradients(sums: list[Tensor | None], gradients: Sequence[Tensor | None])
     return added
 
 
+def sum_of(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """The sum of two gradients, either of which may be none."""
+    if first is None or second is None:
+        return first if second is None else second
+    return first + second
+
+
 class FinishedGradients(torch.autograd.Function):
     """A scalar whose gradients were computed along with it.
 
     ``FinishedGradients.apply(compute, *inputs)`` calls ``compute()``, which returns ``(loss, extras, gradients)``:
     the scalar, further outputs that carry no gradient, and one gradient (or None) per input. The backward pass
     scales and returns them, so hooks, accumulation and data-parallel reduction work as for any operation. Hooks on
-    the inputs see the finished gradient alone, not the parts that it is computed from.
+    the inputs see the finished gradient alone, not the parts that it is computed from. Each input may be given once.
     """
 
     @staticmethod
@@ -120,14 +152,17 @@ class FinishedGradients(torch.autograd.Function):
     ) -> Any:
         with _hooks_withheld(inputs):
             loss, extras, gradients = compute()
+        ctx.dtypes = [tensor.dtype for tensor in inputs]
+        # float16 would lose small ones before the incoming gradient scales them
         ctx.gradients = [
-            None if gradient is None else gradient.to(tensor.dtype)
+            gradient if gradient is None or tensor.dtype == torch.float16 else gradient.to(tensor.dtype)
             for gradient, tensor in zip(gradients, inputs, strict=True)
         ]
         ctx.mark_non_differentiable(*extras)
         return (loss, *extras)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
         if ctx.gradients is None:
             raise RuntimeError("the gradients of this loss were already used; call the model again")
@@ -138,24 +173,69 @@ class FinishedGradients(torch.autograd.Function):
                 by_dtype.setdefault(found.dtype, []).append(found)
         for dtype, tensors in by_dtype.items():
             torch._foreach_mul_(tensors, gradient.to(dtype))  # in a few launches for all parameters
-        return (None, *finished)
+        return (None, *(g if g is None else g.to(d) for g, d in zip(finished, ctx.dtypes, strict=True)))
 
 
 def linear_cross_entropy(
-    hidden: Tensor, head: nn.Module, targets: Tensor, *, scale: float | Tensor, vocab_size: int
+    hidden: Tensor,
+    head: nn.Module,
+    targets: Tensor,
+    *,
+    scale: float | Tensor,
+    vocab_size: int,
+    parameters: Sequence[Tensor],
 ) -> Tensor:
-    """Differentiable ``scale * sum of cross-entropies`` of ``head(hidden)``; see the module's docstring."""
-    parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    """Differentiable ``scale * sum of cross-entropies`` of ``head(hidden)``; see the module's docstring.
+
+    Args:
+        parameters: the model's trainable parameters, of which the head uses some.
+
+    Raises:
+        StrategyError: for a head that depends on a trainable tensor beside them.
+    """
     if not torch.is_grad_enabled() or not (hidden.requires_grad or parameters):
         return sum_cross_entropy(hidden, head, targets, scale=scale, vocab_size=vocab_size)
+    outside = OutsideLeaves(parameters)
+
+    def gradients(loss_scale: float) -> tuple[Tensor, list[Tensor | None]]:
+        loss, to_hidden, to_parameters = cross_entropy_gradients(
+            hidden,
+            head,
+            targets,
+            parameters,
+            scale=scale,
+            vocab_size=vocab_size,
+            loss_scale=loss_scale,
+            outside=outside,
+        )
+        return loss, [to_hidden, *to_parameters]
 
     def compute() -> tuple[Tensor, tuple[Tensor, ...], list]:
-        loss, to_hidden, to_head = cross_entropy_gradients(
-            hidden, head, targets, parameters, scale=scale, vocab_size=vocab_size
-        )
-        return loss, (), [to_hidden, *to_head]
+        autocast = torch.is_autocast_enabled(hidden.device.type)
+        dtype = torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype
+        loss, found = scaled(gradients) if dtype == torch.float16 else gradients(1.0)
+        outside.refuse()
+        return loss, (), found
 
     return FinishedGradients.apply(compute, hidden, *parameters)[0]
+
+
+def scaled(
+    gradients: Callable[[float], tuple[T, list[Tensor | None]]],
+) -> tuple[T, list[Tensor | None]]:
+    """``gradients(loss_scale)`` with the largest loss scale whose gradients are finite, taken out again in float32."""
+    loss_scale = LARGEST_LOSS_SCALE
+    while True:
+        further, found = gradients(loss_scale)
+        finite = [g.isfinite().all() for g in found if g is not None]
+        if loss_scale <= SMALLEST_LOSS_SCALE or not finite or bool(torch.stack(finite).all()):
+            return further, [None if g is None else g.to(wide(g.dtype)) / loss_scale for g in found]
+        loss_scale /= 16
+
+
+def like(scale: float | Tensor, total: Tensor) -> float | Tensor:
+    """The factor in the precision of what it multiplies."""
+    return scale.to(total) if isinstance(scale, Tensor) else scale
 
 
 @contextmanager
@@ -172,7 +252,7 @@ def _hooks_withheld(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.to(_wide(logits.dtype)), targets, ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(logits.to(wide(logits.dtype)), targets, ignore_index=IGNORE, reduction="sum")
 
 
 def _sub_chunks(hidden: Tensor, targets: Tensor, vocab_size: int) -> list[tuple[Tensor, Tensor]]:
@@ -181,5 +261,6 @@ def _sub_chunks(hidden: Tensor, targets: Tensor, vocab_size: int) -> list[tuple[
     return list(zip(flat.split(size), targets.reshape(-1).split(size), strict=True))
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The precision of losses and sums: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32

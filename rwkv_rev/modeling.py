@@ -7,49 +7,39 @@ would be the largest tensor of all.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from types import TracebackType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import logging
 
-from rwkv_rev.bptt import LossInputs, choose_strategy
+from rwkv_rev.adapters import refuse_carried_state, refuse_recomputing
+from rwkv_rev.bptt import choose_strategy
+from rwkv_rev.cache import CACHE_NAME, Piece, RwkvRevCache, handed_over
 from rwkv_rev.cells import ChannelMix, TimeMixRwkv4, TimeMixRwkv5
 from rwkv_rev.cells.block import Block
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.configuration import BPTT_STRATEGIES, TAPES, RwkvRevConfig
 from rwkv_rev.errors import StrategyError
+from rwkv_rev.exporting import exportable
+from rwkv_rev.first_order import refuse_transforms
+from rwkv_rev.foreign_code import strangers
+from rwkv_rev.generation import RwkvRevGenerationMixin
 from rwkv_rev.initialization import initialize_channel_mix, initialize_head, initialize_time_mix
-from rwkv_rev.loss import IGNORE, linear_cross_entropy, next_token_targets
+from rwkv_rev.inputs import loss_inputs, masked_embeds, rows_and_tokens, valid_tokens
+from rwkv_rev.keywords import refuse_packed_rows, refuse_replica
+from rwkv_rev.loss import linear_cross_entropy, wide
+from rwkv_rev.outputs import RwkvRevCausalLMOutput, RwkvRevOutput
 from rwkv_rev.state import RwkvRevState
 
-
-@dataclass
-class RwkvRevOutput(ModelOutput):
-    """Hidden states after ``ln_out`` [B, T, D], the state after the last token, each layer's residual stream."""
-
-    last_hidden_state: Tensor | None = None
-    state: RwkvRevState | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class RwkvRevCausalLMOutput(ModelOutput):
-    """Loss (float32 scalar), logits [B, T, V], state after the last token, each layer's residual stream.
-
-    ``report`` tells what the gradient strategy did (name, tape bytes, drift; see :mod:`rwkv_rev.bptt`).
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    state: RwkvRevState | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    report: dict[str, Any] | None = field(default=None)
+logger = logging.get_logger(__name__)
 
 
 class RwkvRevPreTrainedModel(PreTrainedModel):
@@ -59,9 +49,42 @@ class RwkvRevPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012 (declared so by the base class)
-    _is_stateful = True
     # decays act through a double exponential: half precision would change them
-    _keep_in_fp32_modules_strict = ["time_decay", "bonus", "initial_wkv"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["time_decay", "bonus"]  # noqa: RUF012
+
+    def post_init(self) -> None:
+        """Called when all modules are there: those that loading keeps in float32 are made so in the first place."""
+        if self.config.has_initial_state:
+            self._keep_in_fp32_modules_strict = [*self._keep_in_fp32_modules_strict, "initial_wkv"]
+        for name, parameter in self.named_parameters():
+            narrow = parameter.dtype in (torch.float16, torch.bfloat16)
+            if narrow and not set(self._keep_in_fp32_modules_strict).isdisjoint(name.split(".")):
+                parameter.data = parameter.data.float()
+        super().post_init()
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
+        """Let every n-th block keep its inputs alone, and be computed again by the given function."""
+        function = gradient_checkpointing_func
+        if enable and getattr(function, "keywords", {}).get("use_reentrant"):
+            logger.warning_once(
+                "use_reentrant=True is taken as False: the gradient is the same, of the state too"
+            )
+        for index, block in enumerate(cast(RwkvRevModel, self.base_model).layers()):
+            chosen = enable and index % every_n_layers == 0
+            block.recompute = partial(function, use_reentrant=False) if chosen else None
+
+    def _by_config(self, output_hidden_states: bool | None, return_dict: bool | None) -> tuple[bool, bool]:
+        """The two settings of a call, where None stands for the configuration's."""
+        config = self.config
+        return (
+            bool(config.output_hidden_states if output_hidden_states is None else output_hidden_states),
+            bool(config.return_dict if return_dict is None else return_dict),
+        )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -92,8 +115,19 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.ln_out = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.initial_wkv = initial_states(config) if config.has_initial_state else None
-        self.gradient_checkpointing = False
         self.post_init()
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether blocks keep only their inputs in training, and are computed again when their gradient is taken."""
+        return any(block.recompute is not None for block in self.layers())
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enable: bool) -> None:
+        self._set_gradient_checkpointing(enable)
+
+    def layers(self) -> list[Block]:
+        return cast(list[Block], list(self.blocks))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings
@@ -112,12 +146,14 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
     ) -> tuple[Tensor, RwkvRevState]:
         """All blocks on x [B, C, D] by plain differentiable arithmetic; ``streams`` collects every residual."""
         layers = []
-        for index, block in enumerate(self.blocks):
+        again = self.training and torch.is_grad_enabled() and self.gradient_checkpointing
+        if again:
+            refuse_recomputing(self)
+        for index, block in enumerate(self.layers()):
             call: Callable[..., Any] = block
-            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x, after = checkpoint(call, x, state.layer(index), mask, use_reentrant=False)
-            else:
-                x, after = call(x, state.layer(index), mask)
+            if again and block.recompute is not None:
+                call = partial(block.recompute, block)
+            x, after = call(x, state.layer(index), mask)
             layers.append(after)
             if streams is not None:
                 streams.append(x)
@@ -130,51 +166,84 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         state: RwkvRevState | None = None,
         output_hidden_states: bool | None = None,
+        past_key_values: RwkvRevState | RwkvRevCache | None = None,
+        cache: RwkvRevState | RwkvRevCache | None = None,
+        croppable: int = 0,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> RwkvRevOutput:
+    ) -> RwkvRevOutput | tuple[Any, ...]:
         """Hidden states after ``ln_out``, and the state to go on from.
 
         Args:
             input_ids: [B, T] int64, or ``inputs_embeds`` [B, T, D] (before ``ln0``).
             attention_mask: [B, T], 0 where a token is padding or a hole; such tokens change nothing.
             state: state after the tokens before these; empty when None.
-            output_hidden_states: also return the residual stream before block 0 and after every block.
+            output_hidden_states: also return the residual stream before block 0 and after every block; the config's
+                setting when None, as of ``return_dict``.
+            past_key_values, cache: the same as ``state``; a :class:`RwkvRevCache` is brought up to date.
+            croppable: tokens at the end that a recording cache may be asked to forget (0: all).
 
         With gradients disabled, contexts longer than ``config.chunk_length`` run chunk by chunk.
         """
-        tokens = input_ids if input_ids is not None else inputs_embeds
-        if tokens is None:
-            raise ValueError("give either input_ids or inputs_embeds")
-        batch, length = tokens.shape[:2]
-        valid = valid_tokens(attention_mask, length)
-        state = self.initial_state(batch) if state is None else state
+        output_hidden_states, return_dict = self._by_config(output_hidden_states, return_dict)
+        batch, length, device = rows_and_tokens(input_ids, inputs_embeds)
+        refuse_packed_rows(kwargs, attention_mask)
+        valid = valid_tokens(attention_mask, length, batch)
+        inputs_embeds = masked_embeds(inputs_embeds, valid)
+        state, updated = handed_over(state=state, past_key_values=past_key_values, cache=cache)
+        state = self.initial_state(batch, device) if state is None else state
         if state.batch_size != batch:
             raise ValueError(f"the state has {state.batch_size} rows, the input {batch}")
-        size = length if torch.is_grad_enabled() else self.config.chunk_length
+        if state.wkv.shape[0] != len(self.blocks):
+            raise ValueError(f"the state has {state.wkv.shape[0]} layers, the model {len(self.blocks)}")
+        # chunk by chunk without gradients; at once where code inside the model might look at positions
+        whole = torch.is_grad_enabled() or length <= self.config.chunk_length or strangers(self).unknown
+        starts = set(range(0, length, length if whole else self.config.chunk_length))
+        if updated is not None and updated.is_croppable:
+            if croppable > length:
+                raise ValueError(
+                    f"assisted generation asks for logits of {croppable} tokens and hands over {length}, as it does "
+                    "under peft's prompt learning; generate without an assistant"
+                )
+            starts.add(length - (croppable or length))
         hidden, streams = [], []
-        for start in range(0, length, size):
-            part = slice(start, start + size)
-            x = self.embed(
+        for start, stop in pairwise([*sorted(starts), length]):
+            part = slice(start, stop)
+            embedded = self.embed(
                 None if input_ids is None else input_ids[:, part],
                 None if inputs_embeds is None else inputs_embeds[:, part],
             )
-            mask = None if valid is None else ChunkMask.of(valid[:, part])
-            collected = [x]
-            x, state = self.run(x, state, mask, collected if output_hidden_states else None)
+            flags = None if valid is None else valid[:, part]
+            collected = [embedded]
+            mask = None if flags is None else ChunkMask.of(flags)
+            x, after = self.run(embedded, state, mask, collected if output_hidden_states else None)
+            if updated is not None:
+                again = partial(self._read_first, embedded, flags, state)
+                updated.advance(after, Piece(state, stop - start, again))
+            state = after
             hidden.append(self.ln_out(x))
             streams.append(collected)
-        return RwkvRevOutput(
+        output = RwkvRevOutput(
             last_hidden_state=_joined(hidden),
-            state=state,
+            state=exportable(state),
             hidden_states=tuple(_joined(list(parts)) for parts in zip(*streams, strict=True))
             if output_hidden_states
             else None,
         )
+        return output if return_dict else output.to_tuple()
 
-    def initial_state(self, batch_size: int) -> RwkvRevState:
-        """What ``batch_size`` rows begin with, on the model's device: empty, or with the tuned WKV state."""
+    @torch.no_grad()
+    def _read_first(
+        self, embedded: Tensor, valid: Tensor | None, state: RwkvRevState, count: int
+    ) -> RwkvRevState:
+        """State after the first ``count`` tokens of a piece [B, C, D] that began with ``state``."""
+        mask = None if valid is None else ChunkMask.of(valid[:, :count])
+        return self.run(embedded[:, :count], state, mask)[1]
+
+    def initial_state(self, batch_size: int, device: torch.device | None = None) -> RwkvRevState:
+        """What ``batch_size`` rows begin with: empty, or with the tuned WKV state; on the model's device when None."""
         weight = self.ln0.weight
-        state = RwkvRevState.empty(self.config, batch_size, weight.device, weight.dtype)
+        state = RwkvRevState.empty(self.config, batch_size, device or weight.device, weight.dtype)
         if self.initial_wkv is None:
             return state
         tuned = torch.stack(list(self.initial_wkv)).to(state.wkv.dtype)  # [L, H, N, N]
@@ -182,11 +251,13 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         return replace(state, wkv=wkv)
 
 
-class RwkvRevForCausalLM(RwkvRevPreTrainedModel, GenerationMixin):
+class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
     """RWKV language model with exact gradients over any context length.
 
     See :meth:`forward` and :meth:`set_bptt`.
     """
+
+    _tied_weights_keys = {"head.weight": "model.embeddings.weight"}  # noqa: RUF012 (with tie_word_embeddings)
 
     def __init__(self, config: RwkvRevConfig) -> None:
         super().__init__(config)
@@ -202,13 +273,30 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, GenerationMixin):
 
     # --- what gradient strategies see (rwkv_rev.bptt.strategy.LanguageModel) ------------------------------------
 
+    def read(
+        self,
+        input_ids: Tensor | None,
+        valid: Tensor | None,
+        inputs_embeds: Tensor | None,
+        state: RwkvRevState,
+    ) -> tuple[Tensor, RwkvRevState]:
+        """Normalised hidden states [B, T, D] and the state after them, by the base model, called as a module."""
+        output = self.model(
+            input_ids, valid, inputs_embeds, state, output_hidden_states=False, return_dict=True
+        )
+        return output.last_hidden_state, output.state
+
     @property
     def blocks(self) -> list[Block]:
-        return cast(list[Block], list(self.model.blocks))
+        return self.model.layers()
 
     @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, size: int) -> None:  # by resize_token_embeddings
+        self.config.vocab_size = size
 
     @property
     def checkpoints_blocks(self) -> bool:
@@ -224,9 +312,9 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, GenerationMixin):
     def run(self, x: Tensor, state: RwkvRevState, mask: ChunkMask | None) -> tuple[Tensor, RwkvRevState]:
         return self.model.run(x, state, mask)
 
-    def initial_state(self, batch_size: int) -> RwkvRevState:
+    def initial_state(self, batch_size: int, device: torch.device | None = None) -> RwkvRevState:
         """What ``batch_size`` rows begin with when no state is given."""
-        return self.model.initial_state(batch_size)
+        return self.model.initial_state(batch_size, device)
 
     def add_initial_state(self) -> None:
         """Give the model an initial WKV state to tune, zero at first; one that it has stays.
@@ -237,7 +325,8 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, GenerationMixin):
         if not self.config.has_heads:
             raise ValueError("RWKV-4 has no state of matrices to tune")
         if self.model.initial_wkv is None:
-            self.model.initial_wkv = initial_states(self.config).to(self.model.ln0.weight.device)
+            weight = self.model.ln0.weight
+            self.model.initial_wkv = initial_states(self.config).to(weight.device, wide(weight.dtype))
             self.config.has_initial_state = True
 
     # --- use --------------------------------------------------------------------------------------------------
@@ -288,33 +377,62 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, GenerationMixin):
         return_logits: bool = False,
         num_items_in_batch: int | Tensor | None = None,
         final_state_gradient: RwkvRevState | None = None,
+        past_key_values: RwkvRevState | RwkvRevCache | None = None,
+        cache: RwkvRevState | RwkvRevCache | None = None,
         **kwargs: Any,
     ) -> RwkvRevCausalLMOutput | tuple[Any, ...]:
         """Logits, or with ``labels`` the loss.
 
         Args:
             input_ids: [B, T] int64, or ``inputs_embeds`` [B, T, D] (before ``ln0``).
-            attention_mask: [B, T], 0 where a token is padding or a hole; such tokens change nothing. A longer
-                mask (as ``generate`` passes) is read from its end.
+            attention_mask: [B, T], 0 where a token is padding or a hole; such tokens change nothing. Of a longer
+                mask, which tells of tokens before ``state`` too, the end is read.
             state: state after the tokens before these; its tensors may require gradients.
             labels: [B, T] int64, usually ``input_ids``; shifted inside: each valid token predicts the label of the
-                row's next valid token. -100 is ignored.
-            use_cache: accepted for generation; the state is always returned.
+                row's next valid token. -100 is ignored. In their place ``shift_labels`` (a keyword) gives what each
+                position itself predicts; a masked one predicts nothing.
+            use_cache: return the state as a cache too, as ``generate`` wants it; the default is as in transformers:
+                ``config.use_cache`` out of training. The state itself is always returned.
             logits_to_keep: only the last so many positions' logits (0: all), or their indices.
-            output_hidden_states: also return the residual stream before block 0 and after every block.
-            return_logits: make logits beside the loss; needs a strategy that keeps the whole graph.
+            output_hidden_states: also return the residual stream before block 0 and after every block; the config's
+                setting when None, as of ``return_dict``. Beside a loss it needs, as ``return_logits`` does, ``full`` or
+                ``auto`` and at most one chunk.
+            return_logits: make logits beside the loss.
             num_items_in_batch: divide the summed loss by this instead of by the number of predicted tokens.
             final_state_gradient: gradient of a further objective by the final state, added to the loss's.
+            past_key_values, cache: other names for ``state``; a :class:`RwkvRevCache` is brought up to date unless
+                ``use_cache=False`` or labels are given.
 
         Returns:
             :class:`RwkvRevCausalLMOutput`. With labels, ``state`` carries no graph.
 
         Raises:
             StrategyError: if the gradient strategy cannot do what is asked.
+            ValueError: for shapes that do not fit, for keywords that pack several texts into a row, and for a past that
+                is not this model's state.
         """
-        if labels is None:
+        output_hidden_states, return_dict = self._by_config(output_hidden_states, return_dict)
+        # not a parameter by name: Trainer takes every one with "label" in it for needed in evaluation
+        shift_labels = kwargs.pop("shift_labels", None)
+        refuse_packed_rows(kwargs, attention_mask)
+        refuse_replica(self)
+        state, updated = handed_over(state=state, past_key_values=past_key_values, cache=cache)
+        if state is not None and updated is None:  # ``generate``, which hands over a cache, has looked once
+            refuse_carried_state(self)
+        if labels is None and shift_labels is None:
+            if not (self.config.use_cache and not self.training if use_cache is None else use_cache):
+                updated = None
+            elif updated is None:
+                updated = RwkvRevCache(state)
             hidden = self.model(
-                input_ids, attention_mask, inputs_embeds, state, output_hidden_states=output_hidden_states
+                input_ids,
+                attention_mask,
+                inputs_embeds,
+                state if updated is None else None,
+                cache=updated,
+                output_hidden_states=output_hidden_states,
+                return_dict=True,
+                croppable=logits_to_keep if isinstance(logits_to_keep, int) else 0,
             )
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             output = RwkvRevCausalLMOutput(
@@ -322,6 +440,8 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, GenerationMixin):
                 state=hidden.state,
                 hidden_states=hidden.hidden_states,
             )
+            if updated is not None:
+                output[CACHE_NAME] = updated
         else:
             output = self._loss(
                 input_ids,
@@ -329,40 +449,76 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, GenerationMixin):
                 inputs_embeds,
                 state,
                 labels,
+                shift_labels,
                 return_logits,
+                output_hidden_states,
                 num_items_in_batch,
                 final_state_gradient,
             )
-        return output if return_dict is not False else output.to_tuple()
+        return output if return_dict else output.to_tuple()
 
+    @torch.compiler.disable  # two sweeps with a tape between them are no graph
     def _loss(
         self,
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
         inputs_embeds: Tensor | None,
         state: RwkvRevState | None,
-        labels: Tensor,
+        labels: Tensor | None,
+        shift_labels: Tensor | None,
         return_logits: bool,
+        output_hidden_states: bool,
         num_items_in_batch: int | Tensor | None,
         final_state_gradient: RwkvRevState | None,
     ) -> RwkvRevCausalLMOutput:
-        batch, length = labels.shape
-        valid = valid_tokens(attention_mask, length)
-        targets = next_token_targets(labels, valid)
-        divisor: float | Tensor = (targets != IGNORE).sum().clamp(min=1)
-        if num_items_in_batch is not None:
-            divisor = num_items_in_batch
-            if isinstance(divisor, Tensor):
-                divisor = divisor.to(targets.device)
-        if return_logits:
-            if self.config.bptt not in ("full", "auto") or length > self.config.chunk_length:
-                raise StrategyError("return_logits needs bptt='full' and a context of at most one chunk")
-            hidden = self.model(input_ids, attention_mask, inputs_embeds, state)
-            last = hidden.last_hidden_state
-            loss = linear_cross_entropy(
-                last, self.head, targets, scale=1 / divisor, vocab_size=self.config.vocab_size
+        refuse_transforms(self.parameters())
+        inputs = loss_inputs(
+            self,
+            input_ids,
+            attention_mask,
+            inputs_embeds,
+            state,
+            labels,
+            shift_labels,
+            num_items_in_batch,
+            final_state_gradient,
+            wide(self.model.ln0.weight.dtype),
+        )
+        length = inputs.length
+        if return_logits or output_hidden_states:
+            whole = self.config.bptt in ("full", "auto") and length <= self.config.chunk_length
+            if torch.is_grad_enabled() and not whole:
+                asked = "return_logits" if return_logits else "output_hidden_states beside a loss"
+                raise StrategyError(
+                    f"{asked} needs bptt='full' and a context of at most one chunk: {self.config.chunk_length} tokens "
+                    f"here, not {length} under {self.config.bptt!r}"
+                )
+            read = self.model(
+                inputs.input_ids,
+                inputs.valid,
+                inputs.inputs_embeds,
+                inputs.state,
+                output_hidden_states=output_hidden_states,
+                return_dict=True,
             )
-            return RwkvRevCausalLMOutput(loss=loss, logits=self.head(last), state=hidden.state)
+            hidden = read.last_hidden_state
+            loss = linear_cross_entropy(
+                hidden,
+                self.head,
+                inputs.targets,
+                scale=1 / inputs.divisor,
+                vocab_size=self.config.vocab_size,
+                parameters=[parameter for parameter in self.parameters() if parameter.requires_grad],
+            )
+            if final_state_gradient is not None:
+                further = read.state.inner(final_state_gradient)
+                loss = loss + (further - further.detach())  # its gradient, not its value
+            return RwkvRevCausalLMOutput(
+                loss=loss,
+                logits=self.head(hidden) if return_logits else None,
+                state=read.state.detach(),
+                hidden_states=read.hidden_states,
+            )
         strategy = choose_strategy(
             self.config.bptt,
             length,
@@ -370,42 +526,8 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, GenerationMixin):
             tape=self.config.tape,
             tape_dir=self.config.tape_dir,
         )
-        inputs = LossInputs(
-            input_ids=input_ids,
-            inputs_embeds=inputs_embeds,
-            valid=valid,
-            targets=targets,
-            divisor=divisor,
-            state=self.model.initial_state(batch) if state is None else state,
-            final_state_gradient=final_state_gradient,
-        )
         result = strategy.loss(self, inputs)
         return RwkvRevCausalLMOutput(loss=result.loss, state=result.state, report=result.report)
-
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self,
-        input_ids: Tensor,
-        state: RwkvRevState | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Only the newest token once there is a state."""
-        inputs: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": use_cache, "state": state}
-        if state is not None:
-            inputs["input_ids"] = input_ids[:, -1:]
-        elif inputs_embeds is not None and input_ids.shape[1] == 0:
-            inputs["inputs_embeds"] = inputs_embeds
-        else:
-            inputs["input_ids"] = input_ids
-        inputs["logits_to_keep"] = 1 if logits_to_keep is None else logits_to_keep
-        return inputs
-
-    def _reorder_cache(self, state: RwkvRevState, beam_idx: Tensor) -> RwkvRevState:
-        """The state of the beams that go on, for beam search."""
-        return state.rows(beam_idx)
 
 
 class BpttSetting:
@@ -428,17 +550,9 @@ class BpttSetting:
 
 
 def initial_states(config: RwkvRevConfig) -> nn.ParameterList:
-    """A WKV state [H, N, N] (key index first) of zeros for each layer, float32."""
+    """A WKV state [H, N, N] (key index first) of zeros for each layer."""
     shape = (config.num_attention_heads, config.head_size, config.head_size)
     return nn.ParameterList(torch.zeros(shape) for _ in range(config.num_hidden_layers))
-
-
-def valid_tokens(attention_mask: Tensor | None, length: int) -> Tensor | None:
-    """[B, T] bool, or None when every token counts; a mask longer than the input is read from its end."""
-    if attention_mask is None:
-        return None
-    valid = attention_mask[:, -length:].bool()
-    return None if bool(valid.all()) else valid
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -35,6 +35,7 @@ def register_configuration() -> None:
 def register_models() -> None:
     """Let ``AutoModel``, ``AutoModelForCausalLM`` and ``AutoTokenizer`` know the classes; cheap when repeated."""
     from transformers import AutoModel, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
     import rwkv_rev.tokenization  # noqa: F401  (registers its tokenizers)
     from rwkv_rev.configuration import RwkvRevConfig
@@ -43,6 +44,10 @@ def register_models() -> None:
     register_configuration()
     AutoModel.register(RwkvRevConfig, RwkvRevModel, exist_ok=True)
     AutoModelForCausalLM.register(RwkvRevConfig, RwkvRevForCausalLM, exist_ok=True)
+    # Trainer's label smoothing shifts the labels of models that are named here, and of no others; and base models are
+    # known as such by their names
+    MODEL_MAPPING_NAMES[RwkvRevConfig.model_type] = RwkvRevModel.__name__
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[RwkvRevConfig.model_type] = RwkvRevForCausalLM.__name__
 
 
 class _RegisterAfterImport(MetaPathFinder):

@@ -74,7 +74,7 @@ class RwkvRevState:
 
     def rows(self, index: Tensor) -> "RwkvRevState":
         """The batch rows ``index`` (int64 [B'])."""
-        return RwkvRevState(*(tensor.index_select(1, index) for tensor in self.tensors()))
+        return RwkvRevState(*(tensor.index_select(1, index.to(tensor.device)) for tensor in self.tensors()))
 
     def inner(self, other: "RwkvRevState") -> Tensor:
         """Sum of the products of all elements, a scalar: the objective whose state gradient is ``other``."""

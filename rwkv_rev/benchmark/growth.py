@@ -28,6 +28,12 @@ def slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     return rise, mean_y - rise * mean_x
 
 
+def longest_context(tokens: Sequence[int], peaks: Sequence[float], limit: float, multiple: int) -> int:
+    """The longest context, a multiple of ``multiple``, whose peak on the line of measured ones is at most ``limit``."""
+    per_token, start = slope(tokens, peaks)
+    return max(0, int((limit - start) / per_token) // multiple * multiple)
+
+
 def fits(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per setting that has enough contexts: exponents of time, tape and memory over T.
 

@@ -6,9 +6,8 @@ The same arithmetic as ``reversible``, to the bit, with a simpler and larger tap
 
 from torch import Tensor
 
-from rwkv_rev.bptt.strategy import Chunk, LanguageModel
-from rwkv_rev.bptt.sweeps import Record, Recovered, TwoSweeps
-from rwkv_rev.cells.block import ExactStates, Plans, Remnants
+from rwkv_rev.bptt.sweeps import Record, TwoSweeps
+from rwkv_rev.cells.block import BlockAdvanced, BlockAgain, ExactStates, Plans
 from rwkv_rev.cells.cell import CellState
 from rwkv_rev.reversal.fixed_point import FixedPoint
 
@@ -19,13 +18,7 @@ class Checkpoint(TwoSweeps):
     name = "checkpoint"
     repeatable = True
 
-    def record(
-        self,
-        model: LanguageModel,
-        before: list[ExactStates],
-        after: list[ExactStates],
-        remnants: list[Remnants],
-    ) -> Record:
+    def record(self, before: list[ExactStates], advanced: list[BlockAdvanced]) -> Record:
         def tensors(raised: Tensor | None) -> list[list[Tensor]]:
             kept: list[list[Tensor]] = []
             for time, channel in before:
@@ -36,20 +29,7 @@ class Checkpoint(TwoSweeps):
 
         return Record(None, tensors)
 
-    def recover(
-        self,
-        model: LanguageModel,
-        layer: int,
-        x: Tensor,
-        after: ExactStates,
-        record: list[Tensor],
-        chunk: Chunk,
-        plans: Plans,
-    ) -> Recovered:
+    def recover(self, after: ExactStates, record: list[Tensor], plans: Plans) -> BlockAgain:
         time_shift, channel_shift, *memory = record
         exact = FixedPoint(*memory) if isinstance(after[0].memory, FixedPoint) else memory[0]
-        states = CellState(time_shift, exact), CellState(channel_shift, None)
-        replay = model.blocks[layer].replay(
-            x, states, chunk.mask(), plans=plans, checkpointed=model.checkpoints_blocks
-        )
-        return Recovered(replay, None)
+        return BlockAgain((CellState(time_shift, exact), CellState(channel_shift, None)), plans)

@@ -238,10 +238,11 @@ def _stand_ins(model: LanguageModel, parameters: list[Tensor]) -> Iterator[list[
     """
     fresh = {id(parameter): parameter.detach().requires_grad_() for parameter in parameters}
     replaced: list[tuple[dict[str, Any], str, Tensor]] = []
-    for module in model.modules():  # type: ignore[attr-defined]
-        for name, parameter in module._parameters.items():
+    for module in model.modules():
+        owned: dict[str, Any] = module._parameters
+        for name, parameter in owned.items():
             if id(parameter) in fresh:
-                replaced.append((module._parameters, name, parameter))
+                replaced.append((owned, name, parameter))
     try:
         for owner, name, parameter in replaced:
             owner[name] = fresh[id(parameter)]

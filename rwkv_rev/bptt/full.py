@@ -3,9 +3,13 @@
 Memory grows by some 30 L D numbers per token. What every other strategy is compared with.
 """
 
-import torch
+from dataclasses import replace
 
-from rwkv_rev.bptt.strategy import LanguageModel, LossInputs, LossResult, Strategy
+import torch
+from torch import Tensor
+
+from rwkv_rev.bptt.checkpoint import Checkpoint
+from rwkv_rev.bptt.strategy import LanguageModel, LossInputs, LossResult, Strategy, float16_gradients
 from rwkv_rev.loss import linear_cross_entropy
 
 
@@ -17,15 +21,19 @@ class Full(Strategy):
     def loss(self, model: LanguageModel, inputs: LossInputs) -> LossResult:
         if not torch.is_grad_enabled():
             return self.stream(model, inputs)
-        whole = inputs.chunks(inputs.length)[0]
-        x = whole.embed(model, inputs.inputs_embeds)
-        hidden, state = model.run(x, inputs.state, whole.mask())
+        parameters: list[Tensor] = list(model.parameters())
+        if float16_gradients(parameters, inputs.targets.device):
+            # one chunk: the same graph, differentiated with a loss scale
+            result = Checkpoint(inputs.length, self.tape, self.tape_dir).loss(model, inputs)
+            return replace(result, report={"strategy": self.name, "chunk_length": inputs.length})
+        hidden, state = model.read(inputs.input_ids, inputs.valid, inputs.inputs_embeds, inputs.state)
         loss = linear_cross_entropy(
-            model.normalize(hidden),
+            hidden,
             model.head,
             inputs.targets,
             scale=1 / inputs.divisor,
             vocab_size=model.vocab_size,
+            parameters=[parameter for parameter in parameters if parameter.requires_grad],
         )
         if inputs.final_state_gradient is not None:
             further = state.inner(inputs.final_state_gradient)

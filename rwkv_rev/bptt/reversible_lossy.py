@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_rev.bptt.strategy import Chunk, LanguageModel, LossInputs
-from rwkv_rev.bptt.sweeps import Record, Recovered, TwoSweeps
-from rwkv_rev.cells.block import ExactStates, Plans, Remnants
+from rwkv_rev.bptt.strategy import LanguageModel, LossInputs
+from rwkv_rev.bptt.sweeps import Record, TwoSweeps
+from rwkv_rev.cells.block import BlockAdvanced, BlockAgain, BlockReplay, ExactStates, Plans
 from rwkv_rev.cells.cell import Remnant
 from rwkv_rev.cells.time_mix_rwkv5 import TimeMixRwkv5
 from rwkv_rev.errors import StrategyError
@@ -31,6 +31,7 @@ class ReversibleLossy(TwoSweeps):
     """
 
     name = "reversible-lossy"
+    exact = False
 
     def begin(self, model: LanguageModel, inputs: LossInputs) -> None:
         decays = []
@@ -54,48 +55,28 @@ class ReversibleLossy(TwoSweeps):
     def prepare(self, states: list[ExactStates]) -> list[ExactStates]:
         return [(replace(time, memory=LossyState.of(time.memory)), channel) for time, channel in states]
 
-    def record(
-        self,
-        model: LanguageModel,
-        before: list[ExactStates],
-        after: list[ExactStates],
-        remnants: list[Remnants],
-    ) -> Record:
+    def record(self, before: list[ExactStates], advanced: list[BlockAdvanced]) -> Record:
         anchored = self._recorded % self._every == 0
         self._recorded += 1
 
         def tensors(raised: Tensor | None) -> list[list[Tensor]]:
             kept = []
-            for (time, _), (time_remnant, channel_remnant) in zip(before, remnants, strict=True):
+            for (time, _), layer in zip(before, advanced, strict=True):
                 anchor = [time.memory.state] if anchored else []
-                kept.append([time_remnant.carried, channel_remnant.carried, *anchor])
+                kept.append([*(remnant.carried for remnant in layer.remnants), *anchor])
             return kept
 
         return Record(None, tensors)
 
-    def recover(
-        self,
-        model: LanguageModel,
-        layer: int,
-        x: Tensor,
-        after: ExactStates,
-        record: list[Tensor],
-        chunk: Chunk,
-        plans: Plans,
-    ) -> Recovered:
+    def recover(self, after: ExactStates, record: list[Tensor], plans: Plans) -> BlockAgain:
         time_carried, channel_carried, *anchor = record
-        replay = model.blocks[layer].replay(
-            x,
-            after,
-            chunk.mask(),
-            (Remnant(time_carried, None), Remnant(channel_carried, None)),
-            plans,
-            checkpointed=model.checkpoints_blocks,
-        )
-        if anchor:
+        self._anchor = anchor
+        return BlockAgain(after, plans, (Remnant(time_carried, None), Remnant(channel_carried, None)))
+
+    def recovered(self, layer: int, replay: BlockReplay) -> None:
+        for anchor in self._anchor:
             rebuilt = replay.states[0].memory.state
-            self._drifts.append((rebuilt - anchor[0]).norm() / anchor[0].norm().clamp(min=1e-300))
-        return Recovered(replay, None)
+            self._drifts.append((rebuilt - anchor).norm() / anchor.norm().clamp(min=1e-300))
 
     def finish(self, outcome: dict[str, Any]) -> None:
         outcome["predicted_bits_lost"] = self._bits

@@ -5,17 +5,22 @@ A strategy sees the model through :class:`LanguageModel` and the batch through :
 """
 
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from rwkv_rev import adapters, random_state
 from rwkv_rev.cells.block import Block, FloatStates
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.errors import StrategyError
-from rwkv_rev.loss import IGNORE, sum_cross_entropy
+from rwkv_rev.foreign_code import Strangers, neftune_share, refuse_unknown, strangers
+from rwkv_rev.loss import IGNORE, sum_cross_entropy, sum_of
+from rwkv_rev.outside_leaves import OutsideLeaves
 from rwkv_rev.state import RwkvRevState
 
 
@@ -32,11 +37,19 @@ class LanguageModel(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def checkpoints_blocks(self) -> bool: ...
+    def get_input_embeddings(self) -> nn.Module: ...
     def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor: ...
+    def read(
+        self,
+        input_ids: Tensor | None,
+        valid: Tensor | None,
+        inputs_embeds: Tensor | None,
+        state: RwkvRevState,
+    ) -> tuple[Tensor, RwkvRevState]: ...
     def normalize(self, hidden: Tensor) -> Tensor: ...
     def run(self, x: Tensor, state: RwkvRevState, mask: ChunkMask | None) -> tuple[Tensor, RwkvRevState]: ...
-    def modules(self) -> "object": ...
-    def parameters(self) -> "object": ...
+    def modules(self) -> Iterator[nn.Module]: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 @dataclass(frozen=True)
@@ -112,8 +125,12 @@ class Chunk:
 
     def embed(self, model: LanguageModel, embeds: Tensor | None = None) -> Tensor:
         """The chunk's input to block 0, [B, C, D]."""
+        with neftune_share(model.get_input_embeddings(), self.length / self.inputs.length):
+            return model.embed(self.ids(), embeds)
+
+    def ids(self) -> Tensor | None:
         ids = self.inputs.input_ids
-        return model.embed(None if ids is None else ids[:, self.start : self.stop], embeds)
+        return None if ids is None else ids[:, self.start : self.stop]
 
 
 @dataclass(frozen=True)
@@ -150,50 +167,143 @@ class Strategy(ABC):
         """The loss of ``inputs`` and its gradients, to be had by ``loss.backward()``."""
 
     def stream(self, model: LanguageModel, inputs: LossInputs) -> LossResult:
-        """The loss alone, chunk after chunk without graph, in memory that does not grow with T."""
-        with torch.no_grad(), uncached_autocast(inputs.targets.device):
+        """The loss alone, without graph, in memory that does not grow with T.
+
+        Chunk after chunk, or at once where code inside the model might look at positions.
+        """
+        size = inputs.length if self.strangers(model).unknown else self.chunk_length
+        with torch.no_grad(), uncached(inputs.targets.device):
             total = None
             state = inputs.state
-            for chunk in inputs.chunks(self.chunk_length):
-                x = chunk.embed(model, chunk.embeds())
-                hidden, state = model.run(x, state, chunk.mask())
+            for chunk in inputs.chunks(size):
+                valid = None if inputs.valid is None else inputs.valid[:, chunk.start : chunk.stop]
+                with neftune_share(model.get_input_embeddings(), chunk.length / inputs.length):
+                    hidden, state = model.read(chunk.ids(), valid, chunk.embeds(), state)
                 part = sum_cross_entropy(
-                    model.normalize(hidden),
-                    model.head,
-                    chunk.targets(),
-                    scale=1 / inputs.divisor,
-                    vocab_size=model.vocab_size,
+                    hidden, model.head, chunk.targets(), scale=1 / inputs.divisor, vocab_size=model.vocab_size
                 )
                 total = part if total is None else total + part
         assert total is not None
         return LossResult(total, state, {"strategy": self.name, "chunk_length": self.chunk_length})
 
+    def untrained(self, model: LanguageModel, inputs: LossInputs) -> LossResult:
+        """:meth:`stream`, where nothing that is known wants a gradient.
 
-def trainable(model: LanguageModel, inputs: LossInputs) -> list[Tensor]:
-    """Everything a loss is differentiated by: parameters, initial state, input embeddings; no repeats.
+        Raises:
+            StrategyError: if something that is not known does.
+        """
+        if torch.is_grad_enabled():
+            found = self.strangers(model)
+            first = inputs.chunks(inputs.length if found.unknown else self.chunk_length)[0]
+            valid = None if inputs.valid is None else inputs.valid[:, first.start : first.stop]
+            generators = random_state.capture(devices(list(model.parameters()), inputs))
+            hidden, state = model.read(first.ids(), valid, first.embeds(), inputs.state)
+            outside = OutsideLeaves([])
+            outside.look([model.head(hidden[:, -1:]), *state.tensors()])
+            del hidden, state
+            try:
+                outside.refuse()
+            except StrategyError:
+                refuse_unknown(found, self.name)  # whose code it is
+                raise
+            random_state.restore(generators)
+        return self.stream(model, inputs)
 
-    Raises:
-        StrategyError: for parameters of which this process holds a shard.
-    """
-    candidates = [*model.parameters(), *inputs.state.tensors()]  # type: ignore[misc]
-    if any(hasattr(tensor, "full_tensor") for tensor in candidates):  # a DTensor
-        raise StrategyError(
-            "the model's parameters are sharded inside it: chunks need them whole. Shard the model as one unit, "
-            "fully_shard(model), not block by block, or use bptt = 'full'"
-        )
+    def strangers(self, model: LanguageModel) -> Strangers:
+        """Code of others inside the model."""
+        return strangers(cast(nn.Module, model))
+
+    def check(self, model: LanguageModel, parameters: list[Tensor]) -> Strangers:
+        """Refuse a model that cannot be differentiated chunk by chunk; gives the code of others in it.
+
+        Raises:
+            StrategyError: for code that may look at positions, and for parameters that are not here whole.
+        """
+        for parameter in parameters:
+            if hasattr(parameter, "full_tensor"):  # a DTensor
+                raise StrategyError(
+                    "the model's parameters are sharded inside it: chunks need them whole. Shard the model as one "
+                    "unit, fully_shard(model), not block by block, or use bptt = 'full'"
+                )
+            if parameter.is_meta:
+                raise StrategyError(
+                    "some of the model's parameters are offloaded: chunks need them on the device. Load the model "
+                    "without a device_map, or use bptt = 'full'"
+                )
+        found = self.strangers(model)
+        refuse_unknown(found, self.name)
+        return found
+
+
+def trainable(parameters: list[Tensor], inputs: LossInputs) -> list[Tensor]:
+    """Everything a loss is differentiated by: parameters, initial state, input embeddings; each tensor once."""
+    candidates = [*parameters, *inputs.state.tensors()]
     if inputs.inputs_embeds is not None:
         candidates.append(inputs.inputs_embeds)
-    return [tensor for tensor in candidates if tensor.requires_grad]
+    return list({id(tensor): tensor for tensor in candidates if tensor.requires_grad}.values())
 
 
-def uncached_autocast(device: torch.device) -> AbstractContextManager:
-    """The caller's autocast without its weight cache.
+@contextmanager
+def unchanged(model: LanguageModel, tensors: list[Tensor]) -> Iterator[None]:
+    """Refuses a computation that writes to ``tensors`` of the model: no chunk may see another model.
 
-    Weights cast in a sweep without graph must not be reused in one with graph, where they would get no gradient.
+    Raises:
+        StrategyError: naming a buffer or parameter that was written to.
     """
+    same = adapters.put_back(cast(nn.Module, model))
+    tensors = [tensor for tensor in tensors if id(tensor) not in same]
+    versions = [tensor._version for tensor in tensors]
+    yield
+    for tensor, version in zip(tensors, versions, strict=True):
+        if tensor._version != version:
+            module = cast(nn.Module, model)
+            named = [*module.named_buffers(), *module.named_parameters()]
+            name = next(name for name, other in named if other is tensor)
+            raise StrategyError(
+                f"{name} was written to while the loss was computed (as spectral norm does in training), and other "
+                "chunks would see another model: use bptt='full', or put that module into eval mode"
+            )
+
+
+@contextmanager
+def uncached(device: torch.device) -> Iterator[None]:
+    """The caller's autocast and parametrizations without their caches.
+
+    Weights made in a sweep without graph must not be reused in one with graph, where they would get no gradient.
+    """
+    kept = parametrize._cache_enabled, parametrize._cache
+    parametrize._cache_enabled, parametrize._cache = 0, {}
+    try:
+        with _uncached_autocast(device):
+            yield
+    finally:
+        parametrize._cache_enabled, parametrize._cache = kept
+
+
+def _uncached_autocast(device: torch.device) -> AbstractContextManager:
     if not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.get_autocast_dtype(device.type), cache_enabled=False)
+
+
+def float16_gradients(parameters: list[Tensor], device: torch.device) -> bool:
+    """Whether gradients flow in float16, by autocast or by the model's parameters, and need a loss scale."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type) == torch.float16
+    return any(parameter.dtype == torch.float16 for parameter in parameters)
+
+
+def devices(parameters: list[Tensor], inputs: LossInputs) -> set[torch.device]:
+    """Where the model's modules may draw random numbers."""
+    return {inputs.targets.device, *(parameter.device for parameter in parameters)}
+
+
+def in_order(leaves: list[Tensor], roles: list[tuple[Tensor, Tensor | None]]) -> list[Tensor | None]:
+    """The gradients of ``leaves``: of a tensor with several roles their sum."""
+    by_tensor: dict[int, Tensor | None] = {}
+    for tensor, gradient in roles:
+        by_tensor[id(tensor)] = sum_of(by_tensor.get(id(tensor)), gradient)
+    return [by_tensor[id(leaf)] for leaf in leaves]
 
 
 def flatten_states(states: list[FloatStates]) -> list[Tensor]:

@@ -11,42 +11,63 @@ the caller's autocast; its backward pass scales and returns the finished gradien
 head more than ordinary back-propagation. The first chunk starts at the given state and the last one ends the forward
 sweep, so neither needs the tape.
 
-Both sweeps do the same arithmetic on the same chunk shapes; random generators are captured per chunk where dropout
-draws. Under float16 autocast each chunk's graph is differentiated with a loss scale, lowered until it is finite. On a
-GPU all chunks that do the same work are replays of one recording (:mod:`rwkv_rev.bptt.cuda_graphs`).
+Both sweeps do the same arithmetic on the same chunk shapes; the states of the random generators before each chunk are
+kept and set back for the second sweep. Under float16 each chunk's graph is differentiated with a loss scale, lowered
+until it is finite. On a GPU all chunks that do the same work are replays of one recording
+(:mod:`rwkv_rev.bptt.cuda_graphs`).
 
-Whether states were rebuilt to the bit is looked at once per chunk on the CPU, and at the end of the sweep on a GPU
-(one transfer); either way before any gradient is returned.
+Every number that both sweeps compute is compared: the input of each layer, what it does to its memory, its token
+shifts, and the memory before the chunk. That is looked at once per chunk on the CPU, and at the end of the sweep on a
+GPU (one transfer); either way before any gradient is returned. The last chunk, and the top layer's output where
+nothing draws there, are computed in the second sweep alone: loss and gradient come from the same numbers.
 """
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from rwkv_rev.bptt import cuda_graphs, random_state
+from rwkv_rev import random_state
+from rwkv_rev.bptt import cuda_graphs
 from rwkv_rev.bptt.strategy import (
     Chunk,
     LanguageModel,
     LossInputs,
     LossResult,
     Strategy,
+    devices,
     flatten_states,
+    float16_gradients,
+    in_order,
     trainable,
-    uncached_autocast,
+    uncached,
+    unchanged,
 )
-from rwkv_rev.cells.block import BlockReplay, ExactStates, FloatStates, Plans, Remnants
+from rwkv_rev.cells.block import (
+    BEFORE_THE_STATE,
+    BlockAdvanced,
+    BlockAgain,
+    BlockForwards,
+    BlockReplay,
+    ExactStates,
+    FloatStates,
+    Plans,
+)
 from rwkv_rev.errors import ReversalMismatchError
-from rwkv_rev.loss import FinishedGradients, add_gradients, cross_entropy_gradients
+from rwkv_rev.foreign_code import Strangers
+from rwkv_rev.loss import FinishedGradients, add_gradients, cross_entropy_gradients, scaled, sum_of, wide
+from rwkv_rev.outside_leaves import OutsideLeaves
+from rwkv_rev.random_state import GeneratorStates
+from rwkv_rev.reversal.fingerprint import checksum
+from rwkv_rev.reversal.fixed_point import FixedPoint
 from rwkv_rev.reversal.host_copy import start_copy
 from rwkv_rev.reversal.tape import Tape
 from rwkv_rev.state import RwkvRevState
-
-HALF_PRECISION_LOSS_SCALE = 2.0**15
-SMALLEST_LOSS_SCALE = 2.0**-10
 
 
 class Record(NamedTuple):
@@ -67,15 +88,8 @@ class Record(NamedTuple):
         return lambda: self.tensors(None if raised is None else raised())
 
 
-class Recovered(NamedTuple):
-    """A layer's chunk computed again; ``exactly``, a bool scalar, where the state before it had to be rebuilt."""
-
-    replay: BlockReplay
-    exactly: Tensor | None
-
-
 class Replayed(NamedTuple):
-    """All layers of a chunk computed again: output [B, C, D], layers, and [L] bool, see :class:`Recovered`."""
+    """All layers of a chunk computed again: output [B, C, D], layers, and [L] bool, which are as they were before."""
 
     out: Tensor
     layers: list[BlockReplay]
@@ -110,9 +124,13 @@ class Work(NamedTuple):
         chunks: of the batch ``inputs``.
         plans: of every layer, by the length of a chunk.
         first: exact states before the first chunk.
+        prints: of every layer in the first chunk.
         tape: records of all chunks but the first and the last.
-        random: the generators' states before each chunk, where the model draws.
+        places: where the model may draw random numbers.
+        random: the generators' states before each chunk.
         graphs: whether CUDA graphs may stand for chunks.
+        strangers: code of others inside the model.
+        half: whether gradients of a chunk need a loss scale.
     """
 
     model: LanguageModel
@@ -120,9 +138,13 @@ class Work(NamedTuple):
     chunks: list[Chunk]
     plans: dict[int, list[Plans]]
     first: list[ExactStates]
+    prints: list[Tensor]
     tape: Tape
-    random: list[list[Tensor]] | None
+    places: set[torch.device]
+    random: list[GeneratorStates]
     graphs: bool
+    strangers: Strangers
+    half: bool
 
 
 class SweepResult(NamedTuple):
@@ -138,20 +160,24 @@ class SweepResult(NamedTuple):
 class TwoSweeps(Strategy):
     """Base of the strategies that recover exact boundary states.
 
-    ``repeatable`` says that all inner chunks do the same work, so that a CUDA graph of one can stand for them.
+    ``repeatable`` says that all inner chunks do the same work, so that a CUDA graph of one can stand for them, and
+    ``exact`` that the states before them are recovered to the bit.
     """
 
     repeatable = False
+    exact = True
 
     def loss(self, model: LanguageModel, inputs: LossInputs) -> LossResult:
-        leaves = trainable(model, inputs)
+        parameters: list[Tensor] = list(model.parameters())
+        leaves = trainable(parameters, inputs)
         if not torch.is_grad_enabled() or not leaves:
-            return self.stream(model, inputs)
+            return self.untrained(model, inputs)
+        found = self.check(model, parameters)
         outcome: dict[str, Any] = {}
 
         def compute() -> tuple[Tensor, tuple[Tensor, ...], list]:
-            with uncached_autocast(inputs.targets.device):
-                return self._sweep(model, inputs, leaves, outcome)
+            with unchanged(model, [*parameters, *found.buffers]), uncached(inputs.targets.device):
+                return self._sweep(model, inputs, parameters, leaves, outcome, found)
 
         loss, *state = FinishedGradients.apply(compute, *leaves)
         return LossResult(loss, RwkvRevState(*state), outcome)
@@ -166,27 +192,15 @@ class TwoSweeps(Strategy):
         return states
 
     @abstractmethod
-    def record(
-        self,
-        model: LanguageModel,
-        before: list[ExactStates],
-        after: list[ExactStates],
-        remnants: list[Remnants],
-    ) -> Record:
-        """What to put on the tape for a chunk."""
+    def record(self, before: list[ExactStates], advanced: list[BlockAdvanced]) -> Record:
+        """What to put on the tape for a chunk, beside what is compared."""
 
     @abstractmethod
-    def recover(
-        self,
-        model: LanguageModel,
-        layer: int,
-        x: Tensor,
-        after: ExactStates,
-        record: list[Tensor],
-        chunk: Chunk,
-        plans: Plans,
-    ) -> Recovered:
-        """Layer ``layer`` of a chunk with graph, its exact states before the chunk recovered from ``record``."""
+    def recover(self, after: ExactStates, record: list[Tensor], plans: Plans) -> BlockAgain:
+        """How a layer computes a chunk again, from the exact states after it and its part of the record."""
+
+    def recovered(self, layer: int, replay: BlockReplay) -> None:
+        """Called when a layer has computed an inner chunk again."""
 
     def finish(self, outcome: dict[str, Any]) -> None:
         """Called after the last chunk; adds to the report."""
@@ -194,7 +208,13 @@ class TwoSweeps(Strategy):
     # --- the sweeps ---------------------------------------------------------------------------------------------
 
     def _sweep(
-        self, model: LanguageModel, inputs: LossInputs, leaves: list[Tensor], outcome: dict[str, Any]
+        self,
+        model: LanguageModel,
+        inputs: LossInputs,
+        parameters: list[Tensor],
+        leaves: list[Tensor],
+        outcome: dict[str, Any],
+        found: Strangers,
     ) -> tuple[Tensor, tuple[Tensor, ...], list]:
         self.begin(model, inputs)
         chunks = inputs.chunks(self.chunk_length)
@@ -203,44 +223,52 @@ class TwoSweeps(Strategy):
         }
         device = inputs.targets.device
         outcome.update(strategy=self.name, chunk_length=self.chunk_length)
-        parameters = [leaf for leaf in model.parameters() if leaf.requires_grad]  # type: ignore[attr-defined]
+        places, half = devices(parameters, inputs), float16_gradients(parameters, device)
+        wanted = [parameter for parameter in parameters if parameter.requires_grad]
         with Tape(self.tape, device, self.tape_dir) as tape:
             first = self.prepare(
                 [block.exact(_detached(inputs.state.layer(i))) for i, block in enumerate(model.blocks)]
             )
-            draws = random_state.draws(model)
-            plain = not draws and not _half(device) and not model.checkpoints_blocks
+            foreign = bool(found.declared)
+            plain = not foreign and not half and not model.checkpoints_blocks
             graphs = self.repeatable and plain and cuda_graphs.worthwhile(chunks, device)
-            work = Work(model, inputs, chunks, plans, first, tape, [] if draws else None, graphs)
+            work = Work(model, inputs, chunks, plans, first, [], tape, places, [], graphs, found, half)
             last = self._forward_sweep(work)
+            coarse = _coarse_heads(last)
             outcome["tape_bytes"] = tape.peak_nbytes
-            found = self._backward_sweep(work, last, parameters)
+            result = self._backward_sweep(work, last, wanted)
             self.finish(outcome)
+        _warn_of_coarse_heads(coarse)
         return (
-            found.loss,
-            tuple(found.end.tensors()),
-            _in_order(leaves, inputs, parameters, found),
+            result.loss,
+            tuple(result.end.tensors()),
+            in_order(leaves, _roles(inputs, wanted, result)),
         )
 
     @torch.no_grad()
     def _forward_sweep(self, work: Work) -> list[ExactStates]:
         """Exact states before the last chunk; fills the tape."""
-        model, _, chunks, plans, states, tape, random, graphs = work
+        model, _, chunks, plans, states, prints, tape, places, random, graphs, found, _ = work
+        whole_output = bool(found.declared)  # a hook hears the top layer too
         pending: Callable[[], list[list[Tensor]]] | None = None
         graph: cuda_graphs.ForwardGraph | None = None
-        draws = random is not None
 
         def advance(chunk: Chunk, states: list[ExactStates]) -> tuple[list[ExactStates], Record]:
-            after, remnants = _advance(model, chunk, states, plans[chunk.length], draws=draws)
-            return after, self.record(model, states, after, remnants)
+            advanced = _advance(model, chunk, states, plans[chunk.length], whole_output=whole_output)
+            return [layer.states for layer in advanced], self.compared(model, states, advanced)
 
+        random.append(random_state.capture(places))
         for chunk in chunks[:-1]:
-            if random is not None:
-                random.append(random_state.capture(chunk.inputs.targets.device))
             if chunk.index == 0:
                 pace = cuda_graphs.Pace(chunk.inputs.targets.device) if graphs else None
-                states, _ = _advance(model, chunk, states, plans[chunk.length], draws=draws)
-                graphs = pace is not None and pace.waits_for_host()
+                advanced = _advance(model, chunk, states, plans[chunk.length], whole_output=True)
+                prints.extend(layer.print for layer in advanced)
+                states = [layer.states for layer in advanced]
+                random.append(random_state.capture(places))
+                draws = not random[0].same(random[1])
+                # the top layer's output is needed only to draw there what the second sweep will draw
+                whole_output = whole_output or draws
+                graphs = pace is not None and not draws and pace.waits_for_host()
                 continue
             # the first two chunks have made, compiled and loaded all that is made once
             if graphs and graph is None and chunk.index > 1 and cuda_graphs.repeats(chunk, chunks):
@@ -258,16 +286,17 @@ class TwoSweeps(Strategy):
                 states = graph.run(chunk, states, tape)
             else:
                 pending, states = record.start(), after
+            now = random_state.capture(places)
+            random.append(random[-1] if now.same(random[-1]) else now)  # one copy where nothing is drawn
         if pending is not None:
             tape.push(pending())
-        if random is not None:
-            random.append(random_state.capture(chunks[-1].inputs.targets.device))
         return cuda_graphs.cloned(states) if graph is not None else states
 
     def _backward_sweep(self, work: Work, states: list[ExactStates], parameters: list[Tensor]) -> SweepResult:
         """Gradients of all chunks, from the last, whose exact ``states`` before it are given, to the first."""
-        model, inputs, chunks, plans, first, tape, random, graphs = work
+        model, inputs, chunks, plans, first, prints, tape, places, random, graphs, strange, half = work
         device = inputs.targets.device
+        outside = OutsideLeaves(parameters)
         loss: Tensor | None = None
         sums: list[Tensor | None] = [None] * len(parameters)
         embeds: list[Tensor | None] = []
@@ -284,7 +313,7 @@ class TwoSweeps(Strategy):
             parameters: list[Tensor],
         ) -> ChunkResult:
             replay = self._replayer(model, chunk, plans[chunk.length], after, record)
-            return self._scaled_gradients(model, chunk, replay, parameters, incoming, 1.0)
+            return _scaled_gradients(model, chunk, replay, parameters, incoming, 1.0, None)
 
         for chunk in reversed(chunks):
             record = tape.pop_flat() if 0 < chunk.index < len(chunks) - 1 else None
@@ -299,29 +328,31 @@ class TwoSweeps(Strategy):
                 graph.finish()
                 graph = None
                 torch.cuda.empty_cache()
-            if random is not None:
-                random_state.restore(random[chunk.index], device)
-            if record is None:
-                known = first if chunk.index == 0 else states
-                replay = self._replayer(model, chunk, plans[chunk.length], known, None)
-            else:
-                replay = self._replayer(model, chunk, plans[chunk.length], states, record.tensors())
+            random_state.restore(random[chunk.index])
+            known = first if chunk.index == 0 else states
+            tensors = [[of_layer] for of_layer in prints] if chunk.index == 0 < len(chunks) - 1 else None
+            if record is not None:
+                tensors = record.tensors()
+            replay = self._replayer(model, chunk, plans[chunk.length], known, tensors)
             # recorded after a chunk that has compiled and loaded every kernel, if enough of them are left
             recordable = (
                 graphs and cuda_graphs.repeats(chunk, chunks) and chunk.index >= cuda_graphs.FEWEST_CHUNKS
             )
             pace = cuda_graphs.Pace(device) if recordable else None
-            found = self._chunk_gradients(model, chunk, replay, parameters, incoming, device)
+            look = outside if strange.brings_tensors and (end is None or strange.declared) else None
+            found = _chunk_gradients(
+                model, chunk, replay, parameters, incoming, look, places if half else None
+            )
             states, incoming = found.states, found.gradients.state
-            if found.exactly is not None:
-                checks.append((chunk.index, found.exactly))
-                if device.type != "cuda":  # there once, at the end: no chunk waits for the one before
-                    _compare(checks)
             if end is None:
                 end = found.end
                 # whoever draws after this loss goes on from the last token, not from the first chunk
-                following = random_state.capture(device) if random is not None else None
+                following = random_state.capture(places)
             loss = found.gradients.loss.clone() if loss is None else loss.add_(found.gradients.loss)
+            if found.exactly is not None:
+                checks.append((chunk.index, found.exactly))
+                if device.type != "cuda":  # there once, at the end: no chunk waits for the one before
+                    _compare(checks, chunks, loss)
             sums = add_gradients(sums, found.gradients.parameters)
             embeds.append(found.gradients.embeds)
             del found, replay  # or the chunk's gradients would stay in memory during the next one
@@ -331,10 +362,10 @@ class TwoSweeps(Strategy):
                     new = partial(cuda_graphs.BackwardGraph, model, parameters, sums, loss)
                     graph = cuda_graphs.attempt(partial(new, chunk, states, record, incoming, differentiate))
                     graphs = graph is not None
-        _compare(checks)
-        if following is not None:
-            random_state.restore(following, device)
-        assert loss is not None and end is not None and incoming is not None
+        assert loss is not None and end is not None and incoming is not None and following is not None
+        _compare(checks, chunks, loss)
+        outside.refuse()
+        random_state.restore(following)
         return SweepResult(loss, end, sums, incoming, embeds)
 
     def _replayer(
@@ -345,153 +376,204 @@ class TwoSweeps(Strategy):
         states: list[ExactStates],
         record: list[list[Tensor]] | None,
     ) -> Callable[[Tensor], Replayed]:
-        """A function of the chunk's embedded input; ``states`` are those before it, or after it with a ``record``."""
+        """A function of the chunk's embedded input; ``states`` are those after it, or before an end."""
+        inner = record is not None and chunk.index > 0
 
         def run(x: Tensor) -> Replayed:
             mask = chunk.mask()
             layers: list[BlockReplay] = []
             exactly: list[Tensor] = []
             for layer, block in enumerate(model.blocks):
-                if record is None:
-                    replay = block.replay(
-                        x, states[layer], mask, plans=plans[layer], checkpointed=model.checkpoints_blocks
-                    )
-                else:
-                    replay, rebuilt = self.recover(
-                        model, layer, x, states[layer], record[layer], chunk, plans[layer]
-                    )
-                    if rebuilt is not None:
-                        exactly.append(rebuilt)
-                x = replay.out
+                again = BlockAgain(states[layer], plans[layer])
+                if inner:
+                    assert record is not None
+                    again = self.recover(states[layer], record[layer][2:], plans[layer])
+                x, replay = block(x, replace(again, checkpointed=model.checkpoints_blocks), mask)
                 layers.append(replay)
+                if record is not None and (self.exact or chunk.index == 0 or layer == 0):
+                    printed = record[layer][0]
+                    found = replay.print
+                    if (
+                        printed.numel() > found.numel()
+                    ):  # the top layer's output, where both sweeps compute it
+                        found = torch.cat([found, checksum(x)[None]])
+                    if inner and not self.exact:  # what depends on no rebuilt state
+                        found, printed = found[:BEFORE_THE_STATE], printed[:BEFORE_THE_STATE]
+                    same = (found == printed).all()
+                    if inner and self.exact:
+                        memory = block.time_mix.memory_print(replay.states[0].memory)
+                        same &= (memory == record[layer][1]).all()
+                    exactly.append(same)
+                if inner:
+                    self.recovered(layer, replay)
             return Replayed(x, layers, torch.stack(exactly) if exactly else None)
 
         return run
 
-    def _chunk_gradients(
-        self,
-        model: LanguageModel,
-        chunk: Chunk,
-        replay: Callable[[Tensor], Replayed],
-        parameters: list[Tensor],
-        incoming: list[Tensor] | None,
-        device: torch.device,
-    ) -> ChunkResult:
-        half = _half(device)
-        scale = HALF_PRECISION_LOSS_SCALE if half else 1.0
-        random = random_state.capture(device) if half else None
-        while True:
-            found = self._scaled_gradients(model, chunk, replay, parameters, incoming, scale)
-            if not half or scale <= SMALLEST_LOSS_SCALE or _all_finite(found.gradients):
-                return found._replace(gradients=_unscaled(found.gradients, scale))
-            scale /= 16
-            random_state.restore(random or [], device)
-
-    def _scaled_gradients(
-        self,
-        model: LanguageModel,
-        chunk: Chunk,
-        replay: Callable[[Tensor], Replayed],
-        parameters: list[Tensor],
-        incoming: list[Tensor] | None,
-        scale: float,
-    ) -> ChunkResult:
-        embeds = chunk.embeds()
-        with torch.enable_grad():
-            if embeds is not None:
-                embeds = embeds.detach().requires_grad_()
-            x, layers, exactly = replay(chunk.embed(model, embeds))
-            hidden = model.normalize(x)
-        starts = flatten_states([layer.start for layer in layers])
-        ends = flatten_states([layer.end for layer in layers])
-        outputs, output_gradients = [], []
-        head_parameters = [p for p in model.head.parameters() if p.requires_grad]
-        head_gradients: list[Tensor | None] = [None] * len(head_parameters)
-        loss = torch.zeros((), device=hidden.device)
-        if chunk.predicts:
-            loss, to_hidden, head_gradients = cross_entropy_gradients(
-                hidden,
-                model.head,
-                chunk.targets(),
-                head_parameters,
-                scale=1 / chunk.inputs.divisor,
-                vocab_size=model.vocab_size,
-                loss_scale=scale,
-            )
-            outputs.append(hidden)
-            output_gradients.append(to_hidden)
-        if incoming is not None:
-            outputs += ends
-            output_gradients += [(g * scale).to(end.dtype) for g, end in zip(incoming, ends, strict=True)]
-        wanted = [*parameters, *starts, *([embeds] if embeds is not None else [])]
-        found: list[Tensor | None] = [None] * len(wanted)
-        pairs = [(o, g) for o, g in zip(outputs, output_gradients, strict=True) if o.requires_grad]
-        if pairs:
-            found = list(
-                torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
-            )
-        to_parameters, to_starts = (
-            found[: len(parameters)],
-            found[len(parameters) : len(parameters) + len(starts)],
-        )
-        of_head = {id(p): g for p, g in zip(head_parameters, head_gradients, strict=True)}
-        to_parameters = [_sum(g, of_head.get(id(p))) for p, g in zip(parameters, to_parameters, strict=True)]
-        # copies: a gradient may be a view of one of the chunk's length, which would stay in memory with it
-        state = [
-            torch.zeros_like(s) if g is None else g.clone() for s, g in zip(starts, to_starts, strict=True)
+    def compared(
+        self, model: LanguageModel, before: list[ExactStates], advanced: list[BlockAdvanced]
+    ) -> Record:
+        """:meth:`record`, with each layer's print and the checksum of the memory before it in front."""
+        record = self.record(before, advanced)
+        front = [
+            [layer.print, *([block.time_mix.memory_print(time.memory)] if self.exact else [layer.print])]
+            for block, (time, _), layer in zip(model.blocks, before, advanced, strict=True)
         ]
-        return ChunkResult(
-            ChunkGradients(loss, to_parameters, state, found[-1] if embeds is not None else None),
-            [layer.states for layer in layers],
-            RwkvRevState.stack([_detached(layer.end) for layer in layers]),
-            exactly,
+
+        def tensors(raised: Tensor | None) -> list[list[Tensor]]:
+            return [[*one, *other] for one, other in zip(front, record.tensors(raised), strict=True)]
+
+        return Record(record.raised, tensors)
+
+
+def _chunk_gradients(
+    model: LanguageModel,
+    chunk: Chunk,
+    replay: Callable[[Tensor], Replayed],
+    parameters: list[Tensor],
+    incoming: list[Tensor] | None,
+    outside: OutsideLeaves | None,
+    half: set[torch.device] | None,
+) -> ChunkResult:
+    """``half`` says where the model may draw, if gradients need a loss scale, and is None if not."""
+    if half is None:
+        return _scaled_gradients(model, chunk, replay, parameters, incoming, 1.0, outside)
+    random = random_state.capture(half)
+
+    def gradients(loss_scale: float) -> tuple[ChunkResult, list[Tensor | None]]:
+        random_state.restore(random)
+        found = _scaled_gradients(model, chunk, replay, parameters, incoming, loss_scale, outside)
+        return found, [*found.gradients.parameters, *found.gradients.state, found.gradients.embeds]
+
+    found, unscaled = scaled(gradients)
+    *others, embeds = unscaled
+    to_parameters, to_state = others[: len(parameters)], others[len(parameters) :]
+    return found._replace(
+        gradients=ChunkGradients(found.gradients.loss, to_parameters, cast(list[Tensor], to_state), embeds)
+    )
+
+
+def _scaled_gradients(
+    model: LanguageModel,
+    chunk: Chunk,
+    replay: Callable[[Tensor], Replayed],
+    parameters: list[Tensor],
+    incoming: list[Tensor] | None,
+    scale: float,
+    outside: OutsideLeaves | None,
+) -> ChunkResult:
+    embeds = chunk.embeds()
+    with torch.enable_grad():
+        if embeds is not None:
+            embeds = embeds.detach().requires_grad_()
+        x, layers, exactly = replay(chunk.embed(model, embeds))
+        hidden = model.normalize(x)
+    starts = flatten_states([layer.start for layer in layers])
+    ends = flatten_states([layer.end for layer in layers])
+    outputs, output_gradients = [], []
+    head_gradients: list[Tensor | None] = [None] * len(parameters)
+    loss = torch.zeros((), device=hidden.device, dtype=wide(hidden.dtype))
+    made = [*starts, *([embeds] if embeds is not None else [])]
+    if chunk.predicts:
+        loss, to_hidden, head_gradients = cross_entropy_gradients(
+            hidden,
+            model.head,
+            chunk.targets(),
+            parameters,
+            scale=1 / chunk.inputs.divisor,
+            vocab_size=model.vocab_size,
+            loss_scale=scale,
+            outside=outside,
         )
+        outputs.append(hidden)
+        output_gradients.append(to_hidden)
+    if outside is not None:
+        outside.look([hidden, *ends], made)
+    if incoming is not None:
+        outputs += ends
+        output_gradients += [(g * scale).to(end.dtype) for g, end in zip(incoming, ends, strict=True)]
+    wanted = [*parameters, *made]
+    found: list[Tensor | None] = [None] * len(wanted)
+    pairs = [(o, g) for o, g in zip(outputs, output_gradients, strict=True) if o.requires_grad]
+    if pairs:
+        found = list(
+            torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
+        )
+    to_parameters, to_starts = found[: len(parameters)], found[len(parameters) :][: len(starts)]
+    # copies: a gradient may be a view of one of the chunk's length, which would stay in memory with it
+    state = [torch.zeros_like(s) if g is None else g.clone() for s, g in zip(starts, to_starts, strict=True)]
+    to_embeds = None
+    if embeds is not None:
+        to_embeds = torch.zeros_like(embeds) if found[-1] is None else found[-1]
+    return ChunkResult(
+        ChunkGradients(
+            loss,
+            [sum_of(g, of_head) for g, of_head in zip(to_parameters, head_gradients, strict=True)],
+            state,
+            to_embeds,
+        ),
+        [layer.states for layer in layers],
+        RwkvRevState.stack([_detached(layer.end) for layer in layers]),
+        exactly,
+    )
 
 
 def _advance(
-    model: LanguageModel, chunk: Chunk, states: list[ExactStates], plans: list[Plans], *, draws: bool
-) -> tuple[list[ExactStates], list[Remnants]]:
-    """All layers of one chunk forwards: exact states after it, and remnants.
-
-    The top channel mix has no output unless the model ``draws``: then both sweeps have to draw the same numbers.
-    """
+    model: LanguageModel, chunk: Chunk, states: list[ExactStates], plans: list[Plans], *, whole_output: bool
+) -> list[BlockAdvanced]:
+    """All layers of one chunk forwards; without ``whole_output`` the top channel mix has no output."""
     mask = chunk.mask()
     x = chunk.embed(model, chunk.embeds())
-    after: list[ExactStates] = []
-    remnants: list[Remnants] = []
+    advanced: list[BlockAdvanced] = []
     blocks = model.blocks
-    for block, state, plan in zip(blocks, states, plans, strict=True):
-        output = draws or block is not blocks[-1]
-        x, advanced, remnant = block.advance(x, state, mask, plan, output=output)
-        after.append(advanced)
-        remnants.append(remnant)
-    return after, remnants
+    for number, (block, state, plan) in enumerate(zip(blocks, states, plans, strict=True)):
+        x, layer = block(x, BlockForwards(state, plan, whole_output or number < len(blocks) - 1), mask)
+        advanced.append(layer)
+    if whole_output:
+        advanced[-1] = advanced[-1]._replace(print=torch.cat([advanced[-1].print, checksum(x)[None]]))
+    return advanced
 
 
-def _compare(checks: list[tuple[int, Tensor]]) -> None:
+def _compare(checks: list[tuple[int, Tensor]], chunks: list[Chunk], loss: Tensor) -> None:
     """Take the checks off the list.
 
+    A loss that is not finite is not looked into: infinities and NaN have no bits to rely on, and it is conspicuous.
+
     Raises:
-        ReversalMismatchError: a layer's state before a chunk is not the one that was there.
+        ReversalMismatchError: a layer did not compute the same in both sweeps.
     """
     taken = checks.copy()
     checks.clear()
-    if not taken or bool(torch.cat([exactly for _, exactly in taken]).all()):
+    if not taken or bool(torch.cat([exactly for _, exactly in taken]).all()) or not bool(loss.isfinite()):
         return
-    for chunk, exactly in taken:
+    for index, exactly in taken:
         if not exactly.all():
-            layer = int((~exactly).nonzero()[0])
+            layer, chunk = int((~exactly).nonzero()[0]), chunks[index]
             raise ReversalMismatchError(
-                f"the state of layer {layer} before chunk {chunk} could not be rebuilt to the bit: the two sweeps "
-                "computed different numbers. Likely causes: a non-deterministic kernel, weights or dropout changed "
-                "between the sweeps, another autocast. Use torch.use_deterministic_algorithms(True) or "
-                "bptt='checkpoint'"
+                f"layer {layer} computed other numbers for chunk {index} (tokens {chunk.start} to {chunk.stop - 1}) "
+                "in the second sweep than in the first. Likely causes: code inside the model that gives another "
+                "result at each call (it draws from a generator of its own, counts calls, changes weights or "
+                "buffers), a non-deterministic kernel, another autocast. Try "
+                "torch.use_deterministic_algorithms(True), or bptt='full', which computes everything once"
             )
 
 
-def _half(device: torch.device) -> bool:
-    """Whether float16 autocast is on: gradients of a chunk need a loss scale."""
-    return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
+def _coarse_heads(states: list[ExactStates]) -> Tensor | None:
+    """[L, B, H] bool, see :meth:`~rwkv_rev.reversal.fixed_point.FixedPoint.coarse`; None for states without a grid."""
+    grids = [time.memory for time, _ in states if isinstance(time.memory, FixedPoint)]
+    return torch.stack([grid.coarse() for grid in grids]) if grids else None
+
+
+def _warn_of_coarse_heads(coarse: Tensor | None) -> None:
+    if coarse is None or not bool(coarse.any()):
+        return
+    layer, _, head = coarse.nonzero()[0].tolist()
+    warnings.warn(
+        f"the state of layer {layer}, head {head} ({int(coarse.any(1).sum())} heads in all) has been many thousand "
+        "times larger earlier in this context, and its grid stays as coarse as that needed: gradients through it "
+        "are off by more than 1e-4. bptt='checkpoint' has the same grid; 'full' has none",
+        stacklevel=2,
+    )
 
 
 def _detached(states: FloatStates) -> FloatStates:
@@ -510,39 +592,17 @@ def _final_state_gradients(inputs: LossInputs) -> list[Tensor] | None:
     return flatten_states([given.layer(i) for i in range(given.wkv.shape[0])])
 
 
-def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    if first is None or second is None:
-        return first if second is None else second
-    return first + second
-
-
-def _unscaled(gradients: ChunkGradients, scale: float) -> ChunkGradients:
-    if scale == 1:
-        return gradients
-    return ChunkGradients(
-        gradients.loss,
-        [None if g is None else g.float() / scale for g in gradients.parameters],
-        [g.float() / scale for g in gradients.state],
-        None if gradients.embeds is None else gradients.embeds.float() / scale,
-    )
-
-
-def _all_finite(gradients: ChunkGradients) -> bool:
-    tensors = [g for g in [*gradients.parameters, *gradients.state] if g is not None]
-    return bool(torch.stack([torch.isfinite(g).all() for g in tensors]).all())
-
-
-def _in_order(
-    leaves: list[Tensor], inputs: LossInputs, parameters: list[Tensor], found: SweepResult
-) -> list[Tensor | None]:
-    """The finished gradients in the order of ``leaves``."""
-    by_tensor: dict[int, Tensor | None] = {
-        id(p): g for p, g in zip(parameters, found.parameters, strict=True)
-    }
+def _roles(
+    inputs: LossInputs, parameters: list[Tensor], found: SweepResult
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Everything that the loss was differentiated by, with its gradient; a tensor may have several roles."""
     layers = [found.state[i : i + 3] for i in range(0, len(found.state), 3)]
     stacked = [torch.stack([layer[k].detach() for layer in layers]) for k in (0, 2, 1)]
-    by_tensor.update({id(t): g for t, g in zip(inputs.state.tensors(), stacked, strict=True)})
+    roles: list[tuple[Tensor, Tensor | None]] = [
+        *zip(parameters, found.parameters, strict=True),
+        *zip(inputs.state.tensors(), stacked, strict=True),
+    ]
     if inputs.inputs_embeds is not None:
         pieces = [piece for piece in reversed(found.embeds) if piece is not None]
-        by_tensor[id(inputs.inputs_embeds)] = torch.cat(pieces, dim=1) if pieces else None
-    return [by_tensor.get(id(leaf)) for leaf in leaves]
+        roles.append((inputs.inputs_embeds, torch.cat(pieces, dim=1)))
+    return roles

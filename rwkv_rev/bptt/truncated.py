@@ -4,22 +4,32 @@ States run through the whole context, gradients do not: nothing before a chunk l
 the gradient of the context**, and no other strategy ever falls back to it. One pass, no tape, memory of one chunk.
 """
 
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rwkv_rev import random_state
 from rwkv_rev.bptt.strategy import (
+    Chunk,
     LanguageModel,
     LossInputs,
     LossResult,
     Strategy,
+    devices,
+    float16_gradients,
+    in_order,
     trainable,
-    uncached_autocast,
+    uncached,
+    unchanged,
 )
-from rwkv_rev.loss import FinishedGradients, add_gradients, linear_cross_entropy
+from rwkv_rev.foreign_code import Strangers
+from rwkv_rev.loss import FinishedGradients, add_gradients, cross_entropy_gradients, scaled, sum_of, wide
+from rwkv_rev.outside_leaves import OutsideLeaves
 from rwkv_rev.state import RwkvRevState
+
+Found = tuple[Tensor, RwkvRevState]
 
 
 class Truncated(Strategy):
@@ -28,57 +38,121 @@ class Truncated(Strategy):
     name = "truncated"
 
     def loss(self, model: LanguageModel, inputs: LossInputs) -> LossResult:
-        leaves = trainable(model, inputs)
+        parameters: list[Tensor] = list(model.parameters())
+        leaves = trainable(parameters, inputs)
         if not torch.is_grad_enabled() or not leaves:
-            return self.stream(model, inputs)
+            return self.untrained(model, inputs)
+        found = self.check(model, parameters)
 
         def compute() -> tuple[Tensor, tuple[Tensor, ...], list]:
-            with uncached_autocast(inputs.targets.device), torch.enable_grad():
-                return self._sweep(model, *_cut_off(inputs, leaves))
+            with unchanged(model, [*parameters, *found.buffers]), uncached(inputs.targets.device):
+                return _sweep(model, inputs, inputs.chunks(self.chunk_length), parameters, leaves, found)
 
         loss, *state = FinishedGradients.apply(compute, *leaves)
         report: dict[str, Any] = {"strategy": self.name, "chunk_length": self.chunk_length}
         return LossResult(loss, RwkvRevState(*state), report)
 
-    def _sweep(
-        self, model: LanguageModel, inputs: LossInputs, leaves: list[Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, ...], list]:
-        total = torch.zeros((), device=inputs.targets.device)
-        sums: list[Tensor | None] = [None] * len(leaves)
-        state = inputs.state
-        for chunk in inputs.chunks(self.chunk_length):
-            hidden, state = model.run(chunk.embed(model, chunk.embeds()), state, chunk.mask())
-            further = None
-            if chunk.stop == inputs.length and inputs.final_state_gradient is not None:
-                further = state.inner(inputs.final_state_gradient)
-            if chunk.predicts or further is not None:
-                loss = linear_cross_entropy(
-                    model.normalize(hidden),
-                    model.head,
-                    chunk.targets(),
-                    scale=1 / inputs.divisor,
-                    vocab_size=model.vocab_size,
-                )
-                total = total + loss.detach()
-                objective = loss if further is None else loss + further
-                if objective.requires_grad:  # not after the first chunk when the initial state alone is tuned
-                    sums = add_gradients(sums, torch.autograd.grad(objective, leaves, allow_unused=True))
-            state = state.detach()
-        return total, tuple(state.tensors()), sums
+
+def _sweep(
+    model: LanguageModel,
+    inputs: LossInputs,
+    chunks: list[Chunk],
+    parameters: list[Tensor],
+    leaves: list[Tensor],
+    strange: Strangers,
+) -> tuple[Tensor, tuple[Tensor, ...], list]:
+    half = float16_gradients(parameters, inputs.targets.device)
+    places = devices(parameters, inputs)
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    outside = OutsideLeaves(parameters)
+    total: Tensor | None = None
+    sums: list[Tensor | None] = [None] * len(parameters)
+    first: list[Tensor | None] = [None] * len(inputs.state.tensors())
+    embeds: list[Tensor] = []
+    state = inputs.state.detach()
+    for chunk in chunks:
+        look = outside if strange.brings_tensors and (chunk.index == 0 or strange.declared) else None
+        gradients = _gradients_of(model, chunk, state, parameters, places, look)
+        if half:
+            (loss, state), found = scaled(gradients)
+        else:
+            (loss, state), found = gradients(1.0)
+        total = loss if total is None else total + loss
+        sums = add_gradients(sums, found[: len(parameters)])
+        if chunk.index == 0:
+            first = found[len(parameters) :][: len(first)]
+        if found[-1] is not None:
+            embeds.append(found[-1])
+        del found, gradients  # or the chunk's gradients would stay in memory during the next one
+    outside.refuse()
+    assert total is not None
+    roles = [*zip(parameters, sums, strict=True), *zip(inputs.state.tensors(), first, strict=True)]
+    if inputs.inputs_embeds is not None:
+        roles.append((inputs.inputs_embeds, torch.cat(embeds, dim=1)))
+    return total, tuple(state.tensors()), in_order(leaves, roles)
 
 
-def _cut_off(inputs: LossInputs, leaves: list[Tensor]) -> tuple[LossInputs, list[Tensor]]:
-    """The inputs without the graph that made them, and the leaves with those in their place.
+def _gradients_of(
+    model: LanguageModel,
+    chunk: Chunk,
+    state: RwkvRevState,
+    parameters: list[Tensor],
+    places: set[torch.device],
+    outside: OutsideLeaves | None,
+) -> Callable[[float], tuple[Found, list[Tensor | None]]]:
+    """From a loss scale to loss and state after the chunk, and gradients by parameters, state, and embeddings."""
+    random = random_state.capture(places)
+    last = chunk.stop == chunk.inputs.length
+    further = chunk.inputs.final_state_gradient if last else None
 
-    A state computed from parameters would otherwise hand them a gradient here and a second one in ``backward()``.
-    """
-    copies = {id(leaf): leaf for leaf in leaves}
+    def gradients(loss_scale: float) -> tuple[Found, list[Tensor | None]]:
+        random_state.restore(random)
+        part = chunk.embeds()
+        embeds = None if part is None else part.detach().requires_grad_()
+        start = RwkvRevState(
+            *(
+                tensor.detach().requires_grad_(chunk.index == 0 and given.requires_grad)
+                for tensor, given in zip(state.tensors(), chunk.inputs.state.tensors(), strict=True)
+            )
+        )
+        with torch.enable_grad():
+            x, after = model.run(chunk.embed(model, embeds), start, chunk.mask())
+            hidden = model.normalize(x)
+        made = [*start.tensors(), *([] if embeds is None else [embeds])]
+        leaves = [*parameters, *(tensor for tensor in made if tensor.requires_grad)]
+        loss, to_hidden, head = cross_entropy_gradients(
+            hidden,
+            model.head,
+            chunk.targets(),
+            parameters,
+            scale=1 / chunk.inputs.divisor,
+            vocab_size=model.vocab_size,
+            loss_scale=loss_scale,
+            outside=outside,
+        )
+        if outside is not None:
+            outside.look([hidden, *after.tensors()], made)
+        pairs = [(hidden, to_hidden)]
+        if further is not None:
+            pairs += [
+                (end, (g * loss_scale).to(end.dtype))
+                for end, g in zip(after.tensors(), further.tensors(), strict=True)
+            ]
+        pairs = [(output, gradient) for output, gradient in pairs if output.requires_grad]
+        found: list[Tensor | None] = [None] * len(leaves)
+        if pairs:  # not after the first chunk when the initial state alone is tuned
+            outputs, incoming = zip(*pairs, strict=True)
+            found = list(torch.autograd.grad(outputs, leaves, incoming, allow_unused=True))
+        to_parameters = [
+            sum_of(g, of_head) for g, of_head in zip(found[: len(parameters)], head, strict=True)
+        ]
+        of_made = iter(found[len(parameters) :])
+        to_made = [next(of_made) if tensor.requires_grad else None for tensor in made]
+        to_made = [
+            torch.zeros_like(t) if t.requires_grad and g is None else g
+            for t, g in zip(made, to_made, strict=True)
+        ]
+        to_embeds = [] if embeds is not None else [None]
+        return (loss.to(wide(loss.dtype)), after.detach()), [*to_parameters, *to_made, *to_embeds]
 
-    def cut(tensor: Tensor) -> Tensor:
-        if tensor.requires_grad:
-            copies[id(tensor)] = tensor.detach().requires_grad_()
-        return copies.get(id(tensor), tensor)
-
-    state = RwkvRevState(*map(cut, inputs.state.tensors()))
-    embeds = None if inputs.inputs_embeds is None else cut(inputs.inputs_embeds)
-    return replace(inputs, state=state, inputs_embeds=embeds), [copies[id(leaf)] for leaf in leaves]
+    return gradients

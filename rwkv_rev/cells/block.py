@@ -1,20 +1,24 @@
 """One RWKV block: two reversible cells on the residual stream, ``x += time(ln1(x))``, ``x += channel(ln2(x))``.
 
-The block offers the same three ways through a chunk as its cells: plain differentiable ``forward``, exact
-``advance`` without graph, and ``replay`` with graph from an exact state before or after the chunk.
+A block goes through a chunk in the same three ways as its cells (:mod:`rwkv_rev.cells.cell`): plain and
+differentiable, exact without graph, and with graph from an exact state before or after the chunk.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from rwkv_rev import random_state
 from rwkv_rev.cells.cell import (
+    Advanced,
+    Again,
     CellPlan,
     CellState,
     FloatState,
+    Forwards,
     Remnant,
     Replay,
     ReversibleCell,
@@ -25,6 +29,7 @@ from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.time_mix_rwkv4 import TimeMixRwkv4
 from rwkv_rev.cells.time_mix_rwkv5 import TimeMixRwkv5
 from rwkv_rev.configuration import RwkvRevConfig
+from rwkv_rev.reversal.fingerprint import checksum
 
 FloatStates = tuple[FloatState, FloatState]
 ExactStates = tuple[CellState, CellState]
@@ -32,13 +37,56 @@ Remnants = tuple[Remnant, Remnant]
 Plans = tuple[CellPlan, CellPlan]
 
 
+BEFORE_THE_STATE = 3
+"""Numbers of a block's print that depend on the input of the first cell alone, not on the state it reads."""
+
+
+class BlockAdvanced(NamedTuple):
+    """A block's chunk run forwards: output [B, C, D] (None without one), exact states after it, remnants, print."""
+
+    out: Tensor | None
+    states: ExactStates
+    remnants: Remnants
+    print: Tensor
+
+
 class BlockReplay(NamedTuple):
-    """A block's chunk computed again, with graph: exact states before it, output, leaves, states after it."""
+    """A block's chunk computed again, with graph: exact states before it, output, leaves, states after it, print.
+
+    ``print``, int64 [4], holds checksums of the block's input and of what both cells did (:class:`.cell.Replay`):
+    the same in both sweeps, if both computed the same.
+    """
 
     states: ExactStates
     out: Tensor
     start: FloatStates
     end: FloatStates
+    print: Tensor
+
+
+@dataclass(frozen=True)
+class BlockForwards:
+    """Run a block's chunk forwards; the ``output``, which only the block above reads, may be left out."""
+
+    states: ExactStates
+    plans: Plans
+    output: bool = True
+
+
+@dataclass(frozen=True)
+class BlockAgain:
+    """Compute a block's chunk again, with graph.
+
+    Attributes:
+        states: exact states before the chunk, or after it when ``remnants`` are given.
+        checkpointed: where the block has a function to ``recompute`` by, keep only its input and states, and compute
+            it once more when its gradient is taken (activation checkpointing).
+    """
+
+    states: ExactStates
+    plans: Plans
+    remnants: Remnants | None = None
+    checkpointed: bool = False
 
 
 class Block(nn.Module):
@@ -63,15 +111,28 @@ class Block(nn.Module):
         )
         self.channel_mix: ReversibleCell = ChannelMix(size, config.intermediate_size)
         self.time_mix.layer = self.channel_mix.layer = layer
+        self.recompute: Callable[..., Any] | None = None  # torch.utils.checkpoint.checkpoint, with settings
 
     def forward(
-        self, x: Tensor, states: FloatStates, mask: ChunkMask | None = None
-    ) -> tuple[Tensor, FloatStates]:
-        """Output [B, C, D] and states after x [B, C, D], by plain differentiable arithmetic."""
+        self, x: Tensor, states: FloatStates | BlockForwards | BlockAgain, mask: ChunkMask | None = None
+    ) -> tuple[Tensor | None, Any]:
+        """Output [B, C, D] for x [B, C, D], and what else came of the chunk, by what ``states`` ask for.
+
+        Float states: plain differentiable arithmetic, and the states after x. :class:`BlockForwards`: exact, without
+        graph, and a :class:`BlockAdvanced`. :class:`BlockAgain`: with graph, and a :class:`BlockReplay`. Everybody
+        calls the block, and the block its cells, as modules: hooks of other tools are heard in each of these ways.
+        """
+        if isinstance(states, BlockForwards):
+            advanced = self._advance(x, states, mask)
+            return advanced.out, advanced
+        if isinstance(states, BlockAgain):
+            checkpointed = states.checkpointed and self.recompute is not None
+            replay = (self._checkpointed if checkpointed else self._replay)(x, states, mask)
+            return replay.out, replay
         time, channel = states
-        out, time = self.time_mix.step(time, self.ln1(x), mask)
+        out, time = self.time_mix(self.ln1(x), time, mask)
         x = x + out
-        out, channel = self.channel_mix.step(channel, self.ln2(x), mask)
+        out, channel = self.channel_mix(self.ln2(x), channel, mask)
         return x + out, (time, channel)
 
     def exact(self, states: FloatStates) -> ExactStates:
@@ -83,70 +144,47 @@ class Block(nn.Module):
         return self.time_mix.plan(length), self.channel_mix.plan(length)
 
     @torch.no_grad()
-    def advance(
-        self, x: Tensor, states: ExactStates, mask: ChunkMask | None, plans: Plans, *, output: bool = True
-    ) -> tuple[Tensor, ExactStates, Remnants]:
-        """One chunk forwards without graph: output, exact states after it, remnants.
-
-        Without ``output``, which only the block above would read, the first result is none.
-        """
-        time, out, time_remnant = self.time_mix(states[0], self.ln1(x), mask, plans[0])
+    def _advance(self, x: Tensor, asked: BlockForwards, mask: ChunkMask | None) -> BlockAdvanced:
+        first = checksum(x)
+        out, time = self.time_mix(self.ln1(x), Forwards(asked.states[0], asked.plans[0]), mask)
         x = x + out
-        if not output:
-            channel, channel_remnant = self.channel_mix.advance_shift(states[1], self.ln2(x), mask, plans[1])
-            return x, (time, channel), (time_remnant, channel_remnant)
-        channel, out, channel_remnant = self.channel_mix(states[1], self.ln2(x), mask, plans[1])
-        return x + out, (time, channel), (time_remnant, channel_remnant)
-
-    def replay(
-        self,
-        x: Tensor,
-        states: ExactStates,
-        mask: ChunkMask | None,
-        remnants: Remnants | None = None,
-        plans: Plans | None = None,
-        *,
-        checkpointed: bool = False,
-    ) -> BlockReplay:
-        """One chunk with graph.
-
-        Args:
-            states: exact states before the chunk, or after it when ``remnants`` are given.
-            checkpointed: keep only the block's input and states, and compute the block once more when its
-                gradient is taken (activation checkpointing).
-        """
-        if checkpointed:
-            return self._checkpointed_replay(x, states, mask, remnants, plans)
-
-        def through(
-            cell: ReversibleCell, state: CellState, inputs: Tensor, remnant: Remnant | None, plan: CellPlan
-        ) -> Replay:
-            if remnant is None:
-                return cell.replay(state, inputs, mask, plan)
-            return cell.reversed_replay(state, inputs, mask, remnant, plan)
-
-        time_plan, channel_plan = plans or self.plan(x.shape[1])
-        time_remnant, channel_remnant = remnants or (None, None)
-        time = through(self.time_mix, states[0], self.ln1(x), time_remnant, time_plan)
-        x = x + time.out
-        channel = through(self.channel_mix, states[1], self.ln2(x), channel_remnant, channel_plan)
-        return BlockReplay(
-            (time.state, channel.state), x + channel.out, (time.start, channel.start), (time.end, channel.end)
+        way = Forwards(asked.states[1], asked.plans[1], asked.output)
+        out, channel = self.channel_mix(self.ln2(x), way, mask)
+        return BlockAdvanced(
+            x + out if asked.output else None,
+            (time.state, channel.state),
+            (time.remnant, channel.remnant),
+            _print(first, time, channel),
         )
 
-    def _checkpointed_replay(
-        self,
-        x: Tensor,
-        states: ExactStates,
-        mask: ChunkMask | None,
-        remnants: Remnants | None,
-        plans: Plans | None,
-    ) -> BlockReplay:
-        devices = [x.device] if x.device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            before = self.replay(x, states, mask, remnants, plans).states
+    def _replay(self, x: Tensor, asked: BlockAgain, mask: ChunkMask | None) -> BlockReplay:
+        first = checksum(x)
+        time_remnant, channel_remnant = asked.remnants or (None, None)
+        out, time = self.time_mix(self.ln1(x), Again(asked.states[0], asked.plans[0], time_remnant), mask)
+        x = x + out
+        out, channel = self.channel_mix(
+            self.ln2(x), Again(asked.states[1], asked.plans[1], channel_remnant), mask
+        )
+        return BlockReplay(
+            (time.state, channel.state),
+            x + out,
+            (time.start, channel.start),
+            (time.end, channel.end),
+            _print(first, time, channel),
+        )
+
+    def _checkpointed(self, x: Tensor, asked: BlockAgain, mask: ChunkMask | None) -> BlockReplay:
+        generators = random_state.capture({x.device})
+        with torch.no_grad():
+            quiet = self._replay(x, asked, mask)
+        random_state.restore(generators)
+        before = quiet.states
         values = self.time_mix.float_state(before[0]), self.channel_mix.float_state(before[1])
         start = (leaves(values[0]), leaves(values[1]))
-        forward: Callable[..., tuple[Tensor, FloatStates]] = self.forward
-        out, end = checkpoint(forward, x, start, mask, use_reentrant=False)
-        return BlockReplay(before, out, start, end)
+        assert self.recompute is not None
+        out, end = self.recompute(self.forward, x, start, mask)
+        return BlockReplay(before, out, start, end, quiet.print)
+
+
+def _print(first: Tensor, time: Advanced | Replay, channel: Advanced | Replay) -> Tensor:
+    return torch.cat([first[None], time.print, channel.print])

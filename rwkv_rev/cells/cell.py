@@ -1,6 +1,6 @@
 """The EBRT contract: a recurrent cell whose state can be run backwards, a chunk of C >= 1 tokens at a time.
 
-    forward(state, x, mask)           -> state', out, remnant
+    advance(state, x, mask)           -> state', out, remnant
     reverse(state', x, mask, remnant) -> state, out
 
 x is the cell's own input; in the backward sweep it is known again, because the layers below have just been
@@ -9,12 +9,16 @@ recomputed. The laws every cell keeps (tests/cell_laws.py runs any cell through 
 * *write-first*: out depends on the state only through what ``reverse`` rebuilds from state', x and the remnant;
 * *write-once*: state' is produced by one update;
 * *masked additive update*: ``s' = s + m g(s, x)``, a masked token leaves every part of the state unchanged;
-* ``reverse(forward(s)) == s`` and ``forward(reverse(s')) == s'``, bit for bit. For the token shift this holds of
+* ``reverse(advance(s)) == s`` and ``advance(reverse(s')) == s'``, bit for bit. For the token shift this holds of
   states whose x_{a-1} has been through its carried ``y`` once (:mod:`rwkv_rev.cells.token_shift`).
 
 A cell computes in four strokes, which its subclasses fill in: project the input (the only heavy part), read the
 memory, make the chunk's contribution to it, update it once. ``step`` is the same computation on plain
 differentiable states, for contexts whose whole graph fits in memory, and for generation.
+
+Whatever runs a cell calls it as a module, ``cell(x, state, mask)``, so that hooks and wrappers of other tools are
+heard in every sweep alike. What ``state`` is says what is to be done: a :class:`FloatState` is stepped, a
+:class:`Forwards` advanced, an :class:`Again` computed again with graph.
 """
 
 from abc import ABC, abstractmethod
@@ -26,6 +30,7 @@ from torch import Tensor, nn
 
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.token_shift import carried_mix, carry, last_token, token_mixes, uncarry
+from rwkv_rev.reversal.fingerprint import checksum, fingerprint
 
 
 class FloatState(NamedTuple):
@@ -64,17 +69,46 @@ class CellPlan(NamedTuple):
     memory: Any
 
 
+class Advanced(NamedTuple):
+    """A chunk run forwards: exact state after it, output [B, C, D] (or None), remnant, and the chunk's print."""
+
+    state: CellState
+    out: Tensor | None
+    remnant: Remnant
+    print: Tensor
+
+
 class Replay(NamedTuple):
     """A chunk computed again, with graph.
 
     ``state`` is the exact state before the chunk, ``out`` [B, C, D] the output, ``start`` the same state as
-    differentiable leaves and ``end`` the differentiable state after the chunk.
+    differentiable leaves and ``end`` the differentiable state after the chunk. ``print``, int64 [1 or 2], holds
+    checksums of the token shift after the chunk and of what it did to the memory: the same bits in both sweeps.
     """
 
     state: CellState
     out: Tensor
     start: FloatState
     end: FloatState
+    print: Tensor
+
+
+@dataclass(frozen=True)
+class Forwards:
+    """Run a chunk forwards from the exact ``state`` before it; without ``output`` where none will be read."""
+
+    state: CellState
+    plan: CellPlan
+    output: bool = True
+
+
+@dataclass(frozen=True)
+class Again:
+    """Compute a chunk again; ``state`` is the exact one before it, or after it where a ``remnant`` is given."""
+
+    state: CellState
+    plan: CellPlan
+    remnant: Remnant | None = None
 
 
 class ReversibleCell(nn.Module, ABC):
@@ -118,22 +152,39 @@ class ReversibleCell(nn.Module, ABC):
         """The tensor that outputs read."""
         return memory
 
-    def advance(self, memory: Any, contribution: Any, mask: ChunkMask | None, plan: Any) -> tuple[Any, Any]:
+    def advance_memory(
+        self, memory: Any, contribution: Any, mask: ChunkMask | None, plan: Any
+    ) -> tuple[Any, Any]:
         """The exact memory after the chunk and its remnant."""
         return None, None
 
-    def retreat(self, memory: Any, projection: Any, mask: ChunkMask | None, remnant: Any, plan: Any) -> Any:
+    def retreat_memory(
+        self, memory: Any, projection: Any, mask: ChunkMask | None, remnant: Any, plan: Any
+    ) -> Any:
         """The exact memory before the chunk, from the one after it."""
         return None
 
-    def witness(self, before: Any, after: Any) -> Tensor | None:
-        """Checksum (int64) that tells whether a chunk was rebuilt to the bit; None without a memory.
-
-        Of the memory before the chunk, or, in a cell that keeps that whole, of the recomputed one after it.
-        """
-        return None
+    def memory_print(self, memory: Any) -> Tensor:
+        """Checksum of an exact memory, int64."""
+        return fingerprint(memory)[None]
 
     # --- the contract -----------------------------------------------------------------------------------------
+
+    def forward(
+        self, x: Tensor, state: FloatState | Forwards | Again, mask: ChunkMask | None = None
+    ) -> tuple[Tensor | None, FloatState | Advanced | Replay]:
+        """Output [B, C, D] of a chunk and what else came of it, by what ``state`` asks for."""
+        if isinstance(state, Forwards):
+            run = self.advance if state.output else self.advance_shift
+            advanced = run(state.state, x, mask, state.plan)
+            return advanced.out, advanced
+        if isinstance(state, Again):
+            if state.remnant is None:
+                replay = self.replay(state.state, x, mask, state.plan)
+            else:
+                replay = self.reversed_replay(state.state, x, mask, state.remnant, state.plan)
+            return replay.out, replay
+        return self.step(state, x, mask)
 
     def plan(self, length: int) -> CellPlan:
         """The plan for chunks of C = ``length`` tokens, while the weights stay as they are."""
@@ -156,30 +207,28 @@ class ReversibleCell(nn.Module, ABC):
         return out, FloatState(last_token(x, state.shift, mask), memory)
 
     @torch.no_grad()
-    def forward(
+    def advance(
         self, state: CellState, x: Tensor, mask: ChunkMask | None = None, plan: CellPlan | None = None
-    ) -> tuple[CellState, Tensor, Remnant]:
+    ) -> Advanced:
         """One chunk forwards: the next exact state, the output [B, C, D] and what the chunk forgot."""
         plan = plan if plan is not None else self.plan(x.shape[1])
         state = self.carried(state, x, mask, plan)
         projection = self.project(*token_mixes(x, state.shift, mask, self.mixes()))
         out, contribution = self.read(projection, self.float_memory(state.memory), mask, plan.memory)
-        memory, remnant = self.advance(state.memory, contribution, mask, plan.memory)
+        memory, remnant = self.advance_memory(state.memory, contribution, mask, plan.memory)
         assert state.carried is not None
-        return (
-            CellState(last_token(x, state.shift, mask), memory),
-            out,
-            Remnant(state.carried, remnant),
+        shift = last_token(x, state.shift, mask)
+        return Advanced(
+            CellState(shift, memory), out, Remnant(state.carried, remnant), _print(contribution, shift)
         )
 
     @torch.no_grad()
-    def advance_shift(
-        self, state: CellState, x: Tensor, mask: ChunkMask | None, plan: CellPlan
-    ) -> tuple[CellState, Remnant]:
-        """:meth:`forward` without the output, of a cell without memory: its products are not computed."""
+    def advance_shift(self, state: CellState, x: Tensor, mask: ChunkMask | None, plan: CellPlan) -> Advanced:
+        """:meth:`advance` without the output, of a cell without memory: its products are not computed."""
         state = self.carried(state, x, mask, plan)
         assert state.carried is not None and state.memory is None
-        return CellState(last_token(x, state.shift, mask), None), Remnant(state.carried, None)
+        shift = last_token(x, state.shift, mask)
+        return Advanced(CellState(shift, None), None, Remnant(state.carried, None), _print(None, shift))
 
     @torch.no_grad()
     def reverse(
@@ -190,7 +239,7 @@ class ReversibleCell(nn.Module, ABC):
         remnant: Remnant,
         plan: CellPlan | None = None,
     ) -> tuple[CellState, Tensor]:
-        """One chunk backwards: the exact state before it and its output, both the same bits as in ``forward``."""
+        """One chunk backwards: the exact state before it and its output, both the same bits as in ``advance``."""
         replay = self.reversed_replay(state, x, mask, remnant, plan)
         return replay.state, replay.out
 
@@ -209,7 +258,7 @@ class ReversibleCell(nn.Module, ABC):
     def replay(
         self, state: CellState, x: Tensor, mask: ChunkMask | None = None, plan: CellPlan | None = None
     ) -> Replay:
-        """A chunk whose exact state before it is known, with graph; the same bits as ``forward``."""
+        """A chunk whose exact state before it is known, with graph; the same bits as ``advance``."""
         plan = plan if plan is not None else self.plan(x.shape[1])
         state = self.carried(state, x, mask, plan)
         start = leaves(self.float_state(state))
@@ -230,7 +279,7 @@ class ReversibleCell(nn.Module, ABC):
         shift_leaf = leaves(FloatState(shift, None)).shift
         projection = self.project(*token_mixes(x, shift_leaf, mask, self.mixes()))
         with torch.no_grad():
-            memory = self.retreat(state.memory, projection, mask, remnant.memory, plan.memory)
+            memory = self.retreat_memory(state.memory, projection, mask, remnant.memory, plan.memory)
         before = CellState(shift, memory, remnant.carried)
         start = FloatState(shift_leaf, leaves(self.float_state(before)).memory)
         return self._finish(before, start, projection, x, mask, plan)
@@ -246,7 +295,8 @@ class ReversibleCell(nn.Module, ABC):
     ) -> Replay:
         out, contribution = self.read(projection, start.memory, mask, plan.memory)
         memory = self.update(start.memory, contribution, mask, x.shape[1])
-        return Replay(state, out, start, FloatState(last_token(x, start.shift, mask), memory))
+        shift = last_token(x, start.shift, mask)
+        return Replay(state, out, start, FloatState(shift, memory), _print(contribution, shift))
 
 
 def leaves(state: FloatState) -> FloatState:
@@ -256,3 +306,10 @@ def leaves(state: FloatState) -> FloatState:
         state.shift.detach().requires_grad_(grad),
         None if state.memory is None else state.memory.detach().requires_grad_(grad),
     )
+
+
+def _print(contribution: Tensor | None, shift: Tensor) -> Tensor:
+    """Checksums, int64 [2], of the shift after a chunk and of its contribution to the memory; [1] without one."""
+    if contribution is None:
+        return checksum(shift)[None]
+    return torch.stack([checksum(shift), checksum(contribution)])

@@ -7,9 +7,23 @@ new memory costs more than the arithmetic.
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from rwkv_rev.wkv.dispatch import choose_kernel
+
+
+def norm_and_gate(norm: nn.Module, y: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``norm(y) * silu(gate)``, [B, C, D] in ``dtype``; arguments as those of :func:`gated_group_norm`.
+
+    A GroupNorm is computed by its formula. What other tools have put in its place, or hooked to it, is called as a
+    module, with y [B C, D] in the precision of its weights.
+    """
+    hooks = (norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks)
+    if isinstance(norm, nn.GroupNorm) and not any(hooks) and "forward" not in vars(norm):
+        return gated_group_norm(y, norm.weight, norm.bias, norm.eps, gate, dtype)
+    rows = y.flatten(0, 1).flatten(1).to(next(norm.parameters()).dtype)
+    normalized = norm(rows).view(*y.shape[:2], -1).to(dtype)
+    return normalized if gate is None else normalized * F.silu(gate)
 
 
 def gated_group_norm(

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from rwkv_rev.cells.cell import ReversibleCell
 from rwkv_rev.cells.gates import sigmoid_product
 from rwkv_rev.cells.mask import ChunkMask
-from rwkv_rev.reversal.fingerprint import fingerprint
 from rwkv_rev.wkv import wkv4
 
 LARGEST_TIME_DECAY = 69.0
@@ -73,18 +72,15 @@ class TimeMixRwkv4(ReversibleCell):
     ) -> Tensor:
         return contribution
 
-    def advance(
+    def advance_memory(
         self, memory: Tensor, contribution: Tensor, mask: ChunkMask | None, plan: None
     ) -> tuple[Tensor, Tensor]:
         return contribution, memory
 
-    def retreat(
+    def retreat_memory(
         self, memory: Tensor, projection: TimeProjection, mask: ChunkMask | None, remnant: Tensor, plan: None
     ) -> Tensor:
         return remnant
-
-    def witness(self, before: Tensor, after: Tensor) -> Tensor:
-        return fingerprint(after)
 
 
 def wide(parameter: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_rev.cells.cell import ReversibleCell
-from rwkv_rev.cells.gates import gated_group_norm
+from rwkv_rev.cells.gates import norm_and_gate
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.time_mix_rwkv4 import log_decay_of, wide
 from rwkv_rev.reversal.fixed_point import DecayPlan, FixedPoint, MemoryRemnant, decay_plan
@@ -119,9 +119,7 @@ class TimeMixRwkv5(ReversibleCell):
             plan=None if plan is None else plan.recurrence,
             work=work,
         )
-        norm = self.ln_x
-        out = gated_group_norm(y, norm.weight, norm.bias, norm.eps, gate, receptance.dtype)
-        return self.output(out), contribution
+        return self.output(norm_and_gate(self.ln_x, y, gate, receptance.dtype)), contribution
 
     def update(
         self, memory: Tensor | None, contribution: Tensor, mask: ChunkMask | None, length: int
@@ -143,12 +141,12 @@ class TimeMixRwkv5(ReversibleCell):
     def float_memory(self, memory: FixedPoint) -> Tensor:
         return memory.value(torch.float64 if self.time_decay.dtype == torch.float64 else torch.float32)
 
-    def advance(
+    def advance_memory(
         self, memory: FixedPoint, contribution: Tensor, mask: ChunkMask | None, plan: MemoryPlan
     ) -> tuple[FixedPoint, MemoryRemnant]:
         return memory.advance(contribution, None if mask is None else mask.count, plan.reversal)
 
-    def retreat(
+    def retreat_memory(
         self,
         memory: FixedPoint,
         projection: TimeProjection,
@@ -167,8 +165,8 @@ class TimeMixRwkv5(ReversibleCell):
         count = None if mask is None else mask.count
         return memory.retreat(contribution, count, remnant, plan.reversal)
 
-    def witness(self, before: FixedPoint, after: FixedPoint) -> Tensor:
-        return before.fingerprint()
+    def memory_print(self, memory: FixedPoint) -> Tensor:
+        return memory.fingerprint()
 
     def _per_channel(self, parameter: Tensor) -> Tensor:
         """[H, N] from a parameter stored per head or per channel."""

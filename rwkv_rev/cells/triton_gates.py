@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkv_rev.first_order import first_order
+
 TOKENS = 16
 STEPS = 4
 """Blocks of tokens per program of the norm's backward pass; each program leaves one partial sum."""
@@ -134,7 +136,7 @@ class _GatedGroupNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         y, weight, bias, gate = ctx.saved_tensors
         batch, length, heads, size = y.shape
@@ -163,7 +165,7 @@ class _SquaredRelu(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, d_out: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         d_x = torch.empty_like(x)
@@ -184,7 +186,7 @@ class _SigmoidProduct(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
         gate, x = ctx.saved_tensors
         d_gate, d_x = torch.empty_like(gate), torch.empty_like(x)

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkv_rev.first_order import first_order
+
 MOST_MIXES = 4
 TOKENS = 16
 CHANNELS = 128
@@ -126,7 +128,7 @@ class _Mixes(torch.autograd.Function):
         return outs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, shift, *mus = ctx.saved_tensors
         gradients = tuple(gradient.contiguous() for gradient in gradients)

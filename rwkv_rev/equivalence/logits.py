@@ -1,16 +1,16 @@
 r"""How far two models' logits are apart, over one text, without a second or third copy of ``[T, V]``.
 
-    largest, mean   of |z - z'| over all tokens and vocabulary entries KL              mean over tokens of
-    sum_v p_v (log p_v - log p'_v), p the original's distribution, in nats top-1           share of tokens
-    for which both put the same entry first bits            mean of -log2 p(next token), over all tokens but
-    the last: bits per token, which is bits per byte
-                    for byte-level vocabularies
+    largest, mean   of |z - z'| over all tokens and vocabulary entries
+    KL              mean over tokens of sum_v p_v (log p_v - log p'_v), p the original's distribution, in nats
+    top-1           share of tokens for which both put the same entry first
+    bits            mean of -log2 p(next token), over all tokens but the last: bits per token, which is bits per
+                    byte for byte-level vocabularies
 
 The original's logits arrive in pieces; each piece is compared in float64 and dropped.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,37 @@ class LogitComparison:
     converted_bits: float | None
 
 
+class Beside:
+    """Passes logits on and meanwhile keeps their ``largest`` distance from others; NaN is the largest.
+
+    Args:
+        pieces, others: ``[t, V]``, for as many tokens, cut wherever.
+    """
+
+    def __init__(self, pieces: Iterable[Tensor], others: Iterable[Tensor]) -> None:
+        self._pieces, self._others = pieces, others
+        self._largest = torch.zeros((), dtype=torch.float64)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for piece, other in zip(_cut(self._pieces), _cut(self._others), strict=True):
+            difference = (piece.double() - other.double()).abs().max()
+            # torch.maximum keeps NaN, which the built-in max would lose.
+            self._largest = torch.maximum(self._largest, difference)
+            yield piece
+
+    @property
+    def largest(self) -> float:
+        return float(self._largest)
+
+
+def largest_difference(pieces: Iterable[Tensor], others: Iterable[Tensor]) -> float:
+    """Largest |z - z'|; arguments as of :class:`Beside`."""
+    beside = Beside(pieces, others)
+    for _ in beside:
+        pass
+    return beside.largest
+
+
 def compare_logits(original: Iterable[Tensor], converted: Tensor, tokens: Tensor) -> LogitComparison:
     """Compare logits token by token.
 
@@ -49,7 +80,7 @@ def compare_logits(original: Iterable[Tensor], converted: Tensor, tokens: Tensor
     largest = torch.zeros((), dtype=torch.float64)
     absolute = kl = original_bits = converted_bits = 0.0
     agreeing = seen = 0
-    for piece in (rows for given in original for rows in given.split(PIECE)):
+    for piece in _cut(original):
         first, seen = seen, seen + piece.shape[0]
         if seen > total or piece.shape[1] != vocabulary:
             raise RwkvRevError(
@@ -78,3 +109,17 @@ def compare_logits(original: Iterable[Tensor], converted: Tensor, tokens: Tensor
         original_bits=original_bits / (total - 1) if total > 1 else None,
         converted_bits=converted_bits / (total - 1) if total > 1 else None,
     )
+
+
+def _cut(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The same tokens, :data:`PIECE` at a time."""
+    left: list[Tensor] = []
+    for given in pieces:
+        for rows in given.split(PIECE):
+            left.append(rows)
+            if sum(map(len, left)) >= PIECE:
+                joined = torch.cat(left)
+                yield joined[:PIECE]
+                left = [joined[PIECE:]] if len(joined) > PIECE else []
+    if left:
+        yield torch.cat(left)

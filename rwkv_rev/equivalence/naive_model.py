@@ -1,7 +1,7 @@
 r"""The whole model as one straight float64 scan over the *original* tensors: the truth of every check.
 
-    time mix, RWKV-4   wkv_t = (a + e^{u+k} v) / (b + e^{u+k});  a <- w a + e^k v;  b <- w b + e^k time mix,
-    RWKV-5   y_t = r_t (S + diag(u) k_t^T v_t);  S <- diag(w) S + k_t^T v_t;  GroupNorm over the heads
+    time mix, RWKV-4   wkv_t = (a + e^{u+k} v) / (b + e^{u+k});  a <- w a + e^k v;  b <- w b + e^k
+    time mix, RWKV-5   y_t = r_t (S + diag(u) k_t^T v_t);  S <- diag(w) S + k_t^T v_t;  GroupNorm over the heads
     channel mix        sigmoid(r) * Wv relu(k)^2
 
 with w = exp(-exp(time_decay)) and every projection reading ``mu * x_t + (1 - mu) * x_{t-1}`` of the
@@ -12,6 +12,9 @@ It shares no code with ``modeling.py``, ``cells/`` or ``wkv/`` and reads the ten
 names, the one exception to the rule that only ``converters/`` knows them: an oracle that went through our
 renaming would not notice a mistake in it. Works layer by layer over all tokens, so that only one layer's
 weights exist in float64 at a time: memory is T*D plus one layer, time is T Python steps per layer.
+
+In float32 the same scan tells how much rounding a model makes of nothing: what one more implementation that adds in
+its own order would be off by.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,6 +32,7 @@ def residual_streams(
     *,
     group_norm_epsilon: float = PUBLISHED_GROUP_NORM_EPSILON,
     layer_norm_epsilon: float = LAYER_NORM_EPSILON,
+    dtype: torch.dtype = torch.float64,
 ) -> Iterator[tuple[str, Tensor]]:
     """The residual stream after every sub-layer, in order.
 
@@ -37,18 +41,19 @@ def residual_streams(
         tokens: token ids ``[T]``.
         group_norm_epsilon: eps of the GroupNorm of RWKV-5, as if there were no division by 8 before it.
         layer_norm_epsilon: eps of every LayerNorm.
+        dtype: of all arithmetic.
 
     Yields:
-        ``(place, stream)`` with stream ``[T, D]`` float64 and place one of ``ln0``,
+        ``(place, stream)`` with stream ``[T, D]`` in ``dtype`` and place one of ``ln0``,
         ``blocks.{i}.time_mix``, ``blocks.{i}.channel_mix``, ``ln_out``. The last one is what the head
         reads.
     """
 
     def normed(x: Tensor, name: str) -> Tensor:
         scaled = _standardised(x, layer_norm_epsilon)
-        return scaled * tensors[f"{name}.weight"].double() + tensors[f"{name}.bias"].double()
+        return scaled * tensors[f"{name}.weight"].to(dtype) + tensors[f"{name}.bias"].to(dtype)
 
-    x = normed(tensors["emb.weight"][tokens].double(), "blocks.0.ln0")  # [T, D]
+    x = normed(tensors["emb.weight"][tokens].to(dtype), "blocks.0.ln0")  # [T, D]
     yield "ln0", x
     layer = 0
     while f"blocks.{layer}.ln1.weight" in tensors:
@@ -67,18 +72,20 @@ def naive_logits(
     *,
     group_norm_epsilon: float = PUBLISHED_GROUP_NORM_EPSILON,
     layer_norm_epsilon: float = LAYER_NORM_EPSILON,
+    dtype: torch.dtype = torch.float64,
     piece: int = 64,
 ) -> Iterator[Tensor]:
-    """Logits ``[t, V]`` float64, ``piece`` tokens at a time; arguments of :func:`residual_streams`."""
+    """Logits ``[t, V]``, ``piece`` tokens at a time; arguments of :func:`residual_streams`."""
     hidden = tokens.new_empty(0)
     for _, stream in residual_streams(
         tensors,
         tokens,
         group_norm_epsilon=group_norm_epsilon,
         layer_norm_epsilon=layer_norm_epsilon,
+        dtype=dtype,
     ):
         hidden = stream  # the last is what the head reads
-    head = tensors["head.weight"].double()  # [V, D]
+    head = tensors["head.weight"].to(dtype)  # [V, D]
     for rows in hidden.split(piece):
         yield rows @ head.T
 
@@ -91,13 +98,13 @@ def _standardised(x: Tensor, epsilon: float) -> Tensor:
 
 def _mixed(x: Tensor, tensors: Mapping[str, Tensor], prefix: str, letter: str) -> Tensor:
     """``mu * x_t + (1 - mu) * x_{t-1}``, zero before the first token."""
-    mu = tensors[f"{prefix}.time_mix_{letter}"].double().flatten()
+    mu = tensors[f"{prefix}.time_mix_{letter}"].to(x.dtype).flatten()
     before = torch.cat([torch.zeros_like(x[:1]), x[:-1]])
     return mu * x + (1 - mu) * before
 
 
 def _linear(x: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    return x @ tensors[f"{name}.weight"].double().T
+    return x @ tensors[f"{name}.weight"].to(x.dtype).T
 
 
 def _channel_mix(x: Tensor, tensors: Mapping[str, Tensor], ffn: str) -> Tensor:
@@ -111,18 +118,18 @@ def _time_mix(x: Tensor, tensors: Mapping[str, Tensor], att: str, group_norm_eps
         _linear(_mixed(x, tensors, att, letter), tensors, f"{att}.{name}")
         for letter, name in (("r", "receptance"), ("k", "key"), ("v", "value"))
     )
-    decay = torch.exp(-torch.exp(tensors[f"{att}.time_decay"].double()))  # w
+    decay = torch.exp(-torch.exp(tensors[f"{att}.time_decay"].to(x.dtype)))  # w
     exponential = f"{att}.time_first" in tensors
-    stored_bonus = tensors[f"{att}.time_first" if exponential else f"{att}.time_faaaa"].double()
+    stored_bonus = tensors[f"{att}.time_first" if exponential else f"{att}.time_faaaa"].to(x.dtype)
     if f"{att}.ln_x.weight" not in tensors:
         out = torch.sigmoid(r) * _wkv4(k, v, decay.flatten(), stored_bonus.flatten())
         return _linear(out, tensors, f"{att}.output")
     heads = decay.shape[0]
     u = stored_bonus.exp() if exponential else stored_bonus
-    start = tensors[f"{att}.time_state"].double().mT if f"{att}.time_state" in tensors else None
+    start = tensors[f"{att}.time_state"].to(x.dtype).mT if f"{att}.time_state" in tensors else None
     y = _wkv5(r, k, v, decay.reshape(heads, -1, 1), u.reshape(heads, -1, 1), start)  # [T, H, N]
     y = _standardised(y, group_norm_epsilon).flatten(1)
-    y = y * tensors[f"{att}.ln_x.weight"].double() + tensors[f"{att}.ln_x.bias"].double()
+    y = y * tensors[f"{att}.ln_x.weight"].to(x.dtype) + tensors[f"{att}.ln_x.bias"].to(x.dtype)
     if f"{att}.gate.weight" in tensors:
         gate = _linear(_mixed(x, tensors, att, "g"), tensors, f"{att}.gate")
         y = y * gate * torch.sigmoid(gate)

@@ -5,7 +5,8 @@
     naive         :mod:`.naive_model`, float64
 
 Each yields float pieces ``[t, V]`` in order and raises :class:`OracleUnavailable` when it cannot run for
-this original. What each implementation does that would spoil the comparison, and how it is kept from doing
+this original, or not in the dtype asked for: in float64 an oracle tells its own rounding from a difference.
+What each implementation does that would spoil the comparison, and how it is kept from doing
 so (the tests show the first three bite):
 
 - ``rwkv`` normalises the embedding in the checkpoint's dtype (bfloat16: logits off by up to 5e-2). It gets
@@ -16,6 +17,7 @@ so (the tests show the first three bite):
   pieces of 256 tokens with a copied state.
 - ``rwkv`` reads ``RWKV_*`` while it is imported, turns TF32 on and may print. It runs in a process without
   those variables but ``RWKV_JIT_ON=0``, its standard output discarded.
+- ``rwkv`` knows no float64: there the worker gives its module a ``torch`` whose float32 is float64.
 - ``rwkv`` has GroupNorm eps 64e-5 written into its code: unavailable for an original of another eps.
 - ``transformers`` halves the residual stream every ``rescale_every`` layers and divides its weights in
   place to do so: ``rescale_every=0``, built from the original's tensors, dtype float32 said aloud, batch 1.
@@ -33,7 +35,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,10 +58,10 @@ class OracleUnavailable(RwkvRevError):
         self.reason = reason
 
 
-def rwkv_package(original: Original, tokens: Tensor) -> Iterator[Tensor]:
-    """Logits of the ``rwkv`` package (CPU, float32).
+def rwkv_package(original: Original, tokens: Tensor, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+    """Logits of the ``rwkv`` package on the CPU, in float32 or float64.
 
-    Needs room in the temporary folder for a copy of the checkpoint and for the logits (4*T*V bytes).
+    Needs room in the temporary folder for a copy of the checkpoint and for the logits.
 
     Raises:
         OracleUnavailable: package missing, not enough room, other GroupNorm eps, or it failed.
@@ -85,23 +86,24 @@ def rwkv_package(original: Original, tokens: Tensor) -> Iterator[Tensor]:
     with tempfile.TemporaryDirectory(prefix="rwkv-rev-") as folder:
         checkpoint, output = Path(folder, "original.pth"), Path(folder, "logits")
         vocabulary = original.tensors["head.weight"].shape[0]
-        _write_checkpoint(original, checkpoint, spare=4 * len(tokens) * vocabulary)
+        spare = len(tokens) * vocabulary * dtype.itemsize
+        _write_checkpoint(original, checkpoint, dtype, spare=spare)
         Path(folder, "tokens.json").write_text(json.dumps(tokens.tolist()))
-        _run_worker(checkpoint.with_suffix(""), Path(folder, "tokens.json"), output)
+        _run_worker(checkpoint.with_suffix(""), Path(folder, "tokens.json"), output, dtype)
         # Not mapped: on some systems a folder with a mapped file in it cannot be removed.
         with output.open("rb") as stream:
-            while chunk := stream.read(4 * vocabulary * 64):
-                yield torch.from_numpy(np.frombuffer(chunk, dtype=np.float32).reshape(-1, vocabulary).copy())
+            while chunk := stream.read(dtype.itemsize * vocabulary * 64):
+                yield torch.frombuffer(bytearray(chunk), dtype=dtype).view(-1, vocabulary)
 
 
-def _write_checkpoint(original: Original, path: Path, *, spare: int) -> None:
+def _write_checkpoint(original: Original, path: Path, dtype: torch.dtype, *, spare: int) -> None:
     # Names that hold ln_x first: the package looks for them before it believes time_decay.
     names = sorted(original.tensors, key=lambda name: ".ln_x." not in name)
     tensors = {}
     for name in names:
         tensor = original.tensors[name]
         if name == "emb.weight" or ".ln0." in name:
-            tensor = tensor.float()
+            tensor = tensor.to(dtype)
         elif tensor.untyped_storage().nbytes() != tensor.nbytes:
             tensor = tensor.clone()  # torch.save writes whole storages
         tensors[name] = tensor
@@ -122,8 +124,9 @@ def rwkv_process(script: Path, *arguments: object, jit: bool) -> dict[str, Any]:
     return {"args": [sys.executable, "-P", str(script), *map(str, arguments)], "env": environment}
 
 
-def _run_worker(model: Path, tokens: Path, output: Path) -> None:
-    arguments = [model, tokens, output, RWKV_PACKAGE_PIECE, torch.get_num_threads()]
+def _run_worker(model: Path, tokens: Path, output: Path, dtype: torch.dtype) -> None:
+    wide = int(dtype == torch.float64)
+    arguments = [model, tokens, output, RWKV_PACKAGE_PIECE, torch.get_num_threads(), wide]
     process = subprocess.run(
         **rwkv_process(_WORKER, *arguments, jit=False),
         stdin=subprocess.DEVNULL,
@@ -137,12 +140,16 @@ def _run_worker(model: Path, tokens: Path, output: Path) -> None:
         raise OracleUnavailable(f"the rwkv package failed on this checkpoint: {said[-1].strip()}")
 
 
-def transformers_rwkv4(original: Original, tokens: Tensor) -> Iterator[Tensor]:
+def transformers_rwkv4(
+    original: Original, tokens: Tensor, dtype: torch.dtype = torch.float32
+) -> Iterator[Tensor]:
     """Logits of ``transformers.RwkvForCausalLM`` in float32.
 
     Raises:
-        OracleUnavailable: for RWKV-5, or a transformers without this class.
+        OracleUnavailable: for RWKV-5, for float64, or a transformers without this class.
     """
+    if dtype != torch.float32:
+        raise OracleUnavailable("transformers rounds the keys of RWKV-4 to float32")
     if original.transformers_tensors is None:
         raise OracleUnavailable("transformers knows RWKV-4 only", "use --oracle rwkv or --oracle naive")
     try:
@@ -172,17 +179,18 @@ def transformers_rwkv4(original: Original, tokens: Tensor) -> Iterator[Tensor]:
         yield model(input_ids=tokens[None]).logits[0]
 
 
-def naive(original: Original, tokens: Tensor) -> Iterator[Tensor]:
-    """Logits of the float64 scan."""
+def naive(original: Original, tokens: Tensor, dtype: torch.dtype = torch.float64) -> Iterator[Tensor]:
+    """Logits of the scan, the truth in float64."""
     yield from naive_logits(
         original.tensors,
         tokens,
         group_norm_epsilon=original.group_norm_epsilon,
         layer_norm_epsilon=original.layer_norm_epsilon,
+        dtype=dtype,
     )
 
 
-ORACLES: dict[str, Callable[[Original, Tensor], Iterator[Tensor]]] = {
+ORACLES: dict[str, Callable[..., Iterator[Tensor]]] = {
     "rwkv": rwkv_package,
     "transformers": transformers_rwkv4,
     "naive": naive,

@@ -1,7 +1,7 @@
 """The outcome of a verification: one row per oracle, further sections, a verdict, and all of it as text or JSON."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -14,17 +14,71 @@ from rwkv_rev.equivalence.weights import WeightComparison
 
 
 @dataclass(frozen=True)
+class InFloat64:
+    """A converted model and an oracle once more, both in float64: what they differ by there is no rounding.
+
+    Attributes:
+        difference: largest |delta logit| between them, of at most ``tolerance``.
+        noise: by how much float32 moves the converted model's logits, at most ``noise_tolerance``.
+        oracle_noise: by how much it moves the oracle's, at most ``oracle_tolerance``; None where nobody asked.
+    """
+
+    difference: float
+    tolerance: float
+    noise: float
+    noise_tolerance: float
+    oracle_noise: float | None = None
+    oracle_tolerance: float = math.inf
+
+    @property
+    def reason(self) -> str | None:
+        """What is wrong, NaN included; None where nothing is."""
+        if not self.difference <= self.tolerance:
+            return f"differs by {self.difference:.1e} in float64, where {self.tolerance:.0e} is allowed"
+        if not self.noise <= self.noise_tolerance:
+            allowed = f"{self.noise_tolerance:.1e} is allowed"
+            return f"agrees in float64, but float32 moves the model by {self.noise:.1e}, where {allowed}"
+        if self.oracle_noise is not None and not self.oracle_noise <= self.oracle_tolerance:
+            return f"is itself {self.oracle_noise:.1e} from the float64 scan, with which the model agrees"
+        return None
+
+
+@dataclass(frozen=True)
 class Row:
-    """One oracle's comparison and the largest |delta logit| it may show."""
+    """One oracle's comparison, the largest |delta logit| that needs no explanation, and a look at it in float64."""
 
     oracle: str
     comparison: LogitComparison
     tolerance: float
+    float64: InFloat64 | None = None
+
+    @property
+    def reason(self) -> str | None:
+        """Why it fails; None if it passes. NaN is within no tolerance."""
+        if self.float64 is not None:
+            found = self.float64.reason
+            return None if found is None else f"{self.oracle} {found}"
+        if self.comparison.largest <= self.tolerance:
+            return None
+        return (
+            f"{self.oracle} differs by {self.comparison.largest:.1e}, where {self.tolerance:.0e} is allowed"
+        )
 
     @property
     def passed(self) -> bool:
-        """Whether every logit is within the tolerance; NaN is not."""
-        return self.comparison.largest <= self.tolerance
+        return self.reason is None
+
+    @property
+    def note(self) -> str | None:
+        """What a reader should know of a distance that is more than usual, but only rounding."""
+        wide = self.float64
+        if wide is None or not self.passed or self.comparison.largest <= self.tolerance:
+            return None
+        return (
+            f"{self.oracle}: {self.comparison.largest:.1e} is rounding, which in float32 moves it by "
+            f"{wide.oracle_noise:.1e} and the converted model by {wide.noise:.1e}; in float64 they differ by "
+            f"{wide.difference:.1e}"
+        )
 
 
 @dataclass(frozen=True)
@@ -59,7 +113,7 @@ class Report:
 
     @property
     def equal(self) -> bool:
-        """At least one oracle ran, all are within their tolerance, and no stored value differs."""
+        """At least one oracle ran, all passed, and no stored value differs."""
         return bool(self.rows) and all(row.passed for row in self.rows) and self.weights.passed
 
     @property
@@ -79,9 +133,9 @@ class Report:
         if self.equal:
             return f"{self.directory} computes what {self.original} computes, but {'; '.join(broken)}"
         reasons = []
-        failed = [row.oracle for row in self.rows if not row.passed]
+        failed = [row.reason for row in self.rows if row.reason is not None]
         if failed:
-            reasons.append(f"logits beyond tolerance ({', '.join(failed)})")
+            reasons.append(f"logits: {', '.join(failed)}")
         if self.weights.different:
             first, more = self.weights.different[0], len(self.weights.different) - 1
             reasons.append(f"{first} differs" + (f" and {more} more tensors" if more else ""))
@@ -124,6 +178,7 @@ class Report:
             f"bits/{self.unit} original",
             "converted",
             "tolerance",
+            "in float64",
             "",
         )
         lines = [
@@ -133,6 +188,7 @@ class Report:
             "",
         ]
         lines.append(self._weights_line())
+        lines += [row.note for row in self.rows if row.note is not None]
         lines += [f"{name}: not run, {reason}" for name, reason in self.skipped.items()]
         lines += list(self.notes)
         if self.divergence:
@@ -174,14 +230,18 @@ def _row_dict(row: Row, unit: str) -> dict[str, Any]:
         f"bits_per_{unit}_original": c.original_bits,
         f"bits_per_{unit}_converted": c.converted_bits,
     }
-    plain = {name: None if v is None or not math.isfinite(v) else v for name, v in figures.items()}
     return {
         "oracle": row.oracle,
         "tokens": c.tokens,
-        **plain,
+        **_finite(figures),
         "tolerance": row.tolerance,
+        "float64": None if row.float64 is None else _finite(asdict(row.float64)),
         "passed": row.passed,
     }
+
+
+def _finite(figures: dict[str, float | None]) -> dict[str, float | None]:
+    return {name: None if v is None or not math.isfinite(v) else v for name, v in figures.items()}
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -196,6 +256,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         "-" if c.original_bits is None else f"{c.original_bits:.4f}",
         "-" if c.converted_bits is None else f"{c.converted_bits:.4f}",
         f"{row.tolerance:.1e}",
+        "-" if row.float64 is None else f"{row.float64.difference:.1e}",
         "PASS" if row.passed else "FAIL",
     )
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from rwkv_rev.bptt.reversible import Reversible
 from rwkv_rev.bptt.strategy import LossInputs
 from rwkv_rev.cells import TimeMixRwkv4, TimeMixRwkv5
-from rwkv_rev.cells.block import ExactStates, Remnants
+from rwkv_rev.cells.block import BlockAgain, BlockForwards, ExactStates, Remnants
 from rwkv_rev.equivalence.table import aligned
 from rwkv_rev.modeling import RwkvRevForCausalLM
 from rwkv_rev.numerics import bits_forgotten
@@ -173,15 +173,15 @@ def check_reversal(
     with Tape("host", ids.device) as tape:
         for part in chunks:
             x = part.embed(model)
-            after, remnants, seen = [], [], []
+            advanced, seen = [], []
             for block, state, plan in zip(blocks, states, plans[part.length], strict=True):
-                before = block.replay(x, state, None).states  # token shifts as this chunk reads them
-                x, advanced, remnant = block.advance(x, state, None, plan)
-                seen.append((before, x))
-                after.append(advanced)
-                remnants.append(remnant)
+                _, replay = block(x, BlockAgain(state, plan))  # token shifts as this chunk reads them
+                x, layer = block(x, BlockForwards(state, plan))
+                seen.append((replay.states, x))
+                advanced.append(layer)
+            after, remnants = [layer.states for layer in advanced], [layer.remnants for layer in advanced]
             start = tape.nbytes
-            tape.push(strategy.record(model, states, after, remnants).start()())
+            tape.push(strategy.compared(model, states, advanced).start()())
             stored.append(seen)
             states_before, states = states, after
             if part.index == 0:
@@ -199,14 +199,14 @@ def check_reversal(
             x = part.embed(model)
             rebuilt = []
             for layer in range(len(blocks)):
-                replay, rebuilt_exactly = strategy.recover(
-                    model, layer, x, states[layer], record[layer], part, plans[part.length][layer]
-                )
-                if rebuilt_exactly is not None and not rebuilt_exactly:
+                printed, memory, *remnant = record[layer]
+                again = strategy.recover(states[layer], remnant, plans[part.length][layer])
+                x, replay = blocks[layer](x, again)
+                found = blocks[layer].time_mix.memory_print(replay.states[0].memory)
+                if not (torch.equal(replay.print, printed) and torch.equal(found, memory)):
                     mismatch = f"the fingerprint of layer {layer} before chunk {part.index} differs"
                     break
                 expected, out = stored[part.index][layer]
-                x = replay.out
                 different = _first_difference(replay.states, expected) or (
                     None if torch.equal(x, out) else "the output"
                 )

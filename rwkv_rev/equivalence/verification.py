@@ -2,17 +2,20 @@
 
     weights   every stored value against the original's (weights.py)
     logits    the converted model, in float32 through the ordinary ``from_pretrained``, against every oracle that
-              can run for this original (oracles.py), over one text
+              can run for this original (oracles.py), over one text; what is too far apart for float32's usual
+              rounding, and the naive scan always, is compared in float64 (float64.py, tolerance.py)
     expected  logits that lie beside the original checkpoint, where there are any (expected.py)
     where     on FAIL, the first sub-layer whose residual stream differs (divergence.py)
     reversal  on request, whether states run backwards come back to the bit (reversal.py)
     gradients on request, every gradient strategy against float64 (gradients.py)
 
 The original is the SOURCE that ``conversion.json`` remembers, or the one given. Costs one float32 model in
-memory and its logits once, 4*T*V bytes; oracles are read in pieces.
+memory, one block in float64, and its logits once, 4*T*V bytes; oracles are read in pieces.
 """
 
 import json
+import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,20 +28,21 @@ from transformers.utils import logging
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.converters.source import Source, parse_source
-from rwkv_rev.equivalence.divergence import first_divergence, place_of
+from rwkv_rev.equivalence.divergence import Divergence, first_divergence, place_of
 from rwkv_rev.equivalence.expected import ExpectedLogits, read_expected
+from rwkv_rev.equivalence.float64 import float64_logits
 from rwkv_rev.equivalence.gradients import CONTEXT as GRADIENT_CONTEXT
 from rwkv_rev.equivalence.gradients import check_gradients
 from rwkv_rev.equivalence.itself import as_original
-from rwkv_rev.equivalence.logits import compare_logits
+from rwkv_rev.equivalence.logits import Beside, compare_logits, largest_difference
 from rwkv_rev.equivalence.naive_model import PUBLISHED_GROUP_NORM_EPSILON
 from rwkv_rev.equivalence.oracles import ORACLES, OracleUnavailable
 from rwkv_rev.equivalence.original import Original, RoundedTensors, open_original
-from rwkv_rev.equivalence.report import Report, Row
+from rwkv_rev.equivalence.report import InFloat64, Report, Row
 from rwkv_rev.equivalence.reversal import CONTEXT as REVERSAL_CONTEXT
 from rwkv_rev.equivalence.reversal import check_reversal
 from rwkv_rev.equivalence.text import default_text, encode_text, read_text
-from rwkv_rev.equivalence.tolerance import tolerance
+from rwkv_rev.equivalence.tolerance import NOISE_FACTOR, tolerance
 from rwkv_rev.equivalence.weights import WeightComparison, compare_weights
 from rwkv_rev.errors import RwkvRevError, SourceError
 from rwkv_rev.modeling import RwkvRevForCausalLM
@@ -116,56 +120,61 @@ def verify_directory(
         with opening as opened:
             _refuse_other_architecture(directory, config, opened)
             weights = compare_weights(opened.own_tensors, converted)
-            verification = _Verification(directory, config, opened, weights, ids[:tokens], tokens)
-            report, model = verification.report(oracle)
+            model = _load(directory)
+            verification = _Verification(converted, model, opened, weights, ids[:tokens], tokens)
+            report = verification.report(oracle)
         return _with_further_checks(report, model, ids, reversal, gradients, context, chunk)
 
 
 @dataclass
 class _Verification:
-    directory: Path
-    config: RwkvRevConfig
+    stored: ConvertedModel
+    model: RwkvRevForCausalLM
     original: Original
     weights: WeightComparison
     ids: Tensor
     asked: int
 
-    def report(self, oracle: str) -> tuple[Report, RwkvRevForCausalLM]:
+    def report(self, oracle: str) -> Report:
+        config = self.stored.config
         expected = None
         if oracle == "auto" and self.original.expected is not None:
-            expected = read_expected(self.original.expected, self.config.vocab_size)
-        model = _load(self.directory)
-        rows, skipped = self._oracle_rows(oracle, _logits(model, self.ids))
+            expected = read_expected(self.original.expected, config.vocab_size)
+        rows, skipped = self._oracle_rows(oracle, _logits(self.model, self.ids))
         notes = []
         if len(self.ids) < self.asked:
             notes.append(f"the text has {len(self.ids)} tokens, fewer than the {self.asked} asked for")
         divergence = None
         if not (all(row.passed for row in rows) and self.weights.passed):
-            divergence = self._divergence(model, self._as_stored())
+            divergence = self._divergence()
         if expected is not None:
             notes.append(f"expected: {expected.name}, beside the original")
-            row = self._expected_row(model, expected)
+            row = self._expected_row(expected)
             rows.append(row)
             if not row.passed and divergence is None:
-                divergence = self._divergence_from_expected(model, expected, row.tolerance)
-        report = Report(
-            directory=str(self.directory),
+                allowed = row.tolerance if row.float64 is None else row.float64.tolerance
+                divergence = self._divergence_from_expected(expected, allowed)
+        return Report(
+            directory=str(self.stored.directory),
             original=self.original.label,
-            model=_describe(self.config),
-            unit="byte" if self.config.vocab_size == 256 else "token",
+            model=_describe(config),
+            unit="byte" if config.vocab_size == 256 else "token",
             rows=tuple(rows),
             weights=self.weights,
             skipped=skipped,
             divergence=divergence,
             notes=tuple(notes),
         )
-        return report, model
 
     def _oracle_rows(self, oracle: str, logits: Tensor) -> tuple[list[Row], dict[str, str]]:
         rows, skipped = [], {}
-        allowed = self._tolerance(self.weights.rounded_to)
+        rounded_to = self.weights.rounded_to
+        allowed = self._tolerance(rounded_to)
         for name, compute in ORACLES.items():
             if oracle not in ("auto", name):
+                continue
+            if name == "naive" and rounded_to is None:
+                rows.append(self._naive_row(name, logits))
                 continue
             try:
                 comparison = compare_logits(compute(self.original, self.ids), logits, self.ids)
@@ -173,16 +182,62 @@ class _Verification:
                 if oracle != "auto":
                     raise
                 skipped[name] = unavailable.reason
-            else:
-                rows.append(Row(name, comparison, allowed))
-        if self.weights.rounded_to is not None and oracle in ("auto", "naive"):
-            rounded = compare_logits(ORACLES["naive"](self._as_stored(), self.ids), logits, self.ids)
-            rows.append(Row("naive, rounded", rounded, self._tolerance()))
+                continue
+            row = Row(name, comparison, allowed)
+            if not row.passed and rounded_to is None:
+                row = replace(row, float64=self._in_float64(name, logits))
+            rows.append(row)
+        if rounded_to is not None and oracle in ("auto", "naive"):
+            rows.append(self._naive_row("naive, rounded", logits))
         return rows, skipped
 
-    def _tolerance(self, rounded_to: torch.dtype | None = None) -> float:
-        return tolerance(self.config.num_hidden_layers, self.config.hidden_size, rounded_to)
+    def _naive_row(self, name: str, logits: Tensor) -> Row:
+        """Against the scan over the values as they are stored; in float64 too, since the scan is."""
+        both = Beside(ORACLES["naive"](self._as_stored, self.ids), self._float64_logits(self.ids))
+        comparison = compare_logits(both, logits, self.ids)
+        usual = self._tolerance()
+        seen = InFloat64(both.largest, self._tolerance(torch.float64), comparison.largest, usual)
+        if not comparison.largest <= usual:
+            noise = self._scan_noise(self.ids)
+            seen = replace(seen, noise_tolerance=max(usual, NOISE_FACTOR * noise), oracle_noise=noise)
+        return Row(name, comparison, usual, seen)
 
+    def _in_float64(self, name: str, logits: Tensor) -> InFloat64:
+        """Both in float64: the converted model and an oracle that it is far from in float32.
+
+        For an oracle that has no float64 the scan stands in; float32 must then move it no more than the model.
+        """
+        compute, wide, original, ids = ORACLES[name], torch.float64, self.original, self.ids
+        allowed = max(self._tolerance(), NOISE_FACTOR * self._scan_noise(ids))
+        exact, allowed_to_oracle = compute, math.inf
+        try:
+            both = Beside(exact(original, ids, wide), self._float64_logits(ids))
+            noise = largest_difference(both, [logits])
+        except OracleUnavailable:
+            exact, allowed_to_oracle = ORACLES["naive"], allowed
+            both = Beside(exact(original, ids, wide), self._float64_logits(ids))
+            noise = largest_difference(both, [logits])
+        return InFloat64(
+            difference=both.largest,
+            tolerance=self._tolerance(wide),
+            noise=noise,
+            noise_tolerance=allowed,
+            oracle_noise=largest_difference(compute(original, ids), exact(original, ids, wide)),
+            oracle_tolerance=allowed_to_oracle,
+        )
+
+    def _scan_noise(self, ids: Tensor) -> float:
+        """What float32 makes of the naive scan: the logits' largest move."""
+        scan, original = ORACLES["naive"], self._as_stored
+        return largest_difference(scan(original, ids, torch.float32), scan(original, ids))
+
+    def _float64_logits(self, ids: Tensor) -> Iterator[Tensor]:
+        return float64_logits(self.model, self.stored, ids)
+
+    def _tolerance(self, kind: torch.dtype | None = None) -> float:
+        return tolerance(self.stored.config.num_hidden_layers, self.stored.config.hidden_size, kind)
+
+    @property
     def _as_stored(self) -> Original:
         """The original with its values rounded as the converted model's are."""
         if self.weights.rounded_to is None:
@@ -190,27 +245,37 @@ class _Verification:
         tensors = RoundedTensors(self.original.tensors, self.weights.rounded_to)
         return replace(self.original, tensors=tensors)
 
-    def _divergence(self, model: RwkvRevForCausalLM, original: Original) -> str:
-        found = first_divergence(model, original, self.ids)
-        if found.error is None and self.weights.different:
-            # Too small, or of a token too rare, to show in the streams.
+    def _first_divergence(self, original: Original, ids: Tensor) -> Divergence | None:
+        return first_divergence(self.model, self.stored, original, ids, self._tolerance(torch.float64))
+
+    def _divergence(self) -> str:
+        found = self._first_divergence(self._as_stored, self.ids)
+        if found is not None:
+            return str(found)
+        if self.weights.different:  # of a token that the text lacks
             return place_of(self.weights.different[0].name)
-        return str(found)
+        return "in no layer: in float64 the model is the scan of the original's tensors"
 
-    def _expected_row(self, model: RwkvRevForCausalLM, expected: ExpectedLogits) -> Row:
-        last = _logits(model, expected.prompt)[-1:]
+    def _expected_row(self, expected: ExpectedLogits) -> Row:
+        last = _logits(self.model, expected.prompt)[-1:]
         comparison = compare_logits([expected.logits[None]], last, expected.prompt[-1:])
-        return Row("expected", comparison, self._tolerance(self.weights.rounded_to))
+        row = Row("expected", comparison, self._tolerance(self.weights.rounded_to))
+        if row.passed or self.weights.rounded_to is not None:
+            return row
+        # somebody's float32: as far from float64 as the scan is, whatever the converted model's own rounding
+        *_, exact = self._float64_logits(expected.prompt)
+        allowed = max(row.tolerance, NOISE_FACTOR * self._scan_noise(expected.prompt))
+        difference = largest_difference([expected.logits[None]], [exact[-1:]])
+        noise = largest_difference([last], [exact[-1:]])
+        return replace(row, float64=InFloat64(difference, allowed, noise, allowed, difference, allowed))
 
-    def _divergence_from_expected(
-        self, model: RwkvRevForCausalLM, expected: ExpectedLogits, allowed: float
-    ) -> str:
+    def _divergence_from_expected(self, expected: ExpectedLogits, allowed: float) -> str:
         """All oracles agree with the model, the expected logits do not: look for an eps that explains it."""
         for epsilon in GROUP_NORM_EPSILONS if self.original.has_heads else ():
             other = replace(self.original, group_norm_epsilon=epsilon)
             *_, last = ORACLES["naive"](other, expected.prompt)
             if (last[-1] - expected.logits).abs().max() <= allowed:
-                found = first_divergence(model, other, expected.prompt)
+                found = self._first_divergence(other, expected.prompt)
                 return f"{found}; the expected logits fit --group-norm-eps {epsilon:g}"
         return "in no layer: the expected logits are not those of the original's tensors"
 

@@ -24,6 +24,19 @@ def fingerprint(*tensors: Tensor) -> Tensor:
     return total
 
 
+def checksum(tensor: Tensor) -> Tensor:
+    """Sum of the tensor's words modulo 2**64, an int64 scalar on its device, in one pass over its memory.
+
+    A tensor that differs in one word always has another checksum; one whose words have changed places does not.
+    """
+    words = tensor.detach().contiguous().view(-1)
+    for dtype in (torch.int64, torch.int32, torch.int16):
+        ratio = dtype.itemsize // words.element_size()
+        if ratio and words.numel() % ratio == 0 and words.storage_offset() % ratio == 0:
+            return words.view(dtype).sum(dtype=torch.int64)
+    return words.view(torch.uint8).sum(dtype=torch.int64)
+
+
 def head_fingerprints(mantissa: Tensor, exponent: Tensor) -> Tensor:
     """Checksum of each head, int64 [B, H], of a fixed-point state [B, H, N, N] int32 and its exponents [B, H]."""
     words = mantissa.flatten(2)

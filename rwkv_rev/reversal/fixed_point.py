@@ -19,7 +19,8 @@ The width of rho follows from Lambda alone, so packing needs no look at the data
 non-finite for good (:data:`NON_FINITE`): a diverged run ends in a NaN loss, never in plausible integers.
 
 Limit: the grid never falls. A state is as precise as 2**-27 of the largest number its head has held since the start
-of the context, so after a spike of 10,000 times the usual size states have some 1e-4 relative error until the end.
+of the context, so after a spike of 10,000 times the usual size states have some 1e-4 relative error until the end;
+:meth:`FixedPoint.coarse` finds heads that have come to this.
 """
 
 from collections.abc import Callable
@@ -40,6 +41,8 @@ LARGEST = 2**31 - 2
 TARGET_BITS = 27
 """Bits of the largest mantissa after a rise: 3 more than float32 keeps, 4 doublings below the next rise."""
 SMALLEST_EXPONENT = -200
+COARSE_BITS = 12
+"""Below it even a head's largest number is off by more than 1e-4 of itself."""
 NON_FINITE = 1024
 """Exponent of a head that holds inf or NaN: ``2**1024`` is inf in float64, so all its values are inf or NaN."""
 _FLOAT64_BIAS = 1023
@@ -122,6 +125,12 @@ class FixedPoint:
         whole = plan.packing.whole.view_as(plan.decay)
         mantissa = torch.where(whole, rho, _base(decayed, decay).add_(rho).to(torch.int32))
         return remnant.kept_heads(FixedPoint(mantissa, self.exponent))
+
+    def coarse(self) -> Tensor:
+        """Heads [B, H] bool whose largest number has fewer than :data:`COARSE_BITS` bits on the grid that they got."""
+        largest = self.mantissa.abs().amax(dim=(2, 3))
+        finite = self.exponent < NON_FINITE
+        return (largest < 2**COARSE_BITS) & (self.exponent > SMALLEST_EXPONENT) & finite
 
     def fingerprint(self) -> Tensor:
         """Checksum of the state's bits, int64 [B, H]."""

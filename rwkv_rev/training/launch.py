@@ -1,8 +1,9 @@
 """Where a run takes place: its device, its dtype, its tokenizer, and being one of several processes."""
 
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,25 @@ def first_process() -> bool:
 
 @contextmanager
 def in_processes() -> Iterator[None]:
-    """Leaves the process group at the end, if there came to be one."""
-    yield
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+    """Leaves the process group at the end, if there came to be one; with several processes stdout is kept clean."""
+    with _stdout_for_us() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else nullcontext():
+        yield
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _stdout_for_us() -> Iterator[None]:
+    """Sends to stderr whatever native code writes to stdout: gloo of torch 2.7 to 2.10 tells there whom it reached."""
+    sys.stdout.flush()
+    ours = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(ours, 1)
+        os.close(ours)
 
 
 _ACCELERATE_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}

@@ -55,7 +55,8 @@ def save_finetuned(
         with ConvertedModel(source) as before:
             known = set(before.names())
             plain = merged(model, lambda name: before.tensor(name) if name in known else None)
-            tensors = {name: tensor.detach() for name, tensor in plain.state_dict().items()}
+            shared = plain.all_tied_weights_keys  # the head, where it is the embedding: stored once
+            tensors = {n: tensor.detach() for n, tensor in plain.state_dict().items() if n not in shared}
             dtype = _write_weights(tensors, before, folder, config.save_dtype)
         for file in sorted(source.iterdir()):
             if file.is_file() and not file.name.startswith(_NOT_COPIED):

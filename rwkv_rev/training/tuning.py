@@ -134,6 +134,11 @@ def _with_lora(model: "RwkvRevForCausalLM", config: "FinetuneConfig") -> nn.Modu
             raise StrategyError(
                 f"lora_targets: no linear map is called {target!r}; there are {', '.join(sorted(there))}"
             )
+    if model.config.tie_word_embeddings and any(_has_addition("head", [target]) for target in targets):
+        raise StrategyError(
+            "lora_targets: the head of this model is its embedding (tie_word_embeddings), which an addition to the "
+            "head would change too; leave the head out, or use tune = full"
+        )
     adapter = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha if config.lora_alpha is not None else 2 * config.lora_rank,  # type: ignore[arg-type]

@@ -26,8 +26,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from rwkv_rev.exporting import exporting
+from rwkv_rev.first_order import first_order
 from rwkv_rev.wkv import linear_wkv4, naive
 from rwkv_rev.wkv.compaction import Compaction
 from rwkv_rev.wkv.naive import EMPTY_EXPONENT, LOWEST_LOG_DECAY, arithmetic_dtype
@@ -167,7 +168,7 @@ class _Wkv4(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
         k, v, log_decay, bonus, counts, x, m = ctx.saved_tensors
         with torch.autocast(k.device.type, enabled=False):
@@ -244,7 +245,8 @@ def wkv4(
     bonus, state = bonus.to(dtype), state.to(dtype)
     if mask is None:
         c = _Layout(k.shape[1], None).c
-        if k.device.type == "cpu" and k.shape[1] % c == 0 and linear_wkv4.fits(k, bonus, state):
+        fits = k.device.type == "cpu" and k.shape[1] % c == 0 and not exporting()
+        if fits and linear_wkv4.fits(k, bonus, state):
             return linear_wkv4.LinearWkv4.apply(k, v, log_decay, bonus, state, c)
         return _Wkv4.apply(k, v, log_decay, bonus, state, None)
     compaction = Compaction(mask)

@@ -19,13 +19,15 @@ decay is read on the host, one synchronisation per call on an accelerator; the b
 and cannot be differentiated again.
 """
 
+import math
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from rwkv_rev.exporting import exporting
+from rwkv_rev.first_order import first_order
 from rwkv_rev.wkv import naive
 from rwkv_rev.wkv.compaction import Compaction
 from rwkv_rev.wkv.naive import LOWEST_LOG_DECAY, arithmetic_dtype
@@ -96,7 +98,7 @@ class Plan:
         return self._power(self.inside[..., None]).transpose(-1, -2)
 
     def _levels(self) -> list[_Level]:
-        strongest = -float(self.log_decay.min())
+        strongest = math.inf if exporting() else -float(self.log_decay.min())
         levels, size = [], self.c
         while size > 1 and strongest * size / 2 > SAFE_EXPONENT:
             size //= 2
@@ -289,7 +291,7 @@ class _Wkv5(torch.autograd.Function):
         return plan.join(out, plan.dtype), contribution
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_out: Tensor, grad_contribution: Tensor) -> tuple[Tensor | None, ...]:
         r, k, v, log_decay, bonus, state, counts, starts = ctx.saved_tensors
         with torch.autocast(k.device.type, enabled=False):
@@ -346,7 +348,7 @@ class _Wkv5Contribution(torch.autograd.Function):
         return _Written.of(Plan(log_decay, k.shape[1], counts), k, v).contribution
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         k, v, log_decay, counts = ctx.saved_tensors
         with torch.autocast(k.device.type, enabled=False):

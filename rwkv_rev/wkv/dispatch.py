@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from rwkv_rev.errors import RwkvRevError
+from rwkv_rev.first_order import refuse_transforms
 from rwkv_rev.wkv.chunked_wkv5 import Work as Wkv5Work
 from rwkv_rev.wkv.chunked_wkv5 import wkv5_plan as chunked_plan
 
@@ -154,6 +155,8 @@ def _run(function: str, kernel: str | None, *arguments: Tensor | None, chunked: 
     key = arguments[0]
     assert key is not None
     name = choose_kernel(kernel, key)
+    if name != "naive":
+        refuse_transforms([key])
     module = f"triton_{function[:4]}" if name == "triton" else name
     implementation: Callable[..., Any] = getattr(importlib.import_module(f"rwkv_rev.wkv.{module}"), function)
     further = chunked if name == "chunked" else ()

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from rwkv_rev.first_order import first_order
 
 LARGEST_EXPONENT = 30.0
 """Of u + k, either sign. exp(30) = 1e13: sums over 1e6 tokens and their inverses times gradients of 1e-18 stay
@@ -66,7 +67,7 @@ class LinearWkv4(torch.autograd.Function):
         return _join(out, state.dtype), torch.stack((numerator, denominator, exponent), 1)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
         k, v, log_decay, bonus, scale, exponent, x = ctx.saved_tensors
         c = len(x) - 1

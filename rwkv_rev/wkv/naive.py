@@ -12,9 +12,12 @@ RWKV-5, per head (Peng et al. 2024, "Eagle and Finch", section 4; S is [key, val
 
     out_t = r_t (S + diag(u) k_t^T v_t),                S <- diag(w) S + k_t^T v_t
 
-Cost: one Python iteration per token; autograd stores every state. Only elementwise products and sums are
+Cost: one Python iteration per token; autograd stores every state. Tokens are taken apart by ``unbind``, whose backward
+is one stack: that of ``x[:, t]`` fills a tensor of all tokens per token. Only elementwise products and sums are
 used, so that an autocast region around the backward pass cannot change the arithmetic either.
 """
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -43,18 +46,17 @@ def wkv4(
     numerator, denominator, exponent = state.unbind(1)  # [B, D] each
     exponent = exponent.detach()
     outputs = []
-    for t in range(k.shape[1]):
-        key, value = k[:, t], v[:, t]
+    valid_at = itertools.repeat(None) if mask is None else mask[..., None].unbind(1)
+    for key, value, valid in zip(k.unbind(1), v.unbind(1), valid_at, strict=False):
         top = torch.maximum(exponent, (bonus + key).detach())
         past, present = torch.exp(exponent - top), torch.exp(bonus + key - top)
         out = (past * numerator + present * value) / (past * denominator + present)
         top = torch.maximum(exponent + log_decay, key).detach()
         past, present = torch.exp(exponent + log_decay - top), torch.exp(key - top)
         updated = (past * numerator + present * value, past * denominator + present, top)
-        if mask is None:
+        if valid is None:
             numerator, denominator, exponent = updated
         else:
-            valid = mask[:, t, None]
             out = out * valid
             numerator = torch.where(valid, updated[0], numerator)
             denominator = torch.where(valid, updated[1], denominator)
@@ -79,8 +81,8 @@ def wkv5(
         r = r.masked_fill(~mask[..., None, None], 0)
     outputs = []
     contribution = torch.zeros_like(state)
-    for t, (decay, product) in enumerate(_steps(k, v, log_decay, mask)):
-        outputs.append((r[:, t, :, :, None] * (state + bonus[..., None] * product)).sum(-2))
+    for receptance, (decay, product) in zip(r.unbind(1), _steps(k, v, log_decay, mask), strict=True):
+        outputs.append((receptance[..., None] * (state + bonus[..., None] * product)).sum(-2))
         state = decay * state + product
         contribution = decay * contribution + product
     return torch.stack(outputs, 1), contribution

@@ -34,6 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkv_rev.first_order import first_order
 from rwkv_rev.wkv.dispatch import KernelError
 
 SEGMENT = 128
@@ -359,7 +360,7 @@ class _WKV4(torch.autograd.Function):
         return out, final
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, d_out: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
         k, v, log_decay, bonus, state, mask, out, final, log_denominator = ctx.saved_tensors
         d_out, d_final = d_out.contiguous(), d_final.contiguous()

@@ -37,6 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkv_rev.first_order import first_order
 from rwkv_rev.wkv.dispatch import KernelError
 
 LEVELS = 6
@@ -430,7 +431,7 @@ class _WKV5(torch.autograd.Function):
         return out, contribution
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, d_out: Tensor, d_contribution: Tensor) -> tuple[Tensor | None, ...]:
         r, k, v, log_decay, bonus, state, states, mask = ctx.saved_tensors
         d_out, d_contribution = d_out.contiguous(), d_contribution.contiguous()

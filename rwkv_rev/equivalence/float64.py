@@ -1,0 +1,71 @@
+"""A converted model in float64, one block at a time: what it computes when rounding is 2^-29 of float32's.
+
+The stored values, widened, go through the model's own blocks. A difference from an oracle in float64 is then one of
+the models; a difference that is there in float32 only is rounding. Memory: one block in float64 and one stream [T, D].
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from rwkv_rev.converters.converted import ConvertedModel
+from rwkv_rev.equivalence.logits import PIECE
+from rwkv_rev.modeling import RwkvRevForCausalLM
+from rwkv_rev.state import RwkvRevState
+
+
+@torch.no_grad()
+def float64_streams(
+    model: RwkvRevForCausalLM, stored: ConvertedModel, tokens: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """The residual stream [T, D] after every sub-layer, under the places of :func:`.residual_streams`.
+
+    Args:
+        model: made from ``stored``, in eval mode; its own values are not used.
+        stored: whose values are.
+        tokens: ids [T].
+    """
+
+    def call(name: str, *arguments: object) -> object:
+        module = model.get_submodule(name)
+        values = {key: stored.tensor(f"{name}.{key}").double() for key, _ in module.named_parameters()}
+        return functional_call(module, values, arguments)
+
+    x = call("model.ln0", stored.tensor("model.embeddings.weight")[tokens].double()[None])  # [1, T, D]
+    yield "ln0", _row(x)
+    state = RwkvRevState.empty(model.config, 1, dtype=torch.float64)
+    for i, block in enumerate(model.blocks):
+        time, channel = state.layer(i)
+        if model.config.has_initial_state:
+            time = time._replace(memory=stored.tensor(f"model.initial_wkv.{i}").double()[None])
+        between: list[Tensor] = []
+
+        def keep(module: nn.Module, arguments: tuple[Tensor, ...], into: list[Tensor] = between) -> None:
+            into.append(arguments[0])
+
+        handle = block.ln2.register_forward_pre_hook(keep)
+        try:
+            x, _ = call(f"model.blocks.{i}", x, (time, channel))  # type: ignore[misc]
+        finally:
+            handle.remove()
+        yield f"blocks.{i}.time_mix", _row(between[0])
+        yield f"blocks.{i}.channel_mix", _row(x)
+    yield "ln_out", _row(call("model.ln_out", x))
+
+
+@torch.no_grad()
+def float64_logits(model: RwkvRevForCausalLM, stored: ConvertedModel, tokens: Tensor) -> Iterator[Tensor]:
+    """Logits [t, V], some tokens at a time; arguments of :func:`float64_streams`."""
+    hidden = tokens.new_empty(0)
+    for _, stream in float64_streams(model, stored, tokens):
+        hidden = stream
+    head = stored.tensor("head.weight").double()
+    for rows in hidden.split(PIECE):
+        yield rows @ head.T
+
+
+def _row(x: object) -> Tensor:
+    assert isinstance(x, Tensor)
+    return x[0]

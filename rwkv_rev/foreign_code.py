@@ -1,0 +1,205 @@
+"""Code of others inside a model whose context is cut into chunks.
+
+A chunk is computed without the tokens before it; all that it takes from them is the state. A hook or a module that
+somebody put into the model is therefore right in chunks only if it is *position-wise*: what it does to a token
+depends on that token's vector alone, not on where the token stands or what else is there. That cannot be seen from
+outside. PyTorch's own position-wise layers and adapters that were tested (:mod:`rwkv_rev.adapters`) are known;
+everything else has to be declared with :func:`position_wise`, and is refused by name until it is.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor, nn
+from torch.nn.modules import activation
+from torch.nn.modules import module as module_globals
+from torch.nn.utils import parametrize
+
+from rwkv_rev import adapters
+from rwkv_rev.errors import StrategyError
+
+MARK = "_rwkv_rev_position_wise"
+
+LAYERS: frozenset[type] = frozenset(
+    {
+        nn.Dropout,
+        nn.Embedding,
+        nn.GroupNorm,
+        nn.Identity,
+        nn.LayerNorm,
+        nn.Linear,
+        nn.ModuleDict,
+        nn.ModuleList,
+        nn.ParameterDict,
+        nn.ParameterList,
+        nn.RMSNorm,
+        nn.Sequential,
+        *(
+            getattr(activation, name)
+            for name in ("ELU", "GELU", "LeakyReLU", "Mish", "ReLU", "Sigmoid", "SiLU", "Softplus", "Tanh")
+        ),
+    }
+)
+"""Layers of PyTorch that treat each position by itself."""
+
+HOOKS = ("torch.", "accelerate.", "transformers.integrations.neftune", "transformers.modeling_utils")
+"""Modules whose hooks are position-wise (NEFTune's: see :func:`neftune_share`)."""
+
+_HOOK_KINDS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+
+def position_wise(code: T) -> T:
+    """Declare that a hook, a module or a module's class treats each position by itself; returns it.
+
+    A declared hook sees one chunk after another [B, C, D], in both sweeps.
+    """
+    setattr(getattr(code, "__func__", code), MARK, True)
+    return code
+
+
+class Stranger(NamedTuple):
+    """Code of others: where in the model, and what it does that is not right in chunks, both in words."""
+
+    where: str
+    objection: str
+
+
+class Strangers(NamedTuple):
+    """Code of others inside a model.
+
+    Attributes:
+        unknown: what is not right in chunks, or not known to be.
+        declared: what was declared to be position-wise, in words.
+        brings_tensors: whether anything might make the model depend on a tensor beside its parameters.
+        buffers: of all modules.
+    """
+
+    unknown: list[Stranger]
+    declared: list[str]
+    brings_tensors: bool
+    buffers: list[Tensor]
+
+
+def strangers(model: nn.Module) -> Strangers:
+    """Code of others below ``model``; what is hooked to ``model`` itself sees whole contexts and does not count."""
+    found = Strangers([], [], False, [])
+    brings_tensors = False
+    for kind in _HOOK_KINDS:
+        for hook in getattr(module_globals, f"_global_{kind}", {}).values():
+            _sort(hook, f"the global hook {_name(hook)}", found, _hook_objection(hook))
+    for path, module in _below(model):
+        layer = _class(module)
+        computed = getattr(module, "parametrizations", None) if parametrize.is_parametrized(module) else None
+        for holder in (module, *(computed.modules() if isinstance(computed, nn.Module) else ())):
+            found.buffers.extend(buffer for buffer in holder._buffers.values() if buffer is not None)
+        _sort(module, f"{layer.__name__} at {path}", found, _layer_objection(module, layer))
+        is_base = module is getattr(model, "base_model", None)  # whose forward the sweeps do not call
+        for kind in _HOOK_KINDS:
+            hooks = getattr(module, f"_{kind}")
+            brings_tensors |= bool(hooks)
+            for hook in hooks.values():
+                words = f"the hook {_name(hook)} on {path}"
+                if is_base:
+                    found.unknown.append(Stranger(words, adapters.UNKNOWN))
+                else:
+                    _sort(hook, words, found, _hook_objection(hook))
+        brings_tensors |= not _is_own(layer) or type(module) is not layer
+        brings_tensors |= any(map(_is_trainable, vars(module).values()))
+        if "forward" in vars(module):
+            words = f"the replaced forward of {path}"
+            _sort(vars(module)["forward"], words, found, _hook_objection(getattr(module, "_hf_hook", None)))
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            found.unknown.append(Stranger(f"the compiled call of {path}", adapters.UNKNOWN))
+    return found._replace(brings_tensors=brings_tensors or bool(found.unknown or found.declared))
+
+
+def refuse_unknown(found: Strangers, strategy: str) -> None:
+    """Refuse a model with code that may look at positions.
+
+    Raises:
+        StrategyError: naming the code and the ways out.
+    """
+    if found.unknown:
+        where, objection = found.unknown[0]
+        more = f" (and {len(found.unknown) - 1} more)" if len(found.unknown) > 1 else ""
+        declare = ", or declare it with rwkv_rev.position_wise(...) if that is so"
+        raise StrategyError(
+            f"{where}{more} {objection}, and {strategy!r} computes the context in chunks: use bptt='full'"
+            f"{declare if objection == adapters.UNKNOWN else ''}"
+        )
+
+
+def neftune_share(embeddings: nn.Module, share: float) -> "_Neftune":
+    """A context in which NEFTune's hook adds to a chunk, ``share`` of the context, what it would add to the whole.
+
+    Its noise is ``alpha / sqrt(T D)`` large (Jain et al. 2023, "NEFTune", section 2), and the hook takes for T the
+    length of what it sees.
+    """
+    return _Neftune(embeddings, share)
+
+
+class _Neftune:
+    def __init__(self, embeddings: nn.Module, share: float) -> None:
+        self._embeddings, self._share = embeddings, share
+        self._alpha = getattr(embeddings, "neftune_noise_alpha", None)
+
+    def __enter__(self) -> None:
+        if self._alpha is not None and self._share != 1:
+            self._embeddings.neftune_noise_alpha = self._alpha * self._share**0.5
+
+    def __exit__(self, *_: object) -> None:
+        if self._alpha is not None:
+            self._embeddings.neftune_noise_alpha = self._alpha
+
+
+def _below(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module below ``module``; not what computes its weights, which sees no positions."""
+    for name, child in module.named_children():
+        if name == "parametrizations" and parametrize.is_parametrized(module):
+            continue
+        where = f"{path}.{name}" if path else name
+        yield where, child
+        yield from _below(child, where)
+
+
+def _class(module: nn.Module) -> type:
+    """The module's class; of a parametrized module the one that it was made of."""
+    return type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
+
+
+def _is_trainable(value: object) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _is_own(layer: type) -> bool:
+    return layer in LAYERS or layer.__module__.startswith("rwkv_rev.")
+
+
+def _layer_objection(module: nn.Module, layer: type) -> str | None:
+    if _is_own(layer):
+        return None
+    return adapters.objection(module) if adapters.is_of_peft(layer) else adapters.UNKNOWN
+
+
+def _hook_objection(hook: Any) -> str | None:
+    code = hook.func if isinstance(hook, partial) else hook
+    origin = getattr(code, "__module__", None) or type(code).__module__
+    if hook is not None and origin.startswith(HOOKS):
+        return None
+    return adapters.hook_objection(code) if adapters.is_of_peft(code) else adapters.UNKNOWN
+
+
+def _sort(code: Any, where: str, found: Strangers, objection: str | None) -> None:
+    marked = getattr(code, MARK, False)
+    if marked:
+        found.declared.append(where)
+    elif objection is not None:
+        found.unknown.append(Stranger(where, objection))
+
+
+def _name(hook: Any) -> str:
+    code = hook.func if isinstance(hook, partial) else hook
+    return getattr(code, "__qualname__", type(code).__name__)

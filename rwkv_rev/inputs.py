@@ -1,0 +1,135 @@
+"""What a model is given: masks, embeddings and everything a loss needs, checked before anything is computed."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rwkv_rev.bptt import LossInputs
+from rwkv_rev.configuration import RwkvRevConfig
+from rwkv_rev.exporting import exporting
+from rwkv_rev.keywords import given_targets
+from rwkv_rev.loss import IGNORE, next_token_targets
+from rwkv_rev.state import RwkvRevState
+
+
+class Model(Protocol):
+    """What the checks need of a model."""
+
+    config: RwkvRevConfig
+
+    def initial_state(self, batch_size: int, device: torch.device | None = None) -> RwkvRevState: ...
+
+
+def rows_and_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int, torch.device]:
+    """B and T of the input, and where it is.
+
+    Raises:
+        ValueError: for none or two inputs, and for one without rows or tokens.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give either input_ids or inputs_embeds")
+    tokens = inputs_embeds if input_ids is None else input_ids
+    assert tokens is not None
+    batch, length = tokens.shape[:2]
+    if batch == 0 or length == 0:
+        raise ValueError(f"the input has {batch} rows of {length} tokens: give at least one of each")
+    return batch, length, tokens.device
+
+
+def valid_tokens(attention_mask: Tensor | None, length: int, batch: int | None = None) -> Tensor | None:
+    """[B, T] bool, or None when every token counts; a mask longer than the input is read from its end.
+
+    Raises:
+        ValueError: for a mask that is shorter, has other rows, or is not one of tokens.
+    """
+    if attention_mask is None:
+        return None
+    fits = attention_mask.dim() == 2 and attention_mask.shape[1] >= length
+    if not fits or (batch is not None and attention_mask.shape[0] != batch):
+        rows = "B" if batch is None else batch
+        raise ValueError(
+            f"attention_mask has shape {list(attention_mask.shape)}; it must be [{rows}, T] with T at least {length}, "
+            "the length of the input"
+        )
+    valid = attention_mask[:, -length:].bool()
+    return valid if exporting() or not bool(valid.all()) else None
+
+
+def masked_embeds(inputs_embeds: Tensor | None, valid: Tensor | None) -> Tensor | None:
+    """``inputs_embeds`` [B, T, D] with zeros at masked positions, whatever stands there."""
+    if inputs_embeds is None or valid is None:
+        return inputs_embeds
+    return inputs_embeds.masked_fill(~valid[..., None], 0)
+
+
+def loss_inputs(
+    model: Model,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    inputs_embeds: Tensor | None,
+    state: RwkvRevState | None,
+    labels: Tensor | None,
+    shift_labels: Tensor | None,
+    num_items_in_batch: int | float | Tensor | None,
+    final_state_gradient: RwkvRevState | None,
+    dtype: torch.dtype,
+) -> LossInputs:
+    """Arguments of the model's ``forward`` as a gradient strategy takes them; ``dtype`` is the loss's.
+
+    Raises:
+        ValueError: for what does not fit the model or the other arguments.
+    """
+    batch, length, device = rows_and_tokens(input_ids, inputs_embeds)
+    name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
+    assert given is not None
+    if given.shape != (batch, length):
+        raise ValueError(
+            f"{name} have shape {list(given.shape)}, the input {[batch, length]}: give each token its label"
+        )
+    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+        raise ValueError(f"{name} are {given.dtype}: give token ids, int64")
+    given = given.long()
+    wrong = (given != IGNORE) & ((given < 0) | (given >= model.config.vocab_size))
+    if bool(wrong.any()):
+        raise ValueError(
+            f"{name} hold {int(given[wrong][0])}, the vocabulary has ids 0 to {model.config.vocab_size - 1}, and "
+            f"{IGNORE} stands for no label"
+        )
+    _check_states(model, batch, state=state, final_state_gradient=final_state_gradient)
+    valid = valid_tokens(attention_mask, length, batch)
+    targets = (next_token_targets if shift_labels is None else given_targets)(given, valid)
+    return LossInputs(
+        input_ids=input_ids,
+        inputs_embeds=masked_embeds(inputs_embeds, valid),
+        valid=valid,
+        targets=targets,
+        divisor=_divisor(num_items_in_batch, targets, dtype),
+        state=model.initial_state(batch, device) if state is None else state,
+        final_state_gradient=final_state_gradient,
+    )
+
+
+def _divisor(number: int | float | Tensor | None, targets: Tensor, dtype: torch.dtype) -> float | Tensor:
+    if number is None:
+        return (targets != IGNORE).sum().clamp(min=1).to(dtype)
+    if isinstance(number, Tensor):
+        if number.numel() != 1:
+            raise ValueError(f"num_items_in_batch has {number.numel()} numbers: give one")
+        if number.device.type != "cpu":  # not looked at: that would wait for the device
+            return number.reshape(()).to(targets.device, dtype)
+        number = number.item()
+    if not number > 0:
+        raise ValueError(f"num_items_in_batch = {number} must be above 0")
+    return number
+
+
+def _check_states(model: Model, batch: int, **states: RwkvRevState | None) -> None:
+    expected = RwkvRevState.empty(model.config, batch, "meta").tensors()
+    for name, state in states.items():
+        if state is None:
+            continue
+        shapes: list[Any] = [list(tensor.shape) for tensor in state.tensors()]
+        wanted = [list(tensor.shape) for tensor in expected]
+        if shapes != wanted:
+            raise ValueError(f"{name} has tensors of shapes {shapes}; this model and batch need {wanted}")

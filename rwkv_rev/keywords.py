@@ -1,0 +1,65 @@
+"""What trainers and collators hand to any model, as far as it would change what this one computes.
+
+A model that takes ``**kwargs`` swallows keyword arguments. ``shift_labels`` is given its meaning; what tells of several
+documents in one row, or of one document on several devices, is refused: one recurrent state runs through the row.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from rwkv_rev.errors import StrategyError
+from rwkv_rev.exporting import exporting
+from rwkv_rev.loss import IGNORE
+
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
+
+
+def refuse_packed_rows(kwargs: dict[str, Any], attention_mask: Tensor | None) -> None:
+    """Refuse keyword arguments by which a row is no single text.
+
+    Args:
+        kwargs: those the model has no name for.
+        attention_mask: [B, T] or longer, then read from its end; positions of masked tokens do not count.
+
+    Raises:
+        ValueError: for borders inside a row, or positions that do not count its tokens one by one.
+    """
+    for name in _PACKED:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{name} packs several documents into one row, and one state runs through a row: give each document a "
+                "row of its own, padded, with an attention_mask"
+            )
+    positions = kwargs.get("position_ids")
+    if positions is None or positions.shape[-1] < 2:
+        return
+    if exporting():
+        raise ValueError("position_ids cannot be looked at while a model is exported: leave them out")
+    follows = positions[..., 1:] - positions[..., :-1] == 1
+    if attention_mask is not None:
+        valid = attention_mask[:, -positions.shape[-1] :].bool()
+        follows = follows | ~(valid[:, 1:] & valid[:, :-1])
+    if not bool(follows.all()):
+        raise ValueError(
+            "position_ids do not count the tokens one by one: several documents packed into one row, or parts of one "
+            "on several devices. Give each document a row of its own, whole and padded, with an attention_mask"
+        )
+
+
+def refuse_replica(model: nn.Module) -> None:
+    """Refuse a copy that ``torch.nn.DataParallel`` made, which has no parameters of its own.
+
+    Raises:
+        StrategyError: for such a copy.
+    """
+    if getattr(model, "_is_replica", False):
+        raise StrategyError(
+            "torch.nn.DataParallel, which Trainer uses when it sees several GPUs, makes copies without parameters: "
+            "start one process per GPU (torchrun, accelerate launch), or show one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+
+
+def given_targets(shift_labels: Tensor, valid: Tensor | None) -> Tensor:
+    """What each position predicts where that is given: [B, T] int64, -100 at masked positions."""
+    return shift_labels if valid is None else shift_labels.masked_fill(~valid, IGNORE)

@@ -1,0 +1,50 @@
+"""What a forward pass returns. Under transformers' own names, so that its trainers and ``generate`` find them."""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from rwkv_rev import unmade
+from rwkv_rev.cache import CACHE_NAME, RwkvRevCache
+from rwkv_rev.state import RwkvRevState
+
+
+@dataclass
+class RwkvRevOutput(ModelOutput):
+    """Hidden states after ``ln_out`` [B, T, D], the state after the last token, each layer's residual stream."""
+
+    last_hidden_state: Tensor | None = None
+    state: RwkvRevState | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class RwkvRevCausalLMOutput(ModelOutput):
+    """Loss (float32 scalar), logits [B, T, V], state after the last token, each layer's residual stream.
+
+    Beside a loss there are logits only if they were asked for.
+    ``report`` tells what the gradient strategy did (name, tape bytes, drift; see :mod:`rwkv_rev.bptt`).
+    The state is there once more as a cache, under the name that the installed transformers knows.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    state: RwkvRevState | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    report: dict[str, Any] | None = field(default=None)
+    if CACHE_NAME == "cache":
+        cache: RwkvRevCache | None = None
+    else:
+        past_key_values: RwkvRevCache | None = None
+
+    def __post_init__(self) -> None:
+        """Beside a loss, logits that were not made are no item, and refuse to be used."""
+        if self.logits is unmade.LOGITS:  # a copy of such an output
+            OrderedDict.pop(self, "logits", None)
+            object.__setattr__(self, "logits", None)
+        super().__post_init__()
+        if self.loss is not None and self.logits is None:
+            object.__setattr__(self, "logits", unmade.LOGITS)

@@ -1,0 +1,60 @@
+"""States of the random generators, so that what is computed a second time draws the same numbers.
+
+Any module may draw (dropout, noise on embeddings, adapters that leave out ranks), in training or not: the states are
+therefore captured around every chunk, whatever the model is made of. That takes some 0.1 ms of host time per chunk.
+Generators that a user's code holds for itself cannot be known; what they do is found by comparing the two sweeps.
+"""
+
+import random
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class GeneratorStates(NamedTuple):
+    """States of PyTorch's generators of the CPU and of some devices, of Python's, and of numpy's global one."""
+
+    cpu: Tensor
+    devices: tuple[tuple[torch.device, Tensor], ...]
+    python: Any
+    numpy: Any
+
+    def same(self, other: "GeneratorStates") -> bool:
+        """Whether nothing was drawn between the two."""
+        ours, theirs = ([states.cpu, *(s for _, s in states.devices)] for states in (self, other))
+        return (
+            all(torch.equal(one, another) for one, another in zip(ours, theirs, strict=True))
+            and self.python == other.python
+            and self.numpy[2] == other.numpy[2]
+            and bool(np.array_equal(self.numpy[1], other.numpy[1]))
+            and self.numpy[3:] == other.numpy[3:]
+        )
+
+
+def capture(devices: Iterable[torch.device]) -> GeneratorStates:
+    """The states now; of ``devices`` only those that have a generator of their own count."""
+    own = sorted({device for device in devices if device.type not in ("cpu", "meta")}, key=str)
+    return GeneratorStates(
+        torch.get_rng_state(),
+        tuple((device, _state(device)) for device in own),
+        random.getstate(),
+        np.random.get_state(),
+    )
+
+
+def restore(states: GeneratorStates) -> None:
+    """Set the generators back to what :func:`capture` saw."""
+    torch.set_rng_state(states.cpu)
+    for device, state in states.devices:
+        module = torch.get_device_module(device)
+        module.set_rng_state(state) if device.type == "mps" else module.set_rng_state(state, device)
+    random.setstate(states.python)
+    np.random.set_state(states.numpy)
+
+
+def _state(device: torch.device) -> Tensor:
+    module = torch.get_device_module(device)
+    return module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)
