@@ -1,30 +1,68 @@
 # make demo   convert, verify and run both bundled checkpoints, fine-tune one; without network
 # make test   lint, types and all tests but those of speed
+# make test-newest, make test-oldest
+#             the tests with the newest versions of everything, with the oldest that pyproject.toml admits (Python 3.11)
 # make timing the tests of speed, one after another: for an idle machine
 # make lint   ruff, its formatter and mypy, on the package as it is installed
+# make lock   pin what pyproject.toml asks for (`make lock LOCK=--upgrade`: at the newest versions)
 # make format rewrite the sources as `make lint` wants them
 
-PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
-PYTEST ?= -q -n auto
+PYTEST ?= -q -n auto --dist loadfile --no-loadscope-reorder
 
-bin := $(VENV)/bin
+ifeq ($(OS),Windows_NT)
+PYTHON ?= python
+bin = $(VENV)/Scripts
+else
+PYTHON ?= python3
+bin = $(VENV)/bin
+endif
+pip = $(bin)/python -m pip install --quiet
 
-.PHONY: demo test timing lint format clean
+.PHONY: demo test test-newest test-oldest timing lint lock format clean
 .DEFAULT_GOAL := test
 
-$(VENV)/.installed: pyproject.toml
+# Everything but torch comes from the lock, torch's own dependencies too: after it, torch installs nothing but itself
+# and the libraries of its build.
+$(VENV)/.installed: pyproject.toml requirements.lock
 	test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
-	$(bin)/python -m pip install --quiet --upgrade pip 'setuptools>=77' wheel
-	$(bin)/python -m pip install --quiet '$(TORCH)'
-	$(bin)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	$(pip) --no-deps --require-hashes --requirement requirements.lock
+	$(pip) '$(TORCH)'
+	$(pip) --no-deps --no-build-isolation --editable .
 	touch $@
+
+# A lock for Linux, macOS and Windows. The libraries of torch's build are no part of it: they go with the build.
+lock: $(VENV)/.installed
+	printf '%s\n' '$(TORCH)' > $(VENV)/torch.txt
+	printf '%s\n' triton cuda-bindings cuda-toolkit nvidia-cudnn-cu13 nvidia-cusparselt-cu13 nvidia-nccl-cu13 \
+	  nvidia-nvshmem-cu13 > $(VENV)/torch-build.txt
+	$(bin)/python -m uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
+	  --extra dev --group tools --constraint $(VENV)/torch.txt --excludes $(VENV)/torch-build.txt \
+	  --no-emit-package torch --no-annotate --custom-compile-command 'make lock' $(LOCK) \
+	  --output-file requirements.lock pyproject.toml
 
 demo: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(bin)/python examples/demo.py demo-out
 
 test: lint
+	$(bin)/python -m pytest $(PYTEST) -m 'not timing'
+
+# Both leave the lock aside and resolve anew at every call, in an environment of their own.
+test-newest: VENV = .venv-newest
+test-newest:
+	test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
+	$(pip) --upgrade --upgrade-strategy eager pip setuptools wheel torch
+	$(pip) --upgrade --upgrade-strategy eager --no-build-isolation --editable '.[dev]'
+	$(bin)/python -m pytest $(PYTEST) -m 'not timing'
+
+test-oldest: VENV = .venv-oldest
+test-oldest:
+	test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
+	$(bin)/python .ci/oldest.py > $(VENV)/oldest.txt
+	$(pip) --upgrade pip
+	$(pip) --constraint $(VENV)/oldest.txt setuptools wheel torch
+	$(pip) --constraint $(VENV)/oldest.txt --no-build-isolation --editable '.[dev]'
 	$(bin)/python -m pytest $(PYTEST) -m 'not timing'
 
 timing: $(VENV)/.installed
