@@ -1,0 +1,196 @@
+"""Every strategy on every version against the independent oracle, over a table of masks, labels, states, chunk lengths.
+
+The oracle (``oracle.py``) is float64, token by token, on the original tensors; the model is what the converter made of
+the same file. Compared are the loss, the gradient of every parameter, of the initial state and of ``inputs_embeds``,
+and the final state. Every strategy sees every mask with every state; labels, chunk lengths, the kind of input and the
+divisor go round so that they meet all of these.
+"""
+
+import ast
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+from oracle import logits
+from oracle_cases import (
+    FLOAT32,
+    FLOAT64,
+    LABELS,
+    LENGTH,
+    LOSSY,
+    MASKS,
+    STATES,
+    Question,
+    Subject,
+    ask,
+    case_of,
+    float64_bounds,
+    make,
+    peer_path,
+)
+
+RANDOM = ("4", "5.0", "5.0 time_faaaa", "5.1", "5.2")
+TRAINED = ("bundled 4", "bundled 5.2", "peer 4", "peer 5.2")
+CHUNKS = (7, 8, 16, LENGTH - 1, LENGTH, LENGTH + 1)
+
+
+@pytest.fixture(scope="session")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Subject]:
+    """Models by name, each made once; skips where a peer's file is not there."""
+    made: dict[str, Subject] = {}
+
+    def get(name: str) -> Subject:
+        if name not in made:
+            made[name] = make(name, tmp_path_factory.mktemp("oracle"))
+        return made[name]
+
+    return get
+
+
+# --- the table --------------------------------------------------------------------------------------------------
+
+
+TABLE = [
+    (name, mask, state, LABELS[(i + j + 2 * k) % len(LABELS)], i + 3 * j + k)
+    for (i, name), (j, mask), (k, state) in product(*map(enumerate, (RANDOM, MASKS, STATES)))
+]
+"""Model, mask, state, labels, and a number that goes round."""
+
+
+def chunks_of(turn: int) -> list[int]:
+    """Chunk lengths for ``full``, ``checkpoint``, ``reversible`` and ``auto``."""
+    return [CHUNKS[(turn + step) % len(CHUNKS)] for step in range(4)]
+
+
+def test_the_table_goes_round() -> None:
+    """What does not go with everything meets everything all the same."""
+    for name in RANDOM:
+        mine = [row for row in TABLE if row[0] == name]
+        assert len({(state, labels) for _, _, state, labels, _ in mine}) == len(STATES) * len(LABELS)
+        for strategy in range(4):
+            assert {chunks_of(turn)[strategy] for *_, turn in mine} == set(CHUNKS)
+    assert len({(mask, labels) for _, mask, _, labels, _ in TABLE}) == len(MASKS) * len(LABELS)
+    assert len({(state, turn % 2) for _, _, state, _, turn in TABLE}) == len(STATES) * 2
+
+
+@pytest.mark.parametrize(("name", "mask", "state", "labels", "turn"), TABLE)
+def test_random_models(
+    subject: Callable[[str], Subject], name: str, mask: str, state: str, labels: str, turn: int
+) -> None:
+    """All strategies that give the gradient of the whole context, in float32 and in float64."""
+    one = subject(name)
+    divisor = (None, 7.0, 1e4)[turn % 3]
+    question = Question(one, case_of(one, mask, labels, state, embedded=turn % 2 == 1, divisor=divisor))
+    chunks = chunks_of(turn)
+    for strategy, chunk in zip(("full", "checkpoint", "reversible", "auto"), chunks, strict=True):
+        question.check(strategy, chunk, FLOAT32)
+    question.check("full", chunks[0], FLOAT64, torch.float64)
+    strategy = ("checkpoint", "reversible")[turn % 2]
+    question.check(strategy, chunks[3], float64_bounds(name, strategy), torch.float64)
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_single_steps(subject: Callable[[str], Subject], name: str) -> None:
+    """Chunks of one token, among them chunks that are masked altogether."""
+    question = Question(subject(name), case_of(subject(name), "documents", "all", "given, with objective"))
+    question.check("reversible", 1, FLOAT32)
+
+
+HARD = [("none", "none", "all"), ("documents", "given, with objective", "scattered")]
+
+
+@pytest.mark.parametrize(("mask", "state", "labels"), HARD)
+@pytest.mark.parametrize("name", TRAINED)
+def test_trained_models(
+    subject: Callable[[str], Subject], name: str, mask: str, state: str, labels: str
+) -> None:
+    """Trained decays, mixes outside [0, 1], and another GroupNorm."""
+    one = subject(name)
+    question = Question(one, case_of(one, mask, labels, state))
+    for strategy, chunk in (("full", 8), ("checkpoint", 7), ("reversible", 8), ("auto", LENGTH - 1)):
+        question.check(strategy, chunk, FLOAT32)
+    question.check("full", 8, FLOAT64, torch.float64)
+    question.check("reversible", 16, float64_bounds(name, "reversible"), torch.float64)
+
+
+def test_a_longer_context(subject: Callable[[str], Subject]) -> None:
+    """The two lowest layers of a trained model, over more tokens than most of their channels remember."""
+    one = subject("lower 5.2")
+    question = Question(one, case_of(one, "holes", "all", "given, with objective", length=1024))
+    for strategy, chunk in (("full", 1024), ("checkpoint", 96), ("reversible", 96)):
+        question.check(strategy, chunk, FLOAT32)
+
+
+@pytest.mark.parametrize("mask", ["none", "holes", "documents"])
+@pytest.mark.parametrize("name", RANDOM)
+def test_truncated(subject: Callable[[str], Subject], name: str, mask: str) -> None:
+    """``truncated`` is the gradient that stops at chunk borders, to the same precision."""
+    one = subject(name)
+    case = case_of(one, mask, "all", "given, with objective")
+    question = Question(one, replace(case, cut=7))
+    question.check("truncated", 7, FLOAT32)
+    question.check("truncated", 7, FLOAT64, torch.float64)
+
+
+@pytest.mark.parametrize("name", ["5.0", "5.1", "bundled 5.2"])
+def test_lossy(subject: Callable[[str], Subject], name: str) -> None:
+    """``reversible-lossy`` where plain division keeps enough bits; its own tolerance."""
+    one = subject(name)
+    question = Question(one, case_of(one, "holes", "scattered", "given, with objective"))
+    question.check("reversible-lossy", 7, LOSSY)
+
+
+# --- the oracle and the comparison themselves -------------------------------------------------------------------
+
+
+def test_the_oracle_knows_nothing_of_the_package() -> None:
+    source = Path(oracle.__file__).read_text(encoding="utf-8")
+    assert "rwkv_rev" not in source
+    imported = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+    assert imported == {"collections.abc", "dataclasses", "torch", "torch.nn.functional"}
+
+
+@pytest.mark.parametrize("version", ["4", "5.2"])
+def test_the_oracle_gives_the_logits_of_others(subject: Callable[[str], Subject], version: str) -> None:
+    """Logits that another implementation published for a trained model."""
+    one = subject(f"peer {version}")
+    expected = json.loads(peer_path(version).with_suffix(".expected.json").read_text(encoding="utf-8"))
+    found = logits(one.tensors, torch.tensor([expected["prompt_bytes"]]), one.group_norm)[0]
+    truth = torch.tensor(expected["logits_after_last_byte"], dtype=torch.float64)
+    assert (found - truth).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "change", ["one gradient", "a sign", "an index", "the loss", "the state", "by state"]
+)
+def test_the_comparison_notices(subject: Callable[[str], Subject], change: str) -> None:
+    """An answer that is wrong in one place does not pass."""
+    one = subject("4")
+    question = Question(one, case_of(one, "holes", "all", "given"))
+    found = ask(one.float32, question.case, "full", LENGTH)
+    question.compare(found, FLOAT32)
+    decay = found.gradients["blocks.1.att.time_decay"]
+    if change == "one gradient":
+        decay *= 1 + 5e-5
+    elif change == "a sign":
+        decay[decay.abs().argsort()[len(decay) // 2]] *= -1
+    elif change == "an index":
+        decay.copy_(decay.roll(1, 0).clone())
+    elif change == "the loss":
+        found.loss *= 1 + 2e-6
+    elif change == "the state":
+        found.state.time_shift[1, 2] *= 1 + 1e-4
+    else:
+        found.by_state["memory"] *= 1 + 5e-5
+    with pytest.raises(AssertionError):
+        question.compare(found, FLOAT32)
