@@ -1,0 +1,56 @@
+"""Logits that were not made beside a loss: no item of the output, and clear words where they are used."""
+
+import copy
+import dataclasses
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bptt_cases import random_tokens, tiny_model
+
+from rwkv_rev.errors import StrategyError
+from rwkv_rev.outputs import RwkvRevCausalLMOutput
+
+IDS = random_tokens(8)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda logits: logits[..., :-1, :],
+        lambda logits: logits.device,
+        lambda logits: logits.argmax(-1),
+        lambda logits: torch.argmax(logits),
+        lambda logits: F.cross_entropy(logits, IDS),
+        lambda logits: list(logits),
+        lambda logits: len(logits),
+    ],
+    ids=["slice", "attribute", "method", "function", "loss", "iteration", "length"],
+)
+def test_use_is_refused_by_name(use: Callable[[Any], Any]) -> None:
+    logits = tiny_model("5.2")(IDS, labels=IDS).logits
+    with pytest.raises(StrategyError, match="pass return_logits=True") as caught:
+        use(logits)
+    assert "\n" not in str(caught.value)
+
+
+def test_it_is_not_there_for_who_does_not_use_it() -> None:
+    """Not among an output's items, which tools copy, gather and cast; no error in passing it on."""
+    output = tiny_model("5.2")(IDS, labels=IDS)
+    assert "logits" not in output
+    assert not output.logits
+    assert all(value is not output.logits for value in output.to_tuple())
+    bare = RwkvRevCausalLMOutput(loss=torch.tensor(1.0))
+    copies = [
+        dataclasses.replace(bare),  # as FSDP does
+        RwkvRevCausalLMOutput(dict(bare.items())),  # as accelerate does
+        pickle.loads(pickle.dumps(bare)),
+        copy.deepcopy(bare),
+    ]
+    for again in copies:
+        assert list(again.keys()) == ["loss"]
+        assert again.logits is bare.logits
+    assert RwkvRevCausalLMOutput(state=None).logits is None
