@@ -5,16 +5,19 @@ Tests import it as ``from bptt_cases import tiny_model``.
 
 import os
 import pydoc_data.topics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from rwkv_rev import RwkvRevConfig, RwkvRevForCausalLM, RwkvRevState
+from rwkv_rev.wkv import naive
 from rwkv_rev.wkv.dispatch import KERNEL_VARIABLE
 
 VERSIONS = ("4", "5.0", "5.1", "5.2")
@@ -133,6 +136,37 @@ def kernel(name: str) -> Iterator[None]:
         del os.environ[KERNEL_VARIABLE]
         if former is not None:
             os.environ[KERNEL_VARIABLE] = former
+
+
+class _Recomputed(torch.autograd.Function):
+    """A scan that keeps its arguments alone and runs again, with a graph, when its gradient is wanted."""
+
+    @staticmethod
+    def forward(ctx: Any, scan: Callable[..., tuple[Tensor, Tensor]], *arguments: Tensor | None) -> Any:
+        ctx.scan = scan
+        ctx.save_for_backward(*arguments)
+        return scan(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *arriving: Tensor) -> Any:
+        arguments = [None if x is None else x.detach().requires_grad_() for x in ctx.saved_tensors]
+        wanted = [x for x in arguments if x is not None]
+        with torch.enable_grad():
+            found = iter(torch.autograd.grad(ctx.scan(*arguments), wanted, arriving))
+        return None, *(None if x is None else next(found) for x in arguments)
+
+
+@contextmanager
+def naive_recomputed() -> Iterator[None]:
+    """The naive kernel, whose states are in memory for one layer at a time.
+
+    Activation checkpointing would do the same with a hook on every tensor of every token, which costs as much again as
+    all else. Without masks.
+    """
+    with kernel("naive"), pytest.MonkeyPatch.context() as patch:
+        for name in ("wkv4", "wkv5"):
+            patch.setattr(naive, name, partial(_Recomputed.apply, getattr(naive, name)))
+        yield
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:

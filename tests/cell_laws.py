@@ -91,7 +91,7 @@ def write_once(trial: Trial) -> None:
     scale = 0.0  # the largest value so far: the grid it set stays
     for before, after, out, remnant, x, mask in _forwards(trial):
         kept = _copy(before)
-        again = trial.cell(before, x, mask)
+        again = trial.cell.advance(before, x, mask)
         assert same_state(before, kept) and same_state(again[0], after)
         assert same_bits(again[1], out) and same_bits(again[2].carried, remnant.carried)
         start = trial.cell.float_state(trial.cell.carried(before, x, mask))
@@ -109,13 +109,13 @@ def masked_tokens_change_nothing(trial: Trial) -> None:
     for before, after, out, _, x, mask in _forwards(trial):
         if mask is not None:
             junk = torch.where(mask.valid[:, :, None], x, -7 * x + 3)
-            junk_after, junk_out, _ = trial.cell(before, junk, mask)
+            junk_after, junk_out, *_ = trial.cell.advance(before, junk, mask)
             assert same_state(junk_after, after)
             assert same_bits(junk_out[mask.valid], out[mask.valid])
             for row in (mask.count == 0).nonzero()[:, 0].tolist():
                 assert same_state(_row(after, row), _row(before, row))
         nothing = ChunkMask.of(torch.zeros(x.shape[:2]))
-        unchanged, _, remnant = trial.cell(before, x, nothing)
+        unchanged, _, remnant, _ = trial.cell.advance(before, x, nothing)
         assert same_state(unchanged, before)
         assert same_state(trial.cell.reverse(unchanged, x, nothing, remnant)[0], before)
 
@@ -127,7 +127,7 @@ def rows_are_alone(trial: Trial) -> None:
             valid = torch.ones(x.shape[1], dtype=torch.bool) if mask is None else mask.valid[row]
             if not valid.any():
                 continue
-            alone, alone_out, _ = trial.cell(_row(before, row), x[row, valid][None])
+            alone, alone_out, *_ = trial.cell.advance(_row(before, row), x[row, valid][None])
             assert same_bits(alone.shift[0], after.shift[row])
             assert _close(alone_out[0], out[row, valid], VALUE_TOLERANCES[trial.dtype])
             former, memory, single = (
@@ -151,7 +151,7 @@ def forward_of_reverse(trial: Trial) -> None:
     """forward(reverse(s')) == s', with the same remnant, bit for bit."""
     for _, after, out, remnant, x, mask in _forwards(trial):
         before, _ = trial.cell.reverse(after, x, mask, remnant)
-        again, again_out, again_remnant = trial.cell(before, x, mask)
+        again, again_out, again_remnant, _ = trial.cell.advance(before, x, mask)
         assert same_state(again, after) and same_bits(again_out, out)
         assert same_bits(again_remnant.carried, remnant.carried)
         for first, second in zip(_tensors(again_remnant.memory), _tensors(remnant.memory), strict=True):
@@ -159,7 +159,7 @@ def forward_of_reverse(trial: Trial) -> None:
 
 
 def replays_agree(trial: Trial) -> None:
-    """``replay`` and ``reversed_replay`` give forward's bits, with gradients enabled or not, and each other's end."""
+    """``replay`` and ``reversed_replay`` give advance's bits, with gradients enabled or not, and each other's end."""
     for before, after, out, remnant, x, mask in _forwards(trial):
         with torch.no_grad():
             quiet = trial.cell.reversed_replay(after, x, mask, remnant)
@@ -168,7 +168,9 @@ def replays_agree(trial: Trial) -> None:
             trial.cell.reversed_replay(after, x, mask, remnant),
             trial.cell.replay(before, x, mask),
         ]
+        expected = trial.cell.advance(before, x, mask).print
         for replay in replays:
+            assert same_bits(replay.print, expected)
             assert same_bits(replay.out.detach(), out)
             assert same_state(replay.state, quiet.state)
             assert same_bits(replay.end.shift.detach(), after.shift)
@@ -233,7 +235,7 @@ def _forwards(
     state = trial.exact()
     for x, valid in trial.chunks:
         mask = None if valid is None else ChunkMask.of(valid)
-        after, out, remnant = trial.cell(state, x, mask)
+        after, out, remnant, _ = trial.cell.advance(state, x, mask)
         yield state, after, out, remnant, x, mask
         state = after
 

@@ -1,26 +1,60 @@
-"""Fixtures shared by the tests: one thread each, the bundled checkpoints converted once a session, the commands."""
+"""Fixtures shared by the tests: one thread each, the bundled checkpoints converted once a process, the commands.
+
+Nothing heavy is imported before a fixture needs it: the process that only hands tests out imports this file too.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 import rwkv_rev
-from rwkv_rev.cli import main
 
 BUNDLED = {"4": "rwkv-4", "5.2": "rwkv-5.2"}
+LONGEST = (
+    "test_finetune_dist",
+    "test_finetune",
+    "test_finetune_kill",
+    "test_bptt",
+    "test_bench",
+    "test_forecast",
+    "test_finetune_dtype",
+    "test_cells",
+    "test_bptt_integration",
+    "test_cuda_graphs",
+)
+"""Files of more than 20 s, longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With ``--dist loadfile`` the file that is handed out last decides when a run ends: let it be a short one."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-docs", action="store_true", help="write the tables in docs/ that tests make")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Small tensors gain nothing from threads, and test processes that run side by side lose much by them."""
+    import torch
+
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """Whatever tests ran before, and in whichever process."""
+    import torch
+
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def bundled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of the converted bundled checkpoints, by version."""
+    """Folders of the converted bundled checkpoints, by version; both take 0.1 s."""
     root = tmp_path_factory.mktemp("bundled")
     for name in BUNDLED.values():
         rwkv_rev.convert(f"bundled:{name}", root / name)
@@ -32,6 +66,8 @@ def cli(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Callable[..., tuple[int, str, str]]:
     """Run the command line in an empty folder; gives the exit code, stdout and stderr."""
+    from rwkv_rev.cli import main
+
     monkeypatch.chdir(tmp_path)
     for name in ("TRANSFORMERS_VERBOSITY", "TOKENIZERS_PARALLELISM", "HF_HUB_DISABLE_PROGRESS_BARS"):
         monkeypatch.setenv(name, "1" if name.startswith("HF") else "error")

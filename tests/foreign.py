@@ -34,7 +34,7 @@ def blinkdl_state_dict(
     channel_mix = 4 * D if version in ("4", "5.0") else int(3.5 * D) // 32 * 32
 
     def normal(*shape: int, mean: float = 0.0, std: float = 1.0) -> torch.Tensor:
-        return (mean + std * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).mul_(std).add_(mean).to(dtype)
 
     def matrix(rows: int, columns: int, gain: float = 1.0) -> torch.Tensor:
         return normal(rows, columns, std=gain / columns**0.5)

@@ -11,12 +11,12 @@ from bptt_cases import (
     Outcome,
     assert_agree,
     assert_same_bits,
-    checkpoint_blocks,
     differentiate,
     english,
     grouped_errors,
     kernel,
     load,
+    naive_recomputed,
     random_like,
     random_state,
     random_tokens,
@@ -38,11 +38,9 @@ BUNDLED = ("4", "5.2")
 
 
 def float64_truth(directory: Path, tokens: torch.Tensor) -> Outcome:
-    """Full back-propagation through the naive kernel in float64; blocks are recomputed to spare memory."""
-    model = load(directory, torch.float64)
-    checkpoint_blocks(model)
-    with kernel("naive"):
-        return differentiate(model, "full", input_ids=tokens)
+    """Full back-propagation through the naive kernel in float64."""
+    with naive_recomputed():
+        return differentiate(load(directory, torch.float64), "full", input_ids=tokens)
 
 
 @pytest.fixture(scope="module")

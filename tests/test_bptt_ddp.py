@@ -3,7 +3,7 @@
 import pytest
 import torch
 from bptt_cases import random_tokens, relative_error, tiny_model
-from ranks import in_ranks
+from processes import in_ranks
 from torch import Tensor, nn
 
 CHUNK = 8

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed
 from bptt_cases import random_tokens, relative_error, tiny_model
-from ranks import in_ranks
+from processes import in_ranks
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 

@@ -142,8 +142,11 @@ def test_the_shift_alone_is_that_of_the_whole_forward_pass(trial: Trial) -> None
     state = trial.exact()
     for x, valid in trial.chunks:
         mask = None if valid is None else ChunkMask.of(valid)
-        after, _, remnant = trial.cell(state, x, mask)
-        alone, remnant_alone = trial.cell.advance_shift(state, x, mask, trial.cell.plan(x.shape[1]))
+        after, _, remnant, printed = trial.cell.advance(state, x, mask)
+        alone, out, remnant_alone, printed_alone = trial.cell.advance_shift(
+            state, x, mask, trial.cell.plan(x.shape[1])
+        )
         assert torch.equal(alone.shift, after.shift)
         assert torch.equal(remnant_alone.carried, remnant.carried)
+        assert out is None and torch.equal(printed_alone, printed)
         state = after

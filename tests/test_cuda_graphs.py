@@ -68,7 +68,8 @@ def record(work: Callable[[], Any], device: torch.device) -> tuple[Played, Any]:
         for static, _ in pairs(result, another, set()):
             static.fill_(torch.nan if static.is_floating_point() else 1)
         for tensor, value in zip(changed, kept, strict=True):
-            tensor.copy_(value)
+            if not torch.equal(tensor, value):
+                tensor.copy_(value)
     return Played(work, result), result
 
 

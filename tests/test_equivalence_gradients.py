@@ -1,10 +1,12 @@
 """The gradients section of ``verify``: exact strategies pass, approximate ones are shown, damage fails."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from bptt_cases import tiny_model
 
 from rwkv_rev.bptt.reversible import Reversible
 from rwkv_rev.equivalence import gradients as module
@@ -75,8 +77,44 @@ def test_a_wrong_gradient_fails(model: RwkvRevForCausalLM, monkeypatch: pytest.M
     monkeypatch.setattr(Reversible, "_sweep", wrong)
     found = check_gradients(model, text(64), chunk=16)
     assert not found.passed
-    assert str(found.failure).startswith("reversible: the gradient is 2.0e-05 from full's")
+    assert str(found.failure).startswith("reversible: the gradient is 2.0e-05 from the truth in float64")
     assert "gradients: FAIL, reversible" in "\n".join(found.lines())
+
+
+@pytest.fixture(scope="module")
+def noisy() -> RwkvRevForCausalLM:
+    """A model whose gradient float32 rounds a lot: its heads' outputs nearly cancel before they are normalised."""
+    model = tiny_model("5.0", num_hidden_layers=6, vocab_size=256).eval()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.time_mix.receptance.weight *= 0.03
+            block.time_mix.ln_x.eps = 1e-12
+    return model
+
+
+def test_rounding_is_no_wrong_gradient(noisy: RwkvRevForCausalLM) -> None:
+    """Two strategies may be as far apart as float32 is from float64, in which they agree."""
+    found = check_gradients(noisy, text(64), chunk=16)
+    assert found.passed, "\n".join(found.lines())
+    for name in ("checkpoint", "reversible"):
+        strategy = found.strategies[STRATEGIES.index(name)]
+        assert strategy.from_full > 1e-4 > strategy.in_float64
+        assert f"{name}: {strategy.from_full:.1e} from full is rounding" in "\n".join(found.lines())
+
+
+def test_a_wrong_gradient_of_the_size_of_the_rounding_fails(
+    noisy: RwkvRevForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = Reversible._sweep
+
+    def wrong(self: Reversible, *arguments: object) -> tuple:
+        loss, state, gradients = honest(self, *arguments)
+        gradients[5] = gradients[5] * (1 + 2e-4)
+        return loss, state, gradients
+
+    monkeypatch.setattr(Reversible, "_sweep", wrong)
+    found = check_gradients(noisy, text(64), chunk=16)
+    assert re.match(r"reversible: the gradient is [12]\.\de-04 from the truth in float64", str(found.failure))
 
 
 def test_a_wrong_truth_fails(model: RwkvRevForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:

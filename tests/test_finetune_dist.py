@@ -9,12 +9,12 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import torch
 from finetune_cases import counting_text, environment, finetune, losses, settings
+from processes import run_command, start_command_in_ranks
 
 from rwkv_rev.training.trainer import checkpoints
 
@@ -34,12 +34,11 @@ def two_processes(
     *arguments: object,
     launcher: str = "torchrun",
     options: Sequence[str] = ("--multi_gpu",),
-    env: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """``torchrun`` or ``accelerate launch``, then ``-m rwkv_rev.cli finetune ...``, on the CPU with gloo."""
     launch = ["-m", *LAUNCHERS[launcher], *(options if launcher == "accelerate" else ())]
     command = [sys.executable, *launch, "-m", "rwkv_rev.cli", "finetune", *map(str, arguments)]
-    env = env or environment(HF_HOME=tempfile.gettempdir())  # nobody's accelerate configuration
+    env = environment(HF_HOME=tempfile.gettempdir())  # nobody's accelerate configuration
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
 
 
@@ -103,17 +102,11 @@ def test_other_ways_of_tuning(
     bundled: dict[str, Path], data: Path, tmp_path: Path, more: list[object]
 ) -> None:
     arguments = options(bundled["5.2"], data, tmp_path / "two", tmp_path / "cache")
-    done = two_processes(*arguments, *more, "--batch-size", 1)
+    done = run_command("finetune", *arguments, *more, "--batch-size", 1, world=2)
     assert done.returncode == 0, done.stderr[-3000:]
     arguments = options(bundled["5.2"], data, tmp_path / "one", tmp_path / "cache")
-    command = [
-        sys.executable,
-        "-m",
-        "rwkv_rev.cli",
-        "finetune",
-        *map(str, [*arguments, *more, "--batch-size", 2]),
-    ]
-    subprocess.run(command, check=True, capture_output=True, env=environment(), timeout=300)
+    done = run_command("finetune", *arguments, *more, "--batch-size", 2)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-5)
 
 
@@ -142,44 +135,35 @@ def test_sharded_optimizer(bundled: dict[str, Path], data: Path, tmp_path: Path,
     def arguments(output: str, batch: int) -> list[object]:
         return [*options(bundled["5.2"], data, tmp_path / output, cache), *rest, "--batch-size", batch]
 
-    def alone(output: str) -> dict[str, Any]:
-        command = [sys.executable, "-m", "rwkv_rev.cli", "finetune", *map(str, arguments(output, 2))]
-        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    def run(output: str, world: int, *more: str) -> subprocess.CompletedProcess[str]:
+        done = run_command("finetune", *arguments(output, 2 // world), *more, world=world, env=env)
         assert done.returncode == 0, done.stderr[-3000:]
-        return json.loads(done.stdout)
+        return done
 
-    one = alone("one")
-    two = two_processes(*arguments("two", 1), "--shard-optimizer", env=env)
-    assert two.returncode == 0, two.stderr[-3000:]
+    one, two = run("one", 1), run("two", 2, "--shard-optimizer")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=5e-5)
-    assert 0.4 < json.loads(two.stdout)["optimizer_bytes"] / one["optimizer_bytes"] < 0.6
+    sharded, whole = (json.loads(done.stdout)["optimizer_bytes"] for done in (two, one))
+    assert 0.4 < sharded / whole < 0.6
 
     kill_at_a_checkpoint([*arguments("killed", 1), "--shard-optimizer"], tmp_path / "killed.training", env)
     shutil.copytree(tmp_path / "killed.training", tmp_path / "fewer.training")
-    resumed = two_processes(*arguments("killed", 1), "--shard-optimizer", env=env)
-    assert resumed.returncode == 0 and "resuming from" in resumed.stderr, resumed.stderr[-3000:]
+    assert "resuming from" in run("killed", 2, "--shard-optimizer").stderr
     assert losses(tmp_path / "killed") == losses(tmp_path / "two")
-    alone("fewer")
+    run("fewer", 1)
     assert losses(tmp_path / "fewer") == pytest.approx(losses(tmp_path / "one"), rel=5e-5)
 
 
 def kill_at_a_checkpoint(arguments: list[object], work: Path, env: dict[str, str]) -> None:
     """SIGKILL every process of a run once it has written a checkpoint."""
-    launch = [sys.executable, "-m", *LAUNCHERS["torchrun"], "-m", "rwkv_rev.cli", "finetune"]
-    process = subprocess.Popen(
-        [*launch, *map(str, arguments)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=env,
-        start_new_session=True,
-    )
+    ranks = start_command_in_ranks(["finetune", *arguments], 2, work.with_name("streams"), env)
     deadline = time.monotonic() + 120
-    while not checkpoints(work) and time.monotonic() < deadline and process.poll() is None:
+    while not checkpoints(work) and time.monotonic() < deadline and ranks[0].is_alive():
         time.sleep(0.02)
-    group = psutil.Process(process.pid).children(recursive=True)  # torchrun gives each its own session
-    for member in [process, *group]:
+    group = [child for rank in ranks for child in psutil.Process(rank.pid).children(recursive=True)]
+    for member in [*ranks, *group]:
         member.kill()
-    process.wait()
+    for rank in ranks:
+        rank.join()
     psutil.wait_procs(group)
     assert checkpoints(work) and not work.with_name(work.stem).exists(), "killed too late or too early"
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rwkv_rev.reversal.fingerprint import fingerprint
+from rwkv_rev.reversal.fingerprint import checksum, fingerprint
 
 DTYPES = [torch.int32, torch.int64, torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -20,6 +20,23 @@ def test_every_single_bit_counts(dtype: torch.dtype) -> None:
             changed.view(torch.uint8).view(-1)[byte] ^= 1 << bit
             seen.add(int(fingerprint(changed)))
     assert len(seen) == 1 + 8 * state.nbytes
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (3, 7), (1,), (5,)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_single_bit_changes_the_sum(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    longer = (100 * torch.randn(shape[0] + 1, *shape[1:], generator=torch.Generator().manual_seed(0))).to(
+        dtype
+    )
+    for state in (longer[1:], longer[:-1], longer[1:].clone()):  # whatever the place in memory
+        whole = checksum(state)
+        assert whole.dtype == torch.int64 and whole.shape == ()
+        assert torch.equal(whole, checksum(state.clone()))
+        for byte in range(state.nbytes):
+            for bit in range(8):
+                changed = state.clone()
+                changed.view(torch.uint8).view(-1)[byte] ^= 1 << bit
+                assert not torch.equal(checksum(changed), whole)
 
 
 def test_order_and_place_count() -> None:

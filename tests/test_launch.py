@@ -1,5 +1,6 @@
 """Device and dtype of a run, and what a launcher may ask for."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from finetune_cases import settings
 
 from rwkv_rev.errors import RwkvRevError
-from rwkv_rev.training.launch import choose_device, own_device, refuse_launch
+from rwkv_rev.training.launch import choose_device, in_processes, own_device, refuse_launch
 from rwkv_rev.training.trainer import training_arguments
 
 
@@ -90,3 +91,14 @@ def test_each_process_asks_its_own_gpu(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
     assert own_device("cuda") == torch.device("cuda", own)
     assert own_device("cpu") == torch.device("cpu")
+
+
+def test_native_code_does_not_write_into_our_output(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As gloo does in some versions of torch, before the JSON document of a run in several processes."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with in_processes():
+        os.write(1, b"from native code\n")
+    os.write(1, b"ours\n")
+    assert capfd.readouterr() == ("ours\n", "from native code\n")

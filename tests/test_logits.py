@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rwkv_rev.equivalence.logits import PIECE, compare_logits
+from rwkv_rev.equivalence.logits import PIECE, Beside, compare_logits, largest_difference
 from rwkv_rev.errors import RwkvRevError
 
 T, V = 3 * PIECE + 7, 11
@@ -61,3 +61,20 @@ def test_nan_is_never_lost(position: int) -> None:
 def test_other_shapes_are_refused(original: torch.Tensor, message: str) -> None:
     with pytest.raises(RwkvRevError, match=message):
         compare_logits(original.split(10), Z, TOKENS)
+
+
+@pytest.mark.parametrize(("one", "other"), [(PIECE, T), (50, PIECE), (1, PIECE + 1)])
+def test_largest_difference_of_any_pieces(one: int, other: int) -> None:
+    exact = float((Z - ZC).abs().max())
+    assert largest_difference(Z.split(one), ZC.split(other)) == exact
+    beside = Beside(Z.split(one), ZC.split(other))
+    assert compare_logits(beside, Z, TOKENS).largest == 0
+    assert beside.largest == exact
+    broken = ZC.clone()
+    broken[0, 0] = math.nan
+    assert math.isnan(largest_difference(Z.split(one), broken.split(other)))
+
+
+def test_largest_difference_of_other_lengths() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        largest_difference([Z], [Z[:PIECE]])

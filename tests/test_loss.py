@@ -32,6 +32,10 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+def trainable(module: nn.Module) -> list[Tensor]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
 # --- what is allocated ------------------------------------------------------------------------------------------
 
 
@@ -87,7 +91,7 @@ def test_equals_the_plain_loss(monkeypatch: pytest.MonkeyPatch, at_once: int, bi
     plain = F.cross_entropy(head(hidden).flatten(0, 1), targets.flatten(), reduction="sum") * 0.25
     expected = torch.autograd.grad(plain, [hidden, *head.parameters()])
 
-    loss = linear_cross_entropy(hidden, head, targets, scale=0.25, vocab_size=32)
+    loss = linear_cross_entropy(hidden, head, targets, scale=0.25, vocab_size=32, parameters=trainable(head))
     found = torch.autograd.grad(3 * loss, [hidden, *head.parameters()])
     streamed = sum_cross_entropy(hidden, head, targets, scale=0.25, vocab_size=32)
     finished = cross_entropy_gradients(
@@ -105,7 +109,7 @@ def test_frozen_head() -> None:
     """A head without trainable parameters still passes the gradient on."""
     head = nn.Linear(6, 32, bias=False).requires_grad_(False)
     hidden, targets = torch.randn(2, 4, 6, requires_grad=True), torch.randint(32, (2, 4))
-    loss = linear_cross_entropy(hidden, head, targets, scale=1.0, vocab_size=32)
+    loss = linear_cross_entropy(hidden, head, targets, scale=1.0, vocab_size=32, parameters=trainable(head))
     truth = F.cross_entropy(head(hidden).flatten(0, 1), targets.flatten(), reduction="sum")
     (found,) = torch.autograd.grad(loss, hidden)
     (expected,) = torch.autograd.grad(truth, hidden)
@@ -117,7 +121,9 @@ def test_no_gradient_wanted() -> None:
     head = nn.Linear(6, 32)
     hidden, targets = torch.randn(2, 4, 6), torch.randint(32, (2, 4))
     with torch.no_grad():
-        assert not linear_cross_entropy(hidden, head, targets, scale=1.0, vocab_size=32).requires_grad
+        assert not linear_cross_entropy(
+            hidden, head, targets, scale=1.0, vocab_size=32, parameters=trainable(head)
+        ).requires_grad
 
 
 def test_half_precision_is_summed_in_float32() -> None:
@@ -134,7 +140,9 @@ def test_half_precision_is_summed_in_float32() -> None:
 
 def test_backward_a_second_time_is_refused() -> None:
     head, hidden = nn.Linear(6, 32), torch.randn(2, 4, 6, requires_grad=True)
-    loss = linear_cross_entropy(hidden, head, torch.randint(32, (2, 4)), scale=1.0, vocab_size=32)
+    loss = linear_cross_entropy(
+        hidden, head, torch.randint(32, (2, 4)), scale=1.0, vocab_size=32, parameters=trainable(head)
+    )
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="call the model again"):
         loss.backward()

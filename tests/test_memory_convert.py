@@ -1,4 +1,4 @@
-"""Converting a checkpoint of 2 GB needs no more memory of its own than one shard and one tensor.
+"""Converting a checkpoint of 1 GB needs no more memory of its own than one shard and one tensor.
 
 What counts is anonymous memory (RssAnon): pages of the mapped source and of written files belong to the
 system's cache, which drops them when memory is short.
@@ -50,8 +50,8 @@ print(json.dumps({"growth": peak - before, "seconds": seconds, "shards": len(res
 
 
 def synthetic(path: Path) -> dict[str, int]:
-    """A 2 GB RWKV-5.2 in bfloat16 as ``.pth``; zeros, which take memory only on the disk."""
-    D, H, V, F, layers = 2048, 32, 65536, 7168, 15
+    """A 1 GB RWKV-5.2 in bfloat16 as ``.pth``; zeros, which take memory only on the disk."""
+    D, H, V, F, layers = 2048, 32, 65536, 7168, 5
     shapes: dict[str, tuple[int, ...]] = {"emb.weight": (V, D), "head.weight": (V, D)}
     vectors = [f"{name}.{end}" for name in ("ln1", "ln2", "att.ln_x") for end in ("weight", "bias")]
     for i in range(layers):
@@ -74,7 +74,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     """An empty folder, in memory if there is room: its pages are shared memory, not anonymous."""
     shared = Path("/dev/shm")
     roomy = (
-        shared.is_dir() and shutil.disk_usage(shared).free > 10e9 and psutil.virtual_memory().available > 12e9
+        shared.is_dir() and shutil.disk_usage(shared).free > 5e9 and psutil.virtual_memory().available > 8e9
     )
     with tempfile.TemporaryDirectory(dir=shared if roomy else tmp_path) as name:
         yield Path(name)
@@ -82,10 +82,10 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-def test_anonymous_memory_while_converting_2_gb(folder: Path) -> None:
+def test_anonymous_memory_while_converting_1_gb(folder: Path) -> None:
     sizes = synthetic(folder / "big.pth")
     total, largest = sum(sizes.values()), max(sizes.values())
-    assert total > 2e9
+    assert total > 1e9
     for dtype, written in (("auto", total), ("float32", 2 * total)):
         done = subprocess.run(
             [sys.executable, "-c", WORKER, folder / "big.pth", folder / "model", str(SHARD), dtype],

@@ -1,4 +1,4 @@
-"""The Hugging Face classes: loading, padding, carried state, generation, settings."""
+"""The Hugging Face classes: loading, padding, carried state, settings."""
 
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,13 @@ from bptt_cases import (
     checkpoint_blocks,
     english,
     load,
+    random_like,
     random_state,
     random_tokens,
     relative_error,
     tiny_model,
 )
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from rwkv_rev import RwkvRevConfig, RwkvRevForCausalLM, RwkvRevModel, RwkvRevState
 from rwkv_rev.errors import StrategyError
@@ -230,84 +231,17 @@ def test_tuples_on_request() -> None:
     assert isinstance(output[1], RwkvRevState)
 
 
-# --- generation -------------------------------------------------------------------------------------------------
-
-
-def recomputed(model: RwkvRevForCausalLM, prompt: torch.Tensor, new: int) -> list[int]:
-    """Greedy continuation, the whole row computed again for every token."""
-    row = prompt
-    for _ in range(new):
-        with torch.no_grad():
-            row = torch.cat([row, model(row).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
-    return row[0, prompt.shape[1] :].tolist()
-
-
-@pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("version", VERSIONS)
-def test_greedy_generation(version: str, use_cache: bool) -> None:
-    """Carrying the state and recomputing give what a full forward pass per token gives."""
-    model, prompt = evaluated(version), random_tokens(11)
-    found = model.generate(prompt, max_new_tokens=9, do_sample=False, eos_token_id=None, use_cache=use_cache)
-    assert found[0, 11:].tolist() == recomputed(model, prompt, 9)
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_batched_generation_with_left_padding(version: str) -> None:
-    """Each row of a left-padded batch continues as it does alone."""
-    model, lengths = evaluated(version), (13, 6, 2)
-    prompts = [random_tokens(length, seed=row) for row, length in enumerate(lengths)]
-    batch, mask = torch.full((3, 13), 31), torch.zeros(3, 13, dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        batch[row, -prompt.shape[1] :], mask[row, -prompt.shape[1] :] = prompt[0], 1
-    found = model.generate(
-        batch, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=31
+def test_trainer_predicts_logits_alone(tmp_path: Path) -> None:
+    """Without labels too, when a state and a cache lie beside the logits."""
+    model, rows = (
+        evaluated("5.2", torch.float32),
+        [{"input_ids": random_tokens(9, seed=i)[0]} for i in range(3)],
     )
-    for row, prompt in enumerate(prompts):
-        assert found[row, 13:].tolist() == recomputed(model, prompt, 8)
-
-
-def test_sampled_generation_follows_the_distribution() -> None:
-    """Sampling with a seed repeats, and draws the first token as often as its probability says."""
-    model, prompt = evaluated("5.2"), random_tokens(7)
-    options = {"max_new_tokens": 5, "do_sample": True, "top_k": 0, "eos_token_id": None}
-    draws = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        draws.append(model.generate(prompt.expand(2000, -1), **options))
-    assert torch.equal(draws[0], draws[1])
-    with torch.no_grad():
-        expected = model(prompt).logits[0, -1].softmax(-1)
-    found = torch.bincount(draws[0][:, 7], minlength=32).double() / 2000
-    assert (found - expected).abs().sum() / 2 < 0.08  # total variation; 0.05 is usual for 2000 draws of 32
-
-
-def test_generation_stops_at_the_end_token() -> None:
-    """Rows that end early are padded and leave the others alone."""
-    model, prompts = evaluated("5.2"), random_tokens(7, batch=4)
-    free = model.generate(prompts, max_new_tokens=12, do_sample=False, eos_token_id=None)
-    end = int(free[0, 9])
-    stopped = model.generate(prompts, max_new_tokens=12, do_sample=False, eos_token_id=end, pad_token_id=end)
-    for row in range(4):
-        new = free[row, 7:].tolist()
-        expected = new[: new.index(end) + 1] if end in new else new
-        assert stopped[row, 7 : 7 + len(expected)].tolist() == expected
-
-
-def test_beam_search_is_not_worse_than_greedy() -> None:
-    """Beams reorder the state; if that went wrong their scores would be another sequence's."""
-    model, prompt = evaluated("5.2"), random_tokens(7)
-    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
-
-    def score(row: torch.Tensor) -> float:
-        with torch.no_grad():
-            log_probabilities = model(row[None]).logits[0].log_softmax(-1)
-        return sum(float(log_probabilities[t, row[t + 1]]) for t in range(6, 12))
-
-    beams = model.generate(
-        prompt, num_beams=4, return_dict_in_generate=True, output_scores=True, length_penalty=0.0, **options
+    arguments = TrainingArguments(
+        str(tmp_path), report_to=[], use_cpu=True, per_device_eval_batch_size=2, disable_tqdm=True
     )
-    assert float(beams.sequences_scores[0]) == pytest.approx(score(beams.sequences[0]), rel=1e-4)
-    assert score(beams.sequences[0]) >= score(model.generate(prompt, **options)[0]) - 1e-6
+    found = torch.from_numpy(Trainer(model, arguments).predict(rows).predictions)
+    assert_close(found, torch.cat([model(row["input_ids"][None]).logits.detach() for row in rows]))
 
 
 # --- settings ---------------------------------------------------------------------------------------------------
@@ -356,7 +290,7 @@ def test_a_tape_directory_that_is_not_there(tmp_path: Path) -> None:
 def test_logits_beside_the_loss() -> None:
     """Only where the whole graph is kept; elsewhere refused by name."""
     model, tokens = tiny_model("5.2", chunk_length=16), random_tokens(16)
-    assert model(tokens, labels=tokens).logits is None
+    assert "logits" not in model(tokens, labels=tokens)
     output = model(tokens, labels=tokens, return_logits=True)
     expected = torch.nn.functional.cross_entropy(output.logits[0, :-1], tokens[0, 1:])
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -364,6 +298,42 @@ def test_logits_beside_the_loss() -> None:
     longer = random_tokens(17)
     with pytest.raises(StrategyError, match="full"):
         model(longer, labels=longer, return_logits=True)
+
+
+def test_hidden_states_beside_the_loss() -> None:
+    """As without labels; refused by name in chunks, where they are not kept, and given where no graph is."""
+    model, tokens = tiny_model("5.2", chunk_length=16), random_tokens(16)
+    expected = model(tokens, output_hidden_states=True).hidden_states
+    output = model(tokens, labels=tokens, output_hidden_states=True)
+    assert output.loss.item() == pytest.approx(model(tokens, labels=tokens).loss.item(), rel=1e-6)
+    assert len(output.hidden_states) == len(expected)
+    for found, stream in zip(output.hidden_states, expected, strict=True):
+        assert torch.equal(found, stream)
+    output.loss.backward()
+    longer = random_tokens(17)
+    for strategy in ("auto", "reversible"):
+        with (
+            model.set_bptt(strategy),
+            pytest.raises(StrategyError, match="output_hidden_states beside a loss"),
+        ):
+            model(longer, labels=longer, output_hidden_states=True)
+    with torch.no_grad():
+        assert model(longer, labels=longer, output_hidden_states=True).hidden_states[0].shape[1] == 17
+
+
+def test_a_further_objective_beside_logits() -> None:
+    """``final_state_gradient`` counts there too."""
+    model, tokens = tiny_model("5.2"), random_tokens(16)
+    further = random_like(model.initial_state(1))
+    gradients = []
+    for beside in ({}, {"return_logits": True}, {"output_hidden_states": True}):
+        model.zero_grad()
+        output = model(tokens, labels=tokens, final_state_gradient=further, **beside)
+        assert not output.state.wkv.requires_grad
+        output.loss.backward()
+        gradients.append(model.model.blocks[0].time_mix.key.weight.grad.clone())
+    assert_close(gradients[1], gradients[0])
+    assert_close(gradients[2], gradients[0])
 
 
 def test_activation_checkpointing_of_a_plain_forward() -> None:

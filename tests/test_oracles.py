@@ -83,6 +83,31 @@ def test_rwkv_package_agrees_with_naive(version: str, kwargs: dict[str, object])
     assert comparison.largest < FLOAT32_NOISE
 
 
+@needs_rwkv
+@pytest.mark.parametrize(
+    ("version", "dtype"), [("4", torch.float32), ("5.0", torch.bfloat16), ("5.2", torch.float32)]
+)
+def test_rwkv_package_in_float64(version: str, dtype: torch.dtype) -> None:
+    """No rounding is left: what it computes is what the scan computes."""
+    original, tokens = original_of(version, dtype=dtype), TOKENS[:257]
+    found = torch.cat(list(oracles.rwkv_package(original, tokens, torch.float64)))
+    assert found.dtype == torch.float64
+    assert (found - naive(original, tokens)).abs().max() < 1e-12
+
+
+def test_transformers_has_no_float64() -> None:
+    with pytest.raises(OracleUnavailable, match="rounds the keys"):
+        next(oracles.transformers_rwkv4(original_of("4"), TOKENS, torch.float64))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_scan_in_float32_rounds(version: str) -> None:
+    original = original_of(version)
+    found = torch.cat(list(oracles.naive(original, TOKENS, torch.float32)))
+    assert found.dtype == torch.float32
+    assert 1e-7 < (found - naive(original, TOKENS)).abs().max() < FLOAT32_NOISE
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_transformers_agrees_with_naive(dtype: torch.dtype) -> None:
     # Seven layers: the class rescales every six of them when it is left to.

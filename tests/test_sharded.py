@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import in_ranks
+from processes import in_ranks
 from torch import Tensor
 
 from rwkv_rev.training.sharded import ShardedOptimizer, deal, state_bytes

@@ -11,7 +11,11 @@ from foreign import VERSIONS, blinkdl_state_dict, hf_config, hf_state_dict
 from safetensors.torch import load_file, save_file
 
 from rwkv_rev.converters.conversion import convert
-from rwkv_rev.equivalence.oracles import OracleUnavailable
+from rwkv_rev.equivalence import verification
+from rwkv_rev.equivalence.naive_model import naive_logits
+from rwkv_rev.equivalence.oracles import ORACLES, OracleUnavailable
+from rwkv_rev.equivalence.original import Original
+from rwkv_rev.equivalence.report import Report
 from rwkv_rev.equivalence.verification import verify_directory
 from rwkv_rev.errors import DataError, RwkvRevError, SourceError
 
@@ -339,3 +343,168 @@ def test_damaged_expected_file(tmp_path: Path) -> None:
     assert not report.passed
     assert report.divergence == "in no layer: the expected logits are not those of the original's tensors"
     assert verify_directory(model, oracle="naive", tokens=5).passed
+
+
+def with_large_logits(version: str, path: Path) -> Path:
+    """A checkpoint whose logits are so large that float32 rounds them by more than the usual tolerance."""
+    tensors = blinkdl_state_dict(version, layers=3, vocab=256)
+    tensors["head.weight"] *= 500 if version == "4" else 50
+    torch.save(tensors, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints in which an oracle's own float32 noise meets the tolerance."""
+    folder = tmp_path_factory.mktemp("noisy")
+    return {version: with_large_logits(version, folder / f"{version}.pth") for version in VERSIONS}
+
+
+def test_the_oracles_own_noise_is_no_difference(noisy: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("rwkv")
+    report = convert(str(noisy["5.1"]), tmp_path / "model", verify=True).verification
+    assert [row.oracle for row in report.rows] == ["rwkv", "naive"]
+    assert_only_rounding(report)
+
+
+def test_nor_is_that_of_an_oracle_without_float64(
+    converted: Callable[..., Path], noisy: dict[str, Path]
+) -> None:
+    assert_only_rounding(verify_directory(converted(str(noisy["4"])), oracle="transformers", tokens=100))
+
+
+def assert_only_rounding(report: Report) -> None:
+    """It passes, the rounding is beyond the usual tolerance, and said."""
+    assert report.passed
+    for row in report.rows:
+        assert row.comparison.largest > row.tolerance == 1e-4
+        assert row.float64.difference <= 1e-9 < 1e-4 < row.float64.oracle_noise
+        said = f"{row.oracle}: {row.comparison.largest:.1e} is rounding, which in float32 moves it by"
+        assert said in report.table()
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("version", "place", "name"),
+    [
+        ("5.1", "block 1 channel mix", f"{B}.1.channel_mix.value.weight"),
+        ("5.2", "block 2 time mix", f"{B}.2.time_mix.time_decay"),
+        ("5.0", "head", "head.weight"),
+        ("4", "embeddings", "model.embeddings.weight"),
+    ],
+)
+def test_an_error_of_the_size_of_the_noise_is_found(
+    converted: Callable[..., Path],
+    noisy: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    place: str,
+    name: str,
+) -> None:
+    """One tensor off by a few units in its last place moves the logits by less than float32 rounds them."""
+
+    def plant(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] *= 1 + 2e-7
+
+    model = damaged(converted(str(noisy[version])), tmp_path / "damaged", plant)
+    # what the logits say, whatever the comparison of the values does
+    monkeypatch.setattr(
+        verification, "compare_weights", lambda *_: verification.WeightComparison(1, (), None)
+    )
+    report = verify_directory(model, oracle="naive", tokens=100)
+    (row,) = report.rows
+    assert 1e-9 < row.float64.difference < 3 * row.float64.noise
+    assert not report.passed
+    assert report.divergence.startswith(place)
+    assert f"naive differs by {row.float64.difference:.1e} in float64" in report.summary
+
+
+def test_an_eps_that_is_nearly_right(
+    converted: Callable[..., Path], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """No stored value shows it, and no logit in float32."""
+    model = shutil.copytree(converted(str(checkpoints["5.1"])), tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"group_norm_epsilon": 64.001e-5}))
+    report = verify_directory(model, oracle="naive", tokens=100)
+    assert report.rows[0].comparison.largest < 1e-4
+    assert not report.passed
+    assert report.divergence.startswith("block 0 time mix")
+
+
+def another_epsilon(original: Original, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> object:
+    return naive_logits(original.tensors, tokens, group_norm_epsilon=70e-5, dtype=dtype)
+
+
+def in_float32_only(original: Original, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> object:
+    if dtype == torch.float64:
+        raise OracleUnavailable("no float64")
+    for piece in naive_logits(original.tensors, tokens):
+        yield piece.float() + 1e-2
+
+
+@pytest.mark.parametrize(
+    ("oracle", "reason"),
+    [
+        (another_epsilon, "in float64, where 1e-09 is allowed"),
+        (in_float32_only, "itself 1.0e-02 from the float64 scan"),
+    ],
+)
+def test_an_oracle_that_differs_is_blamed_itself(
+    converted: Callable[..., Path],
+    checkpoints: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    oracle: Callable[..., object],
+    reason: str,
+) -> None:
+    monkeypatch.setitem(ORACLES, "rwkv", oracle)
+    report = verify_directory(converted(str(checkpoints["5.2"])), tokens=60)
+    assert [row.passed for row in report.rows] == [False, True]
+    assert report.divergence.startswith("in no layer: ")
+    assert "logits: rwkv " in report.summary
+    assert reason in report.summary
+
+
+def test_rounding_that_no_other_float32_has_fails(
+    converted: Callable[..., Path], checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = verification._logits
+    monkeypatch.setattr(verification, "_logits", lambda *arguments: honest(*arguments) + 1e-2)
+    report = verify_directory(converted(str(checkpoints["5.2"])), oracle="naive", tokens=60)
+    assert not report.passed
+    assert "logits: naive agrees in float64, but float32 moves the model by 1.0e-02" in report.summary
+    assert report.divergence.startswith("in no layer: ")
+
+
+def test_rounding_of_expected_logits(
+    noisy: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits that somebody wrote down in float32 carry that one's rounding; an error of ten times that is one."""
+    without = {name: oracle for name, oracle in ORACLES.items() if name != "rwkv"}
+    monkeypatch.setattr("rwkv_rev.equivalence.verification.ORACLES", without)
+    source = shutil.copy(noisy["5.1"], tmp_path / "source.pth")
+    prompt = list(b"Some words to go on from")
+    tensors = torch.load(source, weights_only=True)
+    *_, exact = naive_logits(tensors, torch.tensor(prompt))
+    *_, rounded = naive_logits(tensors, torch.tensor(prompt), dtype=torch.float32)
+    rounding = rounded[-1] - exact[-1]
+    assert rounding.abs().max() > 1e-5
+    model = convert(str(source), tmp_path / "model").directory
+    for factor, passed in ((1, True), (10, False)):
+        logits = (exact[-1] + factor * rounding).tolist()
+        expected = {"prompt_bytes": prompt, "logits_after_last_byte": logits}
+        (tmp_path / "source.expected.json").write_text(json.dumps(expected))
+        report = verify_directory(model, tokens=20)
+        assert report.rows[-1].oracle == "expected"
+        assert report.rows[-1].passed == passed
+        assert report.passed == passed
+
+
+def test_float64_rounded_to_float32(tmp_path: Path) -> None:
+    torch.save(blinkdl_state_dict("4", vocab=256, dtype=torch.float64), tmp_path / "source.pth")
+    for dtype in ("auto", "float32"):
+        model = convert(str(tmp_path / "source.pth"), tmp_path / dtype, dtype=dtype).directory
+        report = verify_directory(model, oracle="naive", tokens=20)
+        assert report.passed, report.table()
+        assert report.rows[-1].float64.difference < 1e-12

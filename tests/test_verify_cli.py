@@ -73,6 +73,7 @@ def test_json(model: Path, capfd: pytest.CaptureFixture[str], damage: bool) -> N
         "bits_per_byte_original",
         "bits_per_byte_converted",
         "tolerance",
+        "float64",
         "passed",
     }
     assert bool(document["divergence"]) is damage
@@ -182,6 +183,7 @@ def test_a_failed_check_exits_3(
         monkeypatch.setattr(FixedPoint, "retreat", off_by_one)
     else:
         monkeypatch.setattr(gradients, "AGREEMENT", 1e-12)
+        monkeypatch.setattr(gradients, "GRID", 0)
     arguments = [model, "--oracle", "naive", "--tokens", "20", "--context", "24", "--chunk", "6"]
     arguments += ["--no-gradients"] if check == "reversal" else ["--no-reversal"]
     assert run(*arguments) == 3

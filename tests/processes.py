@@ -1,0 +1,129 @@
+"""Processes of this machine for tests: the ranks of a job, and commands that a test may kill.
+
+A fresh interpreter spends 5 s of processor time on imports before it fine-tunes anything. On Linux these processes are
+forked from a server that has imported all of it and computed nothing; elsewhere each starts afresh.
+"""
+
+import multiprocessing
+import multiprocessing.process
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.multiprocessing
+from finetune_cases import environment
+
+START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
+PRELOADED = [
+    "rwkv_rev.training.finetune",
+    "rwkv_rev.modeling",
+    "rwkv_rev.cli",
+    "peft",
+    "torch.distributed.fsdp",
+]
+
+
+def in_ranks(work: Callable[[int], Any], world: int, folder: Path) -> list[Any]:
+    """What ``work(rank)``, a function of a module, gives in each of ``world`` gloo processes (files in ``folder``)."""
+    _context()
+    torch.multiprocessing.start_processes(
+        _one_rank, args=(work, world, str(folder)), nprocs=world, start_method=START_METHOD
+    )
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+
+
+def start_command(
+    arguments: Sequence[object], streams: Path, env: dict[str, str]
+) -> multiprocessing.process.BaseProcess:
+    """``rwkv-rev`` as a process of its own, which writes to ``streams``.out and ``streams``.err."""
+    process = _context().Process(target=_command, args=([*map(str, arguments)], str(streams), env))
+    process.start()
+    return process
+
+
+def start_command_in_ranks(
+    arguments: Sequence[object], world: int, streams: Path, env: dict[str, str]
+) -> list[multiprocessing.process.BaseProcess]:
+    """One ``rwkv-rev`` per rank, told about the others as torchrun would; they write to ``streams``.0.out and so on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    env = env | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    env |= {name: str(world) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    return [
+        start_command(
+            arguments, Path(f"{streams}.{rank}"), env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        )
+        for rank in range(world)
+    ]
+
+
+def run_command(
+    *arguments: object, world: int = 1, env: dict[str, str] | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Wait for ``rwkv-rev``, in one process or several: rank 0's output, everybody's errors, the largest exit code."""
+    env = environment() if env is None else env
+    with tempfile.TemporaryDirectory() as folder:
+        streams = Path(folder) / "rank"
+        if world == 1:
+            started = [start_command(arguments, Path(f"{streams}.0"), env)]
+        else:
+            started = start_command_in_ranks(arguments, world, streams, env)
+        for process in started:
+            process.join(timeout)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+        codes = [process.exitcode for process in started]
+        errors = "".join(Path(f"{streams}.{rank}.err").read_text("utf-8") for rank in range(world))
+        output = Path(f"{streams}.0.out").read_text("utf-8")
+    return subprocess.CompletedProcess(arguments, max(abs(code or 0) for code in codes), output, errors)
+
+
+def _context() -> Any:
+    """Starts processes. The server reads the environment once, when it imports: nobody's Hub, no GPU, one thread."""
+    if START_METHOD == "forkserver":
+        from multiprocessing import forkserver
+
+        former = dict(os.environ)
+        os.environ.update(environment())
+        try:
+            forkserver.set_forkserver_preload(PRELOADED)
+            forkserver.ensure_running()
+        finally:
+            os.environ.clear()
+            os.environ.update(former)
+    return multiprocessing.get_context(START_METHOD)
+
+
+def _one_rank(rank: int, work: Callable[[int], Any], world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=120),
+    )
+    torch.save(work(rank), Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def _command(arguments: list[str], streams: str, env: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(env)
+    for number, ending in ((1, "out"), (2, "err")):
+        file = os.open(f"{streams}.{ending}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, number)
+        os.close(file)
+    torch.set_num_threads(1)
+    from rwkv_rev.cli import main
+
+    main(arguments)

@@ -1,0 +1,139 @@
+"""What transformers' conventions ask of any model: settings of the configuration, tuples, recomputed layers."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from bptt_cases import AGREE, assert_agree, differentiate, random_tokens, relative_error, tiny_model
+from torch.utils.checkpoint import checkpoint
+
+TOKENS = random_tokens(14, batch=2)
+
+# --- the configuration's settings -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", [True, False], ids=["base", "language model"])
+def test_hidden_states_by_configuration(base: bool) -> None:
+    whole = tiny_model("5.2").eval()
+    model = whole.model if base else whole
+    asked = model(TOKENS, output_hidden_states=True).hidden_states
+    assert len(asked) == 3
+    assert model(TOKENS).hidden_states is None
+    model.config.output_hidden_states = True
+    for found, expected in zip(model(TOKENS).hidden_states, asked, strict=True):
+        assert torch.equal(found, expected)
+    assert model(TOKENS, output_hidden_states=False).hidden_states is None
+
+
+@pytest.mark.parametrize("base", [True, False], ids=["base", "language model"])
+def test_tuples(base: bool) -> None:
+    whole = tiny_model("5.2").eval()
+    model = whole.model if base else whole
+    expected = model(TOKENS)
+    found = model(TOKENS, return_dict=False)
+    assert type(found) is tuple
+    assert torch.equal(found[0], expected[0])
+    model.config.return_dict = False
+    assert torch.equal(model(TOKENS)[0], expected[0])
+    assert type(model(TOKENS)) is tuple
+    assert torch.equal(model(TOKENS, return_dict=True)[0], expected[0])
+
+
+@pytest.mark.parametrize("strategy", ["full", "reversible"])
+def test_losses_where_the_configuration_asks_for_tuples(strategy: str) -> None:
+    model = tiny_model("5.2")
+    expected = differentiate(model, strategy, 4, input_ids=TOKENS)
+    model.config.return_dict = False
+    model.zero_grad()
+    with model.set_bptt(strategy, chunk_length=4):
+        loss = model(TOKENS, labels=TOKENS)[0]
+    loss.backward()
+    assert loss == expected.loss
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, expected.gradients[name])
+    assert model.eval().generate(TOKENS, max_new_tokens=2, pad_token_id=0).shape == (2, 16)
+
+
+@pytest.mark.parametrize("initial", [True, False])
+def test_what_stays_float32_is_there(initial: bool) -> None:
+    model = tiny_model("5.2", has_initial_state=initial)
+    names = {part for name, _ in model.named_parameters() for part in name.split(".")}
+    for found in (model, model.model):
+        assert found._keep_in_fp32_modules_strict <= names
+        assert ("initial_wkv" in found._keep_in_fp32_modules_strict) == initial
+
+
+# --- activation checkpointing -----------------------------------------------------------------------------------
+
+
+def counting(calls: list[int]) -> Callable[..., Any]:
+    """``checkpoint`` that counts its calls."""
+
+    def count(*arguments: Any, **settings: Any) -> Any:
+        calls.append(1)
+        return checkpoint(*arguments, **settings)
+
+    return count
+
+
+@pytest.mark.parametrize(("every", "blocks"), [(1, 4), (2, 2), (3, 2)])
+@pytest.mark.parametrize(("strategy", "chunks"), [("full", 1), ("reversible", 4), ("checkpoint", 4)])
+def test_the_given_function_recomputes_every_nth_block(
+    strategy: str, chunks: int, every: int, blocks: int
+) -> None:
+    model = tiny_model("5.1", num_hidden_layers=4)
+    expected = differentiate(model, strategy, 4, input_ids=TOKENS)
+    calls: list[int] = []
+    model._set_gradient_checkpointing(
+        gradient_checkpointing_func=partial(counting(calls)), every_n_layers=every
+    )
+    assert_agree(differentiate(model, strategy, 4, input_ids=TOKENS), expected)
+    assert len(calls) == blocks * chunks
+    model.eval()
+    model(TOKENS)
+    assert len(calls) == blocks * chunks
+
+
+@pytest.mark.parametrize("settings", [None, {}, {"preserve_rng_state": False}, {"determinism_check": "none"}])
+def test_settings_are_handed_on(settings: dict[str, Any] | None) -> None:
+    model = tiny_model("4")
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(settings)
+    for block in model.blocks:
+        given = block.recompute.keywords
+        assert given["use_reentrant"] is False
+        assert {k: v for k, v in given.items() if k != "use_reentrant"} == (settings or {})
+    disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+    disable()
+    assert all(block.recompute is None for block in model.blocks)
+
+
+def offloaded(*arguments: Any, **settings: Any) -> Any:
+    """As transformers offloads what is kept, without pinned memory."""
+    with torch.autograd.graph.save_on_cpu():
+        return checkpoint(*arguments, **settings)
+
+
+@pytest.mark.parametrize(
+    "function", [partial(checkpoint, use_reentrant=True), partial(offloaded)], ids=["reentrant", "offloaded"]
+)
+@pytest.mark.parametrize("strategy", ["full", "reversible"])
+def test_reentrant_and_offloaded_recomputation_give_the_gradient(
+    strategy: str, function: Callable[..., Any]
+) -> None:
+    """Of a state that requires gradients too, where the reentrant way of PyTorch would give none."""
+    model = tiny_model("5.2", dtype=torch.float64)
+    with torch.no_grad():
+        state = model(TOKENS).state
+    gradients = []
+    for recomputed in (False, True):
+        if recomputed:
+            model._set_gradient_checkpointing(gradient_checkpointing_func=function)
+        for tensor in state.tensors():
+            tensor.requires_grad_().grad = None
+        found = differentiate(model, strategy, 4, input_ids=TOKENS, state=state)
+        gradients.append(found.gradients | {"state": state.wkv.grad.clone()})
+    for name, expected in gradients[0].items():
+        assert relative_error(gradients[1][name], expected) < AGREE, name

@@ -1,0 +1,75 @@
+"""``torch.export``: one graph for prompts of one length, whatever their tokens, masks and the model's decays."""
+
+import pytest
+import torch
+from bptt_cases import VERSIONS, random_tokens, relative_error, tiny_model
+from torch import Tensor, nn
+
+from rwkv_rev.exporting import exporting
+from rwkv_rev.wkv import wkv5
+
+pytestmark = [
+    pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="this torch cannot tell"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
+
+
+def exported(model: nn.Module, inputs: dict[str, Tensor | bool], **dynamic: object) -> nn.Module:
+    shapes = {name: dynamic.get(name) for name in inputs} if dynamic else None
+    with torch.no_grad():
+        return torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False).module()
+
+
+@pytest.mark.parametrize("length", [1, 70])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_exported_models_compute_the_same(version: str, length: int) -> None:
+    model = tiny_model(version).eval()
+    inputs = {"input_ids": random_tokens(length, batch=2), "use_cache": False}
+    graph = exported(model, inputs)
+    others = inputs | {"input_ids": random_tokens(length, batch=2, seed=9)}
+    with torch.no_grad():
+        found, expected = graph(**others), model(**others)
+    assert relative_error(found.logits, expected.logits) < 1e-5
+    for tensor, other in zip(found.state, expected.state.tensors(), strict=True):
+        assert relative_error(tensor, other) < 1e-5
+    assert not exporting()
+
+
+@pytest.mark.parametrize("version", ["4", "5.2"])
+def test_masks_are_data(version: str) -> None:
+    """Exported with a mask of ones, it holds for every mask, and for any number of rows."""
+    model = tiny_model(version).eval()
+    tokens = random_tokens(12, batch=3)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
+    rows = {0: torch.export.Dim("rows", min=2, max=64)}
+    graph = exported(model, inputs, input_ids=rows, attention_mask=rows)
+    mask = torch.ones(5, 12, dtype=torch.long)
+    mask[0, :4] = mask[1, 8:] = mask[2, 5:7] = 0
+    others = inputs | {"input_ids": random_tokens(12, batch=5, seed=9), "attention_mask": mask}
+    with torch.no_grad():
+        found, expected = graph(**others).logits, model(**others).logits
+    valid = mask.bool()
+    assert relative_error(found[valid], expected[valid]) < 1e-5
+
+
+@pytest.mark.parametrize("decay", [-1e-3, -0.5, -20.0, -300.0], ids=str)
+def test_decays_are_data(decay: float) -> None:
+    """Exported with mild decays, the kernel holds for every decay."""
+
+    class Kernel(nn.Module):
+        def forward(self, r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
+            return wkv5(r, k, v, log_decay, torch.ones_like(log_decay), state)[0]
+
+    generator = torch.Generator().manual_seed(0)
+    r, k, v = (torch.randn(1, 40, 2, 4, generator=generator) for _ in range(3))
+    state = torch.randn(1, 2, 4, 4, generator=generator)
+    inputs = {"r": r, "k": k, "v": v, "log_decay": torch.full((2, 4), -1e-3), "state": state}
+    graph = exported(Kernel(), inputs)
+    others = inputs | {"log_decay": torch.full((2, 4), decay)}
+    assert relative_error(graph(**others), Kernel()(**others)) < 1e-5
+
+
+def test_positions_cannot_be_looked_at() -> None:
+    model, tokens = tiny_model("4").eval(), random_tokens(6)
+    with pytest.raises(Exception, match="position_ids"):
+        exported(model, {"input_ids": tokens, "position_ids": torch.arange(6)[None]})

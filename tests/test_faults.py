@@ -1,0 +1,196 @@
+"""One-shot faults: every number that both sweeps compute is compared, whatever module, call and sweep it comes from."""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from bptt_cases import differentiate, random_like, random_state, random_tokens, tiny_model
+from torch import Tensor, nn
+
+from rwkv_rev import RwkvRevForCausalLM
+from rwkv_rev.errors import ReversalMismatchError
+from rwkv_rev.foreign_code import position_wise
+
+CHUNK = 6
+LAYERS = 2
+EXACT = ("checkpoint", "reversible")
+
+
+def targets(model: RwkvRevForCausalLM) -> list[str]:
+    """Modules whose output is a tensor that the context's loss depends on."""
+    kinds = (nn.Linear, nn.LayerNorm, nn.Embedding)
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def calls(model: RwkvRevForCausalLM, name: str, strategy: str, inputs: dict[str, Any]) -> int:
+    """How often the module is called in one loss."""
+    heard: list[None] = []
+    with hooked(model, name, lambda module, given, output: heard.append(None)):
+        differentiate(model, strategy, CHUNK, **inputs)
+    return len(heard)
+
+
+@contextmanager
+def hooked(model: RwkvRevForCausalLM, name: str, hook: Any) -> Iterator[None]:
+    handle = model.get_submodule(name).register_forward_hook(position_wise(hook))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def fault(number: int) -> Any:
+    """A hook that changes one element in the ``number``-th call, from 0."""
+    count = itertools.count()
+
+    def hook(module: nn.Module, given: Any, output: Tensor) -> Tensor | None:
+        if next(count) != number:
+            return None
+        changed = output.clone()
+        with torch.no_grad():
+            changed.view(-1)[changed.numel() // 3] += 0.01
+        return changed
+
+    return hook
+
+
+def once_computed(name: str, number: int, chunks: int) -> bool:
+    """Whether the second sweep alone computes what this call gives: the last chunk, final norm and head."""
+    return name.endswith(("head", "ln_out")) or number == chunks - 1
+
+
+@pytest.mark.parametrize(
+    ("version", "strategy", "chunks"),
+    [
+        ("4", "checkpoint", 2),
+        ("5.2", "reversible", 2),
+        ("4", "reversible", 3),
+        ("5.2", "checkpoint", 3),
+        ("4", "checkpoint", 4),
+        ("5.2", "reversible", 4),
+    ],
+)
+def test_every_fault_is_found(version: str, strategy: str, chunks: int) -> None:
+    """Or it hits what is computed once, where loss and gradient come from the same numbers."""
+    model = tiny_model(version, num_hidden_layers=LAYERS)
+    inputs = {"input_ids": random_tokens(CHUNK * chunks, batch=2)}
+    clean = differentiate(model, strategy, CHUNK, **inputs)
+    found = missed = 0
+    for name in targets(model):
+        for number in range(calls(model, name, strategy, inputs)):
+            with hooked(model, name, fault(number)):
+                try:
+                    faulty = differentiate(model, strategy, CHUNK, **inputs)
+                except ReversalMismatchError:
+                    found += 1
+                    continue
+            changed = not torch.equal(faulty.loss, clean.loss) or any(
+                not torch.equal(faulty.gradients[key], clean.gradients[key]) for key in clean.gradients
+            )
+            assert not changed or once_computed(name, number, chunks), (name, number)
+            missed += changed
+    assert found >= 15 * LAYERS * (chunks - 1) and missed
+
+
+@pytest.mark.parametrize("strategy", EXACT)
+@pytest.mark.parametrize("version", ["4", "5.2"])
+def test_every_fault_in_checkpointed_blocks_is_found(version: str, strategy: str) -> None:
+    """The same where blocks are recomputed once more (``gradient_checkpointing_enable``): the first layer's faults."""
+    model = tiny_model(version, num_hidden_layers=LAYERS)
+    model.model.gradient_checkpointing = True
+    inputs = {"input_ids": random_tokens(CHUNK * 3, batch=2)}
+    name = "model.blocks.0.time_mix.key"
+    # two calls in the first sweep; then the last chunk's three, then the inner chunk's, of which the first is compared
+    for number in (0, 1, 5):
+        with hooked(model, name, fault(number)), pytest.raises(ReversalMismatchError):
+            differentiate(model, strategy, CHUNK, **inputs)
+
+
+@pytest.mark.parametrize("chunks", [2, 3, 4])
+@pytest.mark.parametrize("strategy", EXACT)
+def test_noise_of_a_hidden_generator_is_found(strategy: str, chunks: int) -> None:
+    """Noise that no captured generator explains: NEFTune-like, on the embeddings."""
+    model = tiny_model("5.2")
+    own = torch.Generator().manual_seed(0)
+
+    def noise(module: nn.Module, given: Any, output: Tensor) -> Tensor:
+        return output + 0.1 * torch.rand(output.shape, generator=own)
+
+    with (
+        hooked(model, "model.embeddings", noise),
+        pytest.raises(ReversalMismatchError, match=r"layer 0 .* chunk \d") as error,
+    ):
+        differentiate(model, strategy, CHUNK, input_ids=random_tokens(CHUNK * chunks))
+    assert "bptt='full'" in str(error.value) and "checkpoint'" not in str(error.value)
+
+
+@pytest.mark.parametrize("chunks", [2, 3, 4])
+@pytest.mark.parametrize("name", ["model.embeddings", "model.blocks.1.channel_mix.key", "head"])
+def test_what_a_known_generator_draws_is_drawn_again(name: str, chunks: int) -> None:
+    """Any ``torch.rand``, Python's ``random`` and numpy's: the noise is seen once, so noise and gradient fit."""
+    import random
+
+    import numpy as np
+
+    model, ids = tiny_model("5.2", dtype=torch.float64), random_tokens(CHUNK * chunks)
+    drawn: list[Tensor] = []
+
+    def noise(module: nn.Module, given: Any, output: Tensor) -> Tensor:
+        drawn.append(torch.rand(output.shape, dtype=output.dtype) * random.random() * float(np.random.rand()))
+        return output + drawn[-1]
+
+    outcomes = []
+    for strategy in EXACT:
+        torch.manual_seed(1)
+        random.seed(1)
+        np.random.seed(1)
+        drawn.clear()
+        with hooked(model, name, noise):
+            outcomes.append(differentiate(model, strategy, CHUNK, input_ids=ids))
+        after = torch.rand(()), random.random(), np.random.rand()
+        once = drawn[: chunks - 1] + drawn[chunks - 1 : chunks] if name != "head" else drawn[::-1]
+        assert len(drawn) == (chunks if name == "head" else 2 * chunks - 1)
+    one, other = outcomes
+    assert torch.equal(one.loss, other.loss)
+    # the same noise, given to the whole context at once
+    with hooked(model, name, lambda module, given, output: output + torch.cat(once, dim=output.dim() - 2)):
+        full = differentiate(model, "full", input_ids=ids)
+    torch.testing.assert_close(one.loss, full.loss, rtol=1e-7, atol=0)
+    for key, gradient in full.gradients.items():
+        torch.testing.assert_close(one.gradients[key], gradient, rtol=1e-5, atol=1e-8)
+    assert len(set(map(float, after))) == 3
+
+
+@pytest.mark.parametrize("strategy", EXACT)
+def test_a_diverged_model_ends_in_nan(strategy: str) -> None:
+    """NaN in a weight is no mismatch of the sweeps: the loss is NaN, as under ``full``."""
+    for name in ("blocks.0.time_mix.key.weight", "blocks.1.channel_mix.value.weight", "ln0.bias"):
+        model = tiny_model("5.2")
+        with torch.no_grad():
+            model.model.get_parameter(name).view(-1)[3] = torch.nan
+        outcome = differentiate(model, strategy, CHUNK, input_ids=random_tokens(CHUNK * 4))
+        assert outcome.loss.isnan()
+
+
+def test_the_cost_of_looking(record_property: Any) -> None:
+    """States of generators are kept once where nothing is drawn."""
+    model, ids = tiny_model("5.2"), random_tokens(CHUNK * 40)
+    state = random_state(model, 1, learned=True)
+    kept: list[Any] = []
+    from rwkv_rev.bptt import sweeps
+
+    original = sweeps.TwoSweeps._backward_sweep
+
+    def watched(self: Any, work: Any, *rest: Any) -> Any:
+        kept.extend(work.random)
+        return original(self, work, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweeps.TwoSweeps, "_backward_sweep", watched)
+        differentiate(
+            model, "reversible", CHUNK, input_ids=ids, state=state, final_state_gradient=random_like(state)
+        )
+    assert len(kept) == 40 and len({id(states) for states in kept}) <= 2

@@ -1,0 +1,351 @@
+"""Hooks, modules and replaced forwards of others: heard alike by every strategy, or refused by name."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from bptt_cases import VERSIONS, Outcome, assert_agree, differentiate, random_tokens, tiny_model
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, weight_norm
+
+import rwkv_rev
+from rwkv_rev import RwkvRevForCausalLM
+from rwkv_rev.errors import ReversalMismatchError, StrategyError
+from rwkv_rev.foreign_code import strangers
+
+CHUNK = 8
+IDS = random_tokens(27, batch=2)
+CHUNKED = ("checkpoint", "reversible", "truncated")
+
+AGREE = 1e-6
+"""In float64; states of ``reversible`` and ``checkpoint`` lie on a grid of 27 bits."""
+
+
+def model_of(version: str = "5.2") -> RwkvRevForCausalLM:
+    return tiny_model(version, dtype=torch.float64)
+
+
+def assert_like_full(model: RwkvRevForCausalLM, **inputs: Any) -> Outcome:
+    """Both exact strategies, from two to four chunks, agree with ``full``, whose outcome at the longest it gives."""
+    for length in (10, 20, 27):
+        full = differentiate(model, "full", input_ids=IDS[:, :length], **inputs)
+        for strategy in ("checkpoint", "reversible"):
+            assert_agree(
+                differentiate(model, strategy, CHUNK, input_ids=IDS[:, :length], **inputs), full, AGREE
+            )
+    return full
+
+
+def direction(size: int) -> Tensor:
+    return torch.linspace(-1, 1, size, dtype=torch.float64)
+
+
+def steer(module: nn.Module, given: Any, output: Any) -> Any:
+    """A steering vector, on a tensor or on the first of several outputs."""
+    if isinstance(output, Tensor):
+        return output + direction(16)
+    return (output[0] + direction(16), *output[1:])
+
+
+PLACES = [
+    "blocks.0",
+    "blocks.1",
+    "blocks.1.time_mix",
+    "blocks.0.channel_mix",
+    "blocks.0.ln2",
+    "embeddings",
+    "ln_out",
+]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_declared_hook_is_heard_everywhere(version: str, place: str) -> None:
+    model = model_of(version)
+    plain = differentiate(model, "full", input_ids=IDS)
+    model.model.get_submodule(place).register_forward_hook(
+        rwkv_rev.position_wise(lambda *given: steer(*given))
+    )
+    full = assert_like_full(model)
+    assert abs(float(full.loss - plain.loss)) > 1e-4
+    with torch.no_grad():
+        for strategy in ("full", "auto", "reversible", "truncated"):
+            with model.set_bptt(strategy, chunk_length=CHUNK):
+                torch.testing.assert_close(model(IDS, labels=IDS).loss, full.loss, rtol=1e-6, atol=0)
+                chunked = model(IDS).logits
+    torch.testing.assert_close(chunked, model(IDS).logits, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("place", ["blocks.0", "blocks.1.time_mix"])
+def test_a_declared_pre_hook_and_a_backward_hook(place: str) -> None:
+    model = model_of()
+    module = model.model.get_submodule(place)
+    module.register_forward_pre_hook(
+        rwkv_rev.position_wise(lambda module, given: (given[0] * 1.1, *given[1:]))
+    )
+    handle = module.register_full_backward_hook(
+        rwkv_rev.position_wise(lambda module, to_inputs, to_outputs: (to_inputs[0] * 0.5, *to_inputs[1:]))
+    )
+    halved = assert_like_full(model).gradients
+    handle.remove()
+    whole = assert_like_full(model).gradients
+    assert any(not torch.equal(halved[name], whole[name]) for name in whole)
+
+
+def test_the_class_of_a_module_may_be_declared() -> None:
+    class Scaled(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner, self.factor = inner, nn.Parameter(2 + direction(16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.factor * self.inner(x)
+
+    model = model_of()
+    model.blocks[1].time_mix.key = Scaled(model.blocks[1].time_mix.key)
+    with pytest.raises(StrategyError, match=r"Scaled at model\.blocks\.1\.time_mix\.key"):
+        differentiate(model, "reversible", CHUNK, input_ids=IDS)
+    rwkv_rev.position_wise(Scaled)
+    assert assert_like_full(model).gradients["model.blocks.1.time_mix.key.factor"].all()
+
+
+def replaced_forward(model: RwkvRevForCausalLM) -> None:
+    block = model.blocks[0]
+    inner = block.forward
+    block.forward = lambda *arguments: inner(*arguments)  # type: ignore[method-assign]
+
+
+def global_hook(model: RwkvRevForCausalLM) -> Callable[[], None]:
+    return nn.modules.module.register_module_forward_hook(lambda module, given, output: None).remove
+
+
+STRANGE: dict[str, tuple[Callable[[RwkvRevForCausalLM], Any], str]] = {
+    "forward hook": (lambda m: m.blocks[1].register_forward_hook(steer), r"hook steer on model\.blocks\.1"),
+    "hook on a cell": (
+        lambda m: m.blocks[0].time_mix.register_forward_hook(steer),
+        r"hook steer on model\.blocks\.0\.time_mix",
+    ),
+    "hook with kwargs": (
+        lambda m: m.head.register_forward_hook(lambda m, a, k, o: o, with_kwargs=True),
+        r"hook .*lambda.* on head",
+    ),
+    "pre-hook": (
+        lambda m: m.model.ln0.register_forward_pre_hook(lambda m, a: a),
+        r"hook .*lambda.* on model\.ln0",
+    ),
+    "backward hook": (
+        lambda m: m.blocks[0].register_full_backward_hook(lambda m, a, b: None),
+        r"hook .*lambda.* on model\.blocks\.0",
+    ),
+    "backward pre-hook": (
+        lambda m: m.blocks[0].ln1.register_full_backward_pre_hook(lambda m, a: None),
+        r"hook .*lambda.* on model\.blocks\.0\.ln1",
+    ),
+    "hook on the base model": (
+        lambda m: m.model.register_forward_hook(rwkv_rev.position_wise(lambda m, a, o: None)),
+        r"hook .*lambda.* on model ",
+    ),
+    "global hook": (global_hook, r"the global hook .*lambda"),
+    "replaced forward": (replaced_forward, r"replaced forward of model\.blocks\.0"),
+    "batch norm": (
+        lambda m: setattr(m.blocks[0], "ln1", nn.BatchNorm1d(16)),
+        r"BatchNorm1d at model\.blocks\.0\.ln1",
+    ),
+    "recurrent layer": (
+        lambda m: setattr(m.blocks[0].time_mix, "key", nn.LSTM(16, 16)),
+        r"LSTM at model\.blocks\.0\.time_mix\.key",
+    ),
+    "compiled in place": (lambda m: m.blocks[0].compile(), r"compiled call of model\.blocks\.0"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", STRANGE)
+def test_what_is_not_known_is_refused_by_name(name: str) -> None:
+    strange, words = STRANGE[name]
+    model = model_of()
+    undo = strange(model)
+    try:
+        for strategy in CHUNKED:
+            with pytest.raises(StrategyError, match=words) as error:
+                differentiate(model, strategy, CHUNK, input_ids=IDS)
+            assert "position_wise" in str(error.value) and "\n" not in str(error.value)
+    finally:
+        if callable(undo):
+            undo()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_hook_that_looks_at_positions_is_right_where_it_runs() -> None:
+    """Not in chunks: ``full``, evaluation and logits see the whole context whatever its length."""
+    model = model_of()
+
+    def at_ten(module: nn.Module, given: Any, output: Any) -> Any:
+        out = output[0].clone()
+        out[:, 10] += 1.0
+        return (out, *output[1:])
+
+    model.blocks[0].register_forward_hook(at_ten)
+    full = differentiate(model, "full", input_ids=IDS)
+    with torch.no_grad(), model.set_bptt("auto", chunk_length=CHUNK):
+        torch.testing.assert_close(model(IDS, labels=IDS).loss, full.loss, rtol=1e-9, atol=0)
+        logits = model(IDS).logits
+    torch.testing.assert_close(logits, model(IDS).logits, rtol=1e-9, atol=1e-12)
+
+
+def test_hooks_of_the_base_model_are_heard_by_full() -> None:
+    model = model_of()
+    plain = differentiate(model, "full", input_ids=IDS).loss
+
+    def louder(module: nn.Module, given: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state * 2
+        return output
+
+    model.model.register_forward_hook(louder)
+    loud = differentiate(model, "full", input_ids=IDS).loss
+    assert abs(float(loud - plain)) > 1e-3
+    with torch.no_grad(), model.set_bptt("reversible", chunk_length=CHUNK):
+        torch.testing.assert_close(model(IDS, labels=IDS).loss, loud, rtol=1e-9, atol=0)
+
+
+def test_hooks_of_well_known_tools_need_no_declaration() -> None:
+    model = model_of()
+    model.enable_input_require_grads()
+    model.model.embeddings.requires_grad_(False)
+    weight_norm_of = pytest.warns(FutureWarning, match="weight_norm")
+    with weight_norm_of:
+        weight_norm(model.blocks[0].time_mix.key)
+    parametrizations.orthogonal(model.blocks[1].channel_mix.receptance)
+    assert strangers(model)[:3] == ([], [], True)
+    assert strangers(model_of())[:3] == ([], [], False)
+    full = assert_like_full(model)
+    assert "model.blocks.0.time_mix.key.weight_g" in full.gradients
+    assert "model.blocks.1.channel_mix.receptance.parametrizations.weight.original" in full.gradients
+
+
+@pytest.mark.parametrize("strategy", CHUNKED)
+def test_a_trainable_tensor_beside_a_frozen_model_is_refused(strategy: str) -> None:
+    """As steering vectors are trained: nothing in the model is, so its loss would have no gradient at all."""
+    model = model_of().requires_grad_(False)
+    vector = direction(16).requires_grad_()
+
+    def add(module: nn.Module, given: Any, output: Any) -> Any:
+        return output + vector
+
+    model.get_submodule("model.ln_out").register_forward_hook(add)
+    with pytest.raises(StrategyError, match="is not known to treat each position by itself"):
+        differentiate(model, strategy, CHUNK, input_ids=IDS)
+    rwkv_rev.position_wise(add)
+    with pytest.raises(StrategyError, match=r"a tensor of shape \[16\] .* nn\.Parameter"):
+        differentiate(model, strategy, CHUNK, input_ids=IDS)
+    vector.requires_grad_(False)
+    with model.set_bptt(strategy, chunk_length=CHUNK):
+        frozen = model(IDS, labels=IDS).loss
+    assert not frozen.requires_grad
+    with model.set_bptt("full"):
+        torch.testing.assert_close(frozen, model(IDS, labels=IDS).loss, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("version", ["5.0", "5.1", "5.2"])
+def test_what_stands_in_the_place_of_the_norm_of_heads(version: str) -> None:
+    """``ln_x`` is computed by its formula only where nobody has wrapped or hooked it."""
+    model = model_of(version)
+    plain = assert_like_full(model)
+    for block in model.blocks:
+        block.time_mix.ln_x = nn.Sequential(block.time_mix.ln_x)
+    wrapped = assert_like_full(model)
+    assert wrapped.loss.item() == pytest.approx(plain.loss.item(), rel=1e-12)
+    for block in model.blocks:
+        block.time_mix.ln_x[0].register_forward_hook(
+            rwkv_rev.position_wise(lambda module, given, output: -output)
+        )
+    hooked = assert_like_full(model)
+    assert hooked.loss.item() != pytest.approx(plain.loss.item(), rel=1e-3)
+
+
+class Symmetric(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.triu() + weight.triu(1).T
+
+
+def test_cached_parametrizations() -> None:
+    """A weight computed once, in the sweep without graph, must not be taken for the one that gets the gradient."""
+    model = model_of()
+    parametrize.register_parametrization(model.blocks[0].time_mix.receptance, "weight", Symmetric())
+    expected = assert_like_full(model)
+    name = "model.blocks.0.time_mix.receptance.parametrizations.weight.original"
+    assert expected.gradients[name].any()
+    with parametrize.cached():
+        model.blocks[0].time_mix.receptance.weight  # noqa: B018 (in the cache now)
+        for strategy in ("checkpoint", "reversible"):
+            assert_agree(differentiate(model, strategy, CHUNK, input_ids=IDS), expected, AGREE)
+
+
+@pytest.mark.parametrize("place", ["model.blocks.0", "model.embeddings", "head", "model.ln_out"])
+def test_a_trainable_tensor_beside_the_parameters_is_refused(place: str) -> None:
+    model = model_of()
+    size = 32 if place == "head" else 16
+    vector = direction(size).requires_grad_()
+
+    @rwkv_rev.position_wise
+    def add(module: nn.Module, given: Any, output: Any) -> Any:
+        return output + vector if isinstance(output, Tensor) else (output[0] + vector, *output[1:])
+
+    handle = model.get_submodule(place).register_forward_hook(add)
+    for strategy in CHUNKED:
+        with pytest.raises(StrategyError, match=rf"a tensor of shape \[{size}\] .* nn\.Parameter"):
+            differentiate(model, strategy, CHUNK, input_ids=IDS)
+    if place == "head":  # the head's gradients are finished beside autograd's graph under ``full`` as well
+        with pytest.raises(StrategyError, match=r"nn\.Parameter"):
+            differentiate(model, "full", input_ids=IDS)
+    else:
+        differentiate(model, "full", input_ids=IDS)
+        assert vector.grad is not None
+    handle.remove()
+    # the advice works
+    registered = nn.Parameter(vector.detach())
+    model.model.register_parameter("vector", registered)
+    vector = registered
+    model.get_submodule(place).register_forward_hook(add)
+    assert assert_like_full(model).gradients["model.vector"].all()
+
+
+def test_neftune_adds_to_a_chunk_what_it_adds_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its noise shrinks with the length that the hook sees; here the same noise is drawn for both."""
+    from transformers.integrations.neftune import neftune_post_forward_hook
+
+    model = model_of()
+    whole = torch.rand(2, 27, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    place = itertools.count()
+    starts: list[int] = []
+
+    def uniform(self: Tensor, low: Any, high: Any) -> Tensor:
+        start = starts[next(place)]
+        return self.copy_(low + (high - low) * whole[:, start : start + self.shape[1]])
+
+    monkeypatch.setattr(Tensor, "uniform_", uniform)
+    model.model.embeddings.neftune_noise_alpha = 5
+    model.model.embeddings.register_forward_hook(neftune_post_forward_hook)
+    starts = [0]
+    full = differentiate(model, "full", input_ids=IDS)
+    for strategy in ("checkpoint", "reversible"):
+        place, starts = itertools.count(), [0, 8, 16, 24, 16, 8, 0]
+        assert_agree(differentiate(model, strategy, CHUNK, input_ids=IDS), full, AGREE)
+    assert model.model.embeddings.neftune_noise_alpha == 5
+    place, starts = itertools.count(), [0, 8, 16, 24]
+    differentiate(model, "truncated", CHUNK, input_ids=IDS)
+    assert next(place) == 4
+
+
+@pytest.mark.parametrize("place", ["model.blocks.0.time_mix.key", "head"])
+def test_spectral_norm_is_refused(place: str) -> None:
+    """In training it moves its vectors at every call: chunks would see other weights. In eval mode it is exact."""
+    model = model_of()
+    layer = parametrizations.spectral_norm(model.get_submodule(place))
+    for strategy in CHUNKED:
+        with pytest.raises((StrategyError, ReversalMismatchError), match="full"):
+            differentiate(model, strategy, CHUNK, input_ids=IDS)
+    layer.eval()
+    assert_like_full(model)

@@ -1,0 +1,156 @@
+"""Keywords of trainers and collators: targets that are shifted already, packed rows, copies without parameters."""
+
+from typing import Any
+
+import pytest
+import torch
+from accelerate import big_modeling
+from bptt_cases import VERSIONS, assert_agree, differentiate, random_tokens, tiny_model
+from torch import Tensor
+from transformers import DataCollatorWithFlattening
+
+from rwkv_rev.errors import StrategyError
+
+TOKENS = random_tokens(27, batch=3)
+MASK = torch.ones_like(TOKENS)
+MASK[0, :5] = 0  # left padding
+MASK[1, 20:] = 0  # right padding
+MASK[2, 9:12] = 0  # a hole
+STRATEGIES = ("full", "checkpoint", "reversible", "truncated")
+
+
+def shifted(labels: Tensor) -> Tensor:
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+# --- shift_labels -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_shifted_labels_are_the_labels_shifted(strategy: str) -> None:
+    model = tiny_model("5.2")
+    expected = differentiate(model, strategy, 8, input_ids=TOKENS, labels=TOKENS)
+    found = differentiate(model, strategy, 8, input_ids=TOKENS, labels=None, shift_labels=shifted(TOKENS))
+    assert_agree(found, expected, 0)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("strategy", STRATEGIES[:3])
+def test_targets_given_directly(strategy: str, version: str) -> None:
+    """Each position predicts what is given for it, a masked one nothing; labels beside them do not count."""
+    model = tiny_model(version, dtype=torch.float64)
+    targets = random_tokens(27, batch=3, seed=5)
+    targets[1, 3] = -100
+    logits = model(TOKENS, attention_mask=MASK).logits
+    kept = targets.masked_fill(MASK == 0, -100)
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), kept.flatten())
+    loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    given = {"input_ids": TOKENS, "attention_mask": MASK, "shift_labels": targets}
+    for labels in (None, TOKENS):
+        found = differentiate(model, strategy, 8, labels=labels, **given)
+        assert found.loss.item() == pytest.approx(loss.item(), rel=1e-9)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found.gradients[name], gradient, rtol=1e-6, atol=1e-8)
+    assert given["shift_labels"] is targets and targets[0, 0] != -100  # what was given is as it was
+
+
+def test_one_tensor_for_both_is_taken_as_shifted() -> None:
+    model = tiny_model("4")
+    both = model(TOKENS, labels=TOKENS, shift_labels=TOKENS).loss
+    assert both == model(TOKENS, shift_labels=TOKENS).loss != model(TOKENS, labels=TOKENS).loss
+
+
+def test_shifted_labels_are_counted_and_divided() -> None:
+    model = tiny_model("4")
+    targets = shifted(TOKENS)
+    mean = model(TOKENS, shift_labels=targets).loss
+    count = int((targets != -100).sum())
+    torch.testing.assert_close(
+        model(TOKENS, shift_labels=targets, num_items_in_batch=2 * count).loss, mean / 2
+    )
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKENS, shift_labels=targets).loss, mean)
+
+
+@pytest.mark.parametrize("shape", [(3, 26), (2, 27), (27,), (3, 27, 1)], ids=str)
+def test_shifted_labels_of_another_shape(shape: tuple[int, ...]) -> None:
+    wrong = torch.zeros(shape, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"shift_labels have shape .*, the input \[3, 27\]"):
+        tiny_model("4")(TOKENS, labels=TOKENS, shift_labels=wrong)
+
+
+# --- packed rows ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])},
+        {"position_ids": torch.tensor([0, 1, 2, 3, 3, 4, 5, 6])},
+        {"cu_seq_lens_q": torch.tensor([0, 3, 8])},
+        {"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])},
+    ],
+    ids=lambda keywords: next(iter(keywords)),
+)
+@pytest.mark.parametrize("labels", [False, True], ids=["logits", "loss"])
+def test_packed_rows_are_refused(keywords: dict[str, Any], labels: bool) -> None:
+    tokens = random_tokens(8)
+    model = tiny_model("5.2")
+    with pytest.raises(ValueError, match="several documents"):
+        model(tokens, labels=tokens if labels else None, **keywords)
+    with pytest.raises(ValueError, match="several documents"):
+        model.model(tokens, **keywords)
+
+
+@pytest.mark.parametrize("positions", [True, False])
+def test_what_collators_pack_is_refused(positions: bool) -> None:
+    """transformers' own collator for padding-free training."""
+    collate = DataCollatorWithFlattening(
+        return_flash_attn_kwargs=not positions, return_position_ids=positions
+    )
+    batch = collate([{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6, 7]}])
+    with pytest.raises(ValueError, match="several documents"):
+        tiny_model("4")(**batch)
+
+
+def test_positions_that_count_the_tokens_are_none() -> None:
+    model = tiny_model("5.2").eval()
+    expected = model(TOKENS, attention_mask=MASK, labels=TOKENS).loss
+    counted = (MASK.cumsum(1) - 1).clamp(min=0)
+    for positions in (counted[:2], torch.arange(27)[None], torch.arange(5, 32)):
+        rows = slice(0, 2) if len(positions) == 2 else slice(None)
+        found = model(
+            TOKENS[rows], attention_mask=MASK[rows], labels=TOKENS[rows], position_ids=positions
+        ).loss
+        assert found == (
+            expected if len(positions) != 2 else model(TOKENS[:2], MASK[:2], labels=TOKENS[:2]).loss
+        )
+
+
+def test_accelerate_refuses_to_cut_the_context_over_devices() -> None:
+    model = tiny_model("5.2")
+    assert model.config.layer_types == ["linear_attention"] * 2
+    assert "layer_types" not in model.config.to_dict()
+    model.config.layer_types = model.config.layer_types  # as tools do that copy a configuration
+    with pytest.raises(ValueError, match="each of the 2 layers"):
+        model.config.layer_types = ["full_attention"] * 2
+    for name in (
+        "_attach_context_parallel_hooks",
+        "_refuse_recurrent_layers_under_sequence_parallelism",
+    ):
+        refuse = getattr(big_modeling, name, None)
+        if refuse is None:
+            pytest.skip(f"this accelerate has no {name}")
+        with pytest.raises(ValueError, match="linear_attention"):
+            refuse(model)
+
+
+# --- copies without parameters ----------------------------------------------------------------------------------
+
+
+def test_data_parallel_is_refused() -> None:
+    replica = tiny_model("4")._replicate_for_data_parallel()
+    with pytest.raises(StrategyError, match="one process per GPU"):
+        replica(TOKENS, labels=TOKENS)

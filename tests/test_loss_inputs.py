@@ -1,0 +1,225 @@
+"""What may be given to a loss: tensors with several roles, embeddings, labels, odd shapes and numbers."""
+
+from typing import Any
+
+import pytest
+import torch
+from bptt_cases import (
+    Outcome,
+    assert_agree,
+    differentiate,
+    random_like,
+    random_state,
+    random_tokens,
+    relative_error,
+    tiny_model,
+)
+from torch import Tensor, nn
+
+from rwkv_rev import RwkvRevForCausalLM, RwkvRevState
+
+CHUNK = 8
+EXACT = ("full", "auto", "checkpoint", "reversible")
+AGREE = 1e-6
+"""In float64, where states lie on a grid of 27 bits."""
+
+
+def gradients_of(
+    model: RwkvRevForCausalLM, strategy: str, wanted: list[Tensor], *, factor: float = 1.0, **inputs: Any
+) -> tuple[Tensor, list[Tensor]]:
+    with model.set_bptt(strategy, chunk_length=CHUNK):
+        loss = model(**inputs).loss
+    return loss.detach(), list(torch.autograd.grad(factor * loss, wanted))
+
+
+# --- one tensor, several roles ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.25, 4.0])
+@pytest.mark.parametrize("strategy", ["auto", "checkpoint", "reversible"])
+@pytest.mark.parametrize("version", ["4", "5.2"])
+def test_one_tensor_as_both_shifts(version: str, strategy: str, factor: float) -> None:
+    model, ids = tiny_model(version, dtype=torch.float64), random_tokens(27, batch=2)
+    state = random_state(model, 2)
+    shift = state.time_shift.clone().requires_grad_()
+    inputs = {"input_ids": ids, "labels": ids, "state": RwkvRevState(shift, shift, state.wkv)}
+    _, (expected,) = gradients_of(model, "full", [shift], factor=factor, **inputs)
+    _, (found,) = gradients_of(model, strategy, [shift], factor=factor, **inputs)
+    assert relative_error(found, expected) <= AGREE
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+@pytest.mark.parametrize("strategy", ["auto", "checkpoint", "reversible", "truncated"])
+@pytest.mark.parametrize("role", ["state", "inputs_embeds", "both"])
+def test_a_parameter_that_is_given_as_an_input(role: str, strategy: str, factor: float) -> None:
+    """It is a parameter of the model, of which nothing else is made, and it is the state or the embeddings."""
+    model = tiny_model("5.2", dtype=torch.float64)
+    state = random_state(model, 1)
+    own = nn.Parameter(state.time_shift.detach().clone())
+    soft = nn.Parameter(
+        torch.randn(1, 27, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    )
+    model.model.register_parameter("own", own)
+    model.model.register_parameter("soft", soft)
+    labels = random_tokens(27)
+    inputs: dict[str, Any] = {"labels": labels, "input_ids": labels}
+    wanted: list[Tensor] = []
+    if role in ("state", "both"):
+        inputs["state"] = RwkvRevState(own, own, state.wkv)
+        wanted.append(own)
+    if role in ("inputs_embeds", "both"):
+        del inputs["input_ids"]
+        inputs["inputs_embeds"] = soft
+        wanted.append(soft)
+    chunks_agree = strategy != "truncated"
+    loss, expected = gradients_of(model, "full", wanted, factor=factor, **inputs)
+    if not chunks_agree:  # in one chunk nothing is cut
+        with model.set_bptt("truncated", chunk_length=27):
+            found = torch.autograd.grad(factor * model(**inputs).loss, wanted)
+    else:
+        other, found = gradients_of(model, strategy, wanted, factor=factor, **inputs)
+        assert relative_error(other, loss) <= AGREE
+    for one, another in zip(found, expected, strict=True):
+        assert relative_error(one, another) <= AGREE
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "reversible"])
+def test_the_embedding_matrix_given_as_embeddings(strategy: str) -> None:
+    """A parameter with a use of its own inside the model besides: both parts of its gradient are there."""
+    model = tiny_model("5.2", dtype=torch.float64)
+    model.head.weight = model.model.embeddings.weight  # the head uses it
+    given = {"inputs_embeds": model.model.embeddings.weight[None, :27], "labels": random_tokens(27)}
+    _, (expected,) = gradients_of(model, "full", [model.head.weight], **given)
+    _, (found,) = gradients_of(model, strategy, [model.head.weight], **given)
+    assert relative_error(found, expected) <= AGREE
+
+
+# --- embeddings ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_state", [False, True], ids=["empty", "state"])
+@pytest.mark.parametrize("trailing", [0, 1, 9])
+@pytest.mark.parametrize("length", [9, 16, 17, 25])
+@pytest.mark.parametrize("strategy", ["checkpoint", "reversible", "truncated"])
+def test_embeddings_whose_last_chunk_has_no_target(
+    strategy: str, length: int, trailing: int, with_state: bool
+) -> None:
+    model = tiny_model("5.2", dtype=torch.float64)
+    embeds = torch.randn(2, length, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    labels = random_tokens(length, batch=2)
+    if trailing:
+        labels[:, -trailing:] = -100
+    inputs: dict[str, Any] = {"labels": labels}
+    if with_state:
+        state = random_state(model, 2, learned=True)
+        inputs |= {"state": state, "final_state_gradient": random_like(state)}
+    leaf = embeds.requires_grad_()
+    _, (expected,) = gradients_of(model, "full", [leaf], inputs_embeds=leaf, **inputs)
+    _, (found,) = gradients_of(model, strategy, [leaf], inputs_embeds=leaf, **inputs)
+    assert found.shape == leaf.shape
+    if strategy != "truncated":
+        assert relative_error(found, expected) <= AGREE
+
+
+@pytest.mark.parametrize("strategy", EXACT)
+@pytest.mark.parametrize("junk", [torch.inf, -torch.inf, torch.nan])
+def test_whatever_stands_at_masked_places(strategy: str, junk: float) -> None:
+    model = tiny_model("5.2")
+    embeds = torch.randn(2, 27, 16, generator=torch.Generator().manual_seed(3))
+    mask = torch.ones(2, 27, dtype=torch.int64)
+    mask[0, :9], mask[1, 12:15] = 0, 0
+    labels = random_tokens(27, batch=2)
+    outcomes: list[Outcome] = []
+    for value in (0.0, junk):
+        given = embeds.masked_fill(mask[..., None] == 0, value).requires_grad_()
+        inputs = {"inputs_embeds": given, "attention_mask": mask, "labels": labels}
+        outcomes.append(differentiate(model, strategy, CHUNK, **inputs))
+        assert given.grad is None or given.grad.isfinite().all()
+        with torch.no_grad():
+            assert model(inputs_embeds=given, attention_mask=mask).logits[mask.bool()].isfinite().all()
+    assert_agree(outcomes[1], outcomes[0], 0.0)
+
+
+# --- shapes and numbers ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", EXACT)
+def test_each_token_needs_its_label(strategy: str) -> None:
+    model, ids = tiny_model("5.2"), random_tokens(27, batch=2)
+    for labels in (ids[:, :20], ids[:1], ids[:, :0], ids[0]):
+        with pytest.raises(ValueError, match="give each token its label"), model.set_bptt(strategy):
+            model(ids, labels=labels)
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 8), (0, 0)])
+def test_nothing_to_read_is_refused(shape: tuple[int, int]) -> None:
+    model, ids = tiny_model("5.2"), torch.zeros(shape, dtype=torch.int64)
+    for inputs in ({"input_ids": ids}, {"inputs_embeds": torch.zeros(*shape, 16)}):
+        with pytest.raises(ValueError, match=rf"{shape[0]} rows of {shape[1]} tokens"):
+            model(**inputs)
+        for strategy in EXACT:
+            with (
+                pytest.raises(ValueError, match=rf"{shape[0]} rows of {shape[1]} tokens"),
+                model.set_bptt(strategy),
+            ):
+                model(**inputs, labels=ids)
+
+
+@pytest.mark.parametrize("strategy", [*EXACT, "truncated"])
+def test_the_loss_has_the_models_precision(strategy: str) -> None:
+    """Also where a chunk has no target, and where the divisor is a whole number that float32 cannot hold."""
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        model, ids = tiny_model("5.2", dtype=dtype), random_tokens(17)
+        labels = ids.clone()
+        labels[:, 9:] = -100
+        with model.set_bptt(strategy, chunk_length=CHUNK):
+            assert model(ids, labels=labels).loss.dtype == wide
+            with torch.no_grad():
+                assert model(ids, labels=labels).loss.dtype == wide
+    model = tiny_model("5.2", dtype=torch.float64)
+    divisor = torch.tensor(16_777_217)  # 2**24 + 1
+    with model.set_bptt(strategy, chunk_length=CHUNK):
+        loss = model(ids, labels=ids, num_items_in_batch=divisor).loss
+        plain = model(ids, labels=ids, num_items_in_batch=1).loss
+    assert relative_error(loss * 16_777_217, plain) <= 1e-15
+    with model.set_bptt(strategy, chunk_length=CHUNK):  # a third has no float32 either
+        third = model(ids, labels=ids, num_items_in_batch=torch.tensor(3)).loss
+    assert relative_error(third * 3, plain) <= 1e-15
+
+
+@pytest.mark.parametrize("strategy", [*EXACT, "truncated"])
+@pytest.mark.parametrize("dtype", [torch.float16, "autocast"], ids=str)
+def test_float16_gradients_of_a_large_batch(dtype: Any, strategy: str) -> None:
+    """A million items a step: each gradient is a millionth, which float16 cannot hold without a loss scale inside."""
+    model, ids = tiny_model("5.2"), random_tokens(40, batch=2)
+    chunk = 40 if strategy == "truncated" else CHUNK
+    inputs = {"input_ids": ids, "num_items_in_batch": torch.tensor(1_000_000)}
+    truth = differentiate(model.double(), "full", **inputs)
+    model = tiny_model("5.2")
+    if dtype == "autocast":
+        with torch.autocast("cpu", torch.float16):
+            found = differentiate(model, strategy, chunk, **inputs)
+        error = {name: relative_error(g, truth.gradients[name]) for name, g in found.gradients.items()}
+        heads = error["head.weight"]
+        assert heads <= 3e-3
+    else:
+        model = model.half()
+        with model.set_bptt(strategy, chunk_length=chunk):
+            loss = model(ids, labels=ids, num_items_in_batch=torch.tensor(1_000_000)).loss
+        # a trainer scales the loss: nothing was lost before
+        (gradient,) = torch.autograd.grad(loss * 65536.0, [model.head.weight])
+        assert relative_error(gradient.double() / 65536.0, truth.gradients["head.weight"]) <= 6e-3
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "reversible"])
+def test_a_spike_is_told_of(strategy: str) -> None:
+    """A head that was 1e10 times larger keeps the grid that this needed; without a spike there is no warning."""
+    model, ids = tiny_model("5.2"), random_tokens(60)
+    with torch.no_grad():
+        model.blocks[1].time_mix.time_decay[1] = 0.0  # w = 1/e: the spike is forgotten within the context
+    state = random_state(model, 1)
+    differentiate(model, strategy, CHUNK, input_ids=ids, state=state)
+    state.wkv[1, 0, 1] *= 1e10
+    with pytest.warns(UserWarning, match="layer 1, head 1"):
+        differentiate(model, strategy, CHUNK, input_ids=ids, state=state)

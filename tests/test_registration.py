@@ -1,0 +1,147 @@
+"""What transformers decides by names that only registration can fill."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from bptt_cases import english, random_tokens, relative_error, tiny_model
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
+
+from rwkv_rev import RwkvRevConfig, RwkvRevForCausalLM
+
+EPSILON = 0.1
+
+
+class Rows(Dataset):
+    """Rows [64] of English bytes."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
+
+
+def trainer(model: RwkvRevForCausalLM, folder: Path, tokens: Tensor, **arguments: object) -> Trainer:
+    settings = {"report_to": "none", "use_cpu": True, "save_strategy": "no", "disable_tqdm": True} | arguments
+    rows = Rows(tokens)
+    return Trainer(
+        model=model, args=TrainingArguments(folder, **settings), train_dataset=rows, eval_dataset=rows
+    )
+
+
+def smoothed_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Label smoothing written out: each position predicts the next token."""
+    log_p = logits[:, :-1].double().log_softmax(-1)
+    likelihood = log_p.gather(-1, labels[:, 1:, None]).mean()
+    return -(1 - EPSILON) * likelihood - EPSILON * log_p.mean()
+
+
+@pytest.fixture
+def model(bundled: dict[str, Path]) -> RwkvRevForCausalLM:
+    return RwkvRevForCausalLM.from_pretrained(bundled["4"], dtype=torch.float32).train()
+
+
+def test_label_smoothing_predicts_the_next_token(model: RwkvRevForCausalLM, tmp_path: Path) -> None:
+    """Trainer's loss and gradient are those of smoothing written out, and near the plain loss to begin with."""
+    tokens = english(64, batch=4)
+    made = trainer(model, tmp_path, tokens, label_smoothing_factor=EPSILON)
+    loss = made.compute_loss(model, {"input_ids": tokens, "labels": tokens})
+    loss.backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    expected = smoothed_loss(model(tokens).logits, tokens)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        assert relative_error(found[name], parameter.grad) < 1e-4, name
+    plain = model(tokens, labels=tokens).loss.item()
+    with torch.no_grad():
+        uniform = -model(tokens).logits[:, :-1].log_softmax(-1).mean().item()
+    assert loss.item() == pytest.approx((1 - EPSILON) * plain + EPSILON * uniform, rel=1e-5)
+
+
+def copied(model: RwkvRevForCausalLM, tokens: Tensor) -> float:
+    """Share of positions that predict the token that stands there."""
+    with torch.no_grad():
+        return (model(tokens).logits.argmax(-1) == tokens).double().mean().item()
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["named", "not named"])
+def test_training_with_label_smoothing_does_not_copy(
+    model: RwkvRevForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    """Some steps of a real Trainer; where transformers does not know the name, it trains to copy."""
+    if not named:
+        monkeypatch.delitem(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "rwkv_rev")
+    tokens = english(64, batch=8)
+    before = copied(model, tokens)  # of repeated letters
+    assert before < 0.25
+    made = trainer(
+        model,
+        tmp_path,
+        tokens,
+        label_smoothing_factor=EPSILON,
+        learning_rate=2e-3,
+        max_steps=12,
+        per_device_train_batch_size=8,
+        logging_steps=1,
+    )
+    made.train()
+    losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert (losses[0] < 3) == named
+    assert copied(model, tokens) < before + 0.1 if named else copied(model, tokens) > before + 0.4
+
+
+def test_trainer_evaluates_with_label_smoothing(model: RwkvRevForCausalLM, tmp_path: Path) -> None:
+    tokens = english(64, batch=4)
+    made = trainer(model, tmp_path, tokens, label_smoothing_factor=EPSILON, per_device_eval_batch_size=4)
+    assert made.label_names == ["labels"]
+    found = made.evaluate()["eval_loss"]
+    model.eval()
+    with torch.no_grad():
+        assert found == pytest.approx(smoothed_loss(model(tokens).logits, tokens).item(), rel=1e-5)
+
+
+def test_predictions_hold_logits_only(tmp_path: Path) -> None:
+    """State and report are no predictions."""
+    model, tokens = tiny_model("5.2"), random_tokens(12, batch=3)
+
+    class Unlabelled(Rows):
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            return {"input_ids": self.tokens[index]}
+
+    made = trainer(model, tmp_path, tokens)
+    predictions = made.predict(Unlabelled(tokens)).predictions
+    model.eval()
+    torch.testing.assert_close(torch.from_numpy(predictions), model(tokens).logits.detach())
+
+
+def test_lookups_by_configuration_are_as_before(bundled: dict[str, Path]) -> None:
+    assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["rwkv_rev"] == "RwkvRevForCausalLM"
+    assert RwkvRevConfig in MODEL_FOR_CAUSAL_LM_MAPPING
+    assert MODEL_FOR_CAUSAL_LM_MAPPING[RwkvRevConfig] is RwkvRevForCausalLM
+    assert MODEL_FOR_CAUSAL_LM_MAPPING.get(RwkvRevConfig, None) is RwkvRevForCausalLM
+    config = RwkvRevConfig.from_pretrained(bundled["4"])
+    assert type(AutoModelForCausalLM.from_config(config)) is RwkvRevForCausalLM
+
+
+def test_pipeline(bundled: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
+    made = pipeline(
+        "text-generation",
+        model=AutoModelForCausalLM.from_pretrained(bundled["4"], dtype=torch.float32),
+        tokenizer=AutoTokenizer.from_pretrained(bundled["4"]),
+    )
+    text = made("The ", max_new_tokens=4, do_sample=False, return_full_text=False)[0]["generated_text"]
+    assert len(text) == 4
+    assert "not supported" not in caplog.text
