@@ -2,6 +2,8 @@
 # make test   lint, types and all tests but those of speed
 # make test-newest, make test-oldest
 #             the tests with the newest versions of everything, with the oldest that pyproject.toml admits (Python 3.11)
+# make test-peers
+#             the suites of transformers and peft, fetched with their sources, over our classes
 # make timing the tests of speed, one after another: for an idle machine
 # make lint   ruff, its formatter and mypy, on the package as it is installed
 # make lock   pin what pyproject.toml asks for (`make lock LOCK=--upgrade`: at the newest versions)
@@ -20,7 +22,7 @@ bin = $(VENV)/bin
 endif
 pip = $(bin)/python -m pip install --quiet
 
-.PHONY: demo test test-newest test-oldest timing lint lock format clean
+.PHONY: demo test test-newest test-oldest test-peers timing lint lock format clean
 .DEFAULT_GOAL := test
 
 # Everything but torch comes from the lock, torch's own dependencies too: after it, torch installs nothing but itself
@@ -64,6 +66,9 @@ test-oldest:
 	$(pip) --constraint $(VENV)/oldest.txt setuptools wheel torch
 	$(pip) --constraint $(VENV)/oldest.txt --no-build-isolation --editable '.[dev]'
 	$(bin)/python -m pytest $(PYTEST) -m 'not timing'
+
+test-peers: $(VENV)/.installed
+	$(bin)/python tests/peers/run.py
 
 timing: $(VENV)/.installed
 	$(bin)/python -m pytest -q -m timing

@@ -10,6 +10,7 @@ import pytest
 
 import rwkv_rev
 
+collect_ignore = ["peers"]  # `make test-peers` has settings of its own
 BUNDLED = {"4": "rwkv-4", "5.2": "rwkv-5.2"}
 LONGEST = (
     "test_finetune_dist",

@@ -14,6 +14,9 @@ pytestmark = [
 ]
 
 
+OLD = torch.__version__.startswith("2.9.")
+
+
 def exported(model: nn.Module, inputs: dict[str, Tensor | bool], **dynamic: object) -> nn.Module:
     shapes = {name: dynamic.get(name) for name in inputs} if dynamic else None
     with torch.no_grad():
@@ -35,7 +38,10 @@ def test_exported_models_compute_the_same(version: str, length: int) -> None:
     assert not exporting()
 
 
-@pytest.mark.parametrize("version", ["4", "5.2"])
+@pytest.mark.parametrize(
+    "version",
+    ["4", pytest.param("5.2", marks=pytest.mark.xfail(OLD, reason="torch 2.9 fixes the rows", strict=True))],
+)
 def test_masks_are_data(version: str) -> None:
     """Exported with a mask of ones, it holds for every mask, and for any number of rows."""
     model = tiny_model(version).eval()

@@ -245,10 +245,11 @@ def interpret(function: str) -> None:
 
     original = interpreter._patch_lang_tensor
 
-    def patched(tensor: Any, scope: Any) -> None:
-        # Triton 3.6 turns one-element arrays into loop bounds by int(), which NumPy 2.4 refuses
-        original(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+    def patched(tensor: Any, *scope: Any) -> None:
+        # Triton turns one-element arrays into loop bounds by int(), which NumPy 2.4 refuses; from 3.6 on it has a scope
+        original(tensor, *scope)
+        put = scope[0].set_attr if scope else setattr
+        put(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patched
     triton_wkv4.SEGMENT = 16  # several segments in few tokens
