@@ -2,12 +2,16 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bptt_cases import AGREE, assert_agree, differentiate, random_tokens, relative_error, tiny_model
 from torch.utils.checkpoint import checkpoint
+
+from rwkv_rev.errors import StrategyError
+from rwkv_rev.modeling import RwkvRevForCausalLM
 
 TOKENS = random_tokens(14, batch=2)
 
@@ -137,3 +141,51 @@ def test_reentrant_and_offloaded_recomputation_give_the_gradient(
         gradients.append(found.gradients | {"state": state.wkv.grad.clone()})
     for name, expected in gradients[0].items():
         assert relative_error(gradients[1][name], expected) < AGREE, name
+
+
+# --- weights that are on the device only while their module is called -----------------------------------------------
+
+
+@pytest.fixture(params=["a block", "the head"])
+def offloaded_model(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Any]:
+    """A model of 2 layers with one module on the disk, and the same in memory."""
+    tiny_model("5.2").save_pretrained(tmp_path / "model")
+    places = dict.fromkeys(("model.embeddings", "model.ln0", "model.ln_out", "head"), "cpu")
+    places |= {"model.blocks.0": "cpu", "model.blocks.1": "cpu"}
+    places["model.blocks.1" if request.param == "a block" else "head"] = "disk"
+    load = RwkvRevForCausalLM.from_pretrained
+    offloaded = load(tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload")
+    return offloaded, load(tmp_path / "model")
+
+
+def test_offloaded_models_evaluate_and_generate(offloaded_model: tuple[Any, Any]) -> None:
+    offloaded, whole = offloaded_model
+    with torch.no_grad():
+        found, expected = (model(TOKENS, labels=TOKENS) for model in offloaded_model)
+        assert relative_error(offloaded(TOKENS).logits, whole(TOKENS).logits) < AGREE
+    assert relative_error(found.loss, expected.loss) < AGREE
+    found, expected = (model.generate(TOKENS, max_new_tokens=4, pad_token_id=0) for model in offloaded_model)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("strategy", ["full", "reversible", "checkpoint", "truncated"])
+def test_offloaded_parameters_are_not_trained_in_silence(
+    offloaded_model: tuple[Any, Any], strategy: str
+) -> None:
+    model, _ = offloaded_model
+    with (
+        model.set_bptt(strategy, chunk_length=5),
+        pytest.raises(StrategyError, match="offloaded: they get no gradient"),
+    ):
+        model(TOKENS, labels=TOKENS)
+
+
+def test_frozen_offloaded_parameters_under_full(offloaded_model: tuple[Any, Any]) -> None:
+    gradients = []
+    for model in offloaded_model:
+        model.requires_grad_(False)
+        embeds = model.get_input_embeddings()(TOKENS).detach().requires_grad_()
+        with model.set_bptt("full"):
+            model(inputs_embeds=embeds, labels=TOKENS).loss.backward()
+        gradients.append(embeds.grad)
+    assert relative_error(*gradients) < AGREE

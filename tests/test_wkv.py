@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -163,6 +163,11 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> None:
     assert actual.keys() == expected.keys()
     errors = {name: relative(actual[name], expected[name]) for name in expected}
+    if (
+        "exponent" in expected
+    ):  # RWKV-4's d_bonus is a sum over tokens of terms that d_k has one by one: it may cancel
+        scale = max(expected["d_bonus"].norm(), expected["d_k"].abs().sum((0, 1)).norm())
+        errors["d_bonus"] = float((actual["d_bonus"] - expected["d_bonus"]).norm() / (scale or 1.0))
     limits = {name: TOLERANCES[dtype][name.startswith("d_")] for name in expected}
     assert all(errors[name] <= limits[name] for name in errors), errors  # NaN fails too
     if dtype == torch.float64:
@@ -254,6 +259,7 @@ def test_chunked_wkv5_is_naive_for_any_shape(**shape: Any) -> None:
 @given(
     width=st.integers(1, 20), scale=st.sampled_from([0.1, 1.0, 20.0]), empty=st.booleans(), **SHAPES, **ANY
 )
+@example(width=1, scale=20.0, empty=False, batch=1, tokens=20, seed=0, decay="1e-9..1", share=0.1)
 def test_chunked_wkv4_is_naive_for_any_shape(**shape: Any) -> None:
     case = case4(**shape)
     assert_close(run4(case, "chunked"), run4(case, "naive"), torch.float64)

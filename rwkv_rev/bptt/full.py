@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from rwkv_rev.bptt.checkpoint import Checkpoint
-from rwkv_rev.bptt.strategy import LanguageModel, LossInputs, LossResult, Strategy, float16_gradients
+from rwkv_rev.bptt.strategy import (
+    LanguageModel,
+    LossInputs,
+    LossResult,
+    Strategy,
+    float16_gradients,
+    refuse_offloaded,
+)
 from rwkv_rev.loss import linear_cross_entropy
 
 
@@ -26,6 +33,8 @@ class Full(Strategy):
             # one chunk: the same graph, differentiated with a loss scale
             result = Checkpoint(inputs.length, self.tape, self.tape_dir).loss(model, inputs)
             return replace(result, report={"strategy": self.name, "chunk_length": inputs.length})
+        wanted = [parameter for parameter in parameters if parameter.requires_grad]
+        refuse_offloaded(wanted)
         hidden, state = model.read(inputs.input_ids, inputs.valid, inputs.inputs_embeds, inputs.state)
         loss = linear_cross_entropy(
             hidden,
@@ -33,7 +42,7 @@ class Full(Strategy):
             inputs.targets,
             scale=1 / inputs.divisor,
             vocab_size=model.vocab_size,
-            parameters=[parameter for parameter in parameters if parameter.requires_grad],
+            parameters=wanted,
         )
         if inputs.final_state_gradient is not None:
             further = state.inner(inputs.final_state_gradient)

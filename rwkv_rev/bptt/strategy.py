@@ -225,14 +225,19 @@ class Strategy(ABC):
                     "the model's parameters are sharded inside it: chunks need them whole. Shard the model as one "
                     "unit, fully_shard(model), not block by block, or use bptt = 'full'"
                 )
-            if parameter.is_meta:
-                raise StrategyError(
-                    "some of the model's parameters are offloaded: chunks need them on the device. Load the model "
-                    "without a device_map, or use bptt = 'full'"
-                )
+        refuse_offloaded(parameters)
         found = self.strangers(model)
         refuse_unknown(found, self.name)
         return found
+
+
+def refuse_offloaded(parameters: list[Tensor]) -> None:
+    """Raises StrategyError for parameters that accelerate has taken off the device until their module is called."""
+    if any(parameter.is_meta for parameter in parameters):
+        raise StrategyError(
+            "some of the model's parameters are offloaded: they get no gradient, and chunks need them on the device. "
+            "Load the model without a device_map, or freeze what is offloaded and use bptt = 'full'"
+        )
 
 
 def trainable(parameters: list[Tensor], inputs: LossInputs) -> list[Tensor]:
