@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from rwkv_rev.adapters import refuse_carried_state, refuse_recomputing
 from rwkv_rev.bptt import choose_strategy
+from rwkv_rev.bptt.strategy import refuse_offloaded
 from rwkv_rev.cache import CACHE_NAME, Piece, RwkvRevCache, handed_over
 from rwkv_rev.cells import ChannelMix, TimeMixRwkv4, TimeMixRwkv5
 from rwkv_rev.cells.block import Block
@@ -493,6 +494,9 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
                     f"{asked} needs bptt='full' and a context of at most one chunk: {self.config.chunk_length} tokens "
                     f"here, not {length} under {self.config.bptt!r}"
                 )
+            wanted = [parameter for parameter in self.parameters() if parameter.requires_grad]
+            if torch.is_grad_enabled():
+                refuse_offloaded(wanted)
             read = self.model(
                 inputs.input_ids,
                 inputs.valid,
@@ -508,7 +512,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
                 inputs.targets,
                 scale=1 / inputs.divisor,
                 vocab_size=self.config.vocab_size,
-                parameters=[parameter for parameter in self.parameters() if parameter.requires_grad],
+                parameters=wanted,
             )
             if final_state_gradient is not None:
                 further = read.state.inner(final_state_gradient)

@@ -202,7 +202,7 @@ def test_transformers_trainer(tmp_path: Path) -> None:
     assert not torch.equal(reversible["head.weight"], start.head.weight)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script(_method)?` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script(_method)?` is deprecated")
 def test_trainer_with_torch_compile(tmp_path: Path) -> None:
     """The loss of a compiled model is computed as that of any other, to the bit."""
     _, plain = train("reversible", tmp_path)

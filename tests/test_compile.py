@@ -12,7 +12,7 @@ from rwkv_rev import RwkvRevForCausalLM
 
 # of PyTorch's own making, inside its compiler
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.jit.script(_method)?` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script(_method)?` is deprecated"),
     pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning"),
 ]
 BACKENDS = [

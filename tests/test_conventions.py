@@ -178,6 +178,8 @@ def test_offloaded_parameters_are_not_trained_in_silence(
         pytest.raises(StrategyError, match="offloaded: they get no gradient"),
     ):
         model(TOKENS, labels=TOKENS)
+    with model.set_bptt("full"), pytest.raises(StrategyError, match="offloaded: they get no gradient"):
+        model(TOKENS, labels=TOKENS, return_logits=True)
 
 
 def test_frozen_offloaded_parameters_under_full(offloaded_model: tuple[Any, Any]) -> None:

@@ -79,7 +79,7 @@ TRANSFORMS: dict[str, Callable[[Callable, dict[str, Tensor]], Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_functional_transforms_are_refused(name: str, strategy: str) -> None:
@@ -89,7 +89,7 @@ def test_functional_transforms_are_refused(name: str, strategy: str) -> None:
         TRANSFORMS[name](functional(model), parameters)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_forward_mode_is_refused(strategy: str) -> None:
     model = tiny_model("5.2")

@@ -161,7 +161,7 @@ STRANGE: dict[str, tuple[Callable[[RwkvRevForCausalLM], Any], str]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 @pytest.mark.parametrize("name", STRANGE)
 def test_what_is_not_known_is_refused_by_name(name: str) -> None:
     strange, words = STRANGE[name]
