@@ -5,7 +5,7 @@ A strategy sees the model through :class:`LanguageModel` and the batch through :
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol, cast
@@ -231,7 +231,7 @@ class Strategy(ABC):
         return found
 
 
-def refuse_offloaded(parameters: list[Tensor]) -> None:
+def refuse_offloaded(parameters: Sequence[Tensor]) -> None:
     """Raises StrategyError for parameters that accelerate has taken off the device until their module is called."""
     if any(parameter.is_meta for parameter in parameters):
         raise StrategyError(
