@@ -67,8 +67,9 @@ test-oldest:
 	$(pip) --constraint $(VENV)/oldest.txt --no-build-isolation --editable '.[dev]'
 	$(bin)/python -m pytest $(PYTEST) -m 'not timing'
 
+# SUITES = transformers, tokenizers, peft: all when empty.
 test-peers: $(VENV)/.installed
-	$(bin)/python tests/peers/run.py
+	$(bin)/python tests/peers/run.py $(SUITES) -- $(PYTEST)
 
 timing: $(VENV)/.installed
 	$(bin)/python -m pytest -q -m timing

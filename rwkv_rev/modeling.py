@@ -75,7 +75,7 @@ class RwkvRevPreTrainedModel(PreTrainedModel):
             logger.warning_once(
                 "use_reentrant=True is taken as False: the gradient is the same, of the state too"
             )
-        for index, block in enumerate(cast(RwkvRevModel, self.base_model).layers()):
+        for index, block in enumerate(cast(RwkvRevModel, self.base_model).typed_blocks()):
             chosen = enable and index % every_n_layers == 0
             block.recompute = partial(function, use_reentrant=False) if chosen else None
 
@@ -121,13 +121,13 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
     @property
     def gradient_checkpointing(self) -> bool:
         """Whether blocks keep only their inputs in training, and are computed again when their gradient is taken."""
-        return any(block.recompute is not None for block in self.layers())
+        return any(block.recompute is not None for block in self.typed_blocks())
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, enable: bool) -> None:
         self._set_gradient_checkpointing(enable)
 
-    def layers(self) -> list[Block]:
+    def typed_blocks(self) -> list[Block]:
         return cast(list[Block], list(self.blocks))
 
     def get_input_embeddings(self) -> nn.Module:
@@ -150,7 +150,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         again = self.training and torch.is_grad_enabled() and self.gradient_checkpointing
         if again:
             refuse_recomputing(self)
-        for index, block in enumerate(self.layers()):
+        for index, block in enumerate(self.typed_blocks()):
             call: Callable[..., Any] = block
             if again and block.recompute is not None:
                 call = partial(block.recompute, block)
@@ -289,7 +289,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
 
     @property
     def blocks(self) -> list[Block]:
-        return self.model.layers()
+        return self.model.typed_blocks()
 
     @property
     def vocab_size(self) -> int:
