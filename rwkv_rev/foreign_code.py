@@ -107,7 +107,8 @@ def strangers(model: nn.Module) -> Strangers:
                 else:
                     _sort(hook, words, found, _hook_objection(hook))
         brings_tensors |= not _is_own(layer) or type(module) is not layer
-        brings_tensors |= any(map(_is_trainable, vars(module).values()))
+        beside = [*vars(module).values(), *module._buffers.values()]
+        brings_tensors |= any(map(_is_trainable, beside))
         if "forward" in vars(module):
             words = f"the replaced forward of {path}"
             _sort(vars(module)["forward"], words, found, _hook_objection(getattr(module, "_hf_hook", None)))

@@ -95,7 +95,7 @@ def cross_entropy_gradients(
         with torch.enable_grad():
             loss = _cross_entropy(head(part), target) * scale
             if number == 0:
-                leaves = leaves_of([loss])
+                leaves = leaves_of([loss], parameters)
                 known = {id(leaf) for leaf in leaves}
                 used = [index for index, parameter in enumerate(parameters) if id(parameter) in known]
                 sums = [None] * len(used)

@@ -472,7 +472,8 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
         num_items_in_batch: int | Tensor | None,
         final_state_gradient: RwkvRevState | None,
     ) -> RwkvRevCausalLMOutput:
-        refuse_transforms(self.parameters())
+        given = (inputs_embeds, *(() if state is None else state.tensors()))
+        refuse_transforms([*self.parameters(), *(tensor for tensor in given if tensor is not None)])
         inputs = loss_inputs(
             self,
             input_ids,

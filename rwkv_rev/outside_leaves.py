@@ -18,12 +18,14 @@ class OutsideLeaves:
     """Looks for leaves other than ``known`` ones."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
+        known = list(known)
         self._known = {id(tensor) for tensor in known}
+        self._computed = [tensor for tensor in known if not tensor.is_leaf]
         self._found: list[weakref.ref[Tensor]] = []
 
     def look(self, outputs: Iterable[Tensor], made: Iterable[Tensor] = ()) -> None:
         """Note the unknown leaves of ``outputs``; those in ``made`` were made for this graph."""
-        self.note(leaves_of(outputs), made)
+        self.note(leaves_of(outputs, self._computed), made)
 
     def note(self, leaves: Iterable[Tensor], made: Iterable[Tensor]) -> None:
         """The same for leaves that were found already."""
@@ -50,8 +52,9 @@ class OutsideLeaves:
                 )
 
 
-def leaves_of(outputs: Iterable[Tensor]) -> list[Tensor]:
-    """The leaf tensors that ``outputs`` have a graph to."""
+def leaves_of(outputs: Iterable[Tensor], given: Iterable[Tensor] = ()) -> list[Tensor]:
+    """The leaf tensors that ``outputs`` have a graph to; one of ``given`` is a leaf, however it was computed."""
+    ends = {(tensor.grad_fn, tensor.output_nr): tensor for tensor in given if not tensor.is_leaf}
     seen = set()
     leaves = []
     waiting = [output.grad_fn for output in outputs if output.grad_fn is not None]
@@ -62,5 +65,9 @@ def leaves_of(outputs: Iterable[Tensor]) -> list[Tensor]:
         seen.add(node)
         if hasattr(node, "variable"):
             leaves.append(node.variable)
-        waiting += [following for following, _ in node.next_functions if following is not None]
+        for edge in node.next_functions:
+            if edge in ends:
+                leaves.append(ends[edge])
+            elif edge[0] is not None:
+                waiting.append(edge[0])
     return leaves

@@ -11,8 +11,10 @@ from bptt_cases import differentiate, random_like, random_state, random_tokens, 
 from torch import Tensor, nn
 
 from rwkv_rev import RwkvRevForCausalLM
+from rwkv_rev.cells.token_shift import Border
 from rwkv_rev.errors import ReversalMismatchError
 from rwkv_rev.foreign_code import position_wise
+from rwkv_rev.reversal.fixed_point import FixedPoint
 
 CHUNK = 6
 LAYERS = 2
@@ -93,6 +95,55 @@ def test_every_fault_is_found(version: str, strategy: str, chunks: int) -> None:
             assert not changed or once_computed(name, number, chunks), (name, number)
             missed += changed
     assert found >= 15 * LAYERS * (chunks - 1) and missed
+
+
+@pytest.mark.parametrize("strategy", EXACT)
+@pytest.mark.parametrize("version", ["4", "5.2"])
+def test_every_fault_in_what_a_chunk_hands_on_is_found(
+    version: str, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory after a chunk and the carried y before one, wrong once in the first sweep; or it changes nothing."""
+    model, chunks = tiny_model(version, num_hidden_layers=LAYERS), 3
+    inputs = {"input_ids": random_tokens(CHUNK * chunks, batch=2)}
+    clean = differentiate(model, strategy, CHUNK, **inputs)
+    found = 0
+    for owner, name, each in (
+        (type(model.model.blocks[0].time_mix), "advance_memory", LAYERS),
+        (Border, "carry", 2 * LAYERS),
+    ):
+        for number in range(each * (chunks - 1)):
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, faulty(getattr(owner, name), number))
+                try:
+                    outcome = differentiate(model, strategy, CHUNK, **inputs)
+                except ReversalMismatchError:
+                    found += 1
+                    continue
+            assert torch.equal(outcome.loss, clean.loss), (name, number)
+            assert all(torch.equal(outcome.gradients[key], clean.gradients[key]) for key in clean.gradients)
+    assert found >= 3 * LAYERS * (chunks - 1) - 1
+
+
+def faulty(original: Any, number: int) -> Any:
+    """The function with one number of its result changed in its ``number``-th call, from 0."""
+    calls = itertools.count()
+
+    def function(self: Any, *given: Any) -> Any:
+        result = original(self, *given)
+        return nudged(result) if next(calls) == number else result
+
+    return function
+
+
+def nudged(result: Any) -> Any:
+    """The y, or the memory of a pair (memory, remnant), with one number changed."""
+    if isinstance(result, tuple):
+        return nudged(result[0]), result[1]
+    if isinstance(result, FixedPoint):
+        return FixedPoint(nudged(result.mantissa), result.exponent)
+    changed = result.clone()
+    changed.view(-1)[3] += 1
+    return changed
 
 
 @pytest.mark.parametrize("strategy", EXACT)

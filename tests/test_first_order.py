@@ -1,6 +1,7 @@
 """Second derivatives and functional transforms: refused by name, never half done."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -112,3 +113,39 @@ def test_functional_call_alone_is_ordinary(strategy: str) -> None:
         expected = torch.autograd.grad(model(IDS, labels=IDS).loss, list(model.parameters()))
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "full", "checkpoint", "reversible"])
+def test_computed_parameters_get_their_gradient(strategy: str) -> None:
+    """Parameters that are no leaves: one step of an inner loop, differentiated by its learning rate."""
+    model = tiny_model("5.2", dtype=torch.float64)
+    with model.set_bptt(strategy, chunk_length=8):
+        parameters = dict(model.named_parameters())
+        inner = torch.autograd.grad(model(IDS, labels=IDS).loss, list(parameters.values()))
+
+        def after_a_step(rate: Tensor) -> Tensor:
+            stepped = {n: p.detach() - rate * g for (n, p), g in zip(parameters.items(), inner, strict=True)}
+            return functional(model)(stepped)
+
+        rate = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+        (found,) = torch.autograd.grad(after_a_step(rate), rate)
+        with torch.no_grad():
+            expected = (after_a_step(rate + 1e-5) - after_a_step(rate - 1e-5)) / 2e-5
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("place", ["inputs_embeds", "state"])
+def test_forward_mode_over_inputs_is_refused(place: str, strategy: str) -> None:
+    model = tiny_model("5.2")
+    inputs = {"inputs_embeds": model.get_input_embeddings()(IDS).detach(), "state": model.initial_state(1)}
+    with torch.autograd.forward_ad.dual_level(), model.set_bptt(strategy, chunk_length=CHUNK):
+        if place == "state":
+            wkv = torch.autograd.forward_ad.make_dual(
+                inputs["state"].wkv, torch.ones_like(inputs["state"].wkv)
+            )
+            inputs["state"] = replace(inputs["state"], wkv=wkv)
+        else:
+            inputs[place] = torch.autograd.forward_ad.make_dual(inputs[place], torch.ones_like(inputs[place]))
+        with pytest.raises(StrategyError, match="forward-mode"):
+            model(**inputs, labels=IDS)

@@ -283,6 +283,18 @@ def test_cached_parametrizations() -> None:
             assert_agree(differentiate(model, strategy, CHUNK, input_ids=IDS), expected, AGREE)
 
 
+@pytest.mark.parametrize("name", ["model.ln_out.bias", "model.blocks.0.time_mix.time_decay", "head.weight"])
+def test_a_trainable_buffer_is_refused(name: str) -> None:
+    model = model_of()
+    module, _, attribute = name.rpartition(".")
+    value = model.get_parameter(name).detach().clone().requires_grad_()
+    delattr(model.get_submodule(module), attribute)
+    model.get_submodule(module).register_buffer(attribute, value)
+    for strategy in CHUNKED:
+        with pytest.raises(StrategyError, match=r"nn\.Parameter"):
+            differentiate(model, strategy, CHUNK, input_ids=IDS)
+
+
 @pytest.mark.parametrize("place", ["model.blocks.0", "model.embeddings", "head", "model.ln_out"])
 def test_a_trainable_tensor_beside_the_parameters_is_refused(place: str) -> None:
     model = model_of()

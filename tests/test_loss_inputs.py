@@ -16,6 +16,7 @@ from bptt_cases import (
 )
 from torch import Tensor, nn
 
+import rwkv_rev
 from rwkv_rev import RwkvRevForCausalLM, RwkvRevState
 
 CHUNK = 8
@@ -221,5 +222,23 @@ def test_a_spike_is_told_of(strategy: str) -> None:
     state = random_state(model, 1)
     differentiate(model, strategy, CHUNK, input_ids=ids, state=state)
     state.wkv[1, 0, 1] *= 1e10
+    with pytest.warns(UserWarning, match="layer 1, head 1"):
+        differentiate(model, strategy, CHUNK, input_ids=ids, state=state)
+    # also where the state has grown again before the last chunk, so that its grid suits it at the end
+    value = model.blocks[1].time_mix.value
+    seen: list[Tensor] = []
+    handle = value.register_forward_hook(lambda module, given, out: seen.append(given[0][0].detach()))
+    model(ids)
+    handle.remove()
+    features = torch.cat([seen[0], -seen[0]], 1)  # of which one is largest late, in the last chunk but one
+    feature = next(i for i, place in enumerate(features.argmax(0).tolist()) if 48 <= place < 56)
+    second, first = features[:, feature].sort().values[-2:]
+
+    @rwkv_rev.position_wise
+    def spike(module: nn.Module, given: Any, out: Tensor) -> Tensor:
+        found = torch.cat([given[0], -given[0]], -1)[..., feature, None] > (first + second) / 2
+        return torch.where(found, 1e9 * out, out)
+
+    value.register_forward_hook(spike)
     with pytest.warns(UserWarning, match="layer 1, head 1"):
         differentiate(model, strategy, CHUNK, input_ids=ids, state=state)

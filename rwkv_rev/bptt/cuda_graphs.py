@@ -23,6 +23,7 @@ from torch import Tensor
 from rwkv_rev.bptt.strategy import Chunk, LanguageModel
 from rwkv_rev.cells.block import ExactStates
 from rwkv_rev.cells.cell import CellState
+from rwkv_rev.cells.token_shift import Border
 from rwkv_rev.loss import add_gradients
 from rwkv_rev.reversal.fixed_point import FixedPoint
 from rwkv_rev.reversal.tape import FlatRecord, Tape
@@ -112,6 +113,11 @@ class ForwardGraph:
             return after, record, FlatRecord.of(record.tensors(none), chunk.inputs.targets.device)
 
         self._graph, (self._after, self._record, self._flat) = _record(run, chunk.inputs.targets.device)
+
+    @property
+    def record(self) -> Any:
+        """The last run's record, which holds until the next run."""
+        return self._record
 
     def run(self, chunk: Chunk, states: list[ExactStates], tape: Tape) -> list[ExactStates]:
         """Put the record of ``chunk`` on the tape; the states returned hold until the next run."""
@@ -283,6 +289,8 @@ def _state_tensors(states: list[ExactStates]) -> list[Tensor]:
     for pair in states:
         for state in pair:
             tensors += [state.shift, *_memory_tensors(state.memory)]
+            if state.carried is not None and state.border is not None:
+                tensors += [state.carried, *state.border]
     return tensors
 
 
@@ -301,4 +309,6 @@ def _clone(state: CellState) -> CellState:
         memory = FixedPoint(*tensors)
     elif tensors:
         memory = tensors[0]
-    return CellState(state.shift.clone(), memory)
+    carried = None if state.carried is None else state.carried.clone()
+    border = None if state.border is None else Border(*(tensor.clone() for tensor in state.border))
+    return CellState(state.shift.clone(), memory, carried, border)

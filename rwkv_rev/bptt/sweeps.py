@@ -77,10 +77,13 @@ class Record(NamedTuple):
         raised: [L, B, H] bool, on the device: heads whose grid rose, the one thing that a record's size depends on;
             None where nothing does.
         tensors: the record, a list of tensors per layer, from ``raised`` on the host.
+        coarse: [L, B, H] bool, heads that :meth:`~rwkv_rev.reversal.fixed_point.FixedPoint.coarse` finds after the
+            chunk; None for states without a grid.
     """
 
     raised: Tensor | None
     tensors: Callable[[Tensor | None], list[list[Tensor]]]
+    coarse: Tensor | None = None
 
     def start(self) -> Callable[[], list[list[Tensor]]]:
         """A function that gives the record; called a chunk later, it does not wait for the device."""
@@ -233,8 +236,7 @@ class TwoSweeps(Strategy):
             plain = not foreign and not half and not model.checkpoints_blocks
             graphs = self.repeatable and plain and cuda_graphs.worthwhile(chunks, device)
             work = Work(model, inputs, chunks, plans, first, [], tape, places, [], graphs, found, half)
-            last = self._forward_sweep(work)
-            coarse = _coarse_heads(last)
+            last, coarse = self._forward_sweep(work)
             outcome["tape_bytes"] = tape.peak_nbytes
             result = self._backward_sweep(work, last, wanted)
             self.finish(outcome)
@@ -246,16 +248,18 @@ class TwoSweeps(Strategy):
         )
 
     @torch.no_grad()
-    def _forward_sweep(self, work: Work) -> list[ExactStates]:
-        """Exact states before the last chunk; fills the tape."""
+    def _forward_sweep(self, work: Work) -> tuple[list[ExactStates], Tensor | None]:
+        """Exact states before the last chunk, and heads that were coarse at any border; fills the tape."""
         model, _, chunks, plans, states, prints, tape, places, random, graphs, found, _ = work
         whole_output = bool(found.declared)  # a hook hears the top layer too
         pending: Callable[[], list[list[Tensor]]] | None = None
         graph: cuda_graphs.ForwardGraph | None = None
+        coarse: Tensor | None = None
 
         def advance(chunk: Chunk, states: list[ExactStates]) -> tuple[list[ExactStates], Record]:
             advanced = _advance(model, chunk, states, plans[chunk.length], whole_output=whole_output)
-            return [layer.states for layer in advanced], self.compared(model, states, advanced)
+            after = [layer.states for layer in advanced]
+            return after, self.compared(model, states, advanced)._replace(coarse=_coarse_heads(after))
 
         random.append(random_state.capture(places))
         for chunk in chunks[:-1]:
@@ -264,6 +268,7 @@ class TwoSweeps(Strategy):
                 advanced = _advance(model, chunk, states, plans[chunk.length], whole_output=True)
                 prints.extend(layer.print for layer in advanced)
                 states = [layer.states for layer in advanced]
+                coarse = _coarse_heads(states)
                 random.append(random_state.capture(places))
                 draws = not random[0].same(random[1])
                 # the top layer's output is needed only to draw there what the second sweep will draw
@@ -284,13 +289,16 @@ class TwoSweeps(Strategy):
             if replayed:
                 assert graph is not None
                 states = graph.run(chunk, states, tape)
+                record = graph.record
             else:
                 pending, states = record.start(), after
+            if coarse is not None and record.coarse is not None:
+                coarse |= record.coarse
             now = random_state.capture(places)
             random.append(random[-1] if now.same(random[-1]) else now)  # one copy where nothing is drawn
         if pending is not None:
             tape.push(pending())
-        return cuda_graphs.cloned(states) if graph is not None else states
+        return cuda_graphs.cloned(states) if graph is not None else states, coarse
 
     def _backward_sweep(self, work: Work, states: list[ExactStates], parameters: list[Tensor]) -> SweepResult:
         """Gradients of all chunks, from the last, whose exact ``states`` before it are given, to the first."""
@@ -312,7 +320,7 @@ class TwoSweeps(Strategy):
             incoming: list[Tensor],
             parameters: list[Tensor],
         ) -> ChunkResult:
-            replay = self._replayer(model, chunk, plans[chunk.length], after, record)
+            replay = self._replayer(model, chunk, plans[chunk.length], after, record, after)
             return _scaled_gradients(model, chunk, replay, parameters, incoming, 1.0, None)
 
         for chunk in reversed(chunks):
@@ -333,7 +341,8 @@ class TwoSweeps(Strategy):
             tensors = [[of_layer] for of_layer in prints] if chunk.index == 0 < len(chunks) - 1 else None
             if record is not None:
                 tensors = record.tensors()
-            replay = self._replayer(model, chunk, plans[chunk.length], known, tensors)
+            after = states if chunk.index < len(chunks) - 1 else None
+            replay = self._replayer(model, chunk, plans[chunk.length], known, tensors, after)
             # recorded after a chunk that has compiled and loaded every kernel, if enough of them are left
             recordable = (
                 graphs and cuda_graphs.repeats(chunk, chunks) and chunk.index >= cuda_graphs.FEWEST_CHUNKS
@@ -375,8 +384,12 @@ class TwoSweeps(Strategy):
         plans: list[Plans],
         states: list[ExactStates],
         record: list[list[Tensor]] | None,
+        following: list[ExactStates] | None,
     ) -> Callable[[Tensor], Replayed]:
-        """A function of the chunk's embedded input; ``states`` are those after it, or before an end."""
+        """A function of the chunk's embedded input.
+
+        ``states`` are those after it, or before an end; ``following`` those that the chunk after it began with.
+        """
         inner = record is not None and chunk.index > 0
 
         def run(x: Tensor) -> Replayed:
@@ -388,7 +401,12 @@ class TwoSweeps(Strategy):
                 if inner:
                     assert record is not None
                     again = self.recover(states[layer], record[layer][2:], plans[layer])
-                x, replay = block(x, replace(again, checkpointed=model.checkpoints_blocks), mask)
+                again = replace(
+                    again,
+                    checkpointed=model.checkpoints_blocks,
+                    next=following[layer] if following is not None and self.exact else None,
+                )
+                x, replay = block(x, again, mask)
                 layers.append(replay)
                 if record is not None and (self.exact or chunk.index == 0 or layer == 0):
                     printed = record[layer][0]
@@ -403,6 +421,8 @@ class TwoSweeps(Strategy):
                     if inner and self.exact:
                         memory = block.time_mix.memory_print(replay.states[0].memory)
                         same &= (memory == record[layer][1]).all()
+                    if replay.handed_on is not None:
+                        same &= replay.handed_on
                     exactly.append(same)
                 if inner:
                     self.recovered(layer, replay)
@@ -423,7 +443,7 @@ class TwoSweeps(Strategy):
         def tensors(raised: Tensor | None) -> list[list[Tensor]]:
             return [[*one, *other] for one, other in zip(front, record.tensors(raised), strict=True)]
 
-        return Record(record.raised, tensors)
+        return record._replace(tensors=tensors)
 
 
 def _chunk_gradients(

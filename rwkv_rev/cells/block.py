@@ -54,7 +54,7 @@ class BlockReplay(NamedTuple):
     """A block's chunk computed again, with graph: exact states before it, output, leaves, states after it, print.
 
     ``print``, int64 [4], holds checksums of the block's input and of what both cells did (:class:`.cell.Replay`):
-    the same in both sweeps, if both computed the same.
+    the same in both sweeps, if both computed the same. ``handed_on``, bool scalar or None, is that of both cells.
     """
 
     states: ExactStates
@@ -62,6 +62,7 @@ class BlockReplay(NamedTuple):
     start: FloatStates
     end: FloatStates
     print: Tensor
+    handed_on: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,14 @@ class BlockAgain:
         states: exact states before the chunk, or after it when ``remnants`` are given.
         checkpointed: where the block has a function to ``recompute`` by, keep only its input and states, and compute
             it once more when its gradient is taken (activation checkpointing).
+        next: states that the chunk after this one began with, to be compared with what this one leaves.
     """
 
     states: ExactStates
     plans: Plans
     remnants: Remnants | None = None
     checkpointed: bool = False
+    next: ExactStates | None = None
 
 
 class Block(nn.Module):
@@ -160,17 +163,19 @@ class Block(nn.Module):
     def _replay(self, x: Tensor, asked: BlockAgain, mask: ChunkMask | None) -> BlockReplay:
         first = checksum(x)
         time_remnant, channel_remnant = asked.remnants or (None, None)
-        out, time = self.time_mix(self.ln1(x), Again(asked.states[0], asked.plans[0], time_remnant), mask)
+        following = asked.next or (None, None)
+        again = Again(asked.states[0], asked.plans[0], time_remnant, following[0])
+        out, time = self.time_mix(self.ln1(x), again, mask)
         x = x + out
-        out, channel = self.channel_mix(
-            self.ln2(x), Again(asked.states[1], asked.plans[1], channel_remnant), mask
-        )
+        again = Again(asked.states[1], asked.plans[1], channel_remnant, following[1])
+        out, channel = self.channel_mix(self.ln2(x), again, mask)
         return BlockReplay(
             (time.state, channel.state),
             x + out,
             (time.start, channel.start),
             (time.end, channel.end),
             _print(first, time, channel),
+            None if time.handed_on is None else time.handed_on & channel.handed_on,
         )
 
     def _checkpointed(self, x: Tensor, asked: BlockAgain, mask: ChunkMask | None) -> BlockReplay:
@@ -183,7 +188,7 @@ class Block(nn.Module):
         start = (leaves(values[0]), leaves(values[1]))
         assert self.recompute is not None
         out, end = self.recompute(self.forward, x, start, mask)
-        return BlockReplay(before, out, start, end, quiet.print)
+        return BlockReplay(before, out, start, end, quiet.print, quiet.handed_on)
 
 
 def _print(first: Tensor, time: Advanced | Replay, channel: Advanced | Replay) -> Tensor:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_rev.cells.mask import ChunkMask
-from rwkv_rev.cells.token_shift import carried_mix, carry, last_token, token_mixes, uncarry
+from rwkv_rev.cells.token_shift import Border, carried_mix, last_token, token_mixes
 from rwkv_rev.reversal.fingerprint import checksum, fingerprint
 
 
@@ -48,11 +48,13 @@ class CellState:
         shift: [B, D], the last valid token's input vector.
         memory: the recurrence's memory in the cell's exact form, or None.
         carried: [B, D], the y that ``shift`` was rebuilt from, when it came out of ``reverse``.
+        border: what y was mixed with, likewise.
     """
 
     shift: Tensor
     memory: Any
     carried: Tensor | None = None
+    border: Border | None = None
 
 
 class Remnant(NamedTuple):
@@ -84,6 +86,8 @@ class Replay(NamedTuple):
     ``state`` is the exact state before the chunk, ``out`` [B, C, D] the output, ``start`` the same state as
     differentiable leaves and ``end`` the differentiable state after the chunk. ``print``, int64 [1 or 2], holds
     checksums of the token shift after the chunk and of what it did to the memory: the same bits in both sweeps.
+    ``handed_on``, bool scalar, says whether the chunk after this one began with what this one leaves; None where the
+    state after it was not given.
     """
 
     state: CellState
@@ -91,6 +95,7 @@ class Replay(NamedTuple):
     start: FloatState
     end: FloatState
     print: Tensor
+    handed_on: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -104,11 +109,15 @@ class Forwards:
 
 @dataclass(frozen=True)
 class Again:
-    """Compute a chunk again; ``state`` is the exact one before it, or after it where a ``remnant`` is given."""
+    """Compute a chunk again; ``state`` is the exact one before it, or after it where a ``remnant`` is given.
+
+    ``next`` is the state that the chunk after this one began with, to be compared with what this one leaves.
+    """
 
     state: CellState
     plan: CellPlan
     remnant: Remnant | None = None
+    next: CellState | None = None
 
 
 class ReversibleCell(nn.Module, ABC):
@@ -116,9 +125,12 @@ class ReversibleCell(nn.Module, ABC):
 
     Attributes:
         layer: index of the block the cell is in; only its initialisation depends on it.
+        inverts_memory: whether :meth:`retreat_memory` computes the memory before a chunk from the one after it, so
+            that the former's print vouches for the latter; else it takes it from the remnant.
     """
 
     layer: int = 0
+    inverts_memory = False
 
     # --- what a cell fills in ---------------------------------------------------------------------------------
 
@@ -180,9 +192,9 @@ class ReversibleCell(nn.Module, ABC):
             return advanced.out, advanced
         if isinstance(state, Again):
             if state.remnant is None:
-                replay = self.replay(state.state, x, mask, state.plan)
+                replay = self.replay(state.state, x, mask, state.plan, state.next)
             else:
-                replay = self.reversed_replay(state.state, x, mask, state.remnant, state.plan)
+                replay = self.reversed_replay(state.state, x, mask, state.remnant, state.plan, state.next)
             return replay.out, replay
         return self.step(state, x, mask)
 
@@ -252,18 +264,24 @@ class ReversibleCell(nn.Module, ABC):
         if state.carried is not None:
             return state
         mu = carried_mix(self.mixes()) if plan is None else plan.mix
-        y = carry(x.detach(), state.shift, mu, mask)
-        return CellState(uncarry(x.detach(), y, mu, mask), state.memory, y)
+        border = Border.of(x.detach(), mu, mask)
+        y = border.carry(state.shift)
+        return CellState(border.uncarry(y), state.memory, y, border)
 
     def replay(
-        self, state: CellState, x: Tensor, mask: ChunkMask | None = None, plan: CellPlan | None = None
+        self,
+        state: CellState,
+        x: Tensor,
+        mask: ChunkMask | None = None,
+        plan: CellPlan | None = None,
+        after: CellState | None = None,
     ) -> Replay:
         """A chunk whose exact state before it is known, with graph; the same bits as ``advance``."""
         plan = plan if plan is not None else self.plan(x.shape[1])
         state = self.carried(state, x, mask, plan)
         start = leaves(self.float_state(state))
         projection = self.project(*token_mixes(x, start.shift, mask, self.mixes()))
-        return self._finish(state, start, projection, x, mask, plan)
+        return self._finish(state, start, projection, x, mask, plan, after, vouched=False)
 
     def reversed_replay(
         self,
@@ -272,17 +290,19 @@ class ReversibleCell(nn.Module, ABC):
         mask: ChunkMask | None,
         remnant: Remnant,
         plan: CellPlan | None = None,
+        after: CellState | None = None,
     ) -> Replay:
         """A chunk whose exact state *after* it is known: rebuild the one before, then compute with graph."""
         plan = plan if plan is not None else self.plan(x.shape[1])
-        shift = uncarry(x.detach(), remnant.carried, plan.mix, mask)
+        border = Border.of(x.detach(), plan.mix, mask)
+        shift = border.uncarry(remnant.carried)
         shift_leaf = leaves(FloatState(shift, None)).shift
         projection = self.project(*token_mixes(x, shift_leaf, mask, self.mixes()))
         with torch.no_grad():
             memory = self.retreat_memory(state.memory, projection, mask, remnant.memory, plan.memory)
-        before = CellState(shift, memory, remnant.carried)
+        before = CellState(shift, memory, remnant.carried, border)
         start = FloatState(shift_leaf, leaves(self.float_state(before)).memory)
-        return self._finish(before, start, projection, x, mask, plan)
+        return self._finish(before, start, projection, x, mask, plan, after, vouched=self.inverts_memory)
 
     def _finish(
         self,
@@ -292,11 +312,36 @@ class ReversibleCell(nn.Module, ABC):
         x: Tensor,
         mask: ChunkMask | None,
         plan: CellPlan,
+        after: CellState | None,
+        *,
+        vouched: bool,
     ) -> Replay:
         out, contribution = self.read(projection, start.memory, mask, plan.memory)
         memory = self.update(start.memory, contribution, mask, x.shape[1])
         shift = last_token(x, start.shift, mask)
-        return Replay(state, out, start, FloatState(shift, memory), _print(contribution, shift))
+        handed_on = None
+        if after is not None:
+            update = None if vouched or contribution is None else contribution.detach()
+            handed_on = self._handed_on(state.memory, update, shift.detach(), after, mask, plan)
+        return Replay(state, out, start, FloatState(shift, memory), _print(contribution, shift), handed_on)
+
+    @torch.no_grad()
+    def _handed_on(
+        self,
+        memory: Any,
+        contribution: Tensor | None,
+        shift: Tensor,
+        after: CellState,
+        mask: ChunkMask | None,
+        plan: CellPlan,
+    ) -> Tensor:
+        """Whether the next chunk's y, and its memory if there is a contribution, are what this chunk leaves; bool."""
+        assert after.border is not None and after.carried is not None
+        same = checksum(after.border.carry(shift)) == checksum(after.carried)
+        if contribution is not None:
+            left, _ = self.advance_memory(memory, contribution, mask, plan.memory)
+            same &= (self.memory_print(left) == self.memory_print(after.memory)).all()
+        return same
 
 
 def leaves(state: FloatState) -> FloatState:

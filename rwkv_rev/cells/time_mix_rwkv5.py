@@ -50,6 +50,8 @@ class TimeMixRwkv5(ReversibleCell):
         group_norm_epsilon: eps of the GroupNorm (see above).
     """
 
+    inverts_memory = True
+
     def __init__(
         self,
         num_heads: int,

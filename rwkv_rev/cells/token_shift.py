@@ -18,6 +18,8 @@ amendments, each of which carries the mix with mu = 0, that is x_{a-1} unchanged
 The forward pass uses the round-tripped x_{a-1}, so both sweeps see the same bits. Cost: D numbers per boundary.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -71,21 +73,40 @@ def carried_mix(mixes: list[Tensor]) -> Tensor:
     return torch.where((mu >= 0) & (1 - mu >= SMALLEST_COEFFICIENT), mu, 0.0)
 
 
+class Border(NamedTuple):
+    """What a chunk's carried y depends on beside x_{a-1}.
+
+    Attributes:
+        first: x_a [B, D], the chunk's first valid token.
+        mu: mu*, float64, [D], or [B, D] with 0 in rows without a valid token.
+    """
+
+    first: Tensor
+    mu: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, mu: Tensor, mask: ChunkMask | None) -> "Border":
+        """The border before the chunk with input x [B, C, D]."""
+        if mask is None:
+            return cls(x[:, 0].clone(), mu)  # a view would keep the whole chunk in memory
+        first = x.gather(1, mask.first[:, None, None].expand(-1, 1, x.shape[2]))[:, 0]
+        return cls(first, torch.where((mask.count > 0)[:, None], mu, 0.0))
+
+    def carry(self, shift: Tensor) -> Tensor:
+        """The carried y [B, D] (dtype of x) from x_{a-1} [B, D]."""
+        return torch.lerp(shift.double(), self.first.double(), self.mu).to(self.first.dtype)
+
+    def uncarry(self, y: Tensor) -> Tensor:
+        """x_{a-1} [B, D] (dtype of x), the inverse of :meth:`carry`."""
+        x = torch.addcmul(y.double(), self.mu, self.first.double(), value=-1)
+        return (x / (1 - self.mu)).to(self.first.dtype)
+
+
 def carry(x: Tensor, shift: Tensor, mu: Tensor, mask: ChunkMask | None) -> Tensor:
     """The carried y [B, D] (dtype of x) from the chunk's input x [B, C, D], x_{a-1} [B, D] and mu* [D]."""
-    first, mu = _first_token(x, mu, mask)
-    return torch.lerp(shift.double(), first, mu).to(x.dtype)
+    return Border.of(x, mu, mask).carry(shift)
 
 
 def uncarry(x: Tensor, y: Tensor, mu: Tensor, mask: ChunkMask | None) -> Tensor:
     """x_{a-1} [B, D] (dtype of x), the inverse of :func:`carry`."""
-    first, mu = _first_token(x, mu, mask)
-    return (torch.addcmul(y.double(), mu, first, value=-1) / (1 - mu)).to(x.dtype)
-
-
-def _first_token(x: Tensor, mu: Tensor, mask: ChunkMask | None) -> tuple[Tensor, Tensor]:
-    """The first valid token's vector and mu*, float64; mu* is 0 in rows without a valid token."""
-    if mask is None:
-        return x[:, 0].double(), mu
-    first = x.gather(1, mask.first[:, None, None].expand(-1, 1, x.shape[2]))[:, 0]
-    return first.double(), torch.where((mask.count > 0)[:, None], mu, 0.0)
+    return Border.of(x, mu, mask).uncarry(y)
