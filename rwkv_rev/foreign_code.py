@@ -25,7 +25,6 @@ LAYERS: frozenset[type] = frozenset(
     {
         nn.Dropout,
         nn.Embedding,
-        nn.GroupNorm,
         nn.Identity,
         nn.LayerNorm,
         nn.Linear,
@@ -45,6 +44,9 @@ LAYERS: frozenset[type] = frozenset(
 
 HOOKS = ("torch.", "accelerate.", "transformers.integrations.neftune", "transformers.modeling_utils")
 """Modules whose hooks are position-wise (NEFTune's: see :func:`neftune_share`)."""
+
+CALLED = ("embed", "initial_state", "normalize", "read", "run")
+"""Methods of a model that strategies call."""
 
 _HOOK_KINDS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 
@@ -90,12 +92,17 @@ def strangers(model: nn.Module) -> Strangers:
     for kind in _HOOK_KINDS:
         for hook in getattr(module_globals, f"_global_{kind}", {}).values():
             _sort(hook, f"the global hook {_name(hook)}", found, _hook_objection(hook))
+    for name in CALLED:
+        code = vars(model).get(name) or getattr(type(model), name, None)
+        if code is not None and not getattr(code, "__module__", "").startswith("rwkv_rev."):
+            _sort(code, f"{type(model).__name__}.{name}", found, adapters.UNKNOWN)
     for path, module in _below(model):
         layer = _class(module)
         computed = getattr(module, "parametrizations", None) if parametrize.is_parametrized(module) else None
         for holder in (module, *(computed.modules() if isinstance(computed, nn.Module) else ())):
             found.buffers.extend(buffer for buffer in holder._buffers.values() if buffer is not None)
-        _sort(module, f"{layer.__name__} at {path}", found, _layer_objection(module, layer))
+        if not (layer is nn.GroupNorm and "time_mix.ln_x" in path):  # ours is given [tokens, heads * N]
+            _sort(module, f"{layer.__name__} at {path}", found, _layer_objection(module, layer))
         is_base = module is getattr(model, "base_model", None)  # whose forward the sweeps do not call
         for kind in _HOOK_KINDS:
             hooks = getattr(module, f"_{kind}")
@@ -106,12 +113,16 @@ def strangers(model: nn.Module) -> Strangers:
                     found.unknown.append(Stranger(words, adapters.UNKNOWN))
                 else:
                     _sort(hook, words, found, _hook_objection(hook))
-        brings_tensors |= not _is_own(layer) or type(module) is not layer
+        own = _is_own(layer) or layer is nn.GroupNorm
+        brings_tensors |= not own or type(module) is not layer
         beside = [*vars(module).values(), *module._buffers.values()]
         brings_tensors |= any(map(_is_trainable, beside))
         if "forward" in vars(module):
-            words = f"the replaced forward of {path}"
-            _sort(vars(module)["forward"], words, found, _hook_objection(getattr(module, "_hf_hook", None)))
+            _sort(
+                vars(module)["forward"], f"the replaced forward of {path}", found, _forward_objection(module)
+            )
+        for name in _replaced_methods(module, layer):
+            _sort(vars(module)[name], f"the replaced {name} of {path}", found, adapters.UNKNOWN)
         if getattr(module, "_compiled_call_impl", None) is not None:
             found.unknown.append(Stranger(f"the compiled call of {path}", adapters.UNKNOWN))
     return found._replace(brings_tensors=brings_tensors or bool(found.unknown or found.declared))
@@ -180,6 +191,8 @@ def _is_own(layer: type) -> bool:
 
 
 def _layer_objection(module: nn.Module, layer: type) -> str | None:
+    if getattr(module, "scale_grad_by_freq", False):
+        return "divides gradients by how often it sees a token (scale_grad_by_freq)"
     if _is_own(layer):
         return None
     return adapters.objection(module) if adapters.is_of_peft(layer) else adapters.UNKNOWN
@@ -193,9 +206,34 @@ def _hook_objection(hook: Any) -> str | None:
     return adapters.hook_objection(code) if adapters.is_of_peft(code) else adapters.UNKNOWN
 
 
+def _forward_objection(module: nn.Module) -> str | None:
+    """To a replaced forward: accelerate's own, with hooks of its own, calls the module's."""
+    forward, hook = vars(module)["forward"], getattr(module, "_hf_hook", None)
+    hooks = [hook, *getattr(hook, "hooks", ())]  # a SequentialHook has others
+    layers = [forward.func if isinstance(forward, partial) else forward, *map(type, hooks)]
+    former = getattr(getattr(module, "_old_forward", None), "__func__", None)
+    own = former is getattr(_class(module), "forward", None) and all(
+        layer.__module__.startswith("accelerate.") for layer in layers
+    )
+    return None if own else adapters.UNKNOWN
+
+
+def _replaced_methods(module: nn.Module, layer: type) -> list[str]:
+    """Methods of one of our layers that an attribute of the instance stands before."""
+    if not layer.__module__.startswith("rwkv_rev."):
+        return []
+    return [name for name in vars(module) if name != "forward" and callable(getattr(layer, name, None))]
+
+
+def _is_marked(code: Any) -> bool:
+    """Whether the code itself, or its very class, was declared: a subclass may do other things."""
+    code = getattr(code, "__func__", code)
+    layer = _class(code) if isinstance(code, nn.Module) else type(code)
+    return MARK in getattr(code, "__dict__", {}) or MARK in vars(layer)
+
+
 def _sort(code: Any, where: str, found: Strangers, objection: str | None) -> None:
-    marked = getattr(code, MARK, False)
-    if marked:
+    if _is_marked(code):
         found.declared.append(where)
     elif objection is not None:
         found.unknown.append(Stranger(where, objection))

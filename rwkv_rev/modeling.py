@@ -27,6 +27,7 @@ from rwkv_rev.cache import CACHE_NAME, Piece, RwkvRevCache, handed_over
 from rwkv_rev.cells import ChannelMix, TimeMixRwkv4, TimeMixRwkv5
 from rwkv_rev.cells.block import Block
 from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.cells.recomputation import checkpointed
 from rwkv_rev.configuration import BPTT_STRATEGIES, TAPES, RwkvRevConfig
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.exporting import exportable
@@ -153,7 +154,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         for index, block in enumerate(self.typed_blocks()):
             call: Callable[..., Any] = block
             if again and block.recompute is not None:
-                call = partial(block.recompute, block)
+                call = partial(checkpointed, block.recompute, block)
             x, after = call(x, state.layer(index), mask)
             layers.append(after)
             if streams is not None:

@@ -1,13 +1,23 @@
 """One-shot faults: every number that both sweeps compute is compared, whatever module, call and sweep it comes from."""
 
 import itertools
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from bptt_cases import differentiate, random_like, random_state, random_tokens, tiny_model
+from bptt_cases import (
+    AGREE,
+    assert_agree,
+    differentiate,
+    random_like,
+    random_state,
+    random_tokens,
+    tiny_model,
+)
 from torch import Tensor, nn
 
 from rwkv_rev import RwkvRevForCausalLM
@@ -154,10 +164,47 @@ def test_every_fault_in_checkpointed_blocks_is_found(version: str, strategy: str
     model.model.gradient_checkpointing = True
     inputs = {"input_ids": random_tokens(CHUNK * 3, batch=2)}
     name = "model.blocks.0.time_mix.key"
-    # two calls in the first sweep; then the last chunk's three, then the inner chunk's, of which the first is compared
-    for number in (0, 1, 5):
-        with hooked(model, name, fault(number)), pytest.raises(ReversalMismatchError):
-            differentiate(model, strategy, CHUNK, **inputs)
+    clean = differentiate(model, strategy, CHUNK, **inputs)
+    found = []
+    for number in range(calls(model, name, strategy, inputs)):
+        with hooked(model, name, fault(number)):
+            try:
+                outcome = differentiate(model, strategy, CHUNK, **inputs)
+            except ReversalMismatchError:
+                found.append(number)
+                continue
+        assert all(torch.equal(outcome.gradients[key], clean.gradients[key]) for key in clean.gradients), (
+            number
+        )
+    # two calls in the first sweep; of each chunk three in the second, the last chunk's first of which is without use
+    assert len(found) >= 2 + 3 * 3 - 1
+
+
+@pytest.mark.parametrize("strategy", ["full", *EXACT])
+@pytest.mark.parametrize("source", ["Python", "numpy", "a generator of its own"])
+def test_draws_in_checkpointed_blocks(source: str, strategy: str) -> None:
+    """PyTorch's checkpointing sets back its own generators only: here all known ones are, and others are noticed."""
+    model = tiny_model("5.2", num_hidden_layers=LAYERS)
+    model.model.gradient_checkpointing = True
+    own = random.Random(0)
+    draw = {"Python": random.random, "numpy": np.random.rand, "a generator of its own": own.random}[source]
+    scales: list[float] = []
+
+    def scaled(module: nn.Module, given: Any, output: Tensor) -> Tensor:
+        scales.append(1 + draw())
+        return output * scales[-1]
+
+    inputs = {"input_ids": random_tokens(CHUNK, batch=2)}
+    with hooked(model, "model.blocks.0.time_mix.key", scaled):
+        if source == "a generator of its own":
+            with pytest.raises(ReversalMismatchError, match="activation checkpointing"):
+                differentiate(model, strategy, CHUNK, **inputs)
+            return
+        found = differentiate(model, strategy, CHUNK, **inputs)
+    assert len(set(scales)) == 1, "one draw, repeated"
+    model.model.gradient_checkpointing = False
+    with hooked(model, "model.blocks.0.time_mix.key", lambda module, given, output: output * scales[0]):
+        assert_agree(found, differentiate(model, "full", **inputs), AGREE)
 
 
 @pytest.mark.parametrize("chunks", [2, 3, 4])

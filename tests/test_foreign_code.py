@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -361,3 +362,152 @@ def test_spectral_norm_is_refused(place: str) -> None:
             differentiate(model, strategy, CHUNK, input_ids=IDS)
     layer.eval()
     assert_like_full(model)
+
+
+# --- code that hides --------------------------------------------------------------------------------------------------
+
+
+def mean_of_all(x: Tensor) -> Tensor:
+    return x + x.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("way", ["patched, then hooked", "hooked, then patched", "a hook among accelerate's"])
+def test_code_behind_hooks_of_accelerate_is_refused(way: str) -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = model_of()
+    key = model.blocks[1].channel_mix.key
+
+    class Mean(hooks.ModelHook):
+        def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+            return mean_of_all(output)
+
+    def patch() -> None:
+        forward = key.forward
+        key.forward = lambda x: mean_of_all(forward(x))
+
+    if way.startswith("patched"):
+        patch()
+    hooks.add_hook_to_module(key, hooks.AlignDevicesHook(execution_device="cpu"))
+    if not way.startswith("patched"):
+        assert not strangers(model).unknown, "accelerate's own hook is known"
+    if way.startswith("hooked"):
+        patch()
+    if way.startswith("a hook"):
+        hooks.add_hook_to_module(key, Mean(), append=True)
+    for strategy in CHUNKED:
+        with pytest.raises(
+            StrategyError, match=r"the replaced forward of model\.blocks\.1\.channel_mix\.key"
+        ):
+            differentiate(model, strategy, CHUNK, input_ids=IDS)
+
+
+def test_a_declared_class_does_not_speak_for_its_subclasses() -> None:
+    @rwkv_rev.position_wise
+    class Declared(nn.Linear):
+        pass
+
+    class Other(Declared):
+        def forward(self, x: Tensor) -> Tensor:
+            return mean_of_all(super().forward(x))
+
+    model = model_of()
+    for layer, known in ((Declared, True), (Other, False)):
+        model.blocks[1].channel_mix.key = layer(16, 32, bias=False, dtype=torch.float64)
+        assert bool(strangers(model).unknown) is not known
+    with pytest.raises(StrategyError, match=r"Other at model\.blocks\.1\.channel_mix\.key"):
+        differentiate(model, "reversible", CHUNK, input_ids=IDS)
+
+
+@pytest.mark.parametrize("place", ["model.blocks.1.time_mix project", "model embed", " embed", " normalize"])
+def test_replaced_methods_are_refused(place: str) -> None:
+    """Strategies call more than ``forward``: methods of cells and of the models, replaced on an instance."""
+    model = model_of()
+    path, name = place.split(" ")
+    owner = model.get_submodule(path)
+    method = getattr(owner, name)
+    setattr(owner, name, lambda *given: method(*given))
+    for strategy in CHUNKED:
+        with pytest.raises(StrategyError, match=name):
+            differentiate(model, strategy, CHUNK, input_ids=IDS)
+
+
+def test_methods_of_a_subclass_are_refused() -> None:
+    class Other(RwkvRevForCausalLM):
+        def normalize(self, hidden: Tensor) -> Tensor:
+            return 0.5 * super().normalize(hidden)
+
+    model = model_of()
+    model.__class__ = Other
+    with pytest.raises(StrategyError, match=r"Other\.normalize"):
+        differentiate(model, "reversible", CHUNK, input_ids=IDS)
+
+
+def test_group_norm_over_positions_is_refused() -> None:
+    """PyTorch's takes the second dimension for channels: on [B, C, D] it would normalise over the chunk."""
+    model = model_of()
+    model.blocks[0].ln1 = nn.GroupNorm(2, CHUNK, dtype=torch.float64)
+    with pytest.raises(StrategyError, match=r"GroupNorm at model\.blocks\.0\.ln1"):
+        differentiate(model, "reversible", CHUNK, input_ids=IDS[:, : 2 * CHUNK])
+
+
+def test_embeddings_that_count_tokens_are_refused() -> None:
+    model = model_of()
+    model.model.embeddings.scale_grad_by_freq = True
+    with pytest.raises(StrategyError, match="scale_grad_by_freq"):
+        differentiate(model, "checkpoint", CHUNK, input_ids=IDS)
+
+
+@pytest.mark.parametrize("name", ["time_decay", "mix_key"])
+@pytest.mark.parametrize("own", [False, True], ids=["global generator", "generator of its own"])
+def test_parametrizations_that_draw_decays_are_refused(own: bool, name: str) -> None:
+    """Decays are read once for a sweep, and in each chunk: they must not change. Those that stay are exact."""
+    generator = torch.Generator().manual_seed(0) if own else None
+
+    class Noisy(nn.Module):
+        def forward(self, value: Tensor) -> Tensor:
+            return value + 0.1 * torch.rand(value.shape, generator=generator, dtype=value.dtype)
+
+    class Twice(nn.Module):
+        def forward(self, value: Tensor) -> Tensor:
+            return 2 * value
+
+    model = model_of()
+    parametrize.register_parametrization(model.blocks[0].time_mix, name, Noisy())
+    for strategy in ("checkpoint", "reversible"):
+        with pytest.raises(StrategyError, match=r"TimeMixRwkv5 of layer 0 gives other .* at each look"):
+            differentiate(model, strategy, CHUNK, input_ids=IDS)
+    model = model_of()
+    parametrize.register_parametrization(model.blocks[0].time_mix, name, Twice())
+    assert_like_full(model)
+
+
+@pytest.mark.parametrize("version", ["4", "5.2"])
+def test_hooks_that_make_decays_are_refused(version: str) -> None:
+    """``weight_norm`` of old makes the weight in each call, after a sweep has read it. Under ``full`` it is exact."""
+    model = model_of(version)
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        weight_norm(model.blocks[1].time_mix, "time_decay")
+    for strategy in ("checkpoint", "reversible"):
+        with pytest.raises(StrategyError, match=r"layer 1 anew at each call .*parametrization"):
+            differentiate(model, strategy, CHUNK, input_ids=IDS)
+    assert differentiate(model, "full", input_ids=IDS).gradients["model.blocks.1.time_mix.time_decay_g"].any()
+
+
+def test_losses_of_two_threads_take_turns() -> None:
+    """Generators and PyTorch's caches belong to the process: dropout in another thread would spoil both."""
+    models = [tiny_model("5.2", seed=seed) for seed in range(2)]
+    for model in models:
+        model.blocks[0].channel_mix.value = nn.Sequential(model.blocks[0].channel_mix.value, nn.Dropout(0.3))
+
+    def train(model: RwkvRevForCausalLM) -> list[float]:
+        losses = []
+        for _ in range(4):
+            with model.set_bptt("reversible", chunk_length=CHUNK):
+                loss = model(IDS, labels=IDS).loss
+            losses.append(loss.item())
+            loss.backward()
+        return losses
+
+    with ThreadPoolExecutor(2) as pool:
+        for losses in pool.map(train, models):
+            assert len(losses) == 4

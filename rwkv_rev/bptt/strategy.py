@@ -4,6 +4,7 @@ A strategy sees the model through :class:`LanguageModel` and the batch through :
 :class:`LossResult` whose loss can be back-propagated by any trainer.
 """
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -270,12 +271,22 @@ def unchanged(model: LanguageModel, tensors: list[Tensor]) -> Iterator[None]:
             )
 
 
+_one_thread = threading.RLock()
+
+
 @contextmanager
 def uncached(device: torch.device) -> Iterator[None]:
-    """The caller's autocast and parametrizations without their caches.
+    """The caller's autocast and parametrizations without their caches, in one thread at a time.
 
-    Weights made in a sweep without graph must not be reused in one with graph, where they would get no gradient.
+    Weights made in a sweep without graph must not be reused in one with graph, where they would get no gradient. Those
+    caches, and the random generators, belong to the process: another thread's loss waits.
     """
+    with _one_thread, _without_caches(device):
+        yield
+
+
+@contextmanager
+def _without_caches(device: torch.device) -> Iterator[None]:
     kept = parametrize._cache_enabled, parametrize._cache
     parametrize._cache_enabled, parametrize._cache = 0, {}
     try:

@@ -220,6 +220,8 @@ class TwoSweeps(Strategy):
         found: Strangers,
     ) -> tuple[Tensor, tuple[Tensor, ...], list]:
         self.begin(model, inputs)
+        for block in model.blocks:
+            block.time_mix.refuse_changing()
         chunks = inputs.chunks(self.chunk_length)
         plans = {
             length: [block.plan(length) for block in model.blocks] for length in {c.length for c in chunks}

@@ -26,6 +26,7 @@ from rwkv_rev.cells.cell import (
 )
 from rwkv_rev.cells.channel_mix import ChannelMix
 from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.cells.recomputation import checkpointed
 from rwkv_rev.cells.time_mix_rwkv4 import TimeMixRwkv4
 from rwkv_rev.cells.time_mix_rwkv5 import TimeMixRwkv5
 from rwkv_rev.configuration import RwkvRevConfig
@@ -129,8 +130,8 @@ class Block(nn.Module):
             advanced = self._advance(x, states, mask)
             return advanced.out, advanced
         if isinstance(states, BlockAgain):
-            checkpointed = states.checkpointed and self.recompute is not None
-            replay = (self._checkpointed if checkpointed else self._replay)(x, states, mask)
+            again = states.checkpointed and self.recompute is not None
+            replay = (self._checkpointed if again else self._replay)(x, states, mask)
             return replay.out, replay
         time, channel = states
         out, time = self.time_mix(self.ln1(x), time, mask)
@@ -187,7 +188,7 @@ class Block(nn.Module):
         values = self.time_mix.float_state(before[0]), self.channel_mix.float_state(before[1])
         start = (leaves(values[0]), leaves(values[1]))
         assert self.recompute is not None
-        out, end = self.recompute(self.forward, x, start, mask)
+        out, end = checkpointed(self.recompute, self.forward, x, start, mask)
         return BlockReplay(before, out, start, end, quiet.print, quiet.handed_on)
 
 

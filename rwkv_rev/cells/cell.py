@@ -27,9 +27,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from rwkv_rev import random_state
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.token_shift import Border, carried_mix, last_token, token_mixes
+from rwkv_rev.errors import StrategyError
 from rwkv_rev.reversal.fingerprint import checksum, fingerprint
 
 
@@ -65,10 +68,14 @@ class Remnant(NamedTuple):
 
 
 class CellPlan(NamedTuple):
-    """What the exact update needs of the weights, computed once per sweep: mu* [D], and the memory's plan."""
+    """What the exact update needs of the weights, computed once per sweep: mu* [D], and the memory's plan.
+
+    ``sources`` are the tensors that both were made of.
+    """
 
     mix: Tensor
     memory: Any
+    sources: tuple[Tensor, ...]
 
 
 class Advanced(NamedTuple):
@@ -156,6 +163,10 @@ class ReversibleCell(nn.Module, ABC):
         """What chunks of C = ``length`` tokens need of the weights beyond themselves, or None."""
         return None
 
+    def plan_sources(self) -> list[Tensor]:
+        """The parameters that :meth:`plan` reads."""
+        return self.mixes()
+
     def exact_memory(self, memory: Tensor | None) -> Any:
         """The exact form of a memory."""
         return memory
@@ -185,7 +196,13 @@ class ReversibleCell(nn.Module, ABC):
     def forward(
         self, x: Tensor, state: FloatState | Forwards | Again, mask: ChunkMask | None = None
     ) -> tuple[Tensor | None, FloatState | Advanced | Replay]:
-        """Output [B, C, D] of a chunk and what else came of it, by what ``state`` asks for."""
+        """Output [B, C, D] of a chunk and what else came of it, by what ``state`` asks for.
+
+        Raises:
+            StrategyError: where a hook has made other mixes or decays than the plan was made of.
+        """
+        if isinstance(state, Forwards | Again):
+            self._refuse_other_sources(state.plan)
         if isinstance(state, Forwards):
             run = self.advance if state.output else self.advance_shift
             advanced = run(state.state, x, mask, state.plan)
@@ -198,9 +215,38 @@ class ReversibleCell(nn.Module, ABC):
             return replay.out, replay
         return self.step(state, x, mask)
 
+    def refuse_changing(self) -> None:
+        """Refuse a parametrization that gives other mixes or decays at each look, as a plan and the chunks would.
+
+        Raises:
+            StrategyError: for such a parametrization.
+        """
+        if not parametrize.is_parametrized(self):
+            return
+        generators = random_state.capture({tensor.device for tensor in self.plan_sources()})
+        looks = [self.plan_sources() for _ in range(2)]
+        random_state.restore(generators)
+        if not all(torch.equal(one, other) for one, other in zip(*looks, strict=True)):
+            raise StrategyError(
+                f"a parametrization of the {type(self).__bases__[0].__name__} of layer {self.layer} gives other mixes "
+                "or decays at each look (it draws random numbers, or counts), and chunks need them to stay as they "
+                "are: use bptt='full'"
+            )
+
+    def _refuse_other_sources(self, plan: CellPlan) -> None:
+        if parametrize.is_parametrized(self):  # computed at each look, the same each time
+            return
+        for now, planned in zip(self.plan_sources(), plan.sources, strict=True):
+            if now.data_ptr() != planned.data_ptr():
+                raise StrategyError(
+                    f"a hook makes the mixes or decays of the {type(self).__name__} of layer {self.layer} anew at each "
+                    "call (weight_norm, prune), and chunks need them before it: use a parametrization "
+                    "(torch.nn.utils.parametrizations), or bptt='full'"
+                )
+
     def plan(self, length: int) -> CellPlan:
         """The plan for chunks of C = ``length`` tokens, while the weights stay as they are."""
-        return CellPlan(carried_mix(self.mixes()), self.memory_plan(length))
+        return CellPlan(carried_mix(self.mixes()), self.memory_plan(length), tuple(self.plan_sources()))
 
     def exact(self, state: FloatState) -> CellState:
         """The exact state nearest to a float one."""

@@ -49,6 +49,9 @@ class TimeMixRwkv4(ReversibleCell):
     def mixes(self) -> list[Tensor]:
         return [self.mix_key, self.mix_value, self.mix_receptance]
 
+    def plan_sources(self) -> list[Tensor]:
+        return [*self.mixes(), self.time_decay]
+
     def project(self, *mixed: Tensor) -> TimeProjection:
         to_key, to_value, to_receptance = mixed
         return TimeProjection(self.receptance(to_receptance), self.key(to_key), self.value(to_value))

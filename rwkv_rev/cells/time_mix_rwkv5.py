@@ -84,6 +84,9 @@ class TimeMixRwkv5(ReversibleCell):
         mixes: list[Tensor] = [self.mix_key, self.mix_value, self.mix_receptance]
         return mixes if self.mix_gate is None else [*mixes, self.mix_gate]
 
+    def plan_sources(self) -> list[Tensor]:
+        return [*self.mixes(), self.time_decay]
+
     def project(self, *mixed: Tensor) -> TimeProjection:
         to_key, to_value, to_receptance, *to_gate = mixed
         heads = (*to_key.shape[:2], self.num_heads, self.head_size)
