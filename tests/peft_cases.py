@@ -271,7 +271,7 @@ BLOCKS = {
 }
 EMBEDDED = [*MAPS, "embeddings"]
 CPT = {"cpt_token_ids": [1, 2, 3, 4], "cpt_tokens_type_mask": [1, 2, 3, 4], "cpt_mask": [1] * 4}
-PER_CALL = "what is drawn for a whole call is drawn for each chunk"
+PER_CALL = "it draws once for a whole call, in chunks once for each chunk: another draw than under `full`"
 
 METHODS = [
     # --- LoRA, its ways to begin, and its variants ---------------------------------------------------------------
@@ -310,7 +310,7 @@ METHODS = [
     Method(
         "QALoRA",
         lora(use_qalora=True, qalora_group_size=4),
-        note="LoRA, where the map is not quantised by GPTQ",
+        note="on a linear layer that GPTQ has not quantised, which it is tested on, it is plain LoRA",
     ),
     Method("Arrow", arrow),
     Method("VeLoRA, random", lora(velora_config={"num_groups": 4, "init_type": "random"}), draws="asked"),
@@ -491,7 +491,7 @@ METHODS = [
         training="full only",
         refusal="return_logits",
         inputs={"return_logits": True},
-        note="needs return_logits=True beside labels",
+        note="pass `return_logits=True` beside labels: CPT computes its loss from logits",
     ),
     Method(
         "prefix tuning",

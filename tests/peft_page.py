@@ -13,12 +13,18 @@ Every method of [peft](https://github.com/huggingface/peft) by name: exact, or r
 what it says by `tests/test_peft_methods.py`. Layers of peft that no row has are refused where chunks could make a
 difference, until they are declared with `rwkv_rev.position_wise`.
 
+**How to use one**, LoRA as the example, with the names of the layers: [python.md](python.md#lora). `head` is the output
+layer. A *chunk* is a piece of the context; `full` and `reversible` are explained in [promises.md](promises.md#words).
+
+- **verdict**: `exact`: you can train in chunks, evaluate and generate. `in part`: some of that is refused or limited to
+  `full`; the next columns say what, the notes below say why. `refused`: none of it.
 - **training**: `exact` is the gradient of `full`, under `reversible` and `checkpoint`, in 2, 3 and 4 chunks. Where a
   method draws random numbers in training, it is the gradient of what was drawn. `full only`: the strategies that cut
   the context refuse it.
 - **evaluation** of a text longer than a chunk: `in chunks`, in memory that does not grow with it, or in `one piece`.
 - **generation**: `exact` reads each token once, and gives what reading everything again for each token gives.
   `re-reads`: peft itself reads everything again. `refused`: with the state carried; with `use_cache=False` it is exact.
+- **why**: the number of a note below the table. A note `in this type` is the message that you get.
 """
 
 

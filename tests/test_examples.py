@@ -1,0 +1,62 @@
+"""The Python of README.md and docs/python.md runs, block after block, and does what the pages say."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rwkv_rev.cache import CACHE_NAME
+
+ROOT = Path(__file__).parents[1]
+
+# peft still uses a name that transformers 5 renamed
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the page's blocks leave behind; they run in ``folder``."""
+    monkeypatch.chdir(folder)
+    text = (ROOT / page).read_text(encoding="utf-8")
+    names: dict[str, Any] = {"__name__": "example"}
+    for found in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        code = found[1].replace(".cache.", f".{CACHE_NAME}.")
+        line = text[: found.start(1)].count("\n")
+        exec(compile("\n" * line + code, page, "exec"), names)  # lines as in the page
+    return names
+
+
+def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "book.txt").write_text("A state is what is left of a text. " * 60, encoding="utf-8")
+    for _ in range(2):  # whoever runs it again finds the model there
+        names = run("README.md", tmp_path, monkeypatch)
+    assert names["loss"].isfinite() and names["input_ids"].shape[1] > 2 * names["model"].config.chunk_length
+    assert all(parameter.grad is not None for parameter in names["model"].parameters())
+    assert names["answer"].shape[1] > names["question_ids"].shape[1]
+
+
+def test_python_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run("docs/python.md", tmp_path, monkeypatch)
+    assert names["ids"].shape[1] > 2 * 128
+    assert names["error"] < 1e-5
+    assert names["merged"].config.vocab_size == 256 and (tmp_path / "merged" / "model.safetensors").exists()
+    assert names["state"].wkv.grad.any()
+    assert names["found"]["eval_accuracy"] > 0.3
+    tuned, ids = names["load"]("tuned"), names["ids"]
+    with torch.no_grad():
+        assert tuned(ids, labels=ids).loss < names["loss"]  # of the step before
+
+
+def test_a_false_declaration_is_found_by_the_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the page says: more than 0.1, and no error."""
+    names = run("docs/python.md", tmp_path, monkeypatch)
+    names["model"] = names["load"]()
+    hook = names["rwkv_rev"].position_wise(
+        lambda module, args, output: (output[0] + output[0].mean(1, keepdim=True), *output[1:])
+    )
+    names["model"].model.blocks[3].register_forward_hook(hook)
+    pairs = zip(names["gradient"]("reversible"), names["gradient"]("full"), strict=True)
+    assert max(float((one - other).norm() / other.norm()) for one, other in pairs) > 0.1

@@ -1,0 +1,120 @@
+"""Losses of one's own on logits, which no gradient strategy applies to, and metrics of ``Trainer``."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bptt_cases import random_tokens, relative_error, tiny_model
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+IDS = random_tokens(27, batch=2)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def look_back(module: Any, given: Any, output: Any) -> Any:
+    """Not position-wise: the mean over all positions."""
+    return (output[0] + output[0].mean(1, keepdim=True), *output[1:])
+
+
+@pytest.mark.parametrize("strategy", ["auto", "checkpoint", "reversible", "truncated"])
+def test_the_gradient_of_a_loss_on_logits(strategy: str) -> None:
+    """That of ``full`` in every strategy; hooks are heard over the whole context without a declaration."""
+    model = tiny_model("5.2", dtype=torch.float64)
+    model.blocks[0].register_forward_hook(look_back)
+    parameters = list(model.parameters())
+    with model.set_bptt("full"):
+        expected = torch.autograd.grad(model(IDS, labels=IDS).loss, parameters)
+    with model.set_bptt(strategy, chunk_length=8):
+        found = torch.autograd.grad(cross_entropy(model(IDS).logits, IDS), parameters)
+    for one, other in zip(found, expected, strict=True):
+        assert relative_error(one, other) <= 1e-9
+
+
+def test_the_graph_of_a_loss_on_logits_grows_with_the_context() -> None:
+    """The whole context is kept, under ``reversible`` too."""
+
+    def kept(length: int) -> int:
+        model, ids = tiny_model("5.2"), random_tokens(length)
+        stored: dict[int, Tensor] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            stored[tensor.data_ptr()] = tensor
+            return tensor
+
+        with (
+            model.set_bptt("reversible", chunk_length=8),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
+            loss = cross_entropy(model(ids).logits, ids)
+        assert loss.requires_grad
+        return sum(tensor.nbytes for tensor in stored.values())
+
+    assert kept(320) > 5 * kept(32)
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids = random_tokens(27, seed=index)[0]
+        return {"input_ids": ids, "labels": ids}
+
+
+def arguments(folder: Path) -> TrainingArguments:
+    return TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
+        num_train_epochs=1,
+        optim="sgd",
+        learning_rate=0.1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+
+
+def test_compute_loss_func(tmp_path: Path) -> None:
+    """Trainer then passes no labels: a loss on logits as above, one step of which is that of the model's own."""
+
+    def own(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return cross_entropy(outputs.logits, labels)
+
+    trained = []
+    for function in (own, None):
+        model = tiny_model("5.2", bptt="reversible", chunk_length=8)
+        Trainer(model, arguments(tmp_path), train_dataset=Rows(), compute_loss_func=function).train()
+        trained.append(model)
+    assert not torch.equal(trained[0].head.weight, tiny_model("5.2").head.weight)
+    for one, other in zip(trained[0].parameters(), trained[1].parameters(), strict=True):
+        assert relative_error(one.detach(), other.detach()) <= 1e-5
+
+
+def test_metrics(tmp_path: Path) -> None:
+    """``evaluate`` hands labels over, so there are no predictions unless logits are asked for."""
+
+    class WithLogits(Trainer):
+        def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().prediction_step(model, {**inputs, "return_logits": True}, *args, **kwargs)
+
+    seen: list[Any] = []
+
+    def metrics(result: Any) -> dict[str, float]:
+        seen.append(result.predictions)
+        return {}
+
+    model = tiny_model("5.2", bptt="reversible", chunk_length=8)
+    for kind in (Trainer, WithLogits):
+        kind(model, arguments(tmp_path), eval_dataset=Rows(), compute_metrics=metrics).evaluate()
+    assert isinstance(seen[0], tuple) and not seen[0]
+    with torch.no_grad():
+        expected = model.eval()(torch.stack([row["input_ids"] for row in map(Rows().__getitem__, range(4))]))
+    torch.testing.assert_close(torch.from_numpy(seen[1]), expected.logits, rtol=1e-5, atol=1e-6)
