@@ -89,6 +89,7 @@ def strangers(model: nn.Module) -> Strangers:
     """Code of others below ``model``; what is hooked to ``model`` itself sees whole contexts and does not count."""
     found = Strangers([], [], False, [])
     brings_tensors = False
+    norms: set[int] = set()
     for kind in _HOOK_KINDS:
         for hook in getattr(module_globals, f"_global_{kind}", {}).values():
             _sort(hook, f"the global hook {_name(hook)}", found, _hook_objection(hook))
@@ -101,7 +102,10 @@ def strangers(model: nn.Module) -> Strangers:
         computed = getattr(module, "parametrizations", None) if parametrize.is_parametrized(module) else None
         for holder in (module, *(computed.modules() if isinstance(computed, nn.Module) else ())):
             found.buffers.extend(buffer for buffer in holder._buffers.values() if buffer is not None)
-        if not (layer is nn.GroupNorm and "time_mix.ln_x" in path):  # ours is given [tokens, heads * N]
+        norm = getattr(module, "ln_x", None) if layer.__module__.startswith("rwkv_rev.") else None
+        if isinstance(norm, nn.Module):  # ours is given [tokens, heads * N]
+            norms.update(map(id, norm.modules()))
+        if not (layer is nn.GroupNorm and id(module) in norms):
             _sort(module, f"{layer.__name__} at {path}", found, _layer_objection(module, layer))
         is_base = module is getattr(model, "base_model", None)  # whose forward the sweeps do not call
         for kind in _HOOK_KINDS:

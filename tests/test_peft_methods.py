@@ -6,6 +6,7 @@ what reading everything again for each token gives. ``pytest tests/test_peft_met
 """
 
 from itertools import product
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,7 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     read: list[int] = []
     run = modeling.RwkvRevModel.run
 
+    @wraps(run)
     def counted(self: modeling.RwkvRevModel, x: Tensor, *others: Any) -> Any:
         read.append(x.shape[1])
         return run(self, x, *others)
