@@ -225,8 +225,11 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
             state = after
             hidden.append(self.ln_out(x))
             streams.append(collected)
+        last = _joined(hidden)
+        if self.training and last.requires_grad:
+            _tell_of_whole_graph(self.config, length)
         output = RwkvRevOutput(
-            last_hidden_state=_joined(hidden),
+            last_hidden_state=last,
             state=exportable(state),
             hidden_states=tuple(_joined(list(parts)) for parts in zip(*streams, strict=True))
             if output_hidden_states
@@ -559,6 +562,17 @@ def initial_states(config: RwkvRevConfig) -> nn.ParameterList:
     """A WKV state [H, N, N] (key index first) of zeros for each layer."""
     shape = (config.num_attention_heads, config.head_size, config.head_size)
     return nn.ParameterList(torch.zeros(shape) for _ in range(config.num_hidden_layers))
+
+
+def _tell_of_whole_graph(config: RwkvRevConfig, length: int) -> None:
+    """Warn once where a context of ``length`` tokens would be cut into chunks, had the model computed the loss."""
+    if config.bptt == "full" or length <= config.chunk_length or torch.compiler.is_compiling():
+        return
+    logger.warning_once(
+        f"the graph of a whole context is stored: bptt={config.bptt!r} is for the loss that the model computes itself, "
+        "model(input_ids, labels=labels).loss, and not for a loss on its logits or hidden states, which trl's trainers "
+        "take. Such a gradient is exact, its memory grows with the context; bptt='full' says that this is meant"
+    )
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

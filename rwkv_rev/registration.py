@@ -34,6 +34,7 @@ def register_configuration() -> None:
 
 def register_models() -> None:
     """Let ``AutoModel``, ``AutoModelForCausalLM`` and ``AutoTokenizer`` know the classes; cheap when repeated."""
+    import transformers
     from transformers import AutoModel, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
@@ -48,6 +49,8 @@ def register_models() -> None:
     # known as such by their names
     MODEL_MAPPING_NAMES[RwkvRevConfig.model_type] = RwkvRevModel.__name__
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[RwkvRevConfig.model_type] = RwkvRevForCausalLM.__name__
+    # trl looks up what a configuration names as its architecture, to load a model by its path
+    setattr(transformers, RwkvRevForCausalLM.__name__, RwkvRevForCausalLM)
 
 
 class _RegisterAfterImport(MetaPathFinder):

@@ -18,7 +18,7 @@ from bptt_cases import (
 )
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
-from rwkv_rev import RwkvRevConfig, RwkvRevForCausalLM, RwkvRevModel, RwkvRevState
+from rwkv_rev import RwkvRevConfig, RwkvRevForCausalLM, RwkvRevModel, RwkvRevState, modeling
 from rwkv_rev.errors import StrategyError
 
 CLOSE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -350,3 +350,24 @@ def test_activation_checkpointing_of_a_plain_forward() -> None:
     assert torch.equal(gradients[0][0], gradients[1][0])
     for name, gradient in gradients[0][1].items():
         assert torch.equal(gradient, gradients[1][1][name]), name
+
+
+@pytest.mark.parametrize("strategy", ["auto", "reversible", "truncated"])
+def test_a_stored_graph_is_told_of(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where the model computes the loss, nor without a gradient, nor within a chunk, nor where it is meant."""
+    told: list[str] = []
+    monkeypatch.setattr(modeling.logger, "warning_once", told.append)
+    model, tokens = tiny_model("5.2"), random_tokens(20)
+    model.set_bptt(strategy, chunk_length=8)
+    model(tokens, labels=tokens).loss.backward()
+    model(tokens[:, :8])
+    model.eval()(tokens)
+    with torch.no_grad():
+        model.train()(tokens)
+    with model.set_bptt("full"):
+        model(tokens)
+    assert not told
+    model(tokens)
+    model.model(tokens)
+    assert len(told) == 2 and f"bptt={strategy!r} is for the loss that the model computes itself" in told[0]
+    assert "\n" not in told[0]

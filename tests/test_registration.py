@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from bptt_cases import english, random_tokens, relative_error, tiny_model
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -134,6 +135,12 @@ def test_lookups_by_configuration_are_as_before(bundled: dict[str, Path]) -> Non
     assert MODEL_FOR_CAUSAL_LM_MAPPING.get(RwkvRevConfig, None) is RwkvRevForCausalLM
     config = RwkvRevConfig.from_pretrained(bundled["4"])
     assert type(AutoModelForCausalLM.from_config(config)) is RwkvRevForCausalLM
+
+
+def test_the_architecture_that_a_configuration_names_is_found(bundled: dict[str, Path]) -> None:
+    """As trl looks it up to load a model by its path."""
+    (name,) = RwkvRevConfig.from_pretrained(bundled["4"]).architectures
+    assert getattr(transformers, name) is RwkvRevForCausalLM
 
 
 def test_pipeline(bundled: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:

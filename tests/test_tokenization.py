@@ -211,6 +211,17 @@ def test_padding_is_on_the_left_by_default(tokenizer: ByteLevelTokenizer) -> Non
     assert tokenizer(["ab c", "a"], padding=True).attention_mask[1][0] == 0
 
 
+def test_conversations(tokenizer: ByteLevelTokenizer) -> None:
+    """By a template; which tokens are the assistant's is refused, since nobody would know."""
+    talk = [{"role": "user", "content": "Hello"}]
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}!"
+    asked = {"chat_template": template, "tokenize": True, "return_dict": True}
+    ids = tokenizer.apply_chat_template(talk, **asked)["input_ids"]
+    assert tokenizer.decode(ids) == "Hello!"
+    with pytest.raises(ValueError, match=r"assistant_only_loss.*prompt and completion"):
+        tokenizer.apply_chat_template(talk, return_assistant_tokens_mask=True, **asked)
+
+
 def test_truncation(tokenizer: ByteLevelTokenizer) -> None:
     assert (
         tokenizer("one two three four", truncation=True, max_length=3).input_ids

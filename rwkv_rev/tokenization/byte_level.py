@@ -95,6 +95,21 @@ class ByteLevelTokenizer(PreTrainedTokenizer):
         """Text of a list of tokens in string form; bytes that are no UTF-8 become U+FFFD."""
         return b"".join(map(text_to_bytes, tokens)).decode("utf-8", "replace")
 
+    def apply_chat_template(
+        self, *args: Any, return_assistant_tokens_mask: bool = False, **kwargs: Any
+    ) -> Any:
+        """As in transformers, but without the mask of the assistant's tokens.
+
+        Raises:
+            ValueError: if that mask is asked for.
+        """
+        if return_assistant_tokens_mask:
+            raise ValueError(
+                "the assistant's tokens (assistant_only_loss in trl) cannot be told: this tokenizer does not keep "
+                "where in the text a token is. Give conversations as prompt and completion, or ids with labels"
+            )
+        return super().apply_chat_template(*args, **kwargs)
+
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
         return [self._convert_id_to_token(i) for i in self.encode_bytes(text_to_bytes(text))]
 
