@@ -5,8 +5,8 @@ chunks with the same draws; evaluation in chunks gives what one piece gives; gen
 what reading everything again for each token gives. ``pytest tests/test_peft_methods.py --write-docs`` writes the table.
 """
 
-from itertools import product
 from functools import wraps
+from itertools import product
 from pathlib import Path
 from typing import Any
 
