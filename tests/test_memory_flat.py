@@ -64,8 +64,8 @@ def measure(folder: Path, strategy: str, *lengths: int, chunk: int = CHUNK) -> d
     """Peak anonymous bytes of a forward and backward pass, and the tape's bytes, by length."""
     environment = os.environ | {
         "MALLOC_ARENA_MAX": "1",
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "MALLOC_MMAP_THRESHOLD_": "1048576",
+        "MALLOC_TRIM_THRESHOLD_": "1048576",
         "MALLOC_TOP_PAD_": "0",
     }
     done = subprocess.run(
