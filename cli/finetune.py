@@ -25,7 +25,7 @@ def finetune(
     context_length: Annotated[
         Number, typer.Option(help="Most tokens one gradient goes through. [16384]")
     ] = None,
-    chunk_length: Annotated[Number, typer.Option(help="Tokens per chunk.  [the model's own]")] = None,
+    chunk_length: Annotated[Number, typer.Option(help="Tokens per chunk.  [1024]")] = None,
     bptt: Annotated[
         Text, typer.Option(help="auto, full, checkpoint, reversible, truncated, ...  [auto]")
     ] = None,

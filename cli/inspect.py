@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from rwkv_rev.bptt_settings import CHUNK_LENGTH
 from rwkv_rev.cli import output
 
 
@@ -23,9 +24,7 @@ def inspect(
         typer.Option(min=1, metavar="T", help="Forecast the memory of training on contexts of T tokens."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, metavar="B", help="Rows of the forecast.")] = 1,
-    chunk_length: Annotated[
-        int | None, typer.Option(min=1, metavar="C", help="Its chunk length.  [default: 1024]")
-    ] = None,
+    chunk_length: Annotated[int, typer.Option(min=1, metavar="C", help="Its chunk length.")] = CHUNK_LENGTH,
     device: Annotated[
         str, typer.Option(help="Of the forecast: cpu, cuda; auto is cuda if there is a GPU.")
     ] = "auto",
@@ -95,7 +94,7 @@ def inspect(
     )
     size = output.human_bytes
     if forecasts is not None:
-        chunk = min(chunk_length or found.config.chunk_length, context_length or 1)
+        chunk = min(chunk_length, context_length or 1)
         output.print_table(
             f"Memory of a gradient: {context_length:,} tokens x {batch_size}, chunks of {chunk:,}, float32, "
             + ("CUDA kernels" if on_gpu else "CPU"),

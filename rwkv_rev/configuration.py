@@ -1,20 +1,23 @@
 """Configuration of a converted model: one class for RWKV-4, 5.0, 5.1 and 5.2."""
 
+import warnings
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from rwkv_rev.bptt_settings import FORMER_FIELDS
 from rwkv_rev.registration import register_models
 
 Version = Literal["4", "5.0", "5.1", "5.2"]
-BPTT_STRATEGIES = ("auto", "full", "checkpoint", "reversible", "reversible-lossy", "truncated")
-TAPES = ("host", "device", "disk")
 
 
 @strict
 class RwkvRevConfig(PreTrainedConfig):
-    """Architecture, numerics and back-propagation settings of a converted RWKV model.
+    """Architecture and numerics of a converted RWKV model.
+
+    Folders written by the first version hold settings of a run, too (``bptt``, ``chunk_length``, ``tape``,
+    ``tape_dir``): they are ignored, with a warning where they would have changed anything.
 
     Args:
         rwkv_version: generation of the time mix.
@@ -29,13 +32,9 @@ class RwkvRevConfig(PreTrainedConfig):
             ``head_size_divisor = 8`` before a GroupNorm of eps 1e-5, which is 64e-5 without the division.
         bonus_is_exponential: the stored bonus is the logarithm of u (RWKV-5.0 files with ``time_first``).
         has_initial_state: the model holds a tuned initial WKV state (RWKV-5), with which every context begins.
-        bptt: gradient strategy; ``auto`` is ``full`` up to one chunk and ``reversible`` above it.
-        chunk_length: C, tokens per chunk of the strategies that work in chunks.
-        tape: where remnants are kept, ``host``, ``device`` or ``disk``.
-        tape_dir: folder of the ``disk`` tape; the system's temporary folder when None.
 
     Raises:
-        ValueError: for a version, size or strategy that does not exist or does not fit the others.
+        ValueError: for a version or size that does not exist or does not fit the others.
     """
 
     model_type = "rwkv_rev"
@@ -52,10 +51,6 @@ class RwkvRevConfig(PreTrainedConfig):
     group_norm_epsilon: float = 64e-5
     bonus_is_exponential: bool = False
     has_initial_state: bool = False
-    bptt: str = "auto"
-    chunk_length: int = 1024
-    tape: str = "host"
-    tape_dir: str | None = None
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 0
     pad_token_id: int | None = None
@@ -68,13 +63,16 @@ class RwkvRevConfig(PreTrainedConfig):
                 f"num_attention_heads * head_size = {self.num_attention_heads} * {self.head_size} "
                 f"must equal hidden_size = {self.hidden_size}"
             )
-        for field, allowed in (("bptt", BPTT_STRATEGIES), ("tape", TAPES)):
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} = {getattr(self, field)!r} must be one of {', '.join(allowed)}")
-        if self.chunk_length < 1:
-            raise ValueError(f"chunk_length = {self.chunk_length} must be at least 1 token")
         if self.has_initial_state and not self.has_heads:
             raise ValueError("has_initial_state = True needs RWKV-5: RWKV-4 has no state of matrices")
+        former = {name: kwargs.pop(name) for name in FORMER_FIELDS if name in kwargs}
+        changed = [f"{name}={value!r}" for name, value in former.items() if value != FORMER_FIELDS[name]]
+        if changed:
+            warnings.warn(
+                f"{', '.join(changed)}: how gradients are made is no property of a model any more, and ignored here; "
+                "call model.set_bptt(strategy, chunk_length=..., tape=..., tape_dir=...)",
+                stacklevel=2,
+            )
         super().__post_init__(**kwargs)
         # whoever holds a configuration may next ask an Auto class for its model
         register_models()

@@ -39,6 +39,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rwkv_rev.bptt_settings import CHUNK_LENGTH
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.loss import LOGITS_AT_ONCE
 from rwkv_rev.reversal.fixed_point import decay_plan
@@ -93,7 +94,7 @@ def forecast_memory(
     *,
     context_length: int,
     batch_size: int = 1,
-    chunk_length: int | None = None,
+    chunk_length: int = CHUNK_LENGTH,
     trained: int | None = None,
     half: bool = False,
     weight_bytes: int = NUMBER,
@@ -108,14 +109,14 @@ def forecast_memory(
         parameters: number of weights.
         context_length: T, tokens.
         batch_size: B, rows.
-        chunk_length: C, tokens; the config's when None.
+        chunk_length: C, tokens.
         trained: number of weights with a gradient; all when None.
         half: whether autocast computes in 16 bits.
         weight_bytes: of one weight.
         checkpoint_blocks: whether the graph keeps only the blocks' inputs (activation checkpointing).
         fused: whether the CUDA kernels run.
     """
-    chunk = min(chunk_length or config.chunk_length, context_length)
+    chunk = min(chunk_length, context_length)
     run = _Run(
         config=config,
         log_decays=log_decays,

@@ -23,12 +23,13 @@ from transformers.utils import logging
 from rwkv_rev.adapters import refuse_carried_state, refuse_recomputing
 from rwkv_rev.bptt import choose_strategy
 from rwkv_rev.bptt.strategy import refuse_offloaded
+from rwkv_rev.bptt_settings import BpttSettings
 from rwkv_rev.cache import CACHE_NAME, Piece, RwkvRevCache, handed_over
 from rwkv_rev.cells import ChannelMix, TimeMixRwkv4, TimeMixRwkv5
 from rwkv_rev.cells.block import Block
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.recomputation import checkpointed
-from rwkv_rev.configuration import BPTT_STRATEGIES, TAPES, RwkvRevConfig
+from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.exporting import exportable
 from rwkv_rev.first_order import refuse_transforms
@@ -112,6 +113,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
 
     def __init__(self, config: RwkvRevConfig) -> None:
         super().__init__(config)
+        self.bptt = BpttSettings()
         self.embeddings: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.ln0 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
@@ -185,7 +187,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
             past_key_values, cache: the same as ``state``; a :class:`RwkvRevCache` is brought up to date.
             croppable: tokens at the end that a recording cache may be asked to forget (0: all).
 
-        With gradients disabled, contexts longer than ``config.chunk_length`` run chunk by chunk.
+        With gradients disabled, contexts longer than ``set_bptt``'s ``chunk_length`` run chunk by chunk.
         """
         output_hidden_states, return_dict = self._by_config(output_hidden_states, return_dict)
         batch, length, device = rows_and_tokens(input_ids, inputs_embeds)
@@ -199,8 +201,8 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         if state.wkv.shape[0] != len(self.blocks):
             raise ValueError(f"the state has {state.wkv.shape[0]} layers, the model {len(self.blocks)}")
         # chunk by chunk without gradients; at once where code inside the model might look at positions
-        whole = torch.is_grad_enabled() or length <= self.config.chunk_length or strangers(self).unknown
-        starts = set(range(0, length, length if whole else self.config.chunk_length))
+        whole = torch.is_grad_enabled() or length <= self.bptt.chunk_length or strangers(self).unknown
+        starts = set(range(0, length, length if whole else self.bptt.chunk_length))
         if updated is not None and updated.is_croppable:
             if croppable > length:
                 raise ValueError(
@@ -227,7 +229,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
             streams.append(collected)
         last = _joined(hidden)
         if self.training and last.requires_grad:
-            _tell_of_whole_graph(self.config, length)
+            _tell_of_whole_graph(self.bptt, length)
         output = RwkvRevOutput(
             last_hidden_state=last,
             state=exportable(state),
@@ -336,6 +338,11 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
 
     # --- use --------------------------------------------------------------------------------------------------
 
+    @property
+    def bptt(self) -> BpttSettings:
+        """How gradients are made: what :meth:`set_bptt` has set. It is not saved with the model."""
+        return self.model.bptt
+
     def set_bptt(
         self,
         strategy: str,
@@ -355,18 +362,9 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
         Raises:
             StrategyError: for a name or length that does not exist.
         """
-        if strategy not in BPTT_STRATEGIES:
-            raise StrategyError(
-                f"bptt = {strategy!r} does not exist; use one of {', '.join(BPTT_STRATEGIES)}"
-            )
-        if tape is not None and tape not in TAPES:
-            raise StrategyError(f"tape = {tape!r} does not exist; use one of {', '.join(TAPES)}")
-        if chunk_length is not None and chunk_length < 1:
-            raise StrategyError(f"chunk_length = {chunk_length} must be at least 1 token")
-        settings = {"bptt": strategy, "chunk_length": chunk_length, "tape": tape, "tape_dir": tape_dir}
-        return BpttSetting(
-            self.config, {name: value for name, value in settings.items() if value is not None}
-        )
+        given = {"strategy": strategy, "chunk_length": chunk_length, "tape": tape, "tape_dir": tape_dir}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return BpttSetting(self.model, chosen)
 
     def forward(
         self,
@@ -492,12 +490,12 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
         )
         length = inputs.length
         if return_logits or output_hidden_states:
-            whole = self.config.bptt in ("full", "auto") and length <= self.config.chunk_length
+            whole = self.bptt.strategy in ("full", "auto") and length <= self.bptt.chunk_length
             if torch.is_grad_enabled() and not whole:
                 asked = "return_logits" if return_logits else "output_hidden_states beside a loss"
                 raise StrategyError(
-                    f"{asked} needs bptt='full' and a context of at most one chunk: {self.config.chunk_length} tokens "
-                    f"here, not {length} under {self.config.bptt!r}"
+                    f"{asked} needs bptt='full' and a context of at most one chunk: {self.bptt.chunk_length} tokens "
+                    f"here, not {length} under {self.bptt.strategy!r}"
                 )
             wanted = [parameter for parameter in self.parameters() if parameter.requires_grad]
             if torch.is_grad_enabled():
@@ -528,25 +526,21 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
                 state=read.state.detach(),
                 hidden_states=read.hidden_states,
             )
+        bptt = self.bptt
         strategy = choose_strategy(
-            self.config.bptt,
-            length,
-            chunk_length=self.config.chunk_length,
-            tape=self.config.tape,
-            tape_dir=self.config.tape_dir,
+            bptt.strategy, length, chunk_length=bptt.chunk_length, tape=bptt.tape, tape_dir=bptt.tape_dir
         )
         result = strategy.loss(self, inputs)
         return RwkvRevCausalLMOutput(loss=result.loss, state=result.state, report=result.report)
 
 
 class BpttSetting:
-    """A gradient strategy just set on a config; as a context manager it puts the former one back."""
+    """Settings just chosen for a model; as a context manager it puts back what they replaced."""
 
-    def __init__(self, config: RwkvRevConfig, settings: dict[str, Any]) -> None:
-        self._config = config
-        self._former = {name: getattr(config, name) for name in settings}
-        for name, value in settings.items():
-            setattr(config, name, value)
+    def __init__(self, model: RwkvRevModel, chosen: dict[str, Any]) -> None:
+        self._model = model
+        self._former = {name: getattr(model.bptt, name) for name in chosen}
+        model.bptt = replace(model.bptt, **chosen)
 
     def __enter__(self) -> None:
         return None
@@ -554,8 +548,7 @@ class BpttSetting:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for name, value in self._former.items():
-            setattr(self._config, name, value)
+        self._model.bptt = replace(self._model.bptt, **self._former)
 
 
 def initial_states(config: RwkvRevConfig) -> nn.ParameterList:
@@ -564,12 +557,12 @@ def initial_states(config: RwkvRevConfig) -> nn.ParameterList:
     return nn.ParameterList(torch.zeros(shape) for _ in range(config.num_hidden_layers))
 
 
-def _tell_of_whole_graph(config: RwkvRevConfig, length: int) -> None:
+def _tell_of_whole_graph(bptt: BpttSettings, length: int) -> None:
     """Warn once where a context of ``length`` tokens would be cut into chunks, had the model computed the loss."""
-    if config.bptt == "full" or length <= config.chunk_length or torch.compiler.is_compiling():
+    if bptt.strategy == "full" or length <= bptt.chunk_length or torch.compiler.is_compiling():
         return
     logger.warning_once(
-        f"the graph of a whole context is stored: bptt={config.bptt!r} is for the loss that the model computes itself, "
+        f"the graph of a whole context is stored: bptt={bptt.strategy!r} is for the loss that the model computes itself, "
         "model(input_ids, labels=labels).loss, and not for a loss on its logits or hidden states, which trl's trainers "
         "take. Such a gradient is exact, its memory grows with the context; bptt='full' says that this is meant"
     )

@@ -34,7 +34,9 @@ def tiny_model(
     """A random model in training mode whose every parameter matters.
 
     Decays run from slow to fast, mixes leave [0, 1] on both sides, no map is zero. Equal arguments give equal values.
+    Of ``config``, ``bptt`` and ``chunk_length`` are set on the model; the rest makes the configuration.
     """
+    bptt, chunk_length = config.pop("bptt", "auto"), config.pop("chunk_length", None)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 32, "intermediate_size": 32} | config
     head_size = sizes["hidden_size"] if version == "4" else sizes.pop("head_size", 8)
     model = RwkvRevForCausalLM(
@@ -65,6 +67,7 @@ def tiny_model(
             else:
                 value = 0.2 * noise + (1.0 if name.endswith("weight") else 0.0)
             parameter.copy_(value)
+    model.set_bptt(bptt, chunk_length=chunk_length)
     return model.to(dtype).train()
 
 

@@ -50,7 +50,7 @@ def test_bundled_models_pass(model: RwkvRevForCausalLM, chunk: int) -> None:
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None
-    assert model.config.bptt == "auto"
+    assert model.bptt.strategy == "auto"
 
 
 def test_lossy_is_shown_where_it_runs(model: RwkvRevForCausalLM) -> None:

@@ -31,7 +31,7 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "book.txt").write_text("A state is what is left of a text. " * 60, encoding="utf-8")
     for _ in range(2):  # whoever runs it again finds the model there
         names = run("README.md", tmp_path, monkeypatch)
-    assert names["loss"].isfinite() and names["input_ids"].shape[1] > 2 * names["model"].config.chunk_length
+    assert names["loss"].isfinite() and names["input_ids"].shape[1] > 2 * names["model"].bptt.chunk_length
     assert all(parameter.grad is not None for parameter in names["model"].parameters())
     assert names["answer"].shape[1] > names["question_ids"].shape[1]
 

@@ -73,7 +73,7 @@ def test_the_output_is_a_normal_model_folder(bundled: dict[str, Path], tmp_path:
     }
     config = rwkv_rev.RwkvRevConfig.from_pretrained(str(output))
     source = rwkv_rev.RwkvRevConfig.from_pretrained(str(bundled["5.2"]))
-    assert (config.chunk_length, config.bptt, config.use_cache) == (source.chunk_length, "auto", True)
+    assert config.use_cache == source.use_cache
     assert config.dtype == torch.float32
     record = json.loads((output / "conversion.json").read_text())
     assert record["source"] == "bundled:rwkv-5.2" and len(record["finetuned"]) == 1

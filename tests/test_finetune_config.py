@@ -22,7 +22,7 @@ def test_options_win_over_pairs_over_the_file(tmp_path: Path) -> None:
     [
         ("lr=1e-4", 1e-4),
         ("lr=2", 2.0),
-        ("chunk_length=null", None),
+        ("max_steps=null", None),
         ("end_token=0", 0),
         ("end_token=none", "none"),
         ("pack=true", True),

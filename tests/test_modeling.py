@@ -1,5 +1,6 @@
 """The Hugging Face classes: loading, padding, carried state, settings."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from bptt_cases import (
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from rwkv_rev import RwkvRevConfig, RwkvRevForCausalLM, RwkvRevModel, RwkvRevState, modeling
+from rwkv_rev.bptt_settings import BpttSettings
 from rwkv_rev.errors import StrategyError
 
 CLOSE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -46,7 +48,7 @@ def evaluated(version: str, dtype: torch.dtype = torch.float64, **config: Any) -
 @pytest.mark.parametrize("version", VERSIONS)
 def test_round_trip(version: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Every tensor and every setting comes back; decays stay float32 in half precision."""
-    model = tiny_model(version, chunk_length=77, bptt="checkpoint")
+    model = tiny_model(version)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     assert type(loaded) is RwkvRevForCausalLM
@@ -55,7 +57,6 @@ def test_round_trip(version: str, dtype: torch.dtype, tmp_path: Path) -> None:
     assert {k: v for k, v in found.items() if k not in changes} == {
         k: v for k, v in expected.items() if k not in changes
     }
-    assert (loaded.config.chunk_length, loaded.config.bptt) == (77, "checkpoint")
     parameters = dict(loaded.named_parameters())
     for name, parameter in model.named_parameters():
         strict = name.endswith(("time_decay", "bonus"))
@@ -98,23 +99,19 @@ def test_fresh_models_train(version: str) -> None:
         num_attention_heads=heads,
         head_size=16 // heads,
         intermediate_size=32,
-        chunk_length=8,
         bonus_is_exponential=version == "5.0",
     )
     model, tokens = RwkvRevForCausalLM(config), random_tokens(20)
+    model.set_bptt("auto", chunk_length=8)
     loss = model(tokens, labels=tokens).loss
     loss.backward()
     assert 2 < loss.item() < 6
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("bptt", "backwards"), ("tape", "cloud"), ("chunk_length", 0), ("num_attention_heads", 3)],
-)
-def test_configurations_that_cannot_work(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=field):
-        RwkvRevConfig(**{field: value})
+def test_a_configuration_that_cannot_work() -> None:
+    with pytest.raises(ValueError, match="num_attention_heads"):
+        RwkvRevConfig(num_attention_heads=3)
 
 
 # --- padding ----------------------------------------------------------------------------------------------------
@@ -135,9 +132,9 @@ def test_padded_rows_are_as_alone(version: str, places: str) -> None:
         mask[row, where] = 1
     found = model(batch, attention_mask=mask, state=state)
     with torch.no_grad():
-        model.config.chunk_length = 6
+        model.set_bptt("auto", chunk_length=6)
         streamed = model(batch, attention_mask=mask, state=state)
-        model.config.chunk_length = 1024
+        model.set_bptt("auto", chunk_length=1024)
     for row in range(3):
         index = torch.tensor([row])
         where = mask[row].bool()
@@ -250,18 +247,45 @@ def test_trainer_predicts_logits_alone(tmp_path: Path) -> None:
 def test_set_bptt_as_a_context_manager(tmp_path: Path) -> None:
     """It sets at once, and puts back what was there, also after an exception."""
     model = tiny_model("5.2")
-    before = {name: getattr(model.config, name) for name in ("bptt", "chunk_length", "tape", "tape_dir")}
+    before = model.bptt
     chosen = model.set_bptt("checkpoint", chunk_length=5, tape="disk", tape_dir=str(tmp_path))
     with pytest.raises(RuntimeError, match="inside"), chosen:
-        assert (model.config.bptt, model.config.chunk_length) == ("checkpoint", 5)
-        assert (model.config.tape, model.config.tape_dir) == ("disk", str(tmp_path))
+        assert model.bptt == BpttSettings("checkpoint", 5, "disk", str(tmp_path))
         with model.set_bptt("full"):
-            assert (model.config.bptt, model.config.chunk_length) == ("full", 5)
-        assert model.config.bptt == "checkpoint"
+            assert (model.bptt.strategy, model.bptt.chunk_length) == ("full", 5)
+        assert model.bptt.strategy == "checkpoint"
         raise RuntimeError("inside")
-    assert before == {name: getattr(model.config, name) for name in before}
+    assert model.bptt == before == BpttSettings()
     model.set_bptt("truncated")
-    assert model.config.bptt == "truncated"
+    assert model.bptt == BpttSettings("truncated")
+
+
+def test_settings_of_a_run_are_not_saved(tmp_path: Path) -> None:
+    """Who loads the model trains as they choose, on a machine that has no such folder."""
+    model = tiny_model("5.2")
+    model.set_bptt("truncated", chunk_length=8, tape="disk", tape_dir=str(tmp_path))
+    model.save_pretrained(tmp_path / "model")
+    saved = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert not {"bptt", "chunk_length", "tape", "tape_dir"} & saved.keys()
+    assert str(tmp_path) not in (tmp_path / "model" / "config.json").read_text()
+    assert RwkvRevForCausalLM.from_pretrained(tmp_path / "model").bptt == BpttSettings()
+
+
+def test_settings_in_older_folders_are_ignored(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    tiny_model("5.2").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    saved = json.loads(file.read_text())
+    file.write_text(
+        json.dumps(saved | {"bptt": "auto", "chunk_length": 1024, "tape": "host", "tape_dir": None})
+    )
+    RwkvRevForCausalLM.from_pretrained(tmp_path)
+    assert not recwarn, "what everybody had is no news"
+    file.write_text(json.dumps(saved | {"bptt": "truncated", "tape_dir": "/somewhere"}))
+    with pytest.warns(UserWarning, match=r"bptt='truncated', tape_dir='/somewhere': .*call model.set_bptt"):
+        model = RwkvRevForCausalLM.from_pretrained(tmp_path)
+    assert model.bptt == BpttSettings()
+    model.save_pretrained(tmp_path / "again")
+    assert "truncated" not in (tmp_path / "again" / "config.json").read_text()
 
 
 @pytest.mark.parametrize(

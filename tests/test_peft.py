@@ -115,7 +115,7 @@ def test_rows_with_adapters_of_their_own(name: str, tmp_path: Path) -> None:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
     wrapped.double().eval()
     ids, names = tokens(), ["default", "second"]
-    model.config.chunk_length = 10
+    model.set_bptt("auto", chunk_length=10)
     with torch.no_grad():
         logits = wrapped(input_ids=ids, adapter_names=names).logits
         loss = wrapped(input_ids=ids, labels=ids, adapter_names=names).loss

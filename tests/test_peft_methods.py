@@ -129,7 +129,7 @@ def test_evaluation(method: Method, tmp_path: Path, pieces: list[int]) -> None:
     ids = tokens()
     outputs = []
     for length in (WHOLE, 10):
-        model.config.chunk_length = length
+        model.set_bptt("auto", chunk_length=length)
         pieces.clear()
         logits = wrapped(input_ids=ids, **method.inputs).logits
         chunks = min(pieces) < ids.shape[1]
@@ -156,7 +156,7 @@ def test_generation(method: Method, tmp_path: Path, pieces: list[int]) -> None:
     """The tokens that reading everything again for each of them gives; each token is read once."""
     model, wrapped = made(method, tmp_path)
     wrapped.eval()
-    model.config.chunk_length = 10
+    model.set_bptt("auto", chunk_length=10)
     model.generation_config.eos_token_id = None  # no token ends a text of random numbers
     prompt, count = tokens()[:, :20], 5
     inputs = {name: value for name, value in method.inputs.items() if name != "return_logits"}

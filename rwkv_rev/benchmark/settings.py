@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rwkv_rev.benchmark.models import SHAPES, benchmark_model
-from rwkv_rev.configuration import BPTT_STRATEGIES, TAPES
+from rwkv_rev.bptt_settings import BPTT_STRATEGIES, TAPES
 from rwkv_rev.errors import RwkvRevError, SourceError
 from rwkv_rev.modeling import RwkvRevForCausalLM
 

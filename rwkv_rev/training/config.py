@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
-from rwkv_rev.configuration import BPTT_STRATEGIES, TAPES
+from rwkv_rev.bptt_settings import BPTT_STRATEGIES, CHUNK_LENGTH, TAPES
 from rwkv_rev.errors import RwkvRevError
 
 TUNE = ("full", "lora", "state")
@@ -44,7 +44,7 @@ class FinetuneConfig:
         pack: lay all documents end to end in one stream; state runs on from one into the next.
         carry_state: begin the next row of a long document with the state of the row before (gradient cut there).
         context_length: T, the most tokens that one gradient goes through.
-        chunk_length: C, tokens per chunk; the model's own when None.
+        chunk_length: C, tokens per chunk.
         bptt: gradient strategy; ``auto`` is exact at every length.
         tape, tape_dir: where remnants are kept, ``host``, ``device`` or ``disk``.
         batch_size: rows at once per process. grad_accum: batches per optimizer step.
@@ -85,9 +85,9 @@ class FinetuneConfig:
     pack: bool = False
     carry_state: bool = False
     context_length: int = 16384
-    chunk_length: int | None = None
+    chunk_length: int = CHUNK_LENGTH
     bptt: str = "auto"
-    tape: str | None = None
+    tape: str = "host"
     tape_dir: str | None = None
     batch_size: int = 1
     grad_accum: int = 1
@@ -148,7 +148,7 @@ class FinetuneConfig:
             ("dtype", DTYPES),
             ("save_dtype", DTYPES),
             ("bptt", BPTT_STRATEGIES),
-            ("tape", (None, *TAPES)),
+            ("tape", TAPES),
             ("lr_schedule", SCHEDULES),
             ("report_to", REPORTERS),
         ):

@@ -234,7 +234,7 @@ def _add_batch(
     """Add the sums of some rows (document, first token, one past the last), read side by side."""
     longest = max(stop - start for _, start, stop in rows)
     state = lm.initial_state(len(rows))
-    size = lm.config.chunk_length
+    size = lm.bptt.chunk_length
     for at in range(0, longest - 1, size):
         ids, targets, mask = _slice(store, rows, at, min(size, longest - 1 - at))
         ids, targets, mask = ids.to(sums.device), targets.to(sums.device), mask.to(sums.device)

@@ -69,10 +69,8 @@ class Plan:
         statistics["warnings"] = list(statistics["warnings"])
         settings = self.config.to_dict() | {
             "lr": self.config.learning_rate,
-            "chunk_length": self.config.chunk_length or self.model_config.chunk_length,
             "device": self.device,
             "dtype": self.dtype,
-            "tape": self.config.tape or self.model_config.tape,
         }
         return {
             "settings": settings,

@@ -79,7 +79,7 @@ def forecast_memory(
         device, dtype: of the arithmetic.
         world_size: number of processes.
     """
-    chunk = config.chunk_length or model.chunk_length
+    chunk = config.chunk_length
     name = choose_strategy(config.bptt, longest, chunk_length=chunk).name
     half = dtype != "float32"
     forecasts = forecast_strategies(
@@ -126,7 +126,7 @@ def refuse_too_large(forecast: MemoryForecast, device: torch.device, config: Fin
     smaller = "--bptt reversible" if config.bptt == "full" else "a shorter --chunk-length"
     on_device = forecast.device * (processes if device.type == "cpu" else 1)
     needs = [(on_device, free, "on the device", f"{smaller}, a smaller --batch-size or --tune lora")]
-    if (config.tape or "host") == "host":
+    if config.tape == "host":
         tape = forecast.gradient.tape * processes
         needs.append((tape, host, "for the tape on the host", "--tape disk or a longer --chunk-length"))
     for need, there, place, remedy in needs:

@@ -1,7 +1,7 @@
 """transformers' common tests over our model, configuration and tokenizers; run by ``run.py``."""
 
 import unittest
-from typing import Any
+from unittest.mock import patch
 
 import torch
 from peer_transformers.test_configuration_common import ConfigTester
@@ -14,11 +14,12 @@ from peer_transformers.test_modeling_common import (
 from peer_transformers.test_training_mixin import TrainingTesterMixin
 
 from rwkv_rev import RwkvRevConfig, RwkvRevForCausalLM, RwkvRevModel
+from rwkv_rev.bptt_settings import BpttSettings
 
 VERSIONS = ("4", "5.0", "5.1", "5.2")
-SETTINGS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "reversible": {"bptt": "reversible", "chunk_length": 3},
+SETTINGS = {
+    "default": BpttSettings(),
+    "reversible": BpttSettings("reversible", chunk_length=3),
 }
 
 
@@ -32,7 +33,7 @@ class Tester:
     num_hidden_layers, hidden_size, vocab_size = 2, 32, 99
     num_attention_heads = 4
 
-    def __init__(self, version: str, settings: dict[str, Any]) -> None:
+    def __init__(self, version: str) -> None:
         heads = 1 if version == "4" else self.num_attention_heads
         self.num_attention_heads = heads
         self.fields = {
@@ -44,12 +45,11 @@ class Tester:
             "intermediate_size": 64,
             "vocab_size": self.vocab_size,
             "pad_token_id": 0,
-            **settings,
         }
 
     def get_config(self) -> RwkvRevConfig:
         """For training over 64 tokens."""
-        return RwkvRevConfig(**self.fields | {"chunk_length": 24})
+        return RwkvRevConfig(**self.fields)
 
     def prepare_config_and_inputs(self) -> tuple[RwkvRevConfig, torch.Tensor, torch.Tensor]:
         shape = (self.batch_size, self.seq_length)
@@ -64,14 +64,20 @@ class ModelSuite(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
     """Everything that transformers asks of a language model."""
 
     version: str
-    settings: dict[str, Any]
+    settings: BpttSettings
     all_model_classes = (RwkvRevModel, RwkvRevForCausalLM)
     has_attentions = False
     pipeline_model_mapping: dict[str, type] = {}  # noqa: RUF012
 
     @property
     def model_tester(self) -> Tester:
-        return Tester(self.version, self.settings)
+        return Tester(self.version)
+
+    def setUp(self) -> None:
+        super().setUp()
+        replaced = patch("rwkv_rev.modeling.BpttSettings", lambda: self.settings)
+        replaced.start()
+        self.addCleanup(replaced.stop)
 
     def test_config(self) -> None:
         fields = {k: v for k, v in self.model_tester.fields.items() if k != "vocab_size"}
