@@ -41,7 +41,7 @@ def valid_tokens(attention_mask: Tensor | None, length: int, batch: int | None =
     """[B, T] bool, or None when every token counts; a mask longer than the input is read from its end.
 
     Raises:
-        ValueError: for a mask that is shorter, has other rows, or is not one of tokens.
+        ValueError: for a mask that is shorter, has other rows, or other values than 0 and 1.
     """
     if attention_mask is None:
         return None
@@ -52,8 +52,21 @@ def valid_tokens(attention_mask: Tensor | None, length: int, batch: int | None =
             f"attention_mask has shape {list(attention_mask.shape)}; it must be [{rows}, T] with T at least {length}, "
             "the length of the input"
         )
-    valid = attention_mask[:, -length:].bool()
-    return valid if exporting() or not bool(valid.all()) else None
+    attention_mask = attention_mask[:, -length:]
+    valid = attention_mask.bool()
+    if exporting():
+        return valid
+    if attention_mask.dtype == torch.bool:
+        return None if bool(valid.all()) else valid
+    known, whole = torch.stack(
+        [(attention_mask == valid).all(), valid.all()]
+    ).tolist()  # one look at the device
+    if not known:
+        raise ValueError(
+            "attention_mask has other values than 1 (a token that counts) and 0 (one that does not): masks that are "
+            "added to attention scores, or that number the documents in a row, mean nothing to a recurrent state"
+        )
+    return None if whole else valid
 
 
 def masked_embeds(inputs_embeds: Tensor | None, valid: Tensor | None) -> Tensor | None:

@@ -13,6 +13,8 @@ from rwkv_rev.exporting import exporting
 from rwkv_rev.loss import IGNORE
 
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
+_WITHOUT_EFFECT = ("position_ids", "cache_position", "max_length_q", "max_length_k", "output_attentions")
+"""What others hand to any model, and what has no place in this one; ``output_attentions`` when it is False."""
 
 
 def refuse_packed_rows(kwargs: dict[str, Any], attention_mask: Tensor | None) -> None:
@@ -45,6 +47,22 @@ def refuse_packed_rows(kwargs: dict[str, Any], attention_mask: Tensor | None) ->
             "position_ids do not count the tokens one by one: several documents packed into one row, or parts of one "
             "on several devices. Give each document a row of its own, whole and padded, with an attention_mask"
         )
+
+
+def refuse_unknown_keywords(kwargs: dict[str, Any]) -> None:
+    """Refuse keyword arguments that the model has no name for, rather than leave them without effect.
+
+    Raises:
+        TypeError: naming the first one. What is None may have any name.
+        ValueError: for attentions, which there are none of.
+    """
+    if kwargs.get("output_attentions"):
+        raise ValueError("output_attentions=True: this model has no attention, and so no weights of it")
+    for name, value in kwargs.items():
+        if value is not None and name not in _WITHOUT_EFFECT:
+            raise TypeError(
+                f"forward() got an unexpected keyword argument {name!r}, which would be without effect"
+            )
 
 
 def refuse_replica(model: nn.Module) -> None:

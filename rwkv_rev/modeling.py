@@ -37,7 +37,7 @@ from rwkv_rev.foreign_code import strangers
 from rwkv_rev.generation import RwkvRevGenerationMixin
 from rwkv_rev.initialization import initialize_channel_mix, initialize_head, initialize_time_mix
 from rwkv_rev.inputs import loss_inputs, masked_embeds, rows_and_tokens, valid_tokens
-from rwkv_rev.keywords import refuse_packed_rows, refuse_replica
+from rwkv_rev.keywords import refuse_packed_rows, refuse_replica, refuse_unknown_keywords
 from rwkv_rev.loss import linear_cross_entropy, wide
 from rwkv_rev.outputs import RwkvRevCausalLMOutput, RwkvRevOutput
 from rwkv_rev.state import RwkvRevState
@@ -192,6 +192,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         output_hidden_states, return_dict = self._by_config(output_hidden_states, return_dict)
         batch, length, device = rows_and_tokens(input_ids, inputs_embeds)
         refuse_packed_rows(kwargs, attention_mask)
+        refuse_unknown_keywords(kwargs)
         valid = valid_tokens(attention_mask, length, batch)
         inputs_embeds = masked_embeds(inputs_embeds, valid)
         state, updated = handed_over(state=state, past_key_values=past_key_values, cache=cache)
@@ -418,11 +419,14 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
         # not a parameter by name: Trainer takes every one with "label" in it for needed in evaluation
         shift_labels = kwargs.pop("shift_labels", None)
         refuse_packed_rows(kwargs, attention_mask)
+        refuse_unknown_keywords(kwargs)
         refuse_replica(self)
         state, updated = handed_over(state=state, past_key_values=past_key_values, cache=cache)
         if state is not None and updated is None:  # ``generate``, which hands over a cache, has looked once
             refuse_carried_state(self)
         if labels is None and shift_labels is None:
+            if final_state_gradient is not None:
+                raise ValueError("final_state_gradient is added to a loss: give labels, too")
             if not (self.config.use_cache and not self.training if use_cache is None else use_cache):
                 updated = None
             elif updated is None:
@@ -562,7 +566,7 @@ def _tell_of_whole_graph(bptt: BpttSettings, length: int) -> None:
     if bptt.strategy == "full" or length <= bptt.chunk_length or torch.compiler.is_compiling():
         return
     logger.warning_once(
-        f"the graph of a whole context is stored: bptt={bptt.strategy!r} is for the loss that the model computes itself, "
+        f"the graph of a whole context is stored: bptt={bptt.strategy!r} is for the loss that the model makes itself, "
         "model(input_ids, labels=labels).loss, and not for a loss on its logits or hidden states, which trl's trainers "
         "take. Such a gradient is exact, its memory grows with the context; bptt='full' says that this is meant"
     )

@@ -115,6 +115,42 @@ def test_what_collators_pack_is_refused(positions: bool) -> None:
         tiny_model("4")(**batch)
 
 
+@pytest.mark.parametrize("name", ["attention_maks", "reduction", "token_type_ids", "states", "ignore_index"])
+@pytest.mark.parametrize("labels", [False, True], ids=["logits", "loss"])
+def test_unknown_keywords_are_refused(name: str, labels: bool) -> None:
+    model, tokens = tiny_model("5.2"), random_tokens(8)
+    with pytest.raises(TypeError, match=f"{name!r}, which would be without effect"):
+        model(tokens, labels=tokens if labels else None, **{name: 3})
+    with pytest.raises(TypeError, match=name):
+        model.model(tokens, **{name: 3})
+    model(tokens, labels=tokens if labels else None, **{name: None})
+
+
+def test_attentions_are_refused() -> None:
+    model, tokens = tiny_model("5.2"), random_tokens(8)
+    with pytest.raises(ValueError, match="no attention"):
+        model(tokens, output_attentions=True)
+    model(tokens, output_attentions=False)
+
+
+@pytest.mark.parametrize("mask", [[[0.0, -1e9, 0.0, 0.0]], [[1, 1, 2, 2]]], ids=["added", "documents"])
+def test_masks_of_another_kind_are_refused(mask: list[list[float]]) -> None:
+    model, tokens = tiny_model("5.2"), random_tokens(4)
+    for labels in (None, tokens):
+        with pytest.raises(ValueError, match="other values than 1"):
+            model(tokens, attention_mask=torch.tensor(mask), labels=labels)
+    kept = torch.tensor([[1.0, 1.0, 0.0, 1.0]])
+    assert torch.equal(
+        model(tokens, attention_mask=kept).logits, model(tokens, attention_mask=kept.bool()).logits
+    )
+
+
+def test_an_objective_by_the_final_state_needs_labels() -> None:
+    model, tokens = tiny_model("5.2"), random_tokens(4)
+    with pytest.raises(ValueError, match="give labels"):
+        model(tokens, final_state_gradient=model.initial_state(1))
+
+
 def test_positions_that_count_the_tokens_are_none() -> None:
     model = tiny_model("5.2").eval()
     expected = model(TOKENS, attention_mask=MASK, labels=TOKENS).loss
