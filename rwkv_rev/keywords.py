@@ -13,7 +13,14 @@ from rwkv_rev.exporting import exporting
 from rwkv_rev.loss import IGNORE
 
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
-_WITHOUT_EFFECT = ("position_ids", "cache_position", "max_length_q", "max_length_k", "output_attentions")
+_WITHOUT_EFFECT = (
+    "position_ids",
+    "cache_position",
+    "max_length_q",
+    "max_length_k",
+    "output_attentions",
+    "use_cache",
+)
 """What others hand to any model, and what has no place in this one; ``output_attentions`` when it is False."""
 
 

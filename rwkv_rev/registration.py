@@ -1,26 +1,30 @@
 """Making transformers' Auto classes know this package, without making ``import rwkv_rev`` slow.
 
 ``AutoConfig`` and the tokenizers are registered as soon as transformers' Auto configuration is loaded, before or
-after this package; the models when the first :class:`RwkvRevConfig` is made, which is before any model can be.
+after this package, and peft's default layers with peft; the models when the first :class:`RwkvRevConfig` is made,
+which is before any model can be.
 """
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 _CONFIGURATIONS = "transformers.models.auto.configuration_auto"
+_TARGETS = "peft.utils.constants"
 
 
 def install() -> None:
-    """Register the configuration now if transformers' registry is loaded, else when it is."""
-    if _CONFIGURATIONS in sys.modules:
-        register_configuration()
-    elif not any(isinstance(finder, _RegisterAfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _RegisterAfterImport())
+    """Register what is loaded already, and the rest when it is."""
+    for module, register in ((_CONFIGURATIONS, register_configuration), (_TARGETS, register_target_modules)):
+        known = any(isinstance(f, _RegisterAfterImport) and f.module == module for f in sys.meta_path)
+        if module in sys.modules:
+            register()
+        elif not known:
+            sys.meta_path.insert(0, _RegisterAfterImport(module, register))
 
 
 def register_configuration() -> None:
@@ -53,13 +57,38 @@ def register_models() -> None:
     setattr(transformers, RwkvRevForCausalLM.__name__, RwkvRevForCausalLM)
 
 
+def register_target_modules() -> None:
+    """Let peft know which layers its methods adapt unless ``target_modules`` says so: the linear maps of both cells.
+
+    Methods that need maps of one shape get those that map D to D.
+    """
+    constants = sys.modules[_TARGETS]
+    for name, targets in vars(constants).items():
+        method = name.removeprefix("TRANSFORMERS_MODELS_TO_").removesuffix("_TARGET_MODULES_MAPPING")
+        if not isinstance(targets, dict) or f"TRANSFORMERS_MODELS_TO_{method}_TARGET_MODULES_MAPPING" != name:
+            continue
+        if method == "LNTUNING":
+            layers = ["ln1", "ln2"]
+        elif method in ("VERA", "PVERA", "FROD"):
+            layers = ["receptance", "output"]
+        elif method in ("BEFT", "IA3"):  # biases, which there are none of; attention's keys and values
+            continue
+        else:
+            layers = ["receptance", "key", "value", "gate", "output"]
+        targets.setdefault("rwkv_rev", layers)
+
+
 class _RegisterAfterImport(MetaPathFinder):
-    """Runs :func:`register_configuration` right after transformers' registry of configurations was imported."""
+    """Runs ``register`` right after ``module`` was imported."""
+
+    def __init__(self, module: str, register: Callable[[], None]) -> None:
+        self.module = module
+        self._register = register
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _CONFIGURATIONS:
+        if fullname != self.module:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
@@ -70,7 +99,7 @@ class _RegisterAfterImport(MetaPathFinder):
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
-            register_configuration()
+            self._register()
 
         loader.exec_module = execute_and_register
         return spec

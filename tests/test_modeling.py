@@ -393,5 +393,5 @@ def test_a_stored_graph_is_told_of(strategy: str, monkeypatch: pytest.MonkeyPatc
     assert not told
     model(tokens)
     model.model(tokens)
-    assert len(told) == 2 and f"bptt={strategy!r} is for the loss that the model computes itself" in told[0]
+    assert len(told) == 2 and f"bptt={strategy!r} is for the loss that the model makes itself" in told[0]
     assert "\n" not in told[0]

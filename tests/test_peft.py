@@ -331,3 +331,22 @@ def test_names_of_layers_are_those_that_were_tested(tmp_path: Path) -> None:
     unseen = {layers.get(case.name) for case in missing if case.name != "CorDA"}
     if None not in unseen:  # else peft is older, and has fewer layers
         assert adapters.LAYERS - seen == unseen
+
+
+@pytest.mark.parametrize("version", ["4", "5.2"])
+def test_default_target_modules(version: str) -> None:
+    """Whoever names none gets every linear map of both cells."""
+    model = tiny_model(version)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM"))
+    adapted = {
+        name.split(".lora_A")[0].split("blocks.")[1]
+        for name, _ in wrapped.named_parameters()
+        if "lora_A" in name
+    }
+    maps = {
+        name.removesuffix(".base_layer").split("blocks.")[1]
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and "blocks." in name and "lora" not in name
+    }
+    assert adapted == maps
+    assert all(kind in str(maps) for kind in ("receptance", "key", "value", "output"))

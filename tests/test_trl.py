@@ -365,7 +365,7 @@ def test_whose_loss_it_is(
     if trainer is LongSFTTrainer:
         assert chunked and not told
     else:
-        assert not chunked and "bptt='reversible' is for the loss that the model computes" in told[0]
+        assert not chunked and "bptt='reversible' is for the loss that the model makes" in told[0]
 
 
 def test_lora(tokenizer: PreTrainedTokenizerBase, bundled: dict[str, Path], tmp_path: Path) -> None:
