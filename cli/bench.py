@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from rwkv_rev.cli import output as out
+from rwkv_rev.cli.counts import counts
 
 COLUMNS = {
     "training": (
@@ -126,8 +127,8 @@ def bench(
             dtype=DTYPES[
                 ("bfloat16" if cuda or what == "convert" else "float32") if dtype == "auto" else dtype
             ],
-            lengths=_numbers(lengths or _default_lengths(what, cuda, quick), "--lengths"),
-            chunk_lengths=_numbers(
+            lengths=counts(lengths or _default_lengths(what, cuda, quick), "--lengths"),
+            chunk_lengths=counts(
                 chunk_length or ("128" if quick else "4096" if cuda else "512"), "--chunk-length"
             ),
             strategies=tuple(strategies.split(",")),
@@ -166,17 +167,6 @@ def _default_lengths(what: str, cuda: bool, quick: bool) -> str:
     if cuda:
         return "16k,64k,256k,1024k"
     return "1k,2k,4k,8k,16k" if what == "memory" else "1k,2k,4k"
-
-
-def _numbers(text: str, option: str) -> tuple[int, ...]:
-    try:
-        return tuple(
-            int(part[:-1]) * 1024 if part.lower().endswith("k") else int(part) for part in text.split(",")
-        )
-    except ValueError:
-        raise typer.BadParameter(
-            f"{text!r} is not a list of numbers such as 4096,16k", param_hint=option
-        ) from None
 
 
 def _line(row: dict[str, Any]) -> str:

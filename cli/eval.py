@@ -6,6 +6,14 @@ from typing import Annotated
 import typer
 
 from rwkv_rev.cli import output as out
+from rwkv_rev.cli.counts import count
+
+
+def at_least_two(text: str | int) -> int:
+    """Tokens of a row: one alone predicts nothing."""
+    if (number := count(text)) < 2:
+        raise typer.BadParameter(f"{number} is too short: a row needs at least 2 tokens")
+    return number
 
 
 def eval(
@@ -15,7 +23,8 @@ def eval(
         typer.Option(help="Files, folders, globs or hf:owner/name; repeatable.", show_default=False),
     ],
     context_length: Annotated[
-        int, typer.Option(min=2, help="Tokens per row; every row begins anew.")
+        int,
+        typer.Option(parser=at_least_two, metavar="T", help="Tokens per row, or 16k; every row begins anew."),
     ] = 16384,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 1,
     max_tokens: Annotated[int, typer.Option(min=0, help="Read at most about so many tokens; 0 for all.")] = 0,

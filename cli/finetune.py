@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from rwkv_rev.cli import output as out
+from rwkv_rev.cli.counts import count
 
 Text = str | None
 Number = int | None
@@ -23,9 +24,14 @@ def finetune(
     ] = None,
     output: Annotated[Text, typer.Option(help="The model folder to make.")] = None,
     context_length: Annotated[
-        Number, typer.Option(help="Most tokens one gradient goes through. [16384]")
+        Number,
+        typer.Option(
+            parser=count, metavar="T", help="Most tokens one gradient goes through, or 16k, 1m.  [16k]"
+        ),
     ] = None,
-    chunk_length: Annotated[Number, typer.Option(help="Tokens per chunk.  [1024]")] = None,
+    chunk_length: Annotated[
+        Number, typer.Option(parser=count, metavar="C", help="Tokens per chunk.  [1024]")
+    ] = None,
     bptt: Annotated[
         Text, typer.Option(help="auto, full, checkpoint, reversible, truncated, ...  [auto]")
     ] = None,

@@ -6,6 +6,7 @@ import typer
 
 from rwkv_rev.bptt_settings import CHUNK_LENGTH
 from rwkv_rev.cli import output
+from rwkv_rev.cli.counts import count
 
 
 def inspect(
@@ -21,10 +22,16 @@ def inspect(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")] = None,
     context_length: Annotated[
         int | None,
-        typer.Option(min=1, metavar="T", help="Forecast the memory of training on contexts of T tokens."),
+        typer.Option(
+            parser=count,
+            metavar="T",
+            help="Forecast the memory of training on contexts of T tokens, or 16k, 1m.",
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, metavar="B", help="Rows of the forecast.")] = 1,
-    chunk_length: Annotated[int, typer.Option(min=1, metavar="C", help="Its chunk length.")] = CHUNK_LENGTH,
+    chunk_length: Annotated[
+        int, typer.Option(parser=count, metavar="C", help="Its chunk length.")
+    ] = CHUNK_LENGTH,
     device: Annotated[
         str, typer.Option(help="Of the forecast: cpu, cuda; auto is cuda if there is a GPU.")
     ] = "auto",

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import rwkv_rev
 from rwkv_rev.errors import OutputError, RwkvRevError
 from rwkv_rev.modeling import RwkvRevForCausalLM
-from rwkv_rev.training.callbacks import StopAtBadLoss
+from rwkv_rev.training.callbacks import StopAtBadLoss, read_log
 from rwkv_rev.training.finetune import plan
 from rwkv_rev.training.trainer import checkpoints
 
@@ -118,6 +118,28 @@ def test_the_rwkv_package_loads_the_export(
         tmp_path / "out", original=str(tmp_path / "before.pth"), oracle="rwkv", tokens=16
     )
     assert not before.rows[0].passed, "the package must have read what training changed"
+
+
+@pytest.mark.parametrize(("steps", "warmup", "shares"), [(1, 0.03, [1.0]), (4, 3, [1 / 3, 2 / 3, 1.0, 1.0])])
+def test_the_first_step_trains(
+    bundled: dict[str, Path], tmp_path: Path, steps: int, warmup: float, shares: list[float]
+) -> None:
+    """Warmup begins with the first step's share: with a rate of 0 a run of one step would train nothing."""
+    data = counting_text(tmp_path / "data.txt", 100)
+    values = {
+        "max_steps": steps,
+        "warmup": warmup,
+        "lr_schedule": "constant",
+        "lr": 1e-3,
+        "context_length": 128,
+    }
+    finetune(settings(bundled["4"], data, tmp_path / "out", **values))
+    rates = [
+        row["learning_rate"] for row in read_log(tmp_path / "out" / "training" / "log.jsonl") if "loss" in row
+    ]
+    assert rates == pytest.approx([1e-3 * share for share in shares])
+    before, after = weights(bundled["4"]), weights(tmp_path / "out")
+    assert any(not torch.equal(before[name].float(), after[name].float()) for name in before)
 
 
 def test_an_output_in_use_is_refused(bundled: dict[str, Path], tmp_path: Path) -> None:

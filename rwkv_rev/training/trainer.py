@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
@@ -89,6 +91,15 @@ class RwkvRevTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = True  # by num_items_in_batch, always
         self._last_saved = 0
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """transformers' schedule, but that warmup begins with the first step's share instead of with 0."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        if warmup and isinstance(scheduler, LambdaLR):
+            shapes = [_warmed(shape, warmup) for shape in scheduler.lr_lambdas]
+            scheduler = self.lr_scheduler = LambdaLR(scheduler.optimizer, shapes)
+        return scheduler
 
     # --- data ---------------------------------------------------------------------------------------------------
 
@@ -298,6 +309,11 @@ class RwkvRevTrainer(Trainer):
     def _barrier(self) -> None:
         if self.args.world_size > 1:
             dist.barrier()
+
+
+def _warmed(shape: Callable[[int], float], warmup: int) -> Callable[[int], float]:
+    """A factor of the learning rate by step, from 0, whose ``warmup`` steps each take the share of the next one."""
+    return lambda step: shape(step + 1 if step < warmup else step)
 
 
 def checkpoints(folder: Path) -> list[Path]:
