@@ -135,8 +135,13 @@ def finetune(
         return
     from rwkv_rev.training.finetune import run
 
-    with in_processes():
-        result = run(settings, notify=out.note if first_process() else lambda text: None, quiet=quiet)
+    try:
+        with in_processes():
+            result = run(settings, notify=out.note if first_process() else lambda text: None, quiet=quiet)
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
+        if first_process():
+            _tell_what_is_kept(settings)
+        raise
     if not first_process():
         return
     if as_json:
@@ -145,6 +150,18 @@ def finetune(
         out.print_text(str(result.output))
     else:
         _print_result(result)
+
+
+def _tell_what_is_kept(settings: Any) -> None:
+    from rwkv_rev.training.trainer import checkpoints
+
+    kept = checkpoints(settings.work_directory)
+    if kept:
+        out.note(f"stopped; {kept[-1]} is kept: the same command with --resume auto goes on from it")
+    else:
+        out.note(
+            "stopped before the first checkpoint (--save-every): the same command with --force begins anew"
+        )
 
 
 def _print_plan(planned: Any, as_json: bool) -> None:

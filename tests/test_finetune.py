@@ -142,6 +142,41 @@ def test_the_first_step_trains(
     assert any(not torch.equal(before[name].float(), after[name].float()) for name in before)
 
 
+def test_nothing_is_trained_after_the_last_step(
+    bundled: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped between its last checkpoint and its output, a run has nothing left to train when it is resumed."""
+    data = counting_text(tmp_path / "data.txt", 200)
+    values = {"max_steps": 4, "save_every": 2, "lr_schedule": "constant", "context_length": 128}
+    finetune(settings(bundled["4"], data, tmp_path / "whole", **values))
+    config = settings(bundled["4"], data, tmp_path / "cut", **values)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("rwkv_rev.training.finetune.save_finetuned", lambda *_: 1 / 0)
+        finetune(config)
+    assert [path.name for path in checkpoints(config.work_directory)][-1] == "checkpoint-4"
+    config.resume = "auto"
+    finetune(config)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    before, after = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_run_in_progress_is_not_emptied_by_force(bundled: dict[str, Path], tmp_path: Path) -> None:
+    data = counting_text(tmp_path / "data.txt")
+    config = settings(bundled["5.2"], data, tmp_path / "out", force=True, max_steps=1)
+    kept = config.work_directory / "checkpoint-2" / "model.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("of the other run")
+    with (
+        FileLock(config.work_directory / ".lock"),
+        pytest.raises(OutputError, match="is in use by another run"),
+    ):
+        finetune(config)
+    assert kept.read_text() == "of the other run"
+    finetune(config)
+    assert (tmp_path / "out").is_dir() and not config.work_directory.exists()
+
+
 def test_an_output_in_use_is_refused(bundled: dict[str, Path], tmp_path: Path) -> None:
     config = settings(bundled["5.2"], counting_text(tmp_path / "data.txt"), tmp_path / "out")
     config.work_directory.mkdir()

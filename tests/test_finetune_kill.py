@@ -1,6 +1,8 @@
 """SIGKILL at random moments: ``--resume auto`` goes on from the last whole checkpoint as if nothing had happened."""
 
+import os
 import random
+import signal
 import sys
 import time
 from multiprocessing.process import BaseProcess
@@ -65,6 +67,24 @@ def test_killed_and_resumed(
     assert not work.exists()
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"data.txt", "cache", "whole", "killed"}, left
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+def test_stopped_by_a_person(
+    bundled: dict[str, Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Ctrl-C: one line that says what is kept and how to go on."""
+    data = counting_text(tmp_path / "data.txt", 300)
+    streams = tmp_path_factory.mktemp("streams") / "run"
+    process = start_command(finetune(bundled["5.2"], data, tmp_path / "out"), streams, environment())
+    _wait_for_progress(process, tmp_path / "out.training" / "log.jsonl", 0)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
+    said = streams.with_suffix(".err").read_text("utf-8").strip().splitlines()
+    assert said[-1].startswith("stopped") and ("--resume auto" in said[-1] or "--force" in said[-1]), said
+    assert not (tmp_path / "out").exists()
 
 
 def _wait_for_progress(process: BaseProcess, log: Path, before: int) -> None:

@@ -102,6 +102,20 @@ class StopAtBadLoss(TrainerCallback):
             )
 
 
+class NothingLeft(Exception):
+    """Every step of a run had been trained before it was resumed."""
+
+
+class StopWhenNothingIsLeft(TrainerCallback):
+    """Raises :class:`NothingLeft` where a resumed run has all its steps: transformers would train one more."""
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps:
+            raise NothingLeft
+
+
 class Bar(TrainerCallback):
     """A progress bar with loss, tokens per second, tape and memory."""
 

@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,15 @@ from rwkv_rev.converters.safe_output import check_output
 from rwkv_rev.errors import CheckpointError, OutputError
 from rwkv_rev.modeling import RwkvRevForCausalLM
 from rwkv_rev.training.batches import BatchOrder
-from rwkv_rev.training.callbacks import Bar, Log, StopAtBadLoss, read_log, refuse_missing_reporter
+from rwkv_rev.training.callbacks import (
+    Bar,
+    Log,
+    NothingLeft,
+    StopAtBadLoss,
+    StopWhenNothingIsLeft,
+    read_log,
+    refuse_missing_reporter,
+)
 from rwkv_rev.training.config import FinetuneConfig
 from rwkv_rev.training.documents import Fields
 from rwkv_rev.training.evaluate import count_token_bytes
@@ -43,6 +52,7 @@ from rwkv_rev.training.trainer import RwkvRevTrainer, checkpoints, training_argu
 from rwkv_rev.training.tuning import apply_tuning, count_parameters, count_trained, refuse_state_tuning
 
 LOG_NAME = "log.jsonl"
+LOCK_NAME = ".lock"
 Notify = Callable[[str], object]
 
 
@@ -218,9 +228,9 @@ def run(config: FinetuneConfig, *, notify: Notify = lambda text: None, quiet: bo
     first = args.process_index == 0
     for note in planned.notes if first else ():
         notify(f"warning: {note}")
-    if first and planned.resume_from is None and work.exists() and config.force:
-        shutil.rmtree(work)
     lock = _lock(work) if first else None
+    if first and planned.resume_from is None and config.force:
+        _empty(work)
     _barrier()
     try:
         result = _train(planned, args, notify, quiet)
@@ -268,10 +278,20 @@ def _train(planned: Plan, args: Any, notify: Notify, quiet: bool) -> FinetuneRes
     args.eval_on_start = held_out is not None and planned.resume_from is None
     log = work / LOG_NAME
     trainer = RwkvRevTrainer(
-        tuned, args, order, config, identity, held_out, [Log(log), StopAtBadLoss(), Bar(quiet)]
+        tuned,
+        args,
+        order,
+        config,
+        identity,
+        held_out,
+        [Log(log), StopAtBadLoss(), Bar(quiet), StopWhenNothingIsLeft()],
     )
     began = time.perf_counter()
-    trainer.train(resume_from_checkpoint=None if planned.resume_from is None else str(planned.resume_from))
+    # the checkpoint's weights are loaded by then
+    with suppress(NothingLeft):
+        trainer.train(
+            resume_from_checkpoint=None if planned.resume_from is None else str(planned.resume_from)
+        )
     seconds = time.perf_counter() - began
     if held_out is not None and not _evaluated(trainer.state):
         trainer.evaluate()
@@ -360,7 +380,7 @@ def _resume_from(config: FinetuneConfig) -> Path | None:
 
 def _lock(work: Path) -> FileLock:
     work.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(work / ".lock")
+    lock = FileLock(work / LOCK_NAME)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -368,6 +388,15 @@ def _lock(work: Path) -> FileLock:
             f"{work} is in use by another run; wait for it or choose another --output"
         ) from None
     return lock
+
+
+def _empty(work: Path) -> None:
+    """Remove what another run left there; the lock, which is ours now, stays."""
+    for path in work.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK_NAME:
+            path.unlink()
 
 
 def _evaluated(state: Any) -> bool:
