@@ -74,6 +74,14 @@ def test_wrong_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"seed": -1}, "seed = -1 must be at least 0"),
+        ({"seed": 2**32}, "seed = 4294967296 must be at most 4294967295"),
+        ({"lr": float("nan")}, "lr = nan must be a finite number"),
+        ({"lr": float("inf")}, "lr = inf must be a finite number"),
+        ({"weight_decay": float("nan")}, "weight_decay = nan must be a finite number"),
+        ({"epochs": float("inf")}, "epochs = inf must be a finite number"),
+        ({"end_token": -5}, "end_token = -5 must be a token id"),
+        ({"context_length": 10**18}, "context_length = 1000000000000000000 must be at most"),
         ({"model": ""}, "model is missing"),
         ({"data": []}, "data is missing"),
         ({"tune": "all"}, "tune = 'all' does not exist; choose one of full, lora, state"),

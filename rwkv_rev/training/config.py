@@ -6,6 +6,7 @@ does not exist is an error that names the nearest one; so is a value of the wron
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -158,6 +159,12 @@ class FinetuneConfig:
         for name in ("model", "data", "output"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is missing; give it as an option or in the configuration file")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{name} = {value} must be a finite number")
+        for name, most in _MOST.items():
+            if getattr(self, name) > most:
+                raise ConfigError(f"{name} = {getattr(self, name)} must be at most {most}")
         for name, least in _LEAST.items():
             if (number := getattr(self, name)) is not None and number < least:
                 raise ConfigError(f"{name} = {number} must be at least {least}")
@@ -174,6 +181,8 @@ class FinetuneConfig:
             raise ConfigError("eval_every needs eval_data")
         if self.tune != "lora" and self.lora_targets:
             raise ConfigError(f"lora_targets are for tune = lora, this run has tune = {self.tune}")
+        if isinstance(self.end_token, int) and self.end_token < 0:
+            raise ConfigError(f"end_token = {self.end_token} must be a token id, from 0 on")
         if isinstance(self.end_token, str) and self.end_token not in ("auto", "none"):
             raise ConfigError(f"end_token = {self.end_token!r} must be auto, none or a token id")
 
@@ -194,7 +203,10 @@ _LEAST: Mapping[str, int] = {
     "keep": 1,
     "log_every": 1,
     "num_workers": 1,
+    "seed": 0,
 }
+_MOST: Mapping[str, int] = {"context_length": 2**40, "chunk_length": 2**40, "seed": 2**32 - 1}
+"""A trillion tokens are more than any data holds; numpy's generators take seeds of 32 bits."""
 _TYPES = typing.get_type_hints(FinetuneConfig)
 _ELSEWHERE = {  # transformers' names for the same, to know what was meant
     "learning_rate": "lr",
