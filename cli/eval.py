@@ -7,6 +7,7 @@ import typer
 
 from rwkv_rev.cli import output as out
 from rwkv_rev.cli.counts import count
+from rwkv_rev.cli.paths import refuse_no_data, refuse_no_model
 
 
 def at_least_two(text: str | int) -> int:
@@ -48,6 +49,8 @@ def eval(
 
       rwkv-rev eval my-book --data book.txt --context-length 1048576 --plot positions.png
     """
+    refuse_no_model(directory)
+    refuse_no_data(data)
     from rwkv_rev.training.evaluate import evaluate_directory
     from rwkv_rev.training.plots import plot_buckets, refuse_without_matplotlib
 

@@ -7,6 +7,7 @@ import typer
 
 from rwkv_rev.cli import output as out
 from rwkv_rev.cli.counts import count
+from rwkv_rev.cli.paths import refuse_no_data, refuse_no_model
 
 Text = str | None
 Number = int | None
@@ -124,6 +125,9 @@ def finetune(
     from rwkv_rev.training.config import build_config
 
     settings = build_config(file=config, pairs=set_ or (), options=given)
+    settings.check()
+    refuse_no_model(settings.model)
+    refuse_no_data([*settings.data, *settings.eval_data])
     from rwkv_rev.training.launch import first_process, in_processes
 
     if dry_run:

@@ -7,6 +7,7 @@ import typer
 from rwkv_rev.bptt_settings import CHUNK_LENGTH
 from rwkv_rev.cli import output
 from rwkv_rev.cli.counts import count
+from rwkv_rev.cli.paths import refuse_no_source
 
 
 def inspect(
@@ -56,6 +57,7 @@ def inspect(
 
       rwkv-rev inspect BlinkDL/rwkv-4-pile-169m --file '*8023.pth'
     """
+    refuse_no_source(source, file=file, revision=revision)
     import torch
 
     from rwkv_rev.converters.inspection import inspect_source

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from rwkv_rev.cli import output as out
+from rwkv_rev.cli.paths import refuse_no_model
 
 
 def verify(
@@ -72,6 +73,7 @@ def verify(
 
       rwkv-rev verify my-model --original BlinkDL/rwkv-4-pile-169m --file '*8023.pth'
     """
+    refuse_no_model(directory)
     from rwkv_rev.equivalence.verification import verify_directory
     from rwkv_rev.errors import VerificationFailed
 
