@@ -192,3 +192,13 @@ def test_cost_of_reversibility(capsys):
             f"\nT={context}: full {full:.3f} s, reversible {reversible:.3f} s, ratio {reversible / full:.2f}"
         )
     assert reversible <= 1.40 * full
+
+
+@pytest.mark.parametrize("kernel", ["triton", "chunked", "naive"])
+def test_the_variable_chooses_every_kernel(trained, kernel, monkeypatch):
+    """``RWKV_REV_KERNEL`` speaks for the recurrence and for the exact update of its state alike."""
+    monkeypatch.setenv("RWKV_REV_KERNEL", kernel)
+    model, _, _ = trained
+    plan = model.blocks[0].time_mix.plan(64).memory
+    if plan is not None:  # RWKV-4 has no update of its own
+        assert plan.reversal.kernels == (kernel == "triton")

@@ -26,7 +26,6 @@ of the context, so after a spike of 10,000 times the usual size states have some
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from torch import Tensor
 from rwkv_rev.reversal.fingerprint import head_fingerprints
 from rwkv_rev.reversal.host_copy import start_copy
 from rwkv_rev.reversal.packing import BitPacking
+from rwkv_rev.wkv.dispatch import choose_kernel
 
 LARGEST = 2**31 - 2
 """Largest magnitude before rounding (so that int32 holds it after); above it the grid rises."""
@@ -262,7 +262,8 @@ def decay_plan(log_decay: Tensor, length: int) -> DecayPlan:
     """Plan for chunks of up to ``length`` tokens; ``log_decay`` [H, N] is log w, natural."""
     log_decay = log_decay.detach().double()
     decay = torch.exp(length * log_decay)
-    kernels = log_decay.is_cuda and log_decay.shape[1] % 8 == 0 and find_spec("triton") is not None
+    fused = choose_kernel(None, torch.empty(0, device=log_decay.device)) == "triton"
+    kernels = fused and log_decay.shape[1] % 8 == 0
     widths = start_copy(remnant_bits(decay).flatten())
     return DecayPlan(log_decay, decay[None, :, :, None], widths, kernels)
 
