@@ -7,7 +7,7 @@ import typer
 
 from rwkv_rev.cli import output as out
 from rwkv_rev.cli.options import DEFAULT_SHARD_SIZE, shard_size
-from rwkv_rev.cli.paths import refuse_no_source
+from rwkv_rev.converters.source import parse_source
 
 if TYPE_CHECKING:
     from rwkv_rev.converters.conversion import Conversion
@@ -73,7 +73,9 @@ def convert(
 
       rwkv-rev convert RWKV/v5-Eagle-7B-HF --max-shard-size 2GB --dry-run
     """
-    refuse_no_source(source, file=file, revision=revision)
+    parse_source(
+        source, file=file, revision=revision
+    )  # a wrong one is told of before anything heavy is imported
     from rwkv_rev.converters.conversion import ConversionDiffers
     from rwkv_rev.converters.conversion import convert as run
 

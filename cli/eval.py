@@ -7,7 +7,8 @@ import typer
 
 from rwkv_rev.cli import output as out
 from rwkv_rev.cli.counts import count
-from rwkv_rev.cli.paths import refuse_no_data, refuse_no_model
+from rwkv_rev.converters.folder import refuse_no_model
+from rwkv_rev.training.documents import find_sources
 
 
 def at_least_two(text: str | int) -> int:
@@ -49,8 +50,8 @@ def eval(
 
       rwkv-rev eval my-book --data book.txt --context-length 1048576 --plot positions.png
     """
-    refuse_no_model(directory)
-    refuse_no_data(data)
+    refuse_no_model(directory)  # before anything heavy is imported
+    find_sources(data)
     from rwkv_rev.training.evaluate import evaluate_directory
     from rwkv_rev.training.plots import plot_buckets, refuse_without_matplotlib
 

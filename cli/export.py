@@ -7,7 +7,7 @@ import typer
 
 from rwkv_rev.cli import output as out
 from rwkv_rev.cli.options import DEFAULT_SHARD_SIZE, shard_size
-from rwkv_rev.cli.paths import refuse_no_model
+from rwkv_rev.converters.folder import refuse_no_model
 
 
 def export(
@@ -37,7 +37,7 @@ def export(
 
       rwkv-rev export my-model --to hf --output my-model-hf
     """
-    refuse_no_model(directory)
+    refuse_no_model(directory)  # before anything heavy is imported
     from rwkv_rev.converters.export import export as run
 
     result = run(directory, output, to=to, force=force, max_shard_size=max_shard_size)

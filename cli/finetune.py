@@ -7,7 +7,8 @@ import typer
 
 from rwkv_rev.cli import output as out
 from rwkv_rev.cli.counts import count
-from rwkv_rev.cli.paths import refuse_no_data, refuse_no_model
+from rwkv_rev.converters.folder import refuse_no_model
+from rwkv_rev.training.documents import find_sources
 
 Text = str | None
 Number = int | None
@@ -126,8 +127,8 @@ def finetune(
 
     settings = build_config(file=config, pairs=set_ or (), options=given)
     settings.check()
-    refuse_no_model(settings.model)
-    refuse_no_data([*settings.data, *settings.eval_data])
+    refuse_no_model(settings.model)  # before anything heavy is imported
+    find_sources([*settings.data, *settings.eval_data])
     from rwkv_rev.training.launch import first_process, in_processes
 
     if dry_run:

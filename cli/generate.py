@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rwkv_rev.cli import output as out
-from rwkv_rev.cli.paths import refuse_no_model
+from rwkv_rev.converters.folder import refuse_no_model
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,7 @@ def generate(
 
       rwkv-rev generate my-model --prompt - --temperature 0 < text.txt
     """
-    refuse_no_model(directory)
+    refuse_no_model(directory)  # before anything heavy is imported
     import torch
     from transformers import AutoTokenizer, TextStreamer
 

@@ -7,7 +7,7 @@ import typer
 from rwkv_rev.bptt_settings import CHUNK_LENGTH
 from rwkv_rev.cli import output
 from rwkv_rev.cli.counts import count
-from rwkv_rev.cli.paths import refuse_no_source
+from rwkv_rev.converters.source import parse_source
 
 
 def inspect(
@@ -57,7 +57,9 @@ def inspect(
 
       rwkv-rev inspect BlinkDL/rwkv-4-pile-169m --file '*8023.pth'
     """
-    refuse_no_source(source, file=file, revision=revision)
+    parse_source(
+        source, file=file, revision=revision
+    )  # a wrong one is told of before anything heavy is imported
     import torch
 
     from rwkv_rev.converters.inspection import inspect_source

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from rwkv_rev.cli import output as out
-from rwkv_rev.cli.paths import refuse_no_model
+from rwkv_rev.converters.folder import refuse_no_model
 
 
 def verify(
@@ -73,7 +73,7 @@ def verify(
 
       rwkv-rev verify my-model --original BlinkDL/rwkv-4-pile-169m --file '*8023.pth'
     """
-    refuse_no_model(directory)
+    refuse_no_model(directory)  # before anything heavy is imported
     from rwkv_rev.equivalence.verification import verify_directory
     from rwkv_rev.errors import VerificationFailed
 

@@ -1,27 +1,22 @@
 """Read the weights of a converted or fine-tuned model folder tensor by tensor, memory-mapped."""
 
-import json
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 
 from rwkv_rev.configuration import RwkvRevConfig
+from rwkv_rev.converters.folder import read_json, refuse_no_model
 from rwkv_rev.converters.hub import resolve
 from rwkv_rev.converters.names import tensor_table
 from rwkv_rev.converters.reading import open_checkpoint
 from rwkv_rev.converters.selection import some
 from rwkv_rev.converters.source import Source
-from rwkv_rev.errors import CheckpointError, SourceError
+from rwkv_rev.errors import CheckpointError
 
 RECORD_NAME = "conversion.json"
 _HEAD, _EMBEDDINGS = "head.weight", "model.embeddings.weight"
-
-
-def is_converted(directory: str | Path) -> bool:
-    """Whether a folder holds a model that this package converted."""
-    return _read_json(Path(directory) / "config.json").get("model_type") == RwkvRevConfig.model_type
 
 
 class ConvertedModel:
@@ -42,15 +37,9 @@ class ConvertedModel:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        if not self.directory.is_dir():
-            raise SourceError(f"{directory} is not a folder; make a model with: rwkv-rev convert SOURCE")
-        if not is_converted(directory):
-            raise CheckpointError(
-                f"{directory} is not a converted model (config.json with model_type "
-                f"{RwkvRevConfig.model_type}); convert it first: rwkv-rev convert SOURCE"
-            )
+        refuse_no_model(directory)
         self.config = RwkvRevConfig.from_pretrained(str(directory))
-        self.record = _read_json(self.directory / RECORD_NAME)
+        self.record = read_json(self.directory / RECORD_NAME)
         self._checkpoint = open_checkpoint(resolve(Source("directory", str(directory)), progress=False))
         try:
             self._check()
@@ -103,11 +92,3 @@ class ConvertedModel:
                 raise CheckpointError(
                     f"{name} in {self.directory} has shape {self.shape(name)}, its config.json says {shape}"
                 )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

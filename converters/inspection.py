@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from rwkv_rev.configuration import RwkvRevConfig
-from rwkv_rev.converters.converted import ConvertedModel, is_converted
+from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.converters.detection import detect
+from rwkv_rev.converters.folder import is_converted
 from rwkv_rev.converters.hub import resolve
 from rwkv_rev.converters.names import tensor_table
 from rwkv_rev.converters.reading import Checkpoint, open_checkpoint

@@ -43,7 +43,7 @@ finally:
 )
 def test_wrong_paths_are_told_of_at_once(arguments: list[str], message: str, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "rwkv_rev"}')
     (tmp_path / "empty").mkdir()
     began = time.perf_counter()
     done = subprocess.run(

@@ -9,12 +9,11 @@ from torch import Tensor
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.token_shift import (
     SMALLEST_COEFFICIENT,
+    Border,
     carried_mix,
-    carry,
     last_token,
     mix,
     token_shift,
-    uncarry,
 )
 
 MOST_ULP = 2.0
@@ -32,7 +31,8 @@ MIXES = {  # a range for each of the cell's mixes
 
 def round_trip(x: Tensor, shift: Tensor, mixes: list[Tensor]) -> Tensor:
     mu = carried_mix(mixes)
-    return uncarry(x[:, None], carry(x[:, None], shift, mu, None), mu, None)
+    border = Border.of(x[:, None], mu, None)
+    return border.uncarry(border.carry(shift))
 
 
 def errors_in_ulp(x: Tensor, shift: Tensor, mixes: list[Tensor]) -> Tensor:
@@ -100,7 +100,7 @@ def test_channels_that_barely_see_it_carry_it_unchanged(dtype: str) -> None:
     x, shift = operands(generator, 50, 400, DTYPES[dtype])
     mixes = [mu.to(DTYPES[dtype]), torch.ones(400, dtype=DTYPES[dtype])]
     assert not carried_mix(mixes)[(1 - mixes[0].double()).abs() < SMALLEST_COEFFICIENT].any()
-    assert torch.equal(carry(x[:, None], shift, torch.zeros(400, dtype=torch.float64), None), shift)
+    assert torch.equal(Border.of(x[:, None], torch.zeros(400, dtype=torch.float64), None).carry(shift), shift)
     barely = (1 - mixes[0].double()).abs() < SMALLEST_COEFFICIENT
     assert torch.equal(round_trip(x, shift, mixes)[:, barely], shift[:, barely])
 
@@ -125,8 +125,9 @@ def test_a_second_round_trip_changes_nothing_in_a_row_without_tokens() -> None:
     x, shift = torch.randn(2, 3, 8, generator=generator)
     mask = ChunkMask.of(torch.tensor([[0], [1], [0]]))
     mu = torch.full((8,), 0.5, dtype=torch.float64)
-    y = carry(x[:, None], shift, mu, mask)
-    back = uncarry(x[:, None], y, mu, mask)
+    border = Border.of(x[:, None], mu, mask)
+    y = border.carry(shift)
+    back = border.uncarry(y)
     assert torch.equal(back[[0, 2]], shift[[0, 2]])
     assert torch.equal(y[[0, 2]], shift[[0, 2]]) and not torch.equal(y[1], shift[1])
 

@@ -96,6 +96,9 @@ class ForwardGraph:
         chunk: one of the chunks to be run; its length and batch size count, its tokens do not.
         states: likewise.
         work: from a chunk and the states before it to the states after it and its :class:`~.sweeps.Record`.
+
+    Attributes:
+        record: the last run's, which holds until the next run.
     """
 
     def __init__(
@@ -112,21 +115,16 @@ class ForwardGraph:
             none = None if record.raised is None else torch.zeros(record.raised.shape, dtype=torch.bool)
             return after, record, FlatRecord.of(record.tensors(none), chunk.inputs.targets.device)
 
-        self._graph, (self._after, self._record, self._flat) = _record(run, chunk.inputs.targets.device)
-
-    @property
-    def record(self) -> Any:
-        """The last run's record, which holds until the next run."""
-        return self._record
+        self._graph, (self._after, self.record, self._flat) = _record(run, chunk.inputs.targets.device)
 
     def run(self, chunk: Chunk, states: list[ExactStates], tape: Tape) -> list[ExactStates]:
         """Put the record of ``chunk`` on the tape; the states returned hold until the next run."""
         _load(self._chunk, chunk)
         _copy_states(self._before, states)
         self._graph.replay()
-        raised = None if self._record.raised is None else self._record.raised.cpu()
+        raised = None if self.record.raised is None else self.record.raised.cpu()
         if raised is not None and raised.any():
-            tape.push(self._record.tensors(raised))
+            tape.push(self.record.tensors(raised))
         else:
             tape.push_flat(self._flat)
         return self._after

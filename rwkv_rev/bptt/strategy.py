@@ -20,7 +20,7 @@ from rwkv_rev.cells.block import Block, FloatStates
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.foreign_code import Strangers, neftune_share, refuse_unknown, strangers
-from rwkv_rev.loss import IGNORE, sum_cross_entropy, sum_of
+from rwkv_rev.loss import IGNORE, cross_entropy_gradients, sum_cross_entropy, sum_of
 from rwkv_rev.outside_leaves import OutsideLeaves
 from rwkv_rev.state import RwkvRevState
 
@@ -128,6 +128,29 @@ class Chunk:
         """The chunk's input to block 0, [B, C, D]."""
         with neftune_share(model.get_input_embeddings(), self.length / self.inputs.length):
             return model.embed(self.ids(), embeds)
+
+    def loss(
+        self,
+        model: LanguageModel,
+        hidden: Tensor,
+        parameters: list[Tensor],
+        loss_scale: float,
+        outside: OutsideLeaves | None,
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """The chunk's share of the loss, from normalised ``hidden`` [B, C, D], with its finished gradients.
+
+        See :func:`rwkv_rev.loss.cross_entropy_gradients`.
+        """
+        return cross_entropy_gradients(
+            hidden,
+            model.head,
+            self.targets(),
+            parameters,
+            scale=1 / self.inputs.divisor,
+            vocab_size=model.vocab_size,
+            loss_scale=loss_scale,
+            outside=outside,
+        )
 
     def ids(self) -> Tensor | None:
         ids = self.inputs.input_ids

@@ -60,7 +60,7 @@ from rwkv_rev.cells.block import (
 )
 from rwkv_rev.errors import ReversalMismatchError
 from rwkv_rev.foreign_code import Strangers
-from rwkv_rev.loss import FinishedGradients, add_gradients, cross_entropy_gradients, scaled, sum_of, wide
+from rwkv_rev.loss import FinishedGradients, add_gradients, scaled, sum_of, wide
 from rwkv_rev.outside_leaves import OutsideLeaves
 from rwkv_rev.random_state import GeneratorStates
 from rwkv_rev.reversal.fingerprint import checksum
@@ -386,11 +386,11 @@ class TwoSweeps(Strategy):
         plans: list[Plans],
         states: list[ExactStates],
         record: list[list[Tensor]] | None,
-        following: list[ExactStates] | None,
+        after: list[ExactStates] | None,
     ) -> Callable[[Tensor], Replayed]:
         """A function of the chunk's embedded input.
 
-        ``states`` are those after it, or before an end; ``following`` those that the chunk after it began with.
+        ``states`` are those after it, or before an end; ``after`` those that the chunk after it began with.
         """
         inner = record is not None and chunk.index > 0
 
@@ -406,7 +406,7 @@ class TwoSweeps(Strategy):
                 again = replace(
                     again,
                     checkpointed=model.checkpoints_blocks,
-                    next=following[layer] if following is not None and self.exact else None,
+                    after=after[layer] if after is not None and self.exact else None,
                 )
                 x, replay = block(x, again, mask)
                 layers.append(replay)
@@ -497,16 +497,7 @@ def _scaled_gradients(
     loss = torch.zeros((), device=hidden.device, dtype=wide(hidden.dtype))
     made = [*starts, *([embeds] if embeds is not None else [])]
     if chunk.predicts:
-        loss, to_hidden, head_gradients = cross_entropy_gradients(
-            hidden,
-            model.head,
-            chunk.targets(),
-            parameters,
-            scale=1 / chunk.inputs.divisor,
-            vocab_size=model.vocab_size,
-            loss_scale=scale,
-            outside=outside,
-        )
+        loss, to_hidden, head_gradients = chunk.loss(model, hidden, parameters, scale, outside)
         outputs.append(hidden)
         output_gradients.append(to_hidden)
     if outside is not None:

@@ -25,7 +25,7 @@ from rwkv_rev.bptt.strategy import (
     unchanged,
 )
 from rwkv_rev.foreign_code import Strangers
-from rwkv_rev.loss import FinishedGradients, add_gradients, cross_entropy_gradients, scaled, sum_of, wide
+from rwkv_rev.loss import FinishedGradients, add_gradients, scaled, sum_of, wide
 from rwkv_rev.outside_leaves import OutsideLeaves
 from rwkv_rev.state import RwkvRevState
 
@@ -120,16 +120,7 @@ def _gradients_of(
             hidden = model.normalize(x)
         made = [*start.tensors(), *([] if embeds is None else [embeds])]
         leaves = [*parameters, *(tensor for tensor in made if tensor.requires_grad)]
-        loss, to_hidden, head = cross_entropy_gradients(
-            hidden,
-            model.head,
-            chunk.targets(),
-            parameters,
-            scale=1 / chunk.inputs.divisor,
-            vocab_size=model.vocab_size,
-            loss_scale=loss_scale,
-            outside=outside,
-        )
+        loss, to_hidden, head = chunk.loss(model, hidden, parameters, loss_scale, outside)
         if outside is not None:
             outside.look([hidden, *after.tensors()], made)
         pairs = [(hidden, to_hidden)]

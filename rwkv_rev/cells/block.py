@@ -83,14 +83,14 @@ class BlockAgain:
         states: exact states before the chunk, or after it when ``remnants`` are given.
         checkpointed: where the block has a function to ``recompute`` by, keep only its input and states, and compute
             it once more when its gradient is taken (activation checkpointing).
-        next: states that the chunk after this one began with, to be compared with what this one leaves.
+        after: states that the chunk after this one began with, to be compared with what this one leaves.
     """
 
     states: ExactStates
     plans: Plans
     remnants: Remnants | None = None
     checkpointed: bool = False
-    next: ExactStates | None = None
+    after: ExactStates | None = None
 
 
 class Block(nn.Module):
@@ -164,11 +164,11 @@ class Block(nn.Module):
     def _replay(self, x: Tensor, asked: BlockAgain, mask: ChunkMask | None) -> BlockReplay:
         first = checksum(x)
         time_remnant, channel_remnant = asked.remnants or (None, None)
-        following = asked.next or (None, None)
-        again = Again(asked.states[0], asked.plans[0], time_remnant, following[0])
+        after = asked.after or (None, None)
+        again = Again(asked.states[0], asked.plans[0], time_remnant, after[0])
         out, time = self.time_mix(self.ln1(x), again, mask)
         x = x + out
-        again = Again(asked.states[1], asked.plans[1], channel_remnant, following[1])
+        again = Again(asked.states[1], asked.plans[1], channel_remnant, after[1])
         out, channel = self.channel_mix(self.ln2(x), again, mask)
         return BlockReplay(
             (time.state, channel.state),

@@ -118,13 +118,13 @@ class Forwards:
 class Again:
     """Compute a chunk again; ``state`` is the exact one before it, or after it where a ``remnant`` is given.
 
-    ``next`` is the state that the chunk after this one began with, to be compared with what this one leaves.
+    ``after`` is the state that the chunk after this one began with, to be compared with what this one leaves.
     """
 
     state: CellState
     plan: CellPlan
     remnant: Remnant | None = None
-    next: CellState | None = None
+    after: CellState | None = None
 
 
 class ReversibleCell(nn.Module, ABC):
@@ -209,9 +209,9 @@ class ReversibleCell(nn.Module, ABC):
             return advanced.out, advanced
         if isinstance(state, Again):
             if state.remnant is None:
-                replay = self.replay(state.state, x, mask, state.plan, state.next)
+                replay = self.replay(state.state, x, mask, state.plan, state.after)
             else:
-                replay = self.reversed_replay(state.state, x, mask, state.remnant, state.plan, state.next)
+                replay = self.reversed_replay(state.state, x, mask, state.remnant, state.plan, state.after)
             return replay.out, replay
         return self.step(state, x, mask)
 

@@ -4,18 +4,17 @@
 soon as it has what it needs. Here Python's and numpy's generators are set back, too, and what comes out is compared.
 """
 
-import random
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import Variable
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
+from rwkv_rev import random_state
 from rwkv_rev.errors import ReversalMismatchError
 from rwkv_rev.reversal.fingerprint import checksum
 
@@ -35,7 +34,7 @@ class _Repeated:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
-        self._generators: tuple[Any, Any] = random.getstate(), np.random.get_state()
+        self._generators = random_state.capture(())  # a device's own is set back by PyTorch
         self._print: Tensor | None = None
 
     def __call__(self, *given: Any) -> Any:
@@ -43,21 +42,16 @@ class _Repeated:
             result = self._function(*given)
             self._print = _checksums(result)
             return result
-        now = random.getstate(), np.random.get_state()
-        _set_generators(self._generators)
+        now = random_state.capture(())
+        random_state.restore(self._generators)
         try:
             result = self._function(*given)
         finally:
-            _set_generators(now)
+            random_state.restore(now)
         same = (_checksums(result) == self._print).all()
         # at the end: no layer waits for the device
         Variable._execution_engine.queue_callback(partial(_refuse, same))
         return result
-
-
-def _set_generators(states: tuple[Any, Any]) -> None:
-    random.setstate(states[0])
-    np.random.set_state(states[1])
 
 
 def _checksums(result: Any) -> Tensor:

@@ -100,13 +100,3 @@ class Border(NamedTuple):
         """x_{a-1} [B, D] (dtype of x), the inverse of :meth:`carry`."""
         x = torch.addcmul(y.double(), self.mu, self.first.double(), value=-1)
         return (x / (1 - self.mu)).to(self.first.dtype)
-
-
-def carry(x: Tensor, shift: Tensor, mu: Tensor, mask: ChunkMask | None) -> Tensor:
-    """The carried y [B, D] (dtype of x) from the chunk's input x [B, C, D], x_{a-1} [B, D] and mu* [D]."""
-    return Border.of(x, mu, mask).carry(shift)
-
-
-def uncarry(x: Tensor, y: Tensor, mu: Tensor, mask: ChunkMask | None) -> Tensor:
-    """x_{a-1} [B, D] (dtype of x), the inverse of :func:`carry`."""
-    return Border.of(x, mu, mask).uncarry(y)
