@@ -8,7 +8,8 @@ sees x_{a-1} best: ``y = mu* x_a + (1 - mu*) x_{a-1}`` with the largest ``|1 - m
 
 and since ``|1 - mu_m| <= |1 - mu*|`` for every other mix m, a rounding of y moves no mix by more than an ulp of its
 operands ``mu_m x_a`` and ``(1 - mu_m) x_{a-1}``: the inverse is stable even where its division is not. Three
-amendments, each of which carries the mix with mu = 0, that is x_{a-1} unchanged:
+amendments, each of which carries the mix with mu = 0, that is x_{a-1} unchanged (so does a mu* that vanishes in
+``1 - mu*``, which could leave a trace of x_a where another mix is exactly 0):
 
 * a mu* outside [0, 1] would bury a small x_{a-1} under ``mu* x_a``, and with it a mix whose own mu is near 0;
 * the gradient of mu reads x_{a-1} itself, not a mix of it, and must be as exact as the mixes in channels that
@@ -70,7 +71,8 @@ def carried_mix(mixes: list[Tensor]) -> Tensor:
     stacked = torch.stack([mu.detach().double() for mu in mixes])
     best = (1 - stacked).abs().argmax(dim=0)
     mu = stacked.gather(0, best[None])[0]
-    return torch.where((mu >= 0) & (1 - mu >= SMALLEST_COEFFICIENT), mu, 0.0)
+    seen = 1 - mu
+    return torch.where((mu >= 0) & (seen < 1) & (seen >= SMALLEST_COEFFICIENT), mu, 0.0)
 
 
 class Border(NamedTuple):
