@@ -2,8 +2,7 @@
 
 Without labels a forward pass is ordinary: logits, and the state to go on from. With labels the loss goes through the
 model's gradient strategy (:mod:`rwkv_rev.bptt`), so ``model(input_ids, labels=labels).loss.backward()`` is the exact
-gradient of the whole context at any length. Logits are not made then unless asked for: over a long context they
-would be the largest tensor of all.
+gradient of the whole context at any length. Logits are not made then unless asked for (:mod:`rwkv_rev.unmade`).
 """
 
 from collections.abc import Callable
@@ -20,9 +19,10 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import logging
 
+from rwkv_rev import unmade
 from rwkv_rev.adapters import refuse_carried_state, refuse_recomputing
 from rwkv_rev.bptt import choose_strategy
-from rwkv_rev.bptt.strategy import refuse_offloaded
+from rwkv_rev.bptt.strategy import LossInputs, refuse_offloaded
 from rwkv_rev.bptt_settings import BpttSettings
 from rwkv_rev.cache import CACHE_NAME, Piece, RwkvRevCache, handed_over
 from rwkv_rev.cells import ChannelMix, TimeMixRwkv4, TimeMixRwkv5
@@ -401,7 +401,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
             output_hidden_states: also return the residual stream before block 0 and after every block; the config's
                 setting when None, as of ``return_dict``. Beside a loss it needs, as ``return_logits`` does, ``full`` or
                 ``auto`` and at most one chunk.
-            return_logits: make logits beside the loss.
+            return_logits: make logits beside the loss. In evaluation they are made at their first use if this is False.
             num_items_in_batch: divide the summed loss by this instead of by the number of predicted tokens.
             final_state_gradient: gradient of a further objective by the final state, added to the loss's.
             past_key_values, cache: other names for ``state``; a :class:`RwkvRevCache` is brought up to date unless
@@ -535,7 +535,24 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
             bptt.strategy, length, chunk_length=bptt.chunk_length, tape=bptt.tape, tape_dir=bptt.tape_dir
         )
         result = strategy.loss(self, inputs)
-        return RwkvRevCausalLMOutput(loss=result.loss, state=result.state, report=result.report)
+        logits = None if self.training or torch.is_grad_enabled() else self._deferred_logits(inputs)
+        return RwkvRevCausalLMOutput(result.loss, logits, result.state, report=result.report)
+
+    def _deferred_logits(self, inputs: LossInputs) -> Any:
+        """What makes the logits beside a loss if somebody asks for them: at the precision of this call."""
+        kind, dtype = inputs.targets.device.type, wide(self.model.ln0.weight.dtype)
+        autocast = torch.autocast(
+            kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)
+        )
+
+        @torch.no_grad()
+        def make() -> Tensor:
+            with autocast:
+                hidden, _ = self.read(inputs.input_ids, inputs.valid, inputs.inputs_embeds, inputs.state)
+                return self.head(hidden).to(dtype)
+
+        shape = (*inputs.targets.shape, self.config.vocab_size)
+        return unmade.Deferred(make, shape, dtype, inputs.targets.device, list(self.parameters()))
 
 
 class BpttSetting:

@@ -1,6 +1,16 @@
-"""What stands for logits that were not made: clear words where it is used, instead of those of ``None``."""
+"""What stands beside a loss for logits that were not made: over a long context they would be the largest tensor.
 
+In training they are not to be had: clear words where they are used, instead of those of ``None``. In evaluation,
+without a gradient, they are made by whoever uses them first, by reading the context once more: ``Trainer`` does with
+``compute_metrics``, and without it memory stays flat.
+"""
+
+from collections.abc import Callable
 from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from rwkv_rev.errors import StrategyError
 
@@ -34,3 +44,65 @@ class Unmade:
 
 
 LOGITS: Any = Unmade()
+"""Logits that were not made beside a loss: no item of the output, and clear words where they are used."""
+
+
+class Deferred(Tensor):
+    """Logits [B, T, V] without a graph that are made at their first use: any operation of a tensor is one.
+
+    Args:
+        make: gives them.
+        shape, dtype, device: theirs; asking for these makes nothing, since casting tools ask every item.
+        parameters: that they depend on.
+
+    Raises:
+        StrategyError: at the first use, if a parameter was written to since the loss: they would be another model's.
+    """
+
+    def __new__(
+        cls,
+        make: Callable[[], Tensor],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        parameters: list[Tensor],
+    ) -> "Deferred":
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        self._make = make
+        self._versions = [(parameter, parameter._version) for parameter in parameters]
+        return self
+
+    def _made(self) -> Tensor:
+        if self._versions is not None:
+            if any(parameter._version != version for parameter, version in self._versions):
+                raise StrategyError(
+                    "the model has changed since this loss was computed without its logits: use them before, or pass "
+                    "return_logits=True"
+                )
+            logits = self._make()
+            self._make, self._versions = lambda: logits, None
+        return self._make()
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function not in _ASKED_OF_EVERY_ITEM:
+            args, kwargs = tree_map_only(Deferred, Deferred._made, (args, kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*tree_map_only(Deferred, Deferred._made, args), **(kwargs or {}))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._made().__reduce_ex__(protocol)
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return "logits not made yet" if self._versions is not None else repr(self._made())
+
+
+_ASKED_OF_EVERY_ITEM = {
+    *(getattr(Tensor, name).__get__ for name in ("device", "dtype", "ndim", "requires_grad", "shape")),
+    Tensor.dim,
+    Tensor.size,
+}

@@ -9,6 +9,8 @@ from bptt_cases import random_tokens, relative_error, tiny_model
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
+from rwkv_rev import position_wise
+
 IDS = random_tokens(27, batch=2)
 
 
@@ -66,9 +68,10 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
-def arguments(folder: Path) -> TrainingArguments:
+def arguments(folder: Path, bf16: bool = False) -> TrainingArguments:
     return TrainingArguments(
         str(folder),
+        bf16=bf16,
         per_device_train_batch_size=4,
         per_device_eval_batch_size=4,
         num_train_epochs=1,
@@ -98,13 +101,9 @@ def test_compute_loss_func(tmp_path: Path) -> None:
         assert relative_error(one.detach(), other.detach()) <= 1e-5
 
 
-def test_metrics(tmp_path: Path) -> None:
-    """``evaluate`` hands labels over, so there are no predictions unless logits are asked for."""
-
-    class WithLogits(Trainer):
-        def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            return super().prediction_step(model, {**inputs, "return_logits": True}, *args, **kwargs)
-
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+def test_metrics(tmp_path: Path, bf16: bool) -> None:
+    """``compute_metrics`` gets the logits; who does not ask for them does not make them."""
     seen: list[Any] = []
 
     def metrics(result: Any) -> dict[str, float]:
@@ -112,9 +111,16 @@ def test_metrics(tmp_path: Path) -> None:
         return {}
 
     model = tiny_model("5.2", bptt="reversible", chunk_length=8)
-    for kind in (Trainer, WithLogits):
-        kind(model, arguments(tmp_path), eval_dataset=Rows(), compute_metrics=metrics).evaluate()
-    assert isinstance(seen[0], tuple) and not seen[0]
-    with torch.no_grad():
-        expected = model.eval()(torch.stack([row["input_ids"] for row in map(Rows().__getitem__, range(4))]))
-    torch.testing.assert_close(torch.from_numpy(seen[1]), expected.logits, rtol=1e-5, atol=1e-6)
+    settings = arguments(tmp_path, bf16=bf16)
+    rows: list[int] = []
+    model.head.register_forward_hook(
+        position_wise(lambda module, args, output: rows.append(output.numel() // output.shape[-1]))
+    )
+    scores = Trainer(model, settings, eval_dataset=Rows()).evaluate()
+    assert max(rows) == 4 * 8, "a chunk of the batch at a time, and nothing for who does not ask"
+    with_metrics = Trainer(model, settings, eval_dataset=Rows(), compute_metrics=metrics).evaluate()
+    assert with_metrics["eval_loss"] == scores["eval_loss"]
+    ids = torch.stack([row["input_ids"] for row in map(Rows().__getitem__, range(4))])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        expected = model.eval()(ids).logits.float()
+    torch.testing.assert_close(torch.from_numpy(seen[0]), expected, rtol=1e-5, atol=1e-6)

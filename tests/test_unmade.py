@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -54,3 +55,31 @@ def test_it_is_not_there_for_who_does_not_use_it() -> None:
         assert list(again.keys()) == ["loss"]
         assert again.logits is bare.logits
     assert RwkvRevCausalLMOutput(state=None).logits is None
+
+
+def test_in_evaluation_logits_are_made_by_who_uses_them() -> None:
+    model = tiny_model("5.2", bptt="reversible", chunk_length=3).eval()
+    with torch.no_grad():
+        expected = model(IDS).logits
+        output = model(IDS, labels=IDS)
+    assert repr(output.logits) == "logits not made yet" and output.logits.dtype == torch.float32
+    uses: list[tuple[Any, Any]] = [
+        (output.logits[:, -1], expected[:, -1]),
+        (output["logits"].argmax(-1), expected.argmax(-1)),
+        (torch.softmax(output.logits, -1), expected.softmax(-1)),
+        (dict(output.items())["logits"].detach(), expected),
+        (pickle.loads(pickle.dumps(output)).logits, expected),
+        (torch.from_numpy(np.asarray(output.logits)), expected),
+    ]
+    for made, wanted in uses:
+        torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-6)
+    assert not output.logits.requires_grad and len(output.logits) == 1
+
+
+def test_logits_of_a_model_that_has_changed_are_refused() -> None:
+    model = tiny_model("5.2").eval()
+    with torch.no_grad():
+        output = model(IDS, labels=IDS)
+        model.head.weight.mul_(2)
+    with pytest.raises(StrategyError, match="the model has changed"):
+        output.logits.argmax(-1)
