@@ -59,6 +59,9 @@ class Deferred(Tensor):
         StrategyError: at the first use, if a parameter was written to since the loss: they would be another model's.
     """
 
+    _make: Callable[[], Tensor]
+    _versions: list[tuple[Tensor, int]] | None
+
     def __new__(
         cls,
         make: Callable[[], Tensor],
@@ -67,7 +70,7 @@ class Deferred(Tensor):
         device: torch.device,
         parameters: list[Tensor],
     ) -> "Deferred":
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         self._make = make
         self._versions = [(parameter, parameter._version) for parameter in parameters]
         return self
@@ -91,8 +94,10 @@ class Deferred(Tensor):
             return function(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return function(*tree_map_only(Deferred, Deferred._made, args), **(kwargs or {}))
+    def __torch_dispatch__(  # type: ignore[override]  # there it is declared without cls
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return func(*tree_map_only(Deferred, Deferred._made, args), **(kwargs or {}))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self._made().__reduce_ex__(protocol)
