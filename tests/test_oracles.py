@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +143,28 @@ def test_rwkv_package_failure_is_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
+@needs_rwkv
+def test_rwkv_package_answers_again_after_its_process_died() -> None:
+    original = original_of("4")
+    first = torch.cat(list(oracles.rwkv_package(original, TOKENS)))
+    worker = oracles._workers[os.getpid(), torch.float32]
+    assert torch.equal(torch.cat(list(oracles.rwkv_package(original, TOKENS))), first)
+    assert oracles._workers[os.getpid(), torch.float32] is worker, "one process answers all"
+    worker._process.kill()
+    worker._process.wait()
+    assert torch.equal(torch.cat(list(oracles.rwkv_package(original, TOKENS))), first)
+
+
+@needs_rwkv
+def test_rwkv_package_says_when_its_process_dies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text("import sys; sys.stdin.readline(); sys.exit('killed on purpose')")
+    monkeypatch.setattr(oracles, "_WORKER", tmp_path / "worker.py")
+    monkeypatch.setattr(oracles, "_workers", {})
+    with pytest.raises(OracleUnavailable, match="failed on this checkpoint: killed on purpose"):
+        next(oracles.rwkv_package(original_of("4"), TOKENS))
+    assert not oracles._workers
+
+
 def test_rwkv_package_says_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
         raise oracles.importlib.metadata.PackageNotFoundError(name)
@@ -164,6 +187,7 @@ def test_rwkv_package_ignores_the_environment_and_keeps_stdout_clean(
     monkeypatch.setenv("RWKV_V7_ON", "1")  # would choose another class, and print
     monkeypatch.setenv("RWKV_RESCALE_LAYER", "1")
     monkeypatch.setenv("RWKV_CUDA_ON", "1")
+    monkeypatch.setattr(oracles, "_workers", {})  # the process starts in this environment
     before = set(sys.modules)  # other tests of this process may have imported the package
     original = original_of("5.1")
     tokens = TOKENS[:20]

@@ -16,13 +16,14 @@ so (the tests show the first three bite):
 - ``rwkv`` overwrites the state list it is given, and builds T x T matrices for 5.0 and 5.1: it is fed
   pieces of 256 tokens with a copied state.
 - ``rwkv`` reads ``RWKV_*`` while it is imported, turns TF32 on and may print. It runs in a process without
-  those variables but ``RWKV_JIT_ON=0``, its standard output discarded.
+  those variables but ``RWKV_JIT_ON=0``, its standard output discarded, which later calls find again.
 - ``rwkv`` knows no float64: there the worker gives its module a ``torch`` whose float32 is float64.
 - ``rwkv`` has GroupNorm eps 64e-5 written into its code: unavailable for an original of another eps.
 - ``transformers`` halves the residual stream every ``rescale_every`` layers and divides its weights in
   place to do so: ``rescale_every=0``, built from the original's tensors, dtype float32 said aloud, batch 1.
 """
 
+import atexit
 import importlib.metadata
 import json
 import math
@@ -31,7 +32,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +91,7 @@ def rwkv_package(original: Original, tokens: Tensor, dtype: torch.dtype = torch.
         vocabulary = original.tensors["head.weight"].shape[0]
         spare = len(tokens) * vocabulary * dtype.itemsize
         _write_checkpoint(original, checkpoint, dtype, spare=spare)
-        Path(folder, "tokens.json").write_text(json.dumps(tokens.tolist()))
-        _run_worker(checkpoint.with_suffix(""), Path(folder, "tokens.json"), output, dtype)
+        _run_worker(checkpoint.with_suffix(""), tokens, output, dtype)
         # Not mapped: on some systems a folder with a mapped file in it cannot be removed.
         with output.open("rb") as stream:
             while chunk := stream.read(dtype.itemsize * vocabulary * 64):
@@ -124,20 +126,73 @@ def rwkv_process(script: Path, *arguments: object, jit: bool) -> dict[str, Any]:
     return {"args": [sys.executable, "-P", str(script), *map(str, arguments)], "env": environment}
 
 
-def _run_worker(model: Path, tokens: Path, output: Path, dtype: torch.dtype) -> None:
-    wide = int(dtype == torch.float64)
-    arguments = [model, tokens, output, RWKV_PACKAGE_PIECE, torch.get_num_threads(), wide]
-    process = subprocess.run(
-        **rwkv_process(_WORKER, *arguments, jit=False),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    if process.returncode:
-        said = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
-        raise OracleUnavailable(f"the rwkv package failed on this checkpoint: {said[-1].strip()}")
+class _Worker:
+    """A process with the ``rwkv`` package in it, which answers one request after another: importing takes seconds."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
+        self._process = subprocess.Popen(
+            **rwkv_process(_WORKER, int(dtype == torch.float64), jit=False),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            text=True,
+            encoding="utf-8",
+        )
+        atexit.register(self.close)
+
+    def run(self, **request: object) -> None:
+        """Answer one request, whatever it takes.
+
+        Raises:
+            OracleUnavailable: with what the package said, or the process when it ended.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            status = self._process.wait()
+            self._said.seek(0)
+            said = self._said.read().decode("utf-8", "replace").strip().splitlines()
+            answer = said[-1] if said else f"exit status {status}"
+        if answer.strip():
+            raise OracleUnavailable(f"the rwkv package failed on this checkpoint: {answer.strip()}")
+
+    @property
+    def lives(self) -> bool:
+        return self._process.poll() is None
+
+    def close(self) -> None:
+        """End the process."""
+        atexit.unregister(self.close)
+        self._process.kill()
+        self._process.communicate()
+        self._said.close()
+
+
+_workers: dict[tuple[int, torch.dtype], _Worker] = {}
+_one_request = threading.Lock()
+
+
+def _run_worker(model: Path, tokens: Tensor, output: Path, dtype: torch.dtype) -> None:
+    """Have logits written by this process's worker for ``dtype``, which a first call starts."""
+    with _one_request:
+        key = os.getpid(), dtype  # not that of the process that this one was forked from
+        if key not in _workers or not _workers[key].lives:
+            _workers[key] = _Worker(dtype)
+        try:
+            _workers[key].run(
+                model=str(model),
+                tokens=tokens.tolist(),
+                output=str(output),
+                piece=RWKV_PACKAGE_PIECE,
+                threads=torch.get_num_threads(),
+            )
+        except BaseException:  # stopped in the middle: its next answer would be to this request
+            _workers.pop(key).close()
+            raise
 
 
 def transformers_rwkv4(

@@ -1,9 +1,11 @@
-"""Run by file name in a process of its own: logits of the ``rwkv`` package, written to a file.
+"""Run by file name in a process of its own: logits of the ``rwkv`` package, written to files.
 
-    python -P rwkv_worker.py MODEL TOKENS OUTPUT PIECE THREADS WIDE
+    python -P rwkv_worker.py WIDE
 
-MODEL is a path without ``.pth``, TOKENS a JSON list, OUTPUT receives ``[T, V]`` without a header: float32, or
-float64 computed in float64 where WIDE is 1.
+Each line of the standard input is a JSON object: ``model`` (a path without ``.pth``), ``tokens``, ``piece``,
+``threads``, and ``output``, a file that receives ``[T, V]`` without a header: float32, or float64 computed in float64
+where WIDE is 1. Each gets a line in answer: empty, or what went wrong. The process ends with its input.
+
 Not imported by anything: the package reads the environment while it is imported, prints, and changes global
 torch settings (TF32, cuDNN), so it never shares a process with us. Its import name, ``rwkv``, is why it
 runs with ``-P``.
@@ -11,7 +13,9 @@ runs with ``-P``.
 
 import copy
 import json
+import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +31,41 @@ class WideTorch:
         return getattr(torch, name)
 
 
-def main(model_path: str, tokens_path: str, output_path: str, piece: int, threads: int, wide: bool) -> None:
-    """Feed the tokens in pieces of ``piece``, carrying the state; append their logits to the output."""
+def compute(model: str, tokens: list[int], output: str, piece: int, threads: int) -> None:
+    """Feed the tokens in pieces of ``piece``, carrying the state; write their logits to the output."""
+    import rwkv.model
+
+    torch.set_num_threads(threads)
+    package = rwkv.model.RWKV(model=model, strategy="cpu fp32", verbose=False)
+    state = None
+    with Path(output).open("wb") as stream:
+        for start in range(0, len(tokens), piece):
+            # forward() overwrites the entries of the list it is given: hand it a copy.
+            logits, state = package.forward(
+                tokens[start : start + piece], copy.deepcopy(state), full_output=True
+            )
+            # One token takes another path, which returns [V].
+            stream.write(logits.float().reshape(-1, logits.shape[-1]).contiguous().numpy().tobytes())
+
+
+def main(wide: bool) -> None:
+    """Answer every line of the standard input."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what the package prints
     import rwkv.model
 
     if wide:
         rwkv.model.torch = WideTorch()
         torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
-    torch.set_num_threads(threads)
-    model = rwkv.model.RWKV(model=model_path, strategy="cpu fp32", verbose=False)
-    tokens = json.loads(Path(tokens_path).read_text())
-    state = None
-    with Path(output_path).open("wb") as output:
-        for start in range(0, len(tokens), piece):
-            # forward() overwrites the entries of the list it is given: hand it a copy.
-            logits, state = model.forward(
-                tokens[start : start + piece], copy.deepcopy(state), full_output=True
-            )
-            # One token takes another path, which returns [V].
-            output.write(logits.float().reshape(-1, logits.shape[-1]).contiguous().numpy().tobytes())
+    for line in sys.stdin:
+        said = ""
+        try:
+            compute(**json.loads(line))
+        except Exception as error:
+            said = traceback.format_exception_only(error)[-1].strip().splitlines()[-1]
+        answers.write(f"{said}\n")
+        answers.flush()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]), sys.argv[6] == "1")
+    main(sys.argv[1] == "1")
