@@ -33,13 +33,13 @@ def counting_text(path: Path, lines: int = 400) -> Path:
 
 
 def settings(model: Path, data: Path, output: Path, **changes: Any) -> FinetuneConfig:
-    """A run of a few steps over 512 tokens in chunks of 128."""
+    """A run of a few steps over 256 tokens in chunks of 64."""
     values: dict[str, Any] = {
         "model": str(model),
         "data": [str(data)],
         "output": str(output),
-        "context_length": 512,
-        "chunk_length": 128,
+        "context_length": 256,
+        "chunk_length": 64,
         "batch_size": 2,
         "max_steps": 3,
         "warmup": 1,

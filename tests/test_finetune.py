@@ -35,6 +35,7 @@ def test_held_out_text_gets_better(bundled: dict[str, Path], tmp_path: Path, tun
             tune=tune,
             lr=RATES[tune],
             max_steps=8,
+            context_length=512,
             eval_data=[str(held_out)],
             eval_tokens=4096,
         )
@@ -62,7 +63,7 @@ def test_the_output_is_a_normal_model_folder(bundled: dict[str, Path], tmp_path:
     data, output = counting_text(tmp_path / "data.txt"), tmp_path / "out"
     result = finetune(settings(bundled["5.2"], data, output, eval_data=[str(data)], eval_tokens=600))
     assert result.steps == 3 and result.last_loss < result.first_loss
-    assert result.tape_bytes > 0 and result.memory_bytes > 0 and result.tokens == 3 * 2 * 512
+    assert result.tape_bytes > 0 and result.memory_bytes > 0 and result.tokens == 3 * 2 * 256
     assert {path.name for path in tmp_path.iterdir()} == {"data.txt", "out", "cache"}, (
         "no work folder is left"
     )
@@ -78,7 +79,7 @@ def test_the_output_is_a_normal_model_folder(bundled: dict[str, Path], tmp_path:
     record = json.loads((output / "conversion.json").read_text())
     assert record["source"] == "bundled:rwkv-5.2" and len(record["finetuned"]) == 1
     card = (output / "README.md").read_text()
-    for text in ("fine-tuned", "data.txt", "512 tokens", "chunks of 128", "full (1,354,752", "held-out"):
+    for text in ("fine-tuned", "data.txt", "256 tokens", "chunks of 64", "full (1,354,752", "held-out"):
         assert text in card
     public = card + json.dumps(record) + (output / "training" / "summary.json").read_text()
     assert str(tmp_path) not in public and str(bundled["5.2"]) not in public, "no path of this machine"

@@ -127,7 +127,7 @@ def test_other_ways_of_tuning(
 )
 def test_sharded_optimizer(bundled: dict[str, Path], data: Path, tmp_path: Path, device: str) -> None:
     """Half the state in each process, the same losses; killed, it goes on sharded, and unsharded in one process."""
-    cache, steps = tmp_path / "cache", 12
+    cache, steps = tmp_path / "cache", 8
     rest = ["--weight-decay", 0.1, "--max-steps", steps, "--json", "--resume", "auto"]
     rest += ["--device", device, "--dtype", "float32"]
     env = environment() if device == "cpu" else dict(os.environ)
@@ -182,6 +182,8 @@ def test_accelerate_configured_for_fsdp(bundled: dict[str, Path], data: Path, tm
 def test_refusals_end_every_process(bundled: dict[str, Path], data: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("{}")
-    done = two_processes(*options(bundled["5.2"], data, tmp_path / "out", tmp_path / "cache"))
+    done = run_command(
+        "finetune", *options(bundled["5.2"], data, tmp_path / "out", tmp_path / "cache"), world=2
+    )
     assert done.returncode != 0
     assert "already exists; pass --force" in done.stderr

@@ -32,7 +32,7 @@ def compare(
             tune=tune,
             lr=RATES[tune],
             max_steps=STEPS,
-            **changes,
+            **{"context_length": 512, "chunk_length": 128} | changes,
         )
         finetune(config)
         found[name] = losses(folder / name)

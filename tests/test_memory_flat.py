@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 
+LAYERS = 2
+"""The first of the trained six: what grows with the context grows in each, and weighs more where few are."""
 LENGTHS = [2**12, 2**13, 2**14, 2**16]
 CHUNK = 512
-MOST_GROWTH = 0.02
-"""Of the peak at the first length."""
+MOST_GROWTH = (LENGTHS[-1] - LENGTHS[0]) * 128 * 4 // 3
+"""A third of what one float32 vector of D numbers kept for each token would take, in one layer: 10 MiB."""
 
 PROGRAM = """
 import json, os, sys
@@ -47,8 +49,9 @@ def measure(length):
     print(json.dumps({"length": length, "peak": peak, "tape": report.get("tape_bytes", 0)}), flush=True)
 
 torch.set_num_threads(1)
-folder, strategy, chunk, lengths = sys.argv[1], sys.argv[2], int(sys.argv[3]), map(int, sys.argv[4:])
-model = RwkvRevForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+folder, strategy = sys.argv[1:3]
+layers, chunk, *lengths = map(int, sys.argv[3:])
+model = RwkvRevForCausalLM.from_pretrained(folder, dtype=torch.float32, num_hidden_layers=layers).train()
 model.set_bptt(strategy, chunk_length=chunk)
 for length in lengths:
     child = os.fork()
@@ -69,7 +72,7 @@ def measure(folder: Path, strategy: str, *lengths: int, chunk: int = CHUNK) -> d
         "MALLOC_TOP_PAD_": "0",
     }
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(folder), strategy, str(chunk), *map(str, lengths)],
+        [sys.executable, "-c", PROGRAM, str(folder), strategy, str(LAYERS), str(chunk), *map(str, lengths)],
         env=environment,
         capture_output=True,
         text=True,
@@ -90,14 +93,12 @@ linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="r
 def test_peak_memory_is_flat(bundled: dict[str, Path], version: str) -> None:
     """T = 4k to 64k at C = 512."""
     measured = measure(bundled[version], "reversible", *LENGTHS)
-    first_peak, first_tape = measured[LENGTHS[0]]
+    need = {length: peak - tape for length, (peak, tape) in measured.items()}
     table = {
         length: (round(peak / 2**20, 2), round(tape / 2**20, 2)) for length, (peak, tape) in measured.items()
     }
     print(f"peak and tape, MiB, by length: {table}")
-    for peak, tape in measured.values():
-        growth = (peak - tape) - (first_peak - first_tape)
-        assert growth <= MOST_GROWTH * first_peak, table
+    assert max(need.values()) - need[LENGTHS[0]] <= MOST_GROWTH, table
 
 
 @linux
@@ -105,5 +106,5 @@ def test_peak_memory_is_flat(bundled: dict[str, Path], version: str) -> None:
 def test_the_measurement_sees_growth(bundled: dict[str, Path]) -> None:
     """``full`` at 2k and 4k: the graph doubles, by some 30 L D numbers per token, and the measurement says so."""
     (small, _), (large, _) = measure(bundled["5.2"], "full", 2048, 4096).values()
-    graph = 2048 * 30 * 6 * 128 * 4
+    graph = 2048 * 30 * LAYERS * 128 * 4
     assert 0.8 * graph < large - small < 1.6 * graph
