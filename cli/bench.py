@@ -128,9 +128,7 @@ def bench(
                 ("bfloat16" if cuda or what == "convert" else "float32") if dtype == "auto" else dtype
             ],
             lengths=counts(lengths or _default_lengths(what, cuda, quick), "--lengths"),
-            chunk_lengths=counts(
-                chunk_length or ("128" if quick else "4096" if cuda else "512"), "--chunk-length"
-            ),
+            chunk_lengths=counts(chunk_length or ("4096" if cuda and not quick else "512"), "--chunk-length"),
             strategies=tuple(strategies.split(",")),
             tapes=tuple((tape or ("disk" if what == "memory" and not cuda else "host")).split(",")),
             repeats=1 if quick else repeats,
@@ -163,7 +161,7 @@ def _default_lengths(what: str, cuda: bool, quick: bool) -> str:
     if what == "cpu":
         return "256" if quick else "1k"
     if quick:
-        return "512,1k,2k"
+        return "1k,2k,4k"
     if cuda:
         return "16k,64k,256k,1024k"
     return "1k,2k,4k,8k,16k" if what == "memory" else "1k,2k,4k"
@@ -192,7 +190,9 @@ def _print(found: Sequence[dict[str, Any]]) -> None:
                 name if name in ("setting", "error", "others", "errors") else f">{name}" for name in shown
             ]
             cells = [[_cell(name, row.get(name)) for name in shown] for row in rows]
-            out.print_table(title, [head.replace("_", " ") for head in heads], cells)
+            out.print_table(
+                title, [head.replace("_", " ") for head in heads], cells, keys=1 + ("tokens" in shown)
+            )
 
 
 def _cell(name: str, value: Any) -> str | None:

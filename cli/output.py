@@ -9,18 +9,29 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rwkv_rev.tables import WIDTH, folded
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table on stdout; columns whose name starts with ``>`` are right-aligned numbers."""
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], keys: int = 1) -> None:
+    """Print a table on stdout; columns whose name starts with ``>`` are right-aligned numbers.
+
+    Columns that do not fit beside the others follow in a further table, below, with the first ``keys`` repeated.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
-    for row in rows:
-        table.add_row(*("" if cell is None else str(cell) for cell in row))
-    _console().print(table)
+    console = _console()
+    names = [column.removeprefix(">") for column in columns]
+    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, (name, *column))) + 2 for name, *column in zip(names, *cells, strict=True)]
+    for number, kept in enumerate(folded(widths, console.width, keys)):
+        table = Table(title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+        table.title = title if number == 0 else None
+        for column in kept:
+            table.add_column(names[column], justify="right" if columns[column].startswith(">") else "left")
+        for row in cells:
+            table.add_row(*(row[column] for column in kept))
+        console.print(table)
 
 
 def print_fields(title: str, fields: dict[str, object]) -> None:
@@ -61,5 +72,4 @@ def human_bytes(count: float) -> str:
 def _console() -> Any:
     from rich.console import Console
 
-    # Without a terminal, lines are not folded at 80 columns, so that a file or a pipe gets whole rows.
-    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else WIDTH)

@@ -30,11 +30,11 @@ import torch
 from torch import Tensor
 
 from rwkv_rev.equivalence.reversal import chunk_for
-from rwkv_rev.equivalence.table import aligned
 from rwkv_rev.equivalence.tolerance import NOISE_FACTOR
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.modeling import RwkvRevForCausalLM
 from rwkv_rev.state import RwkvRevState
+from rwkv_rev.tables import aligned, wrapped
 from rwkv_rev.wkv.dispatch import KERNEL_VARIABLE
 
 CONTEXT = 512
@@ -154,24 +154,24 @@ class GradientCheck:
             for group in GROUPS
             if any(s.errors is not None and group in s.errors for s in ran)
         ]
-        rows.append(["all tensors", *(f"{s.overall:.1e}" for s in ran)])
-        rows.append(["distance from full", *(f"{s.from_full:.1e}" for s in ran)])
+        rows.append(["all tensors", *(_short(s.overall) for s in ran)])
+        rows.append(["distance from full", *(_short(s.from_full) for s in ran)])
         verdicts = [REMARKS.get(s.name, "FAIL" if s.failure else "PASS") for s in ran]
         rows.append(["", *("-" if s.name == "full" else v for s, v in zip(ran, verdicts, strict=True))])
-        lines = [
-            f"gradients over {self.context} tokens in chunks of {self.chunk}, non-zero initial state, gradient at "
-            "the final state; error against float64 back-propagation through the naive scan",
-            *aligned(header, rows),
-        ]
-        lines += [
+        table = aligned(header, rows)
+        prose = [
             f"{s.name}: {s.from_full:.1e} from full is rounding; in float64 it is {s.in_float64:.1e} from the truth"
             for s in self.strategies
             if s.in_float64 is not None and s.failure is None
         ]
-        lines += [f"{s.name}: not run, {s.refusal}" for s in self.strategies if s.refusal is not None]
+        prose += [f"{s.name}: not run, {s.refusal}" for s in self.strategies if s.refusal is not None]
         if self.failure is not None:
-            lines.append(f"gradients: FAIL, {self.failure}")
-        return lines
+            prose.append(f"gradients: FAIL, {self.failure}")
+        title = (
+            f"gradients over {self.context} tokens in chunks of {self.chunk}, non-zero initial state, gradient at "
+            "the final state; error against float64 back-propagation through the naive scan"
+        )
+        return [*wrapped(title), *table, *(line for text in prose for line in wrapped(text))]
 
 
 def check_gradients(model: RwkvRevForCausalLM, ids: Tensor, *, chunk: int | None = None) -> GradientCheck:
@@ -374,7 +374,12 @@ def _broken_promise(
 
 
 def _pair(error: GroupError) -> str:
-    return f"{error.rms:.1e} / {error.largest:.1e}"
+    return f"{_short(error.rms)} / {_short(error.largest)}"
+
+
+def _short(value: float | None) -> str:
+    """``1.2e-6``."""
+    return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e+")
 
 
 def _finite(value: float | None) -> float | None:

@@ -9,8 +9,8 @@ import torch
 from rwkv_rev.equivalence.gradients import GradientCheck
 from rwkv_rev.equivalence.logits import LogitComparison
 from rwkv_rev.equivalence.reversal import ReversalCheck
-from rwkv_rev.equivalence.table import aligned
 from rwkv_rev.equivalence.weights import WeightComparison
+from rwkv_rev.tables import aligned, wrapped
 
 
 @dataclass(frozen=True)
@@ -167,32 +167,30 @@ class Report:
         }
 
     def table(self) -> str:
-        """Markdown that reads as plain text too: the rows, then one line for each thing worth knowing."""
-        header = (
-            "oracle",
+        """Markdown that reads as plain text too: a column for each oracle, then what is worth knowing."""
+        measures = (
             "tokens",
             "largest Δlogit",
+            "allowed",
             "mean Δlogit",
             "KL (nats)",
-            "top-1",
-            f"bits/{self.unit} original",
-            "converted",
-            "tolerance",
-            "in float64",
+            "same top-1",
+            f"bits/{self.unit}, original",
+            f"bits/{self.unit}, converted",
+            "Δlogit in float64",
             "",
         )
-        lines = [
-            f"{self.model}, against {self.original}",
-            "",
-            *aligned(header, [_cells(r) for r in self.rows]),
-            "",
-        ]
-        lines.append(self._weights_line())
-        lines += [row.note for row in self.rows if row.note is not None]
-        lines += [f"{name}: not run, {reason}" for name, reason in self.skipped.items()]
-        lines += list(self.notes)
+        figures = list(zip(measures, *map(_cells, self.rows), strict=True))
+        prose = [self._weights_line()]
+        prose += [row.note for row in self.rows if row.note is not None]
+        prose += [f"{name}: not run, {reason}" for name, reason in self.skipped.items()]
+        prose += list(self.notes)
         if self.divergence:
-            lines.append(f"first difference: {self.divergence}")
+            prose.append(f"first difference: {self.divergence}")
+        lines = wrapped(f"{self.model}, against {self.original}")
+        lines += ["", *aligned(["", *(row.oracle for row in self.rows)], figures), ""]
+        for text in prose:
+            lines += wrapped(text)
         sections = [section for section in (self.reversal, self.gradients) if section is not None]
         for section in sections:
             lines += ["", *section.lines()]
@@ -247,15 +245,14 @@ def _finite(figures: dict[str, float | None]) -> dict[str, float | None]:
 def _cells(row: Row) -> tuple[str, ...]:
     c = row.comparison
     return (
-        row.oracle,
         f"{c.tokens}",
         f"{c.largest:.1e}",
+        f"{row.tolerance:.1e}",
         f"{c.mean:.1e}",
         f"{c.kl:.1e}",
         f"{100 * c.top1:.2f} %",
         "-" if c.original_bits is None else f"{c.original_bits:.4f}",
         "-" if c.converted_bits is None else f"{c.converted_bits:.4f}",
-        f"{row.tolerance:.1e}",
         "-" if row.float64 is None else f"{row.float64.difference:.1e}",
         "PASS" if row.passed else "FAIL",
     )

@@ -23,12 +23,12 @@ from rwkv_rev.bptt.reversible import Reversible
 from rwkv_rev.bptt.strategy import LossInputs
 from rwkv_rev.cells import TimeMixRwkv4, TimeMixRwkv5
 from rwkv_rev.cells.block import BlockAgain, BlockForwards, ExactStates, Remnants
-from rwkv_rev.equivalence.table import aligned
 from rwkv_rev.modeling import RwkvRevForCausalLM
 from rwkv_rev.numerics import bits_forgotten
 from rwkv_rev.reversal.drift import division_drift
 from rwkv_rev.reversal.fixed_point import FixedPoint, MemoryRemnant
 from rwkv_rev.reversal.tape import Tape
+from rwkv_rev.tables import aligned, wrapped
 
 CONTEXT = 4096
 CHUNK = 256
@@ -114,7 +114,7 @@ class ReversalCheck:
             verdict = f"bit-exact at all {self.boundaries} boundaries: NO, {self.mismatch}"
         used, theory = (100 * bits / max(1, self.whole_bits) for bits in (self.used_bits, self.theory_bits))
         shifts = self.shift_bytes / max(1, self.counted)
-        lines = [
+        prose = [
             f"reversal over {self.context} tokens in chunks of {self.chunk}",
             verdict,
             f"tape: {self.bytes_per_token:,.0f} bytes per token; memory remnants {used:.1f} % of whole float32 "
@@ -128,6 +128,7 @@ class ReversalCheck:
             by_step.setdefault(row.steps, [str(row.steps)]).extend(
                 (f"{row.median:.1e}", f"{100 * row.lost:.0f} %")
             )
+        lines = [line for text in prose for line in wrapped(text)]
         return [*lines, *aligned(header, list(by_step.values()))]
 
 

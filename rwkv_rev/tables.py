@@ -1,0 +1,48 @@
+"""Tables that read as Markdown and as plain text, and fit :data:`WIDTH` columns."""
+
+import textwrap
+from collections.abc import Sequence
+
+WIDTH = 80
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], width: int = WIDTH) -> list[str]:
+    """Lines of a table; the first column to the left, all others to the right.
+
+    Columns that do not fit beside the others follow in a further table, below, with the first one repeated.
+    """
+    widths = [max(3, *(len(line[i]) for line in (header, *rows))) for i in range(len(header))]
+    lines: list[str] = []
+    for columns in folded([size + 3 for size in widths], width - 1):
+        lines += [""] if lines else []
+        lines += _table(
+            [[line[i] for i in columns] for line in (header, *rows)], [widths[i] for i in columns]
+        )
+    return lines
+
+
+def folded(widths: Sequence[int], width: int, keys: int = 1) -> list[list[int]]:
+    """Columns by table: as many as fit side by side, the first ``keys`` in each."""
+    first = list(range(min(keys, len(widths))))
+    tables = [list(first)]
+    for column in range(len(first), len(widths)):
+        taken = sum(widths[i] for i in tables[-1])
+        if len(tables[-1]) > len(first) and taken + widths[column] > width:
+            tables.append(list(first))
+        tables[-1].append(column)
+    return tables
+
+
+def wrapped(text: str, width: int = WIDTH) -> list[str]:
+    """Lines of prose; words longer than a line, such as paths, stay whole."""
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
+
+
+def _table(cells: list[list[str]], widths: list[int]) -> list[str]:
+    def line(row: Sequence[str]) -> str:
+        first, *others = row
+        padded = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:], strict=True))]
+        return f"| {' | '.join(padded)} |"
+
+    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
+    return [line(cells[0]), rule, *map(line, cells[1:])]

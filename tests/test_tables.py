@@ -1,0 +1,41 @@
+"""Every table fits 80 columns or goes on below."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rwkv_rev.cli.output import print_table
+from rwkv_rev.tables import WIDTH, aligned, folded, wrapped
+
+
+@given(st.lists(st.integers(3, 76), min_size=1, max_size=12), st.integers(1, 2))
+def test_folding_keeps_every_column_once(widths: list[int], keys: int) -> None:
+    tables = folded(widths, 77, keys)
+    first = list(range(min(keys, len(widths))))
+    assert all(columns[: len(first)] == first for columns in tables)
+    assert first + [i for columns in tables for i in columns[len(first) :]] == list(range(len(widths)))
+    for columns in tables:
+        assert sum(widths[i] for i in columns) <= 77 or len(columns) <= len(first) + 1
+
+
+def test_a_wide_table_goes_on_below() -> None:
+    header = ["", *(f"column {i}" for i in range(9))]
+    rows = [[f"row {j}", *(f"{i * j:.3f}" for i in range(9))] for j in range(3)]
+    lines = aligned(header, rows)
+    assert max(map(len, lines)) <= WIDTH and lines.count("") == 1
+    assert sum(line.startswith("| row 1") for line in lines) == 2
+    assert aligned(header, rows, width=200)[0].count("column") == 9
+
+
+def test_prose_is_wrapped_and_paths_stay_whole() -> None:
+    path = "/a/long-path" * 10
+    lines = wrapped(f"weights: the values of {path} are those of the original, every one of them, to the bit")
+    assert path in lines and all(len(line) <= WIDTH for line in lines if line != path)
+
+
+def test_printed_tables_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    heads = ["setting", ">tokens", *(f">a figure of some length {i}" for i in range(6))]
+    print_table("many figures", heads, [["reversible C=128", 1024, *range(6)]] * 2, keys=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= WIDTH
+    assert sum("reversible C=128" in line for line in lines) > 2
