@@ -8,7 +8,7 @@ import typer
 from rwkv_rev.cli import output as out
 from rwkv_rev.cli.counts import count
 from rwkv_rev.converters.folder import refuse_no_model
-from rwkv_rev.training.documents import find_sources
+from rwkv_rev.training.sources import find_sources
 
 
 def at_least_two(text: str | int) -> int:
@@ -67,7 +67,10 @@ def eval(
         dtype=dtype,
         device=device,
         cache_dir=cache_dir,
+        progress=True,
     )
+    for text in result.notes:
+        out.note(f"warning: {text}")
     if plot is not None:
         curve = [bucket.bits_per_byte for bucket in result.buckets]
         names = [bucket.name for bucket in result.buckets]

@@ -8,8 +8,10 @@ import typer
 from rwkv_rev.cli import output as out
 from rwkv_rev.cli.counts import count
 from rwkv_rev.converters.folder import refuse_no_model
-from rwkv_rev.training.documents import find_sources
+from rwkv_rev.training.sources import find_sources
 
+BEYOND = "beyond the loaded program"
+"""What is forecast and what is reported: the peak of weights, gradients, optimizer and graph."""
 Text = str | None
 Number = int | None
 
@@ -21,7 +23,8 @@ def finetune(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="Files, folders, globs (.txt .jsonl .parquet .bin/.idx) or hf:owner/name; repeatable."
+            help="Files, folders, globs or hf:owner/name; repeatable. Read: .txt .md .rst .py .jsonl .json .csv "
+            "(each also .gz), .parquet, .bin/.idx, folders of datasets.save_to_disk."
         ),
     ] = None,
     output: Annotated[Text, typer.Option(help="The model folder to make.")] = None,
@@ -145,7 +148,9 @@ def finetune(
             result = run(settings, notify=out.note if first_process() else lambda text: None, quiet=quiet)
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
         if first_process():
-            _tell_what_is_kept(settings)
+            from rwkv_rev.training.working_folder import what_is_kept
+
+            out.note(f"stopped; {what_is_kept(settings)}")
         raise
     if not first_process():
         return
@@ -155,18 +160,6 @@ def finetune(
         out.print_text(str(result.output))
     else:
         _print_result(result)
-
-
-def _tell_what_is_kept(settings: Any) -> None:
-    from rwkv_rev.training.trainer import checkpoints
-
-    kept = checkpoints(settings.work_directory)
-    if kept:
-        out.note(f"stopped; {kept[-1]} is kept: the same command with --resume auto goes on from it")
-    else:
-        out.note(
-            "stopped before the first checkpoint (--save-every): the same command with --force begins anew"
-        )
 
 
 def _print_plan(planned: Any, as_json: bool) -> None:
@@ -194,9 +187,10 @@ def _print_plan(planned: Any, as_json: bool) -> None:
             "tokens per step": f"{values['tokens_per_step']:,.0f}",
             "gradient": f"{memory['strategy']}, {memory['tokens_at_once']:,} tokens at once",
             **{
-                name: out.human_bytes(memory[name])
-                for name in ("weights", "gradients", "optimizer", "graph", "device", "tape")
+                name: out.human_bytes(memory[name]) for name in ("weights", "gradients", "optimizer", "graph")
             },
+            "memory": f"{out.human_bytes(memory['device'])} {BEYOND}",
+            "tape": out.human_bytes(memory["tape"]),
         },
     )
     for text in values["notes"]:
@@ -216,7 +210,8 @@ def _print_result(result: Any) -> None:
     fields |= {
         "speed": f"{result.tokens_per_second:,.0f} tokens/s ({result.tokens:,} tokens, {result.seconds:,.0f} s)",
         "tape": out.human_bytes(result.tape_bytes),
-        "memory": out.human_bytes(result.memory_bytes),
+        "memory": f"{out.human_bytes(result.memory_bytes)} {BEYOND} "
+        f"({out.human_bytes(result.process_bytes)} of host memory with it)",
         "optimizer": out.human_bytes(result.optimizer_bytes),
         "log and curve": result.output / "training",
     }

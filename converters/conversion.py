@@ -14,7 +14,6 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +33,7 @@ from rwkv_rev.converters.rewriter import Entry, Shard, plan_shards, write_shards
 from rwkv_rev.converters.safe_output import check_output, require_space, whole_directory
 from rwkv_rev.converters.source import Source, parse_source
 from rwkv_rev.errors import CheckpointError, OutputError, VerificationFailed
+from rwkv_rev.progress import Progress
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 VERIFY_TOKENS = 256
@@ -123,7 +123,7 @@ def convert(
         max_shard_size: largest safetensors file, for example ``"5GB"``.
         tokenizer: ``world``, ``byte``, ``neox``, a folder or a Hub id instead of the one chosen by the
             vocabulary's size; ``none`` leaves the tokenizer out.
-        progress: show a progress bar by bytes on stderr if that is a terminal.
+        progress: tell on stderr how far it is, by bytes.
         dry_run: plan, but write and download nothing.
 
     Raises:
@@ -221,8 +221,9 @@ def _fill(
     with ThreadPoolExecutor(1) as beside:
         hashes = beside.submit(checkpoint.sha256, stop)
         try:
-            with _progress_bar(sum(shard.nbytes for shard in shards), settings.progress) as on_bytes:
-                write_shards(shards, folder, read, on_bytes)
+            total = sum(shard.nbytes for shard in shards)
+            with Progress("converting", total, "bytes", wanted=settings.progress) as shown:
+                write_shards(shards, folder, read, shown.add)
             record["sha256"] = hashes.result()
         finally:
             stop.set()
@@ -232,7 +233,7 @@ def _fill(
     if settings.verify:
         from rwkv_rev.equivalence.verification import verify_directory
 
-        report = verify_directory(folder, tokens=VERIFY_TOKENS)
+        report = verify_directory(folder, tokens=VERIFY_TOKENS, progress=settings.progress)
         report = replace(report, directory=str(directory))  # the folder has a temporary name until the end
         if not report.passed:
             raise ConversionDiffers(f"{report.summary}; nothing was written (--no-verify writes it)", report)
@@ -291,12 +292,3 @@ def _refuse_overlap(local: LocalCheckpoint, output: Path) -> None:
     for file in local.files:
         if inside in file.resolve().parents:
             raise OutputError(f"{output} holds the source {file.name}; choose another --output")
-
-
-@contextmanager
-def _progress_bar(total: int, wanted: bool) -> Iterator[Any]:
-    from tqdm import tqdm
-
-    disable = None if wanted else True  # None: off unless stderr is a terminal
-    with tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=disable) as bar:
-        yield bar.update

@@ -9,7 +9,8 @@ import pytest
 
 from rwkv_rev.errors import DataError
 from rwkv_rev.training import documents
-from rwkv_rev.training.documents import DataSource, Fields, find_sources
+from rwkv_rev.training.documents import DataSource, Fields
+from rwkv_rev.training.sources import find_sources
 
 
 def read(path: Path, fields: Fields | None = None) -> list[documents.Piece]:
@@ -121,7 +122,16 @@ def test_parquet(tmp_path: Path) -> None:
 
 
 def test_directories_and_globs_are_sorted_and_skip_the_rest(tmp_path: Path) -> None:
-    for name in ("b.txt", "a.txt", "sub/c.jsonl", ".hidden/d.txt", "notes.md", "model.bin", "p.bin", "p.idx"):
+    for name in (
+        "b.txt",
+        "a.txt",
+        "sub/c.jsonl",
+        ".hidden/d.txt",
+        "notes.pdf",
+        "model.bin",
+        "p.bin",
+        "p.idx",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     names = [Path(source.name).relative_to(tmp_path).as_posix() for source in find_sources(tmp_path)]
@@ -139,9 +149,9 @@ def test_directories_and_globs_are_sorted_and_skip_the_rest(tmp_path: Path) -> N
         ("./some/thing", "no such file or folder"),
         ("no*.txt", "no file matches"),
         ("hf:a b", "not a dataset id"),
-        ("notes.md", "cannot tell what '.md' holds"),
+        ("notes.pdf", "cannot tell what '.pdf' holds"),
         ("alone.bin", "alone.idx: missing"),
-        ("empty", "no .txt, .jsonl, .parquet"),
+        ("empty", "nothing that can be read in this folder; give .txt"),
         ([], "no data given"),
     ],
 )
@@ -150,7 +160,7 @@ def test_what_cannot_be_found_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "notes.md").write_text("x")
+    (tmp_path / "notes.pdf").write_text("x")
     (tmp_path / "alone.bin").write_bytes(b"x")
     with pytest.raises(DataError, match=message) as caught:
         find_sources(data)

@@ -14,8 +14,8 @@ import rwkv_rev
 from rwkv_rev.errors import OutputError, RwkvRevError
 from rwkv_rev.modeling import RwkvRevForCausalLM
 from rwkv_rev.training.callbacks import StopAtBadLoss, read_log
+from rwkv_rev.training.checkpoints import checkpoints
 from rwkv_rev.training.finetune import plan
-from rwkv_rev.training.trainer import checkpoints
 
 RATES = {"full": 1e-3, "lora": 3e-3, "state": 1.0}
 

@@ -93,7 +93,7 @@ def test_wrong_files(tmp_path: Path) -> None:
         ({"pack": True, "carry_state": True}, "exclude each other"),
         ({"prompt_field": "q"}, "go together"),
         ({"eval_every": 5}, "eval_every needs eval_data"),
-        ({"lora_targets": ["key"]}, "lora_targets are for tune = lora"),
+        ({"lora_targets": ["key"]}, "lora_targets belongs to tune = lora"),
         ({"end_token": "eos"}, "must be auto, none or a token id"),
     ],
 )

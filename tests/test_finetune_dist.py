@@ -16,7 +16,7 @@ import torch
 from finetune_cases import counting_text, environment, finetune, losses, settings
 from processes import run_command, start_command_in_ranks
 
-from rwkv_rev.training.trainer import checkpoints
+from rwkv_rev.training.checkpoints import checkpoints
 
 pytestmark = pytest.mark.dist
 

@@ -14,7 +14,7 @@ from processes import run_command, start_command
 from safetensors.torch import load_file
 
 from rwkv_rev.training.callbacks import read_log
-from rwkv_rev.training.trainer import checkpoints
+from rwkv_rev.training.checkpoints import checkpoints
 
 STEPS = 24
 KILLS = 4

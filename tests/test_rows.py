@@ -148,9 +148,9 @@ def test_refusals(tmp_path: Path) -> None:
         RowDataset(store, 4, pack=True, carry_state=True)
     with pytest.raises(DataError, match="name a separator"):
         RowDataset(store, 4, pack=True)
-    with pytest.raises(DataError, match="token id 12 is outside"):
+    with pytest.raises(DataError, match=r"d\.jsonl:2: token id 12 at position 8 is outside"):
         RowDataset(store, 4, vocab_size=12)
-    store.max_token = 0  # as for a binidx pair, which is not scanned
+    store.max_token = 0  # as where the file changes later
     rows = RowDataset(store, 4, vocab_size=10)
     assert rows[1]["input_ids"].tolist() == [4, 5, 6, 7]
     with pytest.raises(DataError, match=r"d\.jsonl:2: token id 11 is outside the vocabulary"):

@@ -46,6 +46,7 @@ from rwkv_rev.equivalence.tolerance import NOISE_FACTOR, tolerance
 from rwkv_rev.equivalence.weights import WeightComparison, compare_weights
 from rwkv_rev.errors import RwkvRevError, SourceError
 from rwkv_rev.modeling import RwkvRevForCausalLM
+from rwkv_rev.progress import Progress
 
 RECORD_NAME = "conversion.json"
 ORACLE_CHOICES = ("auto", *ORACLES)
@@ -86,7 +87,7 @@ def verify_directory(
         gradients: also compare every gradient strategy with float64; None as for ``reversal``.
         context: tokens that these two read, fewer if the text is shorter; 4,096 and 512 when None.
         chunk: their chunk length in tokens; 256 and 96 when None, less for a short text.
-        progress: download bars on stderr.
+        progress: tell on stderr how far it is, downloads too.
 
     Returns:
         The report; ``report.passed`` is the verdict.
@@ -103,7 +104,10 @@ def verify_directory(
         if count is not None and count < 1:
             raise ValueError(f"{name} = {count} must be at least 1")
     directory = Path(directory)
-    with ConvertedModel(directory) as converted:
+    with (
+        ConvertedModel(directory) as converted,
+        Progress("verifying", 4, "checks", wanted=progress, scaled=False) as shown,
+    ):
         record = _read_record(directory)
         config = converted.config
         content = read_text(text) if isinstance(text, Path) else default_text() if text is None else text
@@ -120,10 +124,12 @@ def verify_directory(
         with opening as opened:
             _refuse_other_architecture(directory, config, opened)
             weights = compare_weights(opened.own_tensors, converted)
+            shown.add(1)
             model = _load(directory)
             verification = _Verification(converted, model, opened, weights, ids[:tokens], tokens)
             report = verification.report(oracle)
-        return _with_further_checks(report, model, ids, reversal, gradients, context, chunk)
+            shown.add(1)
+        return _with_further_checks(report, model, ids, reversal, gradients, context, chunk, shown)
 
 
 @dataclass
@@ -296,6 +302,7 @@ def _with_further_checks(
     gradients: bool | None,
     context: int | None,
     chunk: int | None,
+    shown: Progress,
 ) -> Report:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     wanted = {"reversal": reversal, "gradients": gradients}
@@ -314,12 +321,11 @@ def _with_further_checks(
     if context is not None and len(ids) < asked:
         notes.append(f"the text has {len(ids)} tokens, fewer than the context of {context}")
     parts = {name: ids[:length] for name, length in lengths.items() if length}
-    return replace(
-        report,
-        notes=tuple(notes),
-        reversal=check_reversal(model, parts["reversal"], chunk=chunk) if "reversal" in parts else None,
-        gradients=check_gradients(model, parts["gradients"], chunk=chunk) if "gradients" in parts else None,
-    )
+    found: dict[str, Any] = {}
+    for name, check in (("reversal", check_reversal), ("gradients", check_gradients)):
+        found[name] = check(model, parts[name], chunk=chunk) if name in parts else None
+        shown.add(1)
+    return replace(report, notes=tuple(notes), **found)
 
 
 def _read_record(directory: Path) -> dict[str, Any]:

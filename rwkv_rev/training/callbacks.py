@@ -1,22 +1,21 @@
 """What a run shows and writes down on its way: a progress bar, a JSONL log, a stop at a loss that is no number.
 
-The bar goes to stderr and is off where that is no terminal. The log is always written, one JSON object a line: rows
-with ``loss`` per logged step, rows with ``eval_loss`` per evaluation. A resumed run drops the rows after the
-checkpoint it goes on from, so that each step stands in the log once.
+The bar goes to stderr; where that is no terminal, a line every half minute (:mod:`rwkv_rev.progress`). The log is
+always written, one JSON object a line: rows with ``loss`` per logged step, rows with ``eval_loss`` per evaluation. A
+resumed run drops the rows after the checkpoint it goes on from, so that each step stands in the log once.
 """
 
 import json
 import math
 import os
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rwkv_rev.errors import DataError
+from rwkv_rev.progress import Progress
 from rwkv_rev.training.config import ConfigError
 
 _REPORTERS = {
@@ -117,25 +116,21 @@ class StopWhenNothingIsLeft(TrainerCallback):
 
 
 class Bar(TrainerCallback):
-    """A progress bar with loss, tokens per second, tape and memory."""
+    """Tells how far a run is, with loss, tokens per second, memory and tape."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.quiet = quiet or not sys.stderr.isatty()
-        self._bar: tqdm | None = None
+        self.quiet = quiet
+        self._shown: Progress | None = None
+        self._step = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        off = self.quiet or not state.is_world_process_zero
-        self._bar = tqdm(
-            total=state.max_steps, initial=state.global_step, unit="step", desc="fine-tuning", disable=off
+        wanted = not self.quiet and state.is_world_process_zero
+        self._step = state.global_step
+        self._shown = Progress(
+            "fine-tuning", state.max_steps, "steps", done=self._step, wanted=wanted, scaled=False
         )
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._bar is not None:
-            self._bar.update(state.global_step - self._bar.n)
 
     def on_log(
         self,
@@ -145,25 +140,41 @@ class Bar(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self._bar is None or not logs:
+        if self._shown is None or not logs:
             return
         if "loss" in logs:
-            self._bar.set_postfix_str(describe(logs))
-        elif "eval_loss" in logs and not self._bar.disable:
-            text = f"step {state.global_step}: held-out {logs['eval_bits_per_byte']:.4f} bits/byte"
-            self._bar.write(text, file=sys.stderr)
+            self._advance(state, *describe(logs))
+        elif "eval_loss" in logs:
+            self._shown.say(
+                f"step {state.global_step}: held-out {logs['eval_bits_per_byte']:.4f} bits per byte"
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not control.should_log:  # else the row follows, with the loss of this step
+            self._advance(state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self.close()
+
+    def close(self) -> None:
+        """Tell no more; also after an error, when the trainer calls nobody."""
+        if self._shown is not None:
+            self._shown.close()
+
+    def _advance(self, state: TrainerState, *facts: str) -> None:
+        if self._shown is not None:
+            self._shown.add(state.global_step - self._step, *facts)
+            self._step = state.global_step
 
 
-def describe(row: dict[str, Any]) -> str:
-    """A log row in a few words."""
+def describe(row: dict[str, Any]) -> list[str]:
+    """A log row in a few words, the most important first."""
     parts = [f"loss {row['loss']:.4f}", f"{row.get('tokens_per_second', 0):,.0f} tokens/s"]
-    for name, label in (("tape_bytes", "tape"), ("memory_bytes", "memory")):
+    for name, label in (("memory_bytes", "memory"), ("tape_bytes", "tape")):
         if row.get(name):
-            parts.append(f"{label} {row[name] / 1e6:,.1f} MB")
-    return ", ".join(parts)
+            parts.append(f"{label} {row[name] / 1e6:,.0f} MB")
+    return parts

@@ -144,6 +144,10 @@ class FinetuneConfig:
         Raises:
             ConfigError: naming the setting and what would work.
         """
+        for name, value in vars(self).items():
+            typed = _typed(name, value)
+            if typed != value and typed == typed:  # from Python: a text that in a file would be a number
+                raise ConfigError(f"{name} = {value!r} must be {_described(name)}")
         for name, allowed in (
             ("tune", TUNE),
             ("dtype", DTYPES),
@@ -163,12 +167,12 @@ class FinetuneConfig:
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{name} = {value} must be a finite number")
         for name, most in _MOST.items():
-            if getattr(self, name) > most:
-                raise ConfigError(f"{name} = {getattr(self, name)} must be at most {most}")
+            if (number := getattr(self, name)) is not None and number > most:
+                raise ConfigError(f"{name} = {number} must be at most {most}")
         for name, least in _LEAST.items():
             if (number := getattr(self, name)) is not None and number < least:
                 raise ConfigError(f"{name} = {number} must be at least {least}")
-        for name in ("lr", "epochs"):
+        for name in ("lr", "epochs", "lora_alpha"):
             if (number := getattr(self, name)) is not None and number <= 0:
                 raise ConfigError(f"{name} = {number} must be above 0")
         if not 0 <= self.lora_dropout < 1:
@@ -179,8 +183,20 @@ class FinetuneConfig:
             raise ConfigError("prompt_field and completion_field go together; name both")
         if self.eval_every and not self.eval_data:
             raise ConfigError("eval_every needs eval_data")
-        if self.tune != "lora" and self.lora_targets:
-            raise ConfigError(f"lora_targets are for tune = lora, this run has tune = {self.tune}")
+        if self.warmup > 1 and self.warmup != int(self.warmup):
+            raise ConfigError(f"warmup = {self.warmup} must be a whole number of steps, or a share below 1")
+        for name in ("lora_targets", "lora_rank", "lora_alpha", "lora_dropout"):
+            if self.tune != "lora" and getattr(self, name) != getattr(_DEFAULTS, name):
+                raise ConfigError(f"{name} belongs to tune = lora, this run has tune = {self.tune}")
+        for name in ("text_field", "prompt_field", "completion_field", "tape_dir", "cache_dir", "resume"):
+            if getattr(self, name) == "":
+                raise ConfigError(f"{name} is empty; leave it out")
+        if self.text_field is not None and self.prompt_field is not None:
+            raise ConfigError("text_field and prompt_field exclude each other; name one of them")
+        if self.tape_dir is not None and self.tape != "disk":
+            raise ConfigError(f"tape_dir belongs to tape = disk, this run has tape = {self.tape}")
+        if self.tape_dir is not None and not Path(self.tape_dir).is_dir():
+            raise ConfigError(f"tape_dir = {self.tape_dir!r} is no folder; make it, or leave tape_dir out")
         if isinstance(self.end_token, int) and self.end_token < 0:
             raise ConfigError(f"end_token = {self.end_token} must be a token id, from 0 on")
         if isinstance(self.end_token, str) and self.end_token not in ("auto", "none"):
@@ -205,8 +221,20 @@ _LEAST: Mapping[str, int] = {
     "num_workers": 1,
     "seed": 0,
 }
-_MOST: Mapping[str, int] = {"context_length": 2**40, "chunk_length": 2**40, "seed": 2**32 - 1}
-"""A trillion tokens are more than any data holds; numpy's generators take seeds of 32 bits."""
+_MOST: Mapping[str, int] = {
+    "context_length": 2**40,
+    "chunk_length": 2**40,
+    "batch_size": 2**20,
+    "grad_accum": 2**40,
+    "max_steps": 2**40,
+    "warmup": 2**40,
+    "epochs": 2**20,
+    "lora_rank": 2**20,
+    "num_workers": 61,
+    "seed": 2**32 - 1,
+}
+"""A trillion tokens are more than any data holds; numpy's generators take seeds of 32 bits, Windows 61 processes."""
+_DEFAULTS = FinetuneConfig()
 _TYPES = typing.get_type_hints(FinetuneConfig)
 _ELSEWHERE = {  # transformers' names for the same, to know what was meant
     "learning_rate": "lr",
@@ -300,8 +328,18 @@ def _typed(key: str, value: Any) -> Any:
             and not (kind is int and isinstance(value, bool))
         ):
             return value
-    described = " or ".join(_KIND_NAMES.get(kind, "a list of texts") for kind in kinds)
-    raise ConfigError(f"{key} = {value!r} must be {described}")
+    raise ConfigError(f"{key} = {_shortened(value)} must be {_described(name)}")
+
+
+def _described(name: str) -> str:
+    wanted = _TYPES[name]
+    kinds = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    return " or ".join(_KIND_NAMES.get(kind, "a list of texts") for kind in kinds)
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 _KIND_NAMES: Mapping[Any, Literal["a text", "a whole number", "a number", "true or false", "null"]] = {

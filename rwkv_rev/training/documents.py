@@ -1,43 +1,42 @@
-"""Find training data and read it as documents, one at a time.
+"""Read training data as documents, one at a time; :mod:`rwkv_rev.training.sources` finds it.
 
 What can be read, and what one document is:
 
-- ``.txt``: UTF-8, the whole file is one document, line ends untouched;
+- ``.txt``, ``.md``, ``.rst``, ``.py``: UTF-8, the whole file is one document, line ends untouched;
 - ``.jsonl``: one record a line; its text field, or a prompt and a completion (loss on the completion only);
-- ``.parquet`` and Hugging Face datasets (``hf:owner/name[/config][:split]``): the same fields, one record a
-  row;
-- RWKV's ``binidx`` pairs: already token ids, read by :mod:`rwkv_rev.training.binidx`;
-- a folder (every file of these kinds under it, in sorted order) or a glob.
+- ``.json``: an array of such records, a single one, or one a line;
+- ``.csv``: one record a row, the fields named by the first row (RFC 4180);
+- these compressed by gzip: ``.txt.gz``, ``.jsonl.gz`` and so on;
+- ``.parquet``, Hugging Face datasets (``hf:owner/name[/config][:split]``) and folders that ``save_to_disk`` of the
+  ``datasets`` library wrote: the same fields, one record a row;
+- RWKV's ``binidx`` pairs: already token ids, read by :mod:`rwkv_rev.training.binidx`.
 
-Nothing is held but the record at hand. A ``.txt`` longer than ``PIECE_BYTES`` is handed out in pieces, cut
-where a line ends and the next begins with no white space, so that several processes can tokenise one long
-book. Limit: a tokenizer whose tokens span a line end may see a different token at such a cut, at most one
-in four mebibytes.
+Nothing is held but the record at hand, and of a ``.json`` the whole file. A text longer than ``PIECE_BYTES`` is handed
+out in pieces, cut where a line ends and the next begins with no white space, so that several processes can tokenise
+one long book. Limit: a tokenizer whose tokens span a line end may see a different token at such a cut, at most one in
+four mebibytes.
 """
 
-import glob
+import csv
+import gzip
 import hashlib
+import io
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rwkv_rev.errors import DataError
 
 PIECE_BYTES = 4 << 20
-KIND_OF_SUFFIX = {
-    ".txt": "text",
-    ".jsonl": "jsonl",
-    ".parquet": "parquet",
-    ".bin": "binidx",
-    ".idx": "binidx",
-}
-READABLE = ".txt, .jsonl, .parquet, a .bin/.idx pair, a folder, a glob or hf:owner/name"
-
-_HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]%:+-]+))?")
+_LONGEST_FIELD = (1 << 31) - 1
+_UNITS = {"parquet": "row", "hub": "row", "arrow": "row", "binidx": "document", "json": "record"}
+HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]%:+-]+))?")
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def one_line(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class DataSource:
-    """One file, one binidx pair or one Hub dataset. ``kind``: text, jsonl, parquet, binidx or hub."""
+    """One file, one binidx pair or one dataset. ``kind``: text, jsonl, json, csv, parquet, binidx, arrow or hub."""
 
     kind: str
     name: str
@@ -127,126 +126,68 @@ class DataSource:
 
     @property
     def unit(self) -> str:
-        return {"parquet": "row", "hub": "row", "binidx": "document"}.get(self.kind, "line")
+        return _UNITS.get(self.kind, "line")
 
     @cached_property
     def dataset(self) -> Any:
-        """The loaded Hugging Face dataset of a hub source (memory-mapped by ``datasets``)."""
-        return _load_hub_dataset(self.name)
+        """The loaded Hugging Face dataset of a hub or arrow source (memory-mapped by ``datasets``)."""
+        return _load_hub_dataset(self.name) if self.kind == "hub" else _load_saved_dataset(self)
 
     def content_hash(self) -> str:
         """Hash of what the source holds, independent of its name and dates."""
         if self.kind == "hub":
             return f"hub:{self.dataset._fingerprint}"
-        assert self.path is not None
         try:
-            with self.path.open("rb") as file:
-                return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=20)).hexdigest()
+            digests = [_digest(path) for path in self._files()]
         except OSError as error:
             raise DataError(f"{self.name}: cannot be read: {error.strerror or error}") from error
+        return digests[0] if len(digests) == 1 else hashlib.blake2b("".join(digests).encode()).hexdigest()
 
     def nbytes(self) -> int:
         """Size in bytes (of the files, or of the loaded table)."""
         if self.kind == "hub":
             return int(self.dataset.data.nbytes)
+        return sum(path.stat().st_size for path in self._files())
+
+    def _files(self) -> list[Path]:
         assert self.path is not None
-        return self.path.stat().st_size
+        return sorted(self.path.glob("*.arrow")) if self.kind == "arrow" else [self.path]
 
     def pieces(self, fields: Fields | None = None) -> Iterator[Piece]:
         """Documents in file order. Raises DataError naming file and line of what cannot be parsed."""
         fields = fields or Fields()
         if self.kind == "text":
             return _read_text(self)
-        if self.kind == "jsonl":
-            return _read_jsonl(self, fields)
+        if self.kind in ("jsonl", "json", "csv"):
+            read = {"jsonl": _read_jsonl, "json": _read_json, "csv": _read_csv}[self.kind]
+            return read(self, fields)
         if self.kind == "parquet":
             return _read_parquet(self, fields)
-        if self.kind == "hub":
+        if self.kind in ("hub", "arrow"):
             return _read_records(self, fields, self.dataset.column_names, iter(self.dataset))
         raise ValueError(f"{self.name}: {self.kind} holds token ids, not text")
 
 
-def find_sources(data: str | Path | Sequence[str | Path]) -> list[DataSource]:
-    """Expand paths, folders, globs and dataset ids, in the order given; files of a folder or glob are sorted.
-
-    Raises DataError for anything missing, unreadable by kind, or empty. Loads no dataset and opens no file.
-    """
-    items = [data] if isinstance(data, str | Path) else list(data)
-    sources = [source for item in items for source in _expand(str(item))]
-    if not sources:
-        raise DataError(f"no data given; give {READABLE}")
-    return sources
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=20)).hexdigest()
 
 
-def _expand(item: str) -> list[DataSource]:
-    if item.startswith("hf:"):
-        if not _HUB_ID.fullmatch(item.removeprefix("hf:")):
-            raise DataError(
-                f"{item}: not a dataset id; write hf:owner/name, hf:owner/name/config or hf:owner/name:split"
-            )
-        return [DataSource("hub", item)]
-    path = Path(item).expanduser()
-    if path.is_dir():
-        return _from_directory(path)
-    if path.is_file():
-        return [_from_file(path)]
-    if Path(f"{path}.idx").is_file():
-        return [_from_file(Path(f"{path}.idx"))]
-    if any(letter in item for letter in "*?["):
-        matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207 (absolute patterns)
-        sources = _unique_pairs(_from_file(match) for match in matches if match.is_file())
-        if not sources:
-            raise DataError(f"{item}: no file matches")
-        return sources
-    match = _HUB_ID.fullmatch(item)
-    if (
-        match
-        and "/" in match["id"]
-        and path.suffix.lower() not in KIND_OF_SUFFIX
-        and not item.startswith(".")
-    ):
-        return [DataSource("hub", item)]
-    raise DataError(f"{item}: no such file or folder; give {READABLE}")
-
-
-def _from_directory(folder: Path) -> list[DataSource]:
-    files = (
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in KIND_OF_SUFFIX
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and (path.suffix.lower() != ".bin" or path.with_suffix(".idx").is_file())
-    )
-    sources = _unique_pairs(_from_file(path) for path in files)
-    if not sources:
-        raise DataError(f"{folder}: no .txt, .jsonl, .parquet or .bin/.idx files in this folder")
-    return sources
-
-
-def _unique_pairs(sources: Iterable[DataSource]) -> list[DataSource]:
-    """Both files of a binidx pair name the same source; keep it once."""
-    return list(dict.fromkeys(sources))
-
-
-def _from_file(path: Path) -> DataSource:
-    kind = KIND_OF_SUFFIX.get(path.suffix.lower())
-    if kind is None:
-        raise DataError(f"{path}: cannot tell what '{path.suffix or path.name}' holds; give {READABLE}")
-    if kind == "binidx":
-        path = path.with_suffix(".idx")
-        for half in (path, path.with_suffix(".bin")):
-            if not half.is_file():
-                raise DataError(
-                    f"{half}: missing; a binidx data set is a .bin and an .idx file of the same name"
-                )
-    return DataSource(kind, str(path), path)
+@contextmanager
+def _opened(source: DataSource) -> Iterator[IO[bytes]]:
+    """The bytes of a file, decompressed; DataError where they cannot be."""
+    assert source.path is not None
+    packed = source.path.suffix.lower() == ".gz"
+    with gzip.open(source.path, "rb") if packed else source.path.open("rb") as file:
+        try:
+            yield file
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise DataError(f"{source.name}: not a whole .gz file: {one_line(error)}") from error
 
 
 def _read_text(source: DataSource) -> Iterator[Piece]:
-    assert source.path is not None
     line, continues, rest = 1, False, b""
-    with source.path.open("rb") as file:
+    with _opened(source) as file:
         if file.read(3) != b"\xef\xbb\xbf":  # a byte order mark is not text
             file.seek(0)
         while True:
@@ -290,21 +231,78 @@ def _cut(raw: bytes) -> int:
 
 
 def _read_jsonl(source: DataSource, fields: Fields) -> Iterator[Piece]:
-    assert source.path is not None
-    with source.path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
+    with _opened(source) as file:
+        for number, record in _json_lines(source, file):
             where = place(source.name, number)
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if not raw.strip():
-                continue
-            try:
-                record = json.loads(raw)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: not valid JSON: {one_line(error)}") from error
-            if not isinstance(record, dict):
-                raise DataError(f"{where}: a {type(record).__name__}, not an object with fields")
-            yield _piece(record, *fields.choose(record, where), source.name, number, "line")
+            yield _piece(record, *fields.choose(_names(record, where), where), source.name, number, "line")
+
+
+def _json_lines(source: DataSource, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
+    """(line, value) of every line that is not blank."""
+    for number, raw in enumerate(file, start=1):
+        if number == 1:
+            raw = raw.removeprefix(b"\xef\xbb\xbf")
+        if not raw.strip():
+            continue
+        try:
+            yield number, json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{place(source.name, number)}: not valid JSON: {one_line(error)}") from error
+
+
+def _read_json(source: DataSource, fields: Fields) -> Iterator[Piece]:
+    with _opened(source) as file:
+        raw = file.read()
+    try:
+        values = json.loads(raw)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise DataError(
+                f"{place(source.name, error.lineno)}: not valid JSON: {one_line(error)}"
+            ) from error
+        values = [value for _, value in _json_lines(source, io.BytesIO(raw))]
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{source.name}: not valid JSON: {one_line(error)}") from error
+    for number, record in enumerate(values if isinstance(values, list) else [values], start=1):
+        where = place(source.name, number, source.unit)
+        yield _piece(record, *fields.choose(_names(record, where), where), source.name, number, source.unit)
+
+
+def _names(record: Any, where: str) -> Iterable[str]:
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: a {type(record).__name__}, not an object with fields")
+    return record
+
+
+def _read_csv(source: DataSource, fields: Fields) -> Iterator[Piece]:
+    csv.field_size_limit(_LONGEST_FIELD)  # of the module: 128 KiB would be too short for a document
+    with _opened(source) as file:
+        rows = csv.reader(_decoded_lines(source, file), strict=True)
+        names: list[str] | None = None
+        line = 1
+        try:
+            for row in rows:
+                where = place(source.name, line)
+                if names is None:
+                    names = row
+                    prompt, text = fields.choose(names, where)
+                elif row and len(row) != len(names):
+                    raise DataError(f"{where}: {len(row)} fields, but the first row names {len(names)}")
+                elif row:
+                    yield _piece(dict(zip(names, row, strict=True)), prompt, text, source.name, line, "line")
+                line = rows.line_num + 1
+        except csv.Error as error:
+            raise DataError(f"{place(source.name, line)}: not valid CSV: {one_line(error)}") from error
+
+
+def _decoded_lines(source: DataSource, file: IO[bytes]) -> Iterator[str]:
+    for number, raw in enumerate(file, start=1):
+        try:
+            yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{place(source.name, number)}: not UTF-8 text (byte 0x{raw[error.start]:02x}); convert it"
+            ) from error
 
 
 def _read_parquet(source: DataSource, fields: Fields) -> Iterator[Piece]:
@@ -347,7 +345,7 @@ def _load_hub_dataset(name: str) -> Any:
     except ImportError as error:
         hint = "" if name.startswith("hf:") else "no such file or folder; read as a Hub dataset, it "
         raise DataError(f"{name}: {hint}needs the datasets package: pip install 'rwkv-rev[train]'") from error
-    match = _HUB_ID.fullmatch(name.removeprefix("hf:"))
+    match = HUB_ID.fullmatch(name.removeprefix("hf:"))
     assert match is not None
     try:
         dataset = datasets.load_dataset(match["id"], match["config"], split=match["split"] or "train")
@@ -355,3 +353,16 @@ def _load_hub_dataset(name: str) -> Any:
         hint = "" if name.startswith("hf:") else "no such file or folder, and "
         raise DataError(f"{name}: {hint}the dataset cannot be loaded: {one_line(error)}") from error
     return dataset
+
+
+def _load_saved_dataset(source: DataSource) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"{source.name}: reading a saved dataset needs the datasets package: pip install 'rwkv-rev[train]'"
+        ) from error
+    try:
+        return datasets.load_from_disk(str(source.path))
+    except Exception as error:  # files missing or damaged: `datasets` raises all kinds
+        raise DataError(f"{source.name}: the saved dataset cannot be loaded: {one_line(error)}") from error

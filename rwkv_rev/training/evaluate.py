@@ -11,8 +11,8 @@ Streaming: chunk after chunk with the state carried on, logits in sub-chunks; me
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.errors import DataError
 from rwkv_rev.loss import IGNORE, LOGITS_AT_ONCE
+from rwkv_rev.progress import Progress
 from rwkv_rev.training.documents import Fields
 from rwkv_rev.training.launch import choose_device, load_tokenizer
 from rwkv_rev.training.token_cache import load_tokens
@@ -79,10 +80,14 @@ class Bucket:
 
 @dataclass
 class Evaluation:
-    """Outcome of :func:`evaluate_documents`: one bucket per range of positions, and their sum."""
+    """Outcome of :func:`evaluate_documents`: one bucket per range of positions, and their sum.
+
+    ``notes``: one line each about the data, for the user.
+    """
 
     context_length: int
     buckets: list[Bucket] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
 
     @property
     def total(self) -> Bucket:
@@ -115,6 +120,7 @@ def evaluate_documents(
     dtype: torch.dtype | None = None,
     rank: int = 0,
     world_size: int = 1,
+    progress: bool = False,
 ) -> Evaluation:
     """Evaluate a model on all documents of a store.
 
@@ -127,6 +133,7 @@ def evaluate_documents(
         max_tokens: stop after about so many tokens; 0 reads everything.
         dtype: of the arithmetic, by autocast; None for the weights' own.
         rank, world_size: this process's share of the rows; sums are exchanged at the end.
+        progress: tell on stderr how far it is.
 
     Raises:
         DataError: if nothing is predicted.
@@ -145,9 +152,14 @@ def evaluate_documents(
     training = model.training
     model.eval()
     try:
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            for batch in batches[rank::world_size]:
-                _add_batch(lm, store, batch, token_bytes, edges.to(device), sums)
+        mine = batches[rank::world_size]
+        total = sum(stop - start for batch in mine for _, start, stop in batch)
+        with (
+            torch.autocast(device.type, dtype=dtype, enabled=dtype is not None),
+            Progress("evaluating", total, "tokens", wanted=progress) as shown,
+        ):
+            for batch in mine:
+                _add_batch(lm, store, batch, token_bytes, edges.to(device), sums, shown.add)
     finally:
         model.train(training)
     if world_size > 1:
@@ -173,8 +185,11 @@ def evaluate_directory(
     dtype: str = "auto",
     device: str = "auto",
     cache_dir: str | None = None,
+    progress: bool = False,
 ) -> Evaluation:
     """Evaluate a model folder on files; arguments as for :func:`evaluate_documents` and ``rwkv-rev eval``.
+
+    ``progress``: tell on stderr how far it is.
 
     Raises:
         SourceError, CheckpointError: if the folder is not a whole model. DataError: for unusable data.
@@ -182,14 +197,22 @@ def evaluate_directory(
     """
     from rwkv_rev.modeling import RwkvRevForCausalLM
 
-    with ConvertedModel(directory):
-        pass  # refuses what is not a whole model
+    with ConvertedModel(directory) as source:  # refuses what is not a whole model
+        vocab_size = source.config.vocab_size
     place, arithmetic = choose_device(device, dtype)
     tokenizer = load_tokenizer(directory)
-    store = load_tokens(list(data), tokenizer, fields=Fields(text_field), end_token=None, cache_dir=cache_dir)
+    store = load_tokens(
+        list(data),
+        tokenizer,
+        fields=Fields(text_field),
+        end_token=None,
+        vocab_size=vocab_size,
+        cache_dir=cache_dir,
+        progress=progress,
+    )
     model: Any = RwkvRevForCausalLM.from_pretrained(str(directory), dtype=torch.float32)
     model = model.to(place)
-    return evaluate_documents(
+    result = evaluate_documents(
         model,
         store,
         count_token_bytes(tokenizer, model.config.vocab_size),
@@ -197,7 +220,9 @@ def evaluate_directory(
         batch_size=batch_size,
         max_tokens=max_tokens,
         dtype=None if arithmetic == "float32" else getattr(torch, arithmetic),
+        progress=progress,
     )
+    return replace(result, notes=store.notes)
 
 
 def count_token_bytes(tokenizer: Any, vocab_size: int) -> Tensor:
@@ -230,6 +255,7 @@ def _add_batch(
     token_bytes: Tensor,
     edges: Tensor,
     sums: Tensor,
+    tell: Callable[[int], object],
 ) -> None:
     """Add the sums of some rows (document, first token, one past the last), read side by side."""
     longest = max(stop - start for _, start, stop in rows)
@@ -237,6 +263,7 @@ def _add_batch(
     size = lm.bptt.chunk_length
     for at in range(0, longest - 1, size):
         ids, targets, mask = _slice(store, rows, at, min(size, longest - 1 - at))
+        read = int(mask.sum())
         ids, targets, mask = ids.to(sums.device), targets.to(sums.device), mask.to(sums.device)
         output = lm.model(ids, attention_mask=mask, state=state)
         state = output.state
@@ -253,6 +280,7 @@ def _add_batch(
             sums[0].index_add_(0, bucket, torch.ones_like(nats))
             sums[1].index_add_(0, bucket, nats)
             sums[2].index_add_(0, bucket, token_bytes[predicted].double())
+        tell(read)
 
 
 def _slice(

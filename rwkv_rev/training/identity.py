@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_rev.errors import CheckpointError
+from rwkv_rev.training.checkpoints import RUN_NAME
 
 SAMPLES = 16
 SAMPLE_BYTES = 1 << 16
@@ -32,8 +33,6 @@ def model_fingerprint(directory: Path) -> str:
 
 def refuse_other_run(checkpoint: Path, identity: dict[str, Any]) -> None:
     """Raise CheckpointError unless ``checkpoint`` belongs to a run of this identity."""
-    from rwkv_rev.training.trainer import RUN_NAME
-
     try:
         saved = json.loads((checkpoint / RUN_NAME).read_text("utf-8"))["identity"]
     except (OSError, ValueError, KeyError) as error:

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,10 +143,40 @@ def refuse_too_large(forecast: MemoryForecast, device: torch.device, config: Fin
     return warnings
 
 
-def used_memory(device: torch.device) -> int:
-    """Most bytes in use so far: allocated tensors on a GPU, the process's resident memory on the CPU; 0 if unknown."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+class MemoryInUse:
+    """Memory of a run beyond the loaded program: what a forecast counts.
+
+    On a GPU that is the most that tensors took (``max_memory_allocated``). On the CPU the most resident memory since
+    this was made, less what was resident then: make it when the program and the data are loaded and the model is not.
+    There it holds a little more than tensors: code that is paged in meanwhile, and what the allocator keeps.
+    Where the system tells its peak only since the process began (macOS), an earlier peak is taken for the beginning.
+
+    Attributes:
+        device: that trains.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins anew
+        self._before = _resident_peak()
+
+    @property
+    def peak(self) -> int:
+        """Bytes, the most so far; 0 where the system does not say."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.device))
+        return max(0, _resident_peak() - self._before)
+
+    @property
+    def process(self) -> int:
+        """Bytes of host memory that this process had at most since then, the program itself included."""
+        return _resident_peak()
+
+
+def _resident_peak() -> int:
     status = Path("/proc/self/status")
     if status.is_file():
         for line in status.read_text().splitlines():

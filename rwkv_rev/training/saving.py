@@ -26,6 +26,7 @@ from rwkv_rev.training.tuning import merged
 
 SHARD_SIZE = "5GB"
 HISTORY = "training"
+SUMMARY_NAME = "summary.json"
 _NOT_COPIED = ("model", "config.json", "generation_config.json", "README.md", RECORD_NAME)
 
 
@@ -74,8 +75,8 @@ def save_finetuned(
         history = folder / HISTORY
         history.mkdir()
         (history / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-        summary = {"plan": _public(planned), "result": _public(result)}
-        (history / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
+        summary = {"plan": public(planned), "result": public(result)}
+        (history / SUMMARY_NAME).write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
         events = config.work_directory / "runs"
         if events.is_dir():  # TensorBoard's
             shutil.copytree(events, history / "runs")
@@ -115,19 +116,20 @@ def _record(source: Path, planned: dict[str, Any], result: dict[str, Any]) -> di
     path = source / RECORD_NAME
     record = json.loads(path.read_text("utf-8")) if path.is_file() else {"source": source.name}
     run = {
-        "settings": _public(planned)["settings"],
+        "settings": public(planned)["settings"],
         "steps": result["steps"],
         "last_loss": result["last_loss"],
     }
     return record | {"finetuned": [*record.get("finetuned", []), run]}
 
 
-def _public(values: dict[str, Any]) -> dict[str, Any]:
+def public(values: dict[str, Any]) -> dict[str, Any]:
     """Without the paths of this machine: names only."""
     values = json.loads(json.dumps(values, default=str))
     if values.get("output"):
         values["output"] = Path(values["output"]).name
-    values.pop("resume_from", None)
+    for name in ("resume_from", "notes"):  # of this machine, with its paths
+        values.pop(name, None)
     settings = values.get("settings", {})
     for name in ("model", "output"):
         if settings.get(name):
@@ -148,7 +150,7 @@ def _source_name(text: str) -> str:
 def _card_rows(
     planned: dict[str, Any], result: dict[str, Any], config: FinetuneConfig
 ) -> list[tuple[str, object]]:
-    settings, data = _public(planned)["settings"], planned["data"]
+    settings, data = public(planned)["settings"], planned["data"]
     rows: list[tuple[str, object]] = [
         ("fine-tuned from", settings["model"]),
         ("data", ", ".join(settings["data"])),

@@ -20,6 +20,7 @@ import shutil
 import tempfile
 import uuid
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
@@ -27,11 +28,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from filelock import FileLock
-from tqdm import tqdm
 
 from rwkv_rev.errors import DataError
+from rwkv_rev.progress import Progress
 from rwkv_rev.training.binidx import read_index
-from rwkv_rev.training.documents import DataSource, Fields, find_sources
+from rwkv_rev.training.documents import DataSource, Fields
+from rwkv_rev.training.sources import Skipped, describe_skipped, find_sources
 from rwkv_rev.training.token_store import DOCUMENT, TokenPart, TokenStore
 from rwkv_rev.training.tokenise import batches, encode_in_order, tokenizer_fingerprint
 
@@ -64,12 +66,13 @@ def load_tokens(
     ``tokenizer``: any transformers tokenizer, or anything with ``encode(text) -> ids``; not needed for
     binidx alone. No special tokens are added but ``end_token``, put after every document (not after binidx
     ones, which bring their own): an id, None for none, or "auto" for the tokenizer's ``eos_token_id``.
-    ``num_workers`` None: one a core for large data, else 1. ``progress``: a bar on stderr. ``keep`` False:
+    ``num_workers`` None: one a core for large data, else 1. ``progress``: tell on stderr how far it is. ``keep`` False:
     what is not in the cache yet goes to a temporary folder, which goes with the store. Raises DataError
     (missing, empty or unparsable data, naming file and line; ids outside ``vocab_size``).
     """
     fields = fields or Fields()
-    sources = find_sources(data)
+    skipped: Skipped = Counter()
+    sources = find_sources(data, skipped)
     texts = [source for source in sources if source.kind != "binidx"]
     if texts and tokenizer is None:
         raise DataError(f"{texts[0].name}: is text, and no tokenizer was given")
@@ -106,6 +109,7 @@ def load_tokens(
         empty_documents=meta["empty_documents"],
         max_token=meta["max_token"],
         cache=cached,
+        notes=(f"skipped {describe_skipped(skipped)}",) if skipped else (),
     )
     if temporary is not None:
         weakref.finalize(store, shutil.rmtree, temporary, ignore_errors=True)
@@ -201,11 +205,11 @@ def _build(
     dtype = np.dtype("<u2" if _vocabulary(tokenizer) <= 1 << 16 and (end or 0) < 1 << 16 else "<u4")
     with (folder / "tokens.bin").open("wb") as tokens, (folder / "documents.bin").open("wb") as documents:
         writer = _Writer(tokens, documents, dtype, end)
-        with tqdm(total=total, desc="tokenising", unit="B", unit_scale=True, disable=not progress) as bar:
+        with Progress("tokenising", total, "bytes", wanted=progress) as shown:
             for batch in encode_in_order(batches(texts, fields), tokenizer, num_workers, total):
                 for encoded in batch:
                     writer.add(*encoded)
-                    bar.update(encoded[2])
+                    shown.add(encoded[2])
         writer.close()
         for file in (tokens, documents):
             file.flush()

@@ -29,6 +29,8 @@ DOCUMENT = np.dtype(
     ]
 )
 
+SCANNED_AT_ONCE = 1 << 22
+
 
 @dataclass
 class TokenPart:
@@ -67,6 +69,17 @@ class TokenPart:
     def lengths(self) -> np.ndarray:
         return self.table["length"] if self.borders is None else np.diff(self.borders)
 
+    def first_outside(self, vocab_size: int) -> int | None:
+        """Place in the file of the first id below 0 or from ``vocab_size`` on; None without one."""
+        limits = np.iinfo(self.dtype)
+        if limits.min >= 0 and limits.max < vocab_size:
+            return None
+        for start in range(0, len(self.tokens), SCANNED_AT_ONCE):
+            ids = self.tokens[start : start + SCANNED_AT_ONCE]
+            if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
+                return start + int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
+        return None
+
     def slice_of(self, document: int) -> tuple[int, int]:
         """First token and number of tokens of one document."""
         if self.borders is None:
@@ -90,7 +103,7 @@ class TokenStore:
 
     Attributes: ``fingerprint`` (same text, tokenizer and options: same fingerprint), ``end_token`` (the id
     every tokenised document ends with, or None), ``empty_documents`` (left out because they hold no text),
-    ``cache`` (folder or None).
+    ``cache`` (folder or None), ``notes`` (one line each, for the user).
     """
 
     def __init__(
@@ -102,6 +115,7 @@ class TokenStore:
         empty_documents: int = 0,
         max_token: int = 0,
         cache: Path | None = None,
+        notes: tuple[str, ...] = (),
     ) -> None:
         self.parts = [part for part in parts if len(part)]
         self.fingerprint = fingerprint
@@ -109,6 +123,8 @@ class TokenStore:
         self.empty_documents = empty_documents
         self.max_token = max_token
         self.cache = cache
+        self.notes = notes
+        self._checked_for: int | None = None
         self._first = [0]
         for part in self.parts:
             self._first.append(self._first[-1] + len(part))
@@ -142,14 +158,26 @@ class TokenStore:
         """UTF-8 bytes of the text of each document that carries loss; 0 for binidx, int64 [documents]."""
         return np.concatenate([np.asarray(part.column("text_bytes"), np.int64) for part in self.parts])
 
+    def ends_added(self) -> np.ndarray:
+        """End tokens put behind each document, 0 or 1, int64 [documents]; binidx documents bring their own."""
+        added = 0 if self.end_token is None else 1
+        return np.concatenate(
+            [np.full(len(part), added if part.borders is None else 0, np.int64) for part in self.parts]
+        )
+
     def last_tokens(self) -> np.ndarray:
         """Last id of each document, -1 for an empty one, int64 [documents]."""
+        return self.ids_at(self.lengths() - 1)
+
+    def ids_at(self, positions: np.ndarray) -> np.ndarray:
+        """One id of each document, -1 where it has none there, int64 [documents]."""
         found = []
-        for part in self.parts:
-            lengths = np.asarray(part.lengths(), np.int64)
-            last = np.asarray(part.starts(), np.int64) + np.maximum(lengths, 1) - 1
-            ids = part.tokens[np.minimum(last, len(part.tokens) - 1)].astype(np.int64)
-            found.append(np.where(lengths > 0, ids, -1))
+        for part, first in zip(self.parts, self._first, strict=False):
+            at = positions[first : first + len(part)]
+            there = (at >= 0) & (at < np.asarray(part.lengths(), np.int64))
+            places = np.asarray(part.starts(), np.int64) + at
+            ids = part.tokens[np.clip(places, 0, len(part.tokens) - 1)].astype(np.int64)
+            found.append(np.where(there, ids, -1))
         return np.concatenate(found)
 
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -163,18 +191,33 @@ class TokenStore:
     def total_tokens(self) -> int:
         return sum(len(part.tokens) for part in self.parts)
 
+    def source(self, document: int) -> str:
+        """The file that a document comes from."""
+        part, at = self._find(document)
+        return part.names[0 if part.borders is not None else int(part.table["source"][at])]
+
     def place(self, document: int) -> str:
         """``file:line`` where the document begins."""
         part, at = self._find(document)
         return part.place(at)
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raise DataError if the tokenised part holds an id the model has no embedding for.
+        """Raise DataError if a document holds an id the model has no embedding for, naming file, document and position.
 
-        Binidx pairs are not scanned for this; rows check their own ids when they are read.
+        Reads a binidx pair whole, unless its integers cannot hold such an id; tokenised text only where it does.
         """
-        if self.max_token >= vocab_size:
+        if self._checked_for == vocab_size:
+            return
+        for part, first in zip(self.parts, self._first, strict=False):
+            if part.borders is None and self.max_token < vocab_size:
+                continue
+            if (at := part.first_outside(vocab_size)) is None:
+                continue
+            ends = np.asarray(part.starts(), np.int64) + np.asarray(part.lengths(), np.int64)
+            document = int(np.searchsorted(ends, at, side="right"))
+            position = at - int(part.starts()[document])
             raise DataError(
-                f"token id {self.max_token} is outside the model's vocabulary of {vocab_size}; "
-                "tokenise with the model's own tokenizer"
+                f"{self.place(first + document)}: token id {int(part.tokens[at])} at position {position:,} is outside "
+                f"the model's vocabulary of {vocab_size:,}; tokenise with the model's own tokenizer"
             )
+        self._checked_for = vocab_size

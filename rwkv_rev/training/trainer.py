@@ -6,7 +6,8 @@ What is added to it, and why:
 - the loss is summed and divided by the predicted tokens of *all* processes and accumulated batches, so that two
   processes compute what one does with the doubled batch;
 - ``carry_state``: the state that a slot's row ended in begins its next row, and lies in the checkpoints;
-- a checkpoint is written beside its place and renamed into it: a folder called ``checkpoint-N`` is whole;
+- a checkpoint is written beside its place, sealed with checksums and renamed into it: a folder called
+  ``checkpoint-N`` was whole then;
 - log rows gain tokens per second, tape bytes and memory;
 - with ``tune = state``, checkpoints hold the tuned state alone;
 - ``shard_optimizer``: each process keeps its share of the optimizer's state (:mod:`rwkv_rev.training.sharded`);
@@ -17,7 +18,6 @@ no row); random generators are restored after that.
 """
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -37,14 +37,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from rwkv_rev.errors import CheckpointError
 from rwkv_rev.state import RwkvRevState
 from rwkv_rev.training.batches import BatchOrder, RowLoader
+from rwkv_rev.training.checkpoints import RUN_NAME, checkpoints, discard, seal, step_of
 from rwkv_rev.training.config import FinetuneConfig
 from rwkv_rev.training.evaluate import evaluate_documents
-from rwkv_rev.training.memory import used_memory
+from rwkv_rev.training.memory import MemoryInUse
 from rwkv_rev.training.sharded import ShardedOptimizer, state_bytes
 from rwkv_rev.training.token_store import TokenStore
 from rwkv_rev.training.tuning import language_model
+from rwkv_rev.training.working_folder import WRITING
 
-RUN_NAME = "rwkv_rev_run.json"
 CARRIED_NAME = "carried_state_{rank}.safetensors"
 TUNED_NAME = "tuned_state.safetensors"
 _MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
@@ -61,6 +62,8 @@ class RwkvRevTrainer(Trainer):
         identity: what a checkpoint must agree with to be resumed; saved in each.
         held_out: documents to evaluate on, with the bytes of every token id.
         callbacks: watchers of the run.
+        memory: for the log.
+        progress: tell on stderr how far an evaluation is.
     """
 
     def __init__(
@@ -72,7 +75,12 @@ class RwkvRevTrainer(Trainer):
         identity: dict[str, Any],
         held_out: tuple[TokenStore, Tensor] | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        *,
+        memory: MemoryInUse,
+        progress: bool = False,
     ) -> None:
+        self.memory = memory
+        self.progress = progress
         self.order = order
         self.run = config
         self.identity = identity
@@ -185,7 +193,7 @@ class RwkvRevTrainer(Trainer):
             logs["seconds"] = now - then
             self._since = (now, self.tokens)
             logs["tape_bytes"] = self.report.get("tape_bytes", 0)
-            logs["memory_bytes"] = used_memory(self.args.device)
+            logs["memory_bytes"] = self.memory.peak
             self.report = {}
         super().log(logs, start_time)
 
@@ -204,6 +212,7 @@ class RwkvRevTrainer(Trainer):
             max_tokens=self.run.eval_tokens,
             rank=self.args.process_index,
             world_size=self.args.world_size,
+            progress=self.progress,
         )
         metrics = {
             f"{metric_key_prefix}_loss": result.total.nats_per_token,
@@ -221,7 +230,7 @@ class RwkvRevTrainer(Trainer):
         """A whole checkpoint or none: written into a hidden folder by all processes, then renamed by the first."""
         began = time.perf_counter()
         root = self.run.work_directory
-        hidden = root / ".writing"
+        hidden = root / WRITING
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(hidden, ignore_errors=True)
@@ -230,17 +239,23 @@ class RwkvRevTrainer(Trainer):
         self.args.output_dir = str(hidden)
         try:
             super()._save_checkpoint(model, trial)
+            self._save_ours(hidden / name)
+            self._barrier()
+            if self.args.should_save:
+                seal(hidden / name)
+        except BaseException:
+            shutil.rmtree(hidden, ignore_errors=True)  # a full disk gets its room back
+            raise
         finally:
             self.args.output_dir = str(root)
-        self._save_ours(hidden / name)
-        self._barrier()
         if self.args.should_save:
-            _sync_tree(hidden / name)
-            shutil.rmtree(root / name, ignore_errors=True)
+            if (root / name).exists():
+                discard(root / name)  # damaged, or of a run resumed from an earlier one
             (hidden / name).rename(root / name)
             shutil.rmtree(hidden, ignore_errors=True)
-            for old in checkpoints(root)[: -self.run.keep]:
-                _discard(old)
+            past = [path for path in checkpoints(root) if step_of(path) <= self.state.global_step]
+            for old in past[: -self.run.keep]:
+                discard(old)
         self._barrier()
         self._since = (self._since[0] + time.perf_counter() - began, self._since[1])
 
@@ -316,12 +331,6 @@ def _warmed(shape: Callable[[int], float], warmup: int) -> Callable[[int], float
     return lambda step: shape(step + 1 if step < warmup else step)
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    found = [p for p in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (p / RUN_NAME).is_file()]
-    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
-
-
 def training_arguments(
     config: FinetuneConfig, output_dir: Path, *, device: str, dtype: str
 ) -> TrainingArguments:
@@ -368,20 +377,3 @@ def training_arguments(
     if arguments.n_gpu > 1:  # the trainer would split batches by nn.DataParallel
         arguments._n_gpu = 1
     return arguments
-
-
-def _discard(folder: Path) -> None:
-    """Delete a checkpoint; a process killed meanwhile leaves no half of one under its name."""
-    doomed = folder.with_name(f".{folder.name}.deleted")
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

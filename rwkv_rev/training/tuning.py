@@ -54,6 +54,25 @@ def refuse_state_tuning(version: str) -> None:
         )
 
 
+def refuse_lora_targets(
+    config: "FinetuneConfig", model: "RwkvRevConfig", shapes: Mapping[str, Sequence[int]]
+) -> None:
+    """Raise StrategyError for a target that is no linear map, or a head that is the embedding; from stored shapes."""
+    stored = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2]
+    maps = [name for name in stored if name not in shapes and name != "model.embeddings"]
+    for target in config.lora_targets:
+        if model.tie_word_embeddings and _has_addition("head", [target]):
+            raise StrategyError(
+                "lora_targets: the head of this model is its embedding (tie_word_embeddings), which an addition to "
+                "the head would change too; leave the head out, or use tune = full"
+            )
+        if not any(_has_addition(name, [target]) for name in maps):
+            there = sorted({name.rsplit(".", 1)[-1] for name in maps} - {"head"})
+            raise StrategyError(
+                f"lora_targets: no linear map is called {target!r}; there are {', '.join(there)}"
+            )
+
+
 def merged(model: nn.Module, stored: Callable[[str], torch.Tensor | None]) -> "RwkvRevForCausalLM":
     """The plain model on the CPU, low-rank additions merged into it, with the frozen weights' stored values.
 
@@ -126,19 +145,8 @@ def _with_lora(model: "RwkvRevForCausalLM", config: "FinetuneConfig") -> nn.Modu
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise RwkvRevError("tune = lora needs peft: pip install 'rwkv-rev[train]'") from error
-    there = linear_names(model)
-    targets = config.lora_targets or sorted(there & set(LORA_TARGETS))
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for target in targets:
-        if not any(_has_addition(name, [target]) for name in names):
-            raise StrategyError(
-                f"lora_targets: no linear map is called {target!r}; there are {', '.join(sorted(there))}"
-            )
-    if model.config.tie_word_embeddings and any(_has_addition("head", [target]) for target in targets):
-        raise StrategyError(
-            "lora_targets: the head of this model is its embedding (tie_word_embeddings), which an addition to the "
-            "head would change too; leave the head out, or use tune = full"
-        )
+    refuse_lora_targets(config, model.config, {name: p.shape for name, p in model.named_parameters()})
+    targets = config.lora_targets or sorted(linear_names(model) & set(LORA_TARGETS))
     adapter = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha if config.lora_alpha is not None else 2 * config.lora_rank,  # type: ignore[arg-type]

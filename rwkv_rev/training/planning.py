@@ -1,0 +1,213 @@
+"""What a fine-tuning run will do, found out before the first step; what cannot work is refused here.
+
+Empty data, token ids that the model has not, a chunk that does not fit into memory, an output that is in use, a damaged
+checkpoint: each is one line. Nothing is written but the cache of tokenised data.
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rwkv_rev.configuration import RwkvRevConfig
+from rwkv_rev.converters.converted import ConvertedModel
+from rwkv_rev.converters.inspection import inspect_source
+from rwkv_rev.converters.publish import refuse_unpublishable
+from rwkv_rev.training.batches import BatchOrder
+from rwkv_rev.training.callbacks import refuse_missing_reporter
+from rwkv_rev.training.config import ConfigError, FinetuneConfig
+from rwkv_rev.training.documents import Fields
+from rwkv_rev.training.identity import model_fingerprint, refuse_other_run
+from rwkv_rev.training.launch import choose_device, load_tokenizer, own_device, refuse_launch
+from rwkv_rev.training.memory import MemoryForecast, forecast_memory, refuse_too_large
+from rwkv_rev.training.overlap import shared_documents
+from rwkv_rev.training.rows import RowDataset, RowStatistics
+from rwkv_rev.training.token_cache import load_tokens
+from rwkv_rev.training.token_store import TokenStore
+from rwkv_rev.training.tuning import count_trained, refuse_lora_targets, refuse_state_tuning
+from rwkv_rev.training.working_folder import finished_run, may_be_finished, refuse_output, resume_from
+
+
+@dataclass
+class Plan:
+    """What a run will do: ``steps`` of the optimizer, ``tokens_per_step`` without masked ones, on average.
+
+    ``identity`` is what a checkpoint must agree with to be resumed, and an output to be this run's; ``made`` is the
+    outcome where this very run has been finished before.
+    """
+
+    config: FinetuneConfig
+    model_config: RwkvRevConfig
+    device: str
+    dtype: str
+    world_size: int
+    statistics: RowStatistics
+    steps: int
+    tokens_per_step: float
+    memory: MemoryForecast
+    resume_from: Path | None
+    notes: tuple[str, ...]
+    order: BatchOrder = field(repr=False)
+    held_out: TokenStore | None = field(repr=False)
+    identity: dict[str, Any] = field(repr=False)
+    made: dict[str, Any] | None = field(repr=False)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The configuration as plain values, with what ``auto`` came to."""
+        chosen = {"lr": self.config.learning_rate, "device": self.device, "dtype": self.dtype}
+        return self.config.to_dict() | chosen
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        statistics = dict(self.statistics.__dict__)
+        statistics["warnings"] = list(statistics["warnings"])
+        return {
+            "settings": self.settings,
+            "model": f"RWKV-{self.model_config.rwkv_version}, {self.model_config.num_hidden_layers} layers of "
+            f"{self.model_config.hidden_size}",
+            "processes": self.world_size,
+            "data": statistics,
+            "steps": self.steps,
+            "tokens_per_step": self.tokens_per_step,
+            "memory": self.memory.to_dict(),
+            "finished": self.made is not None,
+            "resume_from": None if self.resume_from is None else str(self.resume_from),
+            "notes": list(self.notes),
+        }
+
+
+def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = True) -> Plan:
+    """Read the model's headers and the data, and refuse what cannot work.
+
+    ``keep_cache`` False leaves no trace: data that is not in the cache of tokens yet does not go there either.
+
+    Raises:
+        ConfigError, SourceError, CheckpointError, DataError, OutputError, StrategyError: one line each.
+    """
+    config.check()
+    with ConvertedModel(config.model) as source:
+        model_config = source.config
+        shapes = {name: source.shape(name) for name in source.names()}
+    if config.tune == "state":
+        refuse_state_tuning(model_config.rwkv_version)
+    if config.tune == "lora":
+        refuse_lora_targets(config, model_config, shapes)
+    if isinstance(config.end_token, int) and config.end_token >= model_config.vocab_size:
+        raise ConfigError(
+            f"end_token = {config.end_token} is outside the vocabulary: ids go to {model_config.vocab_size - 1}"
+        )
+    notes = []
+    if config.carry_state and config.tune == "state":
+        notes.append(
+            "carried states keep what the initial state did; only rows that begin a document tune it"
+        )
+    if not (finished := may_be_finished(config)):
+        refuse_output(config)
+    if config.push_to_hub:
+        refuse_unpublishable(config.push_to_hub)
+    refuse_missing_reporter(config.report_to)
+    refuse_launch()
+    device, dtype = choose_device(config.device, config.dtype)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    store, held_out = _load_data(config, model_config.vocab_size, progress, keep_cache)
+    notes += store.notes
+    if held_out is not None:
+        notes += [*held_out.notes, *shared_documents(store, held_out)]
+    rows = RowDataset(
+        store,
+        config.context_length,
+        pack=config.pack,
+        carry_state=config.carry_state,
+        vocab_size=model_config.vocab_size,
+        seed=config.seed,
+    )
+    rank = int(os.environ.get("RANK", "0"))
+    order = BatchOrder(rows, config.batch_size, seed=config.seed, rank=rank, world_size=world_size)
+    identity = _identity(config, order)
+    checkpoint, passed_over = resume_from(config)
+    if checkpoint is not None:
+        refuse_other_run(checkpoint, identity)
+    statistics = order.statistics()
+    per_epoch = -(-len(order) // config.grad_accum)
+    steps = config.max_steps or max(1, int(-(-config.epochs * per_epoch // 1)))
+    facts = inspect_source(config.model)
+    memory = forecast_memory(
+        model_config,
+        facts.log_decays,
+        config,
+        parameters=facts.parameters,
+        trained=count_trained(config, model_config, shapes),
+        longest=int(rows.lengths().max()),
+        device=str(own_device(device)),
+        dtype=dtype,
+        world_size=world_size,
+    )
+    notes += refuse_too_large(memory, own_device(device), config)
+    if config.shard_optimizer and world_size == 1:
+        notes.append("shard_optimizer needs several processes; this one keeps the whole state")
+    if device == "cuda" and world_size == 1 and torch.cuda.device_count() > 1:
+        count = torch.cuda.device_count()
+        notes.append(
+            f"one of {count} GPUs is used; torchrun --nproc-per-node {count} -m rwkv_rev.cli uses all"
+        )
+    if config.bptt == "truncated":
+        notes.append("bptt = truncated is not the gradient of the context; reversible is exact")
+    planned = Plan(
+        config,
+        model_config,
+        device,
+        dtype,
+        world_size,
+        statistics,
+        steps,
+        float(rows.lengths().sum()) / max(1, per_epoch),
+        memory,
+        checkpoint,
+        (*statistics.warnings, *notes, *passed_over),
+        order,
+        held_out,
+        identity,
+        None,
+    )
+    if finished:
+        planned.made = finished_run(config, identity, planned.settings)
+        if planned.made is None:
+            refuse_output(config)
+    return planned
+
+
+def _identity(config: FinetuneConfig, order: BatchOrder) -> dict[str, Any]:
+    identity = {
+        "model": model_fingerprint(Path(config.model)),
+        "tune": config.tune,
+        "grad_accum": config.grad_accum,
+        "order": order.state_dict(0),
+    }
+    if config.tune == "lora":
+        identity |= {"lora_rank": config.lora_rank, "lora_targets": sorted(config.lora_targets)}
+    return identity
+
+
+def _load_data(
+    config: FinetuneConfig, vocab_size: int, progress: bool, keep: bool
+) -> tuple[TokenStore, TokenStore | None]:
+    """The documents to train on and those held out, which get no end token; all ids have an embedding."""
+
+    def load(data: list[str], end: Any) -> TokenStore:
+        return load_tokens(
+            list(data),
+            load_tokenizer(config.model),
+            fields=Fields(config.text_field, config.prompt_field, config.completion_field),
+            end_token=end,
+            vocab_size=vocab_size,
+            cache_dir=config.cache_dir,
+            num_workers=config.num_workers,
+            progress=progress,
+            keep=keep,
+        )
+
+    end = None if config.end_token == "none" else config.end_token
+    return load(config.data, end), load(config.eval_data, None) if config.eval_data else None

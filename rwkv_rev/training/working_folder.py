@@ -1,0 +1,154 @@
+"""``OUTPUT.training``: what lies there while a run lasts, who may use it, and where a run goes on.
+
+It holds the lock, the log and the checkpoints. A run that has ended leaves OUTPUT alone; one that was killed after
+OUTPUT was whole, but before the working folder had gone, finds both when it is started again with ``--resume auto``:
+then there is nothing left to train (:func:`finished_run`).
+"""
+
+import json
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from rwkv_rev.converters.safe_output import check_output
+from rwkv_rev.errors import CheckpointError, OutputError
+from rwkv_rev.training.checkpoints import checkpoints, damage
+from rwkv_rev.training.config import FinetuneConfig
+from rwkv_rev.training.saving import HISTORY, SUMMARY_NAME, public
+
+LOG_NAME = "log.jsonl"
+LOCK_NAME = ".lock"
+WRITING = ".writing"
+"""Where a checkpoint is until it is whole."""
+_OTHERWISE_COMPARED = ("model", "data", "output", "resume", "force", "push_to_hub")
+
+
+def refuse_output(config: FinetuneConfig) -> None:
+    """Raise OutputError for an output that exists, holds the model, or belongs to an unfinished run."""
+    output = Path(config.output).absolute()
+    check_output(output, force=config.force, directory=True)
+    inside = Path(config.model).resolve()
+    if output.resolve() == inside or output.resolve() in inside.parents:
+        raise OutputError(f"{config.output} holds the model that is fine-tuned; choose another --output")
+    work = config.work_directory
+    if config.resume is None and not config.force and checkpoints(work):
+        raise OutputError(
+            f"{work} holds an unfinished run ({checkpoints(work)[-1].name}): --resume auto goes on with it, "
+            "--force throws it away"
+        )
+
+
+def may_be_finished(config: FinetuneConfig) -> bool:
+    """Whether :func:`finished_run` is worth asking: it needs the data, which takes time to read."""
+    return config.resume == "auto" and not config.force and _summary(config) is not None
+
+
+def finished_run(
+    config: FinetuneConfig, identity: dict[str, Any], settings: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The outcome written in OUTPUT, where the very run that ``config`` describes has made it; else None."""
+    summary = _summary(config)
+    if summary is None or summary["plan"].get("identity") != json.loads(json.dumps(identity)):
+        return None
+    there, mine = summary["plan"].get("settings"), public({"settings": settings})["settings"]
+    if not isinstance(there, dict):
+        return None
+    for name in _OTHERWISE_COMPARED:
+        there.pop(name, None)
+        mine.pop(name, None)
+    return summary["result"] if there == mine else None
+
+
+def resume_from(config: FinetuneConfig) -> tuple[Path | None, list[str]]:
+    """The checkpoint that a run goes on from, None for the beginning, and a warning for each damaged one passed over.
+
+    Raises:
+        CheckpointError: for a named checkpoint that is not whole, and where all are damaged.
+    """
+    if config.resume is None:
+        return None, []
+    if config.resume != "auto":
+        path = Path(config.resume)
+        if path not in checkpoints(path.parent):
+            raise CheckpointError(f"{path} is not a whole checkpoint of a fine-tuning run; use --resume auto")
+        if (wrong := damage(path)) is not None:
+            raise CheckpointError(
+                f"{path} is damaged: {wrong}; --resume auto takes the newest one that is whole"
+            )
+        return path, []
+    warnings: list[str] = []
+    for path in reversed(checkpoints(config.work_directory)):
+        if (wrong := damage(path)) is None:
+            return path, warnings
+        warnings.append(f"{path} is damaged and passed over: {wrong}")
+    if warnings:
+        raise CheckpointError(
+            f"{config.work_directory} holds no checkpoint that is whole ({'; '.join(warnings)}): "
+            "without --resume, --force begins anew"
+        )
+    return None, []
+
+
+def what_is_kept(config: FinetuneConfig) -> str:
+    """How to go on with a run that was stopped."""
+    kept = checkpoints(config.work_directory)
+    if kept:
+        return f"{kept[-1]} is kept: the same command with --resume auto goes on from it"
+    return "there is no checkpoint yet (--save-every): the same command with --force begins anew"
+
+
+def lock(work: Path) -> FileLock:
+    """Take the working folder, which is made if it is not there.
+
+    Raises:
+        OutputError: while another run has it.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    taken = FileLock(work / LOCK_NAME)
+    try:
+        taken.acquire(timeout=0)
+    except Timeout:
+        raise OutputError(
+            f"{work} is in use by another run; wait for it or choose another --output"
+        ) from None
+    return taken
+
+
+def sweep(work: Path) -> None:
+    """Remove what a killed process left half-written or half-deleted."""
+    for path in [work / WRITING, *work.glob(".*.deleted")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def empty(work: Path) -> None:
+    """Remove what a run left there; the lock, which is ours now, stays."""
+    for path in work.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK_NAME:
+            path.unlink()
+
+
+def remove(work: Path, taken: FileLock) -> None:
+    """Remove the working folder and give up its lock, in an order that leaves another run's folder alone."""
+    with suppress(OSError):
+        empty(work)
+    with suppress(OSError):  # Windows: goes when it is released
+        (work / LOCK_NAME).unlink(missing_ok=True)
+    taken.release()
+    with suppress(OSError):  # somebody else's by now
+        work.rmdir()
+
+
+def _summary(config: FinetuneConfig) -> dict[str, Any] | None:
+    try:
+        values = json.loads((Path(config.output) / HISTORY / SUMMARY_NAME).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    known = isinstance(values, dict) and all(
+        isinstance(values.get(name), dict) for name in ("plan", "result")
+    )
+    return values if known else None
