@@ -178,7 +178,8 @@ def _opened(source: DataSource) -> Iterator[IO[bytes]]:
     """The bytes of a file, decompressed; DataError where they cannot be."""
     assert source.path is not None
     packed = source.path.suffix.lower() == ".gz"
-    with gzip.open(source.path, "rb") if packed else source.path.open("rb") as file:
+    opened: Any = gzip.open(source.path, "rb") if packed else source.path.open("rb")
+    with opened as file:
         try:
             yield file
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -75,7 +75,8 @@ class FinetuneResult:
     @classmethod
     def from_dict(cls, values: dict[str, Any], output: Path) -> "FinetuneResult":
         """What :meth:`to_dict` gave, read back from the summary in ``output``."""
-        own = {item.name: values.get(item.name) for item in fields(cls)} | {"output": output}
+        own: dict[str, Any] = {item.name: values.get(item.name) for item in fields(cls)}
+        own["output"] = output
         if own["held_out"] is not None:
             own["held_out"] = (own["held_out"]["before"], own["held_out"]["after"])
         return cls(**own)
