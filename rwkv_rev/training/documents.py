@@ -174,12 +174,11 @@ def _digest(path: Path) -> str:
 
 
 @contextmanager
-def _opened(source: DataSource) -> Iterator[IO[bytes]]:
+def _opened(source: DataSource) -> Iterator[Any]:
     """The bytes of a file, decompressed; DataError where they cannot be."""
     assert source.path is not None
     packed = source.path.suffix.lower() == ".gz"
-    opened: Any = gzip.open(source.path, "rb") if packed else source.path.open("rb")
-    with opened as file:
+    with gzip.open(source.path, "rb") if packed else source.path.open("rb") as file:
         try:
             yield file
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:

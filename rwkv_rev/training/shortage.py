@@ -21,7 +21,7 @@ from rwkv_rev.training.working_folder import what_is_kept
 _NO_ROOM = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _NO_ROOM_TEXTS = (
     *("No space left on device", "Disk quota exceeded", "File too large"),
-    *("PytorchStreamWriter failed writing", "file write failed"),
+    *("PytorchStreamWriter failed writing", "iostream error", "unexpected pos"),  # torch.save
 )
 _HOST_TEXTS = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory")
 
