@@ -11,7 +11,7 @@ from rwkv_rev.converters.folder import refuse_no_model
 from rwkv_rev.training.sources import find_sources
 
 BEYOND = "beyond the loaded program"
-"""What is forecast and what is reported: the peak of weights, gradients, optimizer and graph."""
+"""What is forecast and what is reported: the most that weights, gradients, optimizer and graph take at once."""
 Text = str | None
 Number = int | None
 
@@ -180,6 +180,11 @@ def _print_plan(planned: Any, as_json: bool) -> None:
         },
     )
     memory = values["memory"]
+    kept = (
+        "; on the CPU up to 1.7 times that, its allocator keeps freed blocks"
+        if planned.device == "cpu"
+        else ""
+    )
     out.print_fields(
         "\nForecast",
         {
@@ -189,7 +194,7 @@ def _print_plan(planned: Any, as_json: bool) -> None:
             **{
                 name: out.human_bytes(memory[name]) for name in ("weights", "gradients", "optimizer", "graph")
             },
-            "memory": f"{out.human_bytes(memory['device'])} {BEYOND}",
+            "memory": f"{out.human_bytes(memory['device'])} of tensors {BEYOND}{kept}",
             "tape": out.human_bytes(memory["tape"]),
         },
     )
