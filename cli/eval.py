@@ -22,7 +22,10 @@ def eval(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A converted or fine-tuned model folder.")],
     data: Annotated[
         list[str],
-        typer.Option(help="Files, folders, globs or hf:owner/name; repeatable.", show_default=False),
+        typer.Option(
+            help="Files, folders, globs or hf:owner/name, of the kinds that finetune reads; repeatable.",
+            show_default=False,
+        ),
     ],
     context_length: Annotated[
         int,

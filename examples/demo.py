@@ -62,11 +62,11 @@ def finetune(folder: Path) -> str:
     for row in rows:
         if "eval_loss" in row:
             print(f"{row['step']:5d} {row['eval_bits_per_byte']:20.4f}")
-    print("\n step   loss   tokens/s   tape MB   peak memory MB")
+    print("\n step   loss   tokens/s   tape MB   memory MB")
     for row in [row for row in rows if "loss" in row][1::3]:
         tape, memory = row["tape_bytes"] / 1e6, row["memory_bytes"] / 1e6
         print(
-            f"{row['step']:5d} {row['loss']:6.3f} {row['tokens_per_second']:10,.0f} {tape:9.2f} {memory:16.1f}"
+            f"{row['step']:5d} {row['loss']:6.3f} {row['tokens_per_second']:10,.0f} {tape:9.2f} {memory:11.1f}"
         )
     print("\nAfter:")
     write(after, LEARNED_PROMPT)

@@ -4,7 +4,7 @@ A checkpoint is written into a hidden folder and renamed, so that a kill leaves 
 happens to it later (a file deleted, a copy cut short, a flipped bit) is told by ``checksums.json``, written before
 the rename: size and CRC-32 of every other file. CRC-32 finds any one flipped bit and any damage within 32 bits, other
 damage but for one case in 2^32; it does not protect against somebody who forges files. Each file is read once more
-after it was written and once before it is resumed from: 1 s per GB and less (:func:`checksum`).
+after it was written and once before it is resumed from, at 1 to 1.7 GB/s on one core (SHA-256: 0.4 to 0.6).
 """
 
 import json
@@ -92,7 +92,9 @@ def _step(path: Path) -> int | None:
 
 def _sync_tree(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
+        if os.name == "nt" and path.is_dir():
+            continue  # there only files can be flushed, and only those open for writing
+        handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:

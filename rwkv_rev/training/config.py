@@ -177,6 +177,9 @@ class FinetuneConfig:
                 raise ConfigError(f"{name} = {number} must be above 0")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout = {self.lora_dropout} must be at least 0 and below 1")
+        for name in ("data", "eval_data"):
+            if "" in getattr(self, name):
+                raise ConfigError(f"{name} holds an empty text; leave it out")
         if self.pack and self.carry_state:
             raise ConfigError("pack and carry_state exclude each other: packed rows do not follow documents")
         if (self.prompt_field is None) != (self.completion_field is None):
@@ -187,14 +190,14 @@ class FinetuneConfig:
             raise ConfigError(f"warmup = {self.warmup} must be a whole number of steps, or a share below 1")
         for name in ("lora_targets", "lora_rank", "lora_alpha", "lora_dropout"):
             if self.tune != "lora" and getattr(self, name) != getattr(_DEFAULTS, name):
-                raise ConfigError(f"{name} belongs to tune = lora, this run has tune = {self.tune}")
+                raise ConfigError(f"{name} belongs to tune = lora; this run has tune = {self.tune}")
         for name in ("text_field", "prompt_field", "completion_field", "tape_dir", "cache_dir", "resume"):
             if getattr(self, name) == "":
                 raise ConfigError(f"{name} is empty; leave it out")
         if self.text_field is not None and self.prompt_field is not None:
             raise ConfigError("text_field and prompt_field exclude each other; name one of them")
         if self.tape_dir is not None and self.tape != "disk":
-            raise ConfigError(f"tape_dir belongs to tape = disk, this run has tape = {self.tape}")
+            raise ConfigError(f"tape_dir belongs to tape = disk; this run has tape = {self.tape}")
         if self.tape_dir is not None and not Path(self.tape_dir).is_dir():
             raise ConfigError(f"tape_dir = {self.tape_dir!r} is no folder; make it, or leave tape_dir out")
         if isinstance(self.end_token, int) and self.end_token < 0:
