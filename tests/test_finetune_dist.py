@@ -16,7 +16,7 @@ import torch
 from finetune_cases import counting_text, environment, finetune, losses, settings
 from processes import run_command, start_command_in_ranks
 
-from rwkv_rev.training.checkpoints import checkpoints
+from rwkv_rev.training.checkpoints import CHECKSUMS, checkpoints, damage
 
 pytestmark = pytest.mark.dist
 
@@ -146,6 +146,9 @@ def test_sharded_optimizer(bundled: dict[str, Path], data: Path, tmp_path: Path,
     assert 0.4 < sharded / whole < 0.6
 
     kill_at_a_checkpoint([*arguments("killed", 1), "--shard-optimizer"], tmp_path / "killed.training", env)
+    newest = checkpoints(tmp_path / "killed.training")[-1]
+    sealed = json.loads((newest / CHECKSUMS).read_text())
+    assert damage(newest) is None and {"optimizer.pt", "rng_state_0.pth", "rng_state_1.pth"} <= set(sealed)
     shutil.copytree(tmp_path / "killed.training", tmp_path / "fewer.training")
     assert "resuming from" in run("killed", 2, "--shard-optimizer").stderr
     assert losses(tmp_path / "killed") == losses(tmp_path / "two")
