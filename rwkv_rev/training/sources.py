@@ -98,9 +98,14 @@ def _from_directory(folder: Path, skipped: Skipped) -> list[DataSource]:
         folders[:] = [name for name, saved in inner.items() if saved is None]
         found += [saved for saved in inner.values() if saved is not None]
         for path in (here / name for name in names if not name.startswith(".")):
-            alone = path.suffix.lower() == ".bin" and not path.with_suffix(".idx").is_file()
-            if _kind(path) is None or alone or not path.is_file():
-                left_out[_suffix(path) if path.is_file() else "not a file"] += 1
+            kind = _kind(path)
+            alone = (
+                kind == "binidx" and path.suffix.lower() == ".bin" and not path.with_suffix(".idx").is_file()
+            )
+            if not path.is_file():
+                left_out["not a file"] += 1
+            elif kind is None or alone:
+                left_out[_suffix(path)] += 1
             else:
                 found.append(_from_file(path))
     left_out += Counter()  # without kinds of which there are none
