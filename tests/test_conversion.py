@@ -234,7 +234,7 @@ def test_the_folder_appears_only_if_verification_passes(
     save(tmp_path / "a.pth")
     seen = []
 
-    def verify_directory(directory: Path, *, tokens: int) -> FakeReport:
+    def verify_directory(directory: Path, *, tokens: int, progress: bool) -> FakeReport:
         seen.append(tokens)
         assert not (tmp_path / "model").exists()
         with ConvertedModel(directory) as model:
