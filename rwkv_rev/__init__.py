@@ -1,5 +1,7 @@
 """rwkv-rev: pretrained RWKV-4/5 checkpoints as reversible cells, proven equal, trainable over very long contexts.
 
+Letters (B, T, C, D, ...) and terms (boundary, remnant, tape, ...) are explained in ``docs/terms.md``.
+
 Importing this package registers the model, its configuration and its tokenizers with transformers' Auto classes.
 The names below are loaded when first used, so that ``import rwkv_rev`` alone costs nothing.
 """
@@ -10,25 +12,37 @@ from typing import TYPE_CHECKING, Any
 from rwkv_rev.registration import install as _install
 
 if TYPE_CHECKING:
+    from rwkv_rev.benchmark.run import run_benchmark as bench  # noqa: F401
     from rwkv_rev.configuration import RwkvRevConfig as RwkvRevConfig
+    from rwkv_rev.continuation import generate as generate
     from rwkv_rev.converters.conversion import convert as convert
     from rwkv_rev.converters.export import export as export
+    from rwkv_rev.converters.inspection import inspect_source as inspect  # noqa: F401
     from rwkv_rev.equivalence.verification import verify_directory as verify  # noqa: F401
+    from rwkv_rev.errors import RwkvRevError as RwkvRevError
     from rwkv_rev.foreign_code import position_wise as position_wise
     from rwkv_rev.modeling import RwkvRevForCausalLM as RwkvRevForCausalLM
     from rwkv_rev.modeling import RwkvRevModel as RwkvRevModel
     from rwkv_rev.state import RwkvRevState as RwkvRevState
+    from rwkv_rev.training.evaluate import evaluate_directory as evaluate  # noqa: F401
+    from rwkv_rev.training.finetune import finetune as finetune
 
 __version__ = "0.1.0"
 
 _PLACES = {
     "RwkvRevConfig": ("rwkv_rev.configuration", "RwkvRevConfig"),
+    "RwkvRevError": ("rwkv_rev.errors", "RwkvRevError"),
     "RwkvRevForCausalLM": ("rwkv_rev.modeling", "RwkvRevForCausalLM"),
     "RwkvRevModel": ("rwkv_rev.modeling", "RwkvRevModel"),
     "RwkvRevState": ("rwkv_rev.state", "RwkvRevState"),
+    "bench": ("rwkv_rev.benchmark.run", "run_benchmark"),
     "convert": ("rwkv_rev.converters.conversion", "convert"),
-    "position_wise": ("rwkv_rev.foreign_code", "position_wise"),
+    "evaluate": ("rwkv_rev.training.evaluate", "evaluate_directory"),
     "export": ("rwkv_rev.converters.export", "export"),
+    "finetune": ("rwkv_rev.training.finetune", "finetune"),
+    "generate": ("rwkv_rev.continuation", "generate"),
+    "inspect": ("rwkv_rev.converters.inspection", "inspect_source"),
+    "position_wise": ("rwkv_rev.foreign_code", "position_wise"),
     "verify": ("rwkv_rev.equivalence.verification", "verify_directory"),
 }
 

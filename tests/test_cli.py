@@ -237,7 +237,7 @@ def test_generate(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli(*arguments, "--prompt", "The ", "--temperature", 0)[0] == 0
     assert cli(*arguments, "--prompt", "")[0] == 1
     code, _, err = cli(*arguments, "--prompt", "a", "--device", "abacus")
-    assert code == 2 and "abacus" in err
+    assert code == 1 and "abacus" in err
 
 
 def test_push_uploads_the_folder_without_local_paths(

@@ -6,7 +6,7 @@ trains. Checkpoints and the log lie in ``OUTPUT.training`` meanwhile; ``OUTPUT``
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from transformers import set_seed
 from rwkv_rev.converters.publish import publish
 from rwkv_rev.modeling import RwkvRevForCausalLM
 from rwkv_rev.training.callbacks import Bar, Log, NothingLeft, StopAtBadLoss, StopWhenNothingIsLeft, read_log
-from rwkv_rev.training.config import FinetuneConfig
+from rwkv_rev.training.config import FinetuneConfig, build_config
 from rwkv_rev.training.evaluate import count_token_bytes
 from rwkv_rev.training.launch import first_process, load_tokenizer
 from rwkv_rev.training.memory import MemoryInUse
@@ -80,6 +80,31 @@ class FinetuneResult:
         if own["held_out"] is not None:
             own["held_out"] = (own["held_out"]["before"], own["held_out"]["after"])
         return cls(**own)
+
+
+def finetune(
+    model: str | Path,
+    data: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    notify: Notify = lambda text: None,
+    quiet: bool = True,
+    **settings: Any,
+) -> FinetuneResult:
+    """:func:`run` without a configuration object: ``finetune("model", "book.txt", "out", context_length=65536)``.
+
+    Args:
+        model: a converted or fine-tuned model folder.
+        data: one source of training data, or several.
+        output: the folder to make.
+        settings: fields of :class:`~rwkv_rev.training.config.FinetuneConfig`.
+
+    Raises:
+        ConfigError: for a setting that does not exist, naming the nearest one. Otherwise as :func:`run`.
+    """
+    sources = [data] if isinstance(data, str | Path) else list(data)
+    values = {"model": str(model), "data": [str(source) for source in sources], "output": str(output)}
+    return run(build_config(options=values | settings), notify=notify, quiet=quiet)
 
 
 def run(config: FinetuneConfig, *, notify: Notify = lambda text: None, quiet: bool = False) -> FinetuneResult:
