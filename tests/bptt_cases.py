@@ -3,7 +3,6 @@
 Tests import it as ``from bptt_cases import tiny_model``.
 """
 
-import os
 import pydoc_data.topics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,8 +16,7 @@ import torch
 from torch import Tensor
 
 from rwkv_rev import RwkvRevConfig, RwkvRevForCausalLM, RwkvRevState
-from rwkv_rev.wkv import naive
-from rwkv_rev.wkv.dispatch import KERNEL_VARIABLE
+from rwkv_rev.wkv import naive, use_kernel
 
 VERSIONS = ("4", "5.0", "5.1", "5.2")
 
@@ -128,19 +126,6 @@ def differentiate(
     return Outcome(output.loss.detach(), output.state, gradients, output.report)
 
 
-@contextmanager
-def kernel(name: str) -> Iterator[None]:
-    """Compute the recurrences by this kernel."""
-    former = os.environ.get(KERNEL_VARIABLE)
-    os.environ[KERNEL_VARIABLE] = name
-    try:
-        yield
-    finally:
-        del os.environ[KERNEL_VARIABLE]
-        if former is not None:
-            os.environ[KERNEL_VARIABLE] = former
-
-
 class _Recomputed(torch.autograd.Function):
     """A scan that keeps its arguments alone and runs again, with a graph, when its gradient is wanted."""
 
@@ -166,7 +151,7 @@ def naive_recomputed() -> Iterator[None]:
     Activation checkpointing would do the same with a hook on every tensor of every token, which costs as much again as
     all else. Without masks.
     """
-    with kernel("naive"), pytest.MonkeyPatch.context() as patch:
+    with use_kernel("naive"), pytest.MonkeyPatch.context() as patch:
         for name in ("wkv4", "wkv5"):
             patch.setattr(naive, name, partial(_Recomputed.apply, getattr(naive, name)))
         yield

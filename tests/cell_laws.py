@@ -5,9 +5,7 @@ cells. A new cell is tested by ``@pytest.mark.parametrize("law", LAWS)`` and ``L
 """
 
 import copy
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +16,7 @@ from torch import Tensor
 from rwkv_rev.cells import CellState, ChunkMask, Remnant, ReversibleCell
 from rwkv_rev.cells.cell import FloatState
 from rwkv_rev.reversal.fixed_point import FixedPoint, MemoryRemnant
-from rwkv_rev.wkv.dispatch import KERNEL_VARIABLE
+from rwkv_rev.wkv import use_kernel
 
 # Relative to each tensor's RMS (gradients, float64) or largest element (states, outputs).
 GRADIENT_TOLERANCE = 1e-7  # a contribution that differs by an ulp may round to the next grid point, 2**-27
@@ -186,7 +184,7 @@ def gradients_are_exact(trial: Trial) -> None:
                 assert same_bits(replay[name], gradient), name
     wide = copy.deepcopy(trial.cell).double()
     doubled = Trial(wide, _doubled(trial.state), [(x.double(), valid) for x, valid in trial.chunks])
-    with _naive_kernel():
+    with use_kernel("naive"):
         expected = [step for _, step in _gradient_pairs(doubled, wide)]
     for (replays, _), truth in zip(_gradient_pairs(doubled, wide), expected, strict=True):
         scale = max(_rms(gradient) for gradient in truth.values())
@@ -337,16 +335,3 @@ def _doubled(state: FloatState) -> FloatState:
 
 def _close(first: Tensor, second: Tensor, tolerance: float) -> bool:
     return _largest(first.double() - second.double()) <= tolerance * max(_largest(second), 1e-30)
-
-
-@contextmanager
-def _naive_kernel() -> Iterator[None]:
-    former = os.environ.get(KERNEL_VARIABLE)
-    os.environ[KERNEL_VARIABLE] = "naive"
-    try:
-        yield
-    finally:
-        if former is None:
-            del os.environ[KERNEL_VARIABLE]
-        else:
-            os.environ[KERNEL_VARIABLE] = former

@@ -14,7 +14,6 @@ from bptt_cases import (
     differentiate,
     english,
     grouped_errors,
-    kernel,
     load,
     naive_recomputed,
     random_like,
@@ -27,6 +26,7 @@ from bptt_cases import (
 from rwkv_rev import RwkvRevForCausalLM, RwkvRevState
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.loss import IGNORE
+from rwkv_rev.wkv import use_kernel
 
 EXACT = ("full", "checkpoint", "reversible")
 TWO_SWEEPS = ("checkpoint", "reversible")
@@ -128,7 +128,7 @@ def test_random_models_against_float64(version: str) -> None:
     """No strategy is farther from the naive float64 scan than ``full`` in float32 is."""
     truth_model, model = tiny_model(version, dtype=torch.float64), tiny_model(version)
     tokens = random_tokens(130, batch=4)
-    with kernel("naive"):
+    with use_kernel("naive"):
         truth = differentiate(truth_model, "full", input_ids=tokens)
     least = grouped_errors(differentiate(model, "full", input_ids=tokens).gradients, truth.gradients)["all"]
     for strategy in TWO_SWEEPS:

@@ -9,7 +9,6 @@ import torch
 from bptt_cases import tiny_model
 
 from rwkv_rev.bptt.reversible import Reversible
-from rwkv_rev.equivalence import gradients as module
 from rwkv_rev.equivalence.gradients import GROUPS, STRATEGIES, check_gradients, group_of
 from rwkv_rev.equivalence.text import default_text
 from rwkv_rev.loss import FinishedGradients
@@ -126,17 +125,6 @@ def test_a_wrong_truth_fails(model: RwkvRevForCausalLM, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(FinishedGradients, "backward", staticmethod(nan))
     assert not check_gradients(model, text(16), chunk=4).passed
-
-
-def test_the_environment_is_put_back(model: RwkvRevForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(module.KERNEL_VARIABLE, "chunked")
-    with module._kernel("naive"):
-        assert module.os.environ[module.KERNEL_VARIABLE] == "naive"
-    assert module.os.environ[module.KERNEL_VARIABLE] == "chunked"
-    monkeypatch.delenv(module.KERNEL_VARIABLE)
-    with module._kernel("naive"):
-        pass
-    assert module.KERNEL_VARIABLE not in module.os.environ
 
 
 def test_one_token(model: RwkvRevForCausalLM) -> None:

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from bptt_cases import kernel, random_tokens, tiny_model
+from bptt_cases import random_tokens, tiny_model
 from torch import Tensor
 from torch.func import functional_call
 
 from rwkv_rev import RwkvRevForCausalLM
 from rwkv_rev.errors import StrategyError
+from rwkv_rev.wkv import use_kernel
 
 CHUNK = 8
 STRATEGIES = ("auto", "full", "checkpoint", "reversible", "truncated")
@@ -54,7 +55,7 @@ def test_the_advice_works(version: str) -> None:
         loss = torch.nn.functional.cross_entropy(logits, IDS[0, 1:])
         return torch.autograd.grad(loss, weight, create_graph=create_graph)[0]
 
-    with kernel("naive"):
+    with use_kernel("naive"):
         (product,) = torch.autograd.grad((gradient(create_graph=True) * toward).sum(), weight)
         step, kept = 1e-5, weight.detach().clone()
         with torch.no_grad():

@@ -2,8 +2,11 @@
 
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,13 +14,16 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from rwkv_rev.bundled import __file__ as BUNDLED
+from rwkv_rev.cells.recomputation import checkpointed
 from rwkv_rev.wkv import (
     EMPTY_EXPONENT,
     KernelError,
     Wkv5Work,
     choose_kernel,
+    use_kernel,
     wkv4,
     wkv5,
     wkv5_contribution,
@@ -542,6 +548,29 @@ def test_the_kernel_comes_from_the_argument_then_the_environment(monkeypatch: py
     assert choose_kernel("chunked", tensor) == "chunked"
     case = case4()
     assert torch.equal(wkv4(*case.arguments)[0], wkv4(*case.arguments, kernel="naive")[0])
+    with use_kernel("chunked"):
+        assert choose_kernel(None, tensor) == "chunked"
+        assert choose_kernel("naive", tensor) == "naive"
+        assert os.environ["RWKV_REV_KERNEL"] == "naive"  # which belongs to the whole process
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(choose_kernel, None, tensor).result() == "naive"
+    assert choose_kernel(None, tensor) == "naive"
+
+
+def test_a_layer_that_is_computed_again_uses_the_same_kernel() -> None:
+    """Also in another thread, as autograd's of a device is."""
+    used: list[str] = []
+    x = torch.zeros(1, requires_grad=True)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        used.append(choose_kernel(None, x))
+        return x.sin()
+
+    with use_kernel("naive"):
+        loss = checkpointed(partial(checkpoint, use_reentrant=False), layer, x)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(loss.backward).result()
+    assert used == ["naive", "naive"]
 
 
 def test_triton_falls_back_to_chunked_on_the_cpu() -> None:

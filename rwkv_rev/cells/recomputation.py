@@ -4,6 +4,7 @@
 soon as it has what it needs. Here Python's and numpy's generators are set back, too, and what comes out is compared.
 """
 
+import contextvars
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -34,6 +35,9 @@ class _Repeated:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
+        self._context = (
+            contextvars.copy_context()
+        )  # a device's thread, which computes gradients, has none of it
         self._generators = random_state.capture(())  # a device's own is set back by PyTorch
         self._print: Tensor | None = None
 
@@ -45,7 +49,7 @@ class _Repeated:
         now = random_state.capture(())
         random_state.restore(self._generators)
         try:
-            result = self._function(*given)
+            result = self._context.copy().run(self._function, *given)
         finally:
             random_state.restore(now)
         same = (_checksums(result) == self._print).all()

@@ -20,9 +20,6 @@ that one layer's states over the whole context are in memory at once.
 
 import copy
 import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +32,7 @@ from rwkv_rev.errors import StrategyError
 from rwkv_rev.modeling import RwkvRevForCausalLM
 from rwkv_rev.state import RwkvRevState
 from rwkv_rev.tables import aligned, wrapped
-from rwkv_rev.wkv.dispatch import KERNEL_VARIABLE
+from rwkv_rev.wkv import use_kernel
 
 CONTEXT = 512
 CHUNK = 96
@@ -271,7 +268,7 @@ def _reference(
     model: RwkvRevForCausalLM, ids: Tensor, state: RwkvRevState, arriving: RwkvRevState
 ) -> dict[str, Tensor]:
     """Gradients of the float64 model through the naive scan."""
-    with _kernel("naive"), model.set_bptt("full"):
+    with use_kernel("naive"), model.set_bptt("full"):
         return _float64_gradients(model, ids, state, arriving, recomputed=True)
 
 
@@ -294,20 +291,6 @@ def _float64_gradients(
         RwkvRevState(*(tensor.double() for tensor in state.tensors())),
         RwkvRevState(*(tensor.double() for tensor in arriving.tensors())),
     )[1]
-
-
-@contextmanager
-def _kernel(name: str) -> Iterator[None]:
-    """The environment's choice of kernel, for a while."""
-    former = os.environ.get(KERNEL_VARIABLE)
-    os.environ[KERNEL_VARIABLE] = name
-    try:
-        yield
-    finally:
-        if former is None:
-            del os.environ[KERNEL_VARIABLE]
-        else:
-            os.environ[KERNEL_VARIABLE] = former
 
 
 def _some_gradient(state: RwkvRevState) -> RwkvRevState:

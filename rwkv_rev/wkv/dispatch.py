@@ -1,9 +1,9 @@
 """One entry per recurrence; picks the kernel that computes it.
 
 Kernels: ``naive`` (token by token, the truth), ``chunked`` (parallel in time, PyTorch operators, any device)
-and ``triton`` (CUDA). The argument ``kernel`` decides, then the environment variable ``RWKV_REV_KERNEL``,
-then the default: triton on CUDA where it can be imported, else chunked. ``triton`` falls back to ``chunked``
-for tensors it cannot take (another device, float64, heads above 128) and where triton is missing;
+and ``triton`` (CUDA). The argument ``kernel`` decides, then :func:`use_kernel`, then the environment variable
+``RWKV_REV_KERNEL``, then the default: triton on CUDA where it can be imported, else chunked. ``triton`` falls back
+to ``chunked`` for tensors it cannot take (another device, float64, heads above 128) and where triton is missing;
 :func:`choose_kernel` tells what would run.
 
 All kernels: inputs in bfloat16, float16, float32 or float64; arithmetic and results in float32 (float64 where
@@ -14,7 +14,9 @@ not. Masked tokens change nothing and get output 0; masks may have holes.
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -28,10 +30,26 @@ from rwkv_rev.wkv.chunked_wkv5 import wkv5_plan as chunked_plan
 KERNELS = ("naive", "chunked", "triton")
 LARGEST_TRITON_HEAD = 128
 KERNEL_VARIABLE = "RWKV_REV_KERNEL"
+_used: ContextVar[str | None] = ContextVar("rwkv_rev_kernel", default=None)
 
 
 class KernelError(RwkvRevError, ValueError):
     """A kernel was asked for by a name that does not exist, or given tensors whose shapes do not fit."""
+
+
+@contextmanager
+def use_kernel(name: str) -> Iterator[None]:
+    """Compute by this kernel inside the context: in this thread, and in layers that activation checkpointing repeats.
+
+    Raises:
+        KernelError: there is no kernel of this name.
+    """
+    _refuse_unknown(name)
+    token = _used.set(name)
+    try:
+        yield
+    finally:
+        _used.reset(token)
 
 
 def choose_kernel(kernel: str | None, tensor: Tensor) -> str:
@@ -40,9 +58,8 @@ def choose_kernel(kernel: str | None, tensor: Tensor) -> str:
     Raises:
         KernelError: ``kernel`` (or the environment variable) names no kernel.
     """
-    name = kernel or os.environ.get(KERNEL_VARIABLE) or "triton"
-    if name not in KERNELS:
-        raise KernelError(f"no wkv kernel is called {name!r}; there are {', '.join(KERNELS)}")
+    name = kernel or _used.get() or os.environ.get(KERNEL_VARIABLE) or "triton"
+    _refuse_unknown(name)
     if name == "triton" and not (
         tensor.is_cuda
         and tensor.dtype != torch.float64
@@ -51,6 +68,11 @@ def choose_kernel(kernel: str | None, tensor: Tensor) -> str:
     ):
         return "chunked"
     return name
+
+
+def _refuse_unknown(name: str) -> None:
+    if name not in KERNELS:
+        raise KernelError(f"no wkv kernel is called {name!r}; there are {', '.join(KERNELS)}")
 
 
 def wkv4(
