@@ -1,4 +1,7 @@
-"""Gradient strategies, one file each, chosen by name; :mod:`rwkv_rev.bptt.strategy` is the seam."""
+"""Gradient strategies, one file each, chosen by name; :mod:`rwkv_rev.bptt.strategy` is the seam.
+
+Terms: ``docs/terms.md``.
+"""
 
 from rwkv_rev.bptt.checkpoint import Checkpoint
 from rwkv_rev.bptt.full import Full

@@ -1,4 +1,7 @@
-"""The reversible (EBRT) cells: the contract, token shift, time mix of each generation, channel mix."""
+"""The reversible (EBRT) cells: the contract, token shift, time mix of each generation, channel mix.
+
+Terms: ``docs/terms.md``.
+"""
 
 from rwkv_rev.cells.cell import CellState, Remnant, Replay, ReversibleCell
 from rwkv_rev.cells.channel_mix import ChannelMix

@@ -1,1 +1,4 @@
-"""Exact reversal of decaying states: fixed point, packed remnants, fingerprints, and the tape that holds them."""
+"""Exact reversal of decaying states: fixed point, packed remnants, fingerprints, and the tape that holds them.
+
+Terms: ``docs/terms.md``.
+"""
