@@ -109,20 +109,22 @@ def _not_loaded() -> None:
 
 def _fail(error: Exception) -> NoReturn:
     from rwkv_rev.errors import RwkvRevError
+    from rwkv_rev.printable import one_message
 
     if os.environ.get("RWKV_REV_TRACEBACK") == "1":
         raise error
     if isinstance(error, RwkvRevError):
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {one_message(error)}\n")
         raise SystemExit(error.exit_code) from None
-    sys.stderr.write(
-        f"error: unexpected {type(error).__name__}: {error} (RWKV_REV_TRACEBACK=1 shows where it came from)\n"
-    )
+    kind, hint = type(error).__name__, "RWKV_REV_TRACEBACK=1 shows where it came from"
+    sys.stderr.write(f"error: unexpected {kind}: {one_message(error)} ({hint})\n")
     raise SystemExit(1) from None
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    sys.stderr.write(f"warning: {message}\n")
+    from rwkv_rev.printable import one_message
+
+    sys.stderr.write(f"warning: {one_message(message)}\n")
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

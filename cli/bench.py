@@ -1,6 +1,5 @@
 """``rwkv-rev bench``: the code behind every figure in docs/benchmarks.md."""
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -107,7 +106,9 @@ def bench(
     if plot is not None:
         refuse_without_matplotlib()
     if rows is not None:
-        found = json.loads(rows.read_text(encoding="utf-8"))
+        from rwkv_rev.converters.safe_input import read_json
+
+        found = read_json(rows)
     else:
         import torch
 

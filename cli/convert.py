@@ -100,6 +100,8 @@ def convert(
         else:
             out.print_text(str(error.report.table()))
         raise
+    for note in result.notes:
+        out.note(f"note: {note}")
     if push_to_hub is not None and not dry_run:
         from rwkv_rev.converters.publish import publish
 
@@ -107,7 +109,7 @@ def convert(
     if as_json:
         out.print_json(result.to_dict())
     elif quiet:
-        out.print_text(str(result.directory))
+        out.print_path(result.directory)
     else:
         _print(result)
 

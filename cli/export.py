@@ -46,7 +46,7 @@ def export(
     if as_json:
         out.print_json(result.to_dict())
     elif quiet:
-        out.print_text(str(result.path))
+        out.print_path(result.path)
     else:
         size = out.human_bytes(result.nbytes)
         out.print_text(f"{result.path}: {result.tensors} tensors, {size}, layout {result.layout}")

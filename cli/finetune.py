@@ -157,7 +157,7 @@ def finetune(
     if as_json:
         out.print_json(result.to_dict())
     elif quiet:
-        out.print_text(str(result.output))
+        out.print_path(result.output)
     else:
         _print_result(result)
 

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from rwkv_rev.cli import output as out
 from rwkv_rev.converters.folder import refuse_no_model
 
 
@@ -51,4 +50,4 @@ def generate(
         stream=stream,
     )
     if not stream:
-        out.print_text(text)
+        sys.stdout.write(text + "\n")  # as it is: this is the model's own

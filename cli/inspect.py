@@ -69,6 +69,8 @@ def inspect(
         raise RwkvRevError(f"there is no device {device!r} to forecast for: use cpu, cuda or auto")
 
     found = inspect_source(source, file=file, revision=revision, progress=True)
+    for note in found.notes:
+        output.note(f"note: {note}")
     forecasts, limits = None, None
     if context_length is not None:
         from rwkv_rev.forecast import forecast_memory

@@ -2,13 +2,18 @@
 
 Tables are for people; ``--json`` prints one JSON document instead, ``--quiet`` the bare result. Progress
 bars go to stderr and switch themselves off when it is not a terminal.
+
+Everything but the text that a model generates leaves through here or through ``rwkv_rev.cli``, escaped: names in files
+hold escape sequences (:mod:`rwkv_rev.printable`).
 """
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rwkv_rev.printable import MOST_LINE, printable, shortened
 from rwkv_rev.tables import WIDTH, folded
 
 
@@ -22,11 +27,11 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
 
     console = _console()
     names = [column.removeprefix(">") for column in columns]
-    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    cells = [["" if cell is None else shortened(cell, MOST_LINE) for cell in row] for row in rows]
     widths = [max(map(len, (name, *column))) + 2 for name, *column in zip(names, *cells, strict=True)]
     for number, kept in enumerate(folded(widths, console.width, keys)):
         table = Table(title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-        table.title = title if number == 0 else None
+        table.title = printable(title, keep="\n") if number == 0 else None
         for column in kept:
             table.add_column(names[column], justify="right" if columns[column].startswith(">") else "left")
         for row in cells:
@@ -39,25 +44,35 @@ def print_fields(title: str, fields: dict[str, object]) -> None:
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))
-    table.title, table.title_justify, table.title_style = title, "left", "bold"
+    table.title, table.title_justify, table.title_style = printable(title, keep="\n"), "left", "bold"
     for name, value in fields.items():
-        table.add_row(name, "" if value is None else str(value))
+        table.add_row(name, "" if value is None else shortened(value, MOST_LINE))
     _console().print(table)
 
 
 def print_json(value: Any) -> None:
     """Print one JSON document on stdout."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
-
-
-def print_text(text: str) -> None:
-    """Print plain text on stdout."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    if not text.replace(
+        "\n", ""
+    ).isprintable():  # JSON itself escapes the control characters below the space only
+        text = re.sub(r"[^\n]", lambda c: c[0] if c[0].isprintable() else json.dumps(c[0])[1:-1], text)
     sys.stdout.write(text + "\n")
 
 
+def print_text(text: str) -> None:
+    """Print text of ours on stdout, of as many lines as it has."""
+    sys.stdout.write(printable(text, keep="\n") + "\n")
+
+
+def print_path(path: object) -> None:
+    """Print a path on stdout: as it is, for a program that reads it, or as a terminal may have it."""
+    sys.stdout.write((printable(str(path)) if sys.stdout.isatty() else str(path)) + "\n")
+
+
 def note(text: str) -> None:
-    """Tell people something on stderr."""
-    sys.stderr.write(text + "\n")
+    """Tell people something on stderr, in one line."""
+    sys.stderr.write(shortened(text, MOST_LINE) + "\n")
 
 
 def human_bytes(count: float) -> str:

@@ -27,6 +27,7 @@ from rwkv_rev.converters.card import model_card
 from rwkv_rev.converters.converted import RECORD_NAME
 from rwkv_rev.converters.detection import Architecture, detect
 from rwkv_rev.converters.hub import LocalCheckpoint, Plan, plan, resolve
+from rwkv_rev.converters.inspection import notes_on
 from rwkv_rev.converters.names import tensor_table
 from rwkv_rev.converters.reading import Checkpoint, open_checkpoint
 from rwkv_rev.converters.rewriter import Entry, Shard, plan_shards, write_shards
@@ -51,6 +52,7 @@ class Conversion:
         shards: the safetensors files and what is in them.
         verification: the report, if verification was asked for.
         written: False after a dry run.
+        notes: what people should know of how the source was read.
     """
 
     directory: Path
@@ -60,6 +62,7 @@ class Conversion:
     shards: tuple[Shard, ...] = ()
     verification: Any = None
     written: bool = True
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values for JSON."""
@@ -74,6 +77,7 @@ class Conversion:
             "config": None if self.config is None else self.config.to_dict(),
             "record": self.record,
             "verification": None if self.verification is None else self.verification.to_dict(),
+            "notes": list(self.notes),
         }
 
 
@@ -154,12 +158,15 @@ def convert(
         config = _config(checkpoint, architecture, settings)
         shards = plan_shards(_entries(checkpoint, architecture, config, dtype), max_shard_size)
         record = _record(local, checkpoint, architecture, settings)
+        notes = notes_on(checkpoint)
         report = None
         if not dry_run:
             require_space(directory.parent, sum(shard.nbytes for shard in shards))
             with whole_directory(directory, force=force) as folder:
                 report = _fill(folder, directory, local, checkpoint, config, record, shards, settings)
-    return Conversion(directory, expected.files, config, record, tuple(shards), report, written=not dry_run)
+    return Conversion(
+        directory, expected.files, config, record, tuple(shards), report, written=not dry_run, notes=notes
+    )
 
 
 def default_name(source: Source, expected: Plan) -> str:
@@ -275,6 +282,7 @@ def _record(
         "commit": local.commit,
         "sha256": {},
         "layout": architecture.layout,
+        "wrappers": list(checkpoint.wrappers),  # prefixes of the source's names, which exports leave out
         "unusual_shapes": {name: list(shape) for name, shape in architecture.unusual_shapes.items()},
         "group_norm_eps": settings.group_norm_eps,  # as asked for; None is the published default
         "dtypes": dict(counts),

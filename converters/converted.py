@@ -2,21 +2,37 @@
 
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 
-from rwkv_rev.configuration import RwkvRevConfig
-from rwkv_rev.converters.folder import read_json, refuse_no_model
+from rwkv_rev.converters.folder import refuse_no_model
 from rwkv_rev.converters.hub import resolve
-from rwkv_rev.converters.names import tensor_table
+from rwkv_rev.converters.names import EMBEDDINGS, HEAD, tensor_table
 from rwkv_rev.converters.reading import open_checkpoint
+from rwkv_rev.converters.safe_input import read_object
 from rwkv_rev.converters.selection import some
 from rwkv_rev.converters.source import Source
 from rwkv_rev.errors import CheckpointError
+from rwkv_rev.loading import load_config
+from rwkv_rev.printable import shortened
 
 RECORD_NAME = "conversion.json"
-_HEAD, _EMBEDDINGS = "head.weight", "model.embeddings.weight"
+_TEXT = (str, type(None))
+_RECORD: dict[str, type | tuple[type, ...]] = {
+    "source": _TEXT,
+    "file": _TEXT,
+    "revision": _TEXT,
+    "commit": _TEXT,
+    "layout": _TEXT,
+    "sha256": dict,
+    "unusual_shapes": dict,
+    "group_norm_eps": (float, int, type(None)),
+    "dtypes": dict,
+    "versions": dict,
+    "finetuned": list,
+}
+"""Types of what ``conversion.json`` holds and is read back."""
 
 
 class ConvertedModel:
@@ -38,9 +54,10 @@ class ConvertedModel:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         refuse_no_model(directory)
-        self.config = RwkvRevConfig.from_pretrained(str(directory))
-        self.record = read_json(self.directory / RECORD_NAME)
-        self._checkpoint = open_checkpoint(resolve(Source("directory", str(directory)), progress=False))
+        self.config = load_config(self.directory)
+        self.record = read_record(self.directory)
+        local = resolve(Source("directory", str(directory)), progress=False)
+        self._checkpoint = open_checkpoint(local, unwrap=False)
         try:
             self._check()
         except BaseException:
@@ -77,10 +94,15 @@ class ConvertedModel:
 
     def _stored(self, name: str) -> str:
         """The name that a tensor is stored under."""
-        shared = name == _HEAD and self.config.tie_word_embeddings and _HEAD not in self.names()
-        return _EMBEDDINGS if shared else name
+        shared = name == HEAD and self.config.tie_word_embeddings and HEAD not in self.names()
+        return EMBEDDINGS if shared else name
 
     def _check(self) -> None:
+        if (layers := self.config.num_hidden_layers) > len(self.names()):
+            raise CheckpointError(
+                f"{self.directory} holds {len(self.names())} tensors, too few for the {layers} layers "
+                "of its config.json"
+            )
         expected = {row.name: row.shape for row in tensor_table(self.config, "blinkdl")}
         stored = set(self.names())
         if missing := [name for name in expected if self._stored(name) not in stored]:
@@ -92,3 +114,22 @@ class ConvertedModel:
                 raise CheckpointError(
                     f"{name} in {self.directory} has shape {self.shape(name)}, its config.json says {shape}"
                 )
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """Contents of ``conversion.json``; empty if there is none.
+
+    Raises:
+        SourceError, CheckpointError: if it cannot be read, or holds what no conversion writes.
+    """
+    path = directory / RECORD_NAME
+    record = read_object(path)
+    for name, kinds in _RECORD.items():
+        if name in record and not isinstance(record[name], kinds):
+            raise CheckpointError(f"{path} is damaged: {name} = {shortened(repr(record[name]))}")
+    for name, shape in record.get("unusual_shapes", {}).items():
+        sizes = isinstance(shape, list) and all(type(size) is int and 0 < size < 1 << 31 for size in shape)
+        if not sizes:
+            shown = f"{shortened(name)}: {shortened(repr(shape))}"
+            raise CheckpointError(f"{path} is damaged: unusual_shapes = {{{shown}}}")
+    return record

@@ -8,7 +8,8 @@
 
 L is the highest block number plus one, V and D come from the embedding, F from the channel mix; N = D/H. File
 names decide nothing, and ``config.json`` no size: published ones have ``intermediate_size: null`` and the
-head size in ``num_attention_heads``. It is only asked for what no tensor tells, the epsilons of the norms.
+head size in ``num_attention_heads``. It is only asked for what no tensor tells: the epsilons of the norms, and
+whether a head that is not there is the embedding (``tie_word_embeddings``). What it says must be possible.
 
 Vectors may be stored with extra dimensions of size one ([1, 1, D] or [D], [H, 1, 1] or [H]), as published
 files differ; every other shape must be exact. Values are not looked at: see ``reading.check_finite``.
@@ -22,11 +23,13 @@ from typing import Any
 
 import torch
 
-from rwkv_rev.configuration import RwkvRevConfig
-from rwkv_rev.converters.names import Layout, TensorNames, hub_layout, tensor_table
+from rwkv_rev.configuration import MOST_LAYERS, RwkvRevConfig
+from rwkv_rev.converters.adapters import refuse_adapters
+from rwkv_rev.converters.names import HEAD, Layout, TensorNames, hub_layout, tensor_table
 from rwkv_rev.converters.reading import Checkpoint
 from rwkv_rev.converters.selection import some
 from rwkv_rev.errors import CheckpointError
+from rwkv_rev.printable import shortened
 
 SUPPORTED = "RWKV-4, 5.0, 5.1 and 5.2 can be converted"
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -35,7 +38,7 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FOREIGN_KINDS = (
     (r"^_(strategy|version|rescale_layer)$", "was rewritten by the rwkv package; give the original .pth"),
     (r"\.weight_(mx|rx|my|ry)$", "was quantised by the rwkv package; give the original .pth"),
-    (r"^model\.blocks\.\d+\.time_mix\.", "is a converted model already; load it with from_pretrained"),
+    (r"^blocks\.\d+\.time_mix\.", "is a converted model already; load it with from_pretrained"),
     (r"\.att(ention)?\.time_maa_", f"is an RWKV-6 model; {SUPPORTED}"),
     (
         r"\.att(ention)?\.(x_[rwkvag]|r_k|k_[ka]|[wav][012])$|\.attn\.r_proj",
@@ -45,11 +48,6 @@ _FOREIGN_KINDS = (
     (
         r"^blocks\.\d+\.attention\.",
         "is a transformers base model without its head; give the causal language model",
-    ),
-    (r"lora_|\.bone$", "holds adapter weights that are not merged; merge them into the model first"),
-    (
-        r"^(_forward_module|_orig_mod|module|model)\.(emb|blocks|rwkv)\.",
-        "has a trainer's prefix; strip it first",
     ),
 )
 
@@ -76,6 +74,7 @@ class Architecture:
         layer_norm_epsilon: from ``config.json``, else 1e-5.
         group_norm_epsilon: ``1e-5 * head_size_divisor**2`` from ``config.json``, else 64e-5.
         has_initial_state: the file holds a tuned initial state (``att.time_state``).
+        tied: the file holds no head: it is the embedding.
         unusual_shapes: stored shape by foreign name, of the tensors that have not the shape their layout
             usually gives them (extra or fewer dimensions of size one).
     """
@@ -92,6 +91,7 @@ class Architecture:
     layer_norm_epsilon: float = 1e-5
     group_norm_epsilon: float = 64e-5
     has_initial_state: bool = False
+    tied: bool = False
     unusual_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
 
     def to_config(self, **overrides: Any) -> RwkvRevConfig:
@@ -108,12 +108,14 @@ class Architecture:
             "group_norm_epsilon": self.group_norm_epsilon,
             "bonus_is_exponential": self.bonus_is_exponential,
             "has_initial_state": self.has_initial_state,
+            "tie_word_embeddings": self.tied,
         }
         return RwkvRevConfig(**(fields | overrides))
 
     def tensors(self) -> tuple[TensorNames, ...]:
-        """Every tensor with its name and shape in the converted model and in the file's layout."""
-        return tensor_table(self.to_config(), self.layout)
+        """Every tensor of the file with its name and shape in the converted model and in the file's layout."""
+        table = tensor_table(self.to_config(), self.layout)
+        return tuple(row for row in table if not (self.tied and row.name == HEAD))
 
 
 def detect(checkpoint: Checkpoint) -> Architecture:
@@ -127,28 +129,30 @@ def detect(checkpoint: Checkpoint) -> Architecture:
     """
     where = str(checkpoint.files[0] if len(checkpoint.files) == 1 else checkpoint.files[0].parent)
     names = checkpoint.names()
-    _refuse_foreign_kinds(where, names)
+    _refuse_foreign_kinds(where, checkpoint)
     architecture = _sizes(where, checkpoint)
     table = architecture.tensors()
-    _compare_names(where, architecture, {entry.foreign for entry in table}, names)
+    _compare_names(where, architecture, {entry.foreign for entry in table}, checkpoint)
     unusual = _compare_shapes(where, checkpoint, table)
     for name in names:
         if checkpoint.dtype(name) not in FLOAT_DTYPES:
             dtype = str(checkpoint.dtype(name)).removeprefix("torch.")
             raise CheckpointError(
-                f"{where}: {name} is {dtype}, not a floating-point dtype; give unquantised weights"
+                f"{where}: {shortened(name)} is {dtype}, not a floating-point dtype; give unquantised weights"
             )
     architecture.unusual_shapes.update(unusual)
     return architecture
 
 
-def _refuse_foreign_kinds(where: str, names: Sequence[str]) -> None:
+def _refuse_foreign_kinds(where: str, checkpoint: Checkpoint) -> None:
+    names = checkpoint.names()
     if names and all(name.endswith(".time_state") for name in names):
         raise CheckpointError(
             f"{where} holds tuned initial states, not a whole model; give the model's own .pth ({some(names, 1)})"
         )
+    refuse_adapters(where, [checkpoint.stored_name(name) for name in names])
     for pattern, what in _FOREIGN_KINDS:
-        found = [name for name in names if re.search(pattern, name)]
+        found = [checkpoint.stored_name(name) for name in names if re.search(pattern, name)]
         if found:
             raise CheckpointError(f"{where} {what} (it has {some(found, 1)})")
 
@@ -186,6 +190,9 @@ def _sizes(where: str, checkpoint: Checkpoint) -> Architecture:
     vocab = checkpoint.shape(embedding)[0]
     channel_mix = (*first(f"{ffn}.key.weight"), 0)[0]
     D = width[0] if width else 0
+    for size, of in ((vocab, embedding), (D, embedding), (channel_mix, f"{top}blocks.0.{ffn}.key.weight")):
+        if not size:
+            raise CheckpointError(f"{where} is not a whole RWKV model: {of} has no rows or columns")
 
     decay = first(f"{att}.time_decay")
     per_channel = len(decay) > 1 and decay[1] > 1 and decay[0] * decay[1] == D and decay[2:] in ((), (1,))
@@ -201,7 +208,11 @@ def _sizes(where: str, checkpoint: Checkpoint) -> Architecture:
             )
     else:
         version, H = "4", 1
-    layer_norm_epsilon, group_norm_epsilon = _epsilons(checkpoint.config)
+    _refuse_impossible_sizes(where, checkpoint.config)
+    layer_norm_epsilon, group_norm_epsilon = _epsilons(where, checkpoint.config)
+    tied = (
+        hugging_face and checkpoint.config.get("tie_word_embeddings") is True and "head.weight" not in names
+    )
     return Architecture(
         version=version,
         num_layers=layers,
@@ -215,6 +226,7 @@ def _sizes(where: str, checkpoint: Checkpoint) -> Architecture:
         layer_norm_epsilon=layer_norm_epsilon,
         group_norm_epsilon=group_norm_epsilon,
         has_initial_state=version != "4" and not hugging_face and "att.time_state" in kinds,
+        tied=tied,
     )
 
 
@@ -226,17 +238,36 @@ def _by_block(names: Iterable[str], pattern: str) -> dict[int, set[str]]:
     return blocks
 
 
-def _epsilons(config: dict[str, Any]) -> tuple[float, float]:
-    epsilon, divisor = config.get("layer_norm_epsilon"), config.get("head_size_divisor")
-    layer_norm, group_norm = 1e-5, 64e-5
-    if isinstance(epsilon, float) and 0 < epsilon < 1:
-        layer_norm = epsilon
-    if isinstance(divisor, int | float) and divisor > 0 and divisor != 8:
-        group_norm = 1e-5 * divisor**2
-    return layer_norm, group_norm
+def _refuse_impossible_sizes(where: str, config: dict[str, Any]) -> None:
+    """Sizes of a config.json decide nothing, but one that no model has tells of a damaged file."""
+    for name, most in (("num_hidden_layers", MOST_LAYERS), ("vocab_size", 1 << 31), ("hidden_size", 1 << 31)):
+        size = config.get(name)
+        if size is None:
+            continue
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= most:
+            raise CheckpointError(f"{where}: config.json is damaged: {name} = {shortened(repr(size))}")
 
 
-def _compare_names(where: str, architecture: Architecture, expected: set[str], names: Sequence[str]) -> None:
+def _epsilons(where: str, config: dict[str, Any]) -> tuple[float, float]:
+    """eps of LayerNorm, and of GroupNorm without the division by ``head_size_divisor``."""
+    found = []
+    for name, usual, least, most in (("layer_norm_epsilon", 1e-5, 0, 1), ("head_size_divisor", 8, 0.01, 100)):
+        value = config.get(name)
+        number = usual if value is None else value
+        if isinstance(number, bool) or not isinstance(number, int | float) or not least < number < most:
+            raise CheckpointError(
+                f"{where}: config.json says {name} = {shortened(repr(value))}; "
+                f"it must be above {least} and below {most}"
+            )
+        found.append(float(number))
+    epsilon, divisor = found
+    return epsilon, 64e-5 if divisor == 8 else 1e-5 * divisor**2
+
+
+def _compare_names(
+    where: str, architecture: Architecture, expected: set[str], checkpoint: Checkpoint
+) -> None:
+    names = checkpoint.names()
     present = set(names)
     missing = sorted(expected - present)
     leftover = [name for name in names if name not in expected]
@@ -247,9 +278,8 @@ def _compare_names(where: str, architecture: Architecture, expected: set[str], n
         faults.append(f"missing {some(missing)}")
     if leftover:
         meaning = next((what for pattern, what in _LEFTOVERS if re.search(pattern, leftover[0])), None)
-        faults.append(
-            f"left over {some(leftover)}" + (f" ({meaning}, which is not supported)" if meaning else "")
-        )
+        unsupported = f" ({meaning}, which is not supported)" if meaning else ""
+        faults.append(f"left over {some([checkpoint.stored_name(name) for name in leftover])}{unsupported}")
     raise CheckpointError(f"{where} looks like RWKV-{architecture.version} but is not: {'; '.join(faults)}")
 
 

@@ -1,9 +1,8 @@
 """What a folder of a converted model is known by. Imports nothing heavy: commands look here before anything else."""
 
-import json
 from pathlib import Path
-from typing import Any
 
+from rwkv_rev.converters.safe_input import read_object, refuse_special, refuse_special_inside
 from rwkv_rev.errors import CheckpointError, SourceError
 
 MODEL_TYPE = "rwkv_rev"
@@ -11,30 +10,28 @@ MODEL_TYPE = "rwkv_rev"
 
 
 def is_converted(directory: str | Path) -> bool:
-    """Whether a folder holds a model that this package converted."""
-    return read_json(Path(directory) / "config.json").get("model_type") == MODEL_TYPE
+    """Whether a folder holds a model that this package converted.
+
+    Raises:
+        SourceError, CheckpointError: if its config.json cannot be read.
+    """
+    return read_object(Path(directory) / "config.json").get("model_type") == MODEL_TYPE
 
 
 def refuse_no_model(directory: str | Path) -> None:
-    """Refuse what is no folder of a converted model.
+    """Refuse what is no folder of a converted model, and what a loader must not open.
 
     Raises:
-        SourceError: if there is no such folder.
-        CheckpointError: if it holds something else.
+        SourceError: if there is no such folder, or a file of it is a FIFO, a socket or a device.
+        CheckpointError: if it holds something else, or its config.json is damaged.
     """
-    if not Path(directory).is_dir():
+    directory = Path(directory)
+    refuse_special(directory)
+    if not directory.is_dir():
         raise SourceError(f"{directory} is not a folder; make a model with: rwkv-rev convert SOURCE")
+    refuse_special_inside(directory)
     if not is_converted(directory):
         raise CheckpointError(
             f"{directory} is not a converted model (config.json with model_type {MODEL_TYPE}); convert it first: "
             "rwkv-rev convert SOURCE"
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

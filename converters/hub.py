@@ -28,9 +28,11 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
+from rwkv_rev.converters.safe_input import refuse_special, refuse_special_inside
 from rwkv_rev.converters.selection import INDEX_SUFFIX, choose_weights, one_line, weight_map
 from rwkv_rev.converters.source import Source
 from rwkv_rev.errors import SourceError
+from rwkv_rev.printable import shortened
 
 # Small files that travel with the weights.
 COMPANIONS = (
@@ -140,7 +142,8 @@ def _weights(
     names = tuple(dict.fromkeys(str(folder / file) for file in weight_map(index).values()))
     for name in names:
         if name not in place.files:
-            raise SourceError(f"{source} lacks the shard {name}, which {chosen} names; download it again")
+            where = f"which {shortened(chosen)} names"
+            raise SourceError(f"{source} lacks the shard {shortened(name)}, {where}; download it again")
     return names, index
 
 
@@ -152,9 +155,16 @@ def _open_directory(source: Source) -> _Place:
     root = source.path
     if not root.is_dir():
         raise SourceError(f"{source} does not exist any more")
+    refuse_special_inside(root)
     paths = [path for path in root.iterdir() if path.is_file()]
     if source.file and "/" in source.file and not Path(source.file).is_absolute():
-        paths += [path for path in root.glob(source.file) if path.is_file()]
+        try:
+            inside = list(root.glob(source.file))
+        except (ValueError, NotImplementedError) as error:
+            raise SourceError(f"--file {source.file} is no pattern: {one_line(error)}") from error
+        for path in inside:
+            refuse_special(path)
+        paths += [path for path in inside if path.is_file()]
     files = {path.relative_to(root).as_posix(): path.stat().st_size for path in paths}
     return _Place(files, lambda name: root / name)
 
@@ -172,7 +182,8 @@ def _open_repository(source: Source) -> _Place:
         # By revision, not by commit: only then the client notes in its cache what the revision means offline.
         return Path(api.hf_hub_download(source.location, name, revision=source.revision))
 
-    files = {file.rfilename: file.size for file in info.siblings or ()}
+    # a name that cannot be printed is none that a model needs
+    files = {file.rfilename: file.size for file in info.siblings or () if file.rfilename.isprintable()}
     return _Place(files, fetch, info.sha)
 
 

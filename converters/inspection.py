@@ -5,7 +5,7 @@ reversing one step exactly (:mod:`rwkv_rev.numerics`).
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from rwkv_rev.converters.hub import resolve
 from rwkv_rev.converters.names import tensor_table
 from rwkv_rev.converters.reading import Checkpoint, open_checkpoint
 from rwkv_rev.converters.source import parse_source
+from rwkv_rev.converters.wrappers import note_on_wrappers
 from rwkv_rev.errors import CheckpointError
 from rwkv_rev.numerics import bits_forgotten_per_step
 
@@ -30,8 +31,9 @@ QUANTILES = {"min": 0.0, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "99 %": 0.99
 class Inspection:
     """Facts about a checkpoint; ``bits_forgotten[layer][i]``, bits per step, is ``quantile_names[i]``.
 
-    ``config`` and ``log_decays`` (per layer log w, float32, as stored) are for further calculations
-    (:mod:`rwkv_rev.forecast`, :mod:`rwkv_rev.numerics`) and no part of :meth:`to_dict`.
+    ``notes`` say what people should know of how it was read. ``config`` and ``log_decays`` (per layer log w, float32,
+    as stored) are for further calculations (:mod:`rwkv_rev.forecast`, :mod:`rwkv_rev.numerics`) and no part of
+    :meth:`to_dict`.
     """
 
     source: str
@@ -51,13 +53,14 @@ class Inspection:
     bits_forgotten: tuple[tuple[float, ...], ...]
     config: RwkvRevConfig = field(repr=False, compare=False)
     log_decays: tuple[torch.Tensor, ...] = field(repr=False, compare=False)
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         values = {
             f.name: getattr(self, f.name) for f in fields_of(self) if f.name not in ("config", "log_decays")
         }
-        values["dtypes"] = dict(self.dtypes)
+        values["dtypes"], values["notes"] = dict(self.dtypes), list(self.notes)
         names = values.pop("quantile_names")
         rows = values.pop("bits_forgotten")
         return values | {"bits_forgotten_per_step": [dict(zip(names, row, strict=True)) for row in rows]}
@@ -98,7 +101,13 @@ def inspect_source(
         architecture = detect(checkpoint)
         config = architecture.to_config()
         names = {row.name: row.foreign for row in tensor_table(config, architecture.layout)}
-        return _inspection(str(parsed), architecture.layout, config, checkpoint, names)
+        found = _inspection(str(parsed), architecture.layout, config, checkpoint, names)
+        return replace(found, notes=notes_on(checkpoint))
+
+
+def notes_on(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What people are told of how a checkpoint was read."""
+    return (note_on_wrappers(checkpoint.wrappers),) if checkpoint.wrappers else ()
 
 
 def _inspection(

@@ -19,6 +19,9 @@ from rwkv_rev.configuration import RwkvRevConfig
 Layout = Literal["blinkdl", "transformers", "v5-hub"]
 LAYOUTS: tuple[Layout, ...] = ("blinkdl", "transformers", "v5-hub")
 
+HEAD, EMBEDDINGS = "head.weight", "model.embeddings.weight"
+"""Ours, and one tensor where a model's ``tie_word_embeddings`` is true: then a file may hold the second alone."""
+
 _ALL = ("4", "5.0", "5.1", "5.2")
 _HEADS = ("5.0", "5.1", "5.2")
 _GATE = ("5.1", "5.2")

@@ -1,7 +1,8 @@
 """Read checkpoints tensor by tensor: PyTorch files, safetensors, and both in shards with an index.
 
 Files are memory-mapped, so opening costs the pages of the header and each tensor the pages it covers, which
-the system can drop again. PyTorch files are unpickled with ``weights_only=True``: tensors only, no code.
+the system can drop again. PyTorch files are unpickled with ``weights_only=True``: tensors only, no code; what is
+read of them is compared with the file's checksums (:mod:`rwkv_rev.converters.zip_records`).
 
 Limit: the pickle layout of PyTorch before 1.6 cannot be mapped; such a file is held in memory whole, one
 shard at a time (each is loaded once for its names, and once more when read in the order of
@@ -9,7 +10,6 @@ shard at a time (each is loaded once for its names, and once more when read in t
 """
 
 import hashlib
-import json
 import pickle
 import threading
 from abc import ABC, abstractmethod
@@ -23,12 +23,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from rwkv_rev.converters.hub import LocalCheckpoint
+from rwkv_rev.converters.safe_input import read_object
 from rwkv_rev.converters.selection import one_line, some, weight_map
 from rwkv_rev.converters.sniff import sniff
+from rwkv_rev.converters.wrappers import plain_names
+from rwkv_rev.converters.zip_records import ZipRecords
 from rwkv_rev.errors import CheckpointError
+from rwkv_rev.printable import shortened
 
 HASH_BLOCK = 1 << 22  # bytes read at a time; fewer make the threads wait for each other more often
 FINITE_BLOCK = 1 << 22  # values checked at a time
+MOST_NAME = 512  # characters of a tensor's name; no layout comes near
 
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -81,24 +86,34 @@ class _File(ABC):
 class Checkpoint:
     """An open checkpoint: the names, shapes and dtypes of its tensors, and the tensors one at a time.
 
-    Use as a context manager. Names are the file's own (foreign) names, in file order.
+    Use as a context manager. Names are the file's own (foreign) names, in file order, without the prefixes that
+    wrappers put before them.
 
     Attributes:
         files: the weight files, in the order of their index or name.
         config: the ``config.json`` beside the weights; empty where there is none. A hint only.
+        wrappers: the prefixes that were taken from names, outermost first; empty where there were none.
     """
 
-    def __init__(self, files: list[_File], config: dict[str, Any]) -> None:
+    def __init__(self, files: list[_File], config: dict[str, Any], *, unwrap: bool = True) -> None:
         self.files = tuple(file.path for file in files)
         self.config = config
         self._files = files
-        self._home: dict[str, _File] = {}
+        self._home: dict[str, tuple[_File, str]] = {}  # by plain name: the file, and the name in it
+        homes: dict[str, _File] = {}
         for file in files:
             for name in file.infos:
-                if name in self._home:
-                    where = f"{self._home[name].path.name} and {file.path.name}"
+                if len(name) > MOST_NAME:
+                    raise CheckpointError(
+                        f"{file.path} has a tensor with an impossible name, {shortened(name)}"
+                    )
+                if name in homes:
+                    where = f"{homes[name].path.name} and {file.path.name}"
                     raise CheckpointError(f"{name} is in two shards, {where}; download the checkpoint again")
-                self._home[name] = file
+                homes[name] = file
+        plain, self.wrappers = plain_names(self.files[0], homes) if unwrap else ({n: n for n in homes}, ())
+        for name, stored in plain.items():
+            self._home[name] = (homes[stored], stored)
 
     def __enter__(self) -> Self:
         return self
@@ -117,9 +132,14 @@ class Checkpoint:
         """Names of all tensors, in file order: the order in which reading touches each file once."""
         return tuple(self._home)
 
+    def stored_name(self, name: str) -> str:
+        """The name in the file, with what wrappers put before it."""
+        return self._home[name][1]
+
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype of ``name`` without reading it (KeyError if there is no such tensor)."""
-        return self._home[name].infos[name]
+        file, stored = self._home[name]
+        return file.infos[stored]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of ``name`` as stored."""
@@ -135,38 +155,42 @@ class Checkpoint:
 
     def file_of(self, name: str) -> Path:
         """The file that holds ``name``."""
-        return self._home[name].path
+        return self._home[name][0].path
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor as stored, contiguous; mapped from the file where the format allows: only read it."""
-        file = self._home[name]
+        file, stored = self._home[name]
         for other in self._files:
             if other is not file:
                 other.release()
-        return file.tensor(name).contiguous()
+        return file.tensor(stored).contiguous()
 
     def sha256(self, stop: threading.Event | None = None) -> dict[str, str]:
         """SHA-256 of each weight file, by file name; reads every file once. Setting ``stop`` ends it early."""
         return {path.name: file_sha256(path, stop) for path in self.files}
 
 
-def open_checkpoint(local: LocalCheckpoint) -> Checkpoint:
+def open_checkpoint(local: LocalCheckpoint, *, unwrap: bool = True) -> Checkpoint:
     """Open a checkpoint that :func:`rwkv_rev.converters.hub.resolve` found.
+
+    Args:
+        local: its files.
+        unwrap: take the prefixes of wrappers from the names.
 
     Raises:
         CheckpointError: if a file is damaged or of a foreign kind, holds anything but tensors, or the shards
-            do not match their index.
+            do not match their index; if its config.json is damaged; if two names are one without their prefixes.
     """
-    config = _read_config(local.directory)
+    config = {} if local.directory is None else read_object(local.directory / "config.json")
     files: list[_File] = []
     try:
         for path in local.files:
             files.append(_open_file(path))
             if len(local.files) > 1:
                 files[-1].release()
-        checkpoint = Checkpoint(files, config)
+        checkpoint = Checkpoint(files, config, unwrap=unwrap)
         if local.index is not None:
-            _check_index(local.index, checkpoint)
+            _check_index(local.index, files)
         if not checkpoint.names():
             raise CheckpointError(f"{local.files[0]} holds no tensors")
     except BaseException:
@@ -215,28 +239,17 @@ def file_sha256(path: Path, stop: threading.Event | None = None) -> str:
     return digest.hexdigest()
 
 
-def _check_index(index: Path, checkpoint: Checkpoint) -> None:
+def _check_index(index: Path, files: list[_File]) -> None:
     entries = weight_map(index)
-    missing = [name for name in entries if name not in checkpoint._home]
+    holders = {name: file.path for file in files for name in file.infos}
+    missing = [name for name in entries if name not in holders]
     if missing:
         raise CheckpointError(
-            f"{entries[missing[0]]} lacks {some(missing)}, which {index.name} says it holds"
+            f"{shortened(entries[missing[0]])} lacks {some(missing)}, which {index.name} says it holds"
         )
-    leftover = [name for name in checkpoint.names() if name not in entries]
+    leftover = [name for name in holders if name not in entries]
     if leftover:
-        raise CheckpointError(
-            f"{checkpoint.file_of(leftover[0])} holds {some(leftover)}, not in {index.name}"
-        )
-
-
-def _read_config(directory: Path | None) -> dict[str, Any]:
-    if directory is None or not (directory / "config.json").is_file():
-        return {}
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # a hint that cannot be read is no hint: tensors decide
-    return config if isinstance(config, dict) else {}
+        raise CheckpointError(f"{holders[leftover[0]]} holds {some(leftover)}, not in {index.name}")
 
 
 def _open_file(path: Path) -> _File:
@@ -257,7 +270,7 @@ class _SafetensorsFile(_File):
             view = self._handle.get_slice(name)
             dtype = _SAFETENSORS_DTYPES.get(view.get_dtype())
             if dtype is None:
-                raise CheckpointError(f"{path}: {name} has the unknown dtype {view.get_dtype()}")
+                raise CheckpointError(f"{path}: {shortened(name)} has the unknown dtype {view.get_dtype()}")
             self.infos[name] = TensorInfo(tuple(view.get_shape()), dtype)
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -274,12 +287,17 @@ class _TorchFile(_File):
     def __init__(self, path: Path, *, mapped: bool) -> None:
         self.path = path
         self.mapped = mapped
+        self._records = ZipRecords(path) if mapped else None
         self._state: dict[str, torch.Tensor] | None = _load(path, mapped)
+        if self._records is not None:
+            self._records.find_storages()
         self.infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in self._state.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
         if self._state is None:
             self._state = _load(self.path, self.mapped)
+        if self._records is not None:
+            self._records.check(name)
         return self._state[name]
 
     def release(self) -> None:
@@ -317,11 +335,23 @@ def _refuse_other_than_tensors(path: Path, state: Mapping[Any, Any]) -> None:
         )
     for key, value in state.items():
         if isinstance(value, Mapping) and any(isinstance(item, torch.Tensor) for item in value.values()):
-            raise CheckpointError(f"{path} nests its tensors under {key!r}; save that dictionary alone")
+            raise CheckpointError(
+                f"{path} nests its tensors under {_quoted(key)}; save that dictionary alone"
+            )
     for key, value in state.items():
         if not isinstance(key, str):
-            raise CheckpointError(f"{path} has the key {key!r}, which is no tensor name")
+            raise CheckpointError(f"{path} has the key {_quoted(key)}, which is no tensor name")
         if not isinstance(value, torch.Tensor):
-            raise CheckpointError(f"{path}: {key} is a {type(value).__name__}, not a tensor; remove it")
+            raise CheckpointError(
+                f"{path}: {shortened(key)} is a {type(value).__name__}, not a tensor; remove it"
+            )
         if value.layout != torch.strided:
-            raise CheckpointError(f"{path}: {key} is a sparse tensor; save it dense")
+            raise CheckpointError(f"{path}: {shortened(key)} is a sparse tensor; save it dense")
+        if value.device.type != "cpu":
+            raise CheckpointError(f"{path}: {shortened(key)} has no values (device {value.device})")
+
+
+def _quoted(key: object) -> str:
+    """A key as Python writes it; of a container the type alone, which may hold itself many times over."""
+    plain = isinstance(key, str | float | bytes | None) or (isinstance(key, int) and abs(key) < 1 << 64)
+    return shortened(repr(key)) if plain else f"a {type(key).__name__}"

@@ -3,14 +3,15 @@
 The rules stand in :mod:`rwkv_rev.converters.hub`; they look at names and sizes only.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
+from rwkv_rev.converters.safe_input import read_object
 from rwkv_rev.converters.source import WEIGHT_SUFFIXES
 from rwkv_rev.errors import CheckpointError, SourceError
+from rwkv_rev.printable import shortened
 
 INDEX_SUFFIX = ".index.json"
 # What from_pretrained looks for, in its order.
@@ -20,6 +21,8 @@ HUGGING_FACE_WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+
+MOST_LISTED = 50  # names in one message
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 _NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state\w*)\.(bin|pth|pt)")
@@ -62,7 +65,9 @@ def choose_weights(files: Mapping[str, int | None], pattern: str | None, where: 
         )
     shards = sorted(name for name in files if _SHARD.search(name))
     if shards:
-        raise SourceError(f"{where} holds shards such as {shards[0]} but not their {INDEX_SUFFIX}; add it")
+        raise SourceError(
+            f"{where} holds shards such as {shortened(shards[0])} but not their {INDEX_SUFFIX}; add it"
+        )
     raise SourceError(f"{where} holds no weights (*{', *'.join(WEIGHT_SUFFIXES)})")
 
 
@@ -72,16 +77,14 @@ def weight_map(index: Path) -> dict[str, str]:
     Raises:
         CheckpointError: if the file is no index, or names a file outside its own directory.
     """
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{index} is not a readable JSON index: {one_line(error)}") from error
-    entries = content.get("weight_map") if isinstance(content, dict) else None
+    entries = read_object(index).get("weight_map")
     if not isinstance(entries, dict) or not entries or not all(isinstance(v, str) for v in entries.values()):
         raise CheckpointError(f"{index} has no weight_map from tensor names to files")
     for file in entries.values():
         if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts or "\\" in file:
-            raise CheckpointError(f"{index} names {file!r}, which lies outside its directory; refused")
+            raise CheckpointError(
+                f"{index} names {shortened(repr(file))}, which lies outside its directory; refused"
+            )
     return entries
 
 
@@ -98,15 +101,14 @@ def human_size(size: int | None) -> str:
 
 
 def some(names: Sequence[str], count: int = 3) -> str:
-    """The first ``count`` names, and how many more there are."""
+    """The first ``count`` names, each shortened, and how many more there are."""
     more = len(names) - count
-    return ", ".join(names[:count]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(map(shortened, names[:count])) + (f" and {more} more" if more > 0 else "")
 
 
 def one_line(error: BaseException) -> str:
-    """The text of an error in one line of at most 200 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
+    """The text of an error in one line of about 200 characters."""
+    return shortened(" ".join(str(error).split()) or type(error).__name__, 200)
 
 
 def _is_candidate(name: str) -> bool:
@@ -122,4 +124,6 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _listed(names: Sequence[str], files: Mapping[str, int | None]) -> str:
-    return ", ".join(f"{name} ({human_size(files[name])})" for name in names)
+    shown = ", ".join(f"{shortened(name)} ({human_size(files[name])})" for name in names[:MOST_LISTED])
+    more = len(names) - MOST_LISTED
+    return shown + (f" and {more} more" if more > 0 else "")

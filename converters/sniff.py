@@ -7,6 +7,7 @@ Reading those as a pickle gives errors nobody can act on, so they are recognised
 from pathlib import Path
 from typing import Literal
 
+from rwkv_rev.converters.safe_input import refuse_special
 from rwkv_rev.errors import CheckpointError
 
 Format = Literal["torch-zip", "torch-pickle", "safetensors"]
@@ -29,8 +30,10 @@ def sniff(path: Path) -> Format:
     """The format of a weight file.
 
     Raises:
+        SourceError: if it is no regular file.
         CheckpointError: if the file is empty, truncated (safetensors) or something else, naming what it is.
     """
+    refuse_special(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Literal
 
 from rwkv_rev.bundled import BUNDLED, bundled_path
+from rwkv_rev.converters.safe_input import refuse_special
 from rwkv_rev.errors import SourceError
+from rwkv_rev.printable import shortened
 
 BUNDLED_PREFIX = "bundled:"
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
@@ -99,7 +101,7 @@ def _location(text: str) -> str:
 
 def _kind(text: str) -> Kind:
     if not text or "\0" in text or "\n" in text:
-        raise SourceError(f"{text!r} is no source; give {_GRAMMAR}")
+        raise SourceError(f"{shortened(repr(text))} is no source; give {_GRAMMAR}")
     if text.startswith(BUNDLED_PREFIX):
         if _location(text) not in BUNDLED:
             known = ", ".join(BUNDLED_PREFIX + name for name in BUNDLED)
@@ -111,8 +113,7 @@ def _kind(text: str) -> Kind:
             return "directory"
         if path.is_file():
             return "file"
-        if path.exists():
-            raise SourceError(f"{text} is neither a file nor a directory")
+        refuse_special(path)
     except OSError as error:
         raise SourceError(f"{text} cannot be looked at: {error.strerror}") from error
     if re.match(r"\w+://", text):

@@ -1,5 +1,6 @@
 """Configuration of a converted model: one class for RWKV-4, 5.0, 5.1 and 5.2."""
 
+import math
 import warnings
 from typing import Literal
 
@@ -10,6 +11,10 @@ from rwkv_rev.bptt_settings import FORMER_FIELDS
 from rwkv_rev.registration import register_models
 
 Version = Literal["4", "5.0", "5.1", "5.2"]
+MOST_LAYERS = 10_000
+"""A hundred times the deepest published model; whatever is more is a damaged file, and would take for ever to make."""
+MOST_SIZE = 1 << 31
+_SIZES = ("vocab_size", "hidden_size", "num_attention_heads", "head_size", "intermediate_size")
 
 
 @strict
@@ -58,6 +63,7 @@ class RwkvRevConfig(PreTrainedConfig):
     use_cache: bool = True
 
     def __post_init__(self, **kwargs: object) -> None:
+        self._refuse_impossible(kwargs)
         if self.num_attention_heads * self.head_size != self.hidden_size:
             raise ValueError(
                 f"num_attention_heads * head_size = {self.num_attention_heads} * {self.head_size} "
@@ -76,6 +82,19 @@ class RwkvRevConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         # whoever holds a configuration may next ask an Auto class for its model
         register_models()
+
+    def _refuse_impossible(self, further: dict[str, object]) -> None:
+        """Before anything is made by these numbers."""
+        for name in ("num_hidden_layers", *_SIZES):
+            size, most = getattr(self, name), MOST_SIZE if name in _SIZES else MOST_LAYERS
+            if not 1 <= size <= most:
+                raise ValueError(f"{name} = {size} must be from 1 to {most}")
+        for name in ("layer_norm_epsilon", "group_norm_epsilon"):
+            if not (math.isfinite(epsilon := getattr(self, name)) and 0 < epsilon < 1):
+                raise ValueError(f"{name} = {epsilon} must be above 0 and below 1")
+        labels = further.get("num_labels")  # a list of so many names would be made
+        if isinstance(labels, int) and labels > MOST_LAYERS:
+            raise ValueError(f"num_labels = {labels} must be at most {MOST_LAYERS}")
 
     @property
     def layer_types(self) -> list[str]:

@@ -1,14 +1,13 @@
 """Continue a text with a model folder: what ``rwkv-rev generate`` does."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoTokenizer, TextStreamer
+from transformers import TextStreamer
 
 from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.errors import DataError, RwkvRevError
-from rwkv_rev.modeling import RwkvRevForCausalLM
+from rwkv_rev.loading import load_model, load_tokenizer
 
 
 def generate(
@@ -42,12 +41,12 @@ def generate(
     with ConvertedModel(directory):
         pass  # refuses what is not a whole model, in one line
     place = _device(device)
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(directory))
+    tokenizer = load_tokenizer(directory)
     inputs = tokenizer(prompt, return_tensors="pt").to(place)
     if inputs["input_ids"].shape[1] == 0:
         raise DataError("the prompt holds no tokens; give at least one character")
     dtype = torch.float32 if place.type == "cpu" else "auto"
-    model: Any = RwkvRevForCausalLM.from_pretrained(str(directory), dtype=dtype)
+    model = load_model(directory, dtype)
     model.to(place).eval()
     if seed is not None:
         torch.manual_seed(seed)

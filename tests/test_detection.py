@@ -102,8 +102,37 @@ def test_epsilons_come_from_the_configuration(look: Any) -> None:
     state = hf_state_dict("5.2")
     found = look(state, hf_config("5.2") | {"layer_norm_epsilon": 1e-6, "head_size_divisor": 1})
     assert (found.layer_norm_epsilon, found.group_norm_epsilon) == (1e-6, 1e-5)
-    nonsense = look(state, hf_config("5.2") | {"layer_norm_epsilon": "small", "head_size_divisor": None})
-    assert (nonsense.layer_norm_epsilon, nonsense.group_norm_epsilon) == (1e-5, 64e-5)
+    unsaid = look(state, hf_config("5.2") | {"layer_norm_epsilon": None, "head_size_divisor": None})
+    assert (unsaid.layer_norm_epsilon, unsaid.group_norm_epsilon) == (1e-5, 64e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"layer_norm_epsilon": "small"},
+        {"layer_norm_epsilon": float("nan")},
+        {"layer_norm_epsilon": float("inf")},
+        {"layer_norm_epsilon": 0},
+        {"layer_norm_epsilon": -1e-5},
+        {"layer_norm_epsilon": True},
+        {"head_size_divisor": 1e200},
+        {"head_size_divisor": 10**400},
+        {"head_size_divisor": float("nan")},
+        {"head_size_divisor": 0},
+        {"head_size_divisor": 1e-200},
+        {"head_size_divisor": [8]},
+        {"num_hidden_layers": 10**12},
+        {"num_hidden_layers": -1},
+        {"vocab_size": 0},
+        {"hidden_size": 1e3},
+    ],
+    ids=str,
+)
+def test_impossible_numbers_of_the_configuration(look: Any, config: dict[str, Any]) -> None:
+    (name,) = config
+    with pytest.raises(CheckpointError, match=rf"config\.json .*{name} = ") as caught:
+        look(hf_state_dict("5.2"), hf_config("5.2") | config)
+    assert len(str(caught.value)) < 600
 
 
 @pytest.mark.parametrize(
@@ -244,7 +273,6 @@ def test_floating_dtypes(look: Any, dtype: torch.dtype) -> None:
         ("blocks.0.att.key.weight_mx", "quantised by the rwkv package"),
         ("blocks.0.attention.key.weight", "without its head"),
         ("_strategy", "rewritten by the rwkv package"),
-        ("_forward_module.blocks.0.ln1.weight", "prefix"),
         ("model.blocks.0.time_mix.time_decay", "converted model already"),
     ],
 )
@@ -258,6 +286,16 @@ def test_other_kinds_by_name(look: Any, tmp_path: Path, name: str, message: str)
         ):
             detect(checkpoint)
         assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["emb.weight", "head.weight", "blocks.0.ffn.key.weight"])
+def test_nothing_has_no_rows(look: Any, name: str) -> None:
+    state = blinkdl_state_dict("4")
+    if name == "emb.weight":
+        state |= {"emb.weight": torch.zeros(0, 32), "head.weight": torch.zeros(0, 32)}
+    else:
+        state[name] = torch.zeros(0, 32)
+    assert name in refused(look, state)
 
 
 def test_initial_states(look: Any) -> None:

@@ -78,6 +78,7 @@ def test_wrong_files(tmp_path: Path) -> None:
         ({"seed": 2**32}, "seed = 4294967296 must be at most 4294967295"),
         ({"lr": float("nan")}, "lr = nan must be a finite number"),
         ({"lr": float("inf")}, "lr = inf must be a finite number"),
+        ({"epochs": 1e308}, r"epochs = 1e\+308 must be at most"),
         ({"weight_decay": float("nan")}, "weight_decay = nan must be a finite number"),
         ({"epochs": float("inf")}, "epochs = inf must be a finite number"),
         ({"end_token": -5}, "end_token = -5 must be a token id"),

@@ -160,12 +160,11 @@ def test_tensors_outlive_the_checkpoint(tmp_path: Path) -> None:
         assert tensor.sum() == 4999 * 2500
 
 
-def test_unreadable_config_is_no_config(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", [b"{", b"[1]", b"\xff", b'{"a":' * 10_000, b"[" * 10_000], ids=range(5))
+def test_an_unreadable_config_is_refused(tmp_path: Path, text: bytes) -> None:
     torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
-    for text in (b"{", b"[1]", b"\xff"):
-        (tmp_path / "config.json").write_bytes(text)
-        with open_path(tmp_path) as checkpoint:
-            assert checkpoint.config == {}
+    (tmp_path / "config.json").write_bytes(text)
+    assert "config.json is damaged" in refused(lambda: open_path(tmp_path))
 
 
 class TestCheckFinite:

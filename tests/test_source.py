@@ -96,7 +96,7 @@ def test_text_round_trip(here: Path, text: str) -> None:
         ("bundled:", "bundled:rwkv-4"),
         ("https://huggingface.co/BlinkDL/rwkv-5-world", "owner/name"),
         ("x" * 5000, "cannot be looked at"),
-        ("/dev/null", "neither a file nor a directory"),
+        ("/dev/null", "is a device, not a regular file"),
     ],
 )
 def test_refused(text: str, message: str) -> None:

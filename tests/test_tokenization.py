@@ -415,7 +415,7 @@ def test_unreadable_tokenizer_json(content: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("override", ["no/such/directory/at-all", "."])
 def test_paths_without_a_tokenizer(override: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SourceError, match="no tokenizer found") as caught:
+    with pytest.raises(SourceError, match="no tokenizer can be loaded") as caught:
         choose_tokenizer(256, override=override)
     assert "\n" not in str(caught.value)
 

@@ -4,14 +4,15 @@ The file holds ``prompt_bytes`` (token ids to feed) and ``logits_after_last_byte
 last of them). It is the only oracle that knows nothing of any eps: it says what the model's makers saw.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from rwkv_rev.converters.safe_input import read_object
 from rwkv_rev.errors import DataError
+from rwkv_rev.printable import shortened
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,14 @@ def read_expected(path: Path, vocabulary: int) -> ExpectedLogits:
     Raises:
         DataError: it is not JSON of this shape, or made for another vocabulary.
     """
+    content = read_object(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         prompt = torch.tensor(content["prompt_bytes"], dtype=torch.long)
         logits = torch.tensor(content["logits_after_last_byte"], dtype=torch.float64)
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise DataError(f"{path} does not hold prompt_bytes and logits_after_last_byte ({error})") from None
+    except (ValueError, KeyError, TypeError, RuntimeError, OverflowError, RecursionError) as error:
+        raise DataError(
+            f"{path} does not hold prompt_bytes and logits_after_last_byte ({shortened(error)})"
+        ) from None
     if prompt.ndim != 1 or not len(prompt) or prompt.min() < 0 or prompt.max() >= vocabulary:
         raise DataError(f"{path}: prompt_bytes must be token ids below {vocabulary}, at least one")
     if logits.shape != (vocabulary,):

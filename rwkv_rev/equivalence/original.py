@@ -12,7 +12,7 @@ from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.converters.detection import detect
 from rwkv_rev.converters.hub import resolve
-from rwkv_rev.converters.names import Layout, tensor_table
+from rwkv_rev.converters.names import EMBEDDINGS, HEAD, Layout, tensor_table
 from rwkv_rev.converters.reading import Checkpoint, open_checkpoint
 from rwkv_rev.converters.source import Source
 from rwkv_rev.equivalence.expected import expected_path
@@ -128,13 +128,16 @@ def open_original(
         architecture = detect(checkpoint)
         config = architecture.to_config()
         stored = tensor_table(config, architecture.layout)
+        home = {row.name: row.foreign for row in stored}
+        if architecture.tied:
+            home[HEAD] = home[EMBEDDINGS]
 
         def renamed(layout: Layout) -> RenamedTensors:
             table = tensor_table(config, layout)
             return RenamedTensors(
                 checkpoint,
                 {
-                    row.foreign: (here.foreign, row.foreign_shape)
+                    row.foreign: (home[here.name], row.foreign_shape)
                     for row, here in zip(table, stored, strict=True)
                 },
             )
@@ -147,7 +150,7 @@ def open_original(
             transformers_tensors=renamed("transformers") if config.rwkv_version == "4" else None,
             own_tensors=RenamedTensors(
                 checkpoint,
-                {row.name: (row.foreign, row.shape) for row in stored},
+                {row.name: (home[row.name], row.shape) for row in stored},
                 {row.name for row in stored if row.transposed},
             ),
             expected=expected_path(local.files[0]),

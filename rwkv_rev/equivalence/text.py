@@ -6,12 +6,13 @@ figures.
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from rwkv_rev.converters.safe_input import refuse_special
 from rwkv_rev.errors import DataError
+from rwkv_rev.loading import load_tokenizer
 
 # No tokenizer in use makes tokens longer than this on average over a text.
 _CHARACTERS_PER_TOKEN = 16
@@ -30,6 +31,7 @@ def read_text(path: Path) -> str:
     Raises:
         DataError: missing, unreadable or not UTF-8.
     """
+    refuse_special(path, DataError)
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -68,16 +70,4 @@ def _encode(text: str, directory: Path, vocabulary: int) -> list[int]:
         raise DataError(
             f"{directory} has no tokenizer for its {vocabulary} tokens: convert again with --tokenizer"
         )
-    return list(_tokenizer(directory).encode(text, add_special_tokens=False))
-
-
-def _tokenizer(directory: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    import rwkv_rev.tokenization  # noqa: F401 (registers ours)
-
-    try:
-        return AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise DataError(f"cannot load the tokenizer of {directory}: {first_line}") from None
+    return list(load_tokenizer(directory).encode(text, add_special_tokens=False))

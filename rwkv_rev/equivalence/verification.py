@@ -13,7 +13,6 @@ The original is the SOURCE that ``conversion.json`` remembers, or the one given.
 memory, one block in float64, and its logits once, 4*T*V bytes; oracles are read in pieces.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -45,10 +44,10 @@ from rwkv_rev.equivalence.text import default_text, encode_text, read_text
 from rwkv_rev.equivalence.tolerance import NOISE_FACTOR, tolerance
 from rwkv_rev.equivalence.weights import WeightComparison, compare_weights
 from rwkv_rev.errors import RwkvRevError, SourceError
+from rwkv_rev.loading import load_model
 from rwkv_rev.modeling import RwkvRevForCausalLM
 from rwkv_rev.progress import Progress
 
-RECORD_NAME = "conversion.json"
 ORACLE_CHOICES = ("auto", *ORACLES)
 SMALL_MODEL = 50_000_000
 """Parameters below which reversal and gradients are checked unasked (``None``): seconds to minutes on a CPU."""
@@ -108,7 +107,7 @@ def verify_directory(
         ConvertedModel(directory) as converted,
         Progress("verifying", 4, "checks", wanted=progress, scaled=False) as shown,
     ):
-        record = _read_record(directory)
+        record = converted.record
         config = converted.config
         content = read_text(text) if isinstance(text, Path) else default_text() if text is None else text
         needed = max(tokens, *_contexts(reversal, gradients, context).values(), 1)
@@ -328,19 +327,6 @@ def _with_further_checks(
     return replace(report, notes=tuple(notes), **found)
 
 
-def _read_record(directory: Path) -> dict[str, Any]:
-    path = directory / RECORD_NAME
-    if not path.is_file():
-        return {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SourceError(
-            f"{path} cannot be read ({error}); name the original with --original SOURCE"
-        ) from None
-    return record if isinstance(record, dict) else {}
-
-
 def _source(
     directory: Path,
     record: dict[str, Any],
@@ -394,7 +380,8 @@ def _load(directory: Path) -> RwkvRevForCausalLM:
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        return RwkvRevForCausalLM.from_pretrained(str(directory), dtype=torch.float32).eval()
+        model: RwkvRevForCausalLM = load_model(directory, torch.float32).eval()
+        return model
     finally:
         if bars:
             logging.enable_progress_bar()

@@ -12,9 +12,11 @@ GPT-NeoX models were trained with tables of 50277 rows, some padded to a multipl
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from rwkv_rev.converters.safe_input import refuse_special
 from rwkv_rev.errors import CheckpointError, SourceError
+from rwkv_rev.loading import load_tokenizer
 from rwkv_rev.tokenization.byte_level import RwkvByteTokenizer
 from rwkv_rev.tokenization.world import RwkvWorldTokenizer
 
@@ -65,7 +67,7 @@ def choose_tokenizer(
         tokenizer = load_neox(source_directory)
     else:
         tokenizer = load_named(name)
-    highest = max(tokenizer.get_vocab().values())
+    highest = max(tokenizer.get_vocab().values(), default=0)
     if highest >= vocab_size:
         raise CheckpointError(
             f"the {name} tokenizer has ids up to {highest} but the model only {vocab_size} rows: "
@@ -118,15 +120,11 @@ def load_named(name: str) -> PreTrainedTokenizerBase:
         SourceError: when it cannot be found or read.
     """
     path = Path(name)
+    refuse_special(path)
     if path.is_file():
         return RwkvWorldTokenizer(path) if path.suffix == ".txt" else read_tokenizer_json(path)
     if path.is_dir() and not (path / "tokenizer_config.json").is_file():
         for file in NEOX_FILES:
             if (path / file).is_file():
                 return read_tokenizer_json(path / file)
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise SourceError(
-            f"no tokenizer found at {name!r} ({type(error).__name__}): use {CHOICES}"
-        ) from error
+    return load_tokenizer(name)

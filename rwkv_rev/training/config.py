@@ -7,6 +7,7 @@ does not exist is an error that names the nearest one; so is a value of the wron
 import dataclasses
 import difflib
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -17,12 +18,15 @@ from typing import Any, Literal
 import yaml
 
 from rwkv_rev.bptt_settings import BPTT_STRATEGIES, CHUNK_LENGTH, TAPES
+from rwkv_rev.converters.safe_input import refuse_special
 from rwkv_rev.errors import RwkvRevError
+from rwkv_rev.printable import shortened
 
 TUNE = ("full", "lora", "state")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 REPORTERS = ("none", "tensorboard", "wandb", "trackio")
 SCHEDULES = ("constant", "linear", "cosine", "cosine_with_min_lr", "inverse_sqrt", "polynomial")
+MOST_YAML_BYTES = 1 << 20  # PyYAML reads a megabyte in seconds
 DEFAULT_LR = {"full": 1e-4, "lora": 5e-4, "state": 0.1}
 
 
@@ -238,6 +242,8 @@ _MOST: Mapping[str, int] = {
 }
 """A trillion tokens are more than any data holds; numpy's generators take seeds of 32 bits, Windows 61 processes."""
 _DEFAULTS = FinetuneConfig()
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 80, 80
 _TYPES = typing.get_type_hints(FinetuneConfig)
 _ELSEWHERE = {  # transformers' names for the same, to know what was meant
     "learning_rate": "lr",
@@ -270,23 +276,27 @@ def build_config(
     for pair in pairs:
         key, sign, text = pair.partition("=")
         if not sign:
-            raise ConfigError(f"{pair!r} is not key=value")
+            raise ConfigError(f"{shortened(repr(pair))} is not key=value")
         try:
-            values[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{pair!r}: the value is not valid YAML") from error
+            values[key.strip()] = _parse_yaml(text)
+        except ValueError as error:
+            raise ConfigError(f"{shortened(repr(pair))}: the value is not valid YAML") from error
     values |= {key: value for key, value in (options or {}).items() if value is not None}
     return FinetuneConfig(**{_known(key): _typed(key, value) for key, value in values.items()})
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    refuse_special(path, ConfigError)
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
+        if (size := path.stat().st_size) > MOST_YAML_BYTES:
+            raise ConfigError(f"{path} holds no settings: it has {size:,} bytes")
+        values = _parse_yaml(path.read_text("utf-8"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} is not valid YAML: {reason}") from error
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is not valid YAML: {shortened(' '.join(str(error).split()), 300)}"
+        ) from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -299,19 +309,57 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+class _Loader(yaml.SafeLoader):
+    """Without aliases, of which a few lines can make more than memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("settings have no aliases (*name); write the value out")
+        return super().compose_node(parent, index)
+
+
+def _parse_yaml(text: str) -> Any:
+    """What a YAML text says; ValueError for whatever its parser raises."""
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _encodable(text: str) -> bool:
+    """Whether a text can name a file: YAML can write half of a surrogate pair."""
+    try:
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _quoted(value: Any) -> str:
+    """A value as Python writes it, at most two levels of it."""
+    return shortened(_REPR.repr(value))
+
+
 def _known(key: Any) -> str:
     """``key`` itself if it is a setting; dashes are as good as underscores."""
     name = str(key).replace("-", "_")
     if name in _TYPES:
         return name
     (near,) = difflib.get_close_matches(name, [*_TYPES, *_ELSEWHERE], n=1, cutoff=0.0)
-    raise ConfigError(f"{key} is not a setting; did you mean {_ELSEWHERE.get(near, near)}?")
+    raise ConfigError(f"{shortened(key)} is not a setting; did you mean {_ELSEWHERE.get(near, near)}?")
 
 
 def _typed(key: str, value: Any) -> Any:
     """``value`` as its field's type, without guessing across kinds."""
     name = _known(key)
     wanted = _TYPES[name]
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        raise ConfigError(f"{key} is a number of more than 63 bits")
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and not _encodable(text):
+            raise ConfigError(f"{key} = {_quoted(text)} is no text: it holds half a character")
     kinds = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
     if value is None and type(None) in kinds:
         return None
@@ -331,18 +379,13 @@ def _typed(key: str, value: Any) -> Any:
             and not (kind is int and isinstance(value, bool))
         ):
             return value
-    raise ConfigError(f"{key} = {_shortened(value)} must be {_described(name)}")
+    raise ConfigError(f"{shortened(key)} = {_quoted(value)} must be {_described(name)}")
 
 
 def _described(name: str) -> str:
     wanted = _TYPES[name]
     kinds = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
     return " or ".join(_KIND_NAMES.get(kind, "a list of texts") for kind in kinds)
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 _KIND_NAMES: Mapping[Any, Literal["a text", "a whole number", "a number", "true or false", "null"]] = {

@@ -32,11 +32,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from rwkv_rev.errors import DataError
+from rwkv_rev.printable import shortened
 
 PIECE_BYTES = 4 << 20
 _LONGEST_FIELD = (1 << 31) - 1
 _UNITS = {"parquet": "row", "hub": "row", "arrow": "row", "binidx": "document", "json": "record"}
-HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]%:+-]+))?")
+_NAME = r"(?!\.)(?!\S*\.\.)[\w.-]+"  # no part of a path: .. and hidden names are none
+HUB_ID = re.compile(
+    rf"(?P<id>{_NAME}(/{_NAME})?)(/(?P<config>{_NAME}))?(:(?P<split>[\w.\[\]%:+-]+))?", re.ASCII
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class Fields:
             wanted = f"'{pair[0]}' and '{pair[1]}'"
         else:
             wanted = f"'{text}'" if self.text is not None else f"'{text}' (or '{pair[0]}' and '{pair[1]}')"
-        found = ", ".join(sorted(present)[:12]) or "nothing"
+        found = ", ".join(map(shortened, sorted(present)[:12])) or "nothing"
         raise DataError(f"{where}: no field {wanted}; found: {found}")
 
 
@@ -112,8 +116,8 @@ def place(source: str, line: int, unit: str = "line") -> str:
 
 def one_line(error: BaseException) -> str:
     """An exception as one short line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+    text = shortened(" ".join(str(error).split()), 300)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 @dataclass(frozen=True)

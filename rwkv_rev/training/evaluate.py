@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.errors import DataError
+from rwkv_rev.loading import load_model, load_tokenizer
 from rwkv_rev.loss import IGNORE, LOGITS_AT_ONCE
 from rwkv_rev.progress import Progress
 from rwkv_rev.training.documents import Fields
-from rwkv_rev.training.launch import choose_device, load_tokenizer
+from rwkv_rev.training.launch import choose_device
 from rwkv_rev.training.token_cache import load_tokens
 from rwkv_rev.training.token_store import TokenStore
 from rwkv_rev.training.tuning import language_model
@@ -195,8 +196,6 @@ def evaluate_directory(
         SourceError, CheckpointError: if the folder is not a whole model. DataError: for unusable data.
         RwkvRevError: for a device or dtype that is not there.
     """
-    from rwkv_rev.modeling import RwkvRevForCausalLM
-
     with ConvertedModel(directory) as source:  # refuses what is not a whole model
         vocab_size = source.config.vocab_size
     place, arithmetic = choose_device(device, dtype)
@@ -210,7 +209,7 @@ def evaluate_directory(
         cache_dir=cache_dir,
         progress=progress,
     )
-    model: Any = RwkvRevForCausalLM.from_pretrained(str(directory), dtype=torch.float32)
+    model = load_model(directory, torch.float32)
     model = model.to(place)
     result = evaluate_documents(
         model,

@@ -17,11 +17,11 @@ import torch.distributed as dist
 from transformers import set_seed
 
 from rwkv_rev.converters.publish import publish
-from rwkv_rev.modeling import RwkvRevForCausalLM
+from rwkv_rev.loading import load_model, load_tokenizer
 from rwkv_rev.training.callbacks import Bar, Log, NothingLeft, StopAtBadLoss, StopWhenNothingIsLeft, read_log
 from rwkv_rev.training.config import FinetuneConfig, build_config
 from rwkv_rev.training.evaluate import count_token_bytes
-from rwkv_rev.training.launch import first_process, load_tokenizer
+from rwkv_rev.training.launch import first_process
 from rwkv_rev.training.memory import MemoryInUse
 from rwkv_rev.training.planning import Plan, plan
 from rwkv_rev.training.saving import save_finetuned
@@ -162,7 +162,7 @@ def _train(planned: Plan, args: Any, where: Whereabouts, notify: Notify, quiet: 
     weights = torch.float32
     if config.tune != "full" and planned.dtype != "float32":
         weights = getattr(torch, planned.dtype)  # frozen weights need no more than the arithmetic
-    model = RwkvRevForCausalLM.from_pretrained(config.model, dtype=weights)
+    model = load_model(config.model, weights)
     model.set_bptt(config.bptt, chunk_length=config.chunk_length, tape=config.tape, tape_dir=config.tape_dir)
     tuned = apply_tuning(model, config)
     trainable, total = count_parameters(tuned)

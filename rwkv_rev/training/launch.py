@@ -1,16 +1,14 @@
-"""Where a run takes place: its device, its dtype, its tokenizer, and being one of several processes."""
+"""Where a run takes place: its device, its dtype, and being one of several processes."""
 
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from rwkv_rev.errors import RwkvRevError, SourceError
+from rwkv_rev.errors import RwkvRevError
 from rwkv_rev.training.config import DTYPES
 
 
@@ -96,19 +94,3 @@ def own_device(device: str) -> torch.device:
     if device != "cuda":
         return torch.device(device)
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-
-
-def load_tokenizer(directory: str | Path) -> Any:
-    """The tokenizer of a model folder.
-
-    Raises:
-        SourceError: if it holds none.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(directory))
-    except (OSError, ValueError) as error:
-        raise SourceError(
-            f"{directory} holds no tokenizer; convert the model again with --tokenizer"
-        ) from error

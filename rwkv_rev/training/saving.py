@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.card import model_card
-from rwkv_rev.converters.converted import RECORD_NAME, ConvertedModel
+from rwkv_rev.converters.converted import RECORD_NAME, ConvertedModel, read_record
 from rwkv_rev.converters.rewriter import Entry, plan_shards, write_shards
 from rwkv_rev.converters.safe_output import whole_directory
+from rwkv_rev.loading import load_config
 from rwkv_rev.training.config import FinetuneConfig
 from rwkv_rev.training.plots import has_matplotlib, plot_losses
 from rwkv_rev.training.tuning import merged
@@ -62,7 +62,7 @@ def save_finetuned(
         for file in sorted(source.iterdir()):
             if file.is_file() and not file.name.startswith(_NOT_COPIED):
                 shutil.copyfile(file, folder / file.name)
-        model_config = RwkvRevConfig.from_pretrained(str(source))
+        model_config = load_config(source)
         model_config.dtype = dtype
         model_config.has_initial_state = any(name.startswith("model.initial_wkv.") for name in tensors)
         model_config.save_pretrained(str(folder))
@@ -113,8 +113,7 @@ def _save_adapter(model: Any, folder: Path, base: str) -> None:
 
 
 def _record(source: Path, planned: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
-    path = source / RECORD_NAME
-    record = json.loads(path.read_text("utf-8")) if path.is_file() else {"source": source.name}
+    record = {"source": source.name} | read_record(source)
     run = {
         "settings": public(planned)["settings"],
         "steps": result["steps"],

@@ -6,14 +6,15 @@ believes to have trained on it. Loads no dataset and opens no data file.
 """
 
 import glob
-import json
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from rwkv_rev.errors import DataError
+from rwkv_rev.converters.safe_input import read_object, refuse_special
+from rwkv_rev.errors import CheckpointError, DataError, SourceError
+from rwkv_rev.printable import shortened
 from rwkv_rev.training.documents import HUB_ID, DataSource, one_line
 
 KIND_OF_SUFFIX = {
@@ -67,7 +68,8 @@ def _expand(item: str, skipped: Skipped) -> list[DataSource]:
                 f"{item}: not a dataset id; write hf:owner/name, hf:owner/name/config or hf:owner/name:split"
             )
         return [DataSource("hub", item)]
-    path = Path(item).expanduser()
+    path = _expanded(item)
+    refuse_special(path, DataError)
     if (saved := _saved_dataset(path)) is not None:
         return [saved]
     if path.is_dir():
@@ -86,6 +88,13 @@ def _expand(item: str, skipped: Skipped) -> list[DataSource]:
     if match and "/" in match["id"] and _kind(path) is None and not item.startswith("."):
         return [DataSource("hub", item)]
     raise DataError(f"{item}: no such file or folder; give {READABLE}")
+
+
+def _expanded(item: str) -> Path:
+    try:
+        return Path(item).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise DataError(f"{item}: {one_line(error)}") from error
 
 
 def _from_directory(folder: Path, skipped: Skipped) -> list[DataSource]:
@@ -124,11 +133,13 @@ def _saved_dataset(folder: Path) -> DataSource | None:
     if not splits.is_file():
         return None
     try:
-        names = [str(name) for name in json.loads(splits.read_text("utf-8"))["splits"]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        names = [str(name) for name in read_object(splits)["splits"]]
+    except (SourceError, CheckpointError, KeyError, TypeError) as error:
         raise DataError(f"{splits}: not a saved dataset: {one_line(error)}") from error
     if "train" not in names:
-        raise DataError(f"{folder}: has no split train; name one of its folders: {', '.join(names[:12])}")
+        raise DataError(
+            f"{folder}: has no split train; name one of its folders: {', '.join(map(shortened, names[:12]))}"
+        )
     return DataSource("arrow", str(folder / "train"), folder / "train")
 
 
