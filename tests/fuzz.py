@@ -252,6 +252,16 @@ def _jsonl(folder: Path) -> Path:
     return folder / "data.jsonl"
 
 
+def _json(folder: Path) -> Path:
+    (folder / "data.json").write_text(json.dumps([{"text": f"line {i}", "n": [i]} for i in range(4)]))
+    return folder / "data.json"
+
+
+def _csv(folder: Path) -> Path:
+    (folder / "data.csv").write_text('n,text\n1,some words\n2,"more, of\nthem"\n3,the last\n')
+    return folder / "data.csv"
+
+
 def _yaml(folder: Path) -> Path:
     settings = {
         "model": "model",
@@ -292,6 +302,8 @@ FORMATS: dict[str, Format] = {
     ".pth before 1.6": Format(_pth(False), damage_pth, _reading("s.pth", CONVERTERS)),
     "binidx": Format(_binidx, damage_idx, _reading("data.idx", DATA_READERS)),
     "jsonl": Format(_jsonl, damage_lines, _reading("data.jsonl", DATA_READERS)),
+    "json": Format(_json, damage_json, _reading("data.json", DATA_READERS)),
+    "csv": Format(_csv, damage_bytes, _reading("data.csv", DATA_READERS)),
     "YAML": Format(_yaml, damage_yaml, (("finetune", "--config", "run.yaml", "--dry-run"),)),
 }
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rwkv_rev.converters.safe_input import read_object
-from rwkv_rev.errors import DataError
+from rwkv_rev.errors import CheckpointError, DataError
 from rwkv_rev.printable import shortened
 
 
@@ -36,11 +36,11 @@ def read_expected(path: Path, vocabulary: int) -> ExpectedLogits:
     Raises:
         DataError: it is not JSON of this shape, or made for another vocabulary.
     """
-    content = read_object(path)
     try:
+        content = read_object(path)
         prompt = torch.tensor(content["prompt_bytes"], dtype=torch.long)
         logits = torch.tensor(content["logits_after_last_byte"], dtype=torch.float64)
-    except (ValueError, KeyError, TypeError, RuntimeError, OverflowError, RecursionError) as error:
+    except (CheckpointError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
         raise DataError(
             f"{path} does not hold prompt_bytes and logits_after_last_byte ({shortened(error)})"
         ) from None
