@@ -32,7 +32,7 @@ def finetune(model: Path, data: Path, output: Path) -> list[str]:
     return [
         *("finetune", str(model), "--data", str(data)),
         *("--output", str(output), "--cache-dir", str(data.parent / "cache"), "--device", "cpu"),
-        *("--context-length", "128", "--chunk-length", "50", "--batch-size", "2", "--grad-accum", "2"),
+        *("--context-length", "64", "--chunk-length", "25", "--batch-size", "2", "--grad-accum", "2"),
         *("--max-steps", str(STEPS), "--save-every", "2", "--resume", "auto"),
         *("--tune", "lora", "--set", "lora_dropout=0.1", "--set", "lora_rank=4"),
     ]

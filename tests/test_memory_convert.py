@@ -1,4 +1,4 @@
-"""Converting a checkpoint of 1 GB needs no more memory of its own than one shard and one tensor.
+"""Converting a checkpoint of 0.5 GB needs no more memory of its own than one shard and one tensor.
 
 What counts is anonymous memory (RssAnon): pages of the mapped source and of written files belong to the
 system's cache, which drops them when memory is short.
@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-SHARD = 200_000_000
+SHARD = 80_000_000
 WORKER = """
 import json, shutil, sys, threading, time
 import torch
@@ -50,8 +50,8 @@ print(json.dumps({"growth": peak - before, "seconds": seconds, "shards": len(res
 
 
 def synthetic(path: Path) -> dict[str, int]:
-    """A 1 GB RWKV-5.2 in bfloat16 as ``.pth``; zeros, which take memory only on the disk."""
-    D, H, V, F, layers = 2048, 32, 65536, 7168, 5
+    """A 0.5 GB RWKV-5.2 in bfloat16 as ``.pth``; zeros, which take memory only on the disk."""
+    D, H, V, F, layers = 2048, 32, 32768, 7168, 2
     shapes: dict[str, tuple[int, ...]] = {"emb.weight": (V, D), "head.weight": (V, D)}
     vectors = [f"{name}.{end}" for name in ("ln1", "ln2", "att.ln_x") for end in ("weight", "bias")]
     for i in range(layers):
@@ -82,10 +82,10 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-def test_anonymous_memory_while_converting_1_gb(folder: Path) -> None:
+def test_anonymous_memory_while_converting(folder: Path) -> None:
     sizes = synthetic(folder / "big.pth")
     total, largest = sum(sizes.values()), max(sizes.values())
-    assert total > 1e9
+    assert total > 4e8
     for dtype, written in (("auto", total), ("float32", 2 * total)):
         done = subprocess.run(
             [sys.executable, "-c", WORKER, folder / "big.pth", folder / "model", str(SHARD), dtype],

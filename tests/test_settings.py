@@ -45,7 +45,7 @@ def test_a_huge_value_is_shown_in_short() -> None:
     ("changes", "message"),
     [
         ({"epochs": 1e300}, "epochs = 1e\\+300 must be at most"),
-        ({"max_steps": 10**30}, "max_steps = 1000000000000000000000000000000 must be at most"),
+        ({"max_steps": 10**30}, "max_steps is a number of more than 63 bits"),
         ({"batch_size": 10**12}, "batch_size = 1000000000000 must be at most"),
         ({"grad_accum": 10**18}, "grad_accum = 1000000000000000000 must be at most"),
         ({"num_workers": 10_000}, "num_workers = 10000 must be at most 61"),

@@ -56,7 +56,7 @@ def test_out_of_memory(config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch, 
             finetune(config)
     text = str(caught.value)
     assert "\n" not in text and "checkpoint-2 is kept: the same command with --resume auto" in text
-    for remedy in ("--chunk-length than 128", "--set checkpoint_blocks=true", "--tape disk"):
+    for remedy in ("--chunk-length than 64", "--set checkpoint_blocks=true", "--tape disk"):
         assert remedy in text
     config.resume, config.chunk_length, config.checkpoint_blocks = "auto", 64, True
     finetune(config)

@@ -39,11 +39,11 @@ def test_trained_weights_are_counted_from_headers(
 @pytest.mark.parametrize(
     ("changes", "strategy", "at_once"),
     [
-        ({"chunk_length": 512}, "full", 512),
-        ({}, "reversible", 128),
-        ({"bptt": "full"}, "full", 512),
-        ({"bptt": "reversible-lossy"}, "reversible", 128),
-        ({"bptt": "truncated"}, "truncated", 128),
+        ({"chunk_length": 256}, "full", 256),
+        ({}, "reversible", 64),
+        ({"bptt": "full"}, "full", 256),
+        ({"bptt": "reversible-lossy"}, "reversible", 64),
+        ({"bptt": "truncated"}, "truncated", 64),
     ],
 )
 def test_auto_is_what_the_model_will_choose(
@@ -88,7 +88,7 @@ def test_warns_before_it_refuses(
     assert not any("GB are free" in note for note in planned.notes)
     need = planned.memory.device
     monkeypatch.setattr(memory, "free_memory", lambda device: int(0.9 * need))
-    assert any("128 tokens at once need about" in note for note in plan(config).notes)
+    assert any("64 tokens at once need about" in note for note in plan(config).notes)
     monkeypatch.setattr(memory, "free_memory", lambda device: int(0.5 * need))
     with pytest.raises(StrategyError, match="use a shorter --chunk-length, a smaller --batch-size"):
         plan(config)
