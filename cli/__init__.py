@@ -7,14 +7,15 @@ function's body, so that ``rwkv-rev --help`` stays instant.
 
 import importlib
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from types import FrameType
 from typing import NoReturn
 
 import typer
+
+from rwkv_rev.cli.stopping import exit_code, install_handlers
+from rwkv_rev.errors import RwkvRevError, options_in_messages
 
 # name, one line of help; the function is rwkv_rev.cli.<name>.<name>
 COMMANDS = (
@@ -22,6 +23,7 @@ COMMANDS = (
     ("convert", "Rewrite a checkpoint as a verified Hugging Face model folder."),
     ("verify", "Prove that a converted model computes what its original computes."),
     ("export", "Write a converted model back in the original layouts, bit for bit."),
+    ("publish", "Upload a model folder to the Hub, without the paths of this machine."),
     ("generate", "Continue a text with a converted model."),
     ("finetune", "Train a model on your data, with the exact gradient of the whole context."),
     ("eval", "Bits per byte and perplexity by position in the context."),
@@ -49,6 +51,7 @@ def build_app(requested: str | None = None) -> typer.Typer:
     return app
 
 
+@options_in_messages()
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave the process with its exit code.
 
@@ -58,8 +61,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     arguments = list(sys.argv[1:] if argv is None else argv)
     _quiet_libraries()
     warnings.showwarning = _show_warning
-    if hasattr(signal, "SIGTERM"):
-        signal.signal(signal.SIGTERM, _terminate)  # so that half-written outputs are removed
+    install_handlers()
     completing = "_RWKV_REV_COMPLETE" in os.environ
     requested = next((word for word in arguments if not word.startswith("-")), "")
     try:
@@ -67,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             arguments, prog_name="rwkv-rev"
         )
     except Exception as error:
+        if (code := exit_code()) is not None:  # what fails then fails because of it
+            raise SystemExit(code) from None
         _fail(error)
     raise SystemExit(0)
 
@@ -108,7 +112,6 @@ def _not_loaded() -> None:
 
 
 def _fail(error: Exception) -> NoReturn:
-    from rwkv_rev.errors import RwkvRevError
     from rwkv_rev.printable import one_message
 
     if os.environ.get("RWKV_REV_TRACEBACK") == "1":
@@ -125,7 +128,3 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     from rwkv_rev.printable import one_message
 
     sys.stderr.write(f"warning: {one_message(message)}\n")
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)

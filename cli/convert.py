@@ -7,6 +7,7 @@ import typer
 
 from rwkv_rev.cli import output as out
 from rwkv_rev.cli.options import DEFAULT_SHARD_SIZE, shard_size
+from rwkv_rev.cli.stopping import telling_if_stopped
 from rwkv_rev.converters.source import parse_source
 
 if TYPE_CHECKING:
@@ -80,20 +81,21 @@ def convert(
     from rwkv_rev.converters.conversion import convert as run
 
     try:
-        result = run(
-            source,
-            output,
-            file=file,
-            revision=revision,
-            dtype=dtype,
-            group_norm_eps=group_norm_eps,
-            verify=verify,
-            force=force,
-            max_shard_size=max_shard_size,
-            tokenizer=tokenizer,
-            progress=not quiet,
-            dry_run=dry_run,
-        )
+        with telling_if_stopped(output):
+            result = run(
+                source,
+                output,
+                file=file,
+                revision=revision,
+                dtype=dtype,
+                group_norm_eps=group_norm_eps,
+                verify=verify,
+                force=force,
+                max_shard_size=max_shard_size,
+                tokenizer=tokenizer,
+                progress=not quiet,
+                dry_run=dry_run,
+            )
     except ConversionDiffers as error:
         if as_json:
             out.print_json({"written": False, "verification": error.report.to_dict()})

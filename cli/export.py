@@ -7,6 +7,7 @@ import typer
 
 from rwkv_rev.cli import output as out
 from rwkv_rev.cli.options import DEFAULT_SHARD_SIZE, shard_size
+from rwkv_rev.cli.stopping import telling_if_stopped
 from rwkv_rev.converters.folder import refuse_no_model
 
 
@@ -40,7 +41,8 @@ def export(
     refuse_no_model(directory)  # before anything heavy is imported
     from rwkv_rev.converters.export import export as run
 
-    result = run(directory, output, to=to, force=force, max_shard_size=max_shard_size)
+    with telling_if_stopped(output):
+        result = run(directory, output, to=to, force=force, max_shard_size=max_shard_size)
     if result.note:
         out.note(f"note: {result.note}")
     if as_json:

@@ -1,5 +1,6 @@
 """The model card (README.md) of a converted folder: what it is, where it came from, and that it is equal."""
 
+import re
 from itertools import pairwise
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 import yaml
 
 from rwkv_rev.configuration import RwkvRevConfig
+from rwkv_rev.converters.redaction import file_name, public_text
 
 
 def model_card(
@@ -32,15 +34,15 @@ def model_card(
     if _is_hub(record):
         header["base_model"] = record["source"]
     if training is None:
-        title, values = f"# {name}, reversible", _values(config, record)
+        title, values = f"# {plain(name)}, reversible", _values(config, record)
         last = "## Verification\n\n" + _verification(verification, record)
     else:
-        title, values = f"# {name}, reversible, fine-tuned", "They were fine-tuned; see below."
+        title, values = f"# {plain(name)}, reversible, fine-tuned", "They were fine-tuned; see below."
         last = "## Fine-tuning\n\n" + _table(("field", "value"), training)
     sections = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         title,
-        f"RWKV-{config.rwkv_version} weights of `{name}` in the form that rwkv-rev runs and trains as "
+        f"RWKV-{config.rwkv_version} weights of {plain(name)} in the form that rwkv-rev runs and trains as "
         f"time-reversible cells. {values}",
         _usage(),
         "## Source\n\n" + _table(("field", "value"), _provenance(record)),
@@ -72,7 +74,7 @@ def _is_hub(record: dict[str, Any]) -> bool:
 
 def _source_name(record: dict[str, Any]) -> str:
     source = str(record["source"])
-    return source if _is_hub(record) or source.startswith("bundled:") else source.rstrip("/").split("/")[-1]
+    return source if _is_hub(record) else file_name(source)
 
 
 def _provenance(record: dict[str, Any]) -> list[tuple[str, object]]:
@@ -107,15 +109,26 @@ def _verification(report: Any, record: dict[str, Any]) -> str:
     if report is None:
         return "Not verified at conversion. Run `rwkv-rev verify PATH`."
     # The table is Markdown; each line after its rows becomes a paragraph. No path of this machine goes in.
-    text = str(report.table()).replace(str(record["source"]), _source_name(record))
+    text = public_text(str(report.table()).replace(str(record["source"]), plain(_source_name(record))))
     lines = [line for line in text.splitlines() if line]
     breaks = ["\n" if a[0] == b[0] == "|" else "\n\n" for a, b in pairwise(lines)]
     return "".join(line + end for line, end in zip(lines, [*breaks, ""], strict=True))
 
 
 def _table(columns: tuple[str, ...], rows: list[tuple[str, object]]) -> str:
-    cells = [columns, tuple("---" for _ in columns), *(tuple(map(str, row)) for row in rows)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells)
+    cells = [
+        columns,
+        tuple("---" for _ in columns),
+        *(tuple(plain(str(cell)) for cell in row) for row in rows),
+    ]
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+
+
+def plain(text: str) -> str:
+    """A name as Markdown shows it: no HTML, no link, no code, one line."""
+    shown = "".join(character if character.isprintable() else " " for character in text)
+    shown = shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("://", "&#58;//")
+    return re.sub(r"[\\`*\[\]|~!]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", shown)
 
 
 def _values(config: RwkvRevConfig, record: dict[str, Any]) -> str:

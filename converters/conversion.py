@@ -3,8 +3,8 @@
     find (hub.py) -> open (reading.py) -> detect (detection.py) -> stream (rewriter.py) -> verify -> rename
 
 Beyond the memory-mapped source at most one tensor is held while weights are written. The folder appears
-whole, after verification, or not at all (safe_output.py). ``conversion.json`` in it remembers where the
-weights came from.
+whole, after verification, or not at all (safe_output.py). ``conversion.json`` in it says what the weights came from,
+without the paths of this machine.
 """
 
 import functools
@@ -33,6 +33,7 @@ from rwkv_rev.converters.reading import Checkpoint, open_checkpoint
 from rwkv_rev.converters.rewriter import Entry, Shard, plan_shards, write_shards
 from rwkv_rev.converters.safe_output import check_output, require_space, whole_directory
 from rwkv_rev.converters.source import Source, parse_source
+from rwkv_rev.converters.whereabouts import remember
 from rwkv_rev.errors import CheckpointError, OutputError, VerificationFailed
 from rwkv_rev.progress import Progress
 
@@ -164,6 +165,8 @@ def convert(
             require_space(directory.parent, sum(shard.nbytes for shard in shards))
             with whole_directory(directory, force=force) as folder:
                 report = _fill(folder, directory, local, checkpoint, config, record, shards, settings)
+            if parsed.kind in ("file", "directory"):
+                remember(record, parsed.path)
     return Conversion(
         directory, expected.files, config, record, tuple(shards), report, written=not dry_run, notes=notes
     )
@@ -240,11 +243,14 @@ def _fill(
     if settings.verify:
         from rwkv_rev.equivalence.verification import verify_directory
 
-        report = verify_directory(folder, tokens=VERIFY_TOKENS, progress=settings.progress)
+        # of the Hub's the record names the very commit
+        original = local.source if local.commit is None else None
+        report = verify_directory(folder, original=original, tokens=VERIFY_TOKENS, progress=settings.progress)
         report = replace(report, directory=str(directory))  # the folder has a temporary name until the end
         if not report.passed:
             raise ConversionDiffers(f"{report.summary}; nothing was written (--no-verify writes it)", report)
-    (folder / "README.md").write_text(model_card(config, record, report), encoding="utf-8")
+    public_report = None if report is None else replace(report, original=record["source"])
+    (folder / "README.md").write_text(model_card(config, record, public_report), encoding="utf-8")
     return report
 
 
@@ -276,7 +282,7 @@ def _record(
 
     counts = Counter(str(checkpoint.dtype(name)).removeprefix("torch.") for name in checkpoint.names())
     return {
-        "source": str(local.source.absolute()),
+        "source": _public_name(local.source),
         "file": local.chosen,
         "revision": local.source.revision,
         "commit": local.commit,
@@ -293,6 +299,11 @@ def _record(
             "python": platform.python_version(),
         },
     }
+
+
+def _public_name(source: Source) -> str:
+    """A source as others may read it: of a file or folder of this machine the name alone."""
+    return source.path.resolve().name if source.kind in ("file", "directory") else str(source)
 
 
 def _refuse_overlap(local: LocalCheckpoint, output: Path) -> None:

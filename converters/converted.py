@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import torch
 
-from rwkv_rev.converters.folder import refuse_no_model
+from rwkv_rev.converters.folder import RECORD_NAME, refuse_no_model
 from rwkv_rev.converters.hub import resolve
 from rwkv_rev.converters.names import EMBEDDINGS, HEAD, tensor_table
 from rwkv_rev.converters.reading import open_checkpoint
@@ -17,7 +17,6 @@ from rwkv_rev.errors import CheckpointError
 from rwkv_rev.loading import load_config
 from rwkv_rev.printable import shortened
 
-RECORD_NAME = "conversion.json"
 _TEXT = (str, type(None))
 _RECORD: dict[str, type | tuple[type, ...]] = {
     "source": _TEXT,

@@ -7,7 +7,8 @@ change. Tensors stay memory-mapped while they are written.
 
 Limits: a ``.pth`` has no field for the GroupNorm eps, and the ``rwkv`` package always uses 64e-5
 (``Export.note`` says so where it matters). RWKV-5 needs the remote code of a published repository to run
-from the ``hf`` layout; config.json refers to it, it is not copied.
+from the ``hf`` layout; config.json refers to it, it is not copied. Its tokenizer needs transformers alone
+(:mod:`rwkv_rev.tokenization.fast`).
 """
 
 import json
@@ -18,18 +19,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import AutoTokenizer
 
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.converted import ConvertedModel
+from rwkv_rev.converters.folder import refuse_links, tokenizer_files
 from rwkv_rev.converters.names import TensorNames, hub_layout, tensor_table
 from rwkv_rev.converters.rewriter import Entry, plan_shards, write_shards
+from rwkv_rev.converters.safe_input import read_object
 from rwkv_rev.converters.safe_output import check_output, require_space, whole_directory, whole_file
 from rwkv_rev.errors import OutputError
+from rwkv_rev.tokenization.fast import fast_tokenizer
 
 TARGETS = ("blinkdl", "hf")
 V5_REMOTE_CODE = "RWKV/v5-Eagle-7B-HF"  # a published repository whose code config.json refers to
 DEFAULT_GROUP_NORM_EPS = 64e-5
-_COPIED = ("tokenizer", "special_tokens_map", "vocab", "merges", "added_tokens", "generation_config")
+_OUR_TOKENIZERS = ("RwkvByteTokenizer", "RwkvWorldTokenizer")
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,8 @@ def export(
     inside = Path(directory).resolve()
     if output.resolve() == inside or output.resolve() in inside.parents:
         raise OutputError(f"{output} holds the model itself; choose another --output")
+    if to == "hf":
+        refuse_links(directory)
     with ConvertedModel(directory) as model:
         if to == "hf" and model.config.has_initial_state:
             raise OutputError(
@@ -120,19 +127,34 @@ def _write_pth(model: ConvertedModel, table: tuple[TensorNames, ...], output: Pa
         else model.tensor(row.name).reshape(row.foreign_shape)
         for row in table
     }
-    with whole_file(output, force=force) as path:
+    # a file of Python's: torch's own tells of a full disk as of any other error
+    with whole_file(output, force=force) as path, path.open("wb") as file:
         try:
-            torch.save(state, path)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            raise OutputError(f"cannot write {output}: {error}") from error
+            torch.save(state, file)
+        except RuntimeError as error:
+            if error.__context__ is None:
+                raise
+            raise error.__context__ from None  # what broke the archive, a full disk or Ctrl-C; its end only failed too
 
 
 def _write_companions(model: ConvertedModel, folder: Path) -> None:
     text = json.dumps(hugging_face_config(model.config), indent=2)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-    for file in sorted(model.directory.iterdir()):
-        if file.is_file() and file.name.startswith(_COPIED):
-            shutil.copyfile(file, folder / file.name)
+    files = tokenizer_files(model.directory)
+    if (generation := model.directory / "generation_config.json").is_file():
+        files.append(generation)
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    if read_object(model.directory / "tokenizer_config.json").get("tokenizer_class") in _OUR_TOKENIZERS:
+        for file in tokenizer_files(folder):
+            file.unlink()
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(model.directory))
+        fast_tokenizer(tokenizer).save_pretrained(str(folder))
+    path = folder / "tokenizer_config.json"
+    if (settings := read_object(path)).get("tokenizer_class") == "TokenizersBackend":
+        # its name before transformers 5, which transformers 5 knows too
+        text = json.dumps(settings | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2)
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 def hugging_face_config(config: RwkvRevConfig) -> dict[str, Any]:

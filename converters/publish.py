@@ -1,11 +1,12 @@
-"""Upload a converted folder to the Hub, without the paths of this machine."""
+"""Upload a model folder to the Hub. It was written without the paths of this machine (:mod:`.redaction`)."""
 
 import json
-from pathlib import Path
+import shlex
+from pathlib import Path, PurePath
 
-from rwkv_rev.converters.converted import RECORD_NAME
-from rwkv_rev.converters.source import Source, parse_source
-from rwkv_rev.errors import OutputError, SourceError
+from rwkv_rev.converters.folder import RECORD_NAME
+from rwkv_rev.converters.redaction import public
+from rwkv_rev.errors import OutputError
 
 NOT_UPLOADED = ("training/runs",)  # TensorBoard's event files hold the paths of this machine
 
@@ -33,8 +34,7 @@ def refuse_unpublishable(repository: str) -> None:
 def publish(directory: str | Path, repository: str, *, kind: str = "converted") -> str:
     """Create ``repository`` on the Hub if needed and upload the folder in one commit; return its address.
 
-    ``conversion.json`` is uploaded with the file name only where the source was a local path. ``kind`` is how the
-    model was made, for the commit's message.
+    Hidden files, links and TensorBoard's files stay here. ``kind`` is how the model was made, for the commit's message.
 
     Raises:
         OutputError: if the Hub refuses (not signed in, no right to write) or cannot be reached.
@@ -43,17 +43,13 @@ def publish(directory: str | Path, repository: str, *, kind: str = "converted") 
     from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 
     folder = Path(directory)
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and not path.relative_to(folder).as_posix().startswith(NOT_UPLOADED)
-    )
     operations = [
         CommitOperationAdd(
             path.relative_to(folder).as_posix(),
-            _public_record(path) if path.name == RECORD_NAME else str(path),
+            _record(path) if path.name == RECORD_NAME else str(path),
         )
-        for path in files
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.is_symlink() and _is_uploaded(path.relative_to(folder))
     ]
     api = HfApi()
     try:
@@ -66,22 +62,18 @@ def publish(directory: str | Path, repository: str, *, kind: str = "converted") 
         causes = [error] if error.__cause__ is None else [error, error.__cause__]
         reason = " ".join(" ".join(str(cause) for cause in causes).split())
         raise OutputError(
-            f"the Hub did not take {repository}: {reason}; the folder {directory} is complete: sign in with "
-            f"hf auth login if need be, then hf upload {repository} {directory}"
+            f"the Hub did not take {repository}: {reason}; the folder {directory} is complete: to upload it "
+            f"later: rwkv-rev publish {shlex.quote(str(directory))} {repository} (hf auth login signs in)"
         ) from error
     return str(address)
 
 
-def _public_record(path: Path) -> bytes:
-    record = json.loads(path.read_text(encoding="utf-8"))
-    if _is_local(record["source"]):
-        record["source"] = Path(record["source"]).name
-    return (json.dumps(record, indent=2) + "\n").encode()
+def _is_uploaded(path: PurePath) -> bool:
+    return not path.as_posix().startswith(NOT_UPLOADED) and not any(
+        part.startswith(".") for part in path.parts
+    )
 
 
-def _is_local(text: str) -> bool:
-    try:
-        source: Source = parse_source(text)
-    except SourceError:
-        return True
-    return source.kind in ("file", "directory")
+def _record(path: Path) -> bytes:
+    """As it is written today; older folders say where their source lay."""
+    return (json.dumps(public(json.loads(path.read_text("utf-8"))), indent=2) + "\n").encode()

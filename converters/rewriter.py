@@ -110,18 +110,15 @@ def write_shards(
 
     Raises:
         CheckpointError: for NaN or infinite values, and for values too large for the target dtype.
-        OutputError: if the system refuses to write (disk full, ...).
+        OSError: if the system refuses to write (disk full, ...).
     """
-    try:
-        for shard in shards:
-            _write_shard(shard, folder, read, on_bytes)
-        if len(shards) > 1:
-            weight_map = {entry.name: shard.filename for shard in shards for entry in shard.entries}
-            total = sum(shard.nbytes for shard in shards)
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write the weights: {error.strerror or error}") from error
+    for shard in shards:
+        _write_shard(shard, folder, read, on_bytes)
+    if len(shards) > 1:
+        weight_map = {entry.name: shard.filename for shard in shards for entry in shard.entries}
+        total = sum(shard.nbytes for shard in shards)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_shard(

@@ -5,25 +5,34 @@ by a rename, which POSIX makes atomic inside one folder. Any exception, Ctrl-C i
 written. An existing output is replaced only on request and only at the very end: it is renamed away, the
 new one is renamed in, then the old one is deleted; if the second rename fails the old one comes back.
 
-Limit: a process killed with SIGKILL leaves the hidden temporary folder (``.NAME.*.partial``), never a half
-output.
+A process killed with SIGKILL removes nothing. What it leaves bears the output's name, ``.NAME.*.partial`` and
+``.NAME.*.previous``, beside ``.NAME.lock``, a lock that the system releases with the process: the next writer of
+that output takes the lock, so it knows that nobody uses the rest, brings the old output back where the kill came
+between the two renames, and removes everything else. Where a file system has no locks, nothing is removed. On a
+network disk whose locks do not reach other machines, two of them must not write one output at the same time.
 """
 
+import errno
 import os
+import re
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from rwkv_rev.errors import OutputError
+from filelock import FileLock, Timeout
+
+from rwkv_rev.errors import OutputError, RwkvRevError
 
 
 def check_output(output: Path, *, force: bool, directory: bool) -> None:
     """Refuse an output that exists without ``force``, or that ``force`` must never delete.
 
     With ``force`` a directory is replaced only if it is empty or looks like a model (it holds
-    ``config.json``), so that a mistyped path cannot delete a home folder.
+    ``config.json``), a file only if it is empty or such as ``torch.save`` writes, so that a mistyped path cannot
+    delete a home folder or a letter. Links, devices and pipes are never replaced.
 
     Raises:
         OutputError: naming the output and what would work.
@@ -37,15 +46,17 @@ def check_output(output: Path, *, force: bool, directory: bool) -> None:
             break
     if not os.path.lexists(output):
         return
+    if output.is_symlink():
+        raise OutputError(f"{output} is a link; remove it yourself, or choose another --output")
     if directory and not output.is_dir():
         raise OutputError(f"{output} exists and is not a folder; choose another --output")
     if not directory and output.is_dir():
-        raise OutputError(f"{output} is a folder; give --output the path of a file")
+        raise OutputError(f"{output} is a folder; --output must be the path of a file")
+    if not directory and not stat.S_ISREG(output.lstat().st_mode):
+        raise OutputError(f"{output} is a device or a pipe, not a regular file; choose another --output")
     if not force:
         raise OutputError(f"{output} already exists; pass --force to replace it, or choose another --output")
     if directory:
-        if output.is_symlink():
-            raise OutputError(f"{output} is a link; remove it yourself, or choose another --output")
         if not (output / "config.json").is_file() and any(output.iterdir()):
             raise OutputError(
                 f"{output} is not a model folder (no config.json), so --force does not replace it; "
@@ -54,6 +65,14 @@ def check_output(output: Path, *, force: bool, directory: bool) -> None:
         here = Path.cwd()
         if output.resolve() == here or output.resolve() in here.parents:
             raise OutputError(f"{output} is or holds the current folder; choose another --output")
+    else:
+        with _failures(output), output.open("rb") as file:
+            start = file.read(4)
+        if start not in (b"", b"PK\x03\x04"):
+            raise OutputError(
+                f"{output} is no checkpoint as torch.save writes it, so --force does not replace it; "
+                "choose another --output"
+            )
 
 
 @contextmanager
@@ -61,58 +80,107 @@ def whole_directory(output: str | Path, *, force: bool = False) -> Iterator[Path
     """Context manager that gives a temporary folder and renames it to ``output`` when the block succeeds.
 
     Raises:
-        OutputError: if ``output`` exists and may not be replaced, or the system refuses to write.
+        OutputError: if ``output`` exists and may not be replaced, if another process writes it, or if the system
+            refuses to write (a full disk, no memory left).
     """
-    output = Path(output).absolute()
-    check_output(output, force=force, directory=True)
-    made = _make_parents(output.parent)
-    temporary: Path | None = None
-    try:
-        with _system_errors(output):
-            temporary = Path(
-                tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.", suffix=".partial")
-            )
-            temporary.chmod(0o777 & ~_umask())
-        yield temporary
-        with _system_errors(output):
-            _sync_tree(temporary)
-            _move_into_place(temporary, output, force=force)
-            _sync(output.parent)
-    except BaseException:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        _remove_parents(made)
-        raise
+    yield from _whole(Path(output).absolute(), force=force, directory=True)
 
 
 @contextmanager
 def whole_file(output: str | Path, *, force: bool = False) -> Iterator[Path]:
-    """As :func:`whole_directory` for a single file: gives the path of a temporary file to write.
+    """As :func:`whole_directory` for a single file: gives the path of a temporary file to write."""
+    yield from _whole(Path(output).absolute(), force=force, directory=False)
 
-    Raises:
-        OutputError: if ``output`` exists and may not be replaced, or the system refuses to write.
-    """
-    output = Path(output).absolute()
-    check_output(output, force=force, directory=False)
-    made = _make_parents(output.parent)
-    temporary: Path | None = None
+
+def _whole(output: Path, *, force: bool, directory: bool) -> Iterator[Path]:
+    if not _leftovers(output):  # else an old output may be about to come back
+        check_output(output, force=force, directory=directory)
+    token = secrets.token_hex(4)
+    temporary = output.with_name(f".{output.name}.{token}.partial")
+    made: list[Path] = []
     try:
-        with _system_errors(output):
-            handle, name = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.", suffix=".partial")
-            os.close(handle)
-            temporary = Path(name)
-            temporary.chmod(0o666 & ~_umask())
-        yield temporary
-        with _system_errors(output):
-            _sync(temporary)
-            check_output(output, force=force, directory=False)
-            temporary.replace(output)
-            _sync(output.parent)
+        with _failures(output):
+            _make_parents(output.parent, made)
+            with _only_writer(output) as alone:
+                theirs = "[0-9a-z_]{8}" if alone else token
+                try:
+                    _settle(output, theirs)
+                    check_output(output, force=force, directory=directory)
+                    temporary.mkdir() if directory else temporary.touch(exist_ok=False)
+                    yield temporary
+                    _sync_tree(temporary)
+                    check_output(
+                        output, force=force, directory=directory
+                    )  # again: it may have appeared meanwhile
+                    if directory and output.exists():
+                        output.rename(temporary.with_suffix(".previous"))
+                    temporary.replace(output)
+                    _sync(output.parent)
+                finally:
+                    try:
+                        _settle(output, theirs)
+                    except (KeyboardInterrupt, SystemExit):  # stopped while it cleared up: it still does
+                        _settle(output, theirs)
+                        raise
     except BaseException:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
         _remove_parents(made)
         raise
+
+
+def _leftovers(output: Path, token: str = "[0-9a-z_]{8}") -> list[Path]:
+    """What writers of this output left beside it, or are writing."""
+    theirs = re.compile(rf"\.{re.escape(output.name)}\.{token}\.(partial|previous)")
+    with suppress(OSError):
+        return [path for path in output.parent.iterdir() if theirs.fullmatch(path.name)]
+    return []
+
+
+def _settle(output: Path, token: str) -> None:
+    """Bring an old output back that is away from its place, and remove what else writers left: all, or one of them."""
+    for path in _leftovers(output, token):
+        if path.suffix == ".previous" and not os.path.lexists(output):
+            path.rename(output)
+        else:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+@contextmanager
+def _only_writer(output: Path) -> Iterator[bool]:
+    """Hold the lock of an output; gives False where the file system has no locks.
+
+    Raises:
+        OutputError: if another process holds it.
+    """
+    path = output.with_name(f".{output.name}.lock")
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OutputError(
+            f"{output} is being written by another process; wait for it, or choose another --output"
+        ) from None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        with suppress(OSError):  # Windows removes no file that is open
+            path.unlink()
+        lock.release()
+        if os.name == "nt":
+            with suppress(OSError):
+                path.unlink()
 
 
 def require_space(folder: Path, nbytes: int) -> None:
@@ -127,36 +195,51 @@ def require_space(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise OutputError(
-            f"not enough disk space below {folder}: {nbytes / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free"
+            f"not enough disk space below {folder}: {nbytes / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free"
         )
 
 
-def _move_into_place(temporary: Path, output: Path, *, force: bool) -> None:
-    check_output(output, force=force, directory=True)  # again: it may have appeared in the meantime
-    if not output.exists():
-        temporary.rename(output)
-        return
-    previous = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.", suffix=".previous"))
-    previous.rmdir()
-    output.rename(previous)
+@contextmanager
+def _failures(output: Path) -> Iterator[None]:
+    """One line for a full disk, for memory that ran out, and for whatever else the system refuses."""
     try:
-        temporary.rename(output)
-    except BaseException:
-        previous.rename(output)
+        yield
+    except RwkvRevError:
         raise
-    shutil.rmtree(previous, ignore_errors=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {output}: {_reason(error, output)}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("alloc.*memory|out of memory", str(error)):
+            raise
+        raise OutputError(
+            f"out of memory while {output} was written; nothing of it is kept. Close other programs, or use a "
+            "machine with more memory"
+        ) from error
 
 
-def _make_parents(folder: Path) -> list[Path]:
-    """Create ``folder`` and return what had to be created, innermost first."""
-    made = []
+def _reason(error: OSError, output: Path) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            "the disk is full, or your share of it; nothing of it is kept. Make room, or choose an --output on "
+            "another disk"
+        )
+    if error.errno == errno.EFBIG:
+        return (
+            "a file would be larger than this disk or your account allows; nothing of it is kept. Choose a smaller "
+            "--max-shard-size, or an --output on another disk"
+        )
+    named = error.filename
+    where = f" ({named})" if named and Path(os.fsdecode(named)).parent not in (output.parent, output) else ""
+    return " ".join(f"{error.strerror or error}{where}".split())
+
+
+def _make_parents(folder: Path, made: list[Path]) -> None:
+    """Create ``folder``, and put what had to be created in ``made``, innermost first."""
     missing = folder
     while not missing.exists():
         made.append(missing)
         missing = missing.parent
-    with _system_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    return made
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _remove_parents(made: list[Path]) -> None:
@@ -167,30 +250,17 @@ def _remove_parents(made: list[Path]) -> None:
             return
 
 
-@contextmanager
-def _system_errors(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"cannot write {output}: {error.strerror or error}") from error
-
-
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():
+        return  # there only files can be flushed
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def _sync_tree(folder: Path) -> None:
-    for root, _, files in os.walk(folder):
-        for name in files:
-            _sync(Path(root, name))
-        _sync(Path(root))
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _sync_tree(path: Path) -> None:
+    """A file, or a folder and all that is in it."""
+    for inner in (*path.rglob("*"), path):
+        _sync(inner)

@@ -1,13 +1,62 @@
 """Errors meant for people: one line that says what is wrong and what would work.
 
-The command line prints these without a traceback and exits with :attr:`RwkvRevError.exit_code`.
+The command line prints these without a traceback and exits with :attr:`RwkvRevError.exit_code`. Messages are written
+with its options (``--force``); who calls from Python reads the arguments of the same names (``force=True``).
 """
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_FLAGS = (
+    "force",
+    "dry-run",
+    "pack",
+    "carry-state",
+    "shard-optimizer",
+    "checkpoint-blocks",
+    "reversal",
+    "gradients",
+)
+_OPTION = re.compile(
+    r"(?<![\w-])--(no-)?([a-z]+(?:-[a-z]+)*)(?![\w-])"
+    r"(?: (?:([A-Z]+|world\|[\w|]+)|(auto|none|naive|rwkv|blinkdl|disk|reversible|lora|float32))(?!\w))?"
+)
+_COMMANDS = re.compile(r"\b(rwkv-rev|pip|accelerate|torchrun|hf auth) ")
+_on_command_line = False
+
+
+@contextmanager
+def options_in_messages() -> Iterator[None]:
+    """Inside, messages keep the options of the command line."""
+    global _on_command_line
+    before, _on_command_line = _on_command_line, True
+    try:
+        yield
+    finally:
+        _on_command_line = before
+
+
+def _as_argument(option: re.Match[str]) -> str:
+    negated, name, place, value = option.groups()
+    argument = name.replace("-", "_")
+    if negated or name in _FLAGS:
+        return f"{argument}={not negated}" + (f" {place or value}" if place or value else "")
+    return f"{argument}={place or repr(value)}" if place or value else argument
 
 
 class RwkvRevError(Exception):
     """Base of every error this package raises on purpose."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if _on_command_line:
+            return text
+        command = _COMMANDS.search(text)  # its options are its own
+        said = len(text) if command is None else command.start()
+        return _OPTION.sub(_as_argument, text[:said]) + text[said:]
 
 
 class SourceError(RwkvRevError):

@@ -4,7 +4,7 @@ Nothing heavy is imported before a fixture needs it: the process that only hands
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -50,6 +50,14 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests leave nothing in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RWKV_REV_CACHE", str(tmp_path_factory.mktemp("rwkv-rev-cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

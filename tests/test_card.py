@@ -1,5 +1,6 @@
 """The model card says where a model came from and nothing about the machine that made it."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -95,3 +96,32 @@ def test_a_model_that_was_saved_and_not_converted_has_a_card() -> None:
     card = model_card(CONFIG, {"source": "my-model"}, training=[("steps", 2)])
     assert "my-model" in card
     assert "SHA-256" not in card
+
+
+NAMES = (
+    "<img src=x onerror=alert(1)>",
+    "a`b`",
+    "[x](http://evil)",
+    "![i](//e)",
+    "a|b",
+    "**b**",
+    "# h",
+    "x\n## y",
+    "<!--",
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_text(name: str) -> None:
+    """As the source's name, a file's, and data of a fine-tuning run: no HTML, no links, no lines of their own."""
+    record = RECORD | {"source": name, "file": name, "commit": None, "sha256": {name: "0" * 64}}
+    for text in (
+        model_card(CONFIG, record, report(f"RWKV-5.2, against {name}\nPASS")),
+        model_card(CONFIG, record, training=[("data", name)]),
+    ):
+        body = text.split("---", 2)[2]
+        assert not set(re.findall(r"(?<!\\)<[^>]|(?<!\\)\]\(|(?<!\\)!\[|://", body)), body
+        assert "\n## y" not in body and "`b`" not in body and "**b" not in body
+        for line in body.splitlines():
+            if line.startswith("|"):
+                assert len(re.findall(r"(?<!\\)\|", line)) == 3, line

@@ -17,6 +17,8 @@ from transformers import AutoTokenizer, GenerationConfig
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.conversion import ConversionDiffers, convert
 from rwkv_rev.converters.converted import ConvertedModel
+from rwkv_rev.converters.source import Source
+from rwkv_rev.converters.whereabouts import recall
 from rwkv_rev.errors import CheckpointError, OutputError, SourceError
 
 SIZES = {"vocab": 256, "D": 32, "head_size": 8}
@@ -42,6 +44,7 @@ def test_folder_is_complete_and_holds_the_values(tmp_path: Path, version: str) -
         "conversion.json",
         "generation_config.json",
         "model.safetensors",
+        "tokenizer.json",
         "tokenizer_config.json",
     }
     weights = load_file(tmp_path / "model" / "model.safetensors")
@@ -65,7 +68,8 @@ def test_record_remembers_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyP
     result = convert("a.pth", "model", group_norm_eps=1e-5)
     record = json.loads((tmp_path / "model" / "conversion.json").read_text())
     assert record == result.record
-    assert record["source"] == str(tmp_path / "a.pth")  # still found from another folder
+    assert record["source"] == "a.pth"  # what others may read
+    assert recall(record) == tmp_path / "a.pth"  # still found from another folder
     assert record["layout"] == "blinkdl"
     assert record["dtypes"] == {"bfloat16": len(state)}
     assert list(record["sha256"]) == ["a.pth"] and len(record["sha256"]["a.pth"]) == 64
@@ -170,7 +174,10 @@ def test_the_tokenizer_can_be_named_or_left_out(tmp_path: Path) -> None:
     assert listing(tmp_path) == {"a.pth"}
     convert(tmp_path / "a.pth", tmp_path / "bytes", tokenizer="byte")
     convert(tmp_path / "a.pth", tmp_path / "without", tokenizer="none")
-    assert listing(tmp_path / "bytes") - listing(tmp_path / "without") == {"tokenizer_config.json"}
+    assert listing(tmp_path / "bytes") - listing(tmp_path / "without") == {
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
 
 
 def test_dry_run_writes_nothing(tmp_path: Path) -> None:
@@ -187,7 +194,7 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
 def test_an_existing_folder_needs_force(tmp_path: Path) -> None:
     save(tmp_path / "a.pth")
     convert(tmp_path / "a.pth", tmp_path / "model")
-    with pytest.raises(OutputError, match="--force"):
+    with pytest.raises(OutputError, match="force=True"):
         convert("bundled:rwkv-4", tmp_path / "model")
     assert RwkvRevConfig.from_pretrained(tmp_path / "model").rwkv_version == "5.2"
     convert("bundled:rwkv-4", tmp_path / "model", force=True)
@@ -217,6 +224,7 @@ def test_refusals(tmp_path: Path) -> None:
 class FakeReport:
     directory: str
     passed: bool
+    original: str = ""
 
     summary = "model differs: blocks.0"
 
@@ -234,11 +242,12 @@ def test_the_folder_appears_only_if_verification_passes(
     save(tmp_path / "a.pth")
     seen = []
 
-    def verify_directory(directory: Path, *, tokens: int, progress: bool) -> FakeReport:
+    def verify_directory(directory: Path, *, original: Source, tokens: int, progress: bool) -> FakeReport:
         seen.append(tokens)
+        assert original.path == tmp_path / "a.pth"
         assert not (tmp_path / "model").exists()
         with ConvertedModel(directory) as model:
-            assert model.record["source"] == str(tmp_path / "a.pth")
+            assert model.record["source"] == "a.pth"
         return FakeReport(str(directory), passed)
 
     monkeypatch.setattr("rwkv_rev.equivalence.verification.verify_directory", verify_directory)

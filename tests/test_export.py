@@ -1,7 +1,9 @@
 """convert -> export gives back the original bit for bit: all versions, all layouts, all dtypes."""
 
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -162,3 +164,28 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(SourceError):
         export(model, tmp_path / "x.pth")
     assert {path.name for path in tmp_path.iterdir()} == {"other", "model"}
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_stopped_while_a_pth_is_written(
+    bundled: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException]
+) -> None:
+    """torch then closes its archive, which fails as well, with an error of its own."""
+
+    class Writer(io.BufferedWriter):
+        def write(self, data: Any) -> int:
+            if self.tell() > 100_000:
+                raise stop
+            return super().write(data)
+
+    plain = Path.open
+
+    def opened(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        if mode == "wb" and path.suffix == ".partial":
+            return Writer(io.FileIO(path, "w"))
+        return plain(path, mode, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(stop):
+        export(bundled["5.2"], tmp_path / "a.pth")
+    assert not list(tmp_path.iterdir())

@@ -268,7 +268,7 @@ def test_a_resumed_run_is_the_same_run(
         with pytest.raises(Interrupted):
             finetune(config)
     assert [path.name for path in checkpoints(config.work_directory)] == ["checkpoint-3"]
-    with pytest.raises(RwkvRevError, match=r"holds an unfinished run \(checkpoint-3\): --resume auto"):
+    with pytest.raises(RwkvRevError, match=r"holds an unfinished run \(checkpoint-3\): resume='auto'"):
         plan(config)
     config.resume = "auto"
     torch.manual_seed(99)

@@ -57,7 +57,7 @@ def test_split_models_are_refused(monkeypatch: pytest.MonkeyPatch, variable: str
     monkeypatch.setenv(variable, "false")
     refuse_launch()
     monkeypatch.setenv(variable, "true")
-    with pytest.raises(RwkvRevError, match=f"configured for {name}, .*--shard-optimizer"):
+    with pytest.raises(RwkvRevError, match=f"configured for {name}, .*shard_optimizer=True"):
         refuse_launch()
 
 

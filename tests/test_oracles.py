@@ -118,7 +118,7 @@ def test_transformers_agrees_with_naive(dtype: torch.dtype) -> None:
 
 
 def test_transformers_knows_no_rwkv5() -> None:
-    with pytest.raises(OracleUnavailable, match=r"RWKV-4 only.*--oracle rwkv"):
+    with pytest.raises(OracleUnavailable, match=r"RWKV-4 only.*oracle='rwkv'"):
         next(oracles.transformers_rwkv4(original_of("5.2"), TOKENS))
 
 

@@ -94,7 +94,7 @@ def test_a_refused_upload_leaves_the_model(
         finetune(run(bundled["5.2"], tmp_path))
     text = str(error.value)
     assert reason in text and "\n" not in text
-    assert text.endswith(f"then hf upload me/tuned {tmp_path / 'out'}")
+    assert f"to upload it later: rwkv-rev publish {tmp_path / 'out'} me/tuned" in text
     assert not hub.messages
     RwkvRevForCausalLM.from_pretrained(str(tmp_path / "out"))
     assert (tmp_path / "out" / "README.md").is_file() and not (tmp_path / "out.training").exists()

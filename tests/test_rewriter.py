@@ -57,8 +57,3 @@ def test_a_tensor_longer_than_a_piece(tmp_path: Path) -> None:
     assert torch.equal(load_file(tmp_path / "model.safetensors")["big"], big.bfloat16()[None])
     assert sum(counted) == 2 * math.prod(big.shape)
     assert len(counted) == 2
-
-
-def test_a_full_disk_is_reported_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="cannot write the weights"):
-        write_shards(plan_shards(entries(3), 10), tmp_path / "missing", lambda name: torch.ones(3))

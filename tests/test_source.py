@@ -109,8 +109,8 @@ def test_refused(text: str, message: str) -> None:
 def test_options_that_do_not_go_together(here: Path) -> None:
     (here / "m.pth").write_bytes(b"x")
     for text in ("m.pth", "bundled:rwkv-4", "."):
-        with pytest.raises(SourceError, match="--revision"):
+        with pytest.raises(SourceError, match="revision"):
             parse_source(text, revision="main")
     for text in ("m.pth", "bundled:rwkv-4"):
-        with pytest.raises(SourceError, match="--file"):
+        with pytest.raises(SourceError, match="file"):
             parse_source(text, file="*.pth")

@@ -135,7 +135,7 @@ def test_older_versions(tmp_path: Path, version: str) -> None:
 
 
 def test_refusals(bundled: dict[str, Path], tuned: Path, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="no place for a tuned initial state; export with --to blinkdl"):
+    with pytest.raises(OutputError, match="no place for a tuned initial state; export with to='blinkdl'"):
         rwkv_rev.export(tuned, tmp_path / "hf", to="hf")
     with pytest.raises(ValueError, match="RWKV-4 has no state of matrices"):
         RwkvRevForCausalLM.from_pretrained(str(bundled["4"])).add_initial_state()

@@ -30,7 +30,7 @@ def test_whole_text_is_read_when_tokens_are_long(tmp_path: Path, monkeypatch: py
 
 
 def test_no_tokenizer_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no tokenizer for its 65536 tokens.*--tokenizer"):
+    with pytest.raises(DataError, match=r"no tokenizer for its 65536 tokens.*with tokenizer"):
         text.encode_text("abc", tmp_path, vocabulary=65536, tokens=4)
 
 

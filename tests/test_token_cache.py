@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from rwkv_rev.errors import DataError
+from rwkv_rev.tokenization import RwkvByteTokenizer
 from rwkv_rev.training import documents, token_cache, tokenise
 from rwkv_rev.training.documents import Fields
 from rwkv_rev.training.rows import RowDataset
@@ -78,6 +79,16 @@ def test_tokens_prompts_places_and_end_tokens(data: Path, tmp_path: Path) -> Non
     assert store.tokens(0, 2, 5).tolist() == list(b"rst") and store.tokens(0, 20).tolist() == []
     without = load_tokens(data, Bytes(), end_token=None, cache_dir=tmp_path / "cache")
     assert texts(without)[0] == "first\nsecond\n" and without.fingerprint != store.fingerprint
+
+
+def test_no_byte_ends_a_document_of_bytes_unless_asked(data: Path, tmp_path: Path) -> None:
+    """``eos_token`` of the tokenizer of bytes is an ordinary byte, which the bundled models do not know as an end."""
+    tokenizer = RwkvByteTokenizer()
+    assert tokenizer.eos_token_id == 0
+    store = load_tokens(data, tokenizer, cache_dir=tmp_path / "cache")
+    assert store.end_token is None and texts(store) == ["first\nsecond\n", "2+2=4", "ünï"]
+    asked = load_tokens(data, tokenizer, end_token=0, cache_dir=tmp_path / "cache")
+    assert asked.end_token == 0 and texts(asked)[0] == "first\nsecond\n\0"
 
 
 def test_second_load_reads_the_cache(data: Path, tmp_path: Path) -> None:
@@ -196,7 +207,7 @@ def test_vocabulary(data: Path, tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_be_written_is_named(data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(DataError, match=r"cannot be written .*--cache-dir"):
+    with pytest.raises(DataError, match=r"cannot be written .*cache_dir"):
         load_tokens(data, Bytes(), cache_dir=tmp_path / "file" / "cache")
 
 

@@ -166,9 +166,11 @@ def test_end_of_text_is_id_0(world_tokenizer: RwkvWorldTokenizer) -> None:
     assert world_tokenizer.batch_decode(torch.tensor([ids]), skip_special_tokens=True) == [" hi"]
 
 
-def test_byte_padding_is_nul() -> None:
+def test_the_byte_0_pads_and_ends_a_text() -> None:
     tokenizer = RwkvByteTokenizer()
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, len(tokenizer)) == (0, None, 256)
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, len(tokenizer)) == (0, 0, 256)
+    tokenizer.pad_token = tokenizer.eos_token  # as tutorials have it
+    assert tokenizer(["a", "bc"], padding=True).input_ids == [[0, 97], [98, 99]]
     assert tokenizer.decode([0, 104, 105]) == "\0hi"
     assert tokenizer.decode([0, 104, 105], skip_special_tokens=True) == "hi"
 
@@ -345,16 +347,14 @@ def test_chosen_from_the_vocabulary_size(size: int, kind: type) -> None:
 
 @pytest.mark.parametrize("size", [1, 255, 1000, 50253, 50433, 65529, 65537])
 def test_unknown_sizes_are_refused(size: int) -> None:
-    with pytest.raises(CheckpointError, match=rf"vocabulary of {size} .*--tokenizer") as caught:
+    with pytest.raises(CheckpointError, match=rf"vocabulary of {size} .*tokenizer=") as caught:
         choose_tokenizer(size)
     assert "\n" not in str(caught.value)
 
 
 def test_override_of_an_unknown_size() -> None:
     assert type(choose_tokenizer(300, override="byte")) is RwkvByteTokenizer
-    with pytest.raises(
-        CheckpointError, match=r"world tokenizer has ids up to 65529 .* 256 rows.*--tokenizer"
-    ):
+    with pytest.raises(CheckpointError, match=r"world tokenizer has ids up to 65529 .* 256 rows.*tokenizer="):
         choose_tokenizer(256, override="world")
 
 
@@ -398,7 +398,7 @@ def test_offline_says_what_would_work(
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(SourceError, match="--tokenizer") as caught:
+    with pytest.raises(SourceError, match="tokenizer=") as caught:
         choose_tokenizer(50277, override=override, source_directory=tmp_path)
     assert "\n" not in str(caught.value)
 

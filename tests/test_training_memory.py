@@ -90,10 +90,10 @@ def test_warns_before_it_refuses(
     monkeypatch.setattr(memory, "free_memory", lambda device: int(0.9 * need))
     assert any("64 tokens at once need about" in note for note in plan(config).notes)
     monkeypatch.setattr(memory, "free_memory", lambda device: int(0.5 * need))
-    with pytest.raises(StrategyError, match="use a shorter --chunk-length, a smaller --batch-size"):
+    with pytest.raises(StrategyError, match="use a shorter chunk_length, a smaller batch_size"):
         plan(config)
     config.bptt = "full"
-    with pytest.raises(StrategyError, match="use --bptt reversible"):
+    with pytest.raises(StrategyError, match="use bptt='reversible'"):
         plan(config)
 
 

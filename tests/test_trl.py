@@ -79,7 +79,6 @@ def model(bundled: dict[str, Path]) -> RwkvRevForCausalLM:
 @pytest.fixture
 def tokenizer(bundled: dict[str, Path]) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(bundled["5.2"])
-    tokenizer.eos_token = "\0"  # bytes have none, and trl ends each text with it
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 

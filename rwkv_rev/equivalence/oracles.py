@@ -44,6 +44,7 @@ from torch import Tensor
 from rwkv_rev.equivalence.naive_model import LAYER_NORM_EPSILON, PUBLISHED_GROUP_NORM_EPSILON, naive_logits
 from rwkv_rev.equivalence.original import Original
 from rwkv_rev.errors import RwkvRevError
+from rwkv_rev.temporary import temporary_folder
 
 RWKV_PACKAGE_PIECE = 256
 _WORKER = Path(__file__).with_name("rwkv_worker.py")
@@ -86,7 +87,7 @@ def rwkv_package(original: Original, tokens: Tensor, dtype: torch.dtype = torch.
             f"this model's is {original.layer_norm_epsilon:g}",
             "--oracle naive can check it",
         )
-    with tempfile.TemporaryDirectory(prefix="rwkv-rev-") as folder:
+    with temporary_folder("verify") as folder:
         checkpoint, output = Path(folder, "original.pth"), Path(folder, "logits")
         vocabulary = original.tensors["head.weight"].shape[0]
         spare = len(tokens) * vocabulary * dtype.itemsize

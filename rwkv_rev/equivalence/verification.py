@@ -27,6 +27,7 @@ from transformers.utils import logging
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.converters.source import Source, parse_source
+from rwkv_rev.converters.whereabouts import recall
 from rwkv_rev.equivalence.divergence import Divergence, first_divergence, place_of
 from rwkv_rev.equivalence.expected import ExpectedLogits, read_expected
 from rwkv_rev.equivalence.float64 import float64_logits
@@ -344,6 +345,8 @@ def _source(
         raise SourceError(
             f"{directory} does not say what it was converted from; name the original with --original SOURCE"
         )
+    if (here := recall(record)) is not None:
+        return parse_source(str(here), file=record.get("file") if here.is_dir() else None)
     try:
         return parse_source(
             record["source"],

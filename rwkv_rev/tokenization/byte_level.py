@@ -17,6 +17,7 @@ characters. Pass ``split_special_tokens=False`` to have special and added tokens
 
 import codecs
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import BatchEncoding, PreTrainedTokenizer
@@ -58,6 +59,11 @@ class ByteLevelTokenizer(PreTrainedTokenizer):
     token_bytes: Mapping[int, bytes]
     token_ids: dict[str, int]
 
+    def __init__(self, **kwargs: Any) -> None:
+        # saved too, for readers of the folder that do not know this class
+        own = {"padding_side": self.padding_side, "model_input_names": list(self.model_input_names)}
+        super().__init__(**own | kwargs)
+
     def encode_bytes(self, data: bytes) -> list[int]:
         """Ids of a byte string; no special tokens are recognised or added."""
         raise NotImplementedError
@@ -94,6 +100,21 @@ class ByteLevelTokenizer(PreTrainedTokenizer):
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Text of a list of tokens in string form; bytes that are no UTF-8 become U+FFFD."""
         return b"".join(map(text_to_bytes, tokens)).decode("utf-8", "replace")
+
+    def _save_pretrained(
+        self,
+        save_directory: Any,
+        file_names: tuple[str, ...],
+        legacy_format: Any = None,
+        filename_prefix: Any = None,
+    ) -> tuple[str, ...]:
+        """Beside our own files the ``tokenizer.json`` that transformers alone reads."""
+        from rwkv_rev.tokenization.fast import fast_tokenizer  # it builds on this class
+
+        saved = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
+        path = Path(save_directory) / ((f"{filename_prefix}-" if filename_prefix else "") + "tokenizer.json")
+        fast_tokenizer(self).backend_tokenizer.save(str(path))
+        return (*saved, str(path))
 
     def apply_chat_template(
         self, *args: Any, return_assistant_tokens_mask: bool = False, **kwargs: Any
@@ -149,17 +170,26 @@ class ByteLevelTokenizer(PreTrainedTokenizer):
 class RwkvByteTokenizer(ByteLevelTokenizer):
     """Ids are the 256 byte values; for models with a vocabulary of 256.
 
-    No id is free for padding: byte 0, which text does not use, stands for it, and the attention mask says
-    which zeros are padding. ``skip_special_tokens=True`` therefore drops NUL bytes; without it every byte is
-    kept.
+    No id is free for special tokens: byte 0, which text does not use, ends a text, as the models' configuration
+    has it, and pads; the attention mask says which zeros are padding. ``skip_special_tokens=True`` therefore
+    drops NUL bytes; without it every byte is kept.
+
+    Documents to train on get no such byte (``end_token=auto`` of :mod:`rwkv_rev.training`): a model of bytes that
+    was not trained with it would have to learn what it means. ``end_token=0`` puts it.
     """
 
-    def __init__(self, pad_token: str = "\0", split_special_tokens: bool = True, **kwargs: Any) -> None:
+    document_end_id = None
+
+    def __init__(
+        self, eos_token: str = "\0", pad_token: str = "\0", split_special_tokens: bool = True, **kwargs: Any
+    ) -> None:
         self.token_bytes = {i: bytes([i]) for i in range(256)}
         self.token_ids = {
             piece.decode("utf-8", "surrogateescape"): i for i, piece in self.token_bytes.items()
         }
-        super().__init__(pad_token=pad_token, split_special_tokens=split_special_tokens, **kwargs)
+        super().__init__(
+            eos_token=eos_token, pad_token=pad_token, split_special_tokens=split_special_tokens, **kwargs
+        )
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """The bytes themselves."""

@@ -45,7 +45,8 @@ class FinetuneConfig:
         data: files, folders, globs or dataset ids (:mod:`rwkv_rev.training.documents`).
         output: model folder to make. Checkpoints and the log lie in ``OUTPUT.training`` until it is there.
         text_field, prompt_field, completion_field: fields of records; found by name when None.
-        end_token: put after every document: ``auto`` is the tokenizer's own, ``none`` no token, or an id.
+        end_token: put after every document: ``auto`` is the tokenizer's own (no token for models of bytes, where
+            it would be the byte 0), ``none`` no token, or an id.
         pack: lay all documents end to end in one stream; state runs on from one into the next.
         carry_state: begin the next row of a long document with the state of the row before (gradient cut there).
         context_length: T, the most tokens that one gradient goes through.

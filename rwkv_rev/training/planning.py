@@ -13,6 +13,7 @@ import torch
 
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.converted import ConvertedModel
+from rwkv_rev.converters.folder import refuse_links
 from rwkv_rev.converters.inspection import inspect_source
 from rwkv_rev.converters.publish import refuse_unpublishable
 from rwkv_rev.loading import load_tokenizer
@@ -89,6 +90,7 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
         ConfigError, SourceError, CheckpointError, DataError, OutputError, StrategyError: one line each.
     """
     config.check()
+    refuse_links(config.model)
     with ConvertedModel(config.model) as source:
         model_config = source.config
         shapes = {name: source.shape(name) for name in source.names()}

@@ -17,6 +17,8 @@ from transformers import GenerationConfig
 
 from rwkv_rev.converters.card import model_card
 from rwkv_rev.converters.converted import RECORD_NAME, ConvertedModel, read_record
+from rwkv_rev.converters.folder import tokenizer_files
+from rwkv_rev.converters.redaction import public
 from rwkv_rev.converters.rewriter import Entry, plan_shards, write_shards
 from rwkv_rev.converters.safe_output import whole_directory
 from rwkv_rev.loading import load_config
@@ -27,7 +29,6 @@ from rwkv_rev.training.tuning import merged
 SHARD_SIZE = "5GB"
 HISTORY = "training"
 SUMMARY_NAME = "summary.json"
-_NOT_COPIED = ("model", "config.json", "generation_config.json", "README.md", RECORD_NAME)
 
 
 def save_finetuned(
@@ -50,18 +51,18 @@ def save_finetuned(
     """
     source = Path(config.model)
     output = Path(config.output)
+    planned, result = (public(json.loads(json.dumps(values, default=str))) for values in (planned, result))
     with whole_directory(output, force=config.force) as folder:
         if hasattr(model, "peft_config"):
-            _save_adapter(model, folder / "adapter", source.name)
+            _save_adapter(model, folder / "adapter", source.resolve().name)
         with ConvertedModel(source) as before:
             known = set(before.names())
             plain = merged(model, lambda name: before.tensor(name) if name in known else None)
             shared = plain.all_tied_weights_keys  # the head, where it is the embedding: stored once
             tensors = {n: tensor.detach() for n, tensor in plain.state_dict().items() if n not in shared}
             dtype = _write_weights(tensors, before, folder, config.save_dtype)
-        for file in sorted(source.iterdir()):
-            if file.is_file() and not file.name.startswith(_NOT_COPIED):
-                shutil.copyfile(file, folder / file.name)
+        for file in tokenizer_files(source):
+            shutil.copyfile(file, folder / file.name)
         model_config = load_config(source)
         model_config.dtype = dtype
         model_config.has_initial_state = any(name.startswith("model.initial_wkv.") for name in tensors)
@@ -75,13 +76,19 @@ def save_finetuned(
         history = folder / HISTORY
         history.mkdir()
         (history / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-        summary = {"plan": public(planned), "result": public(result)}
+        summary = {"plan": planned, "result": result}
         (history / SUMMARY_NAME).write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
         events = config.work_directory / "runs"
         if events.is_dir():  # TensorBoard's
-            shutil.copytree(events, history / "runs")
+            shutil.copytree(events, history / "runs", ignore=_links)
         if has_matplotlib():
-            plot_losses(rows, history / "loss.png", f"{output.name}: {config.tune}")
+            plot_losses(rows, history / "loss.png", f"{output.name}: {config.tune}".replace("$", r"\$"))
+
+
+def _links(folder: str, names: list[str]) -> list[str]:
+    """What is not copied: links, of whatever they point to, and what is neither file nor folder."""
+    paths = [Path(folder, name) for name in names]
+    return [path.name for path in paths if path.is_symlink() or not (path.is_file() or path.is_dir())]
 
 
 def _write_weights(
@@ -113,43 +120,19 @@ def _save_adapter(model: Any, folder: Path, base: str) -> None:
 
 
 def _record(source: Path, planned: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
-    record = {"source": source.name} | read_record(source)
+    record = {"source": source.resolve().name} | read_record(source)
     run = {
-        "settings": public(planned)["settings"],
+        "settings": planned["settings"],
         "steps": result["steps"],
         "last_loss": result["last_loss"],
     }
-    return record | {"finetuned": [*record.get("finetuned", []), run]}
-
-
-def public(values: dict[str, Any]) -> dict[str, Any]:
-    """Without the paths of this machine: names only."""
-    values = json.loads(json.dumps(values, default=str))
-    if values.get("output"):
-        values["output"] = Path(values["output"]).name
-    for name in ("resume_from", "notes"):  # of this machine, with its paths
-        values.pop(name, None)
-    settings = values.get("settings", {})
-    for name in ("model", "output"):
-        if settings.get(name):
-            settings[name] = Path(settings[name]).name
-    for name in ("data", "eval_data"):
-        if name in settings:
-            settings[name] = [_source_name(text) for text in settings[name]]
-    for name in ("cache_dir", "tape_dir", "resume"):
-        settings.pop(name, None)
-    return values
-
-
-def _source_name(text: str) -> str:
-    path = Path(text).expanduser()
-    return path.name if path.is_absolute() or path.exists() or text.startswith((".", "~")) else text
+    return public(record) | {"finetuned": [*record.get("finetuned", []), run]}
 
 
 def _card_rows(
     planned: dict[str, Any], result: dict[str, Any], config: FinetuneConfig
 ) -> list[tuple[str, object]]:
-    settings, data = public(planned)["settings"], planned["data"]
+    settings, data = planned["settings"], planned["data"]
     rows: list[tuple[str, object]] = [
         ("fine-tuned from", settings["model"]),
         ("data", ", ".join(settings["data"])),

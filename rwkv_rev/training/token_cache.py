@@ -17,7 +17,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import tempfile
 import uuid
 import weakref
 from collections import Counter
@@ -31,6 +30,7 @@ from filelock import FileLock
 
 from rwkv_rev.errors import DataError
 from rwkv_rev.progress import Progress
+from rwkv_rev.temporary import make_temporary_folder
 from rwkv_rev.training.binidx import read_index
 from rwkv_rev.training.documents import DataSource, Fields
 from rwkv_rev.training.sources import Skipped, describe_skipped, find_sources
@@ -65,7 +65,8 @@ def load_tokens(
 
     ``tokenizer``: any transformers tokenizer, or anything with ``encode(text) -> ids``; not needed for
     binidx alone. No special tokens are added but ``end_token``, put after every document (not after binidx
-    ones, which bring their own): an id, None for none, or "auto" for the tokenizer's ``eos_token_id``.
+    ones, which bring their own): an id, None for none, or "auto" for the tokenizer's ``eos_token_id`` (no token for
+    :class:`RwkvByteTokenizer`, whose end of text is an ordinary byte).
     ``num_workers`` None: one a core for large data, else 1. ``progress``: tell on stderr how far it is. ``keep`` False:
     what is not in the cache yet goes to a temporary folder, which goes with the store. Raises DataError
     (missing, empty or unparsable data, naming file and line; ids outside ``vocab_size``).
@@ -76,20 +77,20 @@ def load_tokens(
     texts = [source for source in sources if source.kind != "binidx"]
     if texts and tokenizer is None:
         raise DataError(f"{texts[0].name}: is text, and no tokenizer was given")
-    end = getattr(tokenizer, "eos_token_id", None) if end_token == "auto" else end_token
+    end = _document_end(tokenizer) if end_token == "auto" else end_token
     assert end is None or isinstance(end, int)
-    parts, hashes, cached, temporary = [], [], None, None
+    parts, hashes, cached, discard = [], [], None, None
     if texts:
         hashes = [source.content_hash() for source in texts]
         key = _key(tokenizer, end, fields, hashes)
         root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
         if not keep and _read_meta(root / key) is None:
-            root = temporary = Path(tempfile.mkdtemp(prefix="rwkv-rev-tokens-"))
+            root, discard = make_temporary_folder("tokens")
         try:
             cached = _open_or_build(root, key, texts, tokenizer, end, fields, num_workers, progress)
         except BaseException:
-            if temporary is not None:
-                shutil.rmtree(temporary, ignore_errors=True)
+            if discard is not None:
+                discard()
             raise
         parts.append(_part(cached, texts))
         hashes = [key]
@@ -111,11 +112,16 @@ def load_tokens(
         cache=cached,
         notes=(f"skipped {describe_skipped(skipped)}",) if skipped else (),
     )
-    if temporary is not None:
-        weakref.finalize(store, shutil.rmtree, temporary, ignore_errors=True)
+    if discard is not None:
+        weakref.finalize(store, discard)
     if vocab_size is not None:
         store.check_vocabulary(vocab_size)
     return store
+
+
+def _document_end(tokenizer: Any) -> int | None:
+    eos = getattr(tokenizer, "eos_token_id", None)
+    return getattr(tokenizer, "document_end_id", eos)
 
 
 def _key(tokenizer: Any, end: int | None, fields: Fields, hashes: list[str]) -> str:
