@@ -22,7 +22,7 @@ _OPTION = re.compile(
     r"(?<![\w-])--(no-)?([a-z]+(?:-[a-z]+)*)(?![\w-])"
     r"(?: (?:([A-Z]+|world\|[\w|]+)|(auto|none|naive|rwkv|blinkdl|disk|reversible|lora|float32))(?!\w))?"
 )
-_COMMANDS = re.compile(r"\b(rwkv-rev|pip|accelerate|torchrun|hf auth) ")
+_COMMAND = re.compile(r"(\b(?:rwkv-rev|pip|accelerate|torchrun|hf auth) [^,;:)]*)")  # its options are its own
 _on_command_line = False
 
 
@@ -54,9 +54,8 @@ class RwkvRevError(Exception):
         text = super().__str__()
         if _on_command_line:
             return text
-        command = _COMMANDS.search(text)  # its options are its own
-        said = len(text) if command is None else command.start()
-        return _OPTION.sub(_as_argument, text[:said]) + text[said:]
+        parts = _COMMAND.split(text)  # in between, and commands
+        return "".join(part if i % 2 else _OPTION.sub(_as_argument, part) for i, part in enumerate(parts))
 
 
 class SourceError(RwkvRevError):

@@ -23,6 +23,10 @@ from rwkv_rev.errors import OutputError, RwkvRevError, options_in_messages
         ("with --file: a, b", "with file: a, b"),
         ("a file called my--force or ---force", "a file called my--force or ---force"),
         ("--multi_gpu (or torchrun --nproc-per-node 2)", "--multi_gpu (or torchrun --nproc-per-node 2)"),
+        (
+            "accelerate launch --multi_gpu, and --shard-optimizer",
+            "accelerate launch --multi_gpu, and shard_optimizer=True",
+        ),
         ("pip install --upgrade torch", "pip install --upgrade torch"),
         ("use --force, then rwkv-rev convert --force", "use force=True, then rwkv-rev convert --force"),
     ],
