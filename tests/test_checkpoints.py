@@ -121,7 +121,7 @@ def test_a_named_one_is_refused_in_one_line(config: FinetuneConfig) -> None:
         CheckpointError, match=r"checkpoint-4 is damaged: rng_state\.pth is not what"
     ) as error:
         plan(config)
-    assert "--resume auto" in str(error.value) and "\n" not in str(error.value)
+    assert "resume='auto'" in str(error.value) and "\n" not in str(error.value)
     config.resume = str(older)
     assert plan(config).resume_from == older
 
@@ -129,7 +129,7 @@ def test_a_named_one_is_refused_in_one_line(config: FinetuneConfig) -> None:
 def test_without_a_whole_one_nothing_begins_in_silence(config: FinetuneConfig) -> None:
     for path in checkpoints(config.work_directory):
         flip(path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"holds no checkpoint that is whole .* --force begins anew"):
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint that is whole .* force=True begins anew"):
         plan(config)
 
 
@@ -155,7 +155,7 @@ def test_a_run_that_was_finished_is_not_trained_again(
     before = (output / "model.safetensors").stat().st_mtime_ns
     assert output.is_dir() and config.work_directory.is_dir()
     other = FinetuneConfig(**(config.to_dict() | {"lr": 0.5}))
-    with pytest.raises(Exception, match="already exists; pass --force"):
+    with pytest.raises(Exception, match="already exists; pass force=True"):
         plan(other)
     said: list[str] = []
     result = run(config, notify=said.append, quiet=True)

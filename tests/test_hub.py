@@ -123,7 +123,7 @@ class TestLocal:
         write(tmp_path, WORLD)
         message = fails(lambda: resolve(parse_source(str(tmp_path))))
         assert "2 checkpoints" in message
-        assert "--file" in message
+        assert "with file" in message
         assert "RWKV-5-World-0.1B-v1.pth (102 kB)" in message
         assert "RWKV-5-World-3B-v2.pth (205 kB)" in message
         assert "README" not in message
