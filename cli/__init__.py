@@ -68,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         typer.main.get_command(build_app(None if completing else requested)).main(
             arguments, prog_name="rwkv-rev"
         )
+    except KeyboardInterrupt:  # before the command itself, which typer ends with the same code
+        sys.stderr.write("stopped; nothing was begun\n")
+        raise SystemExit(130) from None
     except Exception as error:
         if (code := exit_code()) is not None:  # what fails then fails because of it
             raise SystemExit(code) from None

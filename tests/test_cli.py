@@ -272,6 +272,14 @@ def test_a_refused_upload_keeps_the_folder(cli: Cli, tmp_path: Path, monkeypatch
     assert (tmp_path / "rwkv-4-rev" / "model.safetensors").exists()
 
 
+def test_ctrl_c_while_a_command_is_imported(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rwkv_rev.cli._load", stopped)
+    assert cli("convert", "bundled:rwkv-4") == (130, "", "stopped; nothing was begun\n")
+
+
 def test_tracebacks_only_on_demand(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("a bug")
