@@ -55,8 +55,8 @@ def test_out_of_memory(config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch, 
         ) as caught:
             finetune(config)
     text = str(caught.value)
-    assert "\n" not in text and "checkpoint-2 is kept: the same command with --resume auto" in text
-    for remedy in ("--chunk-length than 64", "--set checkpoint_blocks=true", "--tape disk"):
+    assert "\n" not in text and "checkpoint-2 is kept: the same command with resume=" in text
+    for remedy in ("chunk_length than 64", "checkpoint_blocks=true", "tape='disk'"):
         assert remedy in text
     config.resume, config.chunk_length, config.checkpoint_blocks = "auto", 64, True
     finetune(config)

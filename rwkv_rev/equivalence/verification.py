@@ -345,7 +345,8 @@ def _source(
         raise SourceError(
             f"{directory} does not say what it was converted from; name the original with --original SOURCE"
         )
-    if (here := recall(record)) is not None:
+    elsewhere = record["source"].startswith("bundled:") or record.get("commit")  # found wherever this runs
+    if not elsewhere and (here := recall(record)) is not None:
         return parse_source(str(here), file=record.get("file") if here.is_dir() else None)
     try:
         return parse_source(

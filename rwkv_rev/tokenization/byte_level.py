@@ -113,7 +113,7 @@ class ByteLevelTokenizer(PreTrainedTokenizer):
 
         saved = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
         path = Path(save_directory) / ((f"{filename_prefix}-" if filename_prefix else "") + "tokenizer.json")
-        fast_tokenizer(self).backend_tokenizer.save(str(path))
+        path.write_text(fast_tokenizer(self).backend_tokenizer.to_str(), "utf-8")  # save wants a path of text
         return (*saved, str(path))
 
     def apply_chat_template(
