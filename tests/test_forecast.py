@@ -38,7 +38,7 @@ WIDE = {
 
 def peak_bytes(work: Callable[[], object]) -> int:
     """Most bytes allocated on the CPU at once during ``work``, by the allocator's own log."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as log:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as log:
         work()
     assert log.profiler is not None
     events = [e for e in log.profiler.kineto_results.events() if e.name() == "[memory]"]

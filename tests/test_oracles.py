@@ -122,12 +122,14 @@ def test_transformers_knows_no_rwkv5() -> None:
         next(oracles.transformers_rwkv4(original_of("5.2"), TOKENS))
 
 
+@needs_rwkv
 def test_rwkv_package_refuses_another_group_norm_eps() -> None:
     original = Original(blinkdl_state_dict("5.2"), "random", group_norm_epsilon=1e-5)
     with pytest.raises(OracleUnavailable, match=r"eps 0.00064 built in, this model's is 1e-05"):
         next(oracles.rwkv_package(original, TOKENS))
 
 
+@needs_rwkv
 def test_rwkv_package_refuses_another_layer_norm_eps() -> None:
     original = Original(blinkdl_state_dict("4"), "random", layer_norm_epsilon=1e-6)
     with pytest.raises(OracleUnavailable, match="LayerNorm eps 1e-05 built in"):
@@ -174,6 +176,7 @@ def test_rwkv_package_says_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -
         next(oracles.rwkv_package(original_of("4"), TOKENS))
 
 
+@needs_rwkv
 def test_rwkv_package_says_when_the_disk_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(oracles.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(OracleUnavailable, match="set TMPDIR"):
