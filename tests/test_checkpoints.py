@@ -147,7 +147,7 @@ def test_checksums_are_there_before_the_name(tmp_path: Path, monkeypatch: pytest
 def test_a_run_that_was_finished_is_not_trained_again(
     config: FinetuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed after OUTPUT was renamed, before the working folder had gone."""
+    """Killed after OUTPUT was renamed, while the working folder was being removed."""
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr("rwkv_rev.training.finetune.remove", lambda *_: 1 / 0)
         finetune(config)
@@ -157,6 +157,11 @@ def test_a_run_that_was_finished_is_not_trained_again(
     other = FinetuneConfig(**(config.to_dict() | {"lr": 0.5}))
     with pytest.raises(Exception, match="already exists; pass force=True"):
         plan(other)
+    *older, newest = checkpoints(config.work_directory)
+    assert older
+    newest.rename(tmp_path / "gone")
+    for checkpoint in older:
+        (checkpoint / CHECKSUMS).unlink()
     said: list[str] = []
     result = run(config, notify=said.append, quiet=True)
     assert said[-1] == f"{output} is whole already: nothing is left to train"

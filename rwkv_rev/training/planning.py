@@ -130,9 +130,6 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
     rank = int(os.environ.get("RANK", "0"))
     order = BatchOrder(rows, config.batch_size, seed=config.seed, rank=rank, world_size=world_size)
     identity = _identity(config, order)
-    checkpoint, passed_over = resume_from(config)
-    if checkpoint is not None:
-        refuse_other_run(checkpoint, identity)
     statistics = order.statistics()
     per_epoch = -(-len(order) // config.grad_accum)
     steps = config.max_steps or max(1, int(-(-config.epochs * per_epoch // 1)))
@@ -168,8 +165,8 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
         steps,
         float(rows.lengths().sum()) / max(1, per_epoch),
         memory,
-        checkpoint,
-        (*statistics.warnings, *notes, *passed_over),
+        None,
+        (*statistics.warnings, *notes),
         order,
         held_out,
         identity,
@@ -177,8 +174,13 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
     )
     if finished:
         planned.made = finished_run(config, identity, planned.settings)
-        if planned.made is None:
-            refuse_output(config)
+        if planned.made is not None:
+            return planned  # whatever a kill has left of its checkpoints
+        refuse_output(config)
+    planned.resume_from, passed_over = resume_from(config)
+    if planned.resume_from is not None:
+        refuse_other_run(planned.resume_from, identity)
+    planned.notes += tuple(passed_over)
     return planned
 
 

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from rwkv_rev.converters.safe_output import check_output
 from rwkv_rev.errors import CheckpointError, OutputError
-from rwkv_rev.training.checkpoints import checkpoints, damage
+from rwkv_rev.training.checkpoints import checkpoints, damage, discard
 from rwkv_rev.training.config import FinetuneConfig
 from rwkv_rev.training.saving import HISTORY, SUMMARY_NAME, public
 
@@ -127,7 +127,7 @@ def empty(work: Path) -> None:
     """Remove what a run left there; the lock, which is ours now, stays."""
     for path in work.iterdir():
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            discard(path)
         elif path.name != LOCK_NAME:
             path.unlink()
 
