@@ -182,13 +182,39 @@ def test_ids_without_a_token(world_tokenizer: RwkvWorldTokenizer) -> None:
 
 
 def test_added_tokens_use_the_free_rows(tmp_path: Path) -> None:
-    tokenizer = RwkvWorldTokenizer(split_special_tokens=False)
+    tokenizer = RwkvWorldTokenizer()
+    assert tokenizer.encode("<|endoftext|>") != [0]
     assert tokenizer.add_tokens(["<user>"]) == 1
     ids = tokenizer.encode("a <user>é")
     assert 65530 in ids
     assert tokenizer.decode(ids) == "a <user>é"
     tokenizer.save_pretrained(tmp_path)
-    assert RwkvWorldTokenizer.from_pretrained(tmp_path).encode("a <user>é") == ids
+    again = RwkvWorldTokenizer.from_pretrained(tmp_path)
+    assert again.encode("a <user>é") == ids
+    assert 65530 not in again.encode("a <user>é", split_special_tokens=True)
+
+
+@pytest.mark.parametrize("how", ["special", "plain", "eos"])
+def test_tokens_of_chats_are_found(tokenizer: ByteLevelTokenizer, tmp_path: Path, how: str) -> None:
+    """Whichever way they are added, by templates too, and in the ``tokenizer.json`` that others read."""
+    tokenizer = type(tokenizer)()  # the fixture's is everybody's
+    if how == "special":
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
+    elif how == "plain":
+        tokenizer.add_tokens(["<|user|>"])
+    else:
+        tokenizer.eos_token = "<|user|>"
+        tokenizer.add_special_tokens({"eos_token": "<|user|>"})
+    new = len(tokenizer) - 1
+    expected = [new, *tokenizer.encode("hi")]
+    assert tokenizer("<|user|>hi").input_ids == expected and tokenizer(["<|user|>hi"]).input_ids == [expected]
+    template = "{% for message in messages %}<|user|>{{ message['content'] }}{% endfor %}"
+    asked = {"chat_template": template, "tokenize": True, "return_dict": True}
+    talk = [{"role": "user", "content": "hi"}]
+    assert tokenizer.apply_chat_template(talk, **asked)["input_ids"] == expected
+    tokenizer.save_pretrained(tmp_path)
+    for kind in (type(tokenizer), PreTrainedTokenizerFast):
+        assert kind.from_pretrained(tmp_path)("<|user|>hi").input_ids == expected
 
 
 # Batches

@@ -10,9 +10,9 @@ and so on.
 Tokens that are no valid UTF-8 on their own are shown by ``tokenize`` and ``convert_ids_to_tokens`` with the
 same escapes, which keeps the map between tokens and byte strings one to one.
 
-Text is never searched for special tokens: the characters ``<|endoftext|>`` in a document are encoded as
-characters. Pass ``split_special_tokens=False`` to have special and added tokens recognised (needed after
-``add_tokens``).
+Text is not searched for special tokens: the characters ``<|endoftext|>`` in a document are encoded as
+characters. Adding a token of one's own (for chats, say) turns the search on, as in other tokenizers, for all special
+and added tokens; ``split_special_tokens`` says for each call, or for the tokenizer, what is wanted.
 """
 
 import codecs
@@ -92,6 +92,13 @@ class ByteLevelTokenizer(PreTrainedTokenizer):
     def vocab_size(self) -> int:
         """Entries up to the highest id of the base vocabulary (the model's table may be padded beyond it)."""
         return max(self.token_ids.values()) + 1
+
+    def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
+        """As the base class; a token that the vocabulary did not have is there to be found in texts."""
+        added = super()._add_tokens(new_tokens, special_tokens=special_tokens)
+        if any(str(token) not in self.token_ids for token in new_tokens):
+            self.split_special_tokens = False
+        return added
 
     def get_vocab(self) -> dict[str, int]:
         """String form of every token -> id, added tokens included."""
