@@ -38,11 +38,13 @@ from rwkv_rev.generation import RwkvRevGenerationMixin
 from rwkv_rev.initialization import initialize_channel_mix, initialize_head, initialize_time_mix
 from rwkv_rev.inputs import loss_inputs, masked_embeds, rows_and_tokens, valid_tokens
 from rwkv_rev.keywords import refuse_packed_rows, refuse_replica, refuse_unknown_keywords
-from rwkv_rev.loss import linear_cross_entropy, wide
+from rwkv_rev.loss import linear_cross_entropy, sum_cross_entropy, wide
 from rwkv_rev.outputs import RwkvRevCausalLMOutput, RwkvRevOutput
 from rwkv_rev.state import RwkvRevState
 
 logger = logging.get_logger(__name__)
+LIKE_THE_LOSS = {True: 5e-3, False: 1e-5}
+"""How far the loss of logits made afterwards may be from the one they stand beside, by rounding: in 16 bits, or not."""
 
 
 class RwkvRevPreTrainedModel(PreTrainedModel):
@@ -526,7 +528,9 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
                 loss = loss + (further - further.detach())  # its gradient, not its value
             return RwkvRevCausalLMOutput(
                 loss=loss,
-                logits=self.head(hidden) if return_logits else None,
+                logits=self.head(hidden)
+                if return_logits or not (self.training or torch.is_grad_enabled())
+                else None,
                 state=read.state.detach(),
                 hidden_states=read.hidden_states,
             )
@@ -535,24 +539,40 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
             bptt.strategy, length, chunk_length=bptt.chunk_length, tape=bptt.tape, tape_dir=bptt.tape_dir
         )
         result = strategy.loss(self, inputs)
-        logits = None if self.training or torch.is_grad_enabled() else self._deferred_logits(inputs)
+        logits = None
+        if not (self.training or torch.is_grad_enabled()):
+            logits = self._deferred_logits(inputs, result.loss)
         return RwkvRevCausalLMOutput(result.loss, logits, result.state, report=result.report)
 
-    def _deferred_logits(self, inputs: LossInputs) -> Any:
-        """What makes the logits beside a loss if somebody asks for them: at the precision of this call."""
+    def _deferred_logits(self, inputs: LossInputs, loss: Tensor) -> Any:
+        """What makes the logits beside ``loss`` if somebody asks for them: at the precision of this call."""
         kind, dtype = inputs.targets.device.type, wide(self.model.ln0.weight.dtype)
         autocast = torch.autocast(
             kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)
         )
+        state = RwkvRevState(*(tensor.clone() for tensor in inputs.state.tensors()))
+        ids = None if inputs.input_ids is None else inputs.input_ids.clone()  # which are often a buffer
 
         @torch.no_grad()
         def make() -> Tensor:
             with autocast:
-                hidden, _ = self.read(inputs.input_ids, inputs.valid, inputs.inputs_embeds, inputs.state)
-                return self.head(hidden).to(dtype)
+                hidden, _ = self.read(ids, inputs.valid, inputs.inputs_embeds, state)
+                logits = self.head(hidden).to(dtype)
+            again = sum_cross_entropy(
+                logits, nn.Identity(), inputs.targets, scale=1 / inputs.divisor, vocab_size=logits.shape[-1]
+            )
+            # adapters that were switched, hooks that draw: no tensor tells of them, but the loss does
+            near = LIKE_THE_LOSS[autocast._enabled or self.model.ln0.weight.dtype.itemsize < 4]
+            if not torch.isclose(again, loss, rtol=near, atol=near, equal_nan=True):
+                raise StrategyError(unmade.HAS_CHANGED)
+            return logits
+
+        def depends_on() -> list[Tensor]:
+            given = [] if inputs.inputs_embeds is None else [inputs.inputs_embeds]
+            return [*self.parameters(), *self.buffers(), *given]
 
         shape = (*inputs.targets.shape, self.config.vocab_size)
-        return unmade.Deferred(make, shape, dtype, inputs.targets.device, list(self.parameters()))
+        return unmade.Deferred(make, shape, dtype, inputs.targets.device, depends_on)
 
 
 class BpttSetting:

@@ -22,6 +22,12 @@ def _refuse(*_: Any, **__: Any) -> NoReturn:
     )
 
 
+HAS_CHANGED = (
+    "the model or its inputs have changed since this loss was computed without its logits: use them before, or pass "
+    "return_logits=True"
+)
+
+
 class Unmade:
     """False, and neither a sequence nor a tensor. Its only value is :data:`LOGITS`."""
 
@@ -53,14 +59,15 @@ class Deferred(Tensor):
     Args:
         make: gives them.
         shape, dtype, device: theirs; asking for these makes nothing, since casting tools ask every item.
-        parameters: that they depend on.
+        depends_on: gives the tensors that they are made from, now and at the first use.
 
     Raises:
-        StrategyError: at the first use, if a parameter was written to since the loss: they would be another model's.
+        StrategyError: at the first use, if one of these was written to or replaced since the loss.
     """
 
     _make: Callable[[], Tensor]
-    _versions: list[tuple[Tensor, int]] | None
+    _depends_on: Callable[[], list[Tensor]]
+    _before: list[tuple[int, int, int]] | None
 
     def __new__(
         cls,
@@ -68,22 +75,18 @@ class Deferred(Tensor):
         shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
-        parameters: list[Tensor],
+        depends_on: Callable[[], list[Tensor]],
     ) -> "Deferred":
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        self._make = make
-        self._versions = [(parameter, parameter._version) for parameter in parameters]
+        self._make, self._depends_on, self._before = make, depends_on, _marks(depends_on())
         return self
 
     def _made(self) -> Tensor:
-        if self._versions is not None:
-            if any(parameter._version != version for parameter, version in self._versions):
-                raise StrategyError(
-                    "the model has changed since this loss was computed without its logits: use them before, or pass "
-                    "return_logits=True"
-                )
+        if self._before is not None:
+            if _marks(self._depends_on()) != self._before:
+                raise StrategyError(HAS_CHANGED)
             logits = self._make()
-            self._make, self._versions = lambda: logits, None
+            self._make, self._depends_on, self._before = lambda: logits, list, None
         return self._make()
 
     @classmethod
@@ -103,7 +106,14 @@ class Deferred(Tensor):
         return self._made().__reduce_ex__(protocol)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return "logits not made yet" if self._versions is not None else repr(self._made())
+        return "logits not made yet" if self._before is not None else repr(self._made())
+
+
+def _marks(tensors: list[Tensor]) -> list[tuple[int, int, int]]:
+    """What tells whether tensors are the same ones, with the same values; an inference tensor's writes are not told."""
+    return [
+        (id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors
+    ]
 
 
 _ASKED_OF_EVERY_ITEM = {

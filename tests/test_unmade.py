@@ -76,10 +76,62 @@ def test_in_evaluation_logits_are_made_by_who_uses_them() -> None:
     assert not output.logits.requires_grad and len(output.logits) == 1
 
 
-def test_logits_of_a_model_that_has_changed_are_refused() -> None:
+def changes(model: Any, given: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    """What makes another model, or another reading, of it."""
+
+    def replaced() -> None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data * 1.5
+
+    def new_head() -> None:
+        model.head = torch.nn.Linear(model.config.hidden_size, model.config.vocab_size, bias=False)
+
+    def drawing() -> None:
+        model.model.blocks[0].register_forward_hook(
+            lambda module, args, output: (output[0] + torch.randn_like(output[0]), *output[1:])
+        )
+
+    return {
+        "written to": lambda: model.head.weight.mul_(2),
+        "data replaced": replaced,
+        "assigned": lambda: model.load_state_dict(
+            {name: 2 * tensor for name, tensor in model.state_dict().items()}, assign=True
+        ),
+        "another dtype": lambda: model.to(torch.bfloat16),
+        "another head": new_head,
+        "a hook": drawing,
+        "embeddings": lambda: given["inputs_embeds"].zero_(),
+    }
+
+
+@pytest.mark.parametrize("change", changes(None, {}))
+@torch.no_grad()
+def test_logits_of_a_model_that_has_changed_are_refused(change: str) -> None:
     model = tiny_model("5.2").eval()
-    with torch.no_grad():
-        output = model(IDS, labels=IDS)
-        model.head.weight.mul_(2)
-    with pytest.raises(StrategyError, match="the model has changed"):
+    given = {"inputs_embeds": model.get_input_embeddings()(IDS).clone()}
+    output = model(**given, labels=IDS)
+    changes(model, given)[change]()
+    with pytest.raises(StrategyError, match="have changed"):
         output.logits.argmax(-1)
+
+
+@torch.no_grad()
+def test_logits_are_those_of_what_was_handed_over() -> None:
+    """Buffers that are filled anew are no matter."""
+    model = tiny_model("5.2").eval()
+    ids, state, mask = IDS.clone(), model(IDS).state, torch.ones_like(IDS)
+    mask[:, :2] = 0
+    expected = model(ids, attention_mask=mask, state=state).logits
+    output = model(ids, attention_mask=mask, state=state, labels=ids)
+    ids.fill_(1)
+    mask.fill_(1)
+    for tensor in state.tensors():
+        tensor.zero_()
+    torch.testing.assert_close(output.logits.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_logits_beside_hidden_states() -> None:
+    model = tiny_model("5.2").eval()
+    output = model(IDS, labels=IDS, output_hidden_states=True)
+    torch.testing.assert_close(output.logits, model(IDS).logits)

@@ -38,13 +38,18 @@ def refuse_other_run(checkpoint: Path, identity: dict[str, Any]) -> None:
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{checkpoint} is not a whole checkpoint of a fine-tuning run") from error
     flat, mine = _flat(saved), _flat(identity)
-    for name in sorted(set(flat) | set(mine)):
+    for name in sorted(set(flat) | set(mine), key=lambda name: (name != "tune", name)):
         if flat.get(name) == mine.get(name):
             continue
         if name == "model":
             raise CheckpointError(
                 f"{checkpoint} is a checkpoint of another model; name the model it was begun with, or start "
                 "again with --force"
+            )
+        if name == "data":
+            raise CheckpointError(
+                f"{checkpoint} cannot be resumed: the text, the tokenizer or how it is cut is not what it was begun "
+                "with; keep them, or start again with --force"
             )
         raise CheckpointError(
             f"{checkpoint} cannot be resumed: {name} was {flat.get(name)} and is now {mine.get(name)}; "

@@ -129,10 +129,10 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
     )
     rank = int(os.environ.get("RANK", "0"))
     order = BatchOrder(rows, config.batch_size, seed=config.seed, rank=rank, world_size=world_size)
-    identity = _identity(config, order)
     statistics = order.statistics()
     per_epoch = -(-len(order) // config.grad_accum)
     steps = config.max_steps or max(1, int(-(-config.epochs * per_epoch // 1)))
+    identity = _identity(config, order, steps, dtype)
     facts = inspect_source(config.model)
     memory = forecast_memory(
         model_config,
@@ -184,15 +184,25 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
     return planned
 
 
-def _identity(config: FinetuneConfig, order: BatchOrder) -> dict[str, Any]:
-    identity = {
+def _identity(config: FinetuneConfig, order: BatchOrder, steps: int, dtype: str) -> dict[str, Any]:
+    """Everything that losses and weights depend on."""
+    names = ("tune", "grad_accum", "lr_schedule", "warmup", "weight_decay", "max_grad_norm")
+    if config.tune == "lora":
+        names += ("lora_rank", "lora_alpha", "lora_dropout")
+    identity = {name: getattr(config, name) for name in names} | {
         "model": model_fingerprint(Path(config.model)),
-        "tune": config.tune,
-        "grad_accum": config.grad_accum,
+        "lr": config.learning_rate,
+        "steps": steps,
+        "dtype": dtype,
         "order": order.state_dict(0),
     }
     if config.tune == "lora":
-        identity |= {"lora_rank": config.lora_rank, "lora_targets": sorted(config.lora_targets)}
+        identity["lora_targets"] = sorted(config.lora_targets)
+    if config.bptt in (
+        "truncated",
+        "reversible-lossy",
+    ):  # exact strategies give the same gradient, whatever the chunks
+        identity |= {"bptt": config.bptt, "chunk_length": config.chunk_length}
     return identity
 
 
