@@ -5,11 +5,13 @@ Only the file of the command that is asked for is imported, and such a file impo
 function's body, so that ``rwkv-rev --help`` stays instant.
 """
 
+import errno
 import importlib
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import typer
@@ -59,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         argv: arguments without the program's name; those of the process when None.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
     _quiet_libraries()
     warnings.showwarning = _show_warning
     install_handlers()
@@ -122,6 +127,11 @@ def _fail(error: Exception) -> NoReturn:
     if isinstance(error, RwkvRevError):
         sys.stderr.write(f"error: {one_message(error)}\n")
         raise SystemExit(error.exit_code) from None
+    full = (errno.ENOSPC, errno.EIO, errno.EFBIG)
+    if isinstance(error, OSError) and error.filename is None and error.errno in full:
+        sys.stderr.write(f"error: cannot write to the standard output: {error.strerror}\n")
+        sys.stderr.flush()
+        os._exit(1)  # what is left in the buffer would fail once more
     kind, hint = type(error).__name__, "RWKV_REV_TRACEBACK=1 shows where it came from"
     sys.stderr.write(f"error: unexpected {kind}: {one_message(error)} ({hint})\n")
     raise SystemExit(1) from None

@@ -9,6 +9,7 @@ from rwkv_rev.cli import output as out
 from rwkv_rev.cli.options import DEFAULT_SHARD_SIZE, shard_size
 from rwkv_rev.cli.stopping import telling_if_stopped
 from rwkv_rev.converters.folder import refuse_no_model
+from rwkv_rev.converters.safe_output import check_output
 
 
 def export(
@@ -39,6 +40,7 @@ def export(
       rwkv-rev export my-model --to hf --output my-model-hf
     """
     refuse_no_model(directory)  # before anything heavy is imported
+    check_output(output.absolute(), force=force, directory=to == "hf")
     from rwkv_rev.converters.export import export as run
 
     with telling_if_stopped(output):

@@ -181,7 +181,7 @@ def _print_plan(planned: Any, as_json: bool) -> None:
     )
     memory = values["memory"]
     kept = (
-        "; on the CPU up to 1.7 times that, its allocator keeps freed blocks"
+        "; on the CPU up to 1.8 times that, its allocator keeps freed blocks"
         if planned.device == "cpu"
         else ""
     )

@@ -34,7 +34,8 @@ from rwkv_rev.converters.rewriter import Entry, Shard, plan_shards, write_shards
 from rwkv_rev.converters.safe_output import check_output, require_space, whole_directory
 from rwkv_rev.converters.source import Source, parse_source
 from rwkv_rev.converters.whereabouts import remember
-from rwkv_rev.errors import CheckpointError, OutputError, VerificationFailed
+from rwkv_rev.errors import CheckpointError, ConfigError, OutputError, VerificationFailed
+from rwkv_rev.printable import shortened
 from rwkv_rev.progress import Progress
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -137,6 +138,14 @@ def convert(
         OutputError: if the folder exists without ``force`` or cannot be written.
         ConversionDiffers: if ``verify`` finds a difference; nothing is left behind.
     """
+    if group_norm_eps is not None and not (
+        isinstance(group_norm_eps, float | int) and 0 < group_norm_eps < 1 and group_norm_eps is not True
+    ):
+        raise ConfigError(
+            f"group_norm_eps = {shortened(group_norm_eps)} must be a number above 0 and below 1"
+        )
+    if output is not None and not str(output):
+        raise ConfigError("output is an empty name; leave it out, or name a folder")
     if dtype != "auto" and dtype not in DTYPES:
         raise CheckpointError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
     parsed = source if isinstance(source, Source) else parse_source(str(source), file=file, revision=revision)

@@ -86,6 +86,8 @@ def export(
     inside = Path(directory).resolve()
     if output.resolve() == inside or output.resolve() in inside.parents:
         raise OutputError(f"{output} holds the model itself; choose another --output")
+    if inside in output.resolve().parents:
+        raise OutputError(f"{output} is inside the model's folder; choose another --output")
     if to == "hf":
         refuse_links(directory)
     with ConvertedModel(directory) as model:

@@ -18,8 +18,17 @@ if TYPE_CHECKING:
     from rwkv_rev.converters.conversion import convert as convert
     from rwkv_rev.converters.export import export as export
     from rwkv_rev.converters.inspection import inspect_source as inspect  # noqa: F401
+    from rwkv_rev.converters.publish import publish as publish
     from rwkv_rev.equivalence.verification import verify_directory as verify  # noqa: F401
+    from rwkv_rev.errors import CheckpointError as CheckpointError
+    from rwkv_rev.errors import ConfigError as ConfigError
+    from rwkv_rev.errors import DataError as DataError
+    from rwkv_rev.errors import OutputError as OutputError
+    from rwkv_rev.errors import ReversalMismatchError as ReversalMismatchError
     from rwkv_rev.errors import RwkvRevError as RwkvRevError
+    from rwkv_rev.errors import SourceError as SourceError
+    from rwkv_rev.errors import StrategyError as StrategyError
+    from rwkv_rev.errors import VerificationFailed as VerificationFailed
     from rwkv_rev.foreign_code import position_wise as position_wise
     from rwkv_rev.modeling import RwkvRevForCausalLM as RwkvRevForCausalLM
     from rwkv_rev.modeling import RwkvRevModel as RwkvRevModel
@@ -29,9 +38,19 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+_ERRORS = (
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "OutputError",
+    "ReversalMismatchError",
+    "RwkvRevError",
+    "SourceError",
+    "StrategyError",
+    "VerificationFailed",
+)
 _PLACES = {
     "RwkvRevConfig": ("rwkv_rev.configuration", "RwkvRevConfig"),
-    "RwkvRevError": ("rwkv_rev.errors", "RwkvRevError"),
     "RwkvRevForCausalLM": ("rwkv_rev.modeling", "RwkvRevForCausalLM"),
     "RwkvRevModel": ("rwkv_rev.modeling", "RwkvRevModel"),
     "RwkvRevState": ("rwkv_rev.state", "RwkvRevState"),
@@ -42,8 +61,10 @@ _PLACES = {
     "finetune": ("rwkv_rev.training.finetune", "finetune"),
     "generate": ("rwkv_rev.continuation", "generate"),
     "inspect": ("rwkv_rev.converters.inspection", "inspect_source"),
+    "publish": ("rwkv_rev.converters.publish", "publish"),
     "position_wise": ("rwkv_rev.foreign_code", "position_wise"),
     "verify": ("rwkv_rev.equivalence.verification", "verify_directory"),
+    **{name: ("rwkv_rev.errors", name) for name in _ERRORS},
 }
 
 __all__ = [*_PLACES]

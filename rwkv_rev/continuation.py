@@ -1,13 +1,16 @@
 """Continue a text with a model folder: what ``rwkv-rev generate`` does."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TextStreamer
 
 from rwkv_rev.converters.converted import ConvertedModel
-from rwkv_rev.errors import DataError, RwkvRevError
+from rwkv_rev.errors import ConfigError, DataError, RwkvRevError
 from rwkv_rev.loading import load_model, load_tokenizer
+from rwkv_rev.printable import shortened
 
 
 def generate(
@@ -28,7 +31,7 @@ def generate(
     Args:
         prompt: text to continue, at least one token.
         max_new_tokens: most tokens to add; an end token of the model ends the text before.
-        temperature: 0 takes the likeliest token; higher is more random.
+        temperature: 0 takes the likeliest token; higher is more random; else at least 0.01.
         top_p: sample from the likeliest tokens of this total probability.
         seed: makes the text repeatable.
         device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
@@ -36,8 +39,9 @@ def generate(
 
     Raises:
         SourceError, CheckpointError: if the folder is not a whole model. DataError: for a prompt without tokens.
-        RwkvRevError: for a device that is not there.
+        ConfigError: for a value that means nothing. RwkvRevError: for a device that is not there.
     """
+    _check(prompt, max_new_tokens, temperature, top_p, seed)
     with ConvertedModel(directory):
         pass  # refuses what is not a whole model, in one line
     place = _device(device)
@@ -61,11 +65,33 @@ def generate(
     return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
 
 
+def _check(prompt: Any, max_new_tokens: Any, temperature: Any, top_p: Any, seed: Any) -> None:
+    def number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
+    for name, value, right, wanted in (
+        ("prompt", prompt, isinstance(prompt, str), "a text"),
+        ("max_new_tokens", max_new_tokens, type(max_new_tokens) is int and max_new_tokens >= 1, "at least 1"),
+        (
+            "temperature",
+            temperature,
+            number(temperature) and (temperature == 0 or 0.01 <= temperature < math.inf),
+            "0, or a finite number of at least 0.01",
+        ),
+        ("top_p", top_p, number(top_p) and 0 <= top_p <= 1, "from 0 to 1"),
+        ("seed", seed, seed is None or (type(seed) is int and 0 <= seed < 2**63), "from 0 to 2**63 - 1"),
+    ):
+        if not right:
+            raise ConfigError(f"{name} = {shortened(repr(value))} must be {wanted}")
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise RwkvRevError(f"{name} is no device of this machine; use cpu") from error

@@ -58,6 +58,12 @@ class RwkvRevError(Exception):
         return "".join(part if i % 2 else _OPTION.sub(_as_argument, part) for i, part in enumerate(parts))
 
 
+class ConfigError(RwkvRevError, ValueError):
+    """A setting or argument that does not exist, has no usable value, or does not go with another."""
+
+    exit_code = 2
+
+
 class SourceError(RwkvRevError):
     """A ``SOURCE`` cannot be found, downloaded or told apart from several candidates."""
 

@@ -124,7 +124,8 @@ def forecast_memory(
         gradients=NUMBER * (parameters if trained is None else trained),
         batch=batch_size,
         context=context_length,
-        lengths=[min(chunk, context_length - start) for start in range(0, context_length, chunk)],
+        chunk=chunk,
+        chunks=-(-context_length // chunk),
         graph_share=_HALF_GRAPH if half else 1.0,
         half_copies=2 * (parameters - 2 * config.vocab_size * config.hidden_size) if half else 0,
         checkpoint_blocks=checkpoint_blocks,
@@ -135,7 +136,7 @@ def forecast_memory(
 
 @dataclass(frozen=True)
 class _Run:
-    """What is computed; sizes in bytes, ``lengths`` of the chunks in tokens."""
+    """What is computed; sizes in bytes, ``chunk`` in tokens."""
 
     config: RwkvRevConfig
     log_decays: Sequence[Tensor]
@@ -143,7 +144,8 @@ class _Run:
     gradients: int
     batch: int
     context: int
-    lengths: list[int]
+    chunk: int
+    chunks: int
     graph_share: float
     half_copies: int
     checkpoint_blocks: bool
@@ -153,11 +155,11 @@ class _Run:
 def _forecast(name: str, run: _Run) -> StrategyForecast:
     config, batch, gradients = run.config, run.batch, run.gradients
     layers, width = config.num_hidden_layers, config.hidden_size
-    at_once = run.context if name == "full" else run.lengths[0]
+    at_once = run.context if name == "full" else run.chunk
     tokens = batch * at_once
     held = graph_bytes(config, batch, at_once, checkpoint_blocks=run.checkpoint_blocks, fused=run.fused)
     graph = round(run.graph_share * held) + run.half_copies
-    sums = 0 if name == "full" or len(run.lengths) == 1 else gradients
+    sums = 0 if name == "full" or run.chunks == 1 else gradients
     memory = NUMBER * batch * width * (config.head_size if config.has_heads else 3)
     copies = _STATE_COPIES.get(name)
     states = 0 if copies is None else (copies * layers + _STATE_ARITHMETIC) * memory
@@ -176,9 +178,9 @@ def _forecast(name: str, run: _Run) -> StrategyForecast:
     peak = sums + max(terms)
     tape = 0
     if name in ("checkpoint", "reversible"):
-        recorded = run.lengths[1:-1]  # all of one length
-        if recorded:
-            tape = len(recorded) * _record_bytes(name, config, run.log_decays, batch, recorded[0])
+        recorded = run.chunks - 2  # not what is before the first chunk and in the last
+        if recorded > 0:
+            tape = recorded * _record_bytes(name, config, run.log_decays, batch, run.chunk)
     return StrategyForecast(
         strategy=name,
         parameters=run.weights,

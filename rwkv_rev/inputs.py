@@ -132,6 +132,8 @@ def _divisor(number: int | float | Tensor | None, targets: Tensor, dtype: torch.
         if number.device.type != "cpu":  # not looked at: that would wait for the device
             return number.reshape(()).to(targets.device, dtype)
         number = number.item()
+    if number == 0 and not bool((targets != IGNORE).any()):
+        return 1.0  # nothing is predicted, here or in the rest of the batch
     if not number > 0:
         raise ValueError(f"num_items_in_batch = {number} must be above 0")
     return number

@@ -11,10 +11,12 @@ import time
 from types import TracebackType
 from typing import Any
 
+from rwkv_rev.tables import WIDTH
+
 EVERY = 30.0
 """Seconds between lines where there is no terminal."""
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-_LINE = "{desc} {percentage:3.0f}%, {n_fmt} of {total_fmt} {unit}, {elapsed} gone, {remaining} left{postfix}"
+_LINE = "{desc} {percentage:3.0f}%, {n_fmt} of {total_fmt} {unit} in {elapsed}, {remaining} left{postfix}"
 
 
 class Progress:
@@ -105,6 +107,13 @@ class Progress:
             sys.stderr.flush()
 
     def _line(self) -> str:
+        """With as many facts as fit."""
+        for count in range(len(self._facts), 0, -1):
+            if len(line := self._with(", ".join(self._facts[:count]))) <= WIDTH:
+                return line
+        return self._with("")
+
+    def _with(self, postfix: str) -> str:
         from tqdm import tqdm
 
         return tqdm.format_meter(
@@ -114,7 +123,7 @@ class Progress:
             prefix=self._what,
             unit=self._unit,
             unit_scale=self._scaled,
-            postfix=", ".join(self._facts),
+            postfix=postfix,
             bar_format=_LINE,
             initial=self._begun_at,
         )

@@ -71,11 +71,15 @@ def register_target_modules() -> None:
             layers = ["ln1", "ln2"]
         elif method in ("VERA", "PVERA", "FROD"):
             layers = ["receptance", "output"]
-        elif method in ("BEFT", "IA3"):  # biases, which there are none of; attention's keys and values
+        elif method == "BEFT":  # of biases, which there are none of
             continue
+        elif method == "IA3":  # keys, values, and what goes into the map out of the channel mix
+            layers = ["time_mix.key", "time_mix.value", "channel_mix.value"]
         else:
             layers = ["receptance", "key", "value", "gate", "output"]
         targets.setdefault("rwkv_rev", layers)
+    feedforward = getattr(constants, "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING", {})
+    feedforward.setdefault("rwkv_rev", ["channel_mix.value"])
 
 
 class _RegisterAfterImport(MetaPathFinder):

@@ -36,7 +36,7 @@ def test_finetune_then_eval_then_generate(cli: Cli, bundled: dict[str, Path], tm
         "1,354,752",
     ):
         assert text in out
-    assert "warning: 1 documents exceed the context" in err
+    assert "warning: 1 document is longer than the context" in err
     rows = [json.loads(line) for line in (tmp_path / "out/training/log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2]
     logged = {"loss", "learning_rate", "grad_norm", "tokens_per_second", "tape_bytes", "memory_bytes"}

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from rwkv_rev.training.config import ConfigError, FinetuneConfig, build_config
+from rwkv_rev.errors import ConfigError
+from rwkv_rev.training.config import FinetuneConfig, build_config
 
 GOOD: dict[str, Any] = {"model": "m", "data": ["d.txt"], "output": "o"}
 

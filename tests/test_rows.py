@@ -168,9 +168,11 @@ def test_statistics_and_warnings(tmp_path: Path) -> None:
         "the context length of 100 is longer than any document (longest: 9 tokens)",
     )
     assert RowDataset(store, 9).statistics().warnings == ()
-    assert "2 documents exceed the context: cut" in RowDataset(store, 4).statistics().warnings[0]
+    assert "2 documents are longer than the context: cut" in RowDataset(store, 4).statistics().warnings[0]
     carried = RowDataset(store, 4, carry_state=True).statistics().warnings
-    assert carried == ("2 documents exceed the context: state carried on, gradient cut every 4 tokens",)
+    assert carried == (
+        "2 documents are longer than the context: state carried on, gradient cut every 4 tokens",
+    )
     packed = RowDataset(store, 100, pack=True, separator=0).statistics().warnings
     assert "longer than all documents (23 tokens)" in packed[0] and "state runs on" in packed[1]
 

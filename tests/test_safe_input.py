@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.safe_input import read_object, refuse_special
-from rwkv_rev.errors import CheckpointError, SourceError
-from rwkv_rev.training.config import ConfigError, build_config
+from rwkv_rev.errors import CheckpointError, ConfigError, SourceError
+from rwkv_rev.training.config import build_config
 
 Cli = Callable[..., tuple[int, str, str]]
 COMMANDS = {  # of a model folder

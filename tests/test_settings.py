@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from rwkv_rev.training.config import ConfigError, FinetuneConfig, build_config
+from rwkv_rev.errors import ConfigError
+from rwkv_rev.training.config import FinetuneConfig, build_config
 
 Cli = Callable[..., tuple[int, str, str]]
 GOOD: dict[str, Any] = {"model": "m", "data": ["d.txt"], "output": "o"}
@@ -98,7 +99,7 @@ def test_wrong_targets_are_refused_before_the_model_is_loaded(
         (("--seed", "-1"), "seed = -1 must be at least 0"),
         (("--lr", "nan"), "lr = nan must be a finite number"),
         (("--weight-decay", "inf"), "weight_decay = inf must be a finite number"),
-        (("--context-length", "999999999m"), "context_length = 1048575998951424 must be at most"),
+        (("--context-length", "999999999m"), "999999999m is more tokens than"),
         (("--set", "end_token=-3"), "end_token = -3 must be a token id"),
         (("--lora-rank", "8"), "lora_rank belongs to tune = lora"),
     ],

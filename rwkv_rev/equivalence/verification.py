@@ -44,7 +44,7 @@ from rwkv_rev.equivalence.reversal import check_reversal
 from rwkv_rev.equivalence.text import default_text, encode_text, read_text
 from rwkv_rev.equivalence.tolerance import NOISE_FACTOR, tolerance
 from rwkv_rev.equivalence.weights import WeightComparison, compare_weights
-from rwkv_rev.errors import RwkvRevError, SourceError
+from rwkv_rev.errors import ConfigError, RwkvRevError, SourceError
 from rwkv_rev.loading import load_model
 from rwkv_rev.modeling import RwkvRevForCausalLM
 from rwkv_rev.progress import Progress
@@ -96,13 +96,13 @@ def verify_directory(
         SourceError, CheckpointError: the directory or its original cannot be read.
         DataError: no text, or no tokenizer.
         OracleUnavailable: the oracle asked for by name cannot run for this original.
-        ValueError: an unknown oracle, or less than one token where tokens are counted.
+        ConfigError: an unknown oracle, or less than one token where tokens are counted.
     """
     if oracle not in ORACLE_CHOICES:
-        raise ValueError(f"oracle {oracle!r} must be one of {', '.join(ORACLE_CHOICES)}")
+        raise ConfigError(f"oracle {oracle!r} must be one of {', '.join(ORACLE_CHOICES)}")
     for name, count in (("tokens", tokens), ("context", context), ("chunk", chunk)):
         if count is not None and count < 1:
-            raise ValueError(f"{name} = {count} must be at least 1")
+            raise ConfigError(f"{name} = {count} must be at least 1")
     directory = Path(directory)
     with (
         ConvertedModel(directory) as converted,

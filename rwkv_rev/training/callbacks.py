@@ -14,9 +14,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rwkv_rev.errors import DataError
+from rwkv_rev.errors import ConfigError, DataError
 from rwkv_rev.progress import Progress
-from rwkv_rev.training.config import ConfigError
 
 _REPORTERS = {
     "tensorboard": ("tensorboard", "tensorboardX"),
@@ -176,5 +175,9 @@ def describe(row: dict[str, Any]) -> list[str]:
     parts = [f"loss {row['loss']:.4f}", f"{row.get('tokens_per_second', 0):,.0f} tokens/s"]
     for name, label in (("memory_bytes", "memory"), ("tape_bytes", "tape")):
         if row.get(name):
-            parts.append(f"{label} {row[name] / 1e6:,.0f} MB")
+            parts.append(
+                f"{label} {row[name] / 1e6:,.0f} MB"
+                if row[name] >= 1e6
+                else f"{label} {row[name] / 1e3:,.0f} kB"
+            )
     return parts

@@ -19,7 +19,7 @@ import yaml
 
 from rwkv_rev.bptt_settings import BPTT_STRATEGIES, CHUNK_LENGTH, TAPES
 from rwkv_rev.converters.safe_input import refuse_special
-from rwkv_rev.errors import RwkvRevError
+from rwkv_rev.errors import ConfigError
 from rwkv_rev.printable import shortened
 
 TUNE = ("full", "lora", "state")
@@ -28,12 +28,6 @@ REPORTERS = ("none", "tensorboard", "wandb", "trackio")
 SCHEDULES = ("constant", "linear", "cosine", "cosine_with_min_lr", "inverse_sqrt", "polynomial")
 MOST_YAML_BYTES = 1 << 20  # PyYAML reads a megabyte in seconds
 DEFAULT_LR = {"full": 1e-4, "lora": 5e-4, "state": 0.1}
-
-
-class ConfigError(RwkvRevError, ValueError):
-    """A setting that does not exist, has the wrong type, or does not go with another."""
-
-    exit_code = 2
 
 
 @dataclass

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_rev.converters.converted import ConvertedModel
-from rwkv_rev.errors import DataError
+from rwkv_rev.errors import ConfigError, DataError
 from rwkv_rev.loading import load_model, load_tokenizer
 from rwkv_rev.loss import IGNORE, LOGITS_AT_ONCE
 from rwkv_rev.progress import Progress
@@ -177,9 +177,9 @@ def evaluate_documents(
 
 def evaluate_directory(
     directory: str | Path,
-    data: Sequence[str],
+    data: str | Path | Sequence[str | Path],
     *,
-    context_length: int,
+    context_length: int = 16384,
     batch_size: int = 1,
     max_tokens: int = 0,
     text_field: str | None = None,
@@ -194,14 +194,17 @@ def evaluate_directory(
 
     Raises:
         SourceError, CheckpointError: if the folder is not a whole model. DataError: for unusable data.
-        RwkvRevError: for a device or dtype that is not there.
+        ConfigError: for a context length that is none. RwkvRevError: for a device or dtype that is not there.
     """
     with ConvertedModel(directory) as source:  # refuses what is not a whole model
         vocab_size = source.config.vocab_size
+    if type(context_length) is not int or context_length < 2:
+        raise ConfigError(f"context_length = {context_length!r} must be a number of at least 2 tokens")
     place, arithmetic = choose_device(device, dtype)
     tokenizer = load_tokenizer(directory)
+    sources = [data] if isinstance(data, str | Path) else data
     store = load_tokens(
-        list(data),
+        [str(source) for source in sources],
         tokenizer,
         fields=Fields(text_field),
         end_token=None,

@@ -128,6 +128,8 @@ def run(config: FinetuneConfig, *, notify: Notify = lambda text: None, quiet: bo
     first = first_process()
     for note in planned.notes if first else ():
         notify(f"warning: {note}")
+    if first and config.resume == "auto" and made is None and planned.resume_from is None:
+        notify("no checkpoint to go on from: the run begins with step 1")
     taken = lock(work) if first else None
     try:
         if first and planned.resume_from is None and config.force:

@@ -16,10 +16,11 @@ from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.converters.folder import refuse_links
 from rwkv_rev.converters.inspection import inspect_source
 from rwkv_rev.converters.publish import refuse_unpublishable
+from rwkv_rev.errors import ConfigError
 from rwkv_rev.loading import load_tokenizer
 from rwkv_rev.training.batches import BatchOrder
 from rwkv_rev.training.callbacks import refuse_missing_reporter
-from rwkv_rev.training.config import ConfigError, FinetuneConfig
+from rwkv_rev.training.config import FinetuneConfig
 from rwkv_rev.training.documents import Fields
 from rwkv_rev.training.identity import model_fingerprint, refuse_other_run
 from rwkv_rev.training.launch import choose_device, own_device, refuse_launch

@@ -224,11 +224,12 @@ class RowDataset(Dataset):
         longer = int((lengths > T).sum())
         if longer and self.carry_state:
             found.append(
-                f"{longer} documents exceed the context: state carried on, gradient cut every {T} tokens"
+                f"{_documents(longer)} longer than the context: state carried on, gradient cut every {T} tokens"
             )
         elif longer and not self.pack:
             found.append(
-                f"{longer} documents exceed the context: cut into rows that each begin empty (or carry state)"
+                f"{_documents(longer)} longer than the context: cut into rows of {T} tokens, each without the "
+                "state before (--carry-state hands it on)"
             )
         prompts = int((self.store.prompt_lengths() >= T).sum())
         if prompts and not self.pack and not self.carry_state:
@@ -255,3 +256,7 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def _documents(count: int) -> str:
+    return "1 document is" if count == 1 else f"{count:,} documents are"

@@ -97,7 +97,7 @@ def what_is_kept(config: FinetuneConfig) -> str:
     kept = checkpoints(config.work_directory)
     if kept:
         return f"{kept[-1]} is kept: the same command with --resume auto goes on from it"
-    return "there is no checkpoint yet (--save-every): the same command with --force begins anew"
+    return "there is no checkpoint yet (--save-every): the same command begins anew"
 
 
 def lock(work: Path) -> FileLock:

@@ -1,0 +1,86 @@
+"""The commands as functions: names, and what they refuse in one line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rwkv_rev
+from rwkv_rev.cli import COMMANDS
+from rwkv_rev.errors import ConfigError, RwkvRevError
+
+
+def test_every_command_is_a_function() -> None:
+    for name, _ in COMMANDS:
+        assert callable(getattr(rwkv_rev, {"eval": "evaluate"}.get(name, name)))
+
+
+def test_errors_are_public() -> None:
+    for name in rwkv_rev._ERRORS:
+        assert issubclass(getattr(rwkv_rev, name), RwkvRevError)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"temperature": -1}, "temperature = -1 must be 0, or"),
+        ({"temperature": float("nan")}, "temperature = nan"),
+        ({"temperature": 1e-320}, "must be 0, or a finite number of at least 0.01"),
+        ({"top_p": 2}, "top_p = 2 must be from 0 to 1"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens = 2.5 must be at least 1"),
+        ({"max_new_tokens": True}, "max_new_tokens = True"),
+        ({"seed": 2**70}, r"seed = \d+ must be from 0 to 2\*\*63 - 1"),
+        ({"prompt": ["a", "b"]}, "prompt = .* must be a text"),
+    ],
+)
+def test_generate_refuses(bundled: dict[str, Path], given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        rwkv_rev.generate(bundled["4"], **{"prompt": "a"} | given)
+
+
+def test_no_text_can_be_made_on_meta(bundled: dict[str, Path]) -> None:
+    with pytest.raises(RwkvRevError, match="meta is no device of this machine"):
+        rwkv_rev.generate(bundled["4"], "a", device="meta")
+
+
+@pytest.mark.parametrize("given", [{"tokens": 0}, {"chunk": 0}, {"context": -1}, {"oracle": "foo"}])
+def test_verify_refuses(bundled: dict[str, Path], given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        rwkv_rev.verify(bundled["4"], **given)
+
+
+@pytest.mark.parametrize("eps", [float("nan"), -1.0, 0, "x", True])
+def test_convert_refuses(tmp_path: Path, eps: Any) -> None:
+    with pytest.raises(ConfigError, match=r"group_norm_eps = .* must be a number"):
+        rwkv_rev.convert("bundled:rwkv-5.2", tmp_path / "out", group_norm_eps=eps)
+    with pytest.raises(ConfigError, match="output is an empty name"):
+        rwkv_rev.convert("bundled:rwkv-5.2", "")
+
+
+def test_evaluate_takes_one_file(bundled: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("a text of some length " * 5)
+    assert rwkv_rev.evaluate(bundled["4"], str(path), context_length=64).total.tokens > 50
+    assert rwkv_rev.evaluate(bundled["4"], path).total.tokens > 50
+    for length in ("16k", 64.0, float("nan"), 1):
+        with pytest.raises(ConfigError, match="context_length = "):
+            rwkv_rev.evaluate(bundled["4"], path, context_length=length)
+
+
+def test_export_stays_out_of_the_model(bundled: dict[str, Path]) -> None:
+    with pytest.raises(RwkvRevError, match="is inside the model's folder"):
+        rwkv_rev.export(bundled["4"], bundled["4"] / "x.pth")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_standard_output_that_is_full_or_closed() -> None:
+    command = [sys.executable, "-m", "rwkv_rev.cli", "--version"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: cannot write to the standard output: No space left on device\n"
+    closed = subprocess.run(command, stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1))
+    assert (closed.returncode, closed.stderr) == (0, b"")
