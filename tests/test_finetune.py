@@ -294,7 +294,15 @@ def test_refuses_a_checkpoint_of_another_run(bundled: dict[str, Path], tmp_path:
         ({"model": str(tmp_path / "out")}, "is a checkpoint of another model"),
         ({"batch_size": 1}, "cannot be resumed: rows_per_step was 2 and is now 1"),
         ({"tune": "state"}, "cannot be resumed: tune was full and is now state"),
-        ({"data": [str(counting_text(tmp_path / "d.txt", 90))]}, "cannot be resumed: data was"),
+        (
+            {"data": [str(counting_text(tmp_path / "d.txt", 90))]},
+            "cannot be resumed: the text, the tokenizer or how",
+        ),
+        ({"lr": 0.5}, "cannot be resumed: lr was 0.0001 and is now 0.5"),
+        ({"max_steps": 17}, r"cannot be resumed: steps was \d and is now 17"),
+        ({"lr_schedule": "constant"}, "cannot be resumed: lr_schedule was cosine and is now constant"),
+        ({"weight_decay": 0.1}, "cannot be resumed: weight_decay was 0.0 and is now 0.1"),
+        ({"bptt": "truncated"}, "cannot be resumed: bptt was None and is now truncated"),
         ({"resume": str(tmp_path / "nowhere")}, "is not a whole checkpoint"),
     ):
         values = {**config.to_dict(), "output": str(tmp_path / "next"), "resume": str(kept / "checkpoint-1")}

@@ -187,9 +187,9 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
 
 def _identity(config: FinetuneConfig, order: BatchOrder, steps: int, dtype: str) -> dict[str, Any]:
     """Everything that losses and weights depend on."""
-    names = ("tune", "grad_accum", "lr_schedule", "warmup", "weight_decay", "max_grad_norm")
+    names = ["tune", "grad_accum", "lr_schedule", "warmup", "weight_decay", "max_grad_norm"]
     if config.tune == "lora":
-        names += ("lora_rank", "lora_alpha", "lora_dropout")
+        names += ["lora_rank", "lora_alpha", "lora_dropout"]
     identity = {name: getattr(config, name) for name in names} | {
         "model": model_fingerprint(Path(config.model)),
         "lr": config.learning_rate,
