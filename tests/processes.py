@@ -7,6 +7,7 @@ forked from a server that has imported all of it and computed nothing; elsewhere
 import multiprocessing
 import multiprocessing.process
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -117,6 +118,7 @@ def _one_rank(rank: int, work: Callable[[int], Any], world: int, folder: str) ->
 
 
 def _command(arguments: list[str], streams: str, env: dict[str, str]) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the tests were started by ignores
     os.environ.clear()
     os.environ.update(env)
     for number, ending in ((1, "out"), (2, "err")):
