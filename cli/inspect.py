@@ -120,7 +120,11 @@ def inspect(
                 for f in forecasts
             ],
         )
-        output.print_text(f"The optimizer is not included (AdamW: {size(8 * found.parameters)}).\n")
+        output.print_text(
+            "The peak is no sum: gradients come while the graph goes; logits and workspace are in it.\n"
+            "The tape lies where --tape of finetune says, in host memory unless told otherwise.\n"
+            f"The optimizer is not included (AdamW: {size(8 * found.parameters)}).\n"
+        )
     if limits is not None:
         steps = [f">{name}" for name in limits[0].division]
         output.print_table(
