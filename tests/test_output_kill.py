@@ -84,21 +84,30 @@ def test_killed(kind: str, number: signal.Signals, sources: Path, tmp_path: Path
         if shape not in undisturbed:
             undisturbed[shape] = run_undisturbed(shape, sources, tmp_path / shape, env)
         expected, seconds = undisturbed[shape]
-        here = tmp_path / f"{count}"
-        output = here / "out"
-        if over_old := count % 2 == 0:
-            shutil.copytree(tmp_path / shape / "old", here)
-        else:
-            here.mkdir()
-        process = start_command(command(shape, "new", sources, output), streams / f"{count}", env)
-        errors = streams / f"{count}.err"
-        while not errors.exists():
-            time.sleep(0.005)
-        time.sleep(0.02 + moments.uniform(0.0, 0.8 * seconds))  # it is in the command line's own code by then
-        assert process.pid is not None
-        with suppress(ProcessLookupError):  # it is done
-            os.kill(process.pid, number)
-        process.join(60)
+        here, share = tmp_path / f"{count}", 1.0
+        over_old = count % 2 == 0
+        while True:  # until it was killed in time
+            if over_old:
+                shutil.copytree(tmp_path / shape / "old", here)
+            else:
+                here.mkdir()
+            output = here / "out"
+            process = start_command(command(shape, "new", sources, output), streams / f"{count}", env)
+            errors = streams / f"{count}.err"
+            while not errors.exists():
+                time.sleep(0.005)
+            time.sleep(
+                0.02 + share * moments.uniform(0.0, 0.8 * seconds)
+            )  # in the command line's own code by then
+            assert process.pid is not None
+            with suppress(ProcessLookupError):  # it is done
+                os.kill(process.pid, number)
+            process.join(60)
+            if process.exitcode != 0:
+                break
+            share *= 0.8
+            errors.unlink()
+            shutil.rmtree(here)
         state = (
             "absent" if not os.path.lexists(output) else expected[contents(output)]
         )  # KeyError: half an output
