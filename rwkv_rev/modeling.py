@@ -410,7 +410,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
                 ``use_cache=False`` or labels are given.
 
         Returns:
-            :class:`RwkvRevCausalLMOutput`. With labels, ``state`` carries no graph.
+            :class:`RwkvRevCausalLMOutput`. With labels, ``state`` carries no graph, and tuples are without it.
 
         Raises:
             StrategyError: if the gradient strategy cannot do what is asked.
@@ -464,6 +464,9 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
                 num_items_in_batch,
                 final_state_gradient,
             )
+            if not return_dict:  # trainers take everything behind the loss for predictions
+                ignored = self.config.keys_to_ignore_at_inference
+                return tuple(value for name, value in output.items() if name not in ignored)
         return output if return_dict else output.to_tuple()
 
     @torch.compiler.disable  # two sweeps with a tape between them are no graph

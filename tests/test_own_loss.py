@@ -118,8 +118,12 @@ def test_metrics(tmp_path: Path, bf16: bool) -> None:
     )
     scores = Trainer(model, settings, eval_dataset=Rows()).evaluate()
     assert max(rows) == 4 * 8, "a chunk of the batch at a time, and nothing for who does not ask"
-    with_metrics = Trainer(model, settings, eval_dataset=Rows(), compute_metrics=metrics).evaluate()
-    assert with_metrics["eval_loss"] == scores["eval_loss"]
+    for tuples in (False, True):
+        model.config.return_dict = not tuples
+        with_metrics = Trainer(model, settings, eval_dataset=Rows(), compute_metrics=metrics).evaluate()
+        assert with_metrics["eval_loss"] == scores["eval_loss"]
+    model.config.return_dict = True
+    assert (seen[0] == seen[1]).all()
     ids = torch.stack([row["input_ids"] for row in map(Rows().__getitem__, range(4))])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         expected = model.eval()(ids).logits.float()
