@@ -74,9 +74,8 @@ def convert(
 
       rwkv-rev convert RWKV/v5-Eagle-7B-HF --max-shard-size 2GB --dry-run
     """
-    parse_source(
-        source, file=file, revision=revision
-    )  # a wrong one is told of before anything heavy is imported
+    # a wrong one is told of before anything heavy is imported
+    parse_source(source, file=file, revision=revision)
     from rwkv_rev.converters.conversion import ConversionDiffers
     from rwkv_rev.converters.conversion import convert as run
 

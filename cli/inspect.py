@@ -57,9 +57,8 @@ def inspect(
 
       rwkv-rev inspect BlinkDL/rwkv-4-pile-169m --file '*8023.pth'
     """
-    parse_source(
-        source, file=file, revision=revision
-    )  # a wrong one is told of before anything heavy is imported
+    # a wrong one is told of before anything heavy is imported
+    parse_source(source, file=file, revision=revision)
     import torch
 
     from rwkv_rev.converters.inspection import inspect_source

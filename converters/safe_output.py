@@ -108,10 +108,9 @@ def _whole(output: Path, *, force: bool, directory: bool) -> Iterator[Path]:
                     check_output(output, force=force, directory=directory)
                     temporary.mkdir() if directory else temporary.touch(exist_ok=False)
                     yield temporary
-                    _sync_tree(temporary)
-                    check_output(
-                        output, force=force, directory=directory
-                    )  # again: it may have appeared meanwhile
+                    sync_tree(temporary)
+                    # again: it may have appeared meanwhile
+                    check_output(output, force=force, directory=directory)
                     if directory and output.exists():
                         output.rename(temporary.with_suffix(".previous"))
                     temporary.replace(output)
@@ -260,7 +259,7 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _sync_tree(path: Path) -> None:
-    """A file, or a folder and all that is in it."""
+def sync_tree(path: Path) -> None:
+    """Flush a file, or a folder and all that is in it, to the disk."""
     for inner in (*path.rglob("*"), path):
         _sync(inner)

@@ -61,8 +61,8 @@ _PLACES = {
     "finetune": ("rwkv_rev.training.finetune", "finetune"),
     "generate": ("rwkv_rev.continuation", "generate"),
     "inspect": ("rwkv_rev.converters.inspection", "inspect_source"),
-    "publish": ("rwkv_rev.converters.publish", "publish"),
     "position_wise": ("rwkv_rev.foreign_code", "position_wise"),
+    "publish": ("rwkv_rev.converters.publish", "publish"),
     "verify": ("rwkv_rev.equivalence.verification", "verify_directory"),
     **{name: ("rwkv_rev.errors", name) for name in _ERRORS},
 }

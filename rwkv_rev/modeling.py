@@ -497,7 +497,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
             final_state_gradient,
             wide(self.model.ln0.weight.dtype),
         )
-        length = inputs.length
+        length, evaluating = inputs.length, not (self.training or torch.is_grad_enabled())
         if return_logits or output_hidden_states:
             whole = self.bptt.strategy in ("full", "auto") and length <= self.bptt.chunk_length
             if torch.is_grad_enabled() and not whole:
@@ -531,9 +531,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
                 loss = loss + (further - further.detach())  # its gradient, not its value
             return RwkvRevCausalLMOutput(
                 loss=loss,
-                logits=self.head(hidden)
-                if return_logits or not (self.training or torch.is_grad_enabled())
-                else None,
+                logits=self.head(hidden) if return_logits or evaluating else None,
                 state=read.state.detach(),
                 hidden_states=read.hidden_states,
             )
@@ -542,9 +540,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
             bptt.strategy, length, chunk_length=bptt.chunk_length, tape=bptt.tape, tape_dir=bptt.tape_dir
         )
         result = strategy.loss(self, inputs)
-        logits = None
-        if not (self.training or torch.is_grad_enabled()):
-            logits = self._deferred_logits(inputs, result.loss)
+        logits = self._deferred_logits(inputs, result.loss) if evaluating else None
         return RwkvRevCausalLMOutput(result.loss, logits, result.state, report=result.report)
 
     def _deferred_logits(self, inputs: LossInputs, loss: Tensor) -> Any:

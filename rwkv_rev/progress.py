@@ -91,15 +91,8 @@ class Progress:
 
     def _that_fit(self, columns: int) -> str:
         """As many facts as stand behind a bar of four letters."""
-        room = (
-            columns - len(self._what) - 2 * len(str(self._total)) - len(" 100%|####| / [1:00:00<1:00:00, ]")
-        )
-        shown: list[str] = []
-        for fact in self._facts:
-            if len(", ".join([*shown, fact])) >= room:
-                break
-            shown.append(fact)
-        return ", ".join(shown)
+        taken = len(self._what) + 2 * len(str(self._total)) + len(" 100%|####| / [1:00:00<1:00:00, ]")
+        return self._in(columns - taken - 1)
 
     def _tell(self) -> None:
         while not self._closed.wait(EVERY):
@@ -108,10 +101,12 @@ class Progress:
 
     def _line(self) -> str:
         """With as many facts as fit."""
-        for count in range(len(self._facts), 0, -1):
-            if len(line := self._with(", ".join(self._facts[:count]))) <= WIDTH:
-                return line
-        return self._with("")
+        return self._with(self._in(WIDTH - len(self._with("")) - len(", ")))
+
+    def _in(self, room: int) -> str:
+        """As many facts as fit into so many characters."""
+        lists = (", ".join(self._facts[:count]) for count in range(len(self._facts), 0, -1))
+        return next((facts for facts in lists if len(facts) <= room), "")
 
     def _with(self, postfix: str) -> str:
         from tqdm import tqdm

@@ -35,9 +35,7 @@ class _Repeated:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
-        self._context = (
-            contextvars.copy_context()
-        )  # a device's thread, which computes gradients, has none of it
+        self._context = contextvars.copy_context()  # autograd's thread of a device has another
         self._generators = random_state.capture(())  # a device's own is set back by PyTorch
         self._print: Tensor | None = None
 

@@ -8,11 +8,12 @@ after it was written and once before it is resumed from, at 1 to 1.7 GB/s on one
 """
 
 import json
-import os
 import re
 import shutil
 import zlib
 from pathlib import Path
+
+from rwkv_rev.converters.safe_output import sync_tree
 
 PREFIX = "checkpoint"
 """What transformers calls them: ``checkpoint-STEP``."""
@@ -42,7 +43,7 @@ def seal(folder: Path) -> None:
         if path.is_file()
     }
     (folder / CHECKSUMS).write_text(json.dumps(files, indent=1), "utf-8")
-    _sync_tree(folder)
+    sync_tree(folder)
 
 
 def damage(folder: Path) -> str | None:
@@ -88,14 +89,3 @@ def discard(folder: Path) -> None:
 def _step(path: Path) -> int | None:
     found = re.fullmatch(rf"{PREFIX}-([0-9]{{1,18}})", path.name)
     return None if found is None else int(found[1])
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        if os.name == "nt" and path.is_dir():
-            continue  # there only files can be flushed, and only those open for writing
-        handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
