@@ -16,6 +16,7 @@ from typing import NoReturn
 
 import typer
 
+from rwkv_rev.cli import output
 from rwkv_rev.cli.stopping import exit_code, install_handlers
 from rwkv_rev.errors import RwkvRevError, options_in_messages
 
@@ -98,7 +99,7 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         from rwkv_rev import __version__
 
-        typer.echo(__version__)
+        output.write(f"{__version__}\n")
         raise typer.Exit()
 
 
@@ -120,18 +121,18 @@ def _not_loaded() -> None:
 
 
 def _fail(error: Exception) -> NoReturn:
-    from rwkv_rev.printable import one_message
+    from rwkv_rev.printable import one_message, shortened
 
     if os.environ.get("RWKV_REV_TRACEBACK") == "1":
         raise error
     if isinstance(error, RwkvRevError):
         sys.stderr.write(f"error: {one_message(error)}\n")
         raise SystemExit(error.exit_code) from None
-    full = (errno.ENOSPC, errno.EIO, errno.EFBIG)
-    if isinstance(error, OSError) and error.filename is None and error.errno in full:
-        sys.stderr.write(f"error: cannot write to the standard output: {error.strerror}\n")
-        sys.stderr.flush()
-        os._exit(1)  # what is left in the buffer would fail once more
+    full = (errno.ENOSPC, errno.EIO, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+    if isinstance(error, OSError) and error.errno in full:
+        name = shortened(error.filename) if error.filename else "a file"
+        sys.stderr.write(f"error: {name} cannot be written: {error.strerror}; make room on its disk\n")
+        raise SystemExit(1) from None
     kind, hint = type(error).__name__, "RWKV_REV_TRACEBACK=1 shows where it came from"
     sys.stderr.write(f"error: unexpected {kind}: {one_message(error)} ({hint})\n")
     raise SystemExit(1) from None

@@ -39,7 +39,12 @@ def eval(
     ] = None,
     dtype: Annotated[str, typer.Option(help="Arithmetic: auto, float32, bfloat16, float16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda; auto takes a GPU if there is one.")] = "auto",
-    cache_dir: Annotated[str | None, typer.Option(help="Where tokenised data is kept.")] = None,
+    cache_dir: Annotated[
+        str | None,
+        typer.Option(
+            help="Where tokenised data is kept (default: tokens in $RWKV_REV_CACHE, else in rwkv-rev under $HF_HOME)."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Bits per byte and perplexity of a model on a text, by position in the context.

@@ -87,7 +87,12 @@ def finetune(
     ] = None,
     report_to: Annotated[Text, typer.Option(help="none, tensorboard, wandb or trackio.  [none]")] = None,
     device: Annotated[Text, typer.Option(help="auto, cpu or cuda.  [auto]")] = None,
-    cache_dir: Annotated[Text, typer.Option(help="Where tokenised data is kept.")] = None,
+    cache_dir: Annotated[
+        Text,
+        typer.Option(
+            help="Where tokenised data is kept (default: tokens in $RWKV_REV_CACHE, else in rwkv-rev under $HF_HOME)."
+        ),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE.yaml", help="Settings; options here win over it.")
     ] = None,

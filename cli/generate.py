@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from rwkv_rev.cli.output import write
 from rwkv_rev.converters.folder import refuse_no_model
 
 
@@ -50,4 +51,4 @@ def generate(
         stream=stream,
     )
     if not stream:
-        sys.stdout.write(text + "\n")  # as it is: this is the model's own
+        write(text + "\n")  # as it is: this is the model's own

@@ -4,15 +4,19 @@ Tables are for people; ``--json`` prints one JSON document instead, ``--quiet`` 
 bars go to stderr and switch themselves off when it is not a terminal.
 
 Everything but the text that a model generates leaves through here or through ``rwkv_rev.cli``, escaped: names in files
-hold escape sequences (:mod:`rwkv_rev.printable`).
+hold escape sequences (:mod:`rwkv_rev.printable`). A standard output that takes no more is told of here, where it is
+known to be the one that failed.
 """
 
 import json
+import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from rwkv_rev.errors import OutputError
 from rwkv_rev.printable import MOST_LINE, printable, shortened
 from rwkv_rev.tables import WIDTH, folded
 
@@ -36,7 +40,8 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
             table.add_column(names[column], justify="right" if columns[column].startswith(">") else "left")
         for row in cells:
             table.add_row(*(row[column] for column in kept))
-        console.print(table)
+        with _standard_output():
+            console.print(table)
 
 
 def print_fields(title: str, fields: dict[str, object]) -> None:
@@ -47,7 +52,8 @@ def print_fields(title: str, fields: dict[str, object]) -> None:
     table.title, table.title_justify, table.title_style = printable(title, keep="\n"), "left", "bold"
     for name, value in fields.items():
         table.add_row(name, "" if value is None else shortened(value, MOST_LINE))
-    _console().print(table)
+    with _standard_output():
+        _console().print(table)
 
 
 def print_json(value: Any) -> None:
@@ -57,17 +63,27 @@ def print_json(value: Any) -> None:
         "\n", ""
     ).isprintable():  # JSON itself escapes the control characters below the space only
         text = re.sub(r"[^\n]", lambda c: c[0] if c[0].isprintable() else json.dumps(c[0])[1:-1], text)
-    sys.stdout.write(text + "\n")
+    write(text + "\n")
 
 
 def print_text(text: str) -> None:
     """Print text of ours on stdout, of as many lines as it has."""
-    sys.stdout.write(printable(text, keep="\n") + "\n")
+    write(printable(text, keep="\n") + "\n")
 
 
 def print_path(path: object) -> None:
     """Print a path on stdout: as it is, for a program that reads it, or as a terminal may have it."""
-    sys.stdout.write((printable(str(path)) if sys.stdout.isatty() else str(path)) + "\n")
+    write((printable(str(path)) if sys.stdout.isatty() else str(path)) + "\n")
+
+
+def write(text: str) -> None:
+    """Write to stdout as it is, at once: what a model generates, and what was made printable before.
+
+    Raises:
+        OutputError: where stdout takes no more. BrokenPipeError: where nobody reads it.
+    """
+    with _standard_output():
+        sys.stdout.write(text)
 
 
 def note(text: str) -> None:
@@ -82,6 +98,19 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+@contextmanager
+def _standard_output() -> Iterator[None]:
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What is left in the buffer would fail once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OutputError(f"cannot write to the standard output: {error.strerror}") from None
 
 
 def _console() -> Any:

@@ -6,10 +6,11 @@ again whatever becomes of the model's folder.
 
 import hashlib
 import json
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from rwkv_rev.user_cache import user_cache
 
 
 def remember(record: dict[str, Any], source: Path) -> None:
@@ -29,8 +30,5 @@ def recall(record: dict[str, Any]) -> Path | None:
 
 
 def _place(record: dict[str, Any]) -> Path:
-    from huggingface_hub.constants import HF_HOME
-
-    root = os.environ.get("RWKV_REV_CACHE") or Path(HF_HOME, "rwkv-rev")
     checksums = json.dumps(record.get("sha256"), sort_keys=True).encode()
-    return Path(root).expanduser() / "sources" / hashlib.sha256(checksums).hexdigest()[:32]
+    return user_cache("sources") / hashlib.sha256(checksums).hexdigest()[:32]

@@ -214,3 +214,13 @@ def test_content_hash_ignores_names(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
         hashes.append(DataSource("text", name, tmp_path / name).content_hash())
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_two_columns_of_one_name_and_half_a_character_are_refused(tmp_path: Path) -> None:
+    table, record = tmp_path / "a.csv", tmp_path / "b.jsonl"
+    table.write_text("text,text\none,two\n")
+    with pytest.raises(DataError, match=r"a\.csv:1: two columns are called 'text'; rename one"):
+        list(DataSource("csv", "a.csv", table).pieces())
+    record.write_text('{"text": "whole"}\n{"text": "half \\ud800"}\n')
+    with pytest.raises(DataError, match=r"b\.jsonl:2: field 'text' holds half a surrogate pair, no text"):
+        list(DataSource("jsonl", "b.jsonl", record).pieces())

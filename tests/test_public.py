@@ -1,5 +1,6 @@
 """The commands as functions: names, and what they refuse in one line."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 import rwkv_rev
-from rwkv_rev.cli import COMMANDS
+from rwkv_rev.cli import COMMANDS, main
 from rwkv_rev.errors import ConfigError, RwkvRevError
 
 
@@ -75,6 +76,24 @@ def test_export_stays_out_of_the_model(bundled: dict[str, Path]) -> None:
         rwkv_rev.export(bundled["4"], bundled["4"] / "x.pth")
 
 
+def test_a_full_disk_is_not_told_of_as_the_standard_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, told in (
+        (None, "a file cannot be written: No space left on device; make room on its disk"),
+        ("plot.png", "plot.png cannot be written: No space left on device; make room on its disk"),
+    ):
+
+        def fails(*_: object, named: str | None = name, **__: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), named)
+
+        monkeypatch.setattr("rwkv_rev.converters.inspection.inspect_source", fails)
+        with pytest.raises(SystemExit) as left:
+            main(["inspect", "bundled:rwkv-4"])
+        assert left.value.code == 1
+        assert capsys.readouterr().err == f"error: {told}\n"
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_standard_output_that_is_full_or_closed() -> None:
     command = [sys.executable, "-m", "rwkv_rev.cli", "--version"]
@@ -82,5 +101,11 @@ def test_standard_output_that_is_full_or_closed() -> None:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
     assert done.stderr == "error: cannot write to the standard output: No space left on device\n"
+    with Path("/dev/full").open("w") as full:
+        command[3:] = ["inspect", "bundled:rwkv-4"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith("error: cannot write to the standard output: No space")
+    command[3:] = ["--version"]
     closed = subprocess.run(command, stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1))
     assert (closed.returncode, closed.stderr) == (0, b"")

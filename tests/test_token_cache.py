@@ -16,7 +16,7 @@ import pytest
 
 from rwkv_rev.errors import DataError
 from rwkv_rev.tokenization import RwkvByteTokenizer
-from rwkv_rev.training import documents, token_cache, tokenise
+from rwkv_rev.training import documents, tokenise
 from rwkv_rev.training.documents import Fields
 from rwkv_rev.training.rows import RowDataset
 from rwkv_rev.training.token_cache import load_tokens
@@ -209,13 +209,6 @@ def test_a_cache_that_cannot_be_written_is_named(data: Path, tmp_path: Path) -> 
     (tmp_path / "file").write_text("x")
     with pytest.raises(DataError, match=r"cannot be written .*cache_dir"):
         load_tokens(data, Bytes(), cache_dir=tmp_path / "file" / "cache")
-
-
-def test_default_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("RWKV_REV_CACHE", str(tmp_path / "own"))
-    assert token_cache.default_cache_dir() == tmp_path / "own"
-    monkeypatch.delenv("RWKV_REV_CACHE")
-    assert token_cache.default_cache_dir().parts[-2:] == ("rwkv-rev", "tokens")
 
 
 def test_workers_and_pieces_give_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

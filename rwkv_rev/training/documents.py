@@ -289,6 +289,10 @@ def _read_csv(source: DataSource, fields: Fields) -> Iterator[Piece]:
                 where = place(source.name, line)
                 if names is None:
                     names = row
+                    if twice := sorted({name for name in row if row.count(name) > 1}):
+                        raise DataError(
+                            f"{where}: two columns are called {shortened(twice[0])!r}; rename one"
+                        )
                     prompt, text = fields.choose(names, where)
                 elif row and len(row) != len(names):
                     raise DataError(f"{where}: {len(row)} fields, but the first row names {len(names)}")
@@ -340,7 +344,20 @@ def _piece(record: dict[str, Any], prompt: str | None, text: str, source: str, l
         if name is not None and not isinstance(record[name], str):
             found = "null" if record[name] is None else f"a {type(record[name]).__name__}"
             raise DataError(f"{place(source, line, unit)}: field '{name}' is {found}, not a string")
+        if name is not None and not _is_text(record[name]):
+            raise DataError(
+                f"{place(source, line, unit)}: field '{name}' holds half a surrogate pair, no text"
+            )
     return Piece(record[text], None if prompt is None else record[prompt], source, line, unit)
+
+
+def _is_text(value: str) -> bool:
+    """Whether UTF-8 can hold it: JSON may write half a pair of surrogates, which is no character."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _load_hub_dataset(name: str) -> Any:

@@ -137,10 +137,9 @@ def evaluate_documents(
         progress: tell on stderr how far it is.
 
     Raises:
-        DataError: if nothing is predicted.
+        ConfigError: for a context length that is none. DataError: if nothing is predicted.
     """
-    if context_length < 2:
-        raise DataError(f"the context length is {context_length}; it must be at least 2 tokens")
+    _check_context_length(context_length)
     lm = language_model(model)
     store.check_vocabulary(lm.config.vocab_size)
     device = lm.model.ln0.weight.device
@@ -198,8 +197,7 @@ def evaluate_directory(
     """
     with ConvertedModel(directory) as source:  # refuses what is not a whole model
         vocab_size = source.config.vocab_size
-    if type(context_length) is not int or context_length < 2:
-        raise ConfigError(f"context_length = {context_length!r} must be a number of at least 2 tokens")
+    _check_context_length(context_length)
     place, arithmetic = choose_device(device, dtype)
     tokenizer = load_tokenizer(directory)
     sources = [data] if isinstance(data, str | Path) else data
@@ -303,6 +301,11 @@ def _slice(
         prompt = max(0, store.prompt_length(document) - begin - 1)  # targets that are still prompt
         targets[index, :prompt] = IGNORE
     return ids, targets, mask
+
+
+def _check_context_length(context_length: Any) -> None:
+    if type(context_length) is not int or context_length < 2:
+        raise ConfigError(f"context_length = {context_length!r} must be a number of at least 2 tokens")
 
 
 def _rows(store: TokenStore, context_length: int, max_tokens: int) -> Iterator[tuple[int, int, int]]:

@@ -36,17 +36,9 @@ from rwkv_rev.training.documents import DataSource, Fields
 from rwkv_rev.training.sources import Skipped, describe_skipped, find_sources
 from rwkv_rev.training.token_store import DOCUMENT, TokenPart, TokenStore
 from rwkv_rev.training.tokenise import batches, encode_in_order, tokenizer_fingerprint
+from rwkv_rev.user_cache import user_cache
 
 FORMAT_VERSION = 1
-
-
-def default_cache_dir() -> Path:
-    """``$RWKV_REV_CACHE``, else ``rwkv-rev/tokens`` under the Hugging Face home."""
-    if own := os.environ.get("RWKV_REV_CACHE"):
-        return Path(own).expanduser()
-    from huggingface_hub.constants import HF_HOME
-
-    return Path(HF_HOME).expanduser() / "rwkv-rev" / "tokens"
 
 
 def load_tokens(
@@ -83,7 +75,7 @@ def load_tokens(
     if texts:
         hashes = [source.content_hash() for source in texts]
         key = _key(tokenizer, end, fields, hashes)
-        root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+        root = Path(cache_dir).expanduser() if cache_dir is not None else user_cache("tokens")
         if not keep and _read_meta(root / key) is None:
             root, discard = make_temporary_folder("tokens")
         try:
