@@ -1,6 +1,6 @@
-"""What the two sweeps computed when this file's numbers were written: the same bits on the same machine and libraries.
+"""What the two sweeps computed when the file of numbers was written: the same bits on the same machine.
 
-Elsewhere other kernels round otherwise, and values are compared within float32's rounding. Write the numbers anew, after
+Elsewhere kernels round otherwise, and values are compared within float32's rounding. Write the numbers anew, after
 a change that is meant to change them, with ``python tests/test_golden.py``; the commit says why.
 """
 
