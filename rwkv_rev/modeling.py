@@ -22,13 +22,13 @@ from transformers.utils import logging
 from rwkv_rev import unmade
 from rwkv_rev.adapters import refuse_carried_state, refuse_recomputing
 from rwkv_rev.bptt import choose_strategy
+from rwkv_rev.bptt.layers import run_layers
 from rwkv_rev.bptt.strategy import LossInputs, refuse_offloaded
 from rwkv_rev.bptt_settings import BpttSettings
 from rwkv_rev.cache import CACHE_NAME, Piece, RwkvRevCache, handed_over
 from rwkv_rev.cells import ChannelMix, TimeMixRwkv4, TimeMixRwkv5
 from rwkv_rev.cells.block import Block
 from rwkv_rev.cells.mask import ChunkMask
-from rwkv_rev.cells.recomputation import checkpointed
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.exporting import exportable
@@ -151,19 +151,12 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         self, x: Tensor, state: RwkvRevState, mask: ChunkMask | None, streams: list[Tensor] | None = None
     ) -> tuple[Tensor, RwkvRevState]:
         """All blocks on x [B, C, D] by plain differentiable arithmetic; ``streams`` collects every residual."""
-        layers = []
         again = self.training and torch.is_grad_enabled() and self.gradient_checkpointing
         if again:
             refuse_recomputing(self)
-        for index, block in enumerate(self.typed_blocks()):
-            call: Callable[..., Any] = block
-            if again and block.recompute is not None:
-                call = partial(checkpointed, block.recompute, block)
-            x, after = call(x, state.layer(index), mask)
-            layers.append(after)
-            if streams is not None:
-                streams.append(x)
-        return x, RwkvRevState.stack(layers)
+        states = [state.layer(index) for index in range(len(self.blocks))]
+        x, after = run_layers(self.typed_blocks(), x, states, mask, recompute=again, streams=streams)
+        return x, RwkvRevState.stack(after)
 
     def forward(
         self,

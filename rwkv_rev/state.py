@@ -1,11 +1,13 @@
 """The recurrent state of a whole model, as it passes through ``forward(..., state=...)`` and ``generate()``."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rwkv_rev.cells.cell import FloatState
+from rwkv_rev.cells.shifted_cell import ShiftedState
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.wkv.naive import EMPTY_EXPONENT
 
@@ -44,7 +46,7 @@ class RwkvRevState:
         return cls(shift, shift.clone(), wkv)
 
     @classmethod
-    def stack(cls, layers: list[tuple[FloatState, FloatState]]) -> "RwkvRevState":
+    def stack(cls, layers: Sequence[tuple[Any, ...]]) -> "RwkvRevState":
         """From each layer's (time mix, channel mix) states."""
         wkv = [time.memory for time, _ in layers]
         return cls(
@@ -53,11 +55,18 @@ class RwkvRevState:
             torch.stack([memory for memory in wkv if memory is not None]),
         )
 
-    def layer(self, index: int) -> tuple[FloatState, FloatState]:
+    def layer(self, index: int) -> tuple[ShiftedState, ShiftedState]:
         """States of layer ``index``: (time mix, channel mix)."""
         return (
-            FloatState(self.time_shift[index], self.wkv[index]),
-            FloatState(self.channel_shift[index], None),
+            ShiftedState(self.time_shift[index], self.wkv[index]),
+            ShiftedState(self.channel_shift[index], None),
+        )
+
+    @classmethod
+    def like(cls, layers: list[list[Tensor]]) -> "RwkvRevState":
+        """From the tensors of each layer, in the order of its cells: shift and wkv, then the channel mix's shift."""
+        return cls.stack(
+            [(ShiftedState(shift, memory), ShiftedState(channel, None)) for shift, memory, channel in layers]
         )
 
     @property

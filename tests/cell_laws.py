@@ -1,4 +1,4 @@
-"""The laws of a reversible cell (rwkv_rev/cells/cell.py), as checks that any ReversibleCell can be run through.
+"""The laws of a reversible cell (rwkv_rev/cells/contract.py), as checks that any ShiftedCell can be run through.
 
 ``LAWS`` maps names to functions of a :class:`Trial`; ``trials`` draws trials for hypothesis from a strategy of
 cells. A new cell is tested by ``@pytest.mark.parametrize("law", LAWS)`` and ``LAWS[law](trial)``.
@@ -6,16 +6,15 @@ cells. A new cell is tested by ``@pytest.mark.parametrize("law", LAWS)`` and ``L
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rwkv_rev.cells import CellState, ChunkMask, Remnant, ReversibleCell
-from rwkv_rev.cells.cell import FloatState
-from rwkv_rev.reversal.fixed_point import FixedPoint, MemoryRemnant
+from rwkv_rev.cells import ChunkMask, ShiftedCell
+from rwkv_rev.cells.shifted_cell import ExactShiftedState, ShiftedRemnant, ShiftedState
 from rwkv_rev.wkv import use_kernel
 
 # Relative to each tensor's RMS (gradients, float64) or largest element (states, outputs).
@@ -27,15 +26,15 @@ VALUE_TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-5, torch.bfloat16: 0.
 class Trial:
     """A cell, a state before the first chunk, and the chunks: x [B, C, D] with its validity [B, C] or None."""
 
-    cell: ReversibleCell
-    state: FloatState
+    cell: ShiftedCell
+    state: ShiftedState
     chunks: list[tuple[Tensor, Tensor | None]]
 
     @property
     def dtype(self) -> torch.dtype:
         return self.chunks[0][0].dtype
 
-    def exact(self) -> CellState:
+    def exact(self) -> ExactShiftedState:
         return self.cell.exact(self.state)
 
 
@@ -43,7 +42,7 @@ MASKS = ("none", "none", "holes", "left", "right", "masked row", "all masked")
 
 
 @st.composite
-def trials(draw: st.DrawFn, cells: st.SearchStrategy[tuple[ReversibleCell, int]], state: Callable) -> Trial:
+def trials(draw: st.DrawFn, cells: st.SearchStrategy[tuple[ShiftedCell, int]], state: Callable) -> Trial:
     """Trials of a cell of width D; ``cells`` draws (cell, D), ``state(cell, B, D, generator)`` makes a memory."""
     cell, width = draw(cells)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -55,7 +54,7 @@ def trials(draw: st.DrawFn, cells: st.SearchStrategy[tuple[ReversibleCell, int]]
         x = (torch.randn(batch, length, width, generator=generator) * scale).to(dtype)
         chunks.append((x, _mask(draw(st.sampled_from(MASKS)), batch, length, generator)))
     shift = torch.randn(batch, width, generator=generator).to(dtype)
-    return Trial(cell, FloatState(shift, state(cell, batch, width, generator)), chunks)
+    return Trial(cell, ShiftedState(shift, state(cell, batch, width, generator)), chunks)
 
 
 def _mask(kind: str, batch: int, length: int, generator: torch.Generator) -> Tensor | None:
@@ -80,7 +79,7 @@ def _mask(kind: str, batch: int, length: int, generator: torch.Generator) -> Ten
 def write_first(trial: Trial) -> None:
     """out follows from state', x and the remnant: reverse, given copies of those alone, makes it to the bit."""
     for _, after, out, remnant, x, mask in _forwards(trial):
-        _, again = trial.cell.reverse(_copy(after), x, mask, _kept(remnant, after))
+        _, again = _reverse(trial.cell, _copy(after), x, mask, _kept(remnant, after))
         assert same_bits(out, again)
 
 
@@ -92,11 +91,11 @@ def write_once(trial: Trial) -> None:
         again = trial.cell.advance(before, x, mask)
         assert same_state(before, kept) and same_state(again[0], after)
         assert same_bits(again[1], out) and same_bits(again[2].carried, remnant.carried)
-        start = trial.cell.float_state(trial.cell.carried(before, x, mask))
+        start = trial.cell.values(trial.cell.carried(before, x, mask))
         with torch.no_grad():
             stepped_out, stepped = trial.cell.step(start, x, mask)
         assert same_bits(stepped_out, out) and same_bits(stepped.shift, after.shift)
-        value = trial.cell.float_state(after).memory
+        value = trial.cell.values(after).memory
         if value is not None and stepped.memory is not None:
             scale = max(scale, _largest(value), _largest(start.memory))
             assert _largest(value - stepped.memory) <= VALUE_TOLERANCES[torch.float32] * scale
@@ -115,7 +114,7 @@ def masked_tokens_change_nothing(trial: Trial) -> None:
         nothing = ChunkMask.of(torch.zeros(x.shape[:2]))
         unchanged, _, remnant, _ = trial.cell.advance(before, x, nothing)
         assert same_state(unchanged, before)
-        assert same_state(trial.cell.reverse(unchanged, x, nothing, remnant)[0], before)
+        assert same_state(_reverse(trial.cell, unchanged, x, nothing, remnant)[0], before)
 
 
 def rows_are_alone(trial: Trial) -> None:
@@ -128,9 +127,7 @@ def rows_are_alone(trial: Trial) -> None:
             alone, alone_out, *_ = trial.cell.advance(_row(before, row), x[row, valid][None])
             assert same_bits(alone.shift[0], after.shift[row])
             assert _close(alone_out[0], out[row, valid], VALUE_TOLERANCES[trial.dtype])
-            former, memory, single = (
-                trial.cell.float_state(state).memory for state in (before, after, alone)
-            )
+            former, memory, single = (trial.cell.values(state).memory for state in (before, after, alone))
             if former is not None and memory is not None and single is not None:
                 scale = max(_largest(memory[row]), _largest(former[row]), 1e-30)
                 assert _largest(single[0] - memory[row]) <= VALUE_TOLERANCES[trial.dtype] * scale
@@ -141,14 +138,14 @@ def reverse_of_forward(trial: Trial) -> None:
     steps = list(_forwards(trial))
     state = steps[-1][1]
     for before, _, _, remnant, x, mask in reversed(steps):
-        state, _ = trial.cell.reverse(state, x, mask, _kept(remnant, state))
+        state, _ = _reverse(trial.cell, state, x, mask, _kept(remnant, state))
         assert same_state(state, trial.cell.carried(before, x, mask))
 
 
 def forward_of_reverse(trial: Trial) -> None:
     """forward(reverse(s')) == s', with the same remnant, bit for bit."""
     for _, after, out, remnant, x, mask in _forwards(trial):
-        before, _ = trial.cell.reverse(after, x, mask, remnant)
+        before, _ = _reverse(trial.cell, after, x, mask, remnant)
         again, again_out, again_remnant, _ = trial.cell.advance(before, x, mask)
         assert same_state(again, after) and same_bits(again_out, out)
         assert same_bits(again_remnant.carried, remnant.carried)
@@ -157,13 +154,13 @@ def forward_of_reverse(trial: Trial) -> None:
 
 
 def replays_agree(trial: Trial) -> None:
-    """``replay`` and ``reversed_replay`` give advance's bits, with gradients enabled or not, and each other's end."""
+    """``replay`` and ``retreat`` give advance's bits, with gradients enabled or not, and each other's end."""
     for before, after, out, remnant, x, mask in _forwards(trial):
         with torch.no_grad():
-            quiet = trial.cell.reversed_replay(after, x, mask, remnant)
+            quiet = trial.cell.retreat(after, x, mask, remnant)
         replays = [
             quiet,
-            trial.cell.reversed_replay(after, x, mask, remnant),
+            trial.cell.retreat(after, x, mask, remnant),
             trial.cell.replay(before, x, mask),
         ]
         expected = trial.cell.advance(before, x, mask).print
@@ -220,7 +217,7 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
     return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))
 
 
-def same_state(first: CellState, second: CellState) -> bool:
+def same_state(first: ExactShiftedState, second: ExactShiftedState) -> bool:
     """Equal shift and memory, bit for bit."""
     parts = zip(_tensors(first.memory), _tensors(second.memory), strict=True)
     return same_bits(first.shift, second.shift) and all(same_bits(a, b) for a, b in parts)
@@ -228,7 +225,7 @@ def same_state(first: CellState, second: CellState) -> bool:
 
 def _forwards(
     trial: Trial,
-) -> Iterator[tuple[CellState, CellState, Tensor, Remnant, Tensor, ChunkMask | None]]:
+) -> Iterator[tuple[ExactShiftedState, ExactShiftedState, Tensor, ShiftedRemnant, Tensor, ChunkMask | None]]:
     """(state, state', out, remnant, x, mask) of every chunk in turn."""
     state = trial.exact()
     for x, valid in trial.chunks:
@@ -239,7 +236,7 @@ def _forwards(
 
 
 def _gradient_pairs(
-    trial: Trial, cell: ReversibleCell
+    trial: Trial, cell: ShiftedCell
 ) -> Iterator[tuple[list[dict[str, Tensor]], dict[str, Tensor]]]:
     """Per chunk the gradients of both replays, and of ``step`` from the same state."""
     for before, after, _, remnant, x, mask in _forwards(trial):
@@ -247,21 +244,19 @@ def _gradient_pairs(
         for state, given in ((after, remnant), (before, None)):
             leaf = x.clone().requires_grad_()
             replay = (
-                cell.replay(state, leaf, mask)
-                if given is None
-                else cell.reversed_replay(state, leaf, mask, given)
+                cell.replay(state, leaf, mask) if given is None else cell.retreat(state, leaf, mask, given)
             )
             found.append(_gradients(cell, replay.out, replay.start, replay.end, leaf))
-        shift, memory = cell.float_state(cell.carried(before, x, mask))
+        shift, memory = cell.values(cell.carried(before, x, mask))
         memory = None if memory is None else memory.clone().requires_grad_()
-        start = FloatState(shift.clone().requires_grad_(), memory)
+        start = ShiftedState(shift.clone().requires_grad_(), memory)
         leaf = x.clone().requires_grad_()
         out, end = cell.step(start, leaf, mask)
         yield found, _gradients(cell, out, start, end, leaf)
 
 
 def _gradients(
-    cell: ReversibleCell, out: Tensor, start: FloatState, end: FloatState, x: Tensor
+    cell: ShiftedCell, out: Tensor, start: ShiftedState, end: ShiftedState, x: Tensor
 ) -> dict[str, Tensor]:
     """Of a fixed random objective of output and final state."""
     generator = torch.Generator().manual_seed(0)
@@ -284,41 +279,38 @@ def _gradients(
     }
 
 
-def _tensors(memory: Any) -> list[Tensor]:
-    if memory is None:
+def _reverse(
+    cell: ShiftedCell, state: ExactShiftedState, x: Tensor, mask: ChunkMask | None, remnant: ShiftedRemnant
+) -> tuple[ExactShiftedState, Tensor]:
+    """One chunk backwards: the exact state before it and its output."""
+    with torch.no_grad():
+        replay = cell.retreat(state, x, mask, remnant)
+    return replay.state, replay.out
+
+
+def _tensors(part: Any) -> list[Tensor]:
+    """Of a memory, or of a memory's remnant."""
+    if part is None:
         return []
-    if isinstance(memory, FixedPoint):
-        return [memory.mantissa, memory.exponent]
-    if isinstance(memory, MemoryRemnant):
-        return memory.tensors(memory.raised)
-    return [memory]
+    return part.tensors(part.size) if hasattr(part, "size") else part.tensors()
 
 
-def _kept(remnant: Remnant, after: CellState) -> Remnant:
+def _kept(remnant: ShiftedRemnant, after: ExactShiftedState) -> ShiftedRemnant:
     """The remnant as a tape would give it back."""
-    memory = remnant.memory
-    if isinstance(memory, MemoryRemnant):
-        memory = MemoryRemnant.restore([t.clone() for t in memory.tensors(memory.raised)], after.memory)
-    elif memory is not None:
-        memory = memory.clone()
-    return Remnant(remnant.carried.clone(), memory)
+    return after.remnant([tensor.clone() for tensor in remnant.tensors(remnant.size)])
 
 
-def _copy(state: CellState) -> CellState:
+def _copy(state: ExactShiftedState) -> ExactShiftedState:
     return _mapped(state, Tensor.clone)
 
 
-def _row(state: CellState, row: int) -> CellState:
+def _row(state: ExactShiftedState, row: int) -> ExactShiftedState:
     return _mapped(state, lambda tensor: tensor[row : row + 1])
 
 
-def _mapped(state: CellState, change: Callable[[Tensor], Tensor]) -> CellState:
-    memory = state.memory
-    if isinstance(memory, FixedPoint):
-        memory = FixedPoint(change(memory.mantissa), change(memory.exponent))
-    elif memory is not None:
-        memory = change(memory)
-    return CellState(change(state.shift), memory, None if state.carried is None else change(state.carried))
+def _mapped(state: ExactShiftedState, change: Callable[[Tensor], Tensor]) -> ExactShiftedState:
+    found = state.like([change(tensor) for tensor in state.tensors()])
+    return replace(found, carried=None if state.carried is None else change(state.carried))
 
 
 def _largest(tensor: Tensor | None) -> float:
@@ -329,8 +321,8 @@ def _rms(tensor: Tensor) -> float:
     return float(tensor.double().square().mean().sqrt())
 
 
-def _doubled(state: FloatState) -> FloatState:
-    return FloatState(state.shift.double(), None if state.memory is None else state.memory.double())
+def _doubled(state: ShiftedState) -> ShiftedState:
+    return ShiftedState(state.shift.double(), None if state.memory is None else state.memory.double())
 
 
 def _close(first: Tensor, second: Tensor, tolerance: float) -> bool:

@@ -15,7 +15,10 @@ from bptt_cases import differentiate, random_like, random_state, random_tokens, 
 from torch import Tensor
 
 from rwkv_rev.bptt import cuda_graphs
+from rwkv_rev.bptt.backward_sweep import Sums
+from rwkv_rev.bptt.chunk_gradients import Parameters
 from rwkv_rev.bptt.strategy import Chunk, LossInputs
+from rwkv_rev.outside_leaves import OutsideLeaves
 from rwkv_rev.reversal.fixed_point import DecayPlan
 from rwkv_rev.reversal.tape import FlatRecord
 
@@ -56,12 +59,21 @@ class Played:
             static.copy_(new)
 
 
+def held_by(work: Callable[..., Any]) -> list[Tensor]:
+    """Tensors, and lists of tensors, that a function and the functions that it calls add to."""
+    found: list[Tensor] = []
+    for cell in work.__closure__ or ():
+        content = cell.cell_contents
+        if isinstance(content, types.FunctionType):
+            found += held_by(content)
+        held = content if isinstance(content, list) else [content]
+        found += [value for value in held if isinstance(value, Tensor)]
+    return found
+
+
 def record(work: Callable[[], Any], device: torch.device) -> tuple[Played, Any]:
     """Instead of :func:`cuda_graphs._record`: nothing that the recording computes counts."""
-    changed: list[Tensor] = []
-    for cell in work.__closure__ or ():
-        held = cell.cell_contents if isinstance(cell.cell_contents, list) else [cell.cell_contents]
-        changed += [value for value in held if isinstance(value, Tensor)]
+    changed = held_by(work)
     kept = [tensor.detach().clone() for tensor in changed]
     result, another = work(), work()
     with torch.no_grad():
@@ -181,16 +193,15 @@ def test_a_failed_recording_leaves_no_sums(monkeypatch: pytest.MonkeyPatch) -> N
     model, ids = tiny_model("4"), random_tokens(LENGTH)
     chunk = LossInputs(ids, None, None, ids, 1.0, random_state(model, 1)).chunks(CHUNK)[2]
     nothing = FlatRecord.of([[torch.zeros(4)]], ids.device)
-    parameters, kept = list(model.parameters())[:2], torch.ones(3)
-    sums = [None, kept]
+    kept = torch.ones(3)
+    sweep = types.SimpleNamespace(
+        model=model, parameters=Parameters(model, list(model.parameters())[:2], foreign=False)
+    )
+    sums = Sums([None, kept], OutsideLeaves([]), loss=torch.zeros(()))
     with pytest.warns(UserWarning, match="cannot be recorded"):
-        made = cuda_graphs.attempt(
-            lambda: cuda_graphs.BackwardGraph(
-                model, parameters, sums, torch.zeros(()), chunk, [], nothing, [], lambda *arguments: None
-            )
-        )
+        made = cuda_graphs.attempt(lambda: cuda_graphs.BackwardRecording(sweep, sums, chunk, [], nothing, []))
     assert made is None
-    assert sums[0] is None and sums[1] is kept
+    assert sums.parameters[0] is None and sums.parameters[1] is kept
 
 
 def test_a_failed_recording_gives_the_stream_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,6 @@ from rwkv_rev import RwkvRevForCausalLM
 from rwkv_rev.cells.token_shift import Border
 from rwkv_rev.errors import ReversalMismatchError
 from rwkv_rev.foreign_code import position_wise
-from rwkv_rev.reversal.fixed_point import FixedPoint
 
 CHUNK = 6
 LAYERS = 2
@@ -149,8 +148,9 @@ def nudged(result: Any) -> Any:
     """The y, or the memory of a pair (memory, remnant), with one number changed."""
     if isinstance(result, tuple):
         return nudged(result[0]), result[1]
-    if isinstance(result, FixedPoint):
-        return FixedPoint(nudged(result.mantissa), result.exponent)
+    if hasattr(result, "fingerprint"):  # a memory
+        first, *rest = result.tensors()
+        return result.like([nudged(first), *rest])
     changed = result.clone()
     changed.view(-1)[3] += 1
     return changed
@@ -280,14 +280,14 @@ def test_the_cost_of_looking(record_property: Any) -> None:
     kept: list[Any] = []
     from rwkv_rev.bptt import sweeps
 
-    original = sweeps.TwoSweeps._backward_sweep
+    original = sweeps.backward_sweep
 
-    def watched(self: Any, work: Any, *rest: Any) -> Any:
-        kept.extend(work.random)
-        return original(self, work, *rest)
+    def watched(sweep: Any, *rest: Any) -> Any:
+        kept.extend(sweep.random)
+        return original(sweep, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweeps.TwoSweeps, "_backward_sweep", watched)
+        patch.setattr(sweeps, "backward_sweep", watched)
         differentiate(
             model, "reversible", CHUNK, input_ids=ids, state=state, final_state_gradient=random_like(state)
         )

@@ -88,9 +88,9 @@ def test_strategies_give_the_gradient_of_the_whole_context(trained, chunk_length
 def test_graphs_change_no_bit(trained, strategy, autocast, monkeypatch):
     model, ids, _ = trained
     runs = []
-    run = cuda_graphs.BackwardGraph.run
+    run = cuda_graphs.BackwardRecording.run
     monkeypatch.setattr(
-        cuda_graphs.BackwardGraph, "run", lambda *arguments: runs.append(1) or run(*arguments)
+        cuda_graphs.BackwardRecording, "run", lambda *arguments: runs.append(1) or run(*arguments)
     )
     with_graphs = gradients(model, ids, strategy, 128, autocast)
     assert len(runs) >= CONTEXT // 128 - 8

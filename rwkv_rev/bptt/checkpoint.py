@@ -4,12 +4,15 @@ The same arithmetic as ``reversible``, to the bit, with a simpler and larger tap
 ``4 D N + 8 D`` bytes for RWKV-5, ``20 D`` for RWKV-4 (float32 shifts), per batch row.
 """
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
-from rwkv_rev.bptt.sweeps import Record, TwoSweeps
+from rwkv_rev.bptt.records import LayerRecord
+from rwkv_rev.bptt.sweeps import TwoSweeps
 from rwkv_rev.cells.block import BlockAdvanced, BlockAgain, ExactStates, Plans
-from rwkv_rev.cells.cell import CellState
-from rwkv_rev.reversal.fixed_point import FixedPoint
+from rwkv_rev.cells.contract import Exact
+from rwkv_rev.reversal.memory import Remnant
 
 
 class Checkpoint(TwoSweeps):
@@ -18,18 +21,18 @@ class Checkpoint(TwoSweeps):
     name = "checkpoint"
     repeatable = True
 
-    def record(self, before: list[ExactStates], advanced: list[BlockAdvanced]) -> Record:
-        def tensors(raised: Tensor | None) -> list[list[Tensor]]:
-            kept: list[list[Tensor]] = []
-            for time, channel in before:
-                memory = time.memory
-                parts = [memory.mantissa, memory.exponent] if isinstance(memory, FixedPoint) else [memory]
-                kept.append([time.shift, channel.shift, *parts])
-            return kept
+    def keep(self, before: list[ExactStates], advanced: list[BlockAdvanced]) -> list[list[Remnant]]:
+        return [[_WholeState(state) for state in layer] for layer in before]
 
-        return Record(None, tensors)
+    def recover(self, after: ExactStates, record: LayerRecord, plans: Plans) -> BlockAgain:
+        before = tuple(state.like(tensors) for state, tensors in zip(after, record.cells, strict=True))
+        return BlockAgain(before, plans)
 
-    def recover(self, after: ExactStates, record: list[Tensor], plans: Plans) -> BlockAgain:
-        time_shift, channel_shift, *memory = record
-        exact = FixedPoint(*memory) if isinstance(after[0].memory, FixedPoint) else memory[0]
-        return BlockAgain((CellState(time_shift, exact), CellState(channel_shift, None)), plans)
+
+@dataclass(frozen=True)
+class _WholeState:
+    state: Exact
+    size: None = None
+
+    def tensors(self, size: Tensor | None) -> list[Tensor]:
+        return self.state.tensors()

@@ -12,21 +12,26 @@ or retry with another loss scale run without a graph. ``RWKV_REV_CUDA_GRAPHS=0``
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from rwkv_rev import random_state
+from rwkv_rev.bptt.backward_sweep import Sums, differentiate
+from rwkv_rev.bptt.chunk_gradients import chunk_gradients
+from rwkv_rev.bptt.runner import Runner
 from rwkv_rev.bptt.strategy import Chunk, LanguageModel
 from rwkv_rev.cells.block import ExactStates
-from rwkv_rev.cells.cell import CellState
-from rwkv_rev.cells.token_shift import Border
 from rwkv_rev.loss import add_gradients
-from rwkv_rev.reversal.fixed_point import FixedPoint
 from rwkv_rev.reversal.tape import FlatRecord, Tape
+
+if TYPE_CHECKING:
+    from rwkv_rev.bptt.sweep import Sweep
 
 SWITCH = "RWKV_REV_CUDA_GRAPHS"
 FEWEST_CHUNKS = 6
@@ -89,130 +94,208 @@ def attempt(make: Callable[[], T]) -> T | None:
         return None
 
 
-class ForwardGraph:
+class RecordingRunner(Runner):
+    """Runs chunks by replaying the launches of one of them, where a first chunk shows that the device waits."""
+
+    def __init__(self, sweep: "Sweep") -> None:
+        super().__init__(sweep)
+        self._records = True
+        self._forward: ForwardRecording | None = None
+        self._backward: BackwardRecording | None = None
+
+    def advance(self, chunk: Chunk, states: list[ExactStates]) -> list[ExactStates]:
+        if chunk.index == 0:
+            pace = Pace(self.sweep.device)
+            after = super().advance(chunk, states)
+            now = random_state.capture(self.sweep.places)
+            draws = not now.same(self.sweep.random[0])
+            self._records = not draws and pace.waits_for_host()
+            return after
+        # the first two chunks have made, compiled and loaded all that is made once
+        repeated = repeats(chunk, self.sweep.chunks)
+        if self._records and self._forward is None and chunk.index > 1 and repeated:
+            self._forward = attempt(partial(ForwardRecording, self.sweep, chunk, states))
+            self._records = self._forward is not None
+        if self._forward is None or not repeated:
+            return super().advance(chunk, states)
+        self._flush()
+        after, coarse = self._forward.run(chunk, states, self.sweep.tape)
+        self.note_coarse(coarse)
+        return after
+
+    def turn(self, states: list[ExactStates]) -> list[ExactStates]:
+        states = super().turn(states)
+        if self._forward is not None:
+            states, self._forward = cloned(states), None
+        return states
+
+    def differentiate(
+        self, chunk: Chunk, states: list[ExactStates], to_end: list[list[Tensor]] | None, sums: Sums
+    ) -> tuple[list[ExactStates], list[list[Tensor]]]:
+        sweep = self.sweep
+        record = sweep.tape.pop_flat() if sweep.is_inner(chunk) else None
+        if self._backward is not None and record is not None and to_end is not None:
+            if repeats(chunk, sweep.chunks) and self._backward.fits(record):
+                return self._backward.run(chunk, states, record, to_end)
+            # the memory of its recording is needed now
+            states, to_end = cloned(states), [[g.clone() for g in layer] for layer in to_end]
+            self._leave()
+        elif self._backward is not None:
+            states, to_end = cloned(states), [[g.clone() for g in layer] for layer in to_end or []]
+            self._leave()
+        random_state.restore(sweep.random[chunk.index])
+        # recorded after a chunk that has compiled and loaded every kernel, if enough of them are left
+        recordable = self._records and repeats(chunk, sweep.chunks) and chunk.index >= FEWEST_CHUNKS
+        pace = Pace(sweep.device) if recordable else None
+        tensors = None if record is None else record.tensors()
+        before, to_start = differentiate(sweep, chunk, states, tensors, to_end, sums)
+        if pace is not None and record is not None and pace.waits_for_host():
+            new = partial(BackwardRecording, sweep, sums, chunk, before, record, to_start)
+            self._backward = attempt(new)
+            self._records = self._backward is not None
+        elif pace is not None:
+            self._records = False
+        return before, to_start
+
+    def _leave(self) -> None:
+        assert self._backward is not None
+        self._backward.finish()
+        self._backward = None
+        torch.cuda.empty_cache()
+
+
+class ForwardRecording:
     """A chunk of the forward sweep: tokens and exact states in; exact states and the tape's record out.
 
     Args:
         chunk: one of the chunks to be run; its length and batch size count, its tokens do not.
         states: likewise.
-        work: from a chunk and the states before it to the states after it and its :class:`~.sweeps.Record`.
-
-    Attributes:
-        record: the last run's, which holds until the next run.
     """
 
-    def __init__(
-        self,
-        chunk: Chunk,
-        states: list[ExactStates],
-        work: Callable[[Chunk, list[ExactStates]], tuple[list[ExactStates], Any]],
-    ) -> None:
+    def __init__(self, sweep: "Sweep", chunk: Chunk, states: list[ExactStates]) -> None:
         self._chunk = _static(chunk)
         self._before = cloned(states)
 
         def run() -> tuple[list[ExactStates], Any, FlatRecord]:
-            after, record = work(self._chunk, self._before)
-            none = None if record.raised is None else torch.zeros(record.raised.shape, dtype=torch.bool)
-            return after, record, FlatRecord.of(record.tensors(none), chunk.inputs.targets.device)
+            advanced, record = sweep.advance(self._chunk, self._before)
+            flat_record = FlatRecord.of(record.tensors(None), sweep.device)
+            return [layer.states for layer in advanced], record, flat_record
 
-        self._graph, (self._after, self.record, self._flat) = _record(run, chunk.inputs.targets.device)
+        self._graph, (self._after, self._record, self._flat) = _record(run, sweep.device)
 
-    def run(self, chunk: Chunk, states: list[ExactStates], tape: Tape) -> list[ExactStates]:
-        """Put the record of ``chunk`` on the tape; the states returned hold until the next run."""
+    def run(
+        self, chunk: Chunk, states: list[ExactStates], tape: Tape
+    ) -> tuple[list[ExactStates], Tensor | None]:
+        """Put the record of ``chunk`` on the tape; states and coarse parts after it, which hold until the next run."""
         _load(self._chunk, chunk)
         _copy_states(self._before, states)
         self._graph.replay()
-        raised = None if self.record.raised is None else self.record.raised.cpu()
-        if raised is not None and raised.any():
-            tape.push(self.record.tensors(raised))
+        sizes = None if self._record.sizes is None else self._record.sizes.cpu()
+        if sizes is not None and sizes.any():
+            tape.push(self._record.tensors(sizes))
         else:
             tape.push_flat(self._flat)
-        return self._after
+        return self._after, self._record.coarse
 
 
-class BackwardGraph:
+class BackwardRecording:
     """A chunk of the backward sweep: states after it, record, gradient by these states in; the same before it out.
 
-    Each run adds to ``loss`` and to ``sums``, where a missing one is filled in.
+    Each run adds to ``sums``, where a missing one is filled in.
 
     Args:
-        model: whose parameters the gradients are by.
-        parameters: these, in the order of ``sums``.
-        chunk, states, record, incoming: of one of the chunks to be run; their values do not count.
-        work: from a chunk, the states after it, its record, their gradients, and the parameters (as tensors made for
-            the recording) to a :class:`~.sweeps.ChunkResult`.
+        chunk, states, record, to_end: of one of the chunks to be run; their values do not count.
     """
 
     def __init__(
         self,
-        model: LanguageModel,
-        parameters: list[Tensor],
-        sums: list[Tensor | None],
-        loss: Tensor,
+        sweep: "Sweep",
+        sums: Sums,
         chunk: Chunk,
         states: list[ExactStates],
         record: FlatRecord,
-        incoming: list[Tensor],
-        work: Callable[[Chunk, list[ExactStates], list[list[Tensor]], list[Tensor], list[Tensor]], Any],
+        to_end: list[list[Tensor]],
     ) -> None:
         self._chunk = _static(chunk)
+        self._index = chunk.index
         self._after = cloned(states)
         self._record = FlatRecord(record.data.clone(), record.layouts)
-        self._incoming = [gradient.clone() for gradient in incoming]
+        self._to_end = [[gradient.clone() for gradient in layer] for layer in to_end]
         self._sums = sums
-        known = [total is not None for total in sums]
-        self._known = known
-        for index, parameter in enumerate(parameters):
-            if sums[index] is None:
-                sums[index] = torch.zeros_like(
+        parameters = sweep.parameters
+        known = [total is not None for total in sums.parameters]
+        self._known = list(known)
+        for index, parameter in enumerate(parameters.tensors):
+            if sums.parameters[index] is None:
+                sums.parameters[index] = torch.zeros_like(
                     parameter, dtype=torch.promote_types(parameter.dtype, torch.float32)
                 )
+        totals, loss = [total for total in sums.parameters if total is not None], sums.loss
+        assert loss is not None
 
-        def run() -> tuple[list[ExactStates], list[Tensor], Tensor | None]:
-            with _stand_ins(model, parameters) as tensors:
-                found = work(self._chunk, self._after, self._record.tensors(), self._incoming, tensors)
-            gradients = found.gradients.parameters
-            self._known = [was or new is not None for was, new in zip(known, gradients, strict=True)]
-            add_gradients(sums, gradients)
-            loss.add_(found.gradients.loss)
-            return found.states, found.gradients.state, found.exactly
+        def take(indices: Sequence[int], gradients: Sequence[Tensor | None]) -> None:
+            for index, gradient in zip(indices, gradients, strict=True):
+                self._known[index] |= gradient is not None
+            add_gradients([totals[index] for index in indices], gradients)
+
+        def run() -> tuple[list[ExactStates], list[list[Tensor]], Tensor | None]:
+            self._known = list(known)
+            with _stand_ins(sweep.model, parameters.tensors) as tensors:
+                found = chunk_gradients(
+                    sweep.model,
+                    self._chunk,
+                    sweep.replayer(self._chunk, self._after, self._record.tensors()),
+                    parameters.replaced(tensors),
+                    self._to_end,
+                    take,
+                )
+            loss.add_(found.loss)
+            return found.states, found.to_start, found.exactly
 
         try:
-            self._graph, (self._states, self._outgoing, self._exactly) = _record(run, record.data.device)
+            self._graph, (self._states, self._to_start, self._exactly) = _record(run, record.data.device)
         except BaseException:
             self._known = known  # what was launched while recording has not run
             self.finish()
             raise
 
-    def fits(self, chunk: Chunk, record: FlatRecord, chunks: list[Chunk]) -> bool:
-        """Whether ``chunk`` with ``record`` can be run."""
-        return repeats(chunk, chunks) and record.layouts == self._record.layouts
+    def fits(self, record: FlatRecord) -> bool:
+        """Whether a chunk with ``record`` can be run."""
+        return record.layouts == self._record.layouts
 
     def run(
-        self, chunk: Chunk, states: list[ExactStates], record: FlatRecord, incoming: list[Tensor]
-    ) -> tuple[list[ExactStates], list[Tensor], Tensor | None]:
-        """States before the chunk, gradients by them (both hold until the next run), and ``exactly``."""
+        self, chunk: Chunk, states: list[ExactStates], record: FlatRecord, to_end: list[list[Tensor]]
+    ) -> tuple[list[ExactStates], list[list[Tensor]]]:
+        """States before the chunk and gradients by them; both hold until the next run."""
         _load(self._chunk, chunk)
         _copy_states(self._after, states)
         self._record.data.copy_(record.data)
-        torch._foreach_copy_(self._incoming, incoming)
+        torch._foreach_copy_(
+            [gradient for layer in self._to_end for gradient in layer],
+            [gradient for layer in to_end for gradient in layer],
+        )
         self._graph.replay()
-        return self._states, self._outgoing, None if self._exactly is None else self._exactly.clone()
+        if self._exactly is not None:
+            self._sums.checks.append((chunk.index, self._exactly.clone()))
+        return self._states, self._to_start
 
     def finish(self) -> None:
         """Make sums that nothing was added to None again."""
         for index, known in enumerate(self._known):
             if not known:
-                self._sums[index] = None
+                self._sums.parameters[index] = None
 
 
 def cloned(states: list[ExactStates]) -> list[ExactStates]:
     """The same exact states on memory of their own."""
-    return [(_clone(time), _clone(channel)) for time, channel in states]
+    return [
+        tuple(state.of_computed([tensor.clone() for tensor in state.computed()]) for state in layer)
+        for layer in states
+    ]
 
 
-def _record(work: Callable[[], T], device: torch.device) -> tuple[torch.cuda.CUDAGraph, T]:
-    """A graph of ``work``, whose kernels have all run before, and the tensors that its replays fill."""
+def _record(run: Callable[[], T], device: torch.device) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A graph of ``run``, whose kernels have all run before, and the tensors that its replays fill."""
     torch.cuda.empty_cache()  # the graph has memory of its own: what chunks before it used is free for that
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     stream = _streams.get(device) or _streams.setdefault(device, torch.cuda.Stream(device))
@@ -224,7 +307,7 @@ def _record(work: Callable[[], T], device: torch.device) -> tuple[torch.cuda.CUD
             torch.cuda.stream(torch.cuda.current_stream(device)),
             torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
         ):
-            result = work()
+            result = run()
     except BaseException:
         # and the allocator believing that recording goes on, during which it takes no memory back
         with suppress(Exception):
@@ -278,35 +361,9 @@ def _load(static: Chunk, chunk: Chunk) -> None:
 
 
 def _copy_states(targets: list[ExactStates], sources: list[ExactStates]) -> None:
-    torch._foreach_copy_(_state_tensors(targets), _state_tensors(sources))
+    torch._foreach_copy_(_computed(targets), _computed(sources))
 
 
-def _state_tensors(states: list[ExactStates]) -> list[Tensor]:
+def _computed(states: list[ExactStates]) -> list[Tensor]:
     """The tensors that make up exact states, in a fixed order."""
-    tensors: list[Tensor] = []
-    for pair in states:
-        for state in pair:
-            tensors += [state.shift, *_memory_tensors(state.memory)]
-            if state.carried is not None and state.border is not None:
-                tensors += [state.carried, *state.border]
-    return tensors
-
-
-def _memory_tensors(memory: Any) -> list[Tensor]:
-    if memory is None:
-        return []
-    if isinstance(memory, FixedPoint):
-        return [memory.mantissa, memory.exponent, memory.value(), memory.fingerprint()]
-    return [memory]
-
-
-def _clone(state: CellState) -> CellState:
-    tensors = [tensor.clone() for tensor in _memory_tensors(state.memory)]
-    memory: Any = None
-    if isinstance(state.memory, FixedPoint):
-        memory = FixedPoint(*tensors)
-    elif tensors:
-        memory = tensors[0]
-    carried = None if state.carried is None else state.carried.clone()
-    border = None if state.border is None else Border(*(tensor.clone() for tensor in state.border))
-    return CellState(state.shift.clone(), memory, carried, border)
+    return [tensor for layer in states for state in layer for tensor in state.computed()]

@@ -6,15 +6,10 @@ checked when the state has been rebuilt, turn any difference between the two swe
 :class:`~rwkv_rev.errors.ReversalMismatchError`: nothing is trained on a wrong state.
 """
 
-from typing import Any
-
-import torch
-from torch import Tensor
-
-from rwkv_rev.bptt.sweeps import Record, TwoSweeps
+from rwkv_rev.bptt.records import LayerRecord
+from rwkv_rev.bptt.sweeps import TwoSweeps
 from rwkv_rev.cells.block import BlockAdvanced, BlockAgain, ExactStates, Plans
-from rwkv_rev.cells.cell import Remnant
-from rwkv_rev.reversal.fixed_point import FixedPoint, MemoryRemnant
+from rwkv_rev.reversal.memory import Remnant
 
 
 class Reversible(TwoSweeps):
@@ -23,25 +18,9 @@ class Reversible(TwoSweeps):
     name = "reversible"
     repeatable = True
 
-    def record(self, before: list[ExactStates], advanced: list[BlockAdvanced]) -> Record:
-        remnants = [layer.remnants for layer in advanced]
-        flags = [time.memory.raised for time, _ in remnants if isinstance(time.memory, MemoryRemnant)]
+    def keep(self, before: list[ExactStates], advanced: list[BlockAdvanced]) -> list[list[Remnant]]:
+        return [list(layer.remnants) for layer in advanced]
 
-        def tensors(raised: Tensor | None) -> list[list[Tensor]]:
-            kept: list[list[Tensor]] = []
-            for layer, (time, channel) in enumerate(remnants):
-                memory = time.memory
-                parts = [memory]
-                if isinstance(memory, MemoryRemnant) and raised is not None:
-                    parts = memory.tensors(raised[layer])
-                kept.append([time.carried, channel.carried, *parts])
-            return kept
-
-        return Record(torch.stack(flags) if flags else None, tensors)
-
-    def recover(self, after: ExactStates, record: list[Tensor], plans: Plans) -> BlockAgain:
-        time_carried, channel_carried, *parts = record
-        memory: Any = parts[0]
-        if isinstance(after[0].memory, FixedPoint):
-            memory = MemoryRemnant.restore(parts, after[0].memory)
-        return BlockAgain(after, plans, (Remnant(time_carried, memory), Remnant(channel_carried, None)))
+    def recover(self, after: ExactStates, record: LayerRecord, plans: Plans) -> BlockAgain:
+        remnants = tuple(state.remnant(tensors) for state, tensors in zip(after, record.cells, strict=True))
+        return BlockAgain(after, plans, remnants)

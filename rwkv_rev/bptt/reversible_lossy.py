@@ -6,19 +6,19 @@ boundaries (at most :data:`ANCHORS`) the state is kept, and the rebuilt one comp
 forgets whole states within a few tokens.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rwkv_rev.bptt.records import LayerRecord
 from rwkv_rev.bptt.strategy import LanguageModel, LossInputs
-from rwkv_rev.bptt.sweeps import Record, TwoSweeps
+from rwkv_rev.bptt.sweeps import TwoSweeps
 from rwkv_rev.cells.block import BlockAdvanced, BlockAgain, BlockReplay, ExactStates, Plans
-from rwkv_rev.cells.cell import Remnant
-from rwkv_rev.cells.time_mix_rwkv5 import TimeMixRwkv5
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.reversal.division import FLOAT64_BITS, LossyState, predicted_bits_lost
+from rwkv_rev.reversal.memory import Remnant
 
 ANCHORS = 8
 
@@ -34,13 +34,17 @@ class ReversibleLossy(TwoSweeps):
     exact = False
 
     def begin(self, model: LanguageModel, inputs: LossInputs) -> None:
-        decays = []
-        for block in model.blocks:
-            if not isinstance(block.time_mix, TimeMixRwkv5):
-                raise StrategyError(
-                    "reversible-lossy needs RWKV-5: an RWKV-4 state is forgotten within a few tokens; use 'reversible'"
-                )
-            decays.append(block.time_mix.log_decay().detach())
+        decays: list[Tensor] = []
+        for layer, block in enumerate(model.blocks):
+            for cell, values in zip(block.cells, inputs.state.layer(layer), strict=True):
+                if values.memory is None:
+                    continue
+                if not cell.inverts_memory:
+                    raise StrategyError(
+                        "reversible-lossy needs RWKV-5: an RWKV-4 state is forgotten within a few tokens; use "
+                        "'reversible'"
+                    )
+                decays.append(cell.log_decay().detach())
         self._bits = predicted_bits_lost(torch.stack(decays), inputs.length)
         if self._bits > FLOAT64_BITS:
             raise StrategyError(
@@ -53,31 +57,45 @@ class ReversibleLossy(TwoSweeps):
         self._drifts: list[Tensor] = []
 
     def prepare(self, states: list[ExactStates]) -> list[ExactStates]:
-        return [(replace(time, memory=LossyState.of(time.memory)), channel) for time, channel in states]
+        return [tuple(_divided(state) for state in layer) for layer in states]
 
-    def record(self, before: list[ExactStates], advanced: list[BlockAdvanced]) -> Record:
+    def keep(self, before: list[ExactStates], advanced: list[BlockAdvanced]) -> list[list[Remnant]]:
         anchored = self._recorded % self._every == 0
         self._recorded += 1
+        return [
+            [
+                _Anchored(remnant, state.memory.tensors() if anchored and state.memory is not None else [])
+                for state, remnant in zip(states, layer.remnants, strict=True)
+            ]
+            for states, layer in zip(before, advanced, strict=True)
+        ]
 
-        def tensors(raised: Tensor | None) -> list[list[Tensor]]:
-            kept = []
-            for (time, _), layer in zip(before, advanced, strict=True):
-                anchor = [time.memory.state] if anchored else []
-                kept.append([*(remnant.carried for remnant in layer.remnants), *anchor])
-            return kept
+    def recover(self, after: ExactStates, record: LayerRecord, plans: Plans) -> BlockAgain:
+        remnants = tuple(state.remnant(kept[:1]) for state, kept in zip(after, record.cells, strict=True))
+        return BlockAgain(after, plans, remnants)
 
-        return Record(None, tensors)
-
-    def recover(self, after: ExactStates, record: list[Tensor], plans: Plans) -> BlockAgain:
-        time_carried, channel_carried, *anchor = record
-        self._anchor = anchor
-        return BlockAgain(after, plans, (Remnant(time_carried, None), Remnant(channel_carried, None)))
-
-    def recovered(self, layer: int, replay: BlockReplay) -> None:
-        for anchor in self._anchor:
-            rebuilt = replay.states[0].memory.state
-            self._drifts.append((rebuilt - anchor).norm() / anchor.norm().clamp(min=1e-300))
+    def recovered(self, replay: BlockReplay, record: LayerRecord) -> None:
+        for state, (_, *anchors) in zip(replay.states, record.cells, strict=True):
+            for anchor in anchors:
+                rebuilt = state.memory.value(anchor.dtype)
+                self._drifts.append((rebuilt - anchor).norm() / anchor.norm().clamp(min=1e-300))
 
     def finish(self, outcome: dict[str, Any]) -> None:
         outcome["predicted_bits_lost"] = self._bits
         outcome["drift"] = float(torch.stack(self._drifts).max()) if self._drifts else 0.0
+
+
+def _divided(state: Any) -> Any:
+    return state if state.memory is None else replace(state, memory=LossyState.of(state.memory))
+
+
+@dataclass(frozen=True)
+class _Anchored:
+    """A cell's remnant, and at an anchor the memory before the chunk, to compare the rebuilt one with."""
+
+    remnant: Remnant
+    anchor: list[Tensor]
+    size: None = None
+
+    def tensors(self, size: Tensor | None) -> list[Tensor]:
+        return [*self.remnant.tensors(None), *self.anchor]

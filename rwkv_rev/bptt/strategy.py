@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from rwkv_rev import adapters, random_state
-from rwkv_rev.cells.block import Block, FloatStates
+from rwkv_rev.cells.block import Block
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.foreign_code import Strangers, neftune_share, refuse_unknown, strangers
@@ -343,15 +343,6 @@ def in_order(leaves: list[Tensor], roles: list[tuple[Tensor, Tensor | None]]) ->
     for tensor, gradient in roles:
         by_tensor[id(tensor)] = sum_of(by_tensor.get(id(tensor)), gradient)
     return [by_tensor[id(leaf)] for leaf in leaves]
-
-
-def flatten_states(states: list[FloatStates]) -> list[Tensor]:
-    """time shift, wkv memory, channel shift of every layer, in one list."""
-    flat: list[Tensor] = []
-    for time, channel in states:
-        assert time.memory is not None
-        flat += [time.shift, time.memory, channel.shift]
-    return flat
 
 
 def _any_per_chunk(flags: Tensor, length: int) -> list[int]:

@@ -3,19 +3,19 @@
 Terms: ``docs/terms.md``.
 """
 
-from rwkv_rev.cells.cell import CellState, Remnant, Replay, ReversibleCell
 from rwkv_rev.cells.channel_mix import ChannelMix
+from rwkv_rev.cells.contract import Replay, ReversibleCell
 from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.cells.shifted_cell import ShiftedCell
 from rwkv_rev.cells.time_mix_rwkv4 import TimeMixRwkv4
 from rwkv_rev.cells.time_mix_rwkv5 import TimeMixRwkv5
 
 __all__ = [
-    "CellState",
     "ChannelMix",
     "ChunkMask",
-    "Remnant",
     "Replay",
     "ReversibleCell",
+    "ShiftedCell",
     "TimeMixRwkv4",
     "TimeMixRwkv5",
 ]

@@ -1,6 +1,6 @@
-"""One RWKV block: two reversible cells on the residual stream, ``x += time(ln1(x))``, ``x += channel(ln2(x))``.
+"""A residual block of reversible cells, ``x += cell(norm(x))`` for each of them, and RWKV's: time mix, channel mix.
 
-A block goes through a chunk in the same three ways as its cells (:mod:`rwkv_rev.cells.cell`): plain and
+A block goes through a chunk in the same three ways as its cells (:mod:`rwkv_rev.cells.contract`): plain and
 differentiable, exact without graph, and with graph from an exact state before or after the chunk.
 """
 
@@ -12,19 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_rev import random_state
-from rwkv_rev.cells.cell import (
-    Advanced,
-    Again,
-    CellPlan,
-    CellState,
-    FloatState,
-    Forwards,
-    Remnant,
-    Replay,
-    ReversibleCell,
-    leaves,
-)
 from rwkv_rev.cells.channel_mix import ChannelMix
+from rwkv_rev.cells.contract import Again, Forwards, ReversibleCell, leaves, tensors_of
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.recomputation import checkpointed
 from rwkv_rev.cells.time_mix_rwkv4 import TimeMixRwkv4
@@ -32,14 +21,12 @@ from rwkv_rev.cells.time_mix_rwkv5 import TimeMixRwkv5
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.reversal.fingerprint import checksum
 
-FloatStates = tuple[FloatState, FloatState]
-ExactStates = tuple[CellState, CellState]
-Remnants = tuple[Remnant, Remnant]
-Plans = tuple[CellPlan, CellPlan]
-
-
-BEFORE_THE_STATE = 3
-"""Numbers of a block's print that depend on the input of the first cell alone, not on the state it reads."""
+FloatStates = tuple[Any, ...]
+"""Values of the states of a block's cells, a NamedTuple each."""
+ExactStates = tuple[Any, ...]
+"""Their exact states (:class:`.contract.Exact`)."""
+Remnants = tuple[Any, ...]
+Plans = tuple[Any, ...]
 
 
 class BlockAdvanced(NamedTuple):
@@ -52,10 +39,11 @@ class BlockAdvanced(NamedTuple):
 
 
 class BlockReplay(NamedTuple):
-    """A block's chunk computed again, with graph: exact states before it, output, leaves, states after it, print.
+    """A block's chunk computed again, with graph: exact states before it, output, leaves, values after it, print.
 
-    ``print``, int64 [4], holds checksums of the block's input and of what both cells did (:class:`.cell.Replay`):
-    the same in both sweeps, if both computed the same. ``handed_on``, bool scalar or None, is that of both cells.
+    ``print``, int64, holds checksums of the block's input and of what its cells did (:class:`.contract.Replay`): the
+    same in both sweeps, if both computed the same; the first ``before_the_state`` of these depend on the input of the
+    first cell alone, not on the state it reads. ``handed_on``, bool scalar or None, is that of all cells.
     """
 
     states: ExactStates
@@ -63,6 +51,7 @@ class BlockReplay(NamedTuple):
     start: FloatStates
     end: FloatStates
     print: Tensor
+    before_the_state: int
     handed_on: Tensor | None
 
 
@@ -93,8 +82,113 @@ class BlockAgain:
     after: ExactStates | None = None
 
 
-class Block(nn.Module):
-    """Layer ``layer`` of a model; states are pairs (time mix, channel mix)."""
+class ResidualBlock(nn.Module):
+    """Cells, each behind its norm, on the residual stream."""
+
+    recompute: Callable[..., Any] | None = None  # torch.utils.checkpoint.checkpoint, with settings
+
+    def parts(self) -> list[tuple[nn.Module, ReversibleCell]]:
+        """(norm, cell) in the order in which they are computed."""
+        raise NotImplementedError
+
+    @property
+    def cells(self) -> list[ReversibleCell]:
+        return [cell for _, cell in self.parts()]
+
+    def forward(
+        self, x: Tensor, states: FloatStates | BlockForwards | BlockAgain, mask: ChunkMask | None = None
+    ) -> tuple[Tensor | None, Any]:
+        """Output [B, C, D] for x [B, C, D], and what else came of the chunk, by what ``states`` ask for.
+
+        Values: plain differentiable arithmetic, and the values after x. :class:`BlockForwards`: exact, without
+        graph, and a :class:`BlockAdvanced`. :class:`BlockAgain`: with graph, and a :class:`BlockReplay`. Everybody
+        calls the block, and the block its cells, as modules: hooks of other tools are heard in each of these ways.
+        """
+        if isinstance(states, BlockForwards):
+            advanced = self._advance(x, states, mask)
+            return advanced.out, advanced
+        if isinstance(states, BlockAgain):
+            again = states.checkpointed and self.recompute is not None
+            replay = (self._checkpointed if again else self._replay)(x, states, mask)
+            return replay.out, replay
+        after = []
+        for (norm, cell), state in zip(self.parts(), states, strict=True):
+            out, state = cell(norm(x), state, mask)
+            x = x + out
+            after.append(state)
+        return x, tuple(after)
+
+    def exact(self, states: FloatStates) -> ExactStates:
+        """The exact states nearest to values."""
+        return tuple(cell.exact(state) for cell, state in zip(self.cells, states, strict=True))
+
+    def values(self, states: ExactStates) -> FloatStates:
+        """The values that outputs read from exact states."""
+        return tuple(cell.values(state) for cell, state in zip(self.cells, states, strict=True))
+
+    def plan(self, length: int) -> Plans:
+        """The cells' plans for chunks of ``length`` tokens, while the weights stay as they are."""
+        return tuple(cell.plan(length) for cell in self.cells)
+
+    def refuse_changing(self) -> None:
+        """Refuse weights that would be others at each look (:meth:`.ReversibleCell.refuse_changing`)."""
+        for cell in self.cells:
+            cell.refuse_changing()
+
+    @torch.no_grad()
+    def _advance(self, x: Tensor, asked: BlockForwards, mask: ChunkMask | None) -> BlockAdvanced:
+        prints = [checksum(x)[None]]
+        parts, after, remnants = self.parts(), [], []
+        for number, (norm, cell) in enumerate(parts):
+            whole = asked.output or number < len(parts) - 1
+            out, advanced = cell(norm(x), Forwards(asked.states[number], asked.plans[number], whole), mask)
+            after.append(advanced.state)
+            remnants.append(advanced.remnant)
+            prints.append(advanced.print)
+            x = x + out if whole else x
+        return BlockAdvanced(x if asked.output else None, tuple(after), tuple(remnants), torch.cat(prints))
+
+    def _replay(self, x: Tensor, asked: BlockAgain, mask: ChunkMask | None) -> BlockReplay:
+        prints, cells = [checksum(x)[None]], []
+        for number, (norm, cell) in enumerate(self.parts()):
+            again = Again(
+                asked.states[number],
+                asked.plans[number],
+                None if asked.remnants is None else asked.remnants[number],
+                None if asked.after is None else asked.after[number],
+            )
+            out, replay = cell(norm(x), again, mask)
+            cells.append(replay)
+            prints.append(replay.print)
+            x = x + out
+        handed_on = None
+        if asked.after is not None:
+            handed_on = cells[0].handed_on
+            for cell in cells[1:]:
+                handed_on = handed_on & cell.handed_on
+        return BlockReplay(
+            tuple(cell.state for cell in cells),
+            x,
+            tuple(cell.start for cell in cells),
+            tuple(cell.end for cell in cells),
+            torch.cat(prints),
+            len(prints[0]) + len(prints[1]),
+            handed_on,
+        )
+
+    def _checkpointed(self, x: Tensor, asked: BlockAgain, mask: ChunkMask | None) -> BlockReplay:
+        generators = random_state.capture({x.device})
+        with torch.no_grad():
+            quiet = self._replay(x, asked, mask)
+        random_state.restore(generators)
+        start = tuple(leaves(values) for values in self.values(quiet.states))
+        assert self.recompute is not None
+        out, end = checkpointed(self.recompute, self.forward, x, start, mask)
+        return quiet._replace(out=out, start=start, end=end)
+
+
+class Block(ResidualBlock):
+    """Layer ``layer`` of an RWKV model; its cells are (time mix, channel mix)."""
 
     def __init__(self, config: RwkvRevConfig, layer: int = 0) -> None:
         super().__init__()
@@ -115,82 +209,11 @@ class Block(nn.Module):
         )
         self.channel_mix: ReversibleCell = ChannelMix(size, config.intermediate_size)
         self.time_mix.layer = self.channel_mix.layer = layer
-        self.recompute: Callable[..., Any] | None = None  # torch.utils.checkpoint.checkpoint, with settings
 
-    def forward(
-        self, x: Tensor, states: FloatStates | BlockForwards | BlockAgain, mask: ChunkMask | None = None
-    ) -> tuple[Tensor | None, Any]:
-        """Output [B, C, D] for x [B, C, D], and what else came of the chunk, by what ``states`` ask for.
-
-        Float states: plain differentiable arithmetic, and the states after x. :class:`BlockForwards`: exact, without
-        graph, and a :class:`BlockAdvanced`. :class:`BlockAgain`: with graph, and a :class:`BlockReplay`. Everybody
-        calls the block, and the block its cells, as modules: hooks of other tools are heard in each of these ways.
-        """
-        if isinstance(states, BlockForwards):
-            advanced = self._advance(x, states, mask)
-            return advanced.out, advanced
-        if isinstance(states, BlockAgain):
-            again = states.checkpointed and self.recompute is not None
-            replay = (self._checkpointed if again else self._replay)(x, states, mask)
-            return replay.out, replay
-        time, channel = states
-        out, time = self.time_mix(self.ln1(x), time, mask)
-        x = x + out
-        out, channel = self.channel_mix(self.ln2(x), channel, mask)
-        return x + out, (time, channel)
-
-    def exact(self, states: FloatStates) -> ExactStates:
-        """The exact states nearest to float ones."""
-        return self.time_mix.exact(states[0]), self.channel_mix.exact(states[1])
-
-    def plan(self, length: int) -> Plans:
-        """Both cells' plans for chunks of ``length`` tokens, while the weights stay as they are."""
-        return self.time_mix.plan(length), self.channel_mix.plan(length)
-
-    @torch.no_grad()
-    def _advance(self, x: Tensor, asked: BlockForwards, mask: ChunkMask | None) -> BlockAdvanced:
-        first = checksum(x)
-        out, time = self.time_mix(self.ln1(x), Forwards(asked.states[0], asked.plans[0]), mask)
-        x = x + out
-        way = Forwards(asked.states[1], asked.plans[1], asked.output)
-        out, channel = self.channel_mix(self.ln2(x), way, mask)
-        return BlockAdvanced(
-            x + out if asked.output else None,
-            (time.state, channel.state),
-            (time.remnant, channel.remnant),
-            _print(first, time, channel),
-        )
-
-    def _replay(self, x: Tensor, asked: BlockAgain, mask: ChunkMask | None) -> BlockReplay:
-        first = checksum(x)
-        time_remnant, channel_remnant = asked.remnants or (None, None)
-        after = asked.after or (None, None)
-        again = Again(asked.states[0], asked.plans[0], time_remnant, after[0])
-        out, time = self.time_mix(self.ln1(x), again, mask)
-        x = x + out
-        again = Again(asked.states[1], asked.plans[1], channel_remnant, after[1])
-        out, channel = self.channel_mix(self.ln2(x), again, mask)
-        return BlockReplay(
-            (time.state, channel.state),
-            x + out,
-            (time.start, channel.start),
-            (time.end, channel.end),
-            _print(first, time, channel),
-            None if time.handed_on is None else time.handed_on & channel.handed_on,
-        )
-
-    def _checkpointed(self, x: Tensor, asked: BlockAgain, mask: ChunkMask | None) -> BlockReplay:
-        generators = random_state.capture({x.device})
-        with torch.no_grad():
-            quiet = self._replay(x, asked, mask)
-        random_state.restore(generators)
-        before = quiet.states
-        values = self.time_mix.float_state(before[0]), self.channel_mix.float_state(before[1])
-        start = (leaves(values[0]), leaves(values[1]))
-        assert self.recompute is not None
-        out, end = checkpointed(self.recompute, self.forward, x, start, mask)
-        return BlockReplay(before, out, start, end, quiet.print, quiet.handed_on)
+    def parts(self) -> list[tuple[nn.Module, ReversibleCell]]:
+        return [(self.ln1, self.time_mix), (self.ln2, self.channel_mix)]
 
 
-def _print(first: Tensor, time: Advanced | Replay, channel: Advanced | Replay) -> Tensor:
-    return torch.cat([first[None], time.print, channel.print])
+def flat(states: FloatStates) -> list[Tensor]:
+    """The tensors of all cells' values, in order."""
+    return [tensor for state in states for tensor in tensors_of(state)]

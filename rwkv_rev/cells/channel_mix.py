@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rwkv_rev.cells.cell import ReversibleCell
 from rwkv_rev.cells.gates import sigmoid_product, squared_relu
 from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.cells.shifted_cell import ShiftedCell
 
 
 class ChannelProjection(NamedTuple):
@@ -18,7 +18,7 @@ class ChannelProjection(NamedTuple):
     value: Tensor  # [B, C, D]
 
 
-class ChannelMix(ReversibleCell):
+class ChannelMix(ShiftedCell):
     """The feed-forward half of a block.
 
     Args:
@@ -41,7 +41,7 @@ class ChannelMix(ReversibleCell):
         to_key, to_receptance = mixed
         return ChannelProjection(self.receptance(to_receptance), self.value(squared_relu(self.key(to_key))))
 
-    def read(
+    def compute(
         self, projection: ChannelProjection, memory: Tensor | None, mask: ChunkMask | None, plan: None = None
     ) -> tuple[Tensor, None]:
         return sigmoid_product(projection.receptance, projection.value), None

@@ -16,9 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rwkv_rev.cells.cell import ReversibleCell
 from rwkv_rev.cells.gates import sigmoid_product
 from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.cells.shifted_cell import ShiftedCell
+from rwkv_rev.reversal.whole import Whole, WholeRemnant
 from rwkv_rev.wkv import wkv4
 
 LARGEST_TIME_DECAY = 69.0
@@ -31,7 +32,7 @@ class TimeProjection(NamedTuple):
     value: Tensor  # [B, C, D]
 
 
-class TimeMixRwkv4(ReversibleCell):
+class TimeMixRwkv4(ShiftedCell):
     """The recurrent half of an RWKV-4 block; memory [B, 3, D] = (a, b, m), float32 or wider."""
 
     def __init__(self, hidden_size: int) -> None:
@@ -60,7 +61,7 @@ class TimeMixRwkv4(ReversibleCell):
         """log w per channel [D], <= 0, natural logarithm, float32 or wider."""
         return log_decay_of(self.time_decay)
 
-    def read(
+    def compute(
         self, projection: TimeProjection, memory: Tensor | None, mask: ChunkMask | None, plan: None = None
     ) -> tuple[Tensor, Tensor]:
         assert memory is not None
@@ -75,15 +76,23 @@ class TimeMixRwkv4(ReversibleCell):
     ) -> Tensor:
         return contribution
 
+    def exact_memory(self, memory: Tensor) -> Whole:
+        return Whole(memory)
+
     def advance_memory(
-        self, memory: Tensor, contribution: Tensor, mask: ChunkMask | None, plan: None
-    ) -> tuple[Tensor, Tensor]:
-        return contribution, memory
+        self, memory: Whole, contribution: Tensor, mask: ChunkMask | None, plan: None
+    ) -> tuple[Whole, WholeRemnant]:
+        return memory.advance(contribution)
 
     def retreat_memory(
-        self, memory: Tensor, projection: TimeProjection, mask: ChunkMask | None, remnant: Tensor, plan: None
-    ) -> Tensor:
-        return remnant
+        self,
+        memory: Whole,
+        projection: TimeProjection,
+        mask: ChunkMask | None,
+        remnant: WholeRemnant,
+        plan: None,
+    ) -> Whole:
+        return Whole(remnant.before)
 
 
 def wide(parameter: Tensor) -> Tensor:

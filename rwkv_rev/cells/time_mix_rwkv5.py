@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rwkv_rev.cells.cell import ReversibleCell
 from rwkv_rev.cells.gates import norm_and_gate
 from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.cells.shifted_cell import ShiftedCell
 from rwkv_rev.cells.time_mix_rwkv4 import log_decay_of, wide
 from rwkv_rev.reversal.fixed_point import DecayPlan, FixedPoint, MemoryRemnant, decay_plan
 from rwkv_rev.wkv import Wkv5Work, wkv5, wkv5_contribution, wkv5_plan
@@ -38,7 +38,7 @@ class MemoryPlan(NamedTuple):
     recurrence: Any  # of the kernel
 
 
-class TimeMixRwkv5(ReversibleCell):
+class TimeMixRwkv5(ShiftedCell):
     """The recurrent half of an RWKV-5 block; memory [B, H, N, N] (key index first), float32 or wider.
 
     Args:
@@ -102,7 +102,7 @@ class TimeMixRwkv5(ReversibleCell):
         """log w per head and channel [H, N], <= 0, natural logarithm, float32 or wider."""
         return self._per_channel(log_decay_of(self.time_decay))
 
-    def read(
+    def compute(
         self,
         projection: TimeProjection,
         memory: Tensor | None,
@@ -140,11 +140,11 @@ class TimeMixRwkv5(ReversibleCell):
         log_decay = self.log_decay()
         return MemoryPlan(decay_plan(log_decay, length), wkv5_plan(log_decay, length))
 
-    def exact_memory(self, memory: Tensor | None) -> FixedPoint | None:
-        return None if memory is None else FixedPoint.of(memory)
+    def exact_memory(self, memory: Tensor) -> FixedPoint:
+        return FixedPoint.of(memory)
 
-    def float_memory(self, memory: FixedPoint) -> Tensor:
-        return memory.value(torch.float64 if self.time_decay.dtype == torch.float64 else torch.float32)
+    def memory_dtype(self) -> torch.dtype:
+        return torch.float64 if self.time_decay.dtype == torch.float64 else torch.float32
 
     def advance_memory(
         self, memory: FixedPoint, contribution: Tensor, mask: ChunkMask | None, plan: MemoryPlan
@@ -169,9 +169,6 @@ class TimeMixRwkv5(ReversibleCell):
         )
         count = None if mask is None else mask.count
         return memory.retreat(contribution, count, remnant, plan.reversal)
-
-    def memory_print(self, memory: FixedPoint) -> Tensor:
-        return memory.fingerprint()
 
     def _per_channel(self, parameter: Tensor) -> Tensor:
         """[H, N] from a parameter stored per head or per channel."""

@@ -1,7 +1,7 @@
 """Whether states come back to the bit, what that costs, and what would happen without remnants.
 
-The model reads a text chunk by chunk through ``Block.advance`` and then back over *all* boundaries through the very
-methods by which the ``reversible`` strategy keeps and recovers states, remnants on a real tape. Every rebuilt state
+The model reads a text chunk by chunk and then goes back over *all* boundaries by the very functions with which the
+``reversible`` strategy keeps and recovers states, remnants on a real tape. Every rebuilt state
 (token shifts and memory of both cells of every layer) and every output is compared with the one of the forward
 sweep, which this check alone stores whole.
 
@@ -14,19 +14,20 @@ remnant for it.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rwkv_rev.bptt.layers import LayerGraph, advance_layers, replay_layers
+from rwkv_rev.bptt.records import fingerprints, layer_record, make_record
 from rwkv_rev.bptt.reversible import Reversible
 from rwkv_rev.bptt.strategy import LossInputs
-from rwkv_rev.cells import TimeMixRwkv4, TimeMixRwkv5
-from rwkv_rev.cells.block import BlockAgain, BlockForwards, ExactStates, Remnants
+from rwkv_rev.cells.block import BlockAgain, ExactStates, Plans
 from rwkv_rev.modeling import RwkvRevForCausalLM
 from rwkv_rev.numerics import bits_forgotten
 from rwkv_rev.reversal.drift import division_drift
-from rwkv_rev.reversal.fixed_point import FixedPoint, MemoryRemnant
 from rwkv_rev.reversal.tape import Tape
 from rwkv_rev.tables import aligned, wrapped
 
@@ -164,60 +165,65 @@ def check_reversal(
         state=model.model.initial_state(1),
     )
     chunks = inputs.chunks(chunk)
-    blocks = list(model.model.blocks)
+    blocks = model.blocks
     plans = {c.length: [block.plan(c.length) for block in blocks] for c in chunks}
     strategy = Reversible(chunk)
     states = [block.exact(inputs.state.layer(i)) for i, block in enumerate(blocks)]
-    stored: list[list[tuple[ExactStates, Tensor]]] = []
+    stored: list[list[LayerGraph]] = []
     used = whole = shifts = nbytes = 0
     theory = 0.0
     with Tape("host", ids.device) as tape:
         for part in chunks:
-            x = part.embed(model)
-            advanced, seen = [], []
-            for block, state, plan in zip(blocks, states, plans[part.length], strict=True):
-                _, replay = block(x, BlockAgain(state, plan))  # token shifts as this chunk reads them
-                x, layer = block(x, BlockForwards(state, plan))
-                seen.append((replay.states, x))
-                advanced.append(layer)
-            after, remnants = [layer.states for layer in advanced], [layer.remnants for layer in advanced]
+            x, plan = part.embed(model), plans[part.length]
+            # token shifts as this chunk reads them, and outputs
+            stored.append(replay_layers(blocks, x, partial(_again, states, plan), None))
+            advanced = advance_layers(blocks, x, states, plan, None, whole_output=False)
+            record = make_record(states, advanced, strategy.keep(states, advanced), exact=True)
             start = tape.nbytes
-            tape.push(strategy.compared(model, states, advanced).start()())
-            stored.append(seen)
-            states_before, states = states, after
+            tape.push(record.start()())
+            states_before, states = states, [layer.states for layer in advanced]
             if part.index == 0:
                 continue
             nbytes += tape.nbytes - start
-            used += 8 * sum(_memory_bytes(remnant) for remnant in remnants)
-            shifts += sum(cell.carried.nbytes for pair in remnants for cell in pair)
+            of_cells = [remnant for layer in advanced for remnant in layer.remnants]
+            kept = [remnant.tensors(_on_host(remnant.size)) for remnant in of_cells]
+            used += 8 * sum(tensor.nbytes for _, *memory in kept for tensor in memory)
+            shifts += sum(carried.nbytes for carried, *_ in kept)
             for (time, _), decays in zip(states_before, _log_decays(model), strict=True):
-                elements = _memory_tensors(time.memory)[0].numel()
+                elements = time.memory.tensors()[0].numel()
                 whole += 32 * elements
                 theory += float(bits_forgotten(decays, part.length).sum()) * elements / decays.numel()
         mismatch = None
         for part in reversed(chunks):
-            record = tape.pop()
-            x = part.embed(model)
-            rebuilt = []
-            for layer in range(len(blocks)):
-                printed, memory, *remnant = record[layer]
-                again = strategy.recover(states[layer], remnant, plans[part.length][layer])
-                x, replay = blocks[layer](x, again)
-                found = blocks[layer].time_mix.memory_print(replay.states[0].memory)
-                if not (torch.equal(replay.print, printed) and torch.equal(found, memory)):
-                    mismatch = f"the fingerprint of layer {layer} before chunk {part.index} differs"
+            record_back = tape.pop()
+            expected, plan = stored[part.index], plans[part.length]
+
+            def ask(
+                layer: int,
+                after: list[ExactStates] = states,
+                kept: list[list[Tensor]] = record_back,
+                plan: list[Plans] = plan,
+            ) -> BlockAgain:
+                return strategy.recover(
+                    after[layer], layer_record(kept, layer, len(after[layer])), plan[layer]
+                )
+
+            rebuilt = replay_layers(blocks, part.embed(model), ask, None)
+            for number, (found, known) in enumerate(zip(rebuilt, expected, strict=True)):
+                compared = layer_record(record_back, number, len(states[number])).compared
+                prints = [found.replay.print, *fingerprints(found.replay.states)]
+                if not all(torch.equal(one, other) for one, other in zip(prints, compared, strict=True)):
+                    mismatch = f"the fingerprint of layer {number} before chunk {part.index} differs"
                     break
-                expected, out = stored[part.index][layer]
-                different = _first_difference(replay.states, expected) or (
-                    None if torch.equal(x, out) else "the output"
+                different = _first_difference(found.replay.states, known.replay.states) or (
+                    None if torch.equal(found.out, known.out) else "the output"
                 )
                 if different:
-                    mismatch = f"{different} of layer {layer} differs before chunk {part.index}"
+                    mismatch = f"{different} of layer {number} differs before chunk {part.index}"
                     break
-                rebuilt.append(replay.states)
             if mismatch is not None:
                 break
-            states = rebuilt
+            states = [layer.replay.states for layer in rebuilt]
     return ReversalCheck(
         context=context,
         chunk=chunk,
@@ -233,13 +239,17 @@ def check_reversal(
     )
 
 
+def _again(states: list[ExactStates], plan: list[Plans], layer: int) -> BlockAgain:
+    return BlockAgain(states[layer], plan[layer])
+
+
+def _on_host(size: Tensor | None) -> Tensor | None:
+    return None if size is None else size.cpu()
+
+
 def _log_decays(model: RwkvRevForCausalLM) -> list[Tensor]:
     """log w of every layer, one per row of its memory."""
-    decays = []
-    for block in model.model.blocks:
-        assert isinstance(block.time_mix, TimeMixRwkv4 | TimeMixRwkv5)
-        decays.append(block.time_mix.log_decay().detach())
-    return decays
+    return [block.time_mix.log_decay().detach() for block in model.blocks]
 
 
 def _drift(log_decay: Tensor, steps: tuple[int, ...]) -> tuple[DriftRow, ...]:
@@ -256,21 +266,12 @@ def _drift(log_decay: Tensor, steps: tuple[int, ...]) -> tuple[DriftRow, ...]:
     )
 
 
-def _memory_tensors(memory: Any) -> list[Tensor]:
-    return [memory.mantissa, memory.exponent] if isinstance(memory, FixedPoint) else [memory]
-
-
-def _memory_bytes(remnants: Remnants) -> int:
-    memory = remnants[0].memory
-    if isinstance(memory, MemoryRemnant):
-        return sum(tensor.nbytes for tensor in memory.tensors(memory.raised.cpu()))
-    return int(memory.nbytes)
-
-
 def _first_difference(rebuilt: ExactStates, expected: ExactStates) -> str | None:
     """What differs between two exact states of a block, or None."""
     for name, one, other in zip(("time mix", "channel mix"), rebuilt, expected, strict=True):
-        if not torch.equal(one.shift, other.shift):
+        (shift, *memory), (known_shift, *known_memory) = one.tensors(), other.tensors()
+        if not torch.equal(shift, known_shift):
             return f"the token shift of the {name}"
-    pairs = zip(_memory_tensors(rebuilt[0].memory), _memory_tensors(expected[0].memory), strict=True)
-    return None if all(torch.equal(one, other) for one, other in pairs) else "the memory of the time mix"
+        if not all(torch.equal(a, b) for a, b in zip(memory, known_memory, strict=True)):
+            return f"the memory of the {name}"
+    return None

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rwkv_rev.reversal.fixed_point import DecayPlan, FixedPoint
+from rwkv_rev.reversal.additive import NoRemnant
+from rwkv_rev.reversal.fingerprint import fingerprint
+from rwkv_rev.reversal.fixed_point import DecayPlan
+from rwkv_rev.reversal.memory import Memory
 
 FLOAT64_BITS = 52
 
@@ -21,7 +24,7 @@ class LossyState:
     state: Tensor
 
     @classmethod
-    def of(cls, state: FixedPoint) -> "LossyState":
+    def of(cls, state: Memory) -> "LossyState":
         return cls(state.value(torch.float64))
 
     def value(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -30,15 +33,34 @@ class LossyState:
 
     def advance(
         self, contribution: Tensor, count: Tensor | None, plan: DecayPlan
-    ) -> tuple["LossyState", None]:
+    ) -> tuple["LossyState", NoRemnant]:
         """One chunk forwards; there is no remnant."""
-        return LossyState(plan.decay_of(count) * self.state + contribution.double()), None
+        return LossyState(plan.decay_of(count) * self.state + contribution.double()), NoRemnant()
 
     def retreat(
-        self, contribution: Tensor, count: Tensor | None, remnant: None, plan: DecayPlan
+        self, contribution: Tensor, count: Tensor | None, remnant: NoRemnant, plan: DecayPlan
     ) -> "LossyState":
         """One chunk backwards, up to rounding errors that grow by 1/Lambda."""
         return LossyState((self.state - contribution.double()) / plan.decay_of(count))
+
+    def tensors(self) -> list[Tensor]:
+        return [self.state]
+
+    def computed(self) -> list[Tensor]:
+        return [self.state]
+
+    def like(self, tensors: list[Tensor]) -> "LossyState":
+        return LossyState(*tensors)
+
+    def fingerprint(self) -> Tensor:
+        """Checksum, int64 [1]."""
+        return fingerprint(self.state)[None]
+
+    def coarse(self) -> None:
+        return None
+
+    def remnant(self, tensors: list[Tensor]) -> NoRemnant:
+        return NoRemnant()
 
 
 def predicted_bits_lost(log_decay: Tensor, tokens: int) -> float:

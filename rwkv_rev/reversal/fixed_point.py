@@ -132,6 +132,19 @@ class FixedPoint:
         finite = self.exponent < NON_FINITE
         return (largest < 2**COARSE_BITS) & (self.exponent > SMALLEST_EXPONENT) & finite
 
+    def tensors(self) -> list[Tensor]:
+        return [self.mantissa, self.exponent]
+
+    def computed(self) -> list[Tensor]:
+        return [self.mantissa, self.exponent, self.value(), self.fingerprint()]
+
+    def like(self, tensors: list[Tensor]) -> "FixedPoint":
+        return FixedPoint(*tensors)
+
+    def remnant(self, tensors: list[Tensor]) -> "MemoryRemnant":
+        """What :meth:`MemoryRemnant.tensors` kept, of the chunk before this state."""
+        return MemoryRemnant.restore(tensors, self)
+
     def fingerprint(self) -> Tensor:
         """Checksum of the state's bits, int64 [B, H]."""
         if self.prints is not None:
@@ -187,9 +200,14 @@ class MemoryRemnant:
         """The rho of every row at its own width (:class:`BitPacking`), uint8."""
         return self.pack()
 
-    def tensors(self, raised: Tensor) -> list[Tensor]:
-        """What must be kept; ``raised`` is ``self.raised`` on the CPU (the one thing that depends on the data)."""
-        heads = raised.flatten().nonzero()[:, 0]
+    @property
+    def size(self) -> Tensor:
+        """The one thing that what must be kept depends on."""
+        return self.raised
+
+    def tensors(self, size: Tensor | None) -> list[Tensor]:
+        """What must be kept; ``size`` is ``self.raised`` on the CPU, None where no grid rose."""
+        heads = torch.empty(0) if size is None else size.flatten().nonzero()[:, 0]
         if self.before is None or heads.numel() == 0:
             return [self.packed]
         heads = heads.to(self.packed.device)

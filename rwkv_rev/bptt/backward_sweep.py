@@ -1,0 +1,148 @@
+"""The second sweep: from the last chunk to the first, states back and gradients with them."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rwkv_rev import random_state
+from rwkv_rev.bptt.chunk_gradients import ChunkGradients, chunk_gradients
+from rwkv_rev.cells.block import ExactStates, FloatStates, flat
+from rwkv_rev.errors import ReversalMismatchError
+from rwkv_rev.loss import add_gradients
+from rwkv_rev.outside_leaves import OutsideLeaves
+from rwkv_rev.state import RwkvRevState
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rwkv_rev.bptt.runner import Runner
+    from rwkv_rev.bptt.strategy import Chunk
+    from rwkv_rev.bptt.sweep import Sweep
+
+
+@dataclass
+class SweepResult:
+    """Loss, state after the last token, and gradients by parameters, the first state and the embeddings."""
+
+    loss: Tensor
+    end: RwkvRevState
+    to_parameters: list[Tensor | None]
+    to_first: RwkvRevState
+    to_embeds: Tensor | None
+
+
+@dataclass
+class Sums:
+    """What the chunks add to, the last one first.
+
+    Attributes:
+        parameters: gradients, in float32 or wider; None where no chunk has one.
+        loss: None before the first chunk.
+        checks: per chunk, [L] bool: which layers computed the same as in the first sweep.
+    """
+
+    parameters: list[Tensor | None]
+    outside: OutsideLeaves
+    loss: Tensor | None = None
+    end: list[FloatStates] | None = None
+    embeds: list[Tensor] = field(default_factory=list)
+    checks: "list[tuple[int, Tensor]]" = field(default_factory=list)
+
+    def take(self, indices: "Sequence[int]", gradients: "Sequence[Tensor | None]") -> None:
+        """Add gradients of the parameters at ``indices``."""
+        sums = add_gradients([self.parameters[index] for index in indices], gradients)
+        for index, total in zip(indices, sums, strict=True):
+            self.parameters[index] = total
+
+    def add(self, chunk: "Chunk", found: ChunkGradients) -> None:
+        """Take everything else of a chunk."""
+        self.loss = found.loss.clone() if self.loss is None else self.loss.add_(found.loss)
+        if self.end is None:
+            self.end = found.end
+        if found.to_embeds is not None:
+            self.embeds.append(found.to_embeds)
+        if found.exactly is not None:
+            self.checks.append((chunk.index, found.exactly))
+
+
+def backward_sweep(sweep: "Sweep", runner: "Runner", states: list[ExactStates]) -> SweepResult:
+    """Gradients of all chunks, from the last, whose exact ``states`` before it are given, to the first."""
+    tensors = sweep.parameters.tensors
+    sums = Sums([None] * len(tensors), OutsideLeaves(tensors))
+    given = sweep.inputs.final_state_gradient
+    gradient = None
+    if given is not None:
+        gradient = [flat(given.layer(index)) for index in range(len(sweep.model.blocks))]
+    following = None
+    for chunk in reversed(sweep.chunks):
+        states, gradient = runner.differentiate(chunk, states, gradient, sums)
+        if following is None:
+            # whoever draws after this loss goes on from the last token, not from the first chunk
+            following = random_state.capture(sweep.places)
+        if sweep.device.type != "cuda":  # there once, at the end: no chunk waits for the one before
+            compare(sweep, sums)
+    compare(sweep, sums)
+    sums.outside.refuse()
+    assert sums.loss is not None and sums.end is not None and gradient is not None and following is not None
+    random_state.restore(following)
+    kind = type(sweep.inputs.state)
+    return SweepResult(
+        sums.loss,
+        kind.stack(sums.end),
+        sums.parameters,
+        kind.like(gradient),
+        torch.cat(sums.embeds[::-1], dim=1) if sums.embeds else None,
+    )
+
+
+def differentiate(
+    sweep: "Sweep",
+    chunk: "Chunk",
+    states: list[ExactStates],
+    record: list[list[Tensor]] | None,
+    to_end: list[list[Tensor]] | None,
+    sums: Sums,
+) -> tuple[list[ExactStates], list[list[Tensor]]]:
+    """One chunk: exact states before it and gradients by their values; all else is added to ``sums``."""
+    strange = sweep.strangers
+    look = strange.brings_tensors and (sums.end is None or bool(strange.declared))
+    found = chunk_gradients(
+        sweep.model,
+        chunk,
+        sweep.replayer(chunk, states, record),
+        sweep.parameters,
+        to_end,
+        sums.take,
+        outside=sums.outside if look else None,
+        half=sweep.places if sweep.half else None,
+    )
+    sums.add(chunk, found)
+    return found.states, found.to_start
+
+
+def compare(sweep: "Sweep", sums: Sums) -> None:
+    """Take the checks off the list.
+
+    A loss that is not finite is not looked into: infinities and NaN have no bits to rely on, and it is conspicuous.
+
+    Raises:
+        ReversalMismatchError: a layer did not compute the same in both sweeps.
+    """
+    taken = sums.checks.copy()
+    sums.checks.clear()
+    if not taken or bool(torch.cat([exactly for _, exactly in taken]).all()):
+        return
+    if sums.loss is None or not bool(sums.loss.isfinite()):
+        return
+    for index, exactly in taken:
+        if not exactly.all():
+            layer, chunk = int((~exactly).nonzero()[0]), sweep.chunks[index]
+            raise ReversalMismatchError(
+                f"layer {layer} computed other numbers for chunk {index} (tokens {chunk.start} to {chunk.stop - 1}) "
+                "in the second sweep than in the first. Likely causes: code inside the model that gives another "
+                "result at each call (it draws from a generator of its own, counts calls, changes weights or "
+                "buffers), a non-deterministic kernel, another autocast. Try "
+                "torch.use_deterministic_algorithms(True), or bptt='full', which computes everything once"
+            )

@@ -1,0 +1,169 @@
+"""The gradient of one chunk: its loss, and what its states after it are to the chunks that follow.
+
+From the embedded input up through the layers (:mod:`rwkv_rev.bptt.layers`) to the loss, then back down. Under float16
+the chunk's graph is differentiated with a loss scale, lowered until all gradients are finite.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rwkv_rev import random_state
+from rwkv_rev.bptt.layers import LayerGraph, Take, cut, pull_back, vjp
+from rwkv_rev.bptt.strategy import Chunk, LanguageModel
+from rwkv_rev.cells.block import ExactStates, FloatStates, flat
+from rwkv_rev.cells.contract import detached
+from rwkv_rev.loss import scaled, wide
+from rwkv_rev.outside_leaves import OutsideLeaves
+
+Replay = Callable[[Tensor], tuple[list[LayerGraph], Tensor | None]]
+"""From a chunk's embedded input [B, C, D] to its layers computed again, and [L] bool, which are as they were before."""
+
+
+class Parameters:
+    """The parameters that a loss is differentiated by, and which of them each part of the model may depend on.
+
+    Args:
+        tensors: the parameters.
+        foreign: the model holds code of others, which may bring any parameter to any place: all may depend on all.
+    """
+
+    def __init__(self, model: LanguageModel, tensors: Sequence[Tensor], *, foreign: bool) -> None:
+        self.tensors = list(tensors)
+        everything = range(len(self.tensors))
+        places = {id(tensor): index for index, tensor in enumerate(self.tensors)}
+        self.of_layer: list[Sequence[int]] = []
+        inside: set[int] = set()
+        for block in model.blocks:
+            own = {places[id(tensor)] for tensor in block.parameters() if id(tensor) in places}
+            inside |= own
+            self.of_layer.append(everything if foreign else sorted(own))
+        self.beside: Sequence[int] = everything if foreign else [i for i in everything if i not in inside]
+        """Of the embedding, the norms beside it, and the final norm."""
+
+    def replaced(self, tensors: Sequence[Tensor]) -> "Parameters":
+        """The same with other tensors in the places of these."""
+        other = copy.copy(self)
+        other.tensors = list(tensors)
+        return other
+
+
+class ChunkGradients(NamedTuple):
+    """What the backward sweep takes from one chunk; gradients of the parameters have been taken already.
+
+    Attributes:
+        loss: the chunk's share.
+        states: exact ones before the chunk.
+        end: values of the states after it.
+        to_start: gradients by the values of each layer's states before the chunk.
+        to_embeds: by the input embeddings, where these were given.
+        exactly: [L] bool, which layers computed the same as in the first sweep; None where nothing is compared.
+    """
+
+    loss: Tensor
+    states: list[ExactStates]
+    end: list[FloatStates]
+    to_start: list[list[Tensor]]
+    to_embeds: Tensor | None
+    exactly: Tensor | None
+
+
+def chunk_gradients(
+    model: LanguageModel,
+    chunk: Chunk,
+    replay: Replay,
+    parameters: Parameters,
+    to_end: list[list[Tensor]] | None,
+    take: Take,
+    *,
+    outside: OutsideLeaves | None = None,
+    half: set[torch.device] | None = None,
+) -> ChunkGradients:
+    """Gradients of ``chunk``.
+
+    Args:
+        to_end: by the values of the states after the chunk; None for none.
+        take: is given the gradients of the parameters, part by part.
+        outside: looks for leaves that are not among the parameters.
+        half: where the model may draw random numbers, if gradients need a loss scale; None if not.
+    """
+    if half is None:
+        return _gradients(model, chunk, replay, parameters, to_end, take, 1.0, outside)
+    random = random_state.capture(half)
+    taken: list[tuple[Sequence[int], int]] = []
+
+    def attempt(loss_scale: float) -> tuple[ChunkGradients, list[Tensor | None]]:
+        random_state.restore(random)
+        taken.clear()
+        found: list[Tensor | None] = []
+
+        def keep(indices: Sequence[int], gradients: Sequence[Tensor | None]) -> None:
+            taken.append((indices, len(found)))
+            found.extend(gradients)
+
+        result = _gradients(model, chunk, replay, parameters, to_end, keep, loss_scale, outside)
+        return result, [*found, *(g for layer in result.to_start for g in layer), result.to_embeds]
+
+    result, unscaled = scaled(attempt)
+    for indices, first in taken:
+        take(indices, unscaled[first : first + len(indices)])
+    starts = iter(unscaled[len(unscaled) - 1 - sum(map(len, result.to_start)) : -1])
+    to_start = [[g for g in (next(starts) for _ in layer) if g is not None] for layer in result.to_start]
+    return result._replace(to_start=to_start, to_embeds=unscaled[-1])
+
+
+def _gradients(
+    model: LanguageModel,
+    chunk: Chunk,
+    replay: Replay,
+    parameters: Parameters,
+    to_end: list[list[Tensor]] | None,
+    take: Take,
+    scale: float,
+    outside: OutsideLeaves | None,
+) -> ChunkGradients:
+    embeds = chunk.embeds()
+    with torch.enable_grad():
+        if embeds is not None:
+            embeds = embeds.detach().requires_grad_()
+        bottom = chunk.embed(model, embeds)
+        layers, exactly = replay(bottom)
+        top = cut(layers[-1].out)
+        hidden = model.normalize(top)
+    if outside is not None:
+        _look(outside, layers, [bottom, hidden], [top, *([] if embeds is None else [embeds])])
+    states = [layer.replay.states for layer in layers]
+    end = [tuple(detached(values) for values in layer.replay.end) for layer in layers]
+    loss = torch.zeros((), device=hidden.device, dtype=wide(hidden.dtype))
+    beside = [parameters.tensors[index] for index in parameters.beside]
+    to_top: Tensor | None = None
+    if chunk.predicts:
+        loss, to_hidden, of_head = chunk.loss(model, hidden, parameters.tensors, scale, outside)
+        take(range(len(of_head)), of_head)
+        *of_norm, to_top = vjp([(hidden, to_hidden)], [*beside, top])
+        take(parameters.beside, of_norm)
+    if to_end is not None and scale != 1.0:
+        to_end = [[gradient * scale for gradient in layer] for layer in to_end]
+    to_bottom, to_start = pull_back(layers, parameters.tensors, parameters.of_layer, to_top, to_end, take)
+    to_embeds = None
+    if to_bottom is not None:
+        made = [] if embeds is None else [embeds]
+        found = vjp([(bottom, to_bottom)], [*beside, *made])
+        take(parameters.beside, found[: len(beside)])
+        to_embeds = found[-1] if made else None
+    if embeds is not None and to_embeds is None:
+        to_embeds = torch.zeros_like(embeds)
+    return ChunkGradients(loss, states, end, to_start, to_embeds, exactly)
+
+
+def _look(
+    outside: OutsideLeaves, layers: list[LayerGraph], outputs: list[Tensor], made: list[Tensor]
+) -> None:
+    """Look for unknown leaves of all graphs of a chunk."""
+    for layer in layers:
+        outputs = [*outputs, layer.out, *flat(layer.replay.end)]
+        made = [*made, layer.given, *flat(layer.replay.start)]
+    outside.look(outputs, made)

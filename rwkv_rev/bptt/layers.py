@@ -1,0 +1,160 @@
+"""The layer stack: the one place that walks the layers, in the plain forward pass, in both sweeps and in the checks.
+
+In the backward sweep every block has a graph of its own, cut at its borders. Gradients are pulled back through one
+block after another, from the top down: those of a block's parameters exist while the block is at hand, are taken at
+once, and its graph is freed before the next one's gradients are made. A gradient at a border is a single tensor, so the
+cut changes no bit of it.
+
+Blocks are called as modules: hooks of users and of other tools are heard.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv_rev.cells.block import (
+    BlockAdvanced,
+    BlockAgain,
+    BlockForwards,
+    BlockReplay,
+    ExactStates,
+    FloatStates,
+    Plans,
+    ResidualBlock,
+    flat,
+)
+from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.cells.recomputation import checkpointed
+from rwkv_rev.reversal.fingerprint import checksum
+
+Take = Callable[[Sequence[int], Sequence[Tensor | None]], None]
+"""Is given indices of parameters and a gradient for each, to be added to what there is."""
+
+
+def run_layers(
+    blocks: Sequence[ResidualBlock],
+    x: Tensor,
+    states: Sequence[FloatStates],
+    mask: ChunkMask | None,
+    *,
+    recompute: bool = False,
+    streams: list[Tensor] | None = None,
+) -> tuple[Tensor, list[FloatStates]]:
+    """All layers on x [B, C, D] by plain differentiable arithmetic: output and values of the states after it.
+
+    ``recompute``: blocks that have a function to be computed again by are. ``streams`` collects every block's output.
+    """
+    after: list[FloatStates] = []
+    for block, state in zip(blocks, states, strict=True):
+        call: Callable[..., Any] = block
+        if recompute and block.recompute is not None:
+            call = partial(checkpointed, block.recompute, block)
+        x, values = call(x, state, mask)
+        after.append(values)
+        if streams is not None:
+            streams.append(x)
+    return x, after
+
+
+def advance_layers(
+    blocks: Sequence[ResidualBlock],
+    x: Tensor,
+    states: Sequence[ExactStates],
+    plans: Sequence[Plans],
+    mask: ChunkMask | None,
+    *,
+    whole_output: bool = True,
+) -> list[BlockAdvanced]:
+    """All layers of a chunk x [B, C, D] forwards, without graph.
+
+    With ``whole_output`` the top layer's output is made, and its checksum put behind its print.
+    """
+    advanced: list[BlockAdvanced] = []
+    for number, (block, state, plan) in enumerate(zip(blocks, states, plans, strict=True)):
+        x, layer = block(x, BlockForwards(state, plan, whole_output or number < len(blocks) - 1), mask)
+        advanced.append(layer)
+    if whole_output:
+        advanced[-1] = advanced[-1]._replace(print=torch.cat([advanced[-1].print, checksum(x)[None]]))
+    return advanced
+
+
+@dataclass
+class LayerGraph:
+    """A block's chunk with a graph of its own: from ``given`` [B, C, D] and the leaves in ``replay`` to ``out``."""
+
+    given: Tensor
+    out: Tensor
+    replay: BlockReplay
+
+
+def replay_layers(
+    blocks: Sequence[ResidualBlock], x: Tensor, ask: Callable[[int], BlockAgain], mask: ChunkMask | None
+) -> list[LayerGraph]:
+    """All layers of a chunk x [B, C, D] again, with graph where gradients are enabled; ``ask`` says how, by layer."""
+    layers: list[LayerGraph] = []
+    for number, block in enumerate(blocks):
+        given = cut(x)
+        x, replay = block(given, ask(number), mask)
+        layers.append(LayerGraph(given, x, replay))
+    return layers
+
+
+def cut(x: Tensor) -> Tensor:
+    """The same values as a leaf of another graph."""
+    return x.detach().requires_grad_(x.requires_grad)
+
+
+def pull_back(
+    layers: list[LayerGraph],
+    parameters: Sequence[Tensor],
+    of_layer: Sequence[Sequence[int]],
+    to_out: Tensor | None,
+    to_ends: Sequence[Sequence[Tensor]] | None,
+    take: Take,
+) -> tuple[Tensor | None, list[list[Tensor]]]:
+    """Gradients from the top layer down to the input of the bottom one; ``layers`` is emptied.
+
+    Args:
+        parameters: of the whole model.
+        of_layer: indices of those that each layer's graph may reach.
+        to_out: gradient by the top layer's output, or None.
+        to_ends: gradients by the values of each layer's states after the chunk, or None.
+        take: is given each block's parameter gradients as soon as they are there.
+
+    Returns:
+        The gradient by the input of layer 0 (None without one), and by the values of each layer's states before it.
+    """
+    to_starts: list[list[Tensor]] = [[] for _ in layers]
+    while layers:
+        layer = layers.pop()
+        number = len(layers)
+        starts, indices = flat(layer.replay.start), of_layer[number]
+        pairs = [] if to_out is None else [(layer.out, to_out)]
+        if to_ends is not None:
+            pairs += zip(flat(layer.replay.end), to_ends[number], strict=True)
+        made = [layer.given] if layer.given.requires_grad else []
+        wanted = [*(parameters[index] for index in indices), *starts, *made]
+        found = vjp(pairs, wanted)
+        take(indices, found[: len(indices)])
+        by_start = found[len(indices) :][: len(starts)]
+        # copies: a gradient may be a view of one of the chunk's length, which would stay in memory with it
+        to_starts[number] = [
+            torch.zeros_like(start) if g is None else g.clone()
+            for start, g in zip(starts, by_start, strict=True)
+        ]
+        to_out = found[-1] if made else None
+    return to_out, to_starts
+
+
+def vjp(pairs: Sequence[tuple[Tensor, Tensor]], wanted: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients by ``wanted`` of outputs, each paired with the gradient that arrives at it."""
+    pairs = [(output, gradient) for output, gradient in pairs if output.requires_grad]
+    if not pairs or not wanted:
+        return [None] * len(wanted)
+    outputs = [output for output, _ in pairs]
+    arriving = [gradient.to(output.dtype) for output, gradient in pairs]
+    return list(torch.autograd.grad(outputs, wanted, arriving, allow_unused=True))

@@ -1,0 +1,113 @@
+"""What a chunk puts on the tape: by layer, what is compared, and what each cell needs to come back.
+
+What is compared are a block's print and the fingerprints of the memories before it. A record is a flat list of groups
+of tensors, ``1 + cells`` groups for every layer.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rwkv_rev.cells.block import BlockAdvanced, ExactStates
+from rwkv_rev.reversal.host_copy import start_copy
+from rwkv_rev.reversal.memory import Remnant
+
+
+class Sizes(NamedTuple):
+    """What the size of a record depends on: tensors of all parts, or None, and all of them in one, on the device."""
+
+    shapes: list[torch.Size | None]
+    joined: Tensor | None
+
+    @classmethod
+    def of(cls, parts: Sequence[Remnant]) -> "Sizes":
+        sizes = [part.size for part in parts]
+        there = [size.flatten().to(torch.int32) for size in sizes if size is not None]
+        return cls(
+            [None if size is None else size.shape for size in sizes], torch.cat(there) if there else None
+        )
+
+    def split(self, joined: Tensor | None) -> list[Tensor | None]:
+        """Each part's own, from :attr:`joined` on the host; None for parts without and where ``joined`` is None."""
+        found: list[Tensor | None] = []
+        place = 0
+        for shape in self.shapes:
+            if shape is None or joined is None:
+                found.append(None)
+                continue
+            found.append(joined[place : place + shape.numel()].view(shape))
+            place += shape.numel()
+        return found
+
+
+class Record(NamedTuple):
+    """What a chunk puts on the tape.
+
+    Attributes:
+        sizes: on the device, what the record's size depends on, in one tensor; None where it depends on no data.
+        tensors: the record, from ``sizes`` on the host (None for the least that any data take).
+        coarse: [L, B, H] bool, parts of memories that are coarse after the chunk; None where none can be.
+    """
+
+    sizes: Tensor | None
+    tensors: Callable[[Tensor | None], list[list[Tensor]]]
+    coarse: Tensor | None = None
+
+    def start(self) -> Callable[[], list[list[Tensor]]]:
+        """A function that gives the record; called a chunk later, it does not wait for the device."""
+        sizes = None if self.sizes is None else start_copy(self.sizes)
+        return lambda: self.tensors(None if sizes is None else sizes())
+
+
+def make_record(
+    before: Sequence[ExactStates],
+    advanced: Sequence[BlockAdvanced],
+    kept: Sequence[Sequence[Remnant]],
+    *,
+    exact: bool,
+) -> Record:
+    """The record of a chunk: ``kept`` is what each layer's cells need to come back.
+
+    ``exact``: memories come back to the bit, and their fingerprints are compared.
+    """
+    front = [
+        [layer.print, *(fingerprints(states) if exact else [])]
+        for states, layer in zip(before, advanced, strict=True)
+    ]
+    sizes = Sizes.of([part for layer in kept for part in layer])
+
+    def tensors(joined: Tensor | None) -> list[list[Tensor]]:
+        own = iter(sizes.split(joined))
+        groups: list[list[Tensor]] = []
+        for compared, layer in zip(front, kept, strict=True):
+            groups.append(compared)
+            groups.extend(part.tensors(next(own)) for part in layer)
+        return groups
+
+    return Record(sizes.joined, tensors, coarse([layer.states for layer in advanced]))
+
+
+class LayerRecord(NamedTuple):
+    """A layer's part of a record: what is compared, and what each cell needs."""
+
+    compared: list[Tensor]
+    cells: list[list[Tensor]]
+
+
+def layer_record(record: list[list[Tensor]], layer: int, cells: int) -> LayerRecord:
+    """The part of ``layer``, whose block has so many cells; all blocks have as many."""
+    compared, *parts = record[layer * (1 + cells) :][: 1 + cells]
+    return LayerRecord(compared, parts)
+
+
+def fingerprints(states: ExactStates) -> list[Tensor]:
+    """Of the memories of a block's cells that have one, int64."""
+    return [found for state in states if (found := state.fingerprint()) is not None]
+
+
+def coarse(states: Sequence[ExactStates]) -> Tensor | None:
+    """[L, B, H] bool, parts of memories less precise than they should be; None where that cannot happen."""
+    found = [part for layer in states for state in layer if (part := state.coarse()) is not None]
+    return torch.stack(found) if found else None

@@ -1,0 +1,75 @@
+"""What runs a chunk in both sweeps: one launch after another, or by recordings (:mod:`.cuda_graphs`)."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from rwkv_rev import random_state
+from rwkv_rev.bptt.backward_sweep import Sums, differentiate
+from rwkv_rev.cells.block import ExactStates
+
+if TYPE_CHECKING:
+    from rwkv_rev.bptt.strategy import Chunk
+    from rwkv_rev.bptt.sweep import Sweep
+
+
+class Runner:
+    """Runs chunks of a sweep one launch after another."""
+
+    def __init__(self, sweep: "Sweep") -> None:
+        self.sweep = sweep
+        self._pending: Callable[[], list[list[Tensor]]] | None = None
+
+    def advance(self, chunk: "Chunk", states: list[ExactStates]) -> list[ExactStates]:
+        """A chunk forwards, its record onto the tape; exact states after it, which hold until the next call."""
+        sweep = self.sweep
+        advanced, record = sweep.advance(chunk, states)
+        self._flush()  # only now: the device is busy with this chunk
+        if chunk.index == 0:
+            sweep.prints.extend(layer.print for layer in advanced)
+        else:
+            self._pending = record.start()
+        self.note_coarse(record.coarse)
+        return [layer.states for layer in advanced]
+
+    def turn(self, states: list[ExactStates]) -> list[ExactStates]:
+        """Called between the sweeps: the same states, to be kept."""
+        self._flush()
+        return states
+
+    def differentiate(
+        self,
+        chunk: "Chunk",
+        states: list[ExactStates],
+        to_end: list[list[Tensor]] | None,
+        sums: Sums,
+    ) -> tuple[list[ExactStates], list[list[Tensor]]]:
+        """A chunk backwards: exact states before it and gradients by their values; all else goes into ``sums``.
+
+        ``states`` are those after it, or before it for the last chunk. What is returned holds until the next call.
+        """
+        record = self.sweep.tape.pop() if self.sweep.is_inner(chunk) else None
+        random_state.restore(self.sweep.random[chunk.index])
+        return differentiate(self.sweep, chunk, states, record, to_end, sums)
+
+    def note_coarse(self, coarse: Tensor | None) -> None:
+        """Add to the sweep's coarse parts."""
+        if coarse is not None:
+            known = self.sweep.coarse
+            self.sweep.coarse = coarse.clone() if known is None else known.logical_or_(coarse)
+
+    def _flush(self) -> None:
+        if self._pending is not None:
+            self.sweep.tape.push(self._pending())
+            self._pending = None
+
+
+def choose_runner(sweep: "Sweep") -> Runner:
+    """The runner for a sweep: by recordings where they pay."""
+    from rwkv_rev.bptt import cuda_graphs
+
+    plain = not (sweep.strangers.declared or sweep.half or sweep.model.checkpoints_blocks)
+    if sweep.strategy.repeatable and plain and cuda_graphs.worthwhile(sweep.chunks, sweep.device):
+        return cuda_graphs.RecordingRunner(sweep)
+    return Runner(sweep)

@@ -1,0 +1,211 @@
+"""The EBRT contract: a recurrent cell whose state can be run backwards, a chunk of C >= 1 tokens at a time.
+
+    advance(state, x, mask, plan)           -> state', out, remnant
+    retreat(state', x, mask, remnant, plan) -> state, out
+
+x is the cell's own input; in the backward sweep it is known again, because the layers below have just been
+computed. The laws every cell keeps (tests/cell_laws.py runs any cell through them):
+
+* *write-first*: out depends on the state only through what ``retreat`` rebuilds from state', x and the remnant;
+* *write-once*: state' is produced by one update;
+* *masked additive update*: ``s' = s + m g(s, x)``, a masked token leaves every part of the state unchanged;
+* ``retreat(advance(s)) == s`` and ``advance(retreat(s')) == s'``, bit for bit.
+
+Nothing here knows of RWKV. A state has two forms: *values*, a NamedTuple of differentiable tensors that the cell
+declares, and an *exact* one (:class:`Exact`), which comes back to the bit. Whatever runs a cell calls it as a module,
+``cell(x, state, mask)``, so that hooks and wrappers of other tools are heard in every sweep alike. What ``state`` is
+says what is to be done: values are stepped, a :class:`Forwards` is advanced, an :class:`Again` computed again with
+graph.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.reversal.memory import Remnant
+
+Values = tuple[Tensor | None, ...]
+"""A NamedTuple of the cell's own: its state as ordinary tensors [B, ...]; None for a part that it does not have."""
+
+
+class Exact(Protocol):
+    """A cell's state that is exact to the bit; what it is made of is the cell's affair."""
+
+    def tensors(self) -> list[Tensor]:
+        """All that it is made of: what a tape keeps of a whole state."""
+        ...
+
+    def computed(self) -> list[Tensor]:
+        """:meth:`tensors`, and what was computed of them and will be asked for again."""
+        ...
+
+    def like(self, tensors: list[Tensor]) -> Any:
+        """A state of this kind from :meth:`tensors` of one of the same shape."""
+        ...
+
+    def of_computed(self, tensors: list[Tensor]) -> Any:
+        """The same from :meth:`computed`."""
+        ...
+
+    def fingerprint(self) -> Tensor | None:
+        """Checksum, int64 [n], of what the cell inverts; None where nothing is inverted by arithmetic."""
+        ...
+
+    def coarse(self) -> Tensor | None:
+        """[B, H] bool, parts that have become less precise than they should be; None where that cannot happen."""
+        ...
+
+    def remnant(self, tensors: list[Tensor]) -> Any:
+        """The remnant of the chunk before this state, from what :meth:`~.memory.Remnant.tensors` kept."""
+        ...
+
+
+class Advanced(NamedTuple):
+    """A chunk run forwards: exact state after it, output [B, C, D] (or None), remnant, and the chunk's print."""
+
+    state: Any
+    out: Tensor | None
+    remnant: Remnant
+    print: Tensor
+
+
+class Replay(NamedTuple):
+    """A chunk computed again, with graph.
+
+    ``state`` is the exact state before the chunk, ``out`` [B, C, D] the output, ``start`` the same state as
+    differentiable leaves and ``end`` the differentiable values after the chunk. ``print``, int64 [n], holds checksums
+    of what the chunk did: the same bits in both sweeps. ``handed_on``, bool scalar, says whether the chunk after this
+    one began with what this one leaves; None where the state after it was not given.
+    """
+
+    state: Any
+    out: Tensor
+    start: Values
+    end: Values
+    print: Tensor
+    handed_on: Tensor | None
+
+
+@dataclass(frozen=True)
+class Forwards:
+    """Run a chunk forwards from the exact ``state`` before it; without ``output`` where none will be read."""
+
+    state: Any
+    plan: Any
+    output: bool = True
+
+
+@dataclass(frozen=True)
+class Again:
+    """Compute a chunk again; ``state`` is the exact one before it, or after it where a ``remnant`` is given.
+
+    ``after`` is the state that the chunk after this one began with, to be compared with what this one leaves.
+    """
+
+    state: Any
+    plan: Any
+    remnant: Any = None
+    after: Any = None
+
+
+class ReversibleCell(nn.Module, ABC):
+    """Base of all cells. Inputs x are [B, C, D]; masks are :class:`ChunkMask` or None for all valid.
+
+    Attributes:
+        layer: index of the block the cell is in; only its initialisation and messages depend on it.
+        inverts_memory: whether :meth:`retreat` computes the memory before a chunk from the one after it, so that the
+            former's fingerprint vouches for the latter; else it takes it from the remnant.
+    """
+
+    layer: int = 0
+    inverts_memory: bool = False
+
+    @abstractmethod
+    def plan(self, length: int) -> Any:
+        """What chunks of C = ``length`` tokens need of the weights beyond themselves, computed once per sweep."""
+
+    @abstractmethod
+    def exact(self, state: Any) -> Any:
+        """The exact state nearest to values."""
+
+    @abstractmethod
+    def values(self, state: Any) -> Any:
+        """The values that outputs read from an exact state."""
+
+    @abstractmethod
+    def step(self, state: Any, x: Tensor, mask: ChunkMask | None = None) -> tuple[Tensor, Any]:
+        """Output and next values by plain differentiable arithmetic, no rounding to a grid."""
+
+    @abstractmethod
+    def advance(
+        self, state: Any, x: Tensor, mask: ChunkMask | None = None, plan: Any = None, *, output: bool = True
+    ) -> Advanced:
+        """One chunk forwards, without graph. Without ``output`` it need not be made, and may be None."""
+
+    @abstractmethod
+    def replay(
+        self, state: Any, x: Tensor, mask: ChunkMask | None = None, plan: Any = None, after: Any = None
+    ) -> Replay:
+        """A chunk whose exact state before it is known, with graph; the same bits as :meth:`advance`."""
+
+    @abstractmethod
+    def retreat(
+        self, state: Any, x: Tensor, mask: ChunkMask | None, remnant: Any, plan: Any = None, after: Any = None
+    ) -> Replay:
+        """A chunk whose exact state *after* it is known: rebuild the one before, then compute with graph."""
+
+    def log_decay(self) -> Tensor:
+        """log w of a memory that decays elementwise, one per row of it, natural logarithm."""
+        raise NotImplementedError(f"{type(self).__name__} has no such memory")
+
+    def check_plan(self, plan: Any) -> None:
+        """Called before every chunk; refuses weights that are not those of the plan any more."""
+
+    def refuse_changing(self) -> None:
+        """Called before the first chunk; refuses weights that will be others at each look."""
+
+    def forward(self, x: Tensor, state: Any, mask: ChunkMask | None = None) -> tuple[Tensor | None, Any]:
+        """Output [B, C, D] of a chunk and what else came of it, by what ``state`` asks for.
+
+        Raises:
+            StrategyError: where a hook has made other weights than the plan was made of.
+        """
+        if isinstance(state, Forwards):
+            self.check_plan(state.plan)
+            advanced = self.advance(state.state, x, mask, state.plan, output=state.output)
+            return advanced.out, advanced
+        if isinstance(state, Again):
+            self.check_plan(state.plan)
+            if state.remnant is None:
+                replay = self.replay(state.state, x, mask, state.plan, state.after)
+            else:
+                replay = self.retreat(state.state, x, mask, state.remnant, state.plan, state.after)
+            return replay.out, replay
+        return self.step(state, x, mask)
+
+
+def tensors_of(state: Values) -> list[Tensor]:
+    """The parts that are there, in order."""
+    return [tensor for tensor in state if tensor is not None]
+
+
+def values_like(state: Any, tensors: Iterable[Tensor]) -> Any:
+    """Values with other tensors, of :func:`tensors_of`, in the places of those that are there."""
+    following = iter(tensors)
+    return type(state)(*(None if part is None else next(following) for part in state))
+
+
+def detached(state: Any) -> Any:
+    """The same values without graph."""
+    return values_like(state, [tensor.detach() for tensor in tensors_of(state)])
+
+
+def leaves(state: Any) -> Any:
+    """The same values as differentiable leaves (plain tensors where gradients are disabled)."""
+    grad = torch.is_grad_enabled()
+    return values_like(state, [tensor.detach().requires_grad_(grad) for tensor in tensors_of(state)])

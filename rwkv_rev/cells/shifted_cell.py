@@ -1,0 +1,339 @@
+"""The kind of cell that RWKV is made of: a token shift, then a memory that reads and writes once per chunk.
+
+Such a cell computes in four strokes, which its subclasses fill in: project the input mixed with the token before (the
+only heavy part), compute the output and the chunk's contribution to the memory, and update the memory once. The
+contract that it keeps is :mod:`rwkv_rev.cells.contract`; x_{a-1} comes back through its carried ``y``
+(:mod:`rwkv_rev.cells.token_shift`), so that the law ``retreat(advance(s)) == s`` holds of states whose x_{a-1} has been
+through y once.
+"""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils import parametrize
+
+from rwkv_rev import random_state
+from rwkv_rev.cells.contract import Advanced, Replay, ReversibleCell, leaves
+from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.cells.token_shift import Border, carried_mix, last_token, token_mixes
+from rwkv_rev.errors import StrategyError
+from rwkv_rev.reversal.fingerprint import checksum
+from rwkv_rev.reversal.memory import Memory
+
+
+class ShiftedState(NamedTuple):
+    """Values of the state: shift [B, D], the last valid token's input, and memory (its shape is the cell's) or None."""
+
+    shift: Tensor
+    memory: Tensor | None
+
+
+@dataclass(frozen=True)
+class ExactShiftedState:
+    """A state that is exact to the bit.
+
+    Attributes:
+        shift: [B, D], the last valid token's input vector.
+        memory: the recurrence's memory, or None.
+        carried: [B, D], the y that ``shift`` was rebuilt from, when it came out of ``retreat``.
+        border: what y was mixed with, likewise.
+    """
+
+    shift: Tensor
+    memory: Memory | None
+    carried: Tensor | None = None
+    border: Border | None = None
+
+    def tensors(self) -> list[Tensor]:
+        return [self.shift, *([] if self.memory is None else self.memory.tensors())]
+
+    def computed(self) -> list[Tensor]:
+        found = [self.shift]
+        if self.carried is not None and self.border is not None:
+            found += [self.carried, *self.border]
+        return found + ([] if self.memory is None else self.memory.computed())
+
+    def like(self, tensors: list[Tensor]) -> "ExactShiftedState":
+        shift, *rest = tensors
+        return ExactShiftedState(shift, None if self.memory is None else self.memory.like(rest))
+
+    def of_computed(self, tensors: list[Tensor]) -> "ExactShiftedState":
+        if self.carried is None:
+            return self.like(tensors)
+        shift, carried, first, mu, *rest = tensors
+        memory = None if self.memory is None else self.memory.like(rest)
+        return ExactShiftedState(shift, memory, carried, Border(first, mu))
+
+    def fingerprint(self) -> Tensor | None:
+        """Of the memory: the token shift is in the print of the chunk before."""
+        return None if self.memory is None else self.memory.fingerprint().flatten()
+
+    def coarse(self) -> Tensor | None:
+        return None if self.memory is None else self.memory.coarse()
+
+    def remnant(self, tensors: list[Tensor]) -> "ShiftedRemnant":
+        carried, *rest = tensors
+        return ShiftedRemnant(carried, None if self.memory is None else self.memory.remnant(rest))
+
+
+@dataclass(frozen=True)
+class ShiftedRemnant:
+    """What one chunk forgot: the carried y [B, D], and the memory's remnant, or None."""
+
+    carried: Tensor
+    memory: Any
+
+    @property
+    def size(self) -> Tensor | None:
+        return None if self.memory is None else self.memory.size
+
+    def tensors(self, size: Tensor | None) -> list[Tensor]:
+        return [self.carried, *([] if self.memory is None else self.memory.tensors(size))]
+
+
+class CellPlan(NamedTuple):
+    """What the exact update needs of the weights, computed once per sweep: mu* [D], and the memory's plan.
+
+    ``sources`` are the tensors that both were made of.
+    """
+
+    mix: Tensor
+    memory: Any
+    sources: tuple[Tensor, ...]
+
+
+class ShiftedCell(ReversibleCell):
+    """A reversible cell with a token shift of constant mixes."""
+
+    # --- what a cell fills in ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def mixes(self) -> list[Tensor]:
+        """The cell's token-mix coefficients mu, each [D]."""
+
+    @abstractmethod
+    def project(self, *mixed: Tensor) -> Any:
+        """Linear maps of the mixed inputs [B, C, D], one for each of :meth:`mixes`; independent of the memory."""
+
+    @abstractmethod
+    def compute(
+        self, projection: Any, memory: Tensor | None, mask: ChunkMask | None, plan: Any = None
+    ) -> tuple[Tensor, Any]:
+        """Output [B, C, D] and the chunk's contribution to the memory; ``plan`` saves time, where there is one."""
+
+    def update(self, memory: Tensor | None, contribution: Any, mask: ChunkMask | None, length: int) -> Any:
+        """The memory after the chunk, differentiable; ``length`` is C."""
+        return None
+
+    def memory_plan(self, length: int) -> Any:
+        """What chunks of C = ``length`` tokens need of the weights beyond themselves, or None."""
+        return None
+
+    def plan_sources(self) -> list[Tensor]:
+        """The parameters that :meth:`plan` reads."""
+        return self.mixes()
+
+    def exact_memory(self, memory: Tensor) -> Memory:
+        """The exact form of a memory."""
+        raise NotImplementedError(f"{type(self).__name__} has no memory")
+
+    def memory_dtype(self) -> torch.dtype:
+        """What outputs read the memory in."""
+        return torch.float32
+
+    def advance_memory(
+        self, memory: Any, contribution: Any, mask: ChunkMask | None, plan: Any
+    ) -> tuple[Any, Any]:
+        """The exact memory after the chunk and its remnant."""
+        return None, None
+
+    def retreat_memory(
+        self, memory: Any, projection: Any, mask: ChunkMask | None, remnant: Any, plan: Any
+    ) -> Any:
+        """The exact memory before the chunk, from the one after it."""
+        return None
+
+    # --- the contract -----------------------------------------------------------------------------------------
+
+    def refuse_changing(self) -> None:
+        """Refuse a parametrization that gives other mixes or decays at each look, as a plan and the chunks would.
+
+        Raises:
+            StrategyError: for such a parametrization.
+        """
+        if not parametrize.is_parametrized(self):
+            return
+        generators = random_state.capture({tensor.device for tensor in self.plan_sources()})
+        looks = [self.plan_sources() for _ in range(2)]
+        random_state.restore(generators)
+        if not all(torch.equal(one, other) for one, other in zip(*looks, strict=True)):
+            raise StrategyError(
+                f"a parametrization of the {type(self).__bases__[0].__name__} of layer {self.layer} gives other mixes "
+                "or decays at each look (it draws random numbers, or counts), and chunks need them to stay as they "
+                "are: use bptt='full'"
+            )
+
+    def check_plan(self, plan: CellPlan) -> None:
+        if parametrize.is_parametrized(self):  # computed at each look, the same each time
+            return
+        for now, planned in zip(self.plan_sources(), plan.sources, strict=True):
+            if now.data_ptr() != planned.data_ptr():
+                raise StrategyError(
+                    f"a hook makes the mixes or decays of the {type(self).__name__} of layer {self.layer} anew at each "
+                    "call (weight_norm, prune), and chunks need them before it: use a parametrization "
+                    "(torch.nn.utils.parametrizations), or bptt='full'"
+                )
+
+    def plan(self, length: int) -> CellPlan:
+        """The plan for chunks of C = ``length`` tokens, while the weights stay as they are."""
+        return CellPlan(carried_mix(self.mixes()), self.memory_plan(length), tuple(self.plan_sources()))
+
+    def exact(self, state: ShiftedState) -> ExactShiftedState:
+        """The exact state nearest to values."""
+        memory = None if state.memory is None else self.exact_memory(state.memory.detach())
+        return ExactShiftedState(state.shift.detach(), memory)
+
+    def values(self, state: ExactShiftedState) -> ShiftedState:
+        """The values that outputs read from an exact state."""
+        return ShiftedState(
+            state.shift, None if state.memory is None else state.memory.value(self.memory_dtype())
+        )
+
+    def step(
+        self, state: ShiftedState, x: Tensor, mask: ChunkMask | None = None
+    ) -> tuple[Tensor, ShiftedState]:
+        """Output and next values by plain differentiable arithmetic, no rounding to a grid."""
+        projection = self.project(*token_mixes(x, state.shift, mask, self.mixes()))
+        out, contribution = self.compute(projection, state.memory, mask)
+        memory = self.update(state.memory, contribution, mask, x.shape[1])
+        return out, ShiftedState(last_token(x, state.shift, mask), memory)
+
+    @torch.no_grad()
+    def advance(
+        self,
+        state: ExactShiftedState,
+        x: Tensor,
+        mask: ChunkMask | None = None,
+        plan: CellPlan | None = None,
+        *,
+        output: bool = True,
+    ) -> Advanced:
+        """One chunk forwards: the next exact state, the output [B, C, D] and what the chunk forgot.
+
+        Without a memory and without ``output`` no product is computed.
+        """
+        plan = plan if plan is not None else self.plan(x.shape[1])
+        state = self.carried(state, x, mask, plan)
+        assert state.carried is not None
+        shift = last_token(x, state.shift, mask)
+        if not output and state.memory is None:
+            after = ExactShiftedState(shift, None)
+            return Advanced(after, None, ShiftedRemnant(state.carried, None), _print(None, shift))
+        values = self.values(state)
+        projection = self.project(*token_mixes(x, state.shift, mask, self.mixes()))
+        out, contribution = self.compute(projection, values.memory, mask, plan.memory)
+        memory, remnant = self.advance_memory(state.memory, contribution, mask, plan.memory)
+        return Advanced(
+            ExactShiftedState(shift, memory),
+            out,
+            ShiftedRemnant(state.carried, remnant),
+            _print(contribution, shift),
+        )
+
+    # --- the same with graph, for the backward sweep ------------------------------------------------------------
+
+    def carried(
+        self, state: ExactShiftedState, x: Tensor, mask: ChunkMask | None, plan: CellPlan | None = None
+    ) -> ExactShiftedState:
+        """The state with its x_{a-1} sent through the carried y (a state that has one keeps it)."""
+        if state.carried is not None:
+            return state
+        mu = carried_mix(self.mixes()) if plan is None else plan.mix
+        border = Border.of(x.detach(), mu, mask)
+        y = border.carry(state.shift)
+        return ExactShiftedState(border.uncarry(y), state.memory, y, border)
+
+    def replay(
+        self,
+        state: ExactShiftedState,
+        x: Tensor,
+        mask: ChunkMask | None = None,
+        plan: CellPlan | None = None,
+        after: ExactShiftedState | None = None,
+    ) -> Replay:
+        """A chunk whose exact state before it is known, with graph; the same bits as ``advance``."""
+        plan = plan if plan is not None else self.plan(x.shape[1])
+        state = self.carried(state, x, mask, plan)
+        start = leaves(self.values(state))
+        projection = self.project(*token_mixes(x, start.shift, mask, self.mixes()))
+        return self._finish(state, start, projection, x, mask, plan, after, vouched=False)
+
+    def retreat(
+        self,
+        state: ExactShiftedState,
+        x: Tensor,
+        mask: ChunkMask | None,
+        remnant: ShiftedRemnant,
+        plan: CellPlan | None = None,
+        after: ExactShiftedState | None = None,
+    ) -> Replay:
+        """A chunk whose exact state *after* it is known: rebuild the one before, then compute with graph."""
+        plan = plan if plan is not None else self.plan(x.shape[1])
+        border = Border.of(x.detach(), plan.mix, mask)
+        shift = border.uncarry(remnant.carried)
+        shift_leaf = leaves(ShiftedState(shift, None)).shift
+        projection = self.project(*token_mixes(x, shift_leaf, mask, self.mixes()))
+        with torch.no_grad():
+            memory = self.retreat_memory(state.memory, projection, mask, remnant.memory, plan.memory)
+        before = ExactShiftedState(shift, memory, remnant.carried, border)
+        start = ShiftedState(shift_leaf, leaves(self.values(before)).memory)
+        return self._finish(before, start, projection, x, mask, plan, after, vouched=self.inverts_memory)
+
+    def _finish(
+        self,
+        state: ExactShiftedState,
+        start: ShiftedState,
+        projection: Any,
+        x: Tensor,
+        mask: ChunkMask | None,
+        plan: CellPlan,
+        after: ExactShiftedState | None,
+        *,
+        vouched: bool,
+    ) -> Replay:
+        out, contribution = self.compute(projection, start.memory, mask, plan.memory)
+        memory = self.update(start.memory, contribution, mask, x.shape[1])
+        shift = last_token(x, start.shift, mask)
+        handed_on = None
+        if after is not None:
+            update = None if vouched or contribution is None else contribution.detach()
+            handed_on = self._handed_on(state.memory, update, shift.detach(), after, mask, plan)
+        return Replay(state, out, start, ShiftedState(shift, memory), _print(contribution, shift), handed_on)
+
+    @torch.no_grad()
+    def _handed_on(
+        self,
+        memory: Any,
+        contribution: Tensor | None,
+        shift: Tensor,
+        after: ExactShiftedState,
+        mask: ChunkMask | None,
+        plan: CellPlan,
+    ) -> Tensor:
+        """Whether the next chunk's y, and its memory if there is a contribution, are what this chunk leaves; bool."""
+        assert after.border is not None and after.carried is not None
+        same = checksum(after.border.carry(shift)) == checksum(after.carried)
+        if contribution is not None and after.memory is not None:
+            left, _ = self.advance_memory(memory, contribution, mask, plan.memory)
+            same &= (left.fingerprint() == after.memory.fingerprint()).all()
+        return same
+
+
+def _print(contribution: Tensor | None, shift: Tensor) -> Tensor:
+    """Checksums, int64 [2], of the shift after a chunk and of its contribution to the memory; [1] without one."""
+    if contribution is None:
+        return checksum(shift)[None]
+    return torch.stack([checksum(shift), checksum(contribution)])
