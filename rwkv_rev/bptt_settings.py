@@ -11,8 +11,6 @@ BPTT_STRATEGIES = ("auto", "full", "checkpoint", "reversible", "reversible-lossy
 TAPES = ("host", "device", "disk")
 CHUNK_LENGTH = 1024
 """Tokens per chunk where nothing else is asked for."""
-FORMER_FIELDS = {"bptt": "auto", "chunk_length": CHUNK_LENGTH, "tape": "host", "tape_dir": None}
-"""What configurations saved once, and with which defaults."""
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,12 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from rwkv_rev.bptt_settings import FORMER_FIELDS
-from rwkv_rev.registration import register_models
-
 Version = Literal["4", "5.0", "5.1", "5.2"]
 MOST_LAYERS = 10_000
 """A hundred times the deepest published model; whatever is more is a damaged file, and would take for ever to make."""
 MOST_SIZE = 1 << 31
+FORMER_FIELDS = {"bptt": "auto", "chunk_length": 1024, "tape": "host", "tape_dir": None}
+"""What configurations saved once, and with which defaults."""
 _SIZES = ("vocab_size", "hidden_size", "num_attention_heads", "head_size", "intermediate_size")
 
 
@@ -80,8 +79,6 @@ class RwkvRevConfig(PreTrainedConfig):
                 stacklevel=2,
             )
         super().__post_init__(**kwargs)
-        # whoever holds a configuration may next ask an Auto class for its model
-        register_models()
 
     def _refuse_impossible(self, further: dict[str, object]) -> None:
         """Before anything is made by these numbers."""

@@ -55,8 +55,6 @@ def load_tokenizer(name: str | Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    import rwkv_rev.tokenization  # noqa: F401 (registers ours)
-
     refuse_special_inside(Path(name))
     with _damaged(f"no tokenizer can be loaded from {name}: name one with convert --tokenizer", SourceError):
         tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)

@@ -1,8 +1,9 @@
 """Making transformers' Auto classes know this package, without making ``import rwkv_rev`` slow.
 
-``AutoConfig`` and the tokenizers are registered as soon as transformers' Auto configuration is loaded, before or
-after this package, and peft's default layers with peft; the models when the first :class:`RwkvRevConfig` is made,
-which is before any model can be.
+Each table of transformers is filled as soon as its module is loaded, before or after this package, and so are peft's
+default layers. Models are entered by their names, as transformers enters its own: the package stands where a model's
+module is looked for, ``transformers.models.rwkv_rev``, and its names are loaded when first asked for. So nothing of
+ours is imported in the middle of an import of transformers but the configuration and the tokenizers, which need little.
 """
 
 import importlib.util
@@ -13,13 +14,23 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+MODEL_TYPE = "rwkv_rev"
 _CONFIGURATIONS = "transformers.models.auto.configuration_auto"
+_MODELS = "transformers.models.auto.modeling_auto"
+_TOKENIZERS = "transformers.models.auto.tokenization_auto"
 _TARGETS = "peft.utils.constants"
 
 
 def install() -> None:
     """Register what is loaded already, and the rest when it is."""
-    for module, register in ((_CONFIGURATIONS, register_configuration), (_TARGETS, register_target_modules)):
+    sys.modules[f"transformers.models.{MODEL_TYPE}"] = sys.modules["rwkv_rev"]
+    for module, register in (
+        ("transformers", register_name),
+        (_CONFIGURATIONS, register_configuration),
+        (_MODELS, register_models),
+        (_TOKENIZERS, register_tokenizers),
+        (_TARGETS, register_target_modules),
+    ):
         known = any(isinstance(f, _RegisterAfterImport) and f.module == module for f in sys.meta_path)
         if module in sys.modules:
             register()
@@ -27,34 +38,45 @@ def install() -> None:
             sys.meta_path.insert(0, _RegisterAfterImport(module, register))
 
 
+def register_name() -> None:
+    """Let ``transformers.RwkvRevForCausalLM`` be ours.
+
+    trl and pipelines so look up what a configuration names as its architecture, to load a model by its path.
+    """
+    sys.modules["transformers"]._class_to_module["RwkvRevForCausalLM"] = f"models.{MODEL_TYPE}"
+
+
 def register_configuration() -> None:
     """Let ``AutoConfig`` know ``model_type`` ``rwkv_rev``."""
-    from transformers.models.auto.configuration_auto import AutoConfig
-
     from rwkv_rev.configuration import RwkvRevConfig
 
-    AutoConfig.register(RwkvRevConfig.model_type, RwkvRevConfig, exist_ok=True)
+    sys.modules[_CONFIGURATIONS].AutoConfig.register(MODEL_TYPE, RwkvRevConfig, exist_ok=True)
 
 
 def register_models() -> None:
-    """Let ``AutoModel``, ``AutoModelForCausalLM`` and ``AutoTokenizer`` know the classes; cheap when repeated."""
-    import transformers
-    from transformers import AutoModel, AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+    """Let ``AutoModel`` and ``AutoModelForCausalLM`` know the classes, and Trainer.
 
-    import rwkv_rev.tokenization  # noqa: F401  (registers its tokenizers)
+    Its label smoothing shifts the labels of models that are named here, and of no others; and base models are known
+    as such by their names.
+    """
+    auto = sys.modules[_MODELS]
+    for names, classes, name in (
+        (auto.MODEL_MAPPING_NAMES, auto.MODEL_MAPPING, "RwkvRevModel"),
+        (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_CAUSAL_LM_MAPPING, "RwkvRevForCausalLM"),
+    ):
+        names[MODEL_TYPE] = name
+        classes._reverse_config_mapping["RwkvRevConfig"] = MODEL_TYPE
+
+
+def register_tokenizers() -> None:
+    """Let ``AutoTokenizer`` know our tokenizers by name, and the world tokenizer as that of a configuration."""
     from rwkv_rev.configuration import RwkvRevConfig
-    from rwkv_rev.modeling import RwkvRevForCausalLM, RwkvRevModel
+    from rwkv_rev.tokenization.byte_level import RwkvByteTokenizer
+    from rwkv_rev.tokenization.world import RwkvWorldTokenizer
 
-    register_configuration()
-    AutoModel.register(RwkvRevConfig, RwkvRevModel, exist_ok=True)
-    AutoModelForCausalLM.register(RwkvRevConfig, RwkvRevForCausalLM, exist_ok=True)
-    # Trainer's label smoothing shifts the labels of models that are named here, and of no others; and base models are
-    # known as such by their names
-    MODEL_MAPPING_NAMES[RwkvRevConfig.model_type] = RwkvRevModel.__name__
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[RwkvRevConfig.model_type] = RwkvRevForCausalLM.__name__
-    # trl looks up what a configuration names as its architecture, to load a model by its path
-    setattr(transformers, RwkvRevForCausalLM.__name__, RwkvRevForCausalLM)
+    auto = sys.modules[_TOKENIZERS].AutoTokenizer
+    for tokenizer in (RwkvByteTokenizer, RwkvWorldTokenizer):  # the last one stays the configuration's
+        auto.register(RwkvRevConfig, tokenizer_class=tokenizer, exist_ok=True)
 
 
 def register_target_modules() -> None:
@@ -77,9 +99,9 @@ def register_target_modules() -> None:
             layers = ["time_mix.key", "time_mix.value", "channel_mix.value"]
         else:
             layers = ["receptance", "key", "value", "gate", "output"]
-        targets.setdefault("rwkv_rev", layers)
+        targets.setdefault(MODEL_TYPE, layers)
     feedforward = getattr(constants, "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING", {})
-    feedforward.setdefault("rwkv_rev", ["channel_mix.value"])
+    feedforward.setdefault(MODEL_TYPE, ["channel_mix.value"])
 
 
 class _RegisterAfterImport(MetaPathFinder):

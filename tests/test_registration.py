@@ -1,5 +1,9 @@
 """What transformers decides by names that only registration can fill."""
 
+import os
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -152,3 +156,66 @@ def test_pipeline(bundled: dict[str, Path], caplog: pytest.LogCaptureFixture) ->
     text = made("The ", max_new_tokens=4, do_sample=False, return_full_text=False)[0]["generated_text"]
     assert len(text) == 4
     assert "not supported" not in caplog.text
+
+
+ORDERS = {
+    "ours first": "import rwkv_rev, transformers",
+    "transformers first": "from transformers import AutoModel, AutoTokenizer; import rwkv_rev",
+    "our model first": "from rwkv_rev import RwkvRevForCausalLM",
+    "our tokenizers first": "import rwkv_rev.tokenization",
+    "a pickled configuration": "import pickle; given = pickle.loads(bytes.fromhex(sys.argv[2]))",
+}
+QUESTIONS = {
+    "config": "assert type(transformers.AutoConfig.from_pretrained(folder)).__name__ == 'RwkvRevConfig'",
+    "tokenizer": "assert type(transformers.AutoTokenizer.from_pretrained(folder)).__name__ == 'RwkvByteTokenizer'",
+    "base": "assert type(transformers.AutoModel.from_pretrained(folder)).__name__ == 'RwkvRevModel'",
+    "model": "assert type(transformers.AutoModelForCausalLM.from_config(given or transformers.AutoConfig"
+    ".from_pretrained(folder))).__name__ == 'RwkvRevForCausalLM'",
+    "name": "assert transformers.RwkvRevForCausalLM.__module__ == 'rwkv_rev.modeling'",
+}
+IN_CHILDREN = """
+import os, sys
+import huggingface_hub, tokenizers, torch, torch._dynamo, torch.distributed.tensor  # what all of them need, once
+folder, given = sys.argv[1], None
+assert not {"transformers", "rwkv_rev"} & {*sys.modules}
+failed = 0
+for script in sys.argv[3:]:
+    if child := os.fork():
+        failed |= os.waitpid(child, 0)[1]
+        continue
+    try:
+        exec(script)
+    except BaseException as error:
+        print(script, repr(error), sep="\\n", file=sys.stderr, flush=True)
+        os._exit(1)
+    os._exit(0)
+sys.exit(failed != 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="one interpreter is forked for each order")
+def test_auto_classes_know_ours_in_any_order(bundled: dict[str, Path]) -> None:
+    """In a fresh process, whatever is imported first and asked for first."""
+    scripts = []
+    for order, first in zip(ORDERS, ["tokenizer", "base", "config", "model", "name"], strict=True):
+        others = [question for name, question in QUESTIONS.items() if name != first]
+        scripts.append("\n".join([ORDERS[order], "import transformers", QUESTIONS[first], *others]))
+    config = pickle.dumps(RwkvRevConfig.from_pretrained(bundled["4"])).hex()
+    done = subprocess.run(
+        [sys.executable, "-c", IN_CHILDREN, str(bundled["4"]), config, *scripts],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_alone_loads_nothing_heavy() -> None:
+    """Not even transformers, which takes seconds; and the Auto classes load no model of ours before it is used."""
+    script = (
+        "import sys, rwkv_rev\n"
+        "assert not {'torch', 'transformers', 'numpy', 'huggingface_hub'} & {*sys.modules}\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "assert 'rwkv_rev.modeling' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -22,6 +22,8 @@ from typing import Any
 
 from transformers import BatchEncoding, PreTrainedTokenizer
 
+from rwkv_rev.tokenization.fast import fast_tokenizer
+
 REPLACEMENT = "\ufffd".encode()
 
 
@@ -116,8 +118,6 @@ class ByteLevelTokenizer(PreTrainedTokenizer):
         filename_prefix: Any = None,
     ) -> tuple[str, ...]:
         """Beside our own files the ``tokenizer.json`` that transformers alone reads."""
-        from rwkv_rev.tokenization.fast import fast_tokenizer  # it builds on this class
-
         saved = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
         path = Path(save_directory) / ((f"{filename_prefix}-" if filename_prefix else "") + "tokenizer.json")
         path.write_text(fast_tokenizer(self).backend_tokenizer.to_str(), "utf-8")  # save wants a path of text

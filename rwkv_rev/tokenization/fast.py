@@ -14,26 +14,29 @@ Ids without a token decode to nothing.
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from rwkv_rev.errors import OutputError
-from rwkv_rev.tokenization.byte_level import ByteLevelTokenizer
 
 _SYNTAX = frozenset(r"^$\.*+?()[]{}|/")
 _CLASS_SYNTAX = frozenset(r"\[]^-")
 
 
-def fast_tokenizer(tokenizer: ByteLevelTokenizer) -> PreTrainedTokenizerFast:
+def fast_tokenizer(tokenizer: PreTrainedTokenizer) -> PreTrainedTokenizerFast:
     """The same tokenizer over the ``tokenizers`` library: ids, special and added tokens, chat template.
+
+    Args:
+        tokenizer: one that finds the longest entry at each byte, ``token_bytes`` those of each id.
 
     Raises:
         OutputError: for an added token whose id that library cannot give it.
     """
     named = {str(getattr(tokenizer, name)): getattr(tokenizer, f"{name}_id") for name in _special(tokenizer)}
-    backend = _backend(tokenizer, named)
+    backend = _backend(tokenizer.vocab_size, tokenizer.token_bytes, named)
     for index, token in sorted(tokenizer.added_tokens_decoder.items()):
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
         if backend.token_to_id(token.content) != index:
@@ -54,21 +57,19 @@ def fast_tokenizer(tokenizer: ByteLevelTokenizer) -> PreTrainedTokenizerFast:
     )
 
 
-def _special(tokenizer: ByteLevelTokenizer) -> list[str]:
+def _special(tokenizer: PreTrainedTokenizer) -> list[str]:
     return [name for name in ("bos_token", "eos_token", "pad_token", "unk_token") if getattr(tokenizer, name)]
 
 
-def _backend(tokenizer: ByteLevelTokenizer, named: dict[str, int]) -> Tokenizer:
+def _backend(vocab_size: int, token_bytes: Mapping[int, bytes], named: dict[str, int]) -> Tokenizer:
     characters = _byte_characters()
     normalizer: Any = normalizers.ByteLevel()
     if "\0" in named:  # byte 0 is a special token, which is looked up under its own name
         normalizer = normalizers.Sequence([normalizer, normalizers.Replace(characters[0], "\0")])
         characters[0] = "\0"
-    vocabulary = {
-        "".join(characters[byte] for byte in piece): index for index, piece in tokenizer.token_bytes.items()
-    }
+    vocabulary = {"".join(characters[byte] for byte in piece): index for index, piece in token_bytes.items()}
     pattern = greedy_pattern(tuple(vocabulary))
-    vocabulary |= {name: index for name, index in named.items() if index < tokenizer.vocab_size}
+    vocabulary |= {name: index for name, index in named.items() if index < vocab_size}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=next(iter(vocabulary))))
     backend.normalizer = normalizer
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
