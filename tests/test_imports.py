@@ -1,0 +1,113 @@
+"""Which file imports which: no circles, whatever the place of an import in its file; and no file that is too long."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PLACES = {"rwkv_rev": "rwkv_rev", "converters": "rwkv_rev.converters", "cli": "rwkv_rev.cli"}
+MOST_LINES = 400
+LONGER = {
+    "rwkv_rev/wkv/triton_wkv4.py": "GPU kernels, which are read side by side",
+    "rwkv_rev/wkv/triton_wkv5.py": "GPU kernels, which are read side by side",
+    "rwkv_rev/wkv/chunked_wkv5.py": "to be cut: forward and backward of one recurrence",
+    "rwkv_rev/bptt/sweeps.py": "to be cut: both sweeps, and when they use CUDA graphs",
+    "rwkv_rev/cells/cell.py": "to be cut: the contract, and what RWKV's cells share",
+    "rwkv_rev/modeling.py": "to be cut: both models, and how a call is served",
+    "rwkv_rev/equivalence/verification.py": "to be cut: settings, checks and their notes",
+}
+
+
+def sources() -> dict[str, Path]:
+    """The files of the package by the names of their modules."""
+    found = {}
+    for folder, package in PLACES.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            found[".".join((package, *parts)).removesuffix(".__init__")] = path
+    return found
+
+
+def imported(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """Module and name of every import below ``node``, inside functions too, but for those of types alone."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from ((name.name, "") for name in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, "imports are absolute"
+            yield from ((str(child.module), name.name) for name in child.names)
+        elif isinstance(child, ast.If) and ast.unparse(child.test) in (
+            "TYPE_CHECKING",
+            "typing.TYPE_CHECKING",
+        ):
+            for other in child.orelse:
+                yield from imported(ast.Module([other], []))
+        else:
+            yield from imported(child)
+
+
+def imports(files: dict[str, str]) -> dict[str, set[str]]:
+    """Which modules each one imports, of those that are there; a name that is a module counts as that one."""
+    return {
+        module: {
+            inner if (inner := f"{source}.{name}") in files else source
+            for source, name in imported(ast.parse(text))
+            if source in files
+        }
+        for module, text in files.items()
+    }
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Sets of more than one, each of whom leads to every other."""
+    reached = {}
+    for start in graph:
+        seen: set[str] = set()
+        ahead = [start]
+        while ahead:
+            new = graph[ahead.pop()] - seen
+            seen |= new
+            ahead += new
+        reached[start] = seen
+    groups = {frozenset({b for b in reached[a] if a in reached[b]} | {a}) for a in graph}
+    return [set(group) for group in groups if len(group) > 1]
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    return imports({module: path.read_text(encoding="utf-8") for module, path in sources().items()})
+
+
+def test_no_circle_of_files(graph: dict[str, set[str]]) -> None:
+    assert len(graph) > 100
+    assert circles(graph) == []
+
+
+def test_configuration_imports_nothing_of_ours(graph: dict[str, set[str]]) -> None:
+    assert graph["rwkv_rev.configuration"] == set()
+
+
+def test_circles_are_found_wherever_the_import_stands() -> None:
+    files = {
+        "a": "import os\nif True:\n    import b",
+        "b": "def f():\n    from c import d",
+        "c": "",
+        "c.d": "class E:\n    def g(self):\n        from a import x",
+        "e": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import a\nelse:\n    import c",
+        "f": "from e import f\nfrom a import a",
+    }
+    found = imports(files)
+    assert found == {"a": {"b"}, "b": {"c.d"}, "c": set(), "c.d": {"a"}, "e": {"c"}, "f": {"e", "a"}}
+    assert circles(found) == [{"a", "b", "c.d"}]
+
+
+def test_no_file_is_too_long() -> None:
+    lengths = {
+        path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
+        for path in sources().values()
+    }
+    longer = {name for name, lines in lengths.items() if lines > MOST_LINES}
+    assert longer - LONGER.keys() == set(), "cut these, or say why not in LONGER"
+    assert LONGER.keys() - longer == set(), "these are short enough now: take them out of LONGER"
