@@ -6,7 +6,6 @@ module is looked for, ``transformers.models.rwkv_rev``, and its names are loaded
 ours is imported in the middle of an import of transformers but the configuration and the tokenizers, which need little.
 """
 
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
@@ -15,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 MODEL_TYPE = "rwkv_rev"
+_REPLACING = "transformers.processing_utils"  # runs transformers anew, in the place of the first
 _CONFIGURATIONS = "transformers.models.auto.configuration_auto"
 _MODELS = "transformers.models.auto.modeling_auto"
 _TOKENIZERS = "transformers.models.auto.tokenization_auto"
@@ -26,6 +26,7 @@ def install() -> None:
     sys.modules[f"transformers.models.{MODEL_TYPE}"] = sys.modules["rwkv_rev"]
     for module, register in (
         ("transformers", register_name),
+        (_REPLACING, register_name),
         (_CONFIGURATIONS, register_configuration),
         (_MODELS, register_models),
         (_TOKENIZERS, register_tokenizers),
@@ -105,7 +106,7 @@ def register_target_modules() -> None:
 
 
 class _RegisterAfterImport(MetaPathFinder):
-    """Runs ``register`` right after ``module`` was imported."""
+    """Runs ``register`` right after ``module`` was imported; many ask whether it is there long before that."""
 
     def __init__(self, module: str, register: Callable[[], None]) -> None:
         self.module = module
@@ -116,8 +117,8 @@ class _RegisterAfterImport(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != self.module:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
         if spec is None or spec.loader is None:
             return spec
         loader: Any = spec.loader
@@ -125,6 +126,7 @@ class _RegisterAfterImport(MetaPathFinder):
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
+            sys.meta_path.remove(self)
             self._register()
 
         loader.exec_module = execute_and_register

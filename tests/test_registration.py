@@ -159,10 +159,10 @@ def test_pipeline(bundled: dict[str, Path], caplog: pytest.LogCaptureFixture) ->
 
 
 ORDERS = {
-    "ours first": "import rwkv_rev, transformers",
+    "ours first": "import importlib.util, rwkv_rev; assert importlib.util.find_spec('transformers')",
     "transformers first": "from transformers import AutoModel, AutoTokenizer; import rwkv_rev",
     "our model first": "from rwkv_rev import RwkvRevForCausalLM",
-    "our tokenizers first": "import rwkv_rev.tokenization",
+    "our tokenizers first": "import rwkv_rev.tokenization, transformers.processing_utils",
     "a pickled configuration": "import pickle; given = pickle.loads(bytes.fromhex(sys.argv[2]))",
 }
 QUESTIONS = {
