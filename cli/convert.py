@@ -11,7 +11,7 @@ from rwkv_rev.cli.stopping import telling_if_stopped
 from rwkv_rev.converters.source import parse_source
 
 if TYPE_CHECKING:
-    from rwkv_rev.converters.conversion import Conversion
+    from rwkv_rev.conversion import Conversion
 
 
 def convert(
@@ -76,8 +76,8 @@ def convert(
     """
     # a wrong one is told of before anything heavy is imported
     parse_source(source, file=file, revision=revision)
-    from rwkv_rev.converters.conversion import ConversionDiffers
-    from rwkv_rev.converters.conversion import convert as run
+    from rwkv_rev.conversion import ConversionDiffers
+    from rwkv_rev.conversion import convert as run
 
     try:
         with telling_if_stopped(output):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rwkv_rev.benchmark.run import run_benchmark as bench  # noqa: F401
     from rwkv_rev.configuration import RwkvRevConfig as RwkvRevConfig
     from rwkv_rev.continuation import generate as generate
-    from rwkv_rev.converters.conversion import convert as convert
+    from rwkv_rev.conversion import convert as convert
     from rwkv_rev.converters.export import export as export
     from rwkv_rev.converters.inspection import inspect_source as inspect  # noqa: F401
     from rwkv_rev.converters.publish import publish as publish
@@ -55,7 +55,7 @@ _PLACES = {
     "RwkvRevModel": ("rwkv_rev.modeling", "RwkvRevModel"),
     "RwkvRevState": ("rwkv_rev.state", "RwkvRevState"),
     "bench": ("rwkv_rev.benchmark.run", "run_benchmark"),
-    "convert": ("rwkv_rev.converters.conversion", "convert"),
+    "convert": ("rwkv_rev.conversion", "convert"),
     "evaluate": ("rwkv_rev.training.evaluate", "evaluate_directory"),
     "export": ("rwkv_rev.converters.export", "export"),
     "finetune": ("rwkv_rev.training.finetune", "finetune"),

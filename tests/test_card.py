@@ -11,8 +11,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from rwkv_rev.configuration import RwkvRevConfig
+from rwkv_rev.conversion import convert
 from rwkv_rev.converters.card import model_card
-from rwkv_rev.converters.conversion import convert
 
 RECORD: dict[str, Any] = {
     "source": "BlinkDL/rwkv-5-world",

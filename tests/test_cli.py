@@ -204,7 +204,7 @@ def test_a_failed_verification_exits_3_and_leaves_nothing(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The stored weights are changed behind the converter's back."""
-    from rwkv_rev.converters import conversion
+    from rwkv_rev import conversion
 
     write_shards = conversion.write_shards
 

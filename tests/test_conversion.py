@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig
 
 from rwkv_rev.configuration import RwkvRevConfig
-from rwkv_rev.converters.conversion import ConversionDiffers, convert
+from rwkv_rev.conversion import ConversionDiffers, convert
 from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.converters.source import Source
 from rwkv_rev.converters.whereabouts import recall

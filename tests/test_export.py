@@ -11,7 +11,7 @@ from foreign import VERSIONS, blinkdl_state_dict, hf_config, hf_state_dict
 from safetensors.torch import load_file, save_file
 
 from rwkv_rev.bundled import BUNDLED, bundled_path
-from rwkv_rev.converters.conversion import convert
+from rwkv_rev.conversion import convert
 from rwkv_rev.converters.export import export
 from rwkv_rev.errors import CheckpointError, OutputError, SourceError
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_tokenization import PIECES, TEXTS, neox_like
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from rwkv_rev.converters.conversion import convert
+from rwkv_rev.conversion import convert
 from rwkv_rev.converters.export import export
 from rwkv_rev.errors import OutputError
 from rwkv_rev.tokenization import RwkvByteTokenizer, RwkvWorldTokenizer

@@ -85,6 +85,19 @@ def test_no_circle_of_files(graph: dict[str, set[str]]) -> None:
     assert circles(graph) == []
 
 
+def package(module: str) -> str:
+    """``rwkv_rev.converters`` of ``rwkv_rev.converters.names``; files of ``rwkv_rev`` itself stand alone."""
+    return ".".join(module.split(".")[:2])
+
+
+def test_converters_know_nothing_of_proofs(graph: dict[str, set[str]]) -> None:
+    known = {
+        package(there) for here in graph if package(here) == "rwkv_rev.converters" for there in graph[here]
+    }
+    assert "rwkv_rev.errors" in known
+    assert known.isdisjoint({"rwkv_rev.equivalence", "rwkv_rev.conversion", "rwkv_rev.training"})
+
+
 def test_configuration_imports_nothing_of_ours(graph: dict[str, set[str]]) -> None:
     assert graph["rwkv_rev.configuration"] == set()
 

@@ -9,7 +9,7 @@ import torch
 from foreign import VERSIONS, blinkdl_state_dict
 
 from rwkv_rev.cli import main
-from rwkv_rev.converters.conversion import convert
+from rwkv_rev.conversion import convert
 from rwkv_rev.converters.inspection import inspect_source
 from rwkv_rev.converters.reading import Checkpoint
 from rwkv_rev.numerics import bits_forgotten_per_step

@@ -20,7 +20,7 @@ SHARD = 80_000_000
 WORKER = """
 import json, shutil, sys, threading, time
 import torch
-from rwkv_rev.converters.conversion import convert
+from rwkv_rev.conversion import convert
 
 def anonymous():
     with open("/proc/self/status") as file:

@@ -21,7 +21,7 @@ from finetune_cases import environment
 from foreign import blinkdl_state_dict
 from processes import run_command, start_command
 
-from rwkv_rev.converters.conversion import convert
+from rwkv_rev.conversion import convert
 
 KILLS = int(os.environ.get("RWKV_REV_KILLS", "2"))
 pytestmark = [

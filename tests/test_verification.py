@@ -10,7 +10,7 @@ import torch
 from foreign import VERSIONS, blinkdl_state_dict, hf_config, hf_state_dict
 from safetensors.torch import load_file, save_file
 
-from rwkv_rev.converters.conversion import convert
+from rwkv_rev.conversion import convert
 from rwkv_rev.equivalence import verification
 from rwkv_rev.equivalence.naive_model import naive_logits
 from rwkv_rev.equivalence.oracles import ORACLES, OracleUnavailable

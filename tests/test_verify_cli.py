@@ -10,7 +10,7 @@ from foreign import blinkdl_state_dict
 from safetensors.torch import load_file, save_file
 
 from rwkv_rev.cli import main
-from rwkv_rev.converters.conversion import convert
+from rwkv_rev.conversion import convert
 from rwkv_rev.equivalence import gradients, verification
 from rwkv_rev.reversal.fixed_point import FixedPoint
 

@@ -19,7 +19,7 @@ import torch
 from rwkv_rev.benchmark.models import SHAPES
 from rwkv_rev.benchmark.settings import BenchSettings
 from rwkv_rev.bundled import bundled_path
-from rwkv_rev.converters.conversion import convert
+from rwkv_rev.conversion import convert
 from rwkv_rev.converters.export import export
 from rwkv_rev.converters.reading import check_finite, file_sha256
 from rwkv_rev.errors import RwkvRevError

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from rwkv_rev.benchmark.conversion import checkpoint_file
 from rwkv_rev.benchmark.settings import BenchSettings, load_model
 from rwkv_rev.benchmark.training import random_tokens, step
-from rwkv_rev.converters.conversion import convert
+from rwkv_rev.conversion import convert
 from rwkv_rev.converters.export import export
 from rwkv_rev.equivalence.oracles import rwkv_process
 from rwkv_rev.errors import RwkvRevError

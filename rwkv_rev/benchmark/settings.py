@@ -97,7 +97,7 @@ def load_model(shape: str, device: torch.device, dtype: torch.dtype) -> RwkvRevF
     if shape in SHAPES:
         return benchmark_model(shape, device, dtype)
     if shape.startswith("bundled:"):
-        from rwkv_rev.converters.conversion import convert
+        from rwkv_rev.conversion import convert
 
         with tempfile.TemporaryDirectory(prefix="rwkv-rev-bench-") as folder:
             convert(shape, Path(folder, "model"))
