@@ -106,7 +106,7 @@ def bench(
     if plot is not None:
         refuse_without_matplotlib()
     if rows is not None:
-        from rwkv_rev.converters.safe_input import read_json
+        from rwkv_rev.folders.safe_input import read_json
 
         found = read_json(rows)
     else:

@@ -8,7 +8,7 @@ import typer
 from rwkv_rev.cli import output as out
 from rwkv_rev.cli.options import DEFAULT_SHARD_SIZE, shard_size
 from rwkv_rev.cli.stopping import telling_if_stopped
-from rwkv_rev.converters.source import parse_source
+from rwkv_rev.folders.source import parse_source
 
 if TYPE_CHECKING:
     from rwkv_rev.conversion import Conversion
@@ -104,7 +104,7 @@ def convert(
     for note in result.notes:
         out.note(f"note: {note}")
     if push_to_hub is not None and not dry_run:
-        from rwkv_rev.converters.publish import publish
+        from rwkv_rev.folders.publish import publish
 
         out.note(f"uploaded to {publish(result.directory, push_to_hub)}")
     if as_json:

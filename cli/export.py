@@ -8,8 +8,8 @@ import typer
 from rwkv_rev.cli import output as out
 from rwkv_rev.cli.options import DEFAULT_SHARD_SIZE, shard_size
 from rwkv_rev.cli.stopping import telling_if_stopped
-from rwkv_rev.converters.folder import refuse_no_model
-from rwkv_rev.converters.safe_output import check_output
+from rwkv_rev.folders.folder import refuse_no_model
+from rwkv_rev.folders.safe_output import check_output
 
 
 def export(

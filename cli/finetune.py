@@ -7,7 +7,7 @@ import typer
 
 from rwkv_rev.cli import output as out
 from rwkv_rev.cli.counts import count
-from rwkv_rev.converters.folder import refuse_no_model
+from rwkv_rev.folders.folder import refuse_no_model
 from rwkv_rev.training.sources import find_sources
 
 BEYOND = "beyond the loaded program"

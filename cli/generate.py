@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from rwkv_rev.cli.output import write
-from rwkv_rev.converters.folder import refuse_no_model
+from rwkv_rev.folders.folder import refuse_no_model
 
 
 def generate(

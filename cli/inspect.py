@@ -7,7 +7,7 @@ import typer
 from rwkv_rev.bptt_settings import CHUNK_LENGTH
 from rwkv_rev.cli import output
 from rwkv_rev.cli.counts import count
-from rwkv_rev.converters.source import parse_source
+from rwkv_rev.folders.source import parse_source
 
 
 def inspect(

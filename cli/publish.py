@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from rwkv_rev.cli import output as out
-from rwkv_rev.converters.folder import refuse_no_model
+from rwkv_rev.folders.folder import refuse_no_model
 
 
 def publish(
@@ -22,8 +22,8 @@ def publish(
       rwkv-rev publish my-model me/my-model
     """
     refuse_no_model(directory)  # before anything heavy is imported
-    from rwkv_rev.converters.publish import publish as run
-    from rwkv_rev.converters.publish import refuse_unpublishable
+    from rwkv_rev.folders.publish import publish as run
+    from rwkv_rev.folders.publish import refuse_unpublishable
 
     refuse_unpublishable(repository)
     out.print_text(run(directory, repository))

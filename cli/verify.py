@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from rwkv_rev.cli import output as out
-from rwkv_rev.converters.folder import refuse_no_model
+from rwkv_rev.folders.folder import refuse_no_model
 
 
 def verify(

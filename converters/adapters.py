@@ -11,8 +11,8 @@ RWKV-PEFT: https://github.com/JL-er/RWKV-PEFT; peft: the ``prefix`` of each tune
 import re
 from collections.abc import Sequence
 
-from rwkv_rev.converters.selection import some
 from rwkv_rev.errors import CheckpointError
+from rwkv_rev.folders.selection import some
 
 _KINDS = (
     (r"\.init_lora_[AB]$", "the initial values of PiSSA"),

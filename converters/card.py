@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from rwkv_rev.configuration import RwkvRevConfig
-from rwkv_rev.converters.redaction import file_name, public_text
+from rwkv_rev.folders.redaction import file_name, public_text
 
 
 def model_card(

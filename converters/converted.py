@@ -6,14 +6,14 @@ from typing import Any, Self
 
 import torch
 
-from rwkv_rev.converters.folder import RECORD_NAME, refuse_no_model
-from rwkv_rev.converters.hub import resolve
 from rwkv_rev.converters.names import EMBEDDINGS, HEAD, tensor_table
 from rwkv_rev.converters.reading import open_checkpoint
-from rwkv_rev.converters.safe_input import read_object
-from rwkv_rev.converters.selection import some
-from rwkv_rev.converters.source import Source
 from rwkv_rev.errors import CheckpointError
+from rwkv_rev.folders.folder import RECORD_NAME, refuse_no_model
+from rwkv_rev.folders.hub import resolve
+from rwkv_rev.folders.safe_input import read_object
+from rwkv_rev.folders.selection import some
+from rwkv_rev.folders.source import Source
 from rwkv_rev.loading import load_config
 from rwkv_rev.printable import shortened
 

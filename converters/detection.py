@@ -27,8 +27,8 @@ from rwkv_rev.configuration import MOST_LAYERS, RwkvRevConfig
 from rwkv_rev.converters.adapters import refuse_adapters
 from rwkv_rev.converters.names import HEAD, Layout, TensorNames, hub_layout, tensor_table
 from rwkv_rev.converters.reading import Checkpoint
-from rwkv_rev.converters.selection import some
 from rwkv_rev.errors import CheckpointError
+from rwkv_rev.folders.selection import some
 from rwkv_rev.printable import shortened
 
 SUPPORTED = "RWKV-4, 5.0, 5.1 and 5.2 can be converted"

@@ -23,12 +23,12 @@ from transformers import AutoTokenizer
 
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.converted import ConvertedModel
-from rwkv_rev.converters.folder import refuse_links, tokenizer_files
 from rwkv_rev.converters.names import TensorNames, hub_layout, tensor_table
 from rwkv_rev.converters.rewriter import Entry, plan_shards, write_shards
-from rwkv_rev.converters.safe_input import read_object
-from rwkv_rev.converters.safe_output import check_output, require_space, whole_directory, whole_file
 from rwkv_rev.errors import OutputError
+from rwkv_rev.folders.folder import refuse_links, tokenizer_files
+from rwkv_rev.folders.safe_input import read_object
+from rwkv_rev.folders.safe_output import check_output, require_space, whole_directory, whole_file
 from rwkv_rev.tokenization.fast import fast_tokenizer
 
 TARGETS = ("blinkdl", "hf")

@@ -15,13 +15,13 @@ import torch
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.converters.detection import detect
-from rwkv_rev.converters.folder import is_converted
-from rwkv_rev.converters.hub import resolve
 from rwkv_rev.converters.names import tensor_table
 from rwkv_rev.converters.reading import Checkpoint, open_checkpoint
-from rwkv_rev.converters.source import parse_source
 from rwkv_rev.converters.wrappers import note_on_wrappers
 from rwkv_rev.errors import CheckpointError
+from rwkv_rev.folders.folder import is_converted
+from rwkv_rev.folders.hub import resolve
+from rwkv_rev.folders.source import parse_source
 from rwkv_rev.numerics import bits_forgotten_per_step
 
 QUANTILES = {"min": 0.0, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "99 %": 0.99, "max": 1.0}

@@ -22,13 +22,13 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError, safe_open
 
-from rwkv_rev.converters.hub import LocalCheckpoint
-from rwkv_rev.converters.safe_input import read_object
-from rwkv_rev.converters.selection import one_line, some, weight_map
 from rwkv_rev.converters.sniff import sniff
 from rwkv_rev.converters.wrappers import plain_names
 from rwkv_rev.converters.zip_records import ZipRecords
 from rwkv_rev.errors import CheckpointError
+from rwkv_rev.folders.hub import LocalCheckpoint
+from rwkv_rev.folders.safe_input import read_object
+from rwkv_rev.folders.selection import one_line, some, weight_map
 from rwkv_rev.printable import shortened
 
 HASH_BLOCK = 1 << 22  # bytes read at a time; fewer make the threads wait for each other more often
@@ -171,7 +171,7 @@ class Checkpoint:
 
 
 def open_checkpoint(local: LocalCheckpoint, *, unwrap: bool = True) -> Checkpoint:
-    """Open a checkpoint that :func:`rwkv_rev.converters.hub.resolve` found.
+    """Open a checkpoint that :func:`rwkv_rev.folders.hub.resolve` found.
 
     Args:
         local: its files.

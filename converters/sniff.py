@@ -7,8 +7,8 @@ Reading those as a pickle gives errors nobody can act on, so they are recognised
 from pathlib import Path
 from typing import Literal
 
-from rwkv_rev.converters.safe_input import refuse_special
 from rwkv_rev.errors import CheckpointError
+from rwkv_rev.folders.safe_input import refuse_special
 
 Format = Literal["torch-zip", "torch-pickle", "safetensors"]
 

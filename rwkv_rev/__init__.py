@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from rwkv_rev.conversion import convert as convert
     from rwkv_rev.converters.export import export as export
     from rwkv_rev.converters.inspection import inspect_source as inspect  # noqa: F401
-    from rwkv_rev.converters.publish import publish as publish
     from rwkv_rev.equivalence.verification import verify_directory as verify  # noqa: F401
     from rwkv_rev.errors import CheckpointError as CheckpointError
     from rwkv_rev.errors import ConfigError as ConfigError
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from rwkv_rev.errors import SourceError as SourceError
     from rwkv_rev.errors import StrategyError as StrategyError
     from rwkv_rev.errors import VerificationFailed as VerificationFailed
+    from rwkv_rev.folders.publish import publish as publish
     from rwkv_rev.foreign_code import position_wise as position_wise
     from rwkv_rev.modeling import RwkvRevForCausalLM as RwkvRevForCausalLM
     from rwkv_rev.modeling import RwkvRevModel as RwkvRevModel
@@ -62,7 +62,7 @@ _PLACES = {
     "generate": ("rwkv_rev.continuation", "generate"),
     "inspect": ("rwkv_rev.converters.inspection", "inspect_source"),
     "position_wise": ("rwkv_rev.foreign_code", "position_wise"),
-    "publish": ("rwkv_rev.converters.publish", "publish"),
+    "publish": ("rwkv_rev.folders.publish", "publish"),
     "verify": ("rwkv_rev.equivalence.verification", "verify_directory"),
     **{name: ("rwkv_rev.errors", name) for name in _ERRORS},
 }

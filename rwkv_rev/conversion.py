@@ -26,15 +26,15 @@ from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.card import model_card
 from rwkv_rev.converters.converted import RECORD_NAME
 from rwkv_rev.converters.detection import Architecture, detect
-from rwkv_rev.converters.hub import LocalCheckpoint, Plan, plan, resolve
 from rwkv_rev.converters.inspection import notes_on
 from rwkv_rev.converters.names import tensor_table
 from rwkv_rev.converters.reading import Checkpoint, open_checkpoint
 from rwkv_rev.converters.rewriter import Entry, Shard, plan_shards, write_shards
-from rwkv_rev.converters.safe_output import check_output, require_space, whole_directory
-from rwkv_rev.converters.source import Source, parse_source
-from rwkv_rev.converters.whereabouts import remember
 from rwkv_rev.errors import CheckpointError, ConfigError, OutputError, VerificationFailed
+from rwkv_rev.folders.hub import LocalCheckpoint, Plan, plan, resolve
+from rwkv_rev.folders.safe_output import check_output, require_space, whole_directory
+from rwkv_rev.folders.source import Source, parse_source
+from rwkv_rev.folders.whereabouts import remember
 from rwkv_rev.printable import shortened
 from rwkv_rev.progress import Progress
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from rwkv_rev.configuration import RwkvRevConfig
-from rwkv_rev.converters.safe_input import read_object, refuse_special_inside
 from rwkv_rev.errors import CheckpointError, RwkvRevError, SourceError
+from rwkv_rev.folders.safe_input import read_object, refuse_special_inside
 from rwkv_rev.printable import shortened
 
 

@@ -17,9 +17,9 @@ from transformers import AutoTokenizer, GenerationConfig
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.conversion import ConversionDiffers, convert
 from rwkv_rev.converters.converted import ConvertedModel
-from rwkv_rev.converters.source import Source
-from rwkv_rev.converters.whereabouts import recall
 from rwkv_rev.errors import CheckpointError, OutputError, SourceError
+from rwkv_rev.folders.source import Source
+from rwkv_rev.folders.whereabouts import recall
 
 SIZES = {"vocab": 256, "D": 32, "head_size": 8}
 

@@ -12,10 +12,10 @@ from foreign import VERSIONS, blinkdl_state_dict, hf_config, hf_state_dict
 from safetensors.torch import save_file
 
 from rwkv_rev.converters.detection import Architecture, detect
-from rwkv_rev.converters.hub import resolve
 from rwkv_rev.converters.reading import open_checkpoint
-from rwkv_rev.converters.source import parse_source
 from rwkv_rev.errors import CheckpointError
+from rwkv_rev.folders.hub import resolve
+from rwkv_rev.folders.source import parse_source
 
 State = dict[str, torch.Tensor]
 SHARED = Path(__file__).parents[2] / "shared"

@@ -9,8 +9,8 @@ import pytest
 from finetune_cases import counting_text, finetune, settings
 
 from rwkv_rev.converters.export import export
-from rwkv_rev.converters.folder import refuse_links, tokenizer_files
 from rwkv_rev.errors import CheckpointError
+from rwkv_rev.folders.folder import refuse_links, tokenizer_files
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
 

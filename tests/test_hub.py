@@ -11,9 +11,9 @@ import pytest
 from hub_server import HubServer, Repository, commit_id, use_hub
 from huggingface_hub.utils import enable_progress_bars
 
-from rwkv_rev.converters.hub import plan, resolve
-from rwkv_rev.converters.source import parse_source
 from rwkv_rev.errors import CheckpointError, SourceError
+from rwkv_rev.folders.hub import plan, resolve
+from rwkv_rev.folders.source import parse_source
 
 BIG = bytes(range(256)) * 400  # 102,400 bytes: behind the redirect
 OTHER = BIG[::-1]
@@ -355,8 +355,8 @@ class TestWithoutConnection:
 def test_environment_variables_reach_the_client(hub: HubServer, tmp_path: Path) -> None:
     """HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE, as a user sets them, in a process of its own."""
     code = (
-        "from rwkv_rev.converters.hub import resolve\n"
-        "from rwkv_rev.converters.source import parse_source\n"
+        "from rwkv_rev.folders.hub import resolve\n"
+        "from rwkv_rev.folders.source import parse_source\n"
         "print(resolve(parse_source('RWKV/v5-Eagle-7B-HF'), progress=False).files[0])\n"
     )
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}

@@ -23,7 +23,7 @@ CHECK = """
     import rwkv_rev
     from rwkv_rev.bundled import BUNDLED, bundled_path
     import rwkv_rev.cli, rwkv_rev.converters
-    from rwkv_rev.converters.source import parse_source
+    from rwkv_rev.folders.source import parse_source
 
     assert Path(rwkv_rev.__file__).is_relative_to(sys.argv[1]), rwkv_rev.__file__
     assert all(bundled_path(name).stat().st_size > 2_000_000 for name in BUNDLED)

@@ -19,11 +19,11 @@ from foreign import VERSIONS, blinkdl_state_dict, hf_state_dict
 from safetensors.torch import save_file
 
 import rwkv_rev.converters.reading as reading
-from rwkv_rev.converters.hub import resolve
 from rwkv_rev.converters.reading import Checkpoint, check_finite, open_checkpoint
 from rwkv_rev.converters.sniff import sniff
-from rwkv_rev.converters.source import parse_source
 from rwkv_rev.errors import CheckpointError
+from rwkv_rev.folders.hub import resolve
+from rwkv_rev.folders.source import parse_source
 
 State = dict[str, torch.Tensor]
 

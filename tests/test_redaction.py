@@ -8,8 +8,8 @@ from foreign import blinkdl_state_dict
 
 import rwkv_rev
 from rwkv_rev.converters.export import export
-from rwkv_rev.converters.redaction import public, public_text
 from rwkv_rev.equivalence.verification import verify_directory
+from rwkv_rev.folders.redaction import public, public_text
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from foreign import blinkdl_state_dict, hf_config, hf_state_dict
 from safetensors.torch import save_file
 
 from rwkv_rev.configuration import RwkvRevConfig
-from rwkv_rev.converters.safe_input import read_object, refuse_special
 from rwkv_rev.errors import CheckpointError, ConfigError, SourceError
+from rwkv_rev.folders.safe_input import read_object, refuse_special
 from rwkv_rev.training.config import build_config
 
 Cli = Callable[..., tuple[int, str, str]]

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from rwkv_rev.converters.safe_output import require_space, whole_directory, whole_file
 from rwkv_rev.errors import OutputError
+from rwkv_rev.folders.safe_output import require_space, whole_directory, whole_file
 
 
 def everything(folder: Path) -> set[str]:
@@ -202,7 +202,7 @@ def test_killed_between_the_renames(tmp_path: Path, force: bool) -> None:
 def test_what_another_process_writes_is_left_alone(tmp_path: Path) -> None:
     script = """
         import sys, time
-        from rwkv_rev.converters.safe_output import whole_directory
+        from rwkv_rev.folders.safe_output import whole_directory
         with whole_directory(sys.argv[1]) as folder:
             (folder / "config.json").write_text("first")
             print("ready", flush=True)
@@ -347,7 +347,7 @@ def test_a_signal_leaves_nothing(tmp_path: Path, number: signal.Signals, hidden:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits it ignored
         def slow(name):
             def command(source: str) -> None:
-                from rwkv_rev.converters.safe_output import whole_directory
+                from rwkv_rev.folders.safe_output import whole_directory
                 from rwkv_rev.cli.stopping import telling_if_stopped
                 with telling_if_stopped(None), whole_directory(source) as folder:
                     (folder / "half").touch()

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_rev.converters.source import Source, parse_source
 from rwkv_rev.errors import SourceError
+from rwkv_rev.folders.source import Source, parse_source
 
 
 @pytest.fixture(autouse=True)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_rev.temporary import LOCK_NAME, make_temporary_folder, temporary_folder
+from rwkv_rev.folders.temporary import LOCK_NAME, make_temporary_folder, temporary_folder
 
 HOLDER = """
     import sys, tempfile
     tempfile.tempdir = sys.argv[1]
-    from rwkv_rev.temporary import make_temporary_folder
+    from rwkv_rev.folders.temporary import make_temporary_folder
     folder, remove = make_temporary_folder("tokens")
     (folder / "tokens.bin").write_text("ids")
     print(folder, flush=True)

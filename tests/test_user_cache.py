@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_rev.user_cache import user_cache
+from rwkv_rev.folders.user_cache import user_cache
 
 
 def test_user_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

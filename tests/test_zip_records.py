@@ -13,11 +13,11 @@ import torch
 from foreign import blinkdl_state_dict
 
 from rwkv_rev import convert
-from rwkv_rev.converters.hub import resolve
 from rwkv_rev.converters.reading import Checkpoint, open_checkpoint
-from rwkv_rev.converters.source import parse_source
 from rwkv_rev.converters.zip_records import ZipRecords
 from rwkv_rev.errors import CheckpointError
+from rwkv_rev.folders.hub import resolve
+from rwkv_rev.folders.source import parse_source
 
 Cli = Callable[..., tuple[int, str, str]]
 

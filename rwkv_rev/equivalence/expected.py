@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rwkv_rev.converters.safe_input import read_object
 from rwkv_rev.errors import CheckpointError, DataError
+from rwkv_rev.folders.safe_input import read_object
 from rwkv_rev.printable import shortened
 
 

@@ -44,7 +44,7 @@ from torch import Tensor
 from rwkv_rev.equivalence.naive_model import LAYER_NORM_EPSILON, PUBLISHED_GROUP_NORM_EPSILON, naive_logits
 from rwkv_rev.equivalence.original import Original
 from rwkv_rev.errors import RwkvRevError
-from rwkv_rev.temporary import temporary_folder
+from rwkv_rev.folders.temporary import temporary_folder
 
 RWKV_PACKAGE_PIECE = 256
 _WORKER = Path(__file__).with_name("rwkv_worker.py")

@@ -11,12 +11,12 @@ from torch import Tensor
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.converters.detection import detect
-from rwkv_rev.converters.hub import resolve
 from rwkv_rev.converters.names import EMBEDDINGS, HEAD, Layout, tensor_table
 from rwkv_rev.converters.reading import Checkpoint, open_checkpoint
-from rwkv_rev.converters.source import Source
 from rwkv_rev.equivalence.expected import expected_path
 from rwkv_rev.equivalence.naive_model import LAYER_NORM_EPSILON, PUBLISHED_GROUP_NORM_EPSILON
+from rwkv_rev.folders.hub import resolve
+from rwkv_rev.folders.source import Source
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rwkv_rev.converters.safe_input import refuse_special
 from rwkv_rev.errors import DataError
+from rwkv_rev.folders.safe_input import refuse_special
 from rwkv_rev.loading import load_tokenizer
 
 # No tokenizer in use makes tokens longer than this on average over a text.

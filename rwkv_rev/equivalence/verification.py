@@ -26,8 +26,6 @@ from transformers.utils import logging
 
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.converted import ConvertedModel
-from rwkv_rev.converters.source import Source, parse_source
-from rwkv_rev.converters.whereabouts import recall
 from rwkv_rev.equivalence.divergence import Divergence, first_divergence, place_of
 from rwkv_rev.equivalence.expected import ExpectedLogits, read_expected
 from rwkv_rev.equivalence.float64 import float64_logits
@@ -45,6 +43,8 @@ from rwkv_rev.equivalence.text import default_text, encode_text, read_text
 from rwkv_rev.equivalence.tolerance import NOISE_FACTOR, tolerance
 from rwkv_rev.equivalence.weights import WeightComparison, compare_weights
 from rwkv_rev.errors import ConfigError, RwkvRevError, SourceError
+from rwkv_rev.folders.source import Source, parse_source
+from rwkv_rev.folders.whereabouts import recall
 from rwkv_rev.loading import load_model
 from rwkv_rev.modeling import RwkvRevForCausalLM
 from rwkv_rev.progress import Progress

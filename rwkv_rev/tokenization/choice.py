@@ -14,8 +14,8 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rwkv_rev.converters.safe_input import refuse_special
 from rwkv_rev.errors import CheckpointError, SourceError
+from rwkv_rev.folders.safe_input import refuse_special
 from rwkv_rev.loading import load_tokenizer
 from rwkv_rev.tokenization.byte_level import RwkvByteTokenizer
 from rwkv_rev.tokenization.world import RwkvWorldTokenizer

@@ -13,7 +13,7 @@ import shutil
 import zlib
 from pathlib import Path
 
-from rwkv_rev.converters.safe_output import sync_tree
+from rwkv_rev.folders.safe_output import sync_tree
 
 PREFIX = "checkpoint"
 """What transformers calls them: ``checkpoint-STEP``."""

@@ -18,8 +18,8 @@ from typing import Any, Literal
 import yaml
 
 from rwkv_rev.bptt_settings import BPTT_STRATEGIES, CHUNK_LENGTH, TAPES
-from rwkv_rev.converters.safe_input import refuse_special
 from rwkv_rev.errors import ConfigError
+from rwkv_rev.folders.safe_input import refuse_special
 from rwkv_rev.printable import shortened
 
 TUNE = ("full", "lora", "state")

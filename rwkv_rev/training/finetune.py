@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from transformers import set_seed
 
-from rwkv_rev.converters.publish import publish
+from rwkv_rev.folders.publish import publish
 from rwkv_rev.loading import load_model, load_tokenizer
 from rwkv_rev.training.callbacks import Bar, Log, NothingLeft, StopAtBadLoss, StopWhenNothingIsLeft, read_log
 from rwkv_rev.training.config import FinetuneConfig, build_config

@@ -13,10 +13,10 @@ import torch
 
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.converted import ConvertedModel
-from rwkv_rev.converters.folder import refuse_links
 from rwkv_rev.converters.inspection import inspect_source
-from rwkv_rev.converters.publish import refuse_unpublishable
 from rwkv_rev.errors import ConfigError
+from rwkv_rev.folders.folder import refuse_links
+from rwkv_rev.folders.publish import refuse_unpublishable
 from rwkv_rev.loading import load_tokenizer
 from rwkv_rev.training.batches import BatchOrder
 from rwkv_rev.training.callbacks import refuse_missing_reporter

@@ -17,10 +17,10 @@ from transformers import GenerationConfig
 
 from rwkv_rev.converters.card import model_card
 from rwkv_rev.converters.converted import RECORD_NAME, ConvertedModel, read_record
-from rwkv_rev.converters.folder import tokenizer_files
-from rwkv_rev.converters.redaction import public
 from rwkv_rev.converters.rewriter import Entry, plan_shards, write_shards
-from rwkv_rev.converters.safe_output import whole_directory
+from rwkv_rev.folders.folder import tokenizer_files
+from rwkv_rev.folders.redaction import public
+from rwkv_rev.folders.safe_output import whole_directory
 from rwkv_rev.loading import load_config
 from rwkv_rev.training.config import FinetuneConfig
 from rwkv_rev.training.plots import has_matplotlib, plot_losses

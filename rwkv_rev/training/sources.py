@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from rwkv_rev.converters.safe_input import read_object, refuse_special
 from rwkv_rev.errors import CheckpointError, DataError, SourceError
+from rwkv_rev.folders.safe_input import read_object, refuse_special
 from rwkv_rev.printable import shortened
 from rwkv_rev.training.documents import HUB_ID, DataSource, one_line
 

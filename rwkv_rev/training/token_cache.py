@@ -29,14 +29,14 @@ import numpy as np
 from filelock import FileLock
 
 from rwkv_rev.errors import DataError
+from rwkv_rev.folders.temporary import make_temporary_folder
+from rwkv_rev.folders.user_cache import user_cache
 from rwkv_rev.progress import Progress
-from rwkv_rev.temporary import make_temporary_folder
 from rwkv_rev.training.binidx import read_index
 from rwkv_rev.training.documents import DataSource, Fields
 from rwkv_rev.training.sources import Skipped, describe_skipped, find_sources
 from rwkv_rev.training.token_store import DOCUMENT, TokenPart, TokenStore
 from rwkv_rev.training.tokenise import batches, encode_in_order, tokenizer_fingerprint
-from rwkv_rev.user_cache import user_cache
 
 FORMAT_VERSION = 1
 

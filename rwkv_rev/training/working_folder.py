@@ -13,8 +13,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from rwkv_rev.converters.safe_output import check_output
 from rwkv_rev.errors import CheckpointError, OutputError
+from rwkv_rev.folders.safe_output import check_output
 from rwkv_rev.training.checkpoints import checkpoints, damage, discard
 from rwkv_rev.training.config import FinetuneConfig
 from rwkv_rev.training.saving import HISTORY, SUMMARY_NAME, public

@@ -28,10 +28,10 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from rwkv_rev.converters.safe_input import refuse_special, refuse_special_inside
-from rwkv_rev.converters.selection import INDEX_SUFFIX, choose_weights, one_line, weight_map
-from rwkv_rev.converters.source import Source
 from rwkv_rev.errors import SourceError
+from rwkv_rev.folders.safe_input import refuse_special, refuse_special_inside
+from rwkv_rev.folders.selection import INDEX_SUFFIX, choose_weights, one_line, weight_map
+from rwkv_rev.folders.source import Source
 from rwkv_rev.printable import shortened
 
 # Small files that travel with the weights.

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rwkv_rev.user_cache import user_cache
+from rwkv_rev.folders.user_cache import user_cache
 
 
 def remember(record: dict[str, Any], source: Path) -> None:

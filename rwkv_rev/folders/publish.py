@@ -4,9 +4,9 @@ import json
 import shlex
 from pathlib import Path, PurePath
 
-from rwkv_rev.converters.folder import RECORD_NAME
-from rwkv_rev.converters.redaction import public
 from rwkv_rev.errors import OutputError
+from rwkv_rev.folders.folder import RECORD_NAME
+from rwkv_rev.folders.redaction import public
 
 NOT_UPLOADED = ("training/runs",)  # TensorBoard's event files hold the paths of this machine
 

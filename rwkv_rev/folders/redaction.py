@@ -2,7 +2,7 @@
 
 Records, cards and summaries are written from plain values that went through :func:`public`; so a folder holds nothing
 that an upload would have to take out again. Where a source lies is remembered on this machine alone
-(:mod:`rwkv_rev.converters.whereabouts`).
+(:mod:`rwkv_rev.folders.whereabouts`).
 """
 
 import re

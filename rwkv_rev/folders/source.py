@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 from rwkv_rev.bundled import BUNDLED, bundled_path
-from rwkv_rev.converters.safe_input import refuse_special
 from rwkv_rev.errors import SourceError
+from rwkv_rev.folders.safe_input import refuse_special
 from rwkv_rev.printable import shortened
 
 BUNDLED_PREFIX = "bundled:"

@@ -3,8 +3,8 @@
 import stat
 from pathlib import Path
 
-from rwkv_rev.converters.safe_input import read_object, refuse_special, refuse_special_inside
 from rwkv_rev.errors import CheckpointError, SourceError
+from rwkv_rev.folders.safe_input import read_object, refuse_special, refuse_special_inside
 
 MODEL_TYPE = "rwkv_rev"
 """``model_type`` in the configuration of every model that this package converted."""

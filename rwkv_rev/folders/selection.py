@@ -1,6 +1,6 @@
 """Choose the weights among the files of a repository or directory, and read shard indexes.
 
-The rules stand in :mod:`rwkv_rev.converters.hub`; they look at names and sizes only.
+The rules stand in :mod:`rwkv_rev.folders.hub`; they look at names and sizes only.
 """
 
 import re
@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from rwkv_rev.converters.safe_input import read_object
-from rwkv_rev.converters.source import WEIGHT_SUFFIXES
 from rwkv_rev.errors import CheckpointError, SourceError
+from rwkv_rev.folders.safe_input import read_object
+from rwkv_rev.folders.source import WEIGHT_SUFFIXES
 from rwkv_rev.printable import shortened
 
 INDEX_SUFFIX = ".index.json"
