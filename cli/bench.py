@@ -49,7 +49,9 @@ def bench(
             help="5.2-15m, 5.2-0.1b, 5.2-1.5b, 5.2-7b, 4-0.1b, 4-0.4b, bundled:NAME or a model folder."
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda; auto takes a GPU if there is one.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
+    ] = "auto",
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(help="Of weights and arithmetic; auto is bfloat16 on a GPU, else float32."),
@@ -115,12 +117,11 @@ def bench(
         from rwkv_rev.benchmark.run import run_benchmark
         from rwkv_rev.benchmark.settings import DTYPES, BenchSettings
         from rwkv_rev.converters.rewriter import parse_size
+        from rwkv_rev.device import choose_device
 
         if threads:
             torch.set_num_threads(threads)
-        chosen = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        )
+        chosen = choose_device(device)
         cuda = chosen.type == "cuda"
         settings = BenchSettings(
             shape=shape or _default_shape(what, cuda, quick),

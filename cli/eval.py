@@ -38,7 +38,9 @@ def eval(
         Path | None, typer.Option(metavar="FILE.png", help="Draw bits per byte by position.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="Arithmetic: auto, float32, bfloat16, float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda; auto takes a GPU if there is one.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
+    ] = "auto",
     cache_dir: Annotated[
         str | None,
         typer.Option(

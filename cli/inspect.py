@@ -62,10 +62,12 @@ def inspect(
     import torch
 
     from rwkv_rev.converters.inspection import inspect_source
+    from rwkv_rev.device import named_device
     from rwkv_rev.errors import RwkvRevError
 
-    if device not in ("auto", "cpu", "cuda"):
-        raise RwkvRevError(f"there is no device {device!r} to forecast for: use cpu, cuda or auto")
+    kind = named_device(device).type
+    if kind not in ("cpu", "cuda"):
+        raise RwkvRevError(f"device = {device}: forecasts are for cpu and cuda")
 
     found = inspect_source(source, file=file, revision=revision, progress=True)
     for note in found.notes:
@@ -74,8 +76,7 @@ def inspect(
     if context_length is not None:
         from rwkv_rev.forecast import forecast_memory
 
-        on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-
+        on_gpu = kind == "cuda"
         forecasts = forecast_memory(
             found.config,
             found.log_decays,

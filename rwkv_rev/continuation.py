@@ -8,7 +8,8 @@ import torch
 from transformers import TextStreamer
 
 from rwkv_rev.converters.converted import ConvertedModel
-from rwkv_rev.errors import ConfigError, DataError, RwkvRevError
+from rwkv_rev.device import choose_device
+from rwkv_rev.errors import ConfigError, DataError
 from rwkv_rev.loading import load_model, load_tokenizer
 from rwkv_rev.printable import shortened
 
@@ -44,14 +45,13 @@ def generate(
     _check(prompt, max_new_tokens, temperature, top_p, seed)
     with ConvertedModel(directory):
         pass  # refuses what is not a whole model, in one line
-    place = _device(device)
+    place = choose_device(device)
     tokenizer = load_tokenizer(directory)
     inputs = tokenizer(prompt, return_tensors="pt").to(place)
     if inputs["input_ids"].shape[1] == 0:
         raise DataError("the prompt holds no tokens; give at least one character")
     dtype = torch.float32 if place.type == "cpu" else "auto"
-    model = load_model(directory, dtype)
-    model.to(place).eval()
+    model = load_model(directory, place, dtype).eval()
     if seed is not None:
         torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
@@ -83,16 +83,3 @@ def _check(prompt: Any, max_new_tokens: Any, temperature: Any, top_p: Any, seed:
     ):
         if not right:
             raise ConfigError(f"{name} = {shortened(repr(value))} must be {wanted}")
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type == "meta":
-            raise RuntimeError
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise RwkvRevError(f"{name} is no device of this machine; use cpu") from error
-    return device

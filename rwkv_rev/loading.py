@@ -33,8 +33,12 @@ def load_config(directory: str | Path) -> RwkvRevConfig:
     return config
 
 
-def load_model(directory: str | Path, dtype: torch.dtype | str) -> Any:
-    """The model of a folder whose tensors are known to fit its configuration (``ConvertedModel``), in ``dtype``.
+def load_model(directory: str | Path, device: torch.device | str, dtype: torch.dtype | str) -> Any:
+    """The model of a folder whose tensors are known to fit its configuration (``ConvertedModel``).
+
+    Args:
+        device: where it is to be; it is read on the CPU.
+        dtype: of its weights; ``auto`` for the stored one.
 
     Raises:
         CheckpointError: if a file beside the weights is damaged.
@@ -42,9 +46,9 @@ def load_model(directory: str | Path, dtype: torch.dtype | str) -> Any:
     from rwkv_rev.modeling import RwkvRevForCausalLM
 
     with _damaged(f"{directory} cannot be loaded"):
-        model = RwkvRevForCausalLM.from_pretrained(str(directory), dtype=dtype)
+        model: Any = RwkvRevForCausalLM.from_pretrained(str(directory), dtype=dtype)
         _check_generation(model)
-        return model
+    return model.to(device)
 
 
 def load_tokenizer(name: str | Path) -> Any:

@@ -8,8 +8,10 @@ import torch
 from finetune_cases import settings
 
 from rwkv_rev.errors import RwkvRevError
-from rwkv_rev.training.launch import choose_device, in_processes, own_device, refuse_launch
+from rwkv_rev.training.launch import choose_dtype, in_processes, own_device, refuse_launch
 from rwkv_rev.training.trainer import training_arguments
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -29,7 +31,7 @@ def test_mixed_precision_of_accelerate(
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     if asked is not None:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
-    assert choose_device("cpu", dtype) == ("cpu", found)
+    assert choose_dtype(dtype, CPU) == found
     config = settings(tmp_path, tmp_path, tmp_path / "out")
     arguments = training_arguments(config, tmp_path / "work", device="cpu", dtype=found)
     assert arguments.mixed_precision == {"float32": "no", "bfloat16": "bf16"}[found]
@@ -41,7 +43,7 @@ def test_mixed_precision_of_accelerate(
 def test_refused_precision(monkeypatch: pytest.MonkeyPatch, asked: str, message: str) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
     with pytest.raises(RwkvRevError, match=message):
-        choose_device("cpu", "auto")
+        choose_dtype("auto", CPU)
 
 
 @pytest.mark.parametrize(
@@ -70,14 +72,6 @@ def test_one_gpu_without_a_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     )
     config = settings(tmp_path, tmp_path, tmp_path / "out")
     assert training_arguments(config, tmp_path / "work", device="cpu", dtype="float32").n_gpu == 1
-
-
-def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RwkvRevError, match="device = 'tpu' is not known"):
-        choose_device("tpu", "auto")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RwkvRevError, match="no GPU here; use device = cpu"):
-        choose_device("cuda", "auto")
 
 
 @pytest.mark.parametrize(("rank", "seen", "own"), [(None, 4, 0), ("2", 4, 2), ("3", 1, 0)])

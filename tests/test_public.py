@@ -43,7 +43,7 @@ def test_generate_refuses(bundled: dict[str, Path], given: dict[str, Any], messa
 
 
 def test_no_text_can_be_made_on_meta(bundled: dict[str, Path]) -> None:
-    with pytest.raises(RwkvRevError, match="meta is no device of this machine"):
+    with pytest.raises(RwkvRevError, match="device = 'meta' is not known; use auto, cpu"):
         rwkv_rev.generate(bundled["4"], "a", device="meta")
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from rwkv_rev.benchmark.conversion import checkpoint_file
-from rwkv_rev.benchmark.settings import BenchSettings, load_model
+from rwkv_rev.benchmark.settings import BenchSettings, measured_model
 from rwkv_rev.benchmark.training import random_tokens, step
 from rwkv_rev.conversion import convert
 from rwkv_rev.converters.export import export
@@ -150,7 +150,7 @@ def _comparison(what: str, peer: str, length: int, ours: list[float], theirs: li
 
 def _converted(file: Path, folder: Path) -> RwkvRevForCausalLM:
     convert(file, folder, tokenizer="none")
-    return load_model(str(folder), torch.device("cpu"), torch.float32)
+    return measured_model(str(folder), torch.device("cpu"), torch.float32)
 
 
 def _peer_step(model: nn.Module, ids: Tensor) -> tuple[float, float]:

@@ -11,6 +11,7 @@ import torch
 from rwkv_rev.benchmark.models import SHAPES, benchmark_model
 from rwkv_rev.bptt_settings import BPTT_STRATEGIES, TAPES
 from rwkv_rev.errors import RwkvRevError, SourceError
+from rwkv_rev.loading import load_model
 from rwkv_rev.modeling import RwkvRevForCausalLM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -81,7 +82,7 @@ class BenchSettings:
         Raises:
             SourceError: if there is no such shape, bundled model or folder.
         """
-        model = load_model(self.shape, self.device, self.dtype)
+        model = measured_model(self.shape, self.device, self.dtype)
         if self.lora_rank:
             from rwkv_rev.training.config import FinetuneConfig
             from rwkv_rev.training.tuning import apply_tuning
@@ -92,7 +93,7 @@ class BenchSettings:
         return model
 
 
-def load_model(shape: str, device: torch.device, dtype: torch.dtype) -> RwkvRevForCausalLM:
+def measured_model(shape: str, device: torch.device, dtype: torch.dtype) -> RwkvRevForCausalLM:
     """A published shape with random weights, a bundled model, or a converted folder, in training mode."""
     if shape in SHAPES:
         return benchmark_model(shape, device, dtype)
@@ -101,14 +102,10 @@ def load_model(shape: str, device: torch.device, dtype: torch.dtype) -> RwkvRevF
 
         with tempfile.TemporaryDirectory(prefix="rwkv-rev-bench-") as folder:
             convert(shape, Path(folder, "model"))
-            return _folder(Path(folder, "model"), device, dtype)
+            return load_model(Path(folder, "model"), device, dtype).train()
     if not Path(shape, "config.json").is_file():
         raise SourceError(
             f"{shape!r} is neither a shape ({', '.join(SHAPES)}), bundled:rwkv-4, bundled:rwkv-5.2 nor a folder"
         )
-    return _folder(Path(shape), device, dtype)
-
-
-def _folder(path: Path, device: torch.device, dtype: torch.dtype) -> RwkvRevForCausalLM:
-    model: Any = RwkvRevForCausalLM.from_pretrained(path, dtype=dtype)
-    return model.to(device).train()
+    model: RwkvRevForCausalLM = load_model(shape, device, dtype).train()
+    return model

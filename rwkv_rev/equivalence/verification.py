@@ -384,7 +384,7 @@ def _load(directory: Path) -> RwkvRevForCausalLM:
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model: RwkvRevForCausalLM = load_model(directory, torch.float32).eval()
+        model: RwkvRevForCausalLM = load_model(directory, "cpu", torch.float32).eval()
         return model
     finally:
         if bars:

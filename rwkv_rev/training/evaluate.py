@@ -22,12 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_rev.converters.converted import ConvertedModel
+from rwkv_rev.device import choose_device
 from rwkv_rev.errors import ConfigError, DataError
 from rwkv_rev.loading import load_model, load_tokenizer
 from rwkv_rev.loss import IGNORE, LOGITS_AT_ONCE
 from rwkv_rev.progress import Progress
 from rwkv_rev.training.documents import Fields
-from rwkv_rev.training.launch import choose_device
+from rwkv_rev.training.launch import choose_dtype
 from rwkv_rev.training.token_cache import load_tokens
 from rwkv_rev.training.token_store import TokenStore
 from rwkv_rev.training.tuning import language_model
@@ -198,7 +199,8 @@ def evaluate_directory(
     with ConvertedModel(directory) as source:  # refuses what is not a whole model
         vocab_size = source.config.vocab_size
     _check_context_length(context_length)
-    place, arithmetic = choose_device(device, dtype)
+    place = choose_device(device)
+    arithmetic = choose_dtype(dtype, place)
     tokenizer = load_tokenizer(directory)
     sources = [data] if isinstance(data, str | Path) else data
     store = load_tokens(
@@ -210,8 +212,7 @@ def evaluate_directory(
         cache_dir=cache_dir,
         progress=progress,
     )
-    model = load_model(directory, torch.float32)
-    model = model.to(place)
+    model = load_model(directory, place, torch.float32)
     result = evaluate_documents(
         model,
         store,

@@ -164,7 +164,7 @@ def _train(planned: Plan, args: Any, where: Whereabouts, notify: Notify, quiet: 
     weights = torch.float32
     if config.tune != "full" and planned.dtype != "float32":
         weights = getattr(torch, planned.dtype)  # frozen weights need no more than the arithmetic
-    model = load_model(config.model, weights)
+    model = load_model(config.model, "cpu", weights)
     model.set_bptt(config.bptt, chunk_length=config.chunk_length, tape=config.tape, tape_dir=config.tape_dir)
     tuned = apply_tuning(model, config)
     trainable, total = count_parameters(tuned)

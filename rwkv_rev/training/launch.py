@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 import torch.distributed as dist
 
+from rwkv_rev.device import choose_device
 from rwkv_rev.errors import RwkvRevError
 from rwkv_rev.training.config import DTYPES
 
@@ -59,21 +60,31 @@ def refuse_launch() -> None:
             )
 
 
-def choose_device(device: str, dtype: str) -> tuple[str, str]:
-    """(device, dtype) with ``auto`` resolved: a GPU if there is one, and bfloat16 where it has that.
+def training_device(name: str) -> str:
+    """``cpu`` or ``cuda``: the GPU of each process is the one that its launcher gave it.
+
+    Raises:
+        RwkvRevError: for a device that is not there, and for any other.
+    """
+    device = choose_device(name)
+    if device.type == "cuda" and device.index is not None:
+        raise RwkvRevError(
+            f"device = {name}: finetune takes the GPU that its launcher gives it; use device = cuda with "
+            f"CUDA_VISIBLE_DEVICES={device.index}"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise RwkvRevError(f"device = {name}: finetune trains on cpu and cuda; use device = cpu")
+    return device.type
+
+
+def choose_dtype(dtype: str, device: torch.device) -> str:
+    """The dtype that ``auto`` is on a device, bfloat16 where a GPU has that; any other as it is.
 
     ``accelerate launch --mixed_precision`` is what ``auto`` means under it.
 
     Raises:
-        RwkvRevError: for a device that is not there, or a dtype it cannot train in.
+        RwkvRevError: for a dtype that the device cannot train in.
     """
-    cuda = torch.cuda.is_available()
-    if device == "auto":
-        device = "cuda" if cuda else "cpu"
-    if device not in ("cpu", "cuda"):
-        raise RwkvRevError(f"device = {device!r} is not known; use auto, cpu or cuda")
-    if device == "cuda" and not cuda:
-        raise RwkvRevError("device = cuda, but PyTorch sees no GPU here; use device = cpu")
     if dtype not in DTYPES:
         raise RwkvRevError(f"dtype = {dtype!r} does not exist; choose one of {', '.join(DTYPES)}")
     if dtype == "auto" and (asked := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
@@ -83,10 +94,10 @@ def choose_device(device: str, dtype: str) -> tuple[str, str]:
             )
         dtype = _ACCELERATE_DTYPES[asked]
     if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    if dtype == "float16" and device == "cpu":
+        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    if dtype == "float16" and device.type == "cpu":
         raise RwkvRevError("dtype = float16 needs a GPU; use bfloat16 or float32 on the CPU")
-    return device, dtype
+    return dtype
 
 
 def own_device(device: str) -> torch.device:

@@ -23,7 +23,7 @@ from rwkv_rev.training.callbacks import refuse_missing_reporter
 from rwkv_rev.training.config import FinetuneConfig
 from rwkv_rev.training.documents import Fields
 from rwkv_rev.training.identity import model_fingerprint, refuse_other_run
-from rwkv_rev.training.launch import choose_device, own_device, refuse_launch
+from rwkv_rev.training.launch import choose_dtype, own_device, refuse_launch, training_device
 from rwkv_rev.training.memory import MemoryForecast, forecast_memory, refuse_too_large
 from rwkv_rev.training.overlap import shared_documents
 from rwkv_rev.training.rows import RowDataset, RowStatistics
@@ -114,7 +114,8 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
         refuse_unpublishable(config.push_to_hub)
     refuse_missing_reporter(config.report_to)
     refuse_launch()
-    device, dtype = choose_device(config.device, config.dtype)
+    device = training_device(config.device)
+    dtype = choose_dtype(config.dtype, torch.device(device))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     store, held_out = _load_data(config, model_config.vocab_size, progress, keep_cache)
     notes += store.notes

@@ -1,0 +1,47 @@
+"""Which device a name means, by one rule for everything that takes one."""
+
+import torch
+
+from rwkv_rev.errors import RwkvRevError
+
+
+def named_device(name: str) -> torch.device:
+    """The device of a name, whether or not this machine has it; ``auto`` is a GPU if there is one, else the CPU.
+
+    Raises:
+        RwkvRevError: for a name that PyTorch does not know, and for ``meta``, which holds no values.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError
+    except RuntimeError as error:
+        raise RwkvRevError(f"device = {name!r} is not known; use auto, cpu, cuda or cuda:1") from error
+    return device
+
+
+def choose_device(name: str) -> torch.device:
+    """As :func:`named_device`, for something to be computed here.
+
+    Raises:
+        RwkvRevError: for a device that is not there, too.
+    """
+    device = named_device(name)
+    if device.type == "cuda":  # nothing is put on a GPU, where each process that did would keep memory
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        there, seen = (device.index or 0) < count, f"{count or 'no'} GPU{'s' if count > 1 else ''}"
+    else:
+        there, seen = _holds_values(device), "no such device"
+    if not there:
+        raise RwkvRevError(f"device = {name}, but PyTorch sees {seen} here; use device = cpu")
+    return device
+
+
+def _holds_values(device: torch.device) -> bool:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError):
+        return False
+    return True
