@@ -16,7 +16,6 @@ LONGER = {
     "rwkv_rev/bptt/sweeps.py": "to be cut: both sweeps, and when they use CUDA graphs",
     "rwkv_rev/cells/cell.py": "to be cut: the contract, and what RWKV's cells share",
     "rwkv_rev/modeling.py": "to be cut: both models, and how a call is served",
-    "rwkv_rev/equivalence/verification.py": "to be cut: settings, checks and their notes",
 }
 
 

@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,10 @@ from rwkv_rev.converters.names import EMBEDDINGS, HEAD, Layout, tensor_table
 from rwkv_rev.converters.reading import Checkpoint, open_checkpoint
 from rwkv_rev.equivalence.expected import expected_path
 from rwkv_rev.equivalence.naive_model import LAYER_NORM_EPSILON, PUBLISHED_GROUP_NORM_EPSILON
+from rwkv_rev.errors import SourceError
 from rwkv_rev.folders.hub import resolve
-from rwkv_rev.folders.source import Source
+from rwkv_rev.folders.source import Source, parse_source
+from rwkv_rev.folders.whereabouts import recall
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,43 @@ class RoundedTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+def source_of(
+    directory: Path,
+    record: dict[str, Any],
+    original: str | Source | None,
+    file: str | None,
+    revision: str | None,
+) -> Source:
+    """Where the original of a converted folder is: as named, else as its record and this machine remember.
+
+    Raises:
+        SourceError: if it is not known, or not there any more.
+    """
+    if isinstance(original, Source):
+        return original
+    if original is not None:
+        return parse_source(original, file=file, revision=revision)
+    if file is not None or revision is not None:
+        raise SourceError("--file and --revision choose from an --original SOURCE; name it too")
+    if not record.get("source"):
+        raise SourceError(
+            f"{directory} does not say what it was converted from; name the original with --original SOURCE"
+        )
+    elsewhere = record["source"].startswith("bundled:") or record.get("commit")  # found wherever this runs
+    if not elsewhere and (here := recall(record)) is not None:
+        return parse_source(str(here), file=record.get("file") if here.is_dir() else None)
+    try:
+        return parse_source(
+            record["source"],
+            file=record.get("file"),
+            revision=record.get("commit") or record.get("revision"),
+        )
+    except SourceError as error:
+        raise SourceError(
+            f"the original that {directory} remembers is gone ({error}); name it with --original SOURCE"
+        ) from None
 
 
 @contextmanager

@@ -35,16 +35,15 @@ from rwkv_rev.equivalence.itself import as_original
 from rwkv_rev.equivalence.logits import Beside, compare_logits, largest_difference
 from rwkv_rev.equivalence.naive_model import PUBLISHED_GROUP_NORM_EPSILON
 from rwkv_rev.equivalence.oracles import ORACLES, OracleUnavailable
-from rwkv_rev.equivalence.original import Original, RoundedTensors, open_original
+from rwkv_rev.equivalence.original import Original, RoundedTensors, open_original, source_of
 from rwkv_rev.equivalence.report import InFloat64, Report, Row
 from rwkv_rev.equivalence.reversal import CONTEXT as REVERSAL_CONTEXT
 from rwkv_rev.equivalence.reversal import check_reversal
 from rwkv_rev.equivalence.text import default_text, encode_text, read_text
 from rwkv_rev.equivalence.tolerance import NOISE_FACTOR, tolerance
 from rwkv_rev.equivalence.weights import WeightComparison, compare_weights
-from rwkv_rev.errors import ConfigError, RwkvRevError, SourceError
-from rwkv_rev.folders.source import Source, parse_source
-from rwkv_rev.folders.whereabouts import recall
+from rwkv_rev.errors import ConfigError, RwkvRevError
+from rwkv_rev.folders.source import Source
 from rwkv_rev.loading import load_model
 from rwkv_rev.modeling import RwkvRevForCausalLM
 from rwkv_rev.progress import Progress
@@ -117,7 +116,7 @@ def verify_directory(
         if record.get("finetuned") and (original, file, revision) == (None, None, None):
             opening = nullcontext(as_original(converted))
         else:
-            source = _source(directory, record, original, file, revision)
+            source = source_of(directory, record, original, file, revision)
             opening = open_original(
                 source, group_norm_epsilon=record.get("group_norm_eps"), progress=progress
             )
@@ -326,38 +325,6 @@ def _with_further_checks(
         found[name] = check(model, parts[name], chunk=chunk) if name in parts else None
         shown.add(1)
     return replace(report, notes=tuple(notes), **found)
-
-
-def _source(
-    directory: Path,
-    record: dict[str, Any],
-    original: str | Source | None,
-    file: str | None,
-    revision: str | None,
-) -> Source:
-    if isinstance(original, Source):
-        return original
-    if original is not None:
-        return parse_source(original, file=file, revision=revision)
-    if file is not None or revision is not None:
-        raise SourceError("--file and --revision choose from an --original SOURCE; name it too")
-    if not record.get("source"):
-        raise SourceError(
-            f"{directory} does not say what it was converted from; name the original with --original SOURCE"
-        )
-    elsewhere = record["source"].startswith("bundled:") or record.get("commit")  # found wherever this runs
-    if not elsewhere and (here := recall(record)) is not None:
-        return parse_source(str(here), file=record.get("file") if here.is_dir() else None)
-    try:
-        return parse_source(
-            record["source"],
-            file=record.get("file"),
-            revision=record.get("commit") or record.get("revision"),
-        )
-    except SourceError as error:
-        raise SourceError(
-            f"the original that {directory} remembers is gone ({error}); name it with --original SOURCE"
-        ) from None
 
 
 def _refuse_other_architecture(directory: Path, config: RwkvRevConfig, original: Original) -> None:

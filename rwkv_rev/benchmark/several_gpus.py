@@ -1,6 +1,6 @@
 """Tokens per second of ``rwkv-rev finetune`` over one and several processes of one host.
 
-    python benchmarks/several_gpus.py --shape 5.2-1.5b --processes 1,2 --context-length 65536 --chunk-length 16384
+    python -m rwkv_rev.benchmark.several_gpus --shape 5.2-1.5b --processes 1,2 --chunk-length 16384
 
 Makes a model folder of a published shape with the official initialisation and a text for its bytes, then fine-tunes it
 under ``torchrun`` with each number of processes, plain and with ``--shard-optimizer``. Each process takes one row, so
@@ -14,12 +14,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-import rwkv_rev
 from rwkv_rev.benchmark.models import SHAPES, benchmark_model
+from rwkv_rev.conversion import convert
 
 SKIPPED = 2  # steps in which kernels are compiled and memory is reserved
 
@@ -27,7 +28,7 @@ SKIPPED = 2  # steps in which kernels are compiled and memory is reserved
 def make_model(shape: str, folder: Path, device: str) -> None:
     """A folder that ``finetune`` takes: random weights, the byte tokenizer (whose ids any vocabulary has)."""
     bytes_model = folder.with_name("bytes")
-    rwkv_rev.convert("bundled:rwkv-5.2", bytes_model)
+    convert("bundled:rwkv-5.2", bytes_model)
     model = benchmark_model(shape, torch.device(device), torch.float32)
     model.save_pretrained(str(folder), max_shard_size="5GB")
     for file in bytes_model.iterdir():
@@ -65,7 +66,8 @@ def measure(
     }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print a row of JSON for each number of processes; ``arguments`` are those of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="5.2-1.5b")
     parser.add_argument("--processes", default="1,2", help="numbers of processes, comma-separated")
@@ -74,7 +76,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--tune", choices=("full", "lora"), default="full")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     counts = [int(text) for text in args.processes.split(",")]
     with tempfile.TemporaryDirectory() as scratch:
         folder, data = Path(scratch, "model"), Path(scratch, "data.txt")
