@@ -29,7 +29,8 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         if torch.is_grad_enabled():
             raise StrategyError(
                 "second derivatives (create_graph=True) are not available here: set RWKV_REV_KERNEL=naive and "
-                "compute a loss of your own from model(input_ids).logits, which PyTorch differentiates twice"
+                "bptt='full', and compute a loss of your own from model(input_ids).logits, which PyTorch "
+                "differentiates twice"
             )
         return backward(ctx, *gradients)
 
@@ -47,11 +48,19 @@ def refuse_transforms(tensors: Iterable[Tensor]) -> None:
             "torch.func (grad, vjp, jvp, vmap, ...) cannot go through here: call loss.backward() or "
             "torch.autograd.grad, or set RWKV_REV_KERNEL=naive and transform a loss of your own on logits"
         )
-    dual = forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
-    )
-    if dual:
+    if _is_dual(tensors):
         raise StrategyError(
             "forward-mode differentiation cannot go through here: call loss.backward(), or set "
             "RWKV_REV_KERNEL=naive and compute a loss of your own on logits"
         )
+
+
+def transforms_of(tensors: Iterable[Tensor]) -> bool:
+    """Whether :func:`refuse_transforms` would refuse."""
+    return torch._C._are_functorch_transforms_active() or _is_dual(tensors)
+
+
+def _is_dual(tensors: Iterable[Tensor]) -> bool:
+    return forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    )

@@ -150,7 +150,7 @@ class FinishedGradients(torch.autograd.Function):
     def forward(
         ctx: Any, compute: Callable[[], tuple[Tensor, tuple[Tensor, ...], list]], *inputs: Tensor
     ) -> Any:
-        with _hooks_withheld(inputs):
+        with hooks_withheld(inputs):
             loss, extras, gradients = compute()
         ctx.dtypes = [tensor.dtype for tensor in inputs]
         # float16 would lose small ones before the incoming gradient scales them
@@ -239,7 +239,7 @@ def like(scale: float | Tensor, total: Tensor) -> float | Tensor:
 
 
 @contextmanager
-def _hooks_withheld(tensors: Sequence[Tensor]) -> Iterator[None]:
+def hooks_withheld(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Keep hooks of ``tensors`` from being called by ``torch.autograd.grad``, which would apply them twice over."""
     withheld = [(hooks, dict(hooks)) for tensor in tensors if (hooks := tensor._backward_hooks)]
     for hooks, _ in withheld:

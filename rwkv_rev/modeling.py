@@ -22,8 +22,10 @@ from transformers.utils import logging
 from rwkv_rev import unmade
 from rwkv_rev.adapters import refuse_carried_state, refuse_recomputing
 from rwkv_rev.bptt import choose_strategy
+from rwkv_rev.bptt.any_loss import hidden_states
 from rwkv_rev.bptt.layers import run_layers
-from rwkv_rev.bptt.strategy import LossInputs, refuse_offloaded
+from rwkv_rev.bptt.strategy import LanguageModel, LossInputs, refuse_offloaded
+from rwkv_rev.bptt.sweeps import TwoSweeps
 from rwkv_rev.bptt_settings import BpttSettings
 from rwkv_rev.cache import CACHE_NAME, Piece, RwkvRevCache, handed_over
 from rwkv_rev.cells import ChannelMix, TimeMixRwkv4, TimeMixRwkv5
@@ -32,7 +34,7 @@ from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.exporting import exportable
-from rwkv_rev.first_order import refuse_transforms
+from rwkv_rev.first_order import refuse_transforms, transforms_of
 from rwkv_rev.foreign_code import strangers
 from rwkv_rev.generation import RwkvRevGenerationMixin
 from rwkv_rev.initialization import initialize_channel_mix, initialize_head, initialize_time_mix
@@ -196,6 +198,11 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
             raise ValueError(f"the state has {state.batch_size} rows, the input {batch}")
         if state.wkv.shape[0] != len(self.blocks):
             raise ValueError(f"the state has {state.wkv.shape[0]} layers, the model {len(self.blocks)}")
+        if updated is None and not output_hidden_states and self._goes_in_sweeps(length):
+            read = self._in_sweeps(input_ids, inputs_embeds, valid, state)
+            if read is not None:
+                output = RwkvRevOutput(last_hidden_state=read[0], state=exportable(read[1]))
+                return output if return_dict else output.to_tuple()
         # chunk by chunk without gradients; at once where code inside the model might look at positions
         whole = torch.is_grad_enabled() or length <= self.bptt.chunk_length or strangers(self).unknown
         starts = set(range(0, length, length if whole else self.bptt.chunk_length))
@@ -234,6 +241,57 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
             else None,
         )
         return output if return_dict else output.to_tuple()
+
+    def _goes_in_sweeps(self, length: int) -> bool:
+        """Whether the gradient of a loss that somebody else computes is to be had chunk by chunk, too."""
+        long = torch.is_grad_enabled() and length > self.bptt.chunk_length
+        return long and self.bptt.strategy in ("auto", "reversible", "checkpoint")
+
+    @torch.compiler.disable  # as the loss
+    def _in_sweeps(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        valid: Tensor | None,
+        state: RwkvRevState,
+    ) -> tuple[Tensor, RwkvRevState] | None:
+        """Hidden states and the state after them, differentiable by two sweeps; None where that cannot be."""
+        given = [] if inputs_embeds is None else [inputs_embeds]
+        tensors = [*self.parameters(), *state.tensors(), *given]
+        if not any(tensor.requires_grad for tensor in tensors) or transforms_of(tensors):
+            return None
+        batch, length, device = rows_and_tokens(input_ids, inputs_embeds)
+        inputs = LossInputs(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            valid=valid,
+            targets=torch.zeros(1, dtype=torch.int64, device=device).expand(batch, length),
+            divisor=1.0,
+            state=state,
+        )
+        bptt = self.bptt
+        strategy = choose_strategy(
+            bptt.strategy, length, chunk_length=bptt.chunk_length, tape=bptt.tape, tape_dir=bptt.tape_dir
+        )
+        assert isinstance(strategy, TwoSweeps)
+        model = cast(LanguageModel, self)
+        try:
+            found = strategy.check(model, list(self.parameters()))
+        except StrategyError as reason:  # the whole graph is right there, too
+            logger.warning_once(
+                f"the graph of the whole context is stored, and its memory grows with it: {reason}"
+            )
+            return None
+        return hidden_states(strategy, model, inputs, found)
+
+    @property
+    def checkpoints_blocks(self) -> bool:
+        """Whether blocks keep only their inputs inside a chunk (``gradient_checkpointing_enable``)."""
+        return self.gradient_checkpointing and self.training
+
+    def normalize(self, hidden: Tensor) -> Tensor:
+        """What the head reads, from the top block's output [B, C, D]."""
+        return self.ln_out(hidden)
 
     @torch.no_grad()
     def _read_first(
@@ -304,13 +362,13 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
     @property
     def checkpoints_blocks(self) -> bool:
         """Whether blocks keep only their inputs inside a chunk (``gradient_checkpointing_enable``)."""
-        return self.model.gradient_checkpointing and self.training
+        return self.model.checkpoints_blocks
 
     def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         return self.model.embed(input_ids, inputs_embeds)
 
     def normalize(self, hidden: Tensor) -> Tensor:
-        return self.model.ln_out(hidden)
+        return self.model.normalize(hidden)
 
     def run(self, x: Tensor, state: RwkvRevState, mask: ChunkMask | None) -> tuple[Tensor, RwkvRevState]:
         return self.model.run(x, state, mask)
@@ -595,9 +653,10 @@ def _tell_of_whole_graph(bptt: BpttSettings, length: int) -> None:
     if bptt.strategy == "full" or length <= bptt.chunk_length or torch.compiler.is_compiling():
         return
     logger.warning_once(
-        f"the graph of a whole context is stored: bptt={bptt.strategy!r} is for the loss that the model makes itself, "
-        "model(input_ids, labels=labels).loss, and not for a loss on its logits or hidden states, which trl's trainers "
-        "take. Such a gradient is exact, its memory grows with the context; bptt='full' says that this is meant"
+        f"the graph of a whole context is stored: bptt={bptt.strategy!r} was not taken for this loss on logits or "
+        "hidden states. Such a gradient is exact, its memory grows with the context; bptt='reversible' keeps it flat "
+        "(without output_hidden_states, a cache that records, or code that is not position-wise), bptt='full' says "
+        "that this is meant"
     )
 
 

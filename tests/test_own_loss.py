@@ -1,4 +1,4 @@
-"""Losses of one's own on logits, which no gradient strategy applies to, and metrics of ``Trainer``."""
+"""Losses of one's own on logits beside hooks that are not position-wise, and metrics of ``Trainer``."""
 
 from pathlib import Path
 from typing import Any
@@ -35,28 +35,6 @@ def test_the_gradient_of_a_loss_on_logits(strategy: str) -> None:
         found = torch.autograd.grad(cross_entropy(model(IDS).logits, IDS), parameters)
     for one, other in zip(found, expected, strict=True):
         assert relative_error(one, other) <= 1e-9
-
-
-def test_the_graph_of_a_loss_on_logits_grows_with_the_context() -> None:
-    """The whole context is kept, under ``reversible`` too."""
-
-    def kept(length: int) -> int:
-        model, ids = tiny_model("5.2"), random_tokens(length)
-        stored: dict[int, Tensor] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            stored[tensor.data_ptr()] = tensor
-            return tensor
-
-        with (
-            model.set_bptt("reversible", chunk_length=8),
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        ):
-            loss = cross_entropy(model(ids).logits, ids)
-        assert loss.requires_grad
-        return sum(tensor.nbytes for tensor in stored.values())
-
-    assert kept(320) > 5 * kept(32)
 
 
 class Rows(torch.utils.data.Dataset):

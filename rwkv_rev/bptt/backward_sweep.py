@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rwkv_rev import random_state
 from rwkv_rev.bptt.chunk_gradients import ChunkGradients, chunk_gradients
-from rwkv_rev.cells.block import ExactStates, FloatStates, flat
+from rwkv_rev.cells.block import ExactStates, FloatStates
 from rwkv_rev.errors import ReversalMismatchError
 from rwkv_rev.loss import add_gradients
 from rwkv_rev.outside_leaves import OutsideLeaves
@@ -67,14 +67,15 @@ class Sums:
             self.checks.append((chunk.index, found.exactly))
 
 
-def backward_sweep(sweep: "Sweep", runner: "Runner", states: list[ExactStates]) -> SweepResult:
-    """Gradients of all chunks, from the last, whose exact ``states`` before it are given, to the first."""
+def backward_sweep(
+    sweep: "Sweep", runner: "Runner", states: list[ExactStates], gradient: list[list[Tensor]] | None
+) -> SweepResult:
+    """Gradients of all chunks, from the last, whose exact ``states`` before it are given, to the first.
+
+    ``gradient``: of a further objective, by the values of each layer's states after the last chunk; None without one.
+    """
     tensors = sweep.parameters.tensors
     sums = Sums([None] * len(tensors), OutsideLeaves(tensors))
-    given = sweep.inputs.final_state_gradient
-    gradient = None
-    if given is not None:
-        gradient = [flat(given.layer(index)) for index in range(len(sweep.model.blocks))]
     following = None
     for chunk in reversed(sweep.chunks):
         states, gradient = runner.differentiate(chunk, states, gradient, sums)
@@ -112,6 +113,7 @@ def differentiate(
         sweep.model,
         chunk,
         sweep.replayer(chunk, states, record),
+        sweep.objective,
         sweep.parameters,
         to_end,
         sums.take,

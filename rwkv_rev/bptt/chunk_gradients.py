@@ -22,6 +22,23 @@ from rwkv_rev.outside_leaves import OutsideLeaves
 Replay = Callable[[Tensor], tuple[list[LayerGraph], Tensor | None]]
 """From a chunk's embedded input [B, C, D] to its layers computed again, and [L] bool, which are as they were before."""
 
+Found = tuple[Tensor, Tensor, list[Tensor | None]]
+Objective = Callable[[LanguageModel, Chunk, Tensor, list[Tensor], float, OutsideLeaves | None], Found]
+"""From a chunk and its normalised hidden states [B, C, D] to its loss, the gradient by the hidden states, and those by
+the parameters that the head uses; times a loss scale. May look for outside leaves."""
+
+
+def own_loss(
+    model: LanguageModel,
+    chunk: Chunk,
+    hidden: Tensor,
+    parameters: list[Tensor],
+    loss_scale: float,
+    outside: OutsideLeaves | None,
+) -> Found:
+    """The model's own objective: the chunk's share of the cross-entropy."""
+    return chunk.loss(model, hidden, parameters, loss_scale, outside)
+
 
 class Parameters:
     """The parameters that a loss is differentiated by, and which of them each part of the model may depend on.
@@ -75,6 +92,7 @@ def chunk_gradients(
     model: LanguageModel,
     chunk: Chunk,
     replay: Replay,
+    objective: Objective,
     parameters: Parameters,
     to_end: list[list[Tensor]] | None,
     take: Take,
@@ -85,13 +103,14 @@ def chunk_gradients(
     """Gradients of ``chunk``.
 
     Args:
+        objective: what the chunk's hidden states are for.
         to_end: by the values of the states after the chunk; None for none.
         take: is given the gradients of the parameters, part by part.
         outside: looks for leaves that are not among the parameters.
         half: where the model may draw random numbers, if gradients need a loss scale; None if not.
     """
     if half is None:
-        return _gradients(model, chunk, replay, parameters, to_end, take, 1.0, outside)
+        return _gradients(model, chunk, replay, objective, parameters, to_end, take, 1.0, outside)
     random = random_state.capture(half)
     taken: list[tuple[Sequence[int], int]] = []
 
@@ -104,7 +123,7 @@ def chunk_gradients(
             taken.append((indices, len(found)))
             found.extend(gradients)
 
-        result = _gradients(model, chunk, replay, parameters, to_end, keep, loss_scale, outside)
+        result = _gradients(model, chunk, replay, objective, parameters, to_end, keep, loss_scale, outside)
         return result, [*found, *(g for layer in result.to_start for g in layer), result.to_embeds]
 
     result, unscaled = scaled(attempt)
@@ -119,6 +138,7 @@ def _gradients(
     model: LanguageModel,
     chunk: Chunk,
     replay: Replay,
+    objective: Objective,
     parameters: Parameters,
     to_end: list[list[Tensor]] | None,
     take: Take,
@@ -141,7 +161,7 @@ def _gradients(
     beside = [parameters.tensors[index] for index in parameters.beside]
     to_top: Tensor | None = None
     if chunk.predicts:
-        loss, to_hidden, of_head = chunk.loss(model, hidden, parameters.tensors, scale, outside)
+        loss, to_hidden, of_head = objective(model, chunk, hidden, parameters.tensors, scale, outside)
         take(range(len(of_head)), of_head)
         *of_norm, to_top = vjp([(hidden, to_hidden)], [*beside, top])
         take(parameters.beside, of_norm)

@@ -120,7 +120,7 @@ class RecordingRunner(Runner):
             return super().advance(chunk, states)
         self._flush()
         after, coarse = self._forward.run(chunk, states, self.sweep.tape)
-        self.note_coarse(coarse)
+        self.sweep.note_coarse(coarse)
         return after
 
     def turn(self, states: list[ExactStates]) -> list[ExactStates]:
@@ -245,6 +245,7 @@ class BackwardRecording:
                     sweep.model,
                     self._chunk,
                     sweep.replayer(self._chunk, self._after, self._record.tensors()),
+                    sweep.objective,
                     parameters.replaced(tensors),
                     self._to_end,
                     take,

@@ -27,10 +27,10 @@ class Runner:
         advanced, record = sweep.advance(chunk, states)
         self._flush()  # only now: the device is busy with this chunk
         if chunk.index == 0:
-            sweep.prints.extend(layer.print for layer in advanced)
+            sweep.prints[0] = [layer.print for layer in advanced]
         else:
             self._pending = record.start()
-        self.note_coarse(record.coarse)
+        sweep.note_coarse(record.coarse)
         return [layer.states for layer in advanced]
 
     def turn(self, states: list[ExactStates]) -> list[ExactStates]:
@@ -53,23 +53,7 @@ class Runner:
         random_state.restore(self.sweep.random[chunk.index])
         return differentiate(self.sweep, chunk, states, record, to_end, sums)
 
-    def note_coarse(self, coarse: Tensor | None) -> None:
-        """Add to the sweep's coarse parts."""
-        if coarse is not None:
-            known = self.sweep.coarse
-            self.sweep.coarse = coarse.clone() if known is None else known.logical_or_(coarse)
-
     def _flush(self) -> None:
         if self._pending is not None:
             self.sweep.tape.push(self._pending())
             self._pending = None
-
-
-def choose_runner(sweep: "Sweep") -> Runner:
-    """The runner for a sweep: by recordings where they pay."""
-    from rwkv_rev.bptt import cuda_graphs
-
-    plain = not (sweep.strangers.declared or sweep.half or sweep.model.checkpoints_blocks)
-    if sweep.strategy.repeatable and plain and cuda_graphs.worthwhile(sweep.chunks, sweep.device):
-        return cuda_graphs.RecordingRunner(sweep)
-    return Runner(sweep)

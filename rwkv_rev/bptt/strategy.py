@@ -283,15 +283,22 @@ def unchanged(model: LanguageModel, tensors: list[Tensor]) -> Iterator[None]:
     tensors = [tensor for tensor in tensors if id(tensor) not in same]
     versions = [tensor._version for tensor in tensors]
     yield
+    name = changed_tensor(model, tensors, versions)
+    if name is not None:
+        raise StrategyError(
+            f"{name} was written to while the loss was computed (as spectral norm does in training), and other "
+            "chunks would see another model: use bptt='full', or put that module into eval mode"
+        )
+
+
+def changed_tensor(model: LanguageModel, tensors: list[Tensor], versions: list[int]) -> str | None:
+    """The name of a buffer or parameter that was written to since it had its version."""
     for tensor, version in zip(tensors, versions, strict=True):
         if tensor._version != version:
             module = cast(nn.Module, model)
             named = [*module.named_buffers(), *module.named_parameters()]
-            name = next(name for name, other in named if other is tensor)
-            raise StrategyError(
-                f"{name} was written to while the loss was computed (as spectral norm does in training), and other "
-                "chunks would see another model: use bptt='full', or put that module into eval mode"
-            )
+            return next((name for name, other in named if other is tensor), "a parameter")
+    return None
 
 
 _one_thread = threading.RLock()

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rwkv_rev.bptt.chunk_gradients import Parameters, Replay
+from rwkv_rev.bptt.chunk_gradients import Objective, Parameters, Replay, own_loss
 from rwkv_rev.bptt.layers import LayerGraph, advance_layers, replay_layers
 from rwkv_rev.bptt.records import Record, fingerprints, layer_record, make_record
 from rwkv_rev.bptt.strategy import Chunk, LanguageModel, LossInputs
-from rwkv_rev.cells.block import BlockAdvanced, BlockAgain, ExactStates, Plans
+from rwkv_rev.cells.block import BlockAdvanced, BlockAgain, ExactStates, FloatStates, Plans
 from rwkv_rev.foreign_code import Strangers
 from rwkv_rev.random_state import GeneratorStates
 from rwkv_rev.reversal.fingerprint import checksum
@@ -35,9 +35,12 @@ class Sweep:
         half: whether gradients of a chunk need a loss scale.
         whole_output: whether the first sweep computes the top layer's output, too: where a hook hears it, and where
             the second sweep would draw there.
-        prints: of every layer in the first chunk.
+        prints: of every layer, for chunks without a record that are computed twice: the first, and the last where
+            hidden states are handed out.
         random: the generators' states before each chunk.
         coarse: [L, B, H] bool, parts of memories that were coarse at any border.
+        hidden: collects each chunk's normalised hidden states [B, C, D] in the first sweep, if they are handed out.
+        objective: what the hidden states are for in the second sweep.
     """
 
     strategy: "TwoSweeps"
@@ -52,9 +55,11 @@ class Sweep:
     parameters: Parameters
     half: bool
     whole_output: bool = False
-    prints: list[Tensor] = field(default_factory=list)
+    prints: dict[int, list[Tensor]] = field(default_factory=dict)
     random: list[GeneratorStates] = field(default_factory=list)
     coarse: Tensor | None = None
+    hidden: list[Tensor] | None = None
+    objective: Objective = own_loss
 
     @property
     def device(self) -> torch.device:
@@ -72,10 +77,29 @@ class Sweep:
             states,
             self.plans[chunk.length],
             chunk.mask(),
-            whole_output=self.whole_output or chunk.index == 0,
+            whole_output=self.whole_output or chunk.index == 0 or self.hidden is not None,
         )
+        if self.hidden is not None:
+            out = advanced[-1].out
+            assert out is not None
+            self.hidden.append(self.model.normalize(out))
         kept = self.strategy.keep(states, advanced)
         return advanced, make_record(states, advanced, kept, exact=self.strategy.exact)
+
+    def read_last(self, states: list[ExactStates]) -> list[FloatStates]:
+        """The last chunk forwards, from the exact states before it; values after it, as the second sweep gets them."""
+        chunk = self.chunks[-1]
+        layers, _ = self.replayer(chunk, states, None)(chunk.embed(self.model, chunk.embeds()))
+        prints = [layer.replay.print for layer in layers]
+        self.prints[chunk.index] = [*prints[:-1], torch.cat([prints[-1], checksum(layers[-1].out)[None]])]
+        assert self.hidden is not None
+        self.hidden.append(self.model.normalize(layers[-1].out))
+        return [layer.replay.end for layer in layers]
+
+    def note_coarse(self, coarse: Tensor | None) -> None:
+        """Add to :attr:`coarse`."""
+        if coarse is not None:
+            self.coarse = coarse.clone() if self.coarse is None else self.coarse.logical_or_(coarse)
 
     def replayer(self, chunk: Chunk, states: list[ExactStates], record: list[list[Tensor]] | None) -> Replay:
         """How ``chunk`` is computed again.
@@ -83,7 +107,6 @@ class Sweep:
         ``states`` are the exact ones after it where there is a ``record``. Without one they are those that it began
         with itself for the last chunk; the first chunk begins with the sweep's first ones.
         """
-        only = len(self.chunks) == 1
         after = states if chunk.index < len(self.chunks) - 1 else None
         known = self.first if chunk.index == 0 else states
 
@@ -102,23 +125,26 @@ class Sweep:
 
         def replay(x: Tensor) -> tuple[list[LayerGraph], Tensor | None]:
             layers = replay_layers(self.model.blocks, x, ask, chunk.mask())
-            if record is None and (only or chunk.index > 0):
+            if record is None and chunk.index not in self.prints:
                 return layers, None
             if record is not None:
                 for number, layer in enumerate(layers):
                     kept = layer_record(record, number, len(layer.replay.states))
                     self.strategy.recovered(layer.replay, kept)
-            return layers, self._compared(layers, record)
+            return layers, self._compared(chunk, layers, record)
 
         return replay
 
-    def _compared(self, layers: list[LayerGraph], record: list[list[Tensor]] | None) -> Tensor | None:
+    def _compared(
+        self, chunk: Chunk, layers: list[LayerGraph], record: list[list[Tensor]] | None
+    ) -> Tensor | None:
         """[L] bool: which layers computed the same as in the first sweep, as far as that can be known."""
         exactly: list[Tensor] = []
         for number, layer in enumerate(layers):
             replay = layer.replay
-            compared = [self.prints[number]]
-            if record is not None:
+            if record is None:
+                compared = [self.prints[chunk.index][number]]
+            else:
                 compared = layer_record(record, number, len(replay.states)).compared
             expected, found = compared[0], replay.print
             if expected.numel() > found.numel():  # the top layer's output, where both sweeps compute it

@@ -28,11 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rwkv_rev.bptt import cuda_graphs
 from rwkv_rev.bptt.backward_sweep import SweepResult, backward_sweep
 from rwkv_rev.bptt.chunk_gradients import Parameters
 from rwkv_rev.bptt.forward_sweep import forward_sweep
 from rwkv_rev.bptt.records import LayerRecord
-from rwkv_rev.bptt.runner import choose_runner
+from rwkv_rev.bptt.runner import Runner
 from rwkv_rev.bptt.strategy import (
     LanguageModel,
     LossInputs,
@@ -46,7 +47,7 @@ from rwkv_rev.bptt.strategy import (
     unchanged,
 )
 from rwkv_rev.bptt.sweep import Sweep
-from rwkv_rev.cells.block import BlockAdvanced, BlockAgain, BlockReplay, ExactStates, Plans
+from rwkv_rev.cells.block import BlockAdvanced, BlockAgain, BlockReplay, ExactStates, Plans, flat
 from rwkv_rev.cells.contract import detached
 from rwkv_rev.foreign_code import Strangers
 from rwkv_rev.loss import FinishedGradients
@@ -114,6 +115,26 @@ class TwoSweeps(Strategy):
         outcome: dict[str, Any],
         found: Strangers,
     ) -> tuple[Tensor, tuple[Tensor, ...], list]:
+        device = inputs.targets.device
+        outcome.update(strategy=self.name, chunk_length=self.chunk_length)
+        with Tape(self.tape, device, self.tape_dir) as tape:
+            sweep = self.begin_sweep(model, inputs, parameters, found, tape)
+            runner = choose_runner(sweep)
+            last = forward_sweep(sweep, runner)
+            outcome["tape_bytes"] = tape.peak_nbytes
+            given, to_end = inputs.final_state_gradient, None
+            if given is not None:
+                to_end = [flat(given.layer(index)) for index in range(len(model.blocks))]
+            result = backward_sweep(sweep, runner, last, to_end)
+            self.finish(outcome)
+        warn_of_coarse_heads(sweep.coarse)
+        wanted = sweep.parameters.tensors
+        return result.loss, tuple(result.end.tensors()), in_order(leaves, roles(inputs, wanted, result))
+
+    def begin_sweep(
+        self, model: LanguageModel, inputs: LossInputs, parameters: list[Tensor], found: Strangers, tape: Tape
+    ) -> Sweep:
+        """What both sweeps go through, before the first chunk; for the model's own loss."""
         self.begin(model, inputs)
         for block in model.blocks:
             block.refuse_changing()
@@ -121,39 +142,33 @@ class TwoSweeps(Strategy):
         plans = {
             length: [block.plan(length) for block in model.blocks] for length in {c.length for c in chunks}
         }
-        device = inputs.targets.device
-        outcome.update(strategy=self.name, chunk_length=self.chunk_length)
+        values = [tuple(detached(state) for state in inputs.state.layer(i)) for i in range(len(model.blocks))]
         wanted = [parameter for parameter in parameters if parameter.requires_grad]
-        with Tape(self.tape, device, self.tape_dir) as tape:
-            values = [
-                tuple(detached(state) for state in inputs.state.layer(i)) for i in range(len(model.blocks))
-            ]
-            first = self.prepare(
-                [block.exact(state) for block, state in zip(model.blocks, values, strict=True)]
-            )
-            sweep = Sweep(
-                self,
-                model,
-                inputs,
-                chunks,
-                plans,
-                first,
-                tape,
-                devices(parameters, inputs),
-                found,
-                Parameters(model, wanted, foreign=found.brings_tensors),
-                float16_gradients(parameters, device),
-            )
-            runner = choose_runner(sweep)
-            last = forward_sweep(sweep, runner)
-            outcome["tape_bytes"] = tape.peak_nbytes
-            result = backward_sweep(sweep, runner, last)
-            self.finish(outcome)
-        _warn_of_coarse_heads(sweep.coarse)
-        return result.loss, tuple(result.end.tensors()), in_order(leaves, _roles(inputs, wanted, result))
+        return Sweep(
+            self,
+            model,
+            inputs,
+            chunks,
+            plans,
+            self.prepare([block.exact(state) for block, state in zip(model.blocks, values, strict=True)]),
+            tape,
+            devices(parameters, inputs),
+            found,
+            Parameters(model, wanted, foreign=found.brings_tensors),
+            float16_gradients(parameters, inputs.targets.device),
+        )
 
 
-def _warn_of_coarse_heads(coarse: Tensor | None) -> None:
+def choose_runner(sweep: Sweep) -> Runner:
+    """The runner for a sweep: by recordings where they pay."""
+    plain = not (sweep.strangers.declared or sweep.half or sweep.model.checkpoints_blocks)
+    if sweep.strategy.repeatable and plain and cuda_graphs.worthwhile(sweep.chunks, sweep.device):
+        return cuda_graphs.RecordingRunner(sweep)
+    return Runner(sweep)
+
+
+def warn_of_coarse_heads(coarse: Tensor | None) -> None:
+    """Warn where parts of memories [L, B, H] were coarse at a border."""
     if coarse is None or not bool(coarse.any()):
         return
     layer, _, head = coarse.nonzero()[0].tolist()
@@ -165,7 +180,7 @@ def _warn_of_coarse_heads(coarse: Tensor | None) -> None:
     )
 
 
-def _roles(
+def roles(
     inputs: LossInputs, parameters: list[Tensor], found: SweepResult
 ) -> list[tuple[Tensor, Tensor | None]]:
     """Everything that the loss was differentiated by, with its gradient; a tensor may have several roles."""

@@ -1,0 +1,179 @@
+"""Any loss on the same two sweeps: the hidden states of a long context as one differentiable operation.
+
+Where somebody computes a loss of their own, from logits or hidden states, the model does not know it when the context
+is read. The forward pass is then the first sweep, which hands out the hidden states of every chunk [B, C, D]; the
+backward pass is the second one, given the gradient by each chunk's hidden states instead of computing a loss. Kept in
+between are the tape and the hidden states, O(T D) numbers, instead of a graph of some 30 T L D.
+
+The backward pass runs under the forward's autocast, kernels and random draws, whatever thread autograd calls it in.
+"""
+
+import contextvars
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_rev import adapters, random_state
+from rwkv_rev.bptt.backward_sweep import backward_sweep
+from rwkv_rev.bptt.forward_sweep import forward_sweep
+from rwkv_rev.bptt.runner import Runner
+from rwkv_rev.bptt.strategy import (
+    Chunk,
+    LanguageModel,
+    LossInputs,
+    changed_tensor,
+    in_order,
+    trainable,
+    uncached,
+    unchanged,
+)
+from rwkv_rev.bptt.sweeps import TwoSweeps, roles, warn_of_coarse_heads
+from rwkv_rev.cells.block import flat
+from rwkv_rev.errors import StrategyError
+from rwkv_rev.first_order import first_order
+from rwkv_rev.foreign_code import Strangers
+from rwkv_rev.loss import hooks_withheld
+from rwkv_rev.outside_leaves import OutsideLeaves
+from rwkv_rev.reversal.tape import Tape
+from rwkv_rev.state import RwkvRevState
+
+
+def hidden_states(
+    strategy: TwoSweeps, model: LanguageModel, inputs: LossInputs, found: Strangers
+) -> tuple[Tensor, RwkvRevState]:
+    """Normalised hidden states [B, T, D] of ``inputs`` and the state after them, both differentiable, once.
+
+    Args:
+        found: code of others inside the model, of which none may be unknown.
+    """
+    parameters: list[Tensor] = list(model.parameters())
+    leaves = trainable(parameters, inputs)
+    reading = _Reading(strategy, model, inputs, parameters, leaves, found)
+    hidden, *state = _HiddenStates.apply(reading, *leaves)
+    return hidden, type(inputs.state)(*state)
+
+
+class _HiddenStates(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, reading: "_Reading", *leaves: Tensor) -> Any:
+        ctx.reading = reading
+        ctx.dtypes = [tensor.dtype for tensor in leaves]
+        return reading.forward()
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, to_hidden: Tensor, *to_state: Tensor) -> Any:
+        if ctx.reading is None:
+            raise StrategyError(
+                "the gradient of these hidden states was already taken, and the tape that it needs is used up: call "
+                "the model again, or use bptt='full', whose graph can be kept"
+            )
+        reading, ctx.reading = ctx.reading, None
+        found = reading.context.run(reading.backward, to_hidden, list(to_state))
+        return (None, *(g if g is None else g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True)))
+
+
+class _Reading:
+    """One context that was read, until its gradient is taken."""
+
+    def __init__(
+        self,
+        strategy: TwoSweeps,
+        model: LanguageModel,
+        inputs: LossInputs,
+        parameters: list[Tensor],
+        leaves: list[Tensor],
+        found: Strangers,
+    ) -> None:
+        self._strategy, self._model, self._inputs = strategy, model, inputs
+        self._leaves = leaves
+        same = adapters.put_back(cast(nn.Module, model))
+        self._watched = [tensor for tensor in (*parameters, *found.buffers) if id(tensor) not in same]
+        self._versions = [tensor._version for tensor in self._watched]
+        self._wanted = [parameter for parameter in parameters if parameter.requires_grad]
+        self._autocast = _autocast_now(inputs.targets.device)
+        self.context = contextvars.copy_context()  # autograd's thread of a device has another
+        tape = Tape(strategy.tape, inputs.targets.device, strategy.tape_dir)
+        with uncached(inputs.targets.device):
+            self._sweep = strategy.begin_sweep(model, inputs, parameters, found, tape)
+        self._sweep.hidden = []
+        self._runner = Runner(self._sweep)
+        self._last: list[Any] = []
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """Hidden states [B, T, D] and the tensors of the state after them."""
+        sweep = self._sweep
+        with torch.no_grad(), unchanged(self._model, self._watched), uncached(sweep.device):
+            self._last = forward_sweep(sweep, self._runner)
+            end = sweep.read_last(self._last)
+        warn_of_coarse_heads(sweep.coarse)
+        assert sweep.hidden is not None
+        hidden, sweep.hidden = torch.cat(sweep.hidden, dim=1), None
+        return (hidden, *type(self._inputs.state).stack(end).tensors())
+
+    def backward(self, to_hidden: Tensor, to_state: list[Tensor]) -> list[Tensor | None]:
+        """Gradients of the leaves."""
+        changed = changed_tensor(self._model, self._watched, self._versions)
+        if changed is not None:
+            raise StrategyError(
+                f"{changed} was changed between the forward pass that gave these hidden states and its gradient, "
+                "which computes the context again: take the gradient before the step, or use bptt='full'"
+            )
+        sweep, kind = self._sweep, type(self._inputs.state)
+        sweep.objective = _Given(to_hidden)
+        given = kind(*to_state)
+        to_end = [flat(given.layer(index)) for index in range(len(self._model.blocks))]
+        now = random_state.capture(sweep.places)
+        try:
+            with (
+                torch.no_grad(),
+                self._autocast(),
+                hooks_withheld(self._leaves),
+                unchanged(self._model, self._watched),
+                uncached(sweep.device),
+                sweep.tape,
+            ):
+                result = backward_sweep(sweep, self._runner, self._last, to_end)
+        finally:
+            random_state.restore(now)
+        return in_order(self._leaves, roles(self._inputs, self._wanted, result))
+
+
+class _Given:
+    """The objective whose gradient by the hidden states [B, T, D] is given."""
+
+    def __init__(self, to_hidden: Tensor) -> None:
+        self._to_hidden = to_hidden
+
+    def __call__(
+        self,
+        model: LanguageModel,
+        chunk: Chunk,
+        hidden: Tensor,
+        parameters: list[Tensor],
+        loss_scale: float,
+        outside: OutsideLeaves | None,
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        to_hidden = self._to_hidden[:, chunk.start : chunk.stop]
+        return torch.zeros((), device=hidden.device), to_hidden * loss_scale, []
+
+
+def _autocast_now(device: torch.device) -> Any:
+    """A function that gives a context in which autocast is what it is now, on the device and on the CPU."""
+    kinds = {kind: _autocast_of(kind) for kind in {"cpu", device.type}}
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with ExitStack() as stack:
+            for kind, (enabled, dtype) in kinds.items():
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
+            yield
+
+    return again
+
+
+def _autocast_of(kind: str) -> tuple[bool, torch.dtype]:
+    return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)

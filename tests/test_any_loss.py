@@ -1,0 +1,290 @@
+"""Losses of one's own over long contexts: the same two sweeps, whatever the hidden states are for."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bptt_cases import (
+    VERSIONS,
+    english,
+    load,
+    random_like,
+    random_state,
+    random_tokens,
+    relative_error,
+    tiny_model,
+)
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from rwkv_rev import RwkvRevForCausalLM, RwkvRevState, position_wise
+from rwkv_rev.errors import ReversalMismatchError, StrategyError
+
+# peft still uses names that transformers renamed
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+IDS = random_tokens(27, batch=2)
+CHUNK = 8
+
+
+def objective(logits: Tensor) -> Tensor:
+    """A loss that is no cross-entropy and that no chunk knows alone."""
+    log_p = logits.log_softmax(-1)
+    return -(log_p[..., 3] * log_p.logsumexp(1)[..., 5, None]).mean() + log_p.square().mean()
+
+
+def gradients(model: Any, strategy: str, **inputs: Any) -> tuple[Tensor, list[Tensor | None]]:
+    """Of :func:`objective`, and of the final state, by parameters and by given tensors that require one."""
+    given = [value for value in inputs.values() if isinstance(value, Tensor) and value.requires_grad]
+    state = inputs.get("state")
+    given += [tensor for tensor in state.tensors() if tensor.requires_grad] if state is not None else []
+    with model.set_bptt(strategy, chunk_length=CHUNK):
+        output = model(**inputs)
+        loss = objective(output.logits) + random_like(output.state).inner(output.state) / 100
+    found = torch.autograd.grad(loss, [*model.parameters(), *given], allow_unused=True)
+    return loss.detach(), list(found)
+
+
+def agree(found: list[Tensor | None], expected: list[Tensor | None], bound: float) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            assert relative_error(one, other) <= bound
+
+
+@pytest.mark.parametrize("case", ["plain", "holes and a state", "embeddings", "blocks checkpointed"])
+@pytest.mark.parametrize("strategy", ["auto", "reversible", "checkpoint"])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_gradients_are_those_of_full(version: str, strategy: str, case: str) -> None:
+    model = tiny_model(version, dtype=torch.float64)
+    inputs: dict[str, Any] = {"input_ids": IDS}
+    if case == "holes and a state":
+        mask = torch.ones_like(IDS)
+        mask[0, :5], mask[1, 9:12], mask[1, -3:] = 0, 0, 0
+        inputs |= {"attention_mask": mask, "state": random_state(model, 2, learned=True)}
+    elif case == "embeddings":
+        inputs = {"inputs_embeds": model.get_input_embeddings()(IDS).detach().requires_grad_()}
+    elif case == "blocks checkpointed":
+        model.model.gradient_checkpointing = True
+    loss, expected = gradients(model, "full", **inputs)
+    found_loss, found = gradients(model, strategy, **inputs)
+    # the grid of RWKV-5's states is 2**-27 of their largest number
+    bound = 1e-10 if version == "4" else 1e-5
+    assert float((found_loss - loss).abs()) <= bound
+    agree(found, expected, bound)
+
+
+@pytest.mark.parametrize("version", ["4", "5.2"])
+def test_the_same_bits_as_the_models_own_loss(version: str, bundled: dict[str, Path]) -> None:
+    """The cross-entropy of the hidden states, computed outside: what each chunk gets is what it computes itself."""
+    model, ids = load(bundled[version]), english(300)
+    parameters = list(model.model.parameters())
+    with model.set_bptt("reversible", chunk_length=64):
+        own = model(ids, labels=ids)
+        expected = torch.autograd.grad(own.loss, parameters)
+        logits = model(ids).logits
+        loss = torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:])
+        found = torch.autograd.grad(loss, parameters)
+    torch.testing.assert_close(loss, own.loss, rtol=1e-6, atol=0)
+    agree(list(found), list(expected), 1e-5)
+
+
+def stored(model: RwkvRevForCausalLM, length: int) -> int:
+    """Bytes of tensors that autograd keeps for the gradient of a loss on logits."""
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(random_tokens(length)).last_hidden_state.square().mean()
+    assert loss.requires_grad
+    return sum(tensor.nbytes for tensor in kept.values())
+
+
+def test_only_the_hidden_states_grow() -> None:
+    model = tiny_model("5.2").model
+    model.bptt = replace(model.bptt, strategy="reversible", chunk_length=CHUNK)
+    short, long = stored(model, 64), stored(model, 640)
+    assert long - short <= 2 * (640 - 64) * model.config.hidden_size * 4
+
+
+@pytest.mark.parametrize("strategy", ["reversible", "checkpoint"])
+def test_dropout_draws_the_same_in_both_sweeps(strategy: str) -> None:
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=4, lora_dropout=0.5, target_modules=["key", "output"])
+    model = peft.get_peft_model(tiny_model("5.2"), settings).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+    base = model.base_model.model
+    with base.set_bptt(strategy, chunk_length=CHUNK):
+        torch.manual_seed(5)
+        output = model(input_ids=IDS)
+        before = torch.get_rng_state()
+        found = torch.autograd.grad(objective(output.logits), trained)
+        assert torch.equal(torch.get_rng_state(), before), "the gradient draws nothing of the caller's"
+        # finite differences along the gradient, with the same draws
+        norm = torch.stack([g.square().sum() for g in found]).sum().sqrt()
+        losses = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for parameter, g in zip(trained, found, strict=True):
+                    parameter.add_(sign * 1e-2 * g / norm)
+                torch.manual_seed(5)
+                losses.append(objective(_grad_free(model)))
+                for parameter, g in zip(trained, found, strict=True):
+                    parameter.sub_(sign * 1e-2 * g / norm)
+    slope = (losses[0] - losses[1]) / 2e-2
+    assert float(slope) == pytest.approx(float(norm), rel=0.02)
+
+
+def _grad_free(model: Any) -> Tensor:
+    return model(input_ids=IDS).logits
+
+
+def test_two_contexts_before_either_gradient() -> None:
+    """As in DPO: chosen and rejected are read, then one loss of both."""
+    model = tiny_model("5.2")
+    other = random_tokens(27, batch=2, seed=9)
+    parameters = list(model.parameters())
+
+    def loss(first: Tensor, second: Tensor) -> Tensor:
+        return -torch.nn.functional.logsigmoid(
+            objective(model(first).logits) - objective(model(second).logits)
+        )
+
+    with model.set_bptt("full"):
+        expected = torch.autograd.grad(loss(IDS, other), parameters)
+    with model.set_bptt("reversible", chunk_length=CHUNK):
+        found = torch.autograd.grad(loss(IDS, other), parameters)
+    agree(list(found), list(expected), 1e-5)
+
+
+def test_a_state_handed_on_carries_its_gradient() -> None:
+    model = tiny_model("5.2")
+    parameters = list(model.parameters())
+
+    def loss() -> Tensor:
+        first = model(IDS)
+        return objective(model(IDS, state=first.state).logits)
+
+    with model.set_bptt("full"):
+        expected = torch.autograd.grad(loss(), parameters)
+    with model.set_bptt("reversible", chunk_length=CHUNK):
+        found = torch.autograd.grad(loss(), parameters)
+    agree(list(found), list(expected), 1e-4)
+
+
+@pytest.mark.parametrize("tape", ["host", "device", "disk"])
+def test_autocast_of_the_forward_pass_holds_in_the_backward(tape: str, tmp_path: Path) -> None:
+    model = tiny_model("5.2")
+    parameters = list(model.parameters())
+    found = []
+    for strategy in ("checkpoint", "reversible"):
+        with model.set_bptt(strategy, chunk_length=CHUNK, tape=tape, tape_dir=str(tmp_path)):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = objective(model(IDS).logits.float())
+            found.append(torch.autograd.grad(loss, parameters))  # outside of autocast
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    with model.set_bptt("full"), torch.autocast("cpu", torch.bfloat16):
+        whole = torch.autograd.grad(objective(model(IDS).logits.float()), parameters)
+    agree(list(found[1]), list(whole), 0.2)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def model() -> Iterator[RwkvRevForCausalLM]:
+    model = tiny_model("5.2")
+    with model.set_bptt("reversible", chunk_length=CHUNK):
+        yield model
+
+
+def test_weights_changed_in_between_are_refused(model: RwkvRevForCausalLM) -> None:
+    loss = objective(model(IDS).logits)
+    with torch.no_grad():
+        model.model.blocks[1].time_mix.key.weight.mul_(1.001)
+    with pytest.raises(StrategyError, match=r"blocks\.1\.time_mix\.key\.weight was changed between"):
+        loss.backward()
+
+
+def test_a_second_gradient_is_refused(model: RwkvRevForCausalLM) -> None:
+    loss = objective(model(IDS).logits)
+    loss.backward(retain_graph=True)
+    with pytest.raises(StrategyError, match="was already taken"):
+        loss.backward()
+    loss = objective(model(IDS).logits)
+    with pytest.raises(StrategyError, match="second derivatives"):
+        torch.autograd.grad(loss, model.head.weight, create_graph=True)
+        torch.autograd.grad(loss, model.model.ln0.weight, create_graph=True)
+
+
+@pytest.mark.parametrize("call", range(2 * 4))
+def test_a_fault_in_either_sweep_is_found(model: RwkvRevForCausalLM, call: int) -> None:
+    """Every chunk is computed twice here, the last one too."""
+    seen = [0]
+
+    @position_wise
+    def once(module: Any, given: Any, output: Tensor) -> Tensor:
+        seen[0] += 1
+        return output + 1e-3 if seen[0] == call + 1 else output
+
+    model.model.blocks[1].channel_mix.key.register_forward_hook(once)
+    with pytest.raises(ReversalMismatchError):
+        objective(model(IDS).logits).backward()
+    assert seen[0] > call
+
+
+def test_code_that_is_not_known_gets_the_whole_graph(model: RwkvRevForCausalLM) -> None:
+    """Right, too, and said."""
+    model.model.blocks[0].register_forward_hook(lambda module, given, output: None)
+    with model.set_bptt("full"):
+        expected = torch.autograd.grad(objective(model(IDS).logits), list(model.parameters()))
+    found = torch.autograd.grad(objective(model(IDS).logits), list(model.parameters()))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids = random_tokens(27, seed=index)[0]
+        return {"input_ids": ids, "labels": ids}
+
+
+def test_label_smoothing_of_trainer(tmp_path: Path) -> None:
+    """One step with ``label_smoothing_factor``, whose loss is Trainer's own."""
+    trained = []
+    for strategy in ("full", "reversible"):
+        model = tiny_model("5.2", bptt=strategy, chunk_length=CHUNK)
+        settings = TrainingArguments(
+            str(tmp_path),
+            label_smoothing_factor=0.1,
+            per_device_train_batch_size=4,
+            num_train_epochs=1,
+            optim="sgd",
+            learning_rate=0.1,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        Trainer(model, settings, train_dataset=Rows()).train()
+        trained.append(model)
+    for one, other in zip(trained[0].parameters(), trained[1].parameters(), strict=True):
+        assert relative_error(one.detach(), other.detach()) <= 1e-6
+
+
+def test_nothing_to_train_keeps_no_tape(model: RwkvRevForCausalLM) -> None:
+    model.requires_grad_(False)
+    output = model(IDS)
+    assert not output.logits.requires_grad
+    assert isinstance(output.state, RwkvRevState)
