@@ -8,6 +8,7 @@ import typer
 from rwkv_rev.cli import output as out
 from rwkv_rev.cli.counts import count
 from rwkv_rev.folders.folder import refuse_no_model
+from rwkv_rev.training.config import refuse_half_named
 from rwkv_rev.training.sources import find_sources
 
 
@@ -33,7 +34,13 @@ def eval(
     ] = 16384,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 1,
     max_tokens: Annotated[int, typer.Option(min=0, help="Read at most about so many tokens; 0 for all.")] = 0,
-    text_field: Annotated[str | None, typer.Option(help="Field of the text in records.")] = None,
+    text_field: Annotated[str | None, typer.Option(help="Field of the text in records.  [text]")] = None,
+    prompt_field: Annotated[
+        str | None, typer.Option(help="Field of the prompt; not scored.  [prompt]")
+    ] = None,
+    completion_field: Annotated[
+        str | None, typer.Option(help="Field of the completion.  [completion]")
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw bits per byte by position.")
     ] = None,
@@ -60,7 +67,8 @@ def eval(
 
       rwkv-rev eval my-book --data book.txt --context-length 1048576 --plot positions.png
     """
-    refuse_no_model(directory)  # before anything heavy is imported
+    refuse_half_named(text_field, prompt_field, completion_field)  # before anything heavy is imported
+    refuse_no_model(directory)
     find_sources(data)
     from rwkv_rev.training.evaluate import evaluate_directory
     from rwkv_rev.training.plots import plot_buckets, refuse_without_matplotlib
@@ -74,6 +82,8 @@ def eval(
         batch_size=batch_size,
         max_tokens=max_tokens,
         text_field=text_field,
+        prompt_field=prompt_field,
+        completion_field=completion_field,
         dtype=dtype,
         device=device,
         cache_dir=cache_dir,

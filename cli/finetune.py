@@ -75,9 +75,9 @@ def finetune(
     pack: Annotated[
         bool | None, typer.Option("--pack", help="One stream of all documents; state leaks between them.")
     ] = None,
-    text_field: Annotated[Text, typer.Option(help="Field of the text in records.")] = None,
-    prompt_field: Annotated[Text, typer.Option(help="Field of the prompt; no loss on it.")] = None,
-    completion_field: Annotated[Text, typer.Option(help="Field of the completion.")] = None,
+    text_field: Annotated[Text, typer.Option(help="Field of the text in records.  [text]")] = None,
+    prompt_field: Annotated[Text, typer.Option(help="Field of the prompt; no loss on it.  [prompt]")] = None,
+    completion_field: Annotated[Text, typer.Option(help="Field of the completion.  [completion]")] = None,
     seed: Annotated[Number, typer.Option(help="Of data order and new parameters.  [0]")] = None,
     eval_data: Annotated[list[str] | None, typer.Option(help="Held-out data; repeatable.")] = None,
     eval_every: Annotated[Number, typer.Option(help="Steps between evaluations.")] = None,

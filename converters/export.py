@@ -29,6 +29,7 @@ from rwkv_rev.errors import OutputError
 from rwkv_rev.folders.folder import refuse_links, tokenizer_files
 from rwkv_rev.folders.safe_input import read_object
 from rwkv_rev.folders.safe_output import check_output, require_space, whole_directory, whole_file
+from rwkv_rev.loading import missing_tokenizer
 from rwkv_rev.tokenization.fast import fast_tokenizer
 
 TARGETS = ("blinkdl", "hf")
@@ -106,7 +107,11 @@ def export(
             with whole_directory(output, force=force) as folder:
                 write_shards(plan_shards(entries, max_shard_size), folder, model.tensor)
                 _write_companions(model, folder)
-        return Export(output, layout, len(table), nbytes, _note(model.config, layout))
+        note = missing_tokenizer(directory) if to == "hf" else None
+        note = (
+            f"{note}, and export again: the folder has none either" if note else _note(model.config, layout)
+        )
+        return Export(output, layout, len(table), nbytes, note)
 
 
 def _as_stored(

@@ -21,7 +21,9 @@ from rwkv_rev.converters.wrappers import note_on_wrappers
 from rwkv_rev.errors import CheckpointError
 from rwkv_rev.folders.folder import is_converted
 from rwkv_rev.folders.hub import resolve
+from rwkv_rev.folders.safe_input import read_object
 from rwkv_rev.folders.source import parse_source
+from rwkv_rev.loading import missing_tokenizer
 from rwkv_rev.numerics import bits_forgotten_per_step
 
 QUANTILES = {"min": 0.0, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "99 %": 0.99, "max": 1.0}
@@ -95,7 +97,8 @@ def inspect_source(
     if is_converted(source):
         with ConvertedModel(source) as model:
             names = {name: name for name in model.names()}
-            return _inspection(str(source), "converted", model.config, model, names)
+            found = _inspection(str(source), "converted", model.config, model, names)
+            return replace(found, tokenizer=_tokenizer_in(Path(source), found.tokenizer))
     parsed = parse_source(str(source), file=file, revision=revision)
     with open_checkpoint(resolve(parsed, progress=progress)) as checkpoint:
         architecture = detect(checkpoint)
@@ -145,6 +148,15 @@ def _inspection(
 def _quantiles(log_decay: torch.Tensor) -> tuple[float, ...]:
     bits = bits_forgotten_per_step(log_decay).flatten()
     return tuple(torch.quantile(bits, torch.tensor(list(QUANTILES.values()), dtype=bits.dtype)).tolist())
+
+
+def _tokenizer_in(folder: Path, by_vocabulary: str) -> str:
+    """The name of a model folder's own tokenizer."""
+    if missing_tokenizer(folder) is not None:
+        return "none in this folder"
+    kind = read_object(folder / "tokenizer_config.json").get("tokenizer_class")
+    ours = {"RwkvByteTokenizer": "byte", "RwkvWorldTokenizer": "world"}
+    return ours.get(str(kind), by_vocabulary)
 
 
 def _tokenizer(vocab_size: int) -> str:

@@ -39,17 +39,23 @@ def generate(
         stream: print each token to stdout as it is made.
 
     Raises:
-        SourceError, CheckpointError: if the folder is not a whole model. DataError: for a prompt without tokens.
+        SourceError, CheckpointError: if the folder is not a whole model. DataError: for a prompt without tokens, or
+            of another model's.
         ConfigError: for a value that means nothing. RwkvRevError: for a device that is not there.
     """
     _check(prompt, max_new_tokens, temperature, top_p, seed)
-    with ConvertedModel(directory):
-        pass  # refuses what is not a whole model, in one line
+    with ConvertedModel(directory) as source:  # refuses what is not a whole model, in one line
+        vocab_size = source.config.vocab_size
     place = choose_device(device)
     tokenizer = load_tokenizer(directory)
     inputs = tokenizer(prompt, return_tensors="pt").to(place)
     if inputs["input_ids"].shape[1] == 0:
         raise DataError("the prompt holds no tokens; give at least one character")
+    if (highest := int(inputs["input_ids"].max())) >= vocab_size:
+        raise DataError(
+            f"token id {highest} of the prompt is outside the model's vocabulary of {vocab_size}; save the model's own "
+            f"tokenizer in {directory}"
+        )
     dtype = torch.float32 if place.type == "cpu" else "auto"
     model = load_model(directory, place, dtype).eval()
     if seed is not None:

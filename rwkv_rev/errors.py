@@ -22,6 +22,7 @@ _OPTION = re.compile(
     r"(?<![\w-])--(no-)?([a-z]+(?:-[a-z]+)*)(?![\w-])"
     r"(?: (?:([A-Z]+|world\|[\w|]+)|(auto|none|naive|rwkv|blinkdl|disk|reversible|lora|float32))(?!\w))?"
 )
+_SET = re.compile(r"(?<![\w-])--set (?=\w+=)")
 _COMMAND = re.compile(r"(\b(?:rwkv-rev|pip|accelerate|torchrun|hf auth) [^,;:)]*)")  # its options are its own
 _on_command_line = False
 
@@ -35,6 +36,10 @@ def options_in_messages() -> Iterator[None]:
         yield
     finally:
         _on_command_line = before
+
+
+def _as_arguments(text: str) -> str:
+    return _OPTION.sub(_as_argument, _SET.sub("", text))
 
 
 def _as_argument(option: re.Match[str]) -> str:
@@ -55,7 +60,7 @@ class RwkvRevError(Exception):
         if _on_command_line:
             return text
         parts = _COMMAND.split(text)  # in between, and commands
-        return "".join(part if i % 2 else _OPTION.sub(_as_argument, part) for i, part in enumerate(parts))
+        return "".join(part if i % 2 else _as_arguments(part) for i, part in enumerate(parts))
 
 
 class ConfigError(RwkvRevError, ValueError):

@@ -4,6 +4,8 @@ A model that takes ``**kwargs`` swallows keyword arguments. ``shift_labels`` is 
 documents in one row, or of one document on several devices, is refused: one recurrent state runs through the row.
 """
 
+import difflib
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -68,8 +70,21 @@ def refuse_unknown_keywords(kwargs: dict[str, Any]) -> None:
     for name, value in kwargs.items():
         if value is not None and name not in _WITHOUT_EFFECT:
             raise TypeError(
-                f"forward() got an unexpected keyword argument {name!r}, which would be without effect"
+                f"forward() got an unexpected keyword argument {name!r}, which would be without effect; "
+                f"{_what_there_is(name)}"
             )
+
+
+def _what_there_is(name: str) -> str:
+    """The nearest keyword to one that there is not, or all of them."""
+    from rwkv_rev.modeling import RwkvRevForCausalLM
+
+    takes = [*inspect.signature(RwkvRevForCausalLM.forward).parameters, "shift_labels"]
+    takes = [known for known in takes if known not in ("self", "kwargs")]
+    if name in takes:
+        return "the model with an output layer takes it, RwkvRevForCausalLM"
+    near = difflib.get_close_matches(name, takes, n=1)
+    return f"did you mean {near[0]}?" if near else f"it takes {', '.join(takes)}"
 
 
 def refuse_replica(model: nn.Module) -> None:

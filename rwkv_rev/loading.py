@@ -60,12 +60,22 @@ def load_tokenizer(name: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     refuse_special_inside(Path(name))
+    if (missing := missing_tokenizer(name)) is not None:
+        raise SourceError(missing)
     with _damaged(f"no tokenizer can be loaded from {name}: name one with convert --tokenizer", SourceError):
         tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
         longest = tokenizer.model_max_length
         if isinstance(longest, bool) or not isinstance(longest, int | float) or not longest >= 1:
             raise ValueError(f"model_max_length = {longest!r}")
         return tokenizer
+
+
+def missing_tokenizer(directory: str | Path) -> str | None:
+    """What is wrong with a model folder that holds no tokenizer; None for whatever else."""
+    folder = Path(directory)
+    if (folder / "tokenizer_config.json").is_file() or not (folder / "config.json").is_file():
+        return None
+    return f"no tokenizer in {directory}; save it there: tokenizer.save_pretrained({str(directory)!r})"
 
 
 def _check_generation(model: Any) -> None:

@@ -116,7 +116,20 @@ def test_bad_files(cli: Cli, tmp_path: Path, kind: str) -> None:
         (("frobnicate",), 2, ("frobnicate",)),
         (("inspect", "several", "--file", "a.pth"), 1, ("a.pth",)),
         (("export", "several", "--output", "x.pth"), 1, ("not a converted model", "rwkv-rev convert")),
-        (("export", "nowhere", "--output", "x.pth"), 1, ("nowhere is not a folder",)),
+        (
+            ("export", "nowhere", "--output", "x.pth"),
+            1,
+            ("nowhere is not a folder", "rwkv-rev convert SOURCE"),
+        ),
+        (
+            ("finetune", "bundled:rwkv-5.2", "--data", "plain", "--output", "x"),
+            1,
+            ("is not a folder", "make a model of it: rwkv-rev convert bundled:rwkv-5.2\n"),
+        ),
+        (("verify", "several/a.pth"), 1, ("make a model of it: rwkv-rev convert several/a.pth\n",)),
+        (("eval", "o/n", "--data", "plain"), 1, ("make a model of it: rwkv-rev convert o/n\n",)),
+        (("generate", "several", "--prompt", "a"), 1, ("convert it first: rwkv-rev convert several\n",)),
+        (("verify", "a b"), 1, ("convert it first: rwkv-rev convert 'a b'\n",)),
         (("export", "several", "--to", "gguf", "--output", "x"), 2, ("gguf",)),
         (("generate", "several", "--prompt", "a"), 1, ("not a converted model",)),
         (("generate", "several", "--prompt", "a", "--top-p", "2"), 2, ("top-p",)),
@@ -130,6 +143,7 @@ def test_wrong_arguments(
     for name in ("a.pth", "b.pth"):
         (tmp_path / "several" / name).write_bytes(b"short")
     (tmp_path / "plain").touch()
+    (tmp_path / "a b").mkdir()
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "config.json").write_text("{}")
     before = files(tmp_path)

@@ -27,6 +27,7 @@ from rwkv_rev.errors import OutputError, RwkvRevError, options_in_messages
             "accelerate launch --multi_gpu, and --shard-optimizer",
             "accelerate launch --multi_gpu, and shard_optimizer=True",
         ),
+        ("put it there: --set end_token=0, or --pack", "put it there: end_token=0, or pack=True"),
         ("pip install --upgrade torch", "pip install --upgrade torch"),
         ("use --force, then rwkv-rev convert --force", "use force=True, then rwkv-rev convert --force"),
     ],

@@ -137,5 +137,11 @@ def test_directory(bundled: dict[str, Path], tmp_path: Path) -> None:
     assert result.total.tokens == data.stat().st_size - 1
     half = evaluate_directory(bundled["4"], [str(data)], dtype="bfloat16", **common)  # type: ignore[arg-type]
     assert half.total.bits_per_byte == pytest.approx(result.total.bits_per_byte, rel=0.02)
+    records = tmp_path / "qa.jsonl"
+    records.write_text('{"q": "What? ", "a": "A state."}\n')
+    fields = {"prompt_field": "q", "completion_field": "a"}
+    assert evaluate_directory(bundled["4"], records, **fields, **common).total.tokens == 8  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="prompt_field=NAME and completion_field=NAME"):
+        evaluate_directory(bundled["4"], records, **common)  # type: ignore[arg-type]
     with pytest.raises(RwkvRevError, match="is not a converted model"):
         evaluate_directory(tmp_path, [str(data)], **common)  # type: ignore[arg-type]

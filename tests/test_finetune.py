@@ -291,7 +291,11 @@ def test_refuses_a_checkpoint_of_another_run(bundled: dict[str, Path], tmp_path:
             finetune(config)
     config.work_directory.rename(kept)
     for changes, message in (
-        ({"model": str(tmp_path / "out")}, "is a checkpoint of another model"),
+        (
+            {"model": str(tmp_path / "out")},
+            "is a checkpoint of another model; name the one it was begun with, or begin anew, without what is there: "
+            "force=True, no resume$",
+        ),
         ({"batch_size": 1}, "cannot be resumed: rows_per_step was 2 and is now 1"),
         ({"tune": "state"}, "cannot be resumed: tune was full and is now state"),
         (
@@ -302,7 +306,12 @@ def test_refuses_a_checkpoint_of_another_run(bundled: dict[str, Path], tmp_path:
         ({"max_steps": 17}, r"cannot be resumed: steps was \d and is now 17"),
         ({"lr_schedule": "constant"}, "cannot be resumed: lr_schedule was cosine and is now constant"),
         ({"weight_decay": 0.1}, "cannot be resumed: weight_decay was 0.0 and is now 0.1"),
-        ({"bptt": "truncated"}, "cannot be resumed: bptt was None and is now truncated"),
+        ({"bptt": "truncated"}, "cannot be resumed: bptt was exact and is now truncated"),
+        (
+            {"lr": 0.6},
+            "is now 0.6; set it back, or begin anew, without what is there: force=True, no resume$",
+        ),
+        ({"lr": 0.5, "force": True}, "is now 0.5; set it back, or"),
         ({"resume": str(tmp_path / "nowhere")}, "is not a whole checkpoint"),
     ):
         values = {**config.to_dict(), "output": str(tmp_path / "next"), "resume": str(kept / "checkpoint-1")}

@@ -97,10 +97,62 @@ def test_one_line_errors(
 
 def test_missing_arguments(cli: Cli, bundled: dict[str, Path]) -> None:
     for arguments, message in (
-        ((), "model is missing"),
-        ((bundled["4"],), "data is missing"),
-        ((bundled["4"], "--data", "data.txt"), "output is missing"),
+        (
+            (),
+            "the model is missing: name its folder, DIR in rwkv-rev finetune DIR (`model` in a file of settings)",
+        ),
+        ((bundled["4"],), "--data is missing (`data` in a file of settings)"),
+        ((bundled["4"], "--data", "data.txt"), "--output is missing (`output` in a file of settings)"),
     ):
-        code, _, err = cli("finetune", *arguments)
-        assert code == 2 and message in err
+        assert cli("finetune", *arguments) == (2, "", f"error: {message}\n")
     assert cli("eval", bundled["4"])[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--eval-every", 5), "--eval-every needs held-out text: --eval-data FILE"),
+        (("--pack", "--carry-state"), "--pack and --carry-state exclude each other"),
+        (("--prompt-field", "q"), "--prompt-field and --completion-field go together; name both"),
+        (
+            ("--text-field", "t", "--prompt-field", "q", "--completion-field", "a"),
+            "--text-field and --prompt-field",
+        ),
+        (("--lora-rank", 8), "lora_rank belongs to --tune lora; this run has tune = full"),
+        (("--set", "tape_dir=."), "tape_dir belongs to --tape disk; this run has tape = host"),
+        (("--resume", ""), "resume is empty; leave it out"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_what_is_wanted_is_named_as_the_option_that_gives_it(
+    cli: Cli, bundled: dict[str, Path], arguments: tuple[object, ...], message: str
+) -> None:
+    code, _, err = cli("finetune", bundled["4"], "--data", "data.txt", "--output", "out", *arguments)
+    assert code == 2 and err.startswith(f"error: {message}") and err.count("\n") == 1
+
+
+def test_a_separator_is_asked_for_by_its_option(cli: Cli, bundled: dict[str, Path]) -> None:
+    common = ("finetune", bundled["5.2"], "--data", "data.txt", "--output", "out", "--pack", "--dry-run")
+    code, _, err = cli(*common)
+    assert code == 1 and "say which id stands between documents: --set end_token=0\n" in err
+    assert cli(*common, "--set", "end_token=0")[0] == 0
+
+
+@pytest.mark.parametrize("command", ["finetune", "eval"])
+def test_records_with_fields_of_other_names(
+    cli: Cli, bundled: dict[str, Path], tmp_path: Path, command: str
+) -> None:
+    """What one command takes the other does, and the message names the options that help."""
+    (tmp_path / "qa.jsonl").write_text('{"q": "What is it? ", "a": "A state."}\n' * 3)
+    common = [command, bundled["5.2"], "--data", "qa.jsonl", "--device", "cpu"]
+    common += ["--output", "out", "--dry-run"] if command == "finetune" else ["--json"]
+    code, _, err = cli(*common)
+    assert code == 1 and err.count("\n") == 1
+    assert "no field 'text' (or 'prompt' and 'completion'); found: a, q; " in err
+    assert err.endswith("name yours: --text-field NAME, or --prompt-field NAME and --completion-field NAME\n")
+    code, out, err = cli(*common, "--prompt-field", "q", "--completion-field", "a")
+    assert code == 0, err
+    if command == "eval":
+        assert json.loads(out)["total"]["tokens"] == 3 * len("A state.")
+    code, _, err = cli(*common, "--prompt-field", "q")
+    assert code == 2 and "--prompt-field and --completion-field go together; name both" in err

@@ -16,6 +16,7 @@ LONGER = {
     "rwkv_rev/modeling.py": "to be cut: both models, and how a call is served",
 }
 
+
 def sources() -> dict[str, Path]:
     """The files of the package by the names of their modules."""
     found = {}

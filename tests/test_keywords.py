@@ -127,6 +127,24 @@ def test_unknown_keywords_are_refused(name: str, labels: bool) -> None:
     model(tokens, labels=tokens if labels else None, **{name: None})
 
 
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [
+        ("attention_maks", "did you mean attention_mask?"),
+        ("label", "did you mean labels?"),
+        ("input_embeds", "did you mean inputs_embeds?"),
+        ("xyzzy", "it takes input_ids, attention_mask, "),
+    ],
+)
+def test_an_unknown_keyword_is_told_what_would_work(typo: str, meant: str) -> None:
+    model = tiny_model("5.2")
+    with pytest.raises(TypeError) as error:
+        model(TOKENS, **{typo: MASK})
+    assert typo in str(error.value) and meant in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(TypeError, match="attention_mask"):
+        model.model(TOKENS, attention_maks=MASK)
+
+
 def test_attentions_are_refused() -> None:
     model, tokens = tiny_model("5.2"), random_tokens(8)
     with pytest.raises(ValueError, match="no attention"):

@@ -146,7 +146,7 @@ def test_refusals(tmp_path: Path) -> None:
         RowDataset(store, 1)
     with pytest.raises(DataError, match="exclude each other"):
         RowDataset(store, 4, pack=True, carry_state=True)
-    with pytest.raises(DataError, match="name a separator"):
+    with pytest.raises(DataError, match="which id stands between documents: end_token=0"):
         RowDataset(store, 4, pack=True)
     with pytest.raises(DataError, match=r"d\.jsonl:2: token id 12 at position 8 is outside"):
         RowDataset(store, 4, vocab_size=12)

@@ -57,15 +57,15 @@ def test_a_huge_value_is_shown_in_short() -> None:
         ({"lora_alpha": 0.0, "tune": "lora"}, "lora_alpha = 0.0 must be above 0"),
         ({"lora_alpha": float("nan"), "tune": "lora"}, "lora_alpha = nan must be a finite number"),
         ({"lora_dropout": float("nan"), "tune": "lora"}, "lora_dropout = nan must be a finite number"),
-        ({"lora_rank": 8}, "lora_rank belongs to tune = lora; this run has tune = full"),
+        ({"lora_rank": 8}, "lora_rank belongs to tune='lora'; this run has tune = full"),
         (
             {"lora_alpha": 8.0, "tune": "state"},
-            "lora_alpha belongs to tune = lora; this run has tune = state",
+            "lora_alpha belongs to tune='lora'; this run has tune = state",
         ),
         ({"max_grad_norm": -1.0}, "max_grad_norm = -1.0 must be at least 0"),
         ({"text_field": ""}, "text_field is empty; leave it out"),
         ({"text_field": "t", "prompt_field": "p", "completion_field": "c"}, "exclude each other"),
-        ({"tape_dir": "."}, "tape_dir belongs to tape = disk"),
+        ({"tape_dir": "."}, "tape_dir belongs to tape='disk'"),
         ({"tape_dir": "no/such", "tape": "disk"}, "tape_dir = 'no/such' is no folder"),
         ({"data": [""]}, "data holds an empty text"),
         ({"save_dtype": "int8"}, "save_dtype = 'int8' does not exist"),
@@ -101,7 +101,7 @@ def test_wrong_targets_are_refused_before_the_model_is_loaded(
         (("--weight-decay", "inf"), "weight_decay = inf must be a finite number"),
         (("--set", f"context_length={10**15}"), f"context_length = {10**15} must be at most"),
         (("--set", "end_token=-3"), "end_token = -3 must be a token id"),
-        (("--lora-rank", "8"), "lora_rank belongs to tune = lora"),
+        (("--lora-rank", "8"), "lora_rank belongs to --tune lora"),
     ],
 )
 def test_dry_runs_refuse_as_runs_do(

@@ -2,9 +2,11 @@
 
 import stat
 from pathlib import Path
+from shlex import quote
 
 from rwkv_rev.errors import CheckpointError, SourceError
 from rwkv_rev.folders.safe_input import read_object, refuse_special, refuse_special_inside
+from rwkv_rev.folders.source import parse_source
 
 MODEL_TYPE = "rwkv_rev"
 """``model_type`` in the configuration of every model that this package converted."""
@@ -37,13 +39,22 @@ def refuse_no_model(directory: str | Path) -> None:
     directory = Path(directory)
     refuse_special(directory)
     if not directory.is_dir():
-        raise SourceError(f"{directory} is not a folder; make a model with: rwkv-rev convert SOURCE")
+        raise SourceError(f"{directory} is not a folder; {_how_to_make_one(str(directory))}")
     refuse_special_inside(directory)
     if not is_converted(directory):
         raise CheckpointError(
             f"{directory} is not a converted model (config.json with model_type {MODEL_TYPE}); convert it first: "
-            "rwkv-rev convert SOURCE"
+            f"rwkv-rev convert {quote(str(directory))}"
         )
+
+
+def _how_to_make_one(name: str) -> str:
+    try:
+        source = parse_source(name)
+    except SourceError:
+        return "make a model with: rwkv-rev convert SOURCE"
+    of = "if the Hub's is meant, make a model of it" if source.kind == "hub" else "make a model of it"
+    return f"{of}: rwkv-rev convert {quote(name)}"
 
 
 def tokenizer_files(directory: str | Path) -> list[Path]:

@@ -66,6 +66,16 @@ class ByteLevelTokenizer(PreTrainedTokenizer):
         own = {"padding_side": self.padding_side, "model_input_names": list(self.model_input_names)}
         super().__init__(**own | kwargs)
 
+    @classmethod
+    def _from_pretrained(
+        cls, resolved_vocab_files: dict[str, Any], name: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Refuse a model without a tokenizer: transformers asks whichever class it knows of for one."""
+        own = ("tokenizer_config_file", *cls.vocab_files_names)
+        if not any(resolved_vocab_files.get(file) for file in own):
+            raise OSError(f"no tokenizer in {name}; save it there: tokenizer.save_pretrained({str(name)!r})")
+        return super()._from_pretrained(resolved_vocab_files, name, *args, **kwargs)
+
     def encode_bytes(self, data: bytes) -> list[int]:
         """Ids of a byte string; no special tokens are recognised or added."""
         raise NotImplementedError

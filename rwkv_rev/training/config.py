@@ -159,9 +159,13 @@ class FinetuneConfig:
             if (value := getattr(self, name)) not in allowed:
                 choices = ", ".join(str(choice) for choice in allowed if choice is not None)
                 raise ConfigError(f"{name} = {value!r} does not exist; choose one of {choices}")
-        for name in ("model", "data", "output"):
+        if not self.model:
+            raise ConfigError(
+                "the model is missing: name its folder, DIR in rwkv-rev finetune DIR (`model` in a file of settings)"
+            )
+        for name in ("data", "output"):
             if not getattr(self, name):
-                raise ConfigError(f"{name} is missing; give it as an option or in the configuration file")
+                raise ConfigError(f"--{name} is missing (`{name}` in a file of settings)")
         for name, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{name} = {value} must be a finite number")
@@ -180,29 +184,36 @@ class FinetuneConfig:
             if "" in getattr(self, name):
                 raise ConfigError(f"{name} holds an empty text; leave it out")
         if self.pack and self.carry_state:
-            raise ConfigError("pack and carry_state exclude each other: packed rows do not follow documents")
-        if (self.prompt_field is None) != (self.completion_field is None):
-            raise ConfigError("prompt_field and completion_field go together; name both")
+            raise ConfigError(
+                "--pack and --carry-state exclude each other: packed rows do not follow documents"
+            )
+        refuse_half_named(self.text_field, self.prompt_field, self.completion_field)
         if self.eval_every and not self.eval_data:
-            raise ConfigError("eval_every needs eval_data")
+            raise ConfigError("--eval-every needs held-out text: --eval-data FILE")
         if self.warmup > 1 and self.warmup != int(self.warmup):
             raise ConfigError(f"warmup = {self.warmup} must be a whole number of steps, or a share below 1")
         for name in ("lora_targets", "lora_rank", "lora_alpha", "lora_dropout"):
             if self.tune != "lora" and getattr(self, name) != getattr(_DEFAULTS, name):
-                raise ConfigError(f"{name} belongs to tune = lora; this run has tune = {self.tune}")
+                raise ConfigError(f"{name} belongs to --tune lora; this run has tune = {self.tune}")
         for name in ("text_field", "prompt_field", "completion_field", "tape_dir", "cache_dir", "resume"):
             if getattr(self, name) == "":
                 raise ConfigError(f"{name} is empty; leave it out")
-        if self.text_field is not None and self.prompt_field is not None:
-            raise ConfigError("text_field and prompt_field exclude each other; name one of them")
         if self.tape_dir is not None and self.tape != "disk":
-            raise ConfigError(f"tape_dir belongs to tape = disk; this run has tape = {self.tape}")
+            raise ConfigError(f"tape_dir belongs to --tape disk; this run has tape = {self.tape}")
         if self.tape_dir is not None and not Path(self.tape_dir).is_dir():
             raise ConfigError(f"tape_dir = {self.tape_dir!r} is no folder; make it, or leave tape_dir out")
         if isinstance(self.end_token, int) and self.end_token < 0:
             raise ConfigError(f"end_token = {self.end_token} must be a token id, from 0 on")
         if isinstance(self.end_token, str) and self.end_token not in ("auto", "none"):
             raise ConfigError(f"end_token = {self.end_token!r} must be auto, none or a token id")
+
+
+def refuse_half_named(text: str | None, prompt: str | None, completion: str | None) -> None:
+    """Raise ConfigError for names of fields that do not go together."""
+    if (prompt is None) != (completion is None):
+        raise ConfigError("--prompt-field and --completion-field go together; name both")
+    if text is not None and prompt is not None:
+        raise ConfigError("--text-field and --prompt-field exclude each other; name one of them")
 
 
 _LEAST: Mapping[str, int] = {

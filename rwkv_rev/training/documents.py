@@ -37,6 +37,7 @@ from rwkv_rev.printable import shortened
 PIECE_BYTES = 4 << 20
 _LONGEST_FIELD = (1 << 31) - 1
 _UNITS = {"parquet": "row", "hub": "row", "arrow": "row", "binidx": "document", "json": "record"}
+_NAMED = "--text-field NAME, or --prompt-field NAME and --completion-field NAME"
 _NAME = r"(?!\.)(?!\S*\.\.)[\w.-]+"  # no part of a path: .. and hidden names are none
 HUB_ID = re.compile(
     rf"(?P<id>{_NAME}(/{_NAME})?)(/(?P<config>{_NAME}))?(:(?P<split>[\w.\[\]%:+-]+))?", re.ASCII
@@ -73,7 +74,7 @@ class Fields:
             has_pair = False
         if has_pair and has_text:
             raise DataError(
-                f"{where}: has both '{text}' and '{pair[0]}'/'{pair[1]}'; name the field(s) to train on"
+                f"{where}: has both '{text}' and '{pair[0]}'/'{pair[1]}'; name what is to be read: {_NAMED}"
             )
         if has_pair:
             return pair
@@ -84,7 +85,7 @@ class Fields:
         else:
             wanted = f"'{text}'" if self.text is not None else f"'{text}' (or '{pair[0]}' and '{pair[1]}')"
         found = ", ".join(map(shortened, sorted(present)[:12])) or "nothing"
-        raise DataError(f"{where}: no field {wanted}; found: {found}")
+        raise DataError(f"{where}: no field {wanted}; found: {found}; name yours: {_NAMED}")
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from rwkv_rev.errors import ConfigError, DataError
 from rwkv_rev.loading import load_model, load_tokenizer
 from rwkv_rev.loss import IGNORE, LOGITS_AT_ONCE
 from rwkv_rev.progress import Progress
+from rwkv_rev.training.config import refuse_half_named
 from rwkv_rev.training.documents import Fields
 from rwkv_rev.training.launch import choose_dtype
 from rwkv_rev.training.token_cache import load_tokens
@@ -183,19 +184,35 @@ def evaluate_directory(
     batch_size: int = 1,
     max_tokens: int = 0,
     text_field: str | None = None,
+    prompt_field: str | None = None,
+    completion_field: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
     cache_dir: str | None = None,
     progress: bool = False,
 ) -> Evaluation:
-    """Evaluate a model folder on files; arguments as for :func:`evaluate_documents` and ``rwkv-rev eval``.
+    """Evaluate a model folder on files: what ``rwkv-rev eval`` does.
 
-    ``progress``: tell on stderr how far it is.
+    Args:
+        directory: a converted or fine-tuned model folder.
+        data: one source of text, or several: files, folders, globs or ``hf:owner/name``.
+        context_length: T, tokens per row; every row begins anew.
+        batch_size: rows at once.
+        max_tokens: stop after about so many tokens; 0 reads everything.
+        text_field: field of the text in records; ``text`` when None.
+        prompt_field, completion_field: fields of records of which the completion alone is scored; ``prompt`` and
+            ``completion`` when None.
+        dtype: of the arithmetic: auto, float32, bfloat16 or float16; auto is bfloat16 where a GPU has it.
+        device: auto, cpu or cuda.
+        cache_dir: where tokenised data is kept; the user's cache when None.
+        progress: tell on stderr how far it is.
 
     Raises:
         SourceError, CheckpointError: if the folder is not a whole model. DataError: for unusable data.
-        ConfigError: for a context length that is none. RwkvRevError: for a device or dtype that is not there.
+        ConfigError: for a context length that is none, or half a pair of fields.
+        RwkvRevError: for a device or dtype that is not there.
     """
+    refuse_half_named(text_field, prompt_field, completion_field)
     with ConvertedModel(directory) as source:  # refuses what is not a whole model
         vocab_size = source.config.vocab_size
     _check_context_length(context_length)
@@ -206,7 +223,7 @@ def evaluate_directory(
     store = load_tokens(
         [str(source) for source in sources],
         tokenizer,
-        fields=Fields(text_field),
+        fields=Fields(text_field, prompt_field, completion_field),
         end_token=None,
         vocab_size=vocab_size,
         cache_dir=cache_dir,

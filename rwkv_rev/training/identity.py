@@ -8,6 +8,9 @@ from typing import Any
 from rwkv_rev.errors import CheckpointError
 from rwkv_rev.training.checkpoints import RUN_NAME
 
+_ANEW = "begin anew, without what is there: --force, no --resume"
+_UNSAID = {"bptt": "exact"}
+"""What a setting is where an identity does not hold it."""
 SAMPLES = 16
 SAMPLE_BYTES = 1 << 16
 
@@ -43,17 +46,16 @@ def refuse_other_run(checkpoint: Path, identity: dict[str, Any]) -> None:
             continue
         if name == "model":
             raise CheckpointError(
-                f"{checkpoint} is a checkpoint of another model; name the model it was begun with, or start "
-                "again with --force"
+                f"{checkpoint} is a checkpoint of another model; name the one it was begun with, or {_ANEW}"
             )
         if name == "data":
             raise CheckpointError(
                 f"{checkpoint} cannot be resumed: the text, the tokenizer or how it is cut is not what it was begun "
-                "with; keep them, or start again with --force"
+                f"with; give them as they were, or {_ANEW}"
             )
         raise CheckpointError(
-            f"{checkpoint} cannot be resumed: {name} was {flat.get(name)} and is now {mine.get(name)}; "
-            "keep it, or start again with --force"
+            f"{checkpoint} cannot be resumed: {name} was {flat.get(name, _UNSAID.get(name))} and is now "
+            f"{mine.get(name, _UNSAID.get(name))}; set it back, or {_ANEW}"
         )
 
 

@@ -109,7 +109,8 @@ class RowDataset(Dataset):
     def _lay_out_stream(self, seed: int) -> None:
         if self.separator is None:
             raise DataError(
-                "pack needs a token between documents and the tokenizer has no end token; name a separator id"
+                "--pack needs a token between documents, and this tokenizer has none for the end of a text; "
+                "say which id stands between documents: --set end_token=0"
             )
         self._documents = permutation(len(self.store), seed, 0)
         lengths = self.store.lengths()
