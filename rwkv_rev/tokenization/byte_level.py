@@ -67,7 +67,7 @@ class ByteLevelTokenizer(PreTrainedTokenizer):
         super().__init__(**own | kwargs)
 
     @classmethod
-    def _from_pretrained(
+    def _from_pretrained(  # type: ignore[override]  # what comes behind the name is handed on as it is
         cls, resolved_vocab_files: dict[str, Any], name: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """Refuse a model without a tokenizer: transformers asks whichever class it knows of for one."""
