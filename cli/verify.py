@@ -13,7 +13,10 @@ def verify(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A converted model folder.")],
     original: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE", help="What to compare with. Default: what it was converted from."),
+        typer.Option(
+            metavar="SOURCE",
+            help="What to compare with; DIR itself for its own values. Default: what it was converted from.",
+        ),
     ] = None,
     file: Annotated[
         str | None, typer.Option(help="With --original: which checkpoint of several, a name or a glob.")

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from rwkv_rev.cli import main
 from rwkv_rev.conversion import convert
 from rwkv_rev.equivalence import gradients, verification
+from rwkv_rev.equivalence.verification import verify_directory
+from rwkv_rev.loading import load_model, load_tokenizer
 from rwkv_rev.reversal.fixed_point import FixedPoint
 
 LOGITS = ("--no-reversal", "--no-gradients")
@@ -206,3 +208,49 @@ def test_a_failed_check_exits_3(
 def test_lengths_are_positive(model: Path, capfd: pytest.CaptureFixture[str], option: str) -> None:
     assert run(model, option, "0") == 2
     assert option in capfd.readouterr().err
+
+
+@pytest.fixture
+def chat(model: Path, tmp_path: Path) -> Path:
+    """The model with two more tokens, as ``resize_token_embeddings`` and ``save_pretrained`` make it."""
+    grown = load_model(model, torch.float32)
+    grown.resize_token_embeddings(258)
+    grown.save_pretrained(tmp_path / "chat")
+    load_tokenizer(model).save_pretrained(tmp_path / "chat")
+    return tmp_path / "chat"
+
+
+def test_a_model_without_an_original_is_told_how_to_be_checked(
+    chat: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    capfd.readouterr()
+    assert run(chat) == 1
+    err = capfd.readouterr().err
+    assert (
+        err.count("\n") == 1
+        and "does not say what it was converted from; name that with --original SOURCE, or" in err
+    )
+    assert err.endswith(f"check its own values, with --original {chat}\n")
+    assert run(chat, "--original", tmp_path / "source.pth") == 1
+    err = capfd.readouterr().err
+    assert (
+        "vocab_size is 256, in the converted model 258; name another original, or check its own values" in err
+    )
+    assert err.endswith(f"with --original {chat}\n")
+
+
+@pytest.mark.parametrize("tuned", [False, True], ids=["saved", "fine-tuned"])
+def test_own_values_are_not_called_an_originals(
+    chat: Path, tuned: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if tuned:
+        (chat / "conversion.json").write_text('{"source": "bundled:rwkv-5.2", "finetuned": [{}]}')
+    own = () if tuned else ("--original", chat)
+    assert run(chat, *own, "--oracle", "naive", "--tokens", "40", *LOGITS) == 0
+    out = " ".join(capfd.readouterr().out.split())
+    assert "vocabulary 258, against its own values" in out and out.endswith("PASS")
+    assert "| bits/token, oracle |" in out and "| bits/token, model |" in out
+    assert "weights: 50 tensors, its own; another original there is none of" in out
+    assert not re.search(r"\boriginal's|, original|, converted", out)
+    report = verify_directory(chat, original=None if tuned else str(chat), oracle="naive", tokens=40)
+    assert report.summary == f"{chat} computes what the original implementations make of its own values"

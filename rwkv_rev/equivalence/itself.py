@@ -1,4 +1,4 @@
-"""A fine-tuned model as its own original: what ``export`` would write, without writing it.
+"""A model that has no other original, a fine-tuned one say, as its own original: what ``export`` would write, without writing it.
 
 Its values are its own, so there is nothing to compare them with; but the original implementations run them, and must
 compute what the model computes.
@@ -24,7 +24,8 @@ def as_original(model: ConvertedModel) -> Original:
     own = tensor_table(config, "blinkdl")
     return Original(
         tensors=renamed("blinkdl"),
-        label=f"itself, fine-tuned ({model.directory})",
+        label=f"its own values ({model.directory})",
+        tensors_are_own=True,
         group_norm_epsilon=config.group_norm_epsilon,
         layer_norm_epsilon=config.layer_norm_epsilon,
         transformers_tensors=renamed("transformers") if config.rwkv_version == "4" else None,

@@ -21,6 +21,8 @@ from rwkv_rev.folders.hub import resolve
 from rwkv_rev.folders.source import Source, parse_source
 from rwkv_rev.folders.whereabouts import recall
 
+OWN_VALUES = "check its own values, with --original"
+
 
 @dataclass(frozen=True)
 class Original:
@@ -38,6 +40,7 @@ class Original:
         own_tensors: the same values under the names and shapes of a converted model.
         expected: a ``*.expected.json`` beside the checkpoint, if there is one.
         config: what the tensors say the model is; None where only tensors are known.
+        tensors_are_own: whether they are the converted model's (itself.py).
     """
 
     tensors: Mapping[str, Tensor]
@@ -48,6 +51,7 @@ class Original:
     own_tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     expected: Path | None = None
     config: RwkvRevConfig | None = None
+    tensors_are_own: bool = False
 
     @property
     def num_layers(self) -> int:
@@ -131,7 +135,8 @@ def source_of(
         raise SourceError("--file and --revision choose from an --original SOURCE; name it too")
     if not record.get("source"):
         raise SourceError(
-            f"{directory} does not say what it was converted from; name the original with --original SOURCE"
+            f"{directory} does not say what it was converted from; name that with --original SOURCE, or "
+            f"{OWN_VALUES} {directory}"
         )
     elsewhere = record["source"].startswith("bundled:") or record.get("commit")  # found wherever this runs
     if not elsewhere and (here := recall(record)) is not None:

@@ -97,6 +97,7 @@ class Report:
         notes: what a reader should know about the figures.
         reversal: whether states come back to the bit; None if not asked for.
         gradients: every strategy against float64; None if not asked for.
+        own_values: whether the original's values are the converted model's.
     """
 
     directory: str
@@ -110,6 +111,7 @@ class Report:
     notes: tuple[str, ...] = ()
     reversal: ReversalCheck | None = None
     gradients: GradientCheck | None = None
+    own_values: bool = False
 
     @property
     def equal(self) -> bool:
@@ -125,6 +127,9 @@ class Report:
     @property
     def summary(self) -> str:
         """One line: the verdict, and on FAIL what failed and where."""
+        if self.own_values and self.equal:
+            found = f"{self.directory} computes what the original implementations make of its own values"
+            return found if self.passed else f"{found}, but {'; '.join(self._broken_checks())}"
         if self.passed:
             rounded = self.weights.rounded_to
             qualifier = f", up to rounding to {_dtype_name(rounded)}" if rounded else ""
@@ -168,6 +173,7 @@ class Report:
 
     def table(self) -> str:
         """Markdown that reads as plain text too: a column for each oracle, then what is worth knowing."""
+        theirs, ours = ("oracle", "model") if self.own_values else ("original", "converted")
         measures = (
             "tokens",
             "largest Δlogit",
@@ -175,8 +181,8 @@ class Report:
             "mean Δlogit",
             "KL (nats)",
             "same top-1",
-            f"bits/{self.unit}, original",
-            f"bits/{self.unit}, converted",
+            f"bits/{self.unit}, {theirs}",
+            f"bits/{self.unit}, {ours}",
             "Δlogit in float64",
             "",
         )
@@ -214,6 +220,8 @@ class Report:
             shown = ", ".join(map(str, weights.different[:3]))
             more = len(weights.different) - 3
             return f"weights: FAIL, differ: {shown}" + (f" and {more} more" if more > 0 else "")
+        if self.own_values:
+            return f"weights: {weights.tensors} tensors, its own; another original there is none of"
         rounded = f" rounded to {_dtype_name(weights.rounded_to)}" if weights.rounded_to else ""
         return f"weights: {weights.tensors} tensors, every value the original's{rounded}"
 

@@ -35,7 +35,7 @@ from rwkv_rev.equivalence.itself import as_original
 from rwkv_rev.equivalence.logits import Beside, compare_logits, largest_difference
 from rwkv_rev.equivalence.naive_model import PUBLISHED_GROUP_NORM_EPSILON
 from rwkv_rev.equivalence.oracles import ORACLES, OracleUnavailable
-from rwkv_rev.equivalence.original import Original, RoundedTensors, open_original, source_of
+from rwkv_rev.equivalence.original import OWN_VALUES, Original, RoundedTensors, open_original, source_of
 from rwkv_rev.equivalence.report import InFloat64, Report, Row
 from rwkv_rev.equivalence.reversal import CONTEXT as REVERSAL_CONTEXT
 from rwkv_rev.equivalence.reversal import check_reversal
@@ -74,8 +74,8 @@ def verify_directory(
 
     Args:
         directory: what ``convert`` wrote.
-        original: SOURCE to compare with; None for the one the conversion remembers, or for a fine-tuned model its own
-            values, run by the original implementations.
+        original: SOURCE to compare with; None for the one the conversion remembers. ``directory`` itself, and None for
+            a fine-tuned model: its own values, run by the original implementations.
         file: which checkpoint of a repository or folder, with ``original``.
         revision: branch, tag or commit of a Hub repository, with ``original``.
         oracle: ``auto`` (every oracle that can run), ``rwkv``, ``transformers`` or ``naive``.
@@ -113,7 +113,8 @@ def verify_directory(
         needed = max(tokens, *_contexts(reversal, gradients, context).values(), 1)
         ids = encode_text(content, directory, vocabulary=config.vocab_size, tokens=needed)
         opening: AbstractContextManager[Original]
-        if record.get("finetuned") and (original, file, revision) == (None, None, None):
+        own = _is(directory, original) or (original is None and bool(record.get("finetuned")))
+        if own and (file, revision) == (None, None):
             opening = nullcontext(as_original(converted))
         else:
             source = source_of(directory, record, original, file, revision)
@@ -169,6 +170,7 @@ class _Verification:
             skipped=skipped,
             divergence=divergence,
             notes=tuple(notes),
+            own_values=self.original.tensors_are_own,
         )
 
     def _oracle_rows(self, oracle: str, logits: Tensor) -> tuple[list[Row], dict[str, str]]:
@@ -327,6 +329,14 @@ def _with_further_checks(
     return replace(report, notes=tuple(notes), **found)
 
 
+def _is(directory: Path, original: str | Source | None) -> bool:
+    """Whether the original that was named is the folder itself."""
+    try:
+        return isinstance(original, str) and directory.samefile(original)
+    except (OSError, ValueError):  # no path, or no file there
+        return False
+
+
 def _refuse_other_architecture(directory: Path, config: RwkvRevConfig, original: Original) -> None:
     assert original.config is not None
     fields = (
@@ -343,7 +353,7 @@ def _refuse_other_architecture(directory: Path, config: RwkvRevConfig, original:
         if here != there:
             raise RwkvRevError(
                 f"{original.label} is not the original of {directory}: {name} is {there}, in the converted "
-                f"model {here}; name another --original"
+                f"model {here}; name another original, or {OWN_VALUES} {directory}"
             )
 
 
