@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from inspect import cleandoc
 from pathlib import Path
 from typing import NoReturn
 
@@ -50,7 +51,7 @@ def build_app(requested: str | None = None) -> typer.Typer:
     app.callback(help=HELP)(_options)
     for name, summary in COMMANDS:
         function = _load(name) if requested is None or name == requested else _not_loaded
-        app.command(name, short_help=summary)(function)
+        app.command(name, help=_help(function), short_help=summary)(function)
     return app
 
 
@@ -109,6 +110,13 @@ def _options(
     ),
 ) -> None:
     """Options of the program itself."""
+
+
+def _help(function: Callable[..., object]) -> str:
+    """The docstring, its examples with the line ends that they have there: they are pasted."""
+    text, mark, examples = cleandoc(function.__doc__ or "").partition("Examples:\n\n")
+    kept = "\b\n"  # click's mark of a paragraph that is not to be wrapped
+    return text + mark + "\n\n".join(kept + example for example in examples.split("\n\n") if example)
 
 
 def _load(name: str) -> Callable[..., object]:

@@ -89,7 +89,7 @@ def bench(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document: a list of rows.")] = False,
 ) -> None:
-    """Measure this machine. Every row names hardware, versions, dtype and command.
+    r"""Measure this machine. Every row names hardware, versions, dtype and command.
 
     training: seconds, tokens/s and tape of a loss with its gradients, settings in turns, and how they grow with the
     context. memory: peak of the same, and where it runs out. cpu: against the rwkv package and transformers, and the
@@ -99,9 +99,11 @@ def bench(
 
       rwkv-rev bench training --quick
 
-      rwkv-rev bench memory --lengths 1k,4k,16k,64k --memory-limit 4GB --plot plots
+      rwkv-rev bench memory --lengths 1k,4k,16k,64k \
+        --memory-limit 4GB --plot plots
 
-      rwkv-rev bench training --shape 5.2-1.5b --lengths 16k,64k,256k,1024k --chunk-length 4096 --json > rows.json
+      rwkv-rev bench training --shape 5.2-1.5b --lengths 16k,64k,256k,1024k \
+        --chunk-length 4096 --json > rows.json
     """
     from rwkv_rev.benchmark.plots import plot_rows, refuse_without_matplotlib
 

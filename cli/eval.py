@@ -56,7 +56,7 @@ def eval(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Bits per byte and perplexity of a model on a text, by position in the context.
+    r"""Bits per byte and perplexity of a model on a text, by position in the context.
 
     If the numbers fall from bucket to bucket, the model uses what lies that far back. Streaming: memory does not
     grow with --context-length.
@@ -65,7 +65,8 @@ def eval(
 
       rwkv-rev eval my-model --data book.txt --context-length 65536
 
-      rwkv-rev eval my-book --data book.txt --context-length 1048576 --plot positions.png
+      rwkv-rev eval my-book --data book.txt \
+        --context-length 1048576 --plot positions.png
     """
     refuse_half_named(text_field, prompt_field, completion_field)  # before anything heavy is imported
     refuse_no_model(directory)

@@ -109,20 +109,24 @@ def finetune(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only the path.")] = False,
 ) -> None:
-    """Fine-tune a converted model over long contexts, with the exact gradient of each whole context.
+    r"""Fine-tune a converted model over long contexts, with the exact gradient of each whole context.
 
     OUTPUT is a normal model folder with a log and a loss curve. Under torchrun or accelerate launch every
     process takes its share of the data.
 
     Examples:
 
-      rwkv-rev finetune my-model --data book.txt --output my-book --context-length 65536 --max-steps 100
+      rwkv-rev finetune my-model --data book.txt --output my-book \
+        --context-length 65536 --max-steps 100
 
-      rwkv-rev finetune my-model --data chats.jsonl --output tuned --tune lora --lora-rank 16
+      rwkv-rev finetune my-model --data chats.jsonl --output tuned \
+        --tune lora --lora-rank 16
 
-      torchrun --nproc-per-node 2 -m rwkv_rev.cli finetune my-model --data corpus/ --output tuned
+      torchrun --nproc-per-node 2 -m rwkv_rev.cli finetune \
+        my-model --data corpus/ --output tuned
 
-      accelerate launch --multi_gpu --num_processes 2 -m rwkv_rev.cli finetune my-model --data corpus/ --output tuned
+      accelerate launch --multi_gpu --num_processes 2 -m rwkv_rev.cli finetune \
+        my-model --data corpus/ --output tuned
     """
     given: dict[str, Any] = {
         name: value

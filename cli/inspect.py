@@ -41,7 +41,7 @@ def inspect(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Show the version, sizes, dtype, tokenizer and forgetting of a checkpoint.
+    r"""Show the version, sizes, dtype, tokenizer and forgetting of a checkpoint.
 
     Works on any SOURCE that convert takes, and on converted folders. Only headers and the decays are read.
     The bits a layer forgets per step and state element, log2(1/w), are what an exact reversal has to store.
@@ -53,7 +53,8 @@ def inspect(
 
       rwkv-rev inspect bundled:rwkv-5.2
 
-      rwkv-rev inspect bundled:rwkv-5.2 --context-length 1000000 --chunk-length 512
+      rwkv-rev inspect bundled:rwkv-5.2 \
+        --context-length 1000000 --chunk-length 512
 
       rwkv-rev inspect BlinkDL/rwkv-4-pile-169m --file '*8023.pth'
     """

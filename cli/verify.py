@@ -59,7 +59,7 @@ def verify(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Prove that a converted model computes what its original computes.
+    r"""Prove that a converted model computes what its original computes.
 
     Compares every stored value, and the logits over real text, with the rwkv package, with transformers
     (RWKV-4) and with a float64 scan; where float32's rounding is in question, both in float64. The first layer
@@ -74,7 +74,8 @@ def verify(
 
       rwkv-rev verify my-model --reversal --gradients --context 4096 --chunk 256
 
-      rwkv-rev verify my-model --original BlinkDL/rwkv-4-pile-169m --file '*8023.pth'
+      rwkv-rev verify my-model \
+        --original BlinkDL/rwkv-4-pile-169m --file '*8023.pth'
     """
     refuse_no_model(directory)  # before anything heavy is imported
     from rwkv_rev.equivalence.verification import verify_directory

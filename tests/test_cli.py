@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -312,6 +313,24 @@ def test_every_command_explains_itself(cli: Cli, name: str) -> None:
     code, out, err = cli(name, "--help")
     assert (code, err) == (0, "")
     assert "Examples:" in out and f"rwkv-rev {name}" in out
+
+
+@pytest.mark.parametrize("name", [name for name, _ in COMMANDS])
+@pytest.mark.parametrize("columns", ["60", "80", "200"])
+def test_examples_can_be_pasted(cli: Cli, monkeypatch: pytest.MonkeyPatch, name: str, columns: str) -> None:
+    """Whatever the width: a command that takes two lines says so at the end of the first, and its options are there."""
+    monkeypatch.setenv("COLUMNS", columns)
+    _, out, _ = cli(name, "--help")
+    examples = out[out.index("Examples:") + len("Examples:") : out.index("Arguments:")]
+    assert max(map(len, examples.splitlines())) <= 80
+    commands = examples.replace("\\\n", " ").split("\n")
+    commands = [command.strip() for command in commands if command.strip()]
+    assert len(commands) == examples.strip().count("\n\n") + 1
+    for command in commands:
+        words = shlex.split(command)
+        assert words[0] in ("rwkv-rev", "torchrun", "accelerate") and name in words
+        for option in words[words.index(name) :]:
+            assert not option.startswith("--") or f" {option} " in out.replace("\n", " ")
 
 
 def test_help_lists_every_command(cli: Cli) -> None:
