@@ -25,6 +25,7 @@ from rwkv_rev.folders.safe_input import read_object
 from rwkv_rev.folders.source import parse_source
 from rwkv_rev.loading import missing_tokenizer
 from rwkv_rev.numerics import bits_forgotten_per_step
+from rwkv_rev.printable import counted
 
 QUANTILES = {"min": 0.0, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "99 %": 0.99, "max": 1.0}
 
@@ -81,7 +82,9 @@ class Inspection:
             "tokenizer": self.tokenizer,
             "parameters": f"{self.parameters:,}",
             "size": f"{self.nbytes:,} bytes",
-            "dtypes": ", ".join(f"{dtype} ({count} tensors)" for dtype, count in self.dtypes.items()),
+            "dtypes": ", ".join(
+                f"{dtype} ({counted(count, 'tensor')})" for dtype, count in self.dtypes.items()
+            ),
         }
 
 
@@ -89,6 +92,12 @@ def inspect_source(
     source: str | Path, *, file: str | None = None, revision: str | None = None, progress: bool = False
 ) -> Inspection:
     """Read what a ``SOURCE`` or a converted folder is; only headers and decays are read.
+
+    Args:
+        source: a Hub id, a ``.pth`` file, a folder or ``bundled:NAME``.
+        file: which ``.pth`` of a repository that holds several, by name or glob.
+        revision: branch, tag or commit of a Hub repository.
+        progress: tell on stderr how far it is, by bytes.
 
     Raises:
         SourceError: if the source cannot be found or told apart.

@@ -30,6 +30,7 @@ def generate(
     A model that is in memory already continues by its own ``generate``; this reads the folder at every call.
 
     Args:
+        directory: a converted or fine-tuned model folder.
         prompt: text to continue, at least one token.
         max_new_tokens: most tokens to add; an end token of the model ends the text before.
         temperature: 0 takes the likeliest token; higher is more random; else at least 0.01.

@@ -31,6 +31,11 @@ def shortened(value: object, most: int = MOST_QUOTED) -> str:
     return printable(text)
 
 
+def counted(count: int, noun: str) -> str:
+    """``1 file``, ``2,000 files``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def one_message(error: BaseException | str) -> str:
     """An error or warning as one line, whatever names stand in it."""
     text = str(error)

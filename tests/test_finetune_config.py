@@ -1,5 +1,10 @@
 """Settings: where they come from, which are refused, and what the message names."""
 
+import dataclasses
+import inspect
+import json
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +115,33 @@ def test_the_learning_rate_follows_what_is_tuned() -> None:
     rates = [FinetuneConfig(tune=tune).learning_rate for tune in ("full", "lora", "state")]
     assert rates == sorted(rates) and len(set(rates)) == 3
     assert FinetuneConfig(tune="state", lr=2.0).learning_rate == 2.0
+
+
+def settings_table() -> str:
+    """Name, default and meaning of every setting, as the class says."""
+    attributes = (inspect.getdoc(FinetuneConfig) or "").partition("Attributes:\n")[2]
+    entries = re.split(r"\n(?=    \w)", textwrap.indent(textwrap.dedent(attributes), "    "))
+    rows = ["| setting | default | |", "|---|---|---|"]
+    for entry, item in zip(entries, dataclasses.fields(FinetuneConfig), strict=True):
+        name, _, text = " ".join(entry.split()).partition(": ")
+        assert name == item.name
+        value = getattr(FinetuneConfig(), name)
+        shown = (
+            f"`{json.dumps(value)}`" if not isinstance(value, str) else f"`{value}`" if value else "needed"
+        )
+        if name == "data":
+            shown = "needed"
+        text = re.sub(r" \(:mod:[^)]*\)", "", text).replace("``", "`").replace("None", "`null`")
+        rows.append(f"| `{name}` | {shown} | {text} |")
+    return "\n".join(rows) + "\n"
+
+
+def test_docs_list_every_setting(request: pytest.FixtureRequest) -> None:
+    """``pytest tests/test_finetune_config.py -k docs --write-docs`` writes the table."""
+    page = Path(__file__).parents[1] / "docs" / "finetuning.md"
+    text = page.read_text(encoding="utf-8")
+    start = text.index("| setting | default | |")
+    end = text.index("\n\n", start) + 1 if "\n\n" in text[start:] else len(text)
+    if request.config.getoption("--write-docs"):
+        page.write_text(text[:start] + settings_table() + text[end:], encoding="utf-8")
+    assert page.read_text(encoding="utf-8")[start:].startswith(settings_table())

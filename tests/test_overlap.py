@@ -37,7 +37,7 @@ def test_the_same_file_and_a_copy(tmp_path: Path) -> None:
     other.write_bytes(one.read_bytes())
     for held_out in (one, other):
         (text,) = found(tmp_path, one, held_out)
-        assert f"{held_out} (1 of 1 documents, the first is {one}:1)" in text
+        assert f"{held_out} (1 of 1 document, the first is {one}:1)" in text
     other.write_bytes(one.read_bytes() + b"more")
     assert found(tmp_path, one, other) == []
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from rwkv_rev.cli import main
 from rwkv_rev.cli import output as out
-from rwkv_rev.printable import MOST_LINE, one_message, printable, shortened
+from rwkv_rev.printable import MOST_LINE, counted, one_message, printable, shortened
 
 Cli = Callable[..., tuple[int, str, str]]
 NASTY = {
@@ -173,3 +173,10 @@ def test_usage_errors(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["inspect", "bundled:rwkv-4", NASTY["escape sequence"]])
     assert "\x1b" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(0, "0 files"), (1, "1 file"), (2, "2 files"), (12345, "12,345 files")]
+)
+def test_numbers_agree(count: int, said: str) -> None:
+    assert counted(count, "file") == said

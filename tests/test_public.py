@@ -1,7 +1,11 @@
 """The commands as functions: names, and what they refuse in one line."""
 
+import dataclasses
 import errno
+import inspect
 import os
+import pydoc
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +16,33 @@ import pytest
 import rwkv_rev
 from rwkv_rev.cli import COMMANDS, main
 from rwkv_rev.errors import ConfigError, RwkvRevError
+from rwkv_rev.training.config import FinetuneConfig
 
 
 def test_every_command_is_a_function() -> None:
     for name, _ in COMMANDS:
         assert callable(getattr(rwkv_rev, {"eval": "evaluate"}.get(name, name)))
+
+
+@pytest.mark.parametrize("name", [name for name, _ in COMMANDS])
+def test_help_explains_every_argument(name: str) -> None:
+    """As docs/python.md says: by name, with its default, and nothing that only this process knows."""
+    function = getattr(rwkv_rev, {"eval": "evaluate"}.get(name, name))
+    text = pydoc.plain(pydoc.render_doc(function))
+    assert " at 0x" not in text and "**" not in text.split("\n")[2]
+    explained = inspect.getdoc(function) or ""
+    for parameter in inspect.signature(function).parameters:
+        assert re.search(rf"\b{parameter}\b[^:\n]*: ", explained), parameter
+
+
+def test_help_of_finetune_has_every_setting() -> None:
+    parameters = inspect.signature(rwkv_rev.finetune).parameters
+    for item in dataclasses.fields(FinetuneConfig):
+        assert item.name in parameters
+        if item.name not in ("model", "data", "output"):
+            assert parameters[item.name].default == getattr(FinetuneConfig(), item.name)
+    with pytest.raises(ConfigError, match="did you mean lr"):
+        rwkv_rev.finetune("m", "d", "o", lerning_rate=1)  # type: ignore[call-arg]
 
 
 def test_errors_are_public() -> None:

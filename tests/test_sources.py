@@ -155,3 +155,6 @@ def test_a_folder_without_data_says_what_it_holds(tmp_path: Path) -> None:
     ):
         find_sources(tmp_path)
     assert json.dumps(describe_skipped(Counter({".png": 3}))) == '"3 files: 3 .png"'
+    assert describe_skipped(Counter({".png": 1})) == "1 file: 1 .png"
+    many = Counter({f".{n}": 10 - n for n in range(9)})
+    assert describe_skipped(many).endswith("3 .7, 1 more kind")

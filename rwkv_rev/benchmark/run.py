@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 
 def run_benchmark(
-    kind: Kind, settings: BenchSettings, on_row: Callable[[Row], object] = lambda row: None
+    kind: Kind, settings: BenchSettings, on_row: Callable[[Row], object] | None = None
 ) -> list[Row]:
     """Rows of one benchmark as plain values.
 
@@ -28,6 +28,7 @@ def run_benchmark(
     Raises:
         RwkvRevError: for what this machine or these settings cannot measure.
     """
+    on_row = on_row or (lambda row: None)
     common: Row = {"bench": kind, "shape": settings.shape}
     common |= environment(settings.device, settings.dtype, settings.command)
     return [common | row for row in _measure(kind, settings, on_row)]

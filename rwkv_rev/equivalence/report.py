@@ -10,6 +10,7 @@ from rwkv_rev.equivalence.gradients import GradientCheck
 from rwkv_rev.equivalence.logits import LogitComparison
 from rwkv_rev.equivalence.reversal import ReversalCheck
 from rwkv_rev.equivalence.weights import WeightComparison
+from rwkv_rev.printable import counted
 from rwkv_rev.tables import aligned, wrapped
 
 
@@ -143,7 +144,7 @@ class Report:
             reasons.append(f"logits: {', '.join(failed)}")
         if self.weights.different:
             first, more = self.weights.different[0], len(self.weights.different) - 1
-            reasons.append(f"{first} differs" + (f" and {more} more tensors" if more else ""))
+            reasons.append(f"{first} differs" + (f" and {counted(more, 'more tensor')}" if more else ""))
         where = f"; first difference: {self.divergence}" if self.divergence else ""
         return f"{self.directory} differs from {self.original}: {'; '.join([*reasons, *broken])}{where}"
 

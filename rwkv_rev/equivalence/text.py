@@ -68,6 +68,6 @@ def _encode(text: str, directory: Path, vocabulary: int) -> list[int]:
         if vocabulary == 256:
             return list(text.encode("utf-8"))
         raise DataError(
-            f"{directory} has no tokenizer for its {vocabulary} tokens: convert again with --tokenizer"
+            f"{directory} has no tokenizer for its {vocabulary} tokens: save it there, or convert with --tokenizer"
         )
     return list(load_tokenizer(directory).encode(text, add_special_tokens=False))

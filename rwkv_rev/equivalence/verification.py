@@ -46,6 +46,7 @@ from rwkv_rev.errors import ConfigError, RwkvRevError
 from rwkv_rev.folders.source import Source
 from rwkv_rev.loading import load_model
 from rwkv_rev.modeling import RwkvRevForCausalLM
+from rwkv_rev.printable import counted
 from rwkv_rev.progress import Progress
 
 ORACLE_CHOICES = ("auto", *ORACLES)
@@ -149,7 +150,9 @@ class _Verification:
         rows, skipped = self._oracle_rows(oracle, _logits(self.model, self.ids))
         notes = []
         if len(self.ids) < self.asked:
-            notes.append(f"the text has {len(self.ids)} tokens, fewer than the {self.asked} asked for")
+            notes.append(
+                f"the text has {counted(len(self.ids), 'token')}, fewer than the {self.asked} asked for"
+            )
         divergence = None
         if not (all(row.passed for row in rows) and self.weights.passed):
             divergence = self._divergence()
@@ -320,7 +323,7 @@ def _with_further_checks(
     }
     asked = max(lengths.values())
     if context is not None and len(ids) < asked:
-        notes.append(f"the text has {len(ids)} tokens, fewer than the context of {context}")
+        notes.append(f"the text has {counted(len(ids), 'token')}, fewer than the context of {context}")
     parts = {name: ids[:length] for name, length in lengths.items() if length}
     found: dict[str, Any] = {}
     for name, check in (("reversal", check_reversal), ("gradients", check_gradients)):

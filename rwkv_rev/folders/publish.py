@@ -34,7 +34,12 @@ def refuse_unpublishable(repository: str) -> None:
 def publish(directory: str | Path, repository: str, *, kind: str = "converted") -> str:
     """Create ``repository`` on the Hub if needed and upload the folder in one commit; return its address.
 
-    Hidden files, links and TensorBoard's files stay here. ``kind`` is how the model was made, for the commit's message.
+    Hidden files, links and TensorBoard's files stay here.
+
+    Args:
+        directory: a model folder.
+        repository: ``owner/name``.
+        kind: how the model was made, for the commit's message.
 
     Raises:
         OutputError: if the Hub refuses (not signed in, no right to write) or cannot be reached.

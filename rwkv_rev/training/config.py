@@ -38,7 +38,9 @@ class FinetuneConfig:
         model: a converted or fine-tuned model folder.
         data: files, folders, globs or dataset ids (:mod:`rwkv_rev.training.documents`).
         output: model folder to make. Checkpoints and the log lie in ``OUTPUT.training`` until it is there.
-        text_field, prompt_field, completion_field: fields of records; found by name when None.
+        text_field: field of the text in records; ``text`` is found without it.
+        prompt_field: field of the prompt, on which there is no loss; ``prompt`` is found without it.
+        completion_field: field of the completion; ``completion`` is found without it.
         end_token: put after every document: ``auto`` is the tokenizer's own (no token for models of bytes, where
             it would be the byte 0), ``none`` no token, or an id.
         pack: lay all documents end to end in one stream; state runs on from one into the next.
@@ -46,32 +48,41 @@ class FinetuneConfig:
         context_length: T, the most tokens that one gradient goes through.
         chunk_length: C, tokens per chunk.
         bptt: gradient strategy; ``auto`` is exact at every length.
-        tape, tape_dir: where remnants are kept, ``host``, ``device`` or ``disk``.
-        batch_size: rows at once per process. grad_accum: batches per optimizer step.
+        tape: where remnants are kept, ``host``, ``device`` or ``disk``.
+        tape_dir: folder of a tape on disk; the system's temporary one when None.
+        batch_size: rows at once per process.
+        grad_accum: batches per optimizer step.
         lr: highest learning rate; when None 1e-4 for ``full``, 5e-4 for ``lora``, 0.1 for ``state``.
         lr_schedule: shape of the learning rate after the warmup.
         warmup: steps of linear warmup; below 1, a share of all steps.
         weight_decay: of matrices; mixes, decays, norms and states are never decayed.
         max_grad_norm: gradients are clipped to it; 0 does not clip.
         max_steps: optimizer steps; ``epochs`` passes over the data when None.
+        epochs: passes over the data, where ``max_steps`` is None.
         dtype: of the arithmetic; ``auto`` is bfloat16 where a GPU has it, else float32. Weights are trained in
             float32 whatever this is.
         save_dtype: of changed tensors in the output. ``auto`` is float32, which loses nothing.
         tune: ``full`` (everything), ``lora`` (low-rank additions, merged at the end) or ``state`` (RWKV-5: the
             initial state alone).
-        lora_rank, lora_alpha, lora_dropout: alpha is twice the rank when None.
+        lora_rank: rank of the additions.
+        lora_alpha: their scale, divided by the rank; twice the rank when None.
+        lora_dropout: share of their inputs that is dropped in training.
         lora_targets: linear maps that get an addition, by name; all but the head when empty.
         shard_optimizer: with several processes, each keeps its share of the optimizer's state (ZeRO stage 1).
         checkpoint_blocks: keep only each block's input inside a chunk: less memory, a third more time.
         seed: of the order of the data, of new parameters and of dropout.
         eval_data: held-out data; read whole every ``eval_every`` steps, before the first and after the last.
-        eval_tokens: at most so many tokens of it; 0 for all.
-        save_every: steps between checkpoints; 0 for none. keep: how many newest ones stay.
+        eval_every: steps between evaluations; 0 for none but the first and the last.
+        eval_tokens: at most so many tokens of the held-out data; 0 for all.
+        save_every: steps between checkpoints; 0 for none.
+        keep: how many newest checkpoints stay.
         resume: ``auto`` (newest checkpoint of OUTPUT.training, if any), the path of one, or None.
-        log_every: steps between log rows. report_to: a further place for them.
+        log_every: steps between log rows.
+        report_to: a further place for them: ``tensorboard``, ``wandb`` or ``trackio``.
         device: ``auto``, ``cpu``, ``cuda``.
         force: replace OUTPUT, and throw away an unfinished run of that name.
-        push_to_hub: repository to upload the result to. cache_dir: of tokenised data.
+        push_to_hub: repository to upload the result to.
+        cache_dir: of tokenised data; ``tokens`` in the user's cache when None.
         num_workers: processes that tokenise; by the size of the data when None.
     """
 

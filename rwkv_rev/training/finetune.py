@@ -5,6 +5,7 @@ trains. Checkpoints and the log lie in ``OUTPUT.training`` meanwhile; ``OUTPUT``
 ``OUTPUT.training`` goes.
 """
 
+import inspect
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
@@ -82,12 +83,34 @@ class FinetuneResult:
         return cls(**own)
 
 
+def _with_settings(function: Callable[..., FinetuneResult]) -> Callable[..., FinetuneResult]:
+    """Put the settings that it takes by name into its signature and its help."""
+    defaults = FinetuneConfig()
+    signature = inspect.signature(function)
+    own = [item for item in signature.parameters.values() if item.kind is not inspect.Parameter.VAR_KEYWORD]
+    settings = [
+        inspect.Parameter(
+            item.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=getattr(defaults, item.name),
+            annotation=item.type,
+        )
+        for item in fields(FinetuneConfig)
+        if item.name not in signature.parameters
+    ]
+    function.__signature__ = signature.replace(parameters=[*own, *settings])  # type: ignore[attr-defined]
+    explained = inspect.cleandoc(FinetuneConfig.__doc__ or "").partition("Attributes:\n")[2]
+    function.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nSettings:\n{explained}"
+    return function
+
+
+@_with_settings
 def finetune(
     model: str | Path,
     data: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
-    notify: Notify = lambda text: None,
+    notify: Notify | None = None,
     quiet: bool = True,
     **settings: Any,
 ) -> FinetuneResult:
@@ -97,7 +120,8 @@ def finetune(
         model: a converted or fine-tuned model folder.
         data: one source of training data, or several.
         output: the folder to make.
-        settings: fields of :class:`~rwkv_rev.training.config.FinetuneConfig`.
+        notify: takes one line at a time that people should see, warnings too.
+        quiet: no progress bar.
 
     Raises:
         ConfigError: for a setting that does not exist, naming the nearest one. Otherwise as :func:`run`.
@@ -107,7 +131,7 @@ def finetune(
     return run(build_config(options=values | settings), notify=notify, quiet=quiet)
 
 
-def run(config: FinetuneConfig, *, notify: Notify = lambda text: None, quiet: bool = False) -> FinetuneResult:
+def run(config: FinetuneConfig, *, notify: Notify | None = None, quiet: bool = False) -> FinetuneResult:
     """Fine-tune, and write the model folder.
 
     Under ``torchrun`` or ``accelerate launch`` every process calls this; the first one writes. With ``resume = auto``,
@@ -121,6 +145,7 @@ def run(config: FinetuneConfig, *, notify: Notify = lambda text: None, quiet: bo
     Raises:
         RwkvRevError: for everything :func:`plan` refuses, a loss that is not finite, and memory or a disk that ran out.
     """
+    notify = notify or (lambda text: None)
     planned = plan(config, progress=not quiet)
     work = config.work_directory
     made = None if planned.made is None else FinetuneResult.from_dict(planned.made, Path(config.output))

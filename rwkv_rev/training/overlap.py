@@ -11,6 +11,7 @@ from collections import Counter
 
 import numpy as np
 
+from rwkv_rev.printable import counted
 from rwkv_rev.training.token_store import TokenStore
 
 _NAMED = 5
@@ -36,11 +37,11 @@ def shared_documents(training: TokenStore, held_out: TokenStore) -> list[str]:
         return []
     total = Counter(held_out.source(document) for document in range(len(held_out)))
     texts = [
-        f"{name} ({count} of {total[name]} documents, the first is {first[name]})"
+        f"{name} ({count} of {counted(total[name], 'document')}, the first is {first[name]})"
         for name, count in [*shared.items()][:_NAMED]
     ]
     if len(shared) > _NAMED:
-        texts.append(f"and {len(shared) - _NAMED} more files")
+        texts.append(f"and {counted(len(shared) - _NAMED, 'more file')}")
     return [
         f"held-out data is training data, too, its scores tell nothing about other texts: {', '.join(texts)}"
     ]

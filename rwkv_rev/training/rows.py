@@ -235,10 +235,16 @@ class RowDataset(Dataset):
         prompts = int((self.store.prompt_lengths() >= T).sum())
         if prompts and not self.pack and not self.carry_state:
             found.append(
-                f"{prompts} prompts fill the context: their completions are trained without the whole prompt"
+                "1 prompt fills the context: its completion is trained without the whole prompt"
+                if prompts == 1
+                else f"{prompts:,} prompts fill the context: their completions are trained without the whole prompt"
             )
         if dropped:
-            found.append(f"{dropped} documents have no token to predict and are left out")
+            found.append(
+                "1 document has no token to predict and is left out"
+                if dropped == 1
+                else f"{dropped:,} documents have no token to predict and are left out"
+            )
         return found
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rwkv_rev.errors import CheckpointError, DataError, SourceError
 from rwkv_rev.folders.safe_input import read_object, refuse_special
-from rwkv_rev.printable import shortened
+from rwkv_rev.printable import counted, shortened
 from rwkv_rev.training.documents import HUB_ID, DataSource, one_line
 
 KIND_OF_SUFFIX = {
@@ -57,8 +57,8 @@ def describe_skipped(skipped: Skipped) -> str:
     """``3 files: 2 .png, 1 hidden``, the most frequent first."""
     kinds = [f"{count:,} {kind}" for kind, count in skipped.most_common(_SHOWN)]
     if (rest := len(skipped) - len(kinds)) > 0:
-        kinds.append(f"{rest} more kinds")
-    return f"{skipped.total():,} files: {', '.join(kinds)}"
+        kinds.append(counted(rest, "more kind"))
+    return f"{counted(skipped.total(), 'file')}: {', '.join(kinds)}"
 
 
 def _expand(item: str, skipped: Skipped) -> list[DataSource]:
