@@ -112,7 +112,7 @@ def inspect(
         output.print_table(
             f"Memory of a gradient: {context_length:,} tokens x {batch_size}, chunks of {chunk:,}, float32, "
             + ("CUDA kernels" if on_gpu else "CPU"),
-            ["strategy", ">weights", ">gradients", ">graph", ">states", ">device at its peak", ">tape"],
+            ["strategy", ">weights", ">gradients", ">graph", ">states", ">device peak", ">tape"],
             [
                 [
                     f.strategy,
@@ -121,23 +121,30 @@ def inspect(
                 for f in forecasts
             ],
         )
-        output.print_text(
-            "The peak is no sum: gradients come while the graph goes; logits and workspace are in it.\n"
-            "The tape lies where --tape of finetune says, in host memory unless told otherwise.\n"
-            f"The optimizer is not included (AdamW: {size(8 * found.parameters)}).\n"
+        output.print_prose(
+            "The peak is no sum: gradients come while the graph goes; logits and workspace are in it. The tape lies "
+            "where --tape of finetune says, in host memory unless told otherwise. The optimizer is not included "
+            f"(AdamW: {size(8 * found.parameters)})."
         )
     if limits is not None:
-        steps = [f">{name}" for name in limits[0].division]
         output.print_table(
-            "Updates until half of the mantissa is gone: states that only grow (NUHMC), and plain division back "
-            "in channels by how fast they forget (formula / measured)",
-            ["format", ">mantissa bits", ">NUHMC", ">counted", *steps],
+            "States that only grow: additions until half of the mantissa is gone",
+            ["format", ">mantissa bits", ">NUHMC", ">counted"],
+            [
+                [limit.format, limit.mantissa_bits, f"{limit.nuhmc:,}", f"{limit.counted:,}"]
+                for limit in limits
+            ],
+        )
+        output.print_prose(
+            "NUHMC: number of updates at half mantissa capacity, 2^floor(bits / 2). counted: the same, by adding up."
+        )
+        output.print_table(
+            "Plain division back: steps until half of the mantissa is noise, in channels by how fast they forget "
+            "(formula / measured)",
+            ["format", *(f">{name}" for name in limits[0].division)],
             [
                 [
                     limit.format,
-                    limit.mantissa_bits,
-                    f"{limit.nuhmc:,}",
-                    f"{limit.counted:,}",
                     *(
                         f"{formula:,.0f} / {_steps(measured)}"
                         for formula, measured in limit.division.values()
@@ -146,6 +153,7 @@ def inspect(
                 for limit in limits
             ],
         )
+        output.print_prose("formula: bits / 2, divided by what the channel forgets per step.")
 
 
 def _steps(measured: float) -> str:

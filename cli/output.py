@@ -18,7 +18,7 @@ from typing import Any
 
 from rwkv_rev.errors import OutputError
 from rwkv_rev.printable import MOST_LINE, printable, shortened
-from rwkv_rev.tables import WIDTH, folded
+from rwkv_rev.tables import WIDTH, folded, wrapped
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], keys: int = 1) -> None:
@@ -32,8 +32,10 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     console = _console()
     names = [column.removeprefix(">") for column in columns]
     cells = [["" if cell is None else shortened(cell, MOST_LINE) for cell in row] for row in rows]
-    widths = [max(map(len, (name, *column))) + 2 for name, *column in zip(names, *cells, strict=True)]
-    for number, kept in enumerate(folded(widths, console.width, keys)):
+    widths = [max(map(len, (name, *column))) + 3 for name, *column in zip(names, *cells, strict=True)]
+    for number, kept in enumerate(
+        folded(widths, console.width + 1, keys)
+    ):  # 3 between two columns, 1 at each end
         table = Table(title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
         table.title = printable(title, keep="\n") if number == 0 else None
         for column in kept:
@@ -69,6 +71,11 @@ def print_json(value: Any) -> None:
 def print_text(text: str) -> None:
     """Print text of ours on stdout, of as many lines as it has."""
     write(printable(text, keep="\n") + "\n")
+
+
+def print_prose(text: str) -> None:
+    """Print sentences of ours on stdout, wrapped, and an empty line behind them."""
+    print_text("\n".join([*wrapped(text), ""]))
 
 
 def print_path(path: object) -> None:

@@ -1,6 +1,7 @@
 """Facts about a checkpoint, without loading it."""
 
 import json
+import re
 import math
 from pathlib import Path
 
@@ -75,6 +76,13 @@ def test_forecast_and_numerics_on_the_command_line(capfd: pytest.CaptureFixture[
         return capfd.readouterr().out
 
     text = run()
+    assert max(map(len, text.splitlines())) <= 80
+    assert re.search(r"float64 +52 +67,108,864 +67,108,864", text), "no value is cut"
+    assert re.search(r"float64( +[\d,.]+ / (> )?[\d,]+){4} *\n", text), (
+        "nor broken, and no column goes on below"
+    )
+    for words in ("NUHMC", "number of updates at half mantissa capacity", "counted: ", "formula / measured"):
+        assert words in " ".join(text.split())
     assert "Memory of a gradient: 4,096 tokens x 1, chunks of 256, float32" in text
     assert "67,108,864" in text
     document = json.loads(run("--json", "--batch-size", "2"))

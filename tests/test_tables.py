@@ -1,7 +1,7 @@
 """Every table fits 80 columns or goes on below."""
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rwkv_rev.cli.output import print_table
@@ -39,3 +39,19 @@ def test_printed_tables_fit(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= WIDTH
     assert sum("reversible C=128" in line for line in lines) > 2
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=9), st.integers(1, 2))
+def test_printed_cells_and_heads_stay_whole(
+    capsys: pytest.CaptureFixture[str], widths: list[int], keys: int
+) -> None:
+    """Neither cut nor broken over lines, whatever their widths."""
+    capsys.readouterr()
+    heads = [f"{i}" + "h" * (width - 1) for i, width in enumerate(widths)]
+    cells = [f"{i}" + "c" * (width - 1) for i, width in enumerate(widths)]
+    print_table("", [f">{head}" for head in heads], [cells], keys=keys)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= WIDTH
+    for text in (*heads, *cells):
+        assert any(f" {text} " in f" {line} " for line in lines)
