@@ -204,7 +204,7 @@ def _print_plan(planned: Any, as_json: bool) -> None:
                 name: out.human_bytes(memory[name]) for name in ("weights", "gradients", "optimizer", "graph")
             },
             "memory": f"{out.human_bytes(memory['device'])} of tensors {BEYOND}{kept}",
-            "tape": out.human_bytes(memory["tape"]),
+            "tape": _tape(memory["tape"]),
         },
     )
     for text in values["notes"]:
@@ -217,13 +217,13 @@ def _print_result(result: Any) -> None:
         "model": result.output,
         "tuned": f"{result.tune}, {result.trainable_parameters:,} of {result.parameters:,} parameters",
         "steps": f"{result.steps:,}",
-        "training loss": f"{result.first_loss:.4f} to {result.last_loss:.4f} nats per token",
+        "training loss": _losses(result),
     }
     if held_out is not None:
         fields["held-out"] = f"{held_out[0]:.4f} to {held_out[1]:.4f} bits per byte"
     fields |= {
         "speed": f"{result.tokens_per_second:,.0f} tokens/s ({result.tokens:,} tokens, {result.seconds:,.0f} s)",
-        "tape": out.human_bytes(result.tape_bytes),
+        "tape": _tape(result.tape_bytes),
         "memory": f"{out.human_bytes(result.memory_bytes)} {BEYOND} "
         f"({out.human_bytes(result.process_bytes)} of host memory with it)",
         "optimizer": out.human_bytes(result.optimizer_bytes),
@@ -232,3 +232,18 @@ def _print_result(result: Any) -> None:
     if result.address:
         fields["uploaded to"] = result.address
     out.print_fields("Fine-tuned", fields)
+
+
+def _tape(nbytes: int) -> str:
+    """Bytes of the tape; why there are none, which looks like a fault."""
+    if nbytes:
+        return out.human_bytes(nbytes)
+    return "0 B (only chunks between the first and the last of a row need a record)"
+
+
+def _losses(result: Any) -> str:
+    """The first and the last step's, with what they are not: a measure of progress."""
+    last = f", {result.last_loss:.4f} in step {result.steps:,}" if result.steps > 1 else ""
+    noise = "; --eval-data FILE measures progress" if result.held_out is None else ""
+    other = ", of other rows" if last else ""
+    return f"{result.first_loss:.4f} in step 1{last} (nats per token{other}{noise})"

@@ -1,6 +1,7 @@
 """The command line of ``finetune`` and ``eval``: options, streams, JSON, exit codes."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,11 @@ def test_finetune_then_eval_then_generate(cli: Cli, bundled: dict[str, Path], tm
         "1,354,752",
     ):
         assert text in out
+    printed = " ".join(out.split())
+    assert re.search(
+        r"training loss [\d.]+ in step 1, [\d.]+ in step 2 \(nats per token, of other rows\)", printed
+    )
+    assert re.search(r"tape [1-9][\d.]* kB", printed), "chunks between the first and the last leave a record"
     assert "warning: 1 document is longer than the context" in err
     rows = [json.loads(line) for line in (tmp_path / "out/training/log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2]
@@ -56,6 +62,19 @@ def test_finetune_then_eval_then_generate(cli: Cli, bundled: dict[str, Path], tm
         "generate", "out", "--prompt", "7 squared", "--max-new-tokens", 4, "--temperature", 0
     )
     assert code == 0 and out.startswith("7 squared")
+
+
+def test_a_tape_of_no_bytes_is_explained(cli: Cli, bundled: dict[str, Path]) -> None:
+    common = ("finetune", bundled["5.2"], "--data", "data.txt", "--device", "cpu", "--context-length", 200)
+    why = "tape 0 B (only chunks between the first and the last of a row need a record)"
+    for more in (("--dry-run",), ("--max-steps", 1)):
+        code, out, err = cli(*common, "--chunk-length", 100, "--output", "two", *more)
+        assert code == 0, err
+        printed = " ".join(out.split())
+        assert why in printed
+    assert "(nats per token; --eval-data FILE measures progress)" in printed
+    code, out, _ = cli(*common, "--chunk-length", 50, "--output", "four", "--dry-run")
+    assert code == 0 and "need a record" not in " ".join(out.split())
 
 
 def test_dry_run_touches_nothing(cli: Cli, bundled: dict[str, Path], tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Facts about a checkpoint, without loading it."""
 
 import json
-import re
 import math
+import re
 from pathlib import Path
 
 import pytest
