@@ -14,7 +14,7 @@ what it says by `tests/test_peft_methods.py`. Layers of peft that no row has are
 difference, until they are declared with `rwkv_rev.position_wise`.
 
 **How to use one**, LoRA as the example, with the names of the layers: [python.md](python.md#lora). `head` is the output
-layer. A *chunk* is a piece of the context; `full` and `reversible` are explained in [promises.md](promises.md#words).
+layer. A *chunk* is a piece of the context; `full` and `reversible` are [strategies](../README.md#how-it-works).
 
 - **verdict**: `exact`: you can train in chunks, evaluate and generate. `in part`: some of that is refused or limited to
   `full`; the next columns say what, the notes below say why. `refused`: none of it.

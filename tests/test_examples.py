@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import rwkv_rev
 from rwkv_rev.cache import CACHE_NAME
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +28,15 @@ def run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
     return names
 
 
+@pytest.mark.parametrize(
+    "page", ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
+)
+def test_lines_of_prose_fit(page: str) -> None:
+    """In 120 columns; the rows of a table, and images, have no other line to go to."""
+    for number, line in enumerate((ROOT / page).read_text(encoding="utf-8").splitlines(), 1):
+        assert len(line) <= 120 or line.startswith(("|", "!")), f"{page}:{number} has {len(line)} characters"
+
+
 def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "book.txt").write_text("A state is what is left of a text. " * 60, encoding="utf-8")
     for _ in range(2):  # whoever runs it again finds the model there
@@ -43,6 +53,15 @@ def test_python_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["merged"].config.vocab_size == 256 and (tmp_path / "merged" / "model.safetensors").exists()
     assert names["state"].wkv.grad.any()
     assert names["found"]["eval_accuracy"] > 0.3
+    for folder in ("merged", "tuned", "trained", "chat"):  # model folders like any other
+        rows = 258 if folder == "chat" else 256
+        assert len(names["AutoTokenizer"].from_pretrained(folder)) == rows == names["load"](folder).vocab_size
+        assert rwkv_rev.generate(folder, "Hi", max_new_tokens=2).startswith("Hi")
+    assert rwkv_rev.verify("chat", original="chat", oracle="naive", tokens=40).passed
+    rwkv_rev.export("chat", "chat-hf", to="hf")
+    assert (
+        "<|user|>" in names["AutoTokenizer"].from_pretrained("chat-hf", trust_remote_code=False).get_vocab()
+    )
     tuned, ids = names["load"]("tuned"), names["ids"]
     with torch.no_grad():
         assert tuned(ids, labels=ids).loss < names["loss"]  # of the step before
