@@ -1,4 +1,4 @@
-"""A model without another original, such as a fine-tuned one, as its own: what ``export`` would write, unwritten.
+"""A model that has no other original (a fine-tuned one, say) as its own: what ``export`` would write, not written.
 
 Its values are its own, so there is nothing to compare them with; but the original implementations run them, and must
 compute what the model computes.
