@@ -58,8 +58,11 @@ def refuse_packed_rows(kwargs: dict[str, Any], attention_mask: Tensor | None) ->
         )
 
 
-def refuse_unknown_keywords(kwargs: dict[str, Any]) -> None:
+def refuse_unknown_keywords(kwargs: dict[str, Any], model: type[nn.Module]) -> None:
     """Refuse keyword arguments that the model has no name for, rather than leave them without effect.
+
+    Args:
+        model: class of the model with an output layer, whose ``forward`` has a name for most.
 
     Raises:
         TypeError: naming the first one. What is None may have any name.
@@ -71,18 +74,16 @@ def refuse_unknown_keywords(kwargs: dict[str, Any]) -> None:
         if value is not None and name not in _WITHOUT_EFFECT:
             raise TypeError(
                 f"forward() got an unexpected keyword argument {name!r}, which would be without effect; "
-                f"{_what_there_is(name)}"
+                f"{_what_there_is(name, model)}"
             )
 
 
-def _what_there_is(name: str) -> str:
+def _what_there_is(name: str, model: type[nn.Module]) -> str:
     """The nearest keyword to one that there is not, or all of them."""
-    from rwkv_rev.modeling import RwkvRevForCausalLM
-
-    takes = [*inspect.signature(RwkvRevForCausalLM.forward).parameters, "shift_labels"]
+    takes = [*inspect.signature(model.forward).parameters, "shift_labels"]
     takes = [known for known in takes if known not in ("self", "kwargs")]
     if name in takes:
-        return "the model with an output layer takes it, RwkvRevForCausalLM"
+        return f"the model with an output layer takes it, {model.__name__}"
     near = difflib.get_close_matches(name, takes, n=1)
     return f"did you mean {near[0]}?" if near else f"it takes {', '.join(takes)}"
 

@@ -189,7 +189,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         output_hidden_states, return_dict = self._by_config(output_hidden_states, return_dict)
         batch, length, device = rows_and_tokens(input_ids, inputs_embeds)
         refuse_packed_rows(kwargs, attention_mask)
-        refuse_unknown_keywords(kwargs)
+        refuse_unknown_keywords(kwargs, RwkvRevForCausalLM)
         valid = valid_tokens(attention_mask, length, batch)
         inputs_embeds = masked_embeds(inputs_embeds, valid)
         state, updated = handed_over(state=state, past_key_values=past_key_values, cache=cache)
@@ -472,7 +472,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
         # not a parameter by name: Trainer takes every one with "label" in it for needed in evaluation
         shift_labels = kwargs.pop("shift_labels", None)
         refuse_packed_rows(kwargs, attention_mask)
-        refuse_unknown_keywords(kwargs)
+        refuse_unknown_keywords(kwargs, RwkvRevForCausalLM)
         refuse_replica(self)
         state, updated = handed_over(state=state, past_key_values=past_key_values, cache=cache)
         if state is not None and updated is None:  # ``generate``, which hands over a cache, has looked once

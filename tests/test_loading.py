@@ -20,7 +20,7 @@ def bare(bundled: dict[str, Path], tmp_path: Path) -> Path:
     """A folder as ``save_pretrained`` of a model alone leaves it, and a text beside it."""
     import torch
 
-    load_model(bundled["5.2"], torch.float32).save_pretrained(tmp_path / "bare")
+    load_model(bundled["5.2"], "cpu", torch.float32).save_pretrained(tmp_path / "bare")
     (tmp_path / "data.txt").write_text("a text of some length " * 30, encoding="utf-8")
     return tmp_path / "bare"
 

@@ -213,7 +213,7 @@ def test_lengths_are_positive(model: Path, capfd: pytest.CaptureFixture[str], op
 @pytest.fixture
 def chat(model: Path, tmp_path: Path) -> Path:
     """The model with two more tokens, as ``resize_token_embeddings`` and ``save_pretrained`` make it."""
-    grown = load_model(model, torch.float32)
+    grown = load_model(model, "cpu", torch.float32)
     grown.resize_token_embeddings(258)
     grown.save_pretrained(tmp_path / "chat")
     load_tokenizer(model).save_pretrained(tmp_path / "chat")
