@@ -8,6 +8,7 @@ resumed run drops the rows after the checkpoint it goes on from, so that each st
 import json
 import math
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,18 +33,27 @@ def refuse_missing_reporter(name: str) -> None:
 
 
 class Log(TrainerCallback):
-    """Appends every row to ``path``; only the first process writes."""
+    """Appends every row to ``path``; only the first process writes.
 
-    def __init__(self, path: Path) -> None:
+    A resumed run takes the rows up to its checkpoint from there, where checksums guard them, and tells ``notify`` if
+    the log held others.
+    """
+
+    def __init__(self, path: Path, notify: Callable[[str], object] = lambda text: None) -> None:
         self.path = path
+        self.notify = notify
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            kept = [
-                row for row in read_log(self.path) if row["step"] <= state.global_step and state.global_step
-            ]
+            kept = [_row(logs, logs["step"]) for logs in state.log_history if _of_interest(logs)]
+            there = [row for row in read_log(self.path) if row["step"] <= state.global_step]
+            if state.global_step and there != kept:
+                self.notify(
+                    f"warning: {self.path.name} is not what was written; its rows are taken from checkpoint-"
+                    f"{state.global_step}"
+                )
             fresh = self.path.with_name(f".{self.path.name}")
             fresh.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
             fresh.replace(self.path)
@@ -56,28 +66,37 @@ class Log(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not state.is_world_process_zero or not logs or not ("loss" in logs or "eval_loss" in logs):
+        if not state.is_world_process_zero or not logs or not _of_interest(logs):
             return
         with self.path.open("a", encoding="utf-8") as file:
-            row = {
-                name: None if isinstance(value, float) and not math.isfinite(value) else value
-                for name, value in logs.items()
-            }  # a step that float16's loss scale skipped has no finite norm, and JSON no infinity
-            file.write(json.dumps({"step": state.global_step, **row}) + "\n")
+            file.write(json.dumps(_row(logs, state.global_step)) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
 
+def _of_interest(logs: dict[str, Any]) -> bool:
+    return "loss" in logs or "eval_loss" in logs
+
+
+def _row(logs: dict[str, Any], step: int) -> dict[str, Any]:
+    """A row of the log; a step that float16's loss scale skipped has no finite norm, and JSON no infinity."""
+    row = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in logs.items()
+    }
+    return {"step": step} | {name: value for name, value in row.items() if name != "step"}
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log; a last line cut short by a killed process is left out."""
+    """The rows of a log; what is none, as a last line cut short by a killed process, is left out."""
     rows = []
     if path.is_file():
-        for line in path.read_text("utf-8").splitlines():
+        for line in path.read_text("utf-8", "replace").splitlines():
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(row, dict) and "step" in row:
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
                 rows.append(row)
     return rows
 

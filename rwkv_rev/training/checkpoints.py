@@ -48,25 +48,42 @@ def seal(folder: Path) -> None:
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, in a few words; None when every file is as it was written."""
-    try:
-        files = json.loads((folder / CHECKSUMS).read_text("utf-8"))
-        expected = {str(name): (int(values["bytes"]), str(values["crc32"])) for name, values in files.items()}
-    except FileNotFoundError:
-        return f"{CHECKSUMS} is missing"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return f"{CHECKSUMS} cannot be read"
+    if (wrong := _no_file(folder, CHECKSUMS)) is not None:
+        return wrong
+    expected = listed(folder)
     for name, (nbytes, crc) in expected.items():
         path = folder / name
         try:
-            if not path.is_file():
-                return f"{name} is missing"
+            if (wrong := _no_file(folder, name)) is not None:
+                return wrong
             if path.stat().st_size != nbytes:
                 return f"{name} has {path.stat().st_size:,} bytes instead of {nbytes:,}"
             if checksum(path) != crc:
                 return f"{name} is not what was written"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror or error}"
+    if not expected:
+        return f"{CHECKSUMS} cannot be read"
     return None if RUN_NAME in expected else f"{CHECKSUMS} is of something else"
+
+
+def listed(folder: Path) -> dict[str, tuple[int, str]]:
+    """Size and CRC-32 of every file by the checksums of a checkpoint; empty where they cannot be read."""
+    if _no_file(folder, CHECKSUMS) is not None:
+        return {}
+    try:
+        files = json.loads((folder / CHECKSUMS).read_text("utf-8"))
+        return {str(name): (int(values["bytes"]), str(values["crc32"])) for name, values in files.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
+
+
+def _no_file(folder: Path, name: str) -> str | None:
+    """Why a file of a checkpoint is not to be opened: a pipe that nobody writes to would never answer."""
+    path = folder / name
+    if path.is_file():
+        return None
+    return f"{name} is no regular file" if path.exists() else f"{name} is missing"
 
 
 def checksum(path: Path) -> str:

@@ -29,7 +29,7 @@ from rwkv_rev.training.saving import save_finetuned
 from rwkv_rev.training.shortage import Whereabouts, told_in_one_line
 from rwkv_rev.training.trainer import RwkvRevTrainer, training_arguments
 from rwkv_rev.training.tuning import apply_tuning, count_parameters
-from rwkv_rev.training.working_folder import LOG_NAME, empty, lock, remove, sweep
+from rwkv_rev.training.working_folder import LOG_NAME, empty, lock, named, remove, sweep
 
 __all__ = ["FinetuneResult", "Plan", "plan", "run"]
 Notify = Callable[[str], object]
@@ -169,8 +169,8 @@ def run(config: FinetuneConfig, *, notify: Notify | None = None, quiet: bool = F
         else:
             notify(f"{config.output} is whole already: nothing is left to train")
         _barrier()
-        if taken is not None:
-            remove(work, taken)
+        if taken is not None and (stays := remove(work, taken)):
+            notify(f"warning: {work} stays: it holds {named(work, stays)}")
     finally:
         if taken is not None:
             taken.release()
@@ -210,7 +210,7 @@ def _train(planned: Plan, args: Any, where: Whereabouts, notify: Notify, quiet: 
         config,
         identity,
         held_out,
-        [where, Log(log), StopAtBadLoss(), bar, StopWhenNothingIsLeft()],
+        [where, Log(log, notify), StopAtBadLoss(), bar, StopWhenNothingIsLeft()],
         memory=memory,
         progress=not quiet and args.process_index == 0,
     )

@@ -41,10 +41,11 @@ from rwkv_rev.training.checkpoints import RUN_NAME, checkpoints, discard, seal, 
 from rwkv_rev.training.config import FinetuneConfig
 from rwkv_rev.training.evaluate import evaluate_documents
 from rwkv_rev.training.memory import MemoryInUse
+from rwkv_rev.training.remains import foreign_in
 from rwkv_rev.training.sharded import ShardedOptimizer, state_bytes
 from rwkv_rev.training.token_store import TokenStore
 from rwkv_rev.training.tuning import language_model
-from rwkv_rev.training.working_folder import WRITING
+from rwkv_rev.training.working_folder import WRITING, refuse_foreign
 
 CARRIED_NAME = "carried_state_{rank}.safetensors"
 TUNED_NAME = "tuned_state.safetensors"
@@ -250,12 +251,14 @@ class RwkvRevTrainer(Trainer):
             self.args.output_dir = str(root)
         if self.args.should_save:
             if (root / name).exists():
+                refuse_foreign(root)
                 discard(root / name)  # damaged, or of a run resumed from an earlier one
             (hidden / name).rename(root / name)
             shutil.rmtree(hidden, ignore_errors=True)
             past = [path for path in checkpoints(root) if step_of(path) <= self.state.global_step]
             for old in past[: -self.run.keep]:
-                discard(old)
+                if not foreign_in(old):  # else somebody keeps something there
+                    discard(old)
         self._barrier()
         self._since = (self._since[0] + time.perf_counter() - began, self._since[1])
 

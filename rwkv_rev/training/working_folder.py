@@ -6,6 +6,7 @@ then there is nothing left to train (:func:`finished_run`).
 """
 
 import json
+import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -15,8 +16,10 @@ from filelock import FileLock, Timeout
 
 from rwkv_rev.errors import CheckpointError, OutputError
 from rwkv_rev.folders.safe_output import check_output
+from rwkv_rev.printable import shortened
 from rwkv_rev.training.checkpoints import checkpoints, damage, discard
 from rwkv_rev.training.config import FinetuneConfig
+from rwkv_rev.training.remains import foreign, foreign_in
 from rwkv_rev.training.saving import HISTORY, SUMMARY_NAME, public
 
 LOG_NAME = "log.jsonl"
@@ -34,11 +37,33 @@ def refuse_output(config: FinetuneConfig) -> None:
     if output.resolve() == inside or output.resolve() in inside.parents:
         raise OutputError(f"{config.output} holds the model that is fine-tuned; choose another --output")
     work = config.work_directory
+    refuse_foreign(work)
     if config.resume is None and not config.force and checkpoints(work):
         raise OutputError(
             f"{work} holds an unfinished run ({checkpoints(work)[-1].name}): --resume auto goes on with it, "
             "--force throws it away"
         )
+
+
+def refuse_foreign(work: Path) -> None:
+    """Raise OutputError for what is no folder, a link, a folder closed to us, or one that holds what no run wrote."""
+    if work.is_symlink() or not work.is_dir():
+        check_output(work.absolute(), force=True, directory=True)
+        return
+    if not os.access(work, os.R_OK | os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {work}: no permission; choose another --output")
+    try:
+        found = foreign(work)
+    except OSError as error:
+        raise OutputError(f"{work} cannot be looked at: {error.strerror or error}") from error
+    if found:
+        raise OutputError(f"{work} holds {named(work, found)}: move it away, or choose another --output")
+
+
+def named(work: Path, found: list[Path]) -> str:
+    """Foreign paths in a few words."""
+    more = f" and {len(found) - 1:,} more" if found[1:] else ""
+    return f"{shortened(found[0].relative_to(work))}{more}, which no run wrote"
 
 
 def may_be_finished(config: FinetuneConfig) -> bool:
@@ -104,16 +129,21 @@ def lock(work: Path) -> FileLock:
     """Take the working folder, which is made if it is not there.
 
     Raises:
-        OutputError: while another run has it.
+        OutputError: while another run has it, and as :func:`refuse_foreign`.
     """
-    work.mkdir(parents=True, exist_ok=True)
+    refuse_foreign(work)
     taken = FileLock(work / LOCK_NAME)
     try:
+        work.mkdir(parents=True, exist_ok=True)
         taken.acquire(timeout=0)
     except Timeout:
         raise OutputError(
             f"{work} is in use by another run; wait for it or choose another --output"
         ) from None
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {work}: {error.strerror or error}; choose another --output"
+        ) from error
     return taken
 
 
@@ -123,24 +153,33 @@ def sweep(work: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def empty(work: Path) -> None:
-    """Remove what a run left there; the lock, which is ours now, stays."""
+def empty(work: Path) -> list[Path]:
+    """Remove what a run left there, but for the lock, which is ours now; gives what no run wrote, and stays."""
+    stays: list[Path] = []
     for path in work.iterdir():
-        if path.is_dir() and not path.is_symlink():
+        if found := foreign_in(path):
+            stays += found
+        elif path.is_dir():
             discard(path)
         elif path.name != LOCK_NAME:
             path.unlink()
+    return sorted(stays)
 
 
-def remove(work: Path, taken: FileLock) -> None:
-    """Remove the working folder and give up its lock, in an order that leaves another run's folder alone."""
+def remove(work: Path, taken: FileLock) -> list[Path]:
+    """Remove the working folder and give up its lock, in an order that leaves another run's folder alone.
+
+    Gives what was put there meanwhile by somebody else, and stays.
+    """
+    stays: list[Path] = []
     with suppress(OSError):
-        empty(work)
+        stays = empty(work)
     with suppress(OSError):  # Windows: goes when it is released
         (work / LOCK_NAME).unlink(missing_ok=True)
     taken.release()
     with suppress(OSError):  # somebody else's by now
         work.rmdir()
+    return stays
 
 
 def _summary(config: FinetuneConfig) -> dict[str, Any] | None:
