@@ -18,7 +18,7 @@ from typing import NoReturn
 import typer
 
 from rwkv_rev.cli import output
-from rwkv_rev.cli.stopping import exit_code, install_handlers
+from rwkv_rev.cli.stopping import exit_code, install_handlers, tell
 from rwkv_rev.errors import RwkvRevError, options_in_messages
 
 # name, one line of help; the function is rwkv_rev.cli.<name>.<name>
@@ -75,13 +75,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         typer.main.get_command(build_app(None if completing else requested)).main(
             arguments, prog_name="rwkv-rev"
         )
-    except KeyboardInterrupt:  # before the command itself, which typer ends with the same code
-        sys.stderr.write("stopped; nothing was begun\n")
-        raise SystemExit(130) from None
-    except Exception as error:
-        if (code := exit_code()) is not None:  # what fails then fails because of it
+    except BaseException as error:
+        if (code := exit_code(error)) is not None:
+            tell("nothing was written")  # unless the command told of more
             raise SystemExit(code) from None
-        _fail(error)
+        if isinstance(error, Exception):
+            _fail(error)
+        raise
     raise SystemExit(0)
 
 

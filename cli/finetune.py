@@ -7,6 +7,7 @@ import typer
 
 from rwkv_rev.cli import output as out
 from rwkv_rev.cli.counts import count
+from rwkv_rev.cli.stopping import tell
 from rwkv_rev.folders.folder import refuse_no_model
 from rwkv_rev.training.sources import find_sources
 
@@ -156,10 +157,9 @@ def finetune(
         with in_processes():
             result = run(settings, notify=out.note if first_process() else lambda text: None, quiet=quiet)
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
-        if first_process():
-            from rwkv_rev.training.working_folder import what_is_kept
+        from rwkv_rev.training.working_folder import what_is_kept
 
-            out.note(f"stopped; {what_is_kept(settings)}")
+        tell(what_is_kept(settings))
         raise
     if not first_process():
         return

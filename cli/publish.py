@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from rwkv_rev.cli import output as out
+from rwkv_rev.cli.stopping import tell
 from rwkv_rev.folders.folder import refuse_no_model
 
 
@@ -26,4 +27,9 @@ def publish(
     from rwkv_rev.folders.publish import refuse_unpublishable
 
     refuse_unpublishable(repository)
-    out.print_text(run(directory, repository))
+    try:
+        address = run(directory, repository)
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
+        tell("the Hub has all of this upload or nothing")
+        raise
+    out.print_text(address)

@@ -14,20 +14,33 @@ from typing import NoReturn
 from rwkv_rev.cli import output as out
 
 _received: list[int] = []
+_told = False
 
 
 def install_handlers() -> None:
     """In place of the system's own; a program in the background, told to ignore Ctrl-C, still does."""
+    global _told
     _received.clear()
+    _told = False
     if hasattr(signal, "SIGTERM"):
         signal.signal(signal.SIGTERM, _stop)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop)
 
 
-def exit_code() -> int | None:
-    """Of a program that was told to stop; None if it was not."""
-    return 128 + _received[0] if _received else None
+def exit_code(error: BaseException) -> int | None:
+    """Of a program that ends with ``error`` because it was told to stop; None if it was not."""
+    if _received:  # what fails then fails because of it
+        return 128 + _received[0]
+    return 130 if isinstance(error, KeyboardInterrupt) else None
+
+
+def tell(state: str) -> None:
+    """One line, the first time, that says what state things are in; of several processes the first one speaks."""
+    global _told
+    if not _told and os.environ.get("RANK", "0") == "0":
+        _told = True
+        out.note(f"stopped; {state}")
 
 
 @contextmanager
@@ -36,7 +49,7 @@ def telling_if_stopped(output: Path | None) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not (_received or isinstance(error, KeyboardInterrupt)):
+        if exit_code(error) is None:
             raise
         if output is None:
             there = "the output is whole or not there"
@@ -44,7 +57,7 @@ def telling_if_stopped(output: Path | None) -> Iterator[None]:
             there = f"{output} is whole, the old one or the new"
         else:
             there = f"{output} is not there"
-        out.note(f"stopped; {there}; the same command begins anew")
+        tell(f"{there}; the same command begins anew")
         raise
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 from foreign import blinkdl_state_dict
 
 from rwkv_rev.bundled import bundled_path
-from rwkv_rev.cli import COMMANDS, main
+from rwkv_rev.cli import COMMANDS, main, stopping
 
 Cli = Callable[..., tuple[int, str, str]]
 SIZES = {"vocab": 256, "D": 32, "head_size": 8}
@@ -287,12 +288,42 @@ def test_a_refused_upload_keeps_the_folder(cli: Cli, tmp_path: Path, monkeypatch
     assert (tmp_path / "rwkv-4-rev" / "model.safetensors").exists()
 
 
-def test_ctrl_c_while_a_command_is_imported(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stopped(name: str) -> None:
-        raise KeyboardInterrupt
+STOPPED_AT = {
+    "the command's own imports": ("rwkv_rev.cli._load", ("convert", "bundled:rwkv-4")),
+    "settings": ("rwkv_rev.training.config.build_config", ("finetune", "model")),
+    "data": ("rwkv_rev.cli.finetune.find_sources", ("finetune", "{model}", "--data", "x", "--output", "y")),
+    "convert": ("rwkv_rev.conversion.convert", ("convert", "bundled:rwkv-4", "--output", "out")),
+    "inspect": ("rwkv_rev.converters.inspection.inspect_source", ("inspect", "bundled:rwkv-4")),
+    "generate": ("rwkv_rev.continuation.generate", ("generate", "{model}", "--prompt", "a")),
+    "publish": ("rwkv_rev.folders.publish.publish", ("publish", "{model}", "me/model")),
+}
 
-    monkeypatch.setattr("rwkv_rev.cli._load", stopped)
-    assert cli("convert", "bundled:rwkv-4") == (130, "", "stopped; nothing was begun\n")
+
+@pytest.mark.parametrize("signal_", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", STOPPED_AT)
+def test_one_line_whenever_a_command_is_stopped(
+    cli: Cli, bundled: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str, signal_: str
+) -> None:
+    """While it starts, too, and where it writes nothing."""
+
+    def stop(*_: object, **__: object) -> None:
+        stopping._stop(getattr(signal, signal_), None)
+
+    place, arguments = STOPPED_AT[name]
+    monkeypatch.setattr("rwkv_rev.folders.publish.refuse_unpublishable", lambda _: None)
+    monkeypatch.setattr(place, stop)
+    code, out, err = cli(*(argument.format(model=bundled["4"]) for argument in arguments))
+    assert (code, out) == ({"SIGINT": 130, "SIGTERM": 143}[signal_], "")
+    lines = err.splitlines()
+    assert [line for line in lines if line] == [lines[-1]] and lines[-1].startswith("stopped; ")
+    expected = {"convert": "out is not there", "publish": "the Hub has all"}
+    assert expected.get(name, "nothing was written") in lines[-1]
+
+
+def test_of_several_processes_one_speaks(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rwkv_rev.cli._load", lambda name: stopping._stop(signal.SIGTERM, None))
+    monkeypatch.setenv("RANK", "1")
+    assert cli("convert", "bundled:rwkv-4") == (143, "", "")
 
 
 def test_tracebacks_only_on_demand(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_a_working_folder_that_is_none(config: FinetuneConfig, kind: str, force:
     else:
         work.symlink_to(config.data[0] if kind == "link" else "nowhere")
     config = FinetuneConfig(**(config.to_dict() | {"resume": None, "force": force}))
-    with pytest.raises(OutputError, match="is not a folder|is a link"):
+    with pytest.raises(OutputError, match=r"is not a folder|is a link"):
         finetune(config)
     assert os.path.lexists(work)
 
@@ -179,7 +179,7 @@ def test_something_else_of_a_name_of_ours(config: FinetuneConfig, name: str, kin
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="nothing is closed to root")
 def test_a_folder_that_is_closed(config: FinetuneConfig) -> None:
     config.work_directory.chmod(0o500)
-    with pytest.raises(OutputError, match="cannot write .*no permission"):
+    with pytest.raises(OutputError, match=r"cannot write .*no permission"):
         refuse_output(config)
 
 
@@ -188,7 +188,7 @@ def test_a_lock_that_cannot_be_taken(config: FinetuneConfig, monkeypatch: pytest
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(working_folder.FileLock, "acquire", fails)
-    with pytest.raises(OutputError, match="cannot write .*Permission denied; choose another"):
+    with pytest.raises(OutputError, match=r"cannot write .*Permission denied; choose another"):
         finetune(config)
 
 

@@ -47,7 +47,7 @@ class Log(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            kept = [_row(logs, logs["step"]) for logs in state.log_history if _of_interest(logs)]
+            kept = [_row(logs, int(logs["step"])) for logs in state.log_history if _of_interest(logs)]
             there = [row for row in read_log(self.path) if row["step"] <= state.global_step]
             if state.global_step and there != kept:
                 self.notify(
