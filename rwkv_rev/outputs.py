@@ -1,9 +1,11 @@
 """What a forward pass returns. Under transformers' own names, so that its trainers and ``generate`` find them."""
 
 from collections import OrderedDict
+from collections.abc import ItemsView
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
@@ -46,5 +48,20 @@ class RwkvRevCausalLMOutput(ModelOutput):
             OrderedDict.pop(self, "logits", None)
             object.__setattr__(self, "logits", None)
         super().__post_init__()
+        if isinstance(self.state, tuple):  # made again out of ``items``
+            self.state = RwkvRevState(*(tensor.transpose(0, 1) for tensor in self.state))
         if self.loss is not None and self.logits is None:
             object.__setattr__(self, "logits", unmade.LOGITS)
+
+    def items(self) -> ItemsView[str, Any]:
+        """Without a gradient, what trainers can walk through, gather and pad: tensors.
+
+        Then the state is a tuple of its three tensors with the batch first, and the report is left out.
+        """
+        if torch.is_grad_enabled():
+            return super().items()
+        values = dict(super().items())
+        values.pop("report", None)
+        if self.state is not None:
+            values["state"] = tuple(tensor.transpose(0, 1) for tensor in self.state.tensors())
+        return values.items()

@@ -106,3 +106,45 @@ def test_metrics(tmp_path: Path, bf16: bool) -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         expected = model.eval()(ids).logits.float()
     torch.testing.assert_close(torch.from_numpy(seen[0]), expected, rtol=1e-5, atol=1e-6)
+
+
+KEYS = [None, [], ["logits"], ["state"], ["report"], ["logits", "past_key_values"]]
+
+
+@pytest.mark.parametrize("length", [27, 8], ids=["chunks", "one chunk"])
+@pytest.mark.parametrize("labels", [True, False], ids=["loss", "no loss"])
+@pytest.mark.parametrize("keys", KEYS, ids=str)
+def test_predictions_whatever_is_ignored(
+    tmp_path: Path, keys: list[str] | None, labels: bool, length: int
+) -> None:
+    """Trainer gathers and pads all that is not ignored, over batches of 3 and 1: logits, and states by row."""
+    ids = random_tokens(length, batch=4)
+    rows = [{"input_ids": row} | ({"labels": row} if labels else {}) for row in ids]
+    model = tiny_model("5.2", bptt="reversible", chunk_length=8).eval()
+    settings = arguments(tmp_path)
+    settings.per_device_eval_batch_size = 3
+    found = Trainer(model, settings).predict(rows, ignore_keys=keys).predictions
+    with torch.no_grad():
+        expected = model(ids)
+    wanted = [] if "logits" in (keys or ()) else [expected.logits]
+    if keys is not None and "state" not in keys:
+        wanted += [tensor.transpose(0, 1) for tensor in expected.state.tensors()]
+    flat = [torch.as_tensor(array) for array in torch.utils._pytree.tree_leaves(found)]
+    assert len(flat) == len(wanted)
+    for one, other in zip(flat, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_a_state_passes_through_what_converts_outputs(with_labels: bool) -> None:
+    """accelerate makes outputs again, in float32: a text in two calls is still the text in one."""
+    from accelerate.utils import convert_outputs_to_fp32
+
+    model = tiny_model("5.2", bptt="reversible", chunk_length=8).eval()
+    ids = random_tokens(20)
+    wrapped = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(model.forward))
+    with torch.no_grad():
+        first = wrapped(ids[:, :9], use_cache=False, labels=ids[:, :9] if with_labels else None)
+        assert first.state is not None
+        second = wrapped(ids[:, 9:], state=first.state).logits
+        torch.testing.assert_close(second, wrapped(ids).logits[:, 9:], rtol=3e-2, atol=3e-2)
