@@ -1,27 +1,20 @@
-"""Numbers of tokens as people write them."""
+"""Numbers of tokens as options: a wrong one is a usage error."""
 
 import typer
 
-from rwkv_rev.printable import shortened
-
-_UNITS = {"k": 1024, "m": 1024**2}
-MOST = 2**40
+from rwkv_rev.counts import tokens
 
 
 def count(text: str | int) -> int:
-    """``4096``, ``16k`` (times 1024) or ``1m`` (times 1024 * 1024).
+    """:func:`rwkv_rev.counts.tokens`.
 
     Raises:
-        typer.BadParameter: for anything else, below 1, and above :data:`MOST`.
+        typer.BadParameter: for what is no such number.
     """
-    written = str(text).strip().lower()
-    unit = _UNITS.get(written[-1:], 1)
-    digits = written[:-1] if unit > 1 else written
-    if not digits.isascii() or not digits.isdigit() or digits.strip("0") == "":
-        raise typer.BadParameter(f"{text!r} is not a number of tokens such as 4096, 16k or 1m")
-    if len(digits) > 15 or (number := int(digits) * unit) > MOST:
-        raise typer.BadParameter(f"{shortened(text)} is more tokens than {MOST:,}")
-    return number
+    try:
+        return tokens(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def counts(text: str, option: str) -> tuple[int, ...]:

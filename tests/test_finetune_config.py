@@ -145,3 +145,58 @@ def test_docs_list_every_setting(request: pytest.FixtureRequest) -> None:
     if request.config.getoption("--write-docs"):
         page.write_text(text[:start] + settings_table() + text[end:], encoding="utf-8")
     assert page.read_text(encoding="utf-8")[start:].startswith(settings_table())
+
+
+AMBIGUOUS = {
+    "context_length: 0400": "0400",  # 256 in YAML 1.1
+    "seed: 010": "010",
+    "seed: -010": "-010",
+    "seed: 0b11": "0b11",
+    "max_steps: 1:30": "1:30",  # 90
+    "lr: 1:30.5": "1:30.5",
+    "batch_size: 1_000": "1_000",
+    "lr: 1_0.5": "1_0.5",
+    "output: 007": "007",
+    "data: [a, 1_0]": "1_0",
+    "seed: 1\nlr: 1\nseed: 2": "seed stands there twice (line 3)",
+    "save_every: 1\nsave-every: 2": "save-every stands there twice (line 2)",
+}
+
+
+@pytest.mark.parametrize("text", AMBIGUOUS)
+def test_what_readers_of_yaml_disagree_about(tmp_path: Path, text: str) -> None:
+    """Refused by name and line, in files and in pairs."""
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        build_config(file=tmp_path / "run.yaml")
+    assert "run.yaml: " + AMBIGUOUS[text].split(" ")[0] in str(error.value) and "(line" in str(error.value)
+    assert AMBIGUOUS[text] in str(error.value) and "\n" not in str(error.value)
+    if "\n" not in text:
+        with pytest.raises(ConfigError, match="is read otherwise by other readers"):
+            build_config(pairs=[text.replace(": ", "=")])
+
+
+@pytest.mark.parametrize("text", ["'1_0'", "1_0e1", "'1:30'", "' 1'", "infinity", "0x10"])
+def test_texts_that_are_no_numbers(text: str) -> None:
+    """Though Python reads some of them as such."""
+    if text == "0x10":
+        assert build_config(pairs=["lr=0x10"]).lr == 16
+        return
+    with pytest.raises(ConfigError, match=r"lr = .* must be a number|is read otherwise"):
+        build_config(pairs=[f"lr={text}"])
+
+
+def test_lengths_with_units(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("context_length: 16k\nchunk_length: 2K\neval_tokens: 1m\n")
+    config = build_config(file=tmp_path / "run.yaml", pairs=["chunk_length=1k"])
+    assert (config.context_length, config.chunk_length, config.eval_tokens) == (16384, 1024, 1 << 20)
+    for pair in ("context_length=16q", "context_length=1.5k", "chunk_length=-1k", "seed=16k"):
+        with pytest.raises(ConfigError, match="such as 4096, 16k or 1m|must be a whole number"):
+            build_config(pairs=[pair])
+
+
+def test_one_setting_by_two_names(tmp_path: Path) -> None:
+    """A pair with dashes does not win over an option."""
+    (tmp_path / "run.yaml").write_text("save_every: 1\n")
+    config = build_config(file=tmp_path / "run.yaml", pairs=["save-every=2"], options={"save_every": 3})
+    assert config.save_every == 3

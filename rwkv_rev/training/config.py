@@ -7,6 +7,7 @@ does not exist is an error that names the nearest one; so is a value of the wron
 import dataclasses
 import difflib
 import math
+import re
 import reprlib
 import types
 import typing
@@ -18,9 +19,11 @@ from typing import Any, Literal
 import yaml
 
 from rwkv_rev.bptt_settings import BPTT_STRATEGIES, CHUNK_LENGTH, TAPES
+from rwkv_rev.counts import tokens
 from rwkv_rev.errors import ConfigError
 from rwkv_rev.folders.safe_input import refuse_special
 from rwkv_rev.printable import shortened
+from rwkv_rev.training.plain_yaml import NotPlain, PlainLoader
 
 TUNE = ("full", "lora", "state")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -258,6 +261,9 @@ _MOST: Mapping[str, int] = {
     "seed": 2**32 - 1,
 }
 """A trillion tokens are more than any data holds; numpy's generators take seeds of 32 bits, Windows 61 processes."""
+_LENGTHS = ("context_length", "chunk_length", "eval_tokens")
+"""Taken as ``16k`` or ``1m``, too."""
+_NUMBER = re.compile(r"[-+]?(([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?|inf|nan)", re.IGNORECASE)
 _DEFAULTS = FinetuneConfig()
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 80, 80
@@ -289,17 +295,20 @@ def build_config(
     """
     values: dict[str, Any] = {}
     if file is not None:
-        values |= _read_yaml(Path(file))
+        values |= {_known(key): value for key, value in _read_yaml(Path(file)).items()}
     for pair in pairs:
         key, sign, text = pair.partition("=")
         if not sign:
             raise ConfigError(f"{shortened(repr(pair))} is not key=value")
+        name = _known(key.strip())
         try:
-            values[key.strip()] = _parse_yaml(text)
+            values[name] = _parse_yaml(text)
+        except NotPlain as error:
+            raise ConfigError(f"{shortened(repr(pair))}: {error}") from None
         except ValueError as error:
             raise ConfigError(f"{shortened(repr(pair))}: the value is not valid YAML") from error
-    values |= {key: value for key, value in (options or {}).items() if value is not None}
-    return FinetuneConfig(**{_known(key): _typed(key, value) for key, value in values.items()})
+    values |= {_known(key): value for key, value in (options or {}).items() if value is not None}
+    return FinetuneConfig(**{key: _typed(key, value) for key, value in values.items()})
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -310,6 +319,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = _parse_yaml(path.read_text("utf-8"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+    except NotPlain as error:
+        raise ConfigError(f"{path}: {error}") from None
     except ValueError as error:
         raise ConfigError(
             f"{path} is not valid YAML: {shortened(' '.join(str(error).split()), 300)}"
@@ -326,19 +337,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-class _Loader(yaml.SafeLoader):
-    """Without aliases, of which a few lines can make more than memory holds."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("settings have no aliases (*name); write the value out")
-        return super().compose_node(parent, index)
-
-
 def _parse_yaml(text: str) -> Any:
     """What a YAML text says; ValueError for whatever its parser raises."""
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, PlainLoader)
+    except NotPlain:
+        raise
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, OverflowError) as error:
@@ -385,11 +389,14 @@ def _typed(key: str, value: Any) -> Any:
             items = [value] if isinstance(value, str) else value
             if isinstance(items, list | tuple) and all(isinstance(item, str) for item in items):
                 return list(items)
-        elif kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        elif kind is int and isinstance(value, str) and name in _LENGTHS:
             try:
+                return tokens(value)
+            except ValueError as error:
+                raise ConfigError(f"{key} = {error}") from None
+        elif kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+            if not isinstance(value, str) or _NUMBER.fullmatch(value):
                 return float(value)  # YAML reads 1e-4, without a dot, as a string
-            except ValueError:
-                continue
         elif (
             isinstance(kind, type)
             and isinstance(value, kind)
