@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+    output.write_anything()
     _quiet_libraries()
     warnings.showwarning = _show_warning
     install_handlers()

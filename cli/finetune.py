@@ -142,8 +142,9 @@ def finetune(
     settings.check()
     refuse_no_model(settings.model)  # before anything heavy is imported
     find_sources([*settings.data, *settings.eval_data])
-    from rwkv_rev.training.launch import first_process, in_processes
+    from rwkv_rev.training.launch import first_process, in_processes, refuse_launch
 
+    refuse_launch()
     if dry_run:
         from rwkv_rev.training.finetune import plan
 

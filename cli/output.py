@@ -8,6 +8,7 @@ hold escape sequences (:mod:`rwkv_rev.printable`). A standard output that takes 
 known to be the one that failed.
 """
 
+import codecs
 import json
 import os
 import re
@@ -19,6 +20,24 @@ from typing import Any
 from rwkv_rev.errors import OutputError
 from rwkv_rev.printable import MOST_LINE, printable, shortened
 from rwkv_rev.tables import WIDTH, folded, wrapped
+
+
+def write_anything() -> None:
+    """Let stdout and stderr take every text: what their encoding does not have is escaped, as Python writes it.
+
+    A file name that is no text goes out as the bytes that it is.
+    """
+    codecs.register_error("rwkv-rev", _escaped)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="rwkv-rev")
+
+
+def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    if all(0xDC80 <= ord(c) <= 0xDCFF for c in error.object[error.start : error.end]):
+        return codecs.lookup_error("surrogateescape")(error)
+    return codecs.lookup_error("backslashreplace")(error)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], keys: int = 1) -> None:
@@ -60,7 +79,8 @@ def print_fields(title: str, fields: dict[str, object]) -> None:
 
 def print_json(value: Any) -> None:
     """Print one JSON document on stdout."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    ascii_only = not (sys.stdout.encoding or "").lower().startswith("utf")
+    text = json.dumps(value, indent=2, ensure_ascii=ascii_only, default=str)
     if not text.replace(
         "\n", ""
     ).isprintable():  # JSON itself escapes the control characters below the space only

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -385,3 +386,37 @@ def test_help_imports_nothing_heavy() -> None:
         )
         assert done.returncode == 0
         assert done.stderr.strip() == "[]"
+
+
+def run_encoded(cli: Cli, encoding: str, *arguments: object) -> tuple[int, bytes, str]:
+    """As ``cli`` does, with a stdout of that encoding, which takes nothing else."""
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding, "strict")
+    with redirect_stdout(stream):
+        code, _, err = cli(*arguments)
+    return code, raw.getvalue(), err
+
+
+@pytest.mark.parametrize("encoding", ["latin1", "cp1252", "ascii", "utf-8"])
+def test_every_text_goes_out_in_every_encoding(
+    cli: Cli, bundled: dict[str, Path], tmp_path: Path, encoding: str
+) -> None:
+    """What the encoding does not have is escaped; JSON stays JSON."""
+    name = "model-\u65e5\u672c\U0001f642"
+    (tmp_path / name).symlink_to(bundled["5.2"])
+    shown = name.encode(encoding, "backslashreplace")
+    common = ("generate", bundled["5.2"], "--prompt", name, "--max-new-tokens", 1, "--temperature", 0)
+    for arguments in (common, (*common, "--no-stream"), ("inspect", name)):
+        code, out, err = run_encoded(cli, encoding, *arguments)
+        assert code == 0 and shown in out, err
+    code, out, err = run_encoded(cli, encoding, "inspect", name, "--json")
+    assert code == 0 and json.loads(out.decode(encoding))["source"] == name, err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes there")
+def test_a_name_that_is_no_text_goes_out_as_its_bytes(
+    cli: Cli, bundled: dict[str, Path], tmp_path: Path
+) -> None:
+    output = os.fsdecode(b"\xff.pth")
+    found = run_encoded(cli, "utf-8", "export", bundled["4"], "--output", output, "--quiet")
+    assert found == (0, b"\xff.pth\n", "") and (tmp_path / output).is_file()

@@ -1,7 +1,9 @@
 """Device and dtype of a run, and what a launcher may ask for."""
 
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,3 +98,50 @@ def test_native_code_does_not_write_into_our_output(
         os.write(1, b"from native code\n")
     os.write(1, b"ours\n")
     assert capfd.readouterr() == ("ours\n", "from native code\n")
+
+
+WHOLE = {
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "29500",
+}
+HALVES = {
+    "WORLD_SIZE=x RANK=0": "WORLD_SIZE = 'x' in the environment is no number",
+    "RANK=1.5": "RANK = '1.5' in the environment is no number",
+    "LOCAL_RANK=": "LOCAL_RANK = '' in the environment is no number",
+    "WORLD_SIZE=2 RANK=0": "has RANK, WORLD_SIZE, .* but no LOCAL_RANK, MASTER_ADDR, MASTER_PORT",
+    "LOCAL_RANK=5": "has LOCAL_RANK, .* but no RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT",
+    "RANK=1": "has RANK, .* but no WORLD_SIZE",
+    "RANK=2 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=a MASTER_PORT=1": "RANK = 2 .* none of 2 processes",
+    "RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=a MASTER_PORT=http": "MASTER_PORT = 'http' .* no number",
+}
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
+    for name in WHOLE:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)], ids=["run", "dry run"])
+@pytest.mark.parametrize("text", HALVES)
+def test_half_of_a_launch_is_refused(
+    cli: Any, bundled: dict[str, Path], monkeypatch: pytest.MonkeyPatch, text: str, more: tuple[str, ...]
+) -> None:
+    """In one line, before anything else reads these variables."""
+    launched(monkeypatch, dict(pair.split("=") for pair in text.split()))
+    Path("book.txt").write_text("some text\n" * 30)
+    code, out, err = cli("finetune", bundled["4"], "--data", "book.txt", "--output", "out", *more)
+    assert (code, out) == (1, "") and re.search(HALVES[text], err) and err.count("\n") == 1
+    assert "start by torchrun" in err and not Path("out.training").exists()
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"RANK": "0", "WORLD_SIZE": "1"}, {"LOCAL_RANK": "-1"}, WHOLE], ids=str
+)
+def test_whole_launches(monkeypatch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
+    launched(monkeypatch, values)
+    refuse_launch()

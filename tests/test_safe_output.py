@@ -377,3 +377,37 @@ def test_a_signal_leaves_nothing(tmp_path: Path, number: signal.Signals, hidden:
     assert process.returncode == 128 + number
     assert errors.strip() == "stopped; the output is whole or not there; the same command begins anew"
     assert everything(tmp_path) == set()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a right of their own there")
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("make", [whole_directory, whole_file])
+def test_links_that_lead_nowhere(tmp_path: Path, make, force: bool) -> None:
+    """To themselves, or to what is not there; they are where a folder should be."""
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "lost").symlink_to("nowhere")
+    before = everything(tmp_path)
+    for name in ("loop/x", "loop/deep/x", "lost/x"):
+        with (
+            pytest.raises(OutputError, match="is a link that leads nowhere"),
+            make(tmp_path / name, force=force),
+        ):
+            pytest.fail("must refuse")
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("make", [whole_directory, whole_file])
+def test_a_folder_that_is_closed(tmp_path: Path, make, monkeypatch: pytest.MonkeyPatch) -> None:
+    stat = Path.stat
+
+    def closed(path: Path, **how: bool) -> os.stat_result:
+        if tmp_path / "priv" in path.parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **how)
+
+    monkeypatch.setattr(Path, "stat", closed)
+    with (
+        pytest.raises(OutputError, match="cannot write .*: Permission denied"),
+        make(tmp_path / "priv/x/out"),
+    ):
+        pytest.fail("must refuse")

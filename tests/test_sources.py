@@ -6,6 +6,7 @@ import os
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -158,3 +159,44 @@ def test_a_folder_without_data_says_what_it_holds(tmp_path: Path) -> None:
     assert describe_skipped(Counter({".png": 1})) == "1 file: 1 .png"
     many = Counter({f".{n}": 10 - n for n in range(9)})
     assert describe_skipped(many).endswith("3 .7, 1 more kind")
+
+
+def close(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """As a folder of mode 0 is to who is not root: it is there, and nothing is told of what it holds."""
+    stat, scandir = Path.stat, os.scandir
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    def stat_or_not(path: Path, **how: Any) -> Any:
+        return refuse(path) if folder in path.parents else stat(path, **how)
+
+    monkeypatch.setattr(Path, "stat", stat_or_not)
+    monkeypatch.setattr(os, "scandir", lambda path: refuse(path) if Path(path) == folder else scandir(path))
+
+
+def test_closed_folders_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "closed").mkdir()
+    for name in ("a.txt", "closed/b.txt"):
+        (tmp_path / name).write_text("text")
+    close(monkeypatch, tmp_path / "closed")
+    skipped: Counter[str] = Counter()
+    (found,) = find_sources(tmp_path, skipped)
+    assert found.path == tmp_path / "a.txt" and skipped == {"folders that cannot be read": 1}
+
+
+@pytest.mark.parametrize("inner", ["", "b.txt", "*.txt"])
+def test_what_is_named_and_closed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inner: str
+) -> None:
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "closed" / "b.txt").write_text("text")
+    close(monkeypatch, tmp_path / "closed")
+    with pytest.raises(DataError, match="cannot be looked at: Permission denied|no file matches"):
+        find_sources(tmp_path / "closed" / inner)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder of Linux")
+def test_files_that_the_system_makes_up() -> None:
+    with pytest.raises(DataError, match="/proc/self: nothing that can be read in this folder"):
+        find_sources("/proc/self")

@@ -37,13 +37,16 @@ def check_output(output: Path, *, force: bool, directory: bool) -> None:
     Raises:
         OutputError: naming the output and what would work.
     """
-    for folder in output.parents:
-        if folder.exists():
-            if not folder.is_dir():
-                raise OutputError(f"cannot write {output}: {folder} is a file, not a folder")
-            if not os.access(folder, os.W_OK | os.X_OK):
-                raise OutputError(f"cannot write {output}: no permission to write in {folder}")
-            break
+    with _failures(output):
+        for folder in output.parents:
+            if folder.exists():
+                if not folder.is_dir():
+                    raise OutputError(f"cannot write {output}: {folder} is a file, not a folder")
+                if not os.access(folder, os.W_OK | os.X_OK):
+                    raise OutputError(f"cannot write {output}: no permission to write in {folder}")
+                break
+            if folder.is_symlink():
+                raise OutputError(f"cannot write {output}: {folder} is a link that leads nowhere")
     if not os.path.lexists(output):
         return
     if output.is_symlink():

@@ -1,6 +1,7 @@
 """Where a run takes place: its device, its dtype, and being one of several processes."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from rwkv_rev.device import choose_device
 from rwkv_rev.errors import RwkvRevError
+from rwkv_rev.printable import shortened
 from rwkv_rev.training.config import DTYPES
 
 
@@ -50,14 +52,44 @@ _REFUSED = {
 }
 
 
+_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_HOW = "unset these variables for one process, or start by torchrun or accelerate launch"
+
+
 def refuse_launch() -> None:
-    """Raise RwkvRevError when accelerate was told to split the model: gradient strategies need it whole."""
+    """Raise RwkvRevError for half of what a launcher says, and for a model that it splits.
+
+    Gradient strategies need the model whole.
+    """
+    _refuse_half_a_launch()
     for variable, name in _REFUSED.items():
         if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
             raise RwkvRevError(
                 f"accelerate was configured for {name}, which finetune does not support: use accelerate launch "
                 "--multi_gpu (or torchrun), and --shard-optimizer to spread the optimizer's state"
             )
+
+
+def _refuse_half_a_launch() -> None:
+    """Of the variables that torchrun sets, all or none."""
+    there = {name: os.environ[name] for name in _LAUNCH if name in os.environ}
+    numbers = {}
+    for name, value in there.items():
+        if name != "MASTER_ADDR":
+            if not re.fullmatch(r"-1|[0-9]{1,9}", value.strip()):
+                raise RwkvRevError(
+                    f"{name} = {shortened(repr(value))} in the environment is no number; {_HOW}"
+                )
+            numbers[name] = int(value)
+    rank, size = numbers.get("RANK", 0), numbers.get("WORLD_SIZE", 1)
+    if rank > 0 or size > 1 or numbers.get("LOCAL_RANK", -1) >= 0:
+        if missing := [name for name in _LAUNCH if name not in there]:
+            raise RwkvRevError(
+                f"the environment has {', '.join(there)}, as of one of several processes, but no "
+                f"{', '.join(missing)}; {_HOW}"
+            )
+        if not 0 <= rank < size:
+            raise RwkvRevError(f"RANK = {rank} in the environment is none of {size} processes; {_HOW}")
 
 
 def training_device(name: str) -> str:

@@ -91,6 +91,7 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
         ConfigError, SourceError, CheckpointError, DataError, OutputError, StrategyError: one line each.
     """
     config.check()
+    refuse_launch()
     refuse_links(config.model)
     with ConvertedModel(config.model) as source:
         model_config = source.config
@@ -113,7 +114,6 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
     if config.push_to_hub:
         refuse_unpublishable(config.push_to_hub)
     refuse_missing_reporter(config.report_to)
-    refuse_launch()
     device = training_device(config.device)
     dtype = choose_dtype(config.dtype, torch.device(device))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))

@@ -70,6 +70,13 @@ def _expand(item: str, skipped: Skipped) -> list[DataSource]:
         return [DataSource("hub", item)]
     path = _expanded(item)
     refuse_special(path, DataError)
+    try:
+        return _found(item, path, skipped)
+    except OSError as error:
+        raise DataError(f"{item}: cannot be looked at: {error.strerror or error}") from error
+
+
+def _found(item: str, path: Path, skipped: Skipped) -> list[DataSource]:
     if (saved := _saved_dataset(path)) is not None:
         return [saved]
     if path.is_dir():
@@ -100,18 +107,28 @@ def _expanded(item: str) -> Path:
 def _from_directory(folder: Path, skipped: Skipped) -> list[DataSource]:
     found: list[DataSource] = []
     left_out: Skipped = Counter()
-    for root, folders, names in os.walk(folder):
+
+    def closed(error: OSError) -> None:
+        left_out["folders that cannot be read"] += 1
+
+    for root, folders, names in os.walk(folder, onerror=closed):
         here = Path(root)
         left_out["hidden"] += sum(name.startswith(".") for name in [*folders, *names])
-        inner = {name: _saved_dataset(here / name) for name in folders if not name.startswith(".")}
+        inner: dict[str, DataSource | None] = {}
+        for name in folders:
+            if not name.startswith("."):
+                try:
+                    inner[name] = _saved_dataset(here / name)
+                except OSError as error:
+                    closed(error)
         folders[:] = [name for name, saved in inner.items() if saved is None]
         found += [saved for saved in inner.values() if saved is not None]
         for path in (here / name for name in names if not name.startswith(".")):
             kind = _kind(path)
             alone = (
-                kind == "binidx" and path.suffix.lower() == ".bin" and not path.with_suffix(".idx").is_file()
+                kind == "binidx" and path.suffix.lower() == ".bin" and not _is_file(path.with_suffix(".idx"))
             )
-            if not path.is_file():
+            if not _is_file(path):
                 left_out["not a file"] += 1
             elif kind is None or alone:
                 left_out[_suffix(path)] += 1
@@ -123,6 +140,13 @@ def _from_directory(folder: Path, skipped: Skipped) -> list[DataSource]:
         raise DataError(f"{folder}: nothing that can be read in this folder{there}; give {READABLE}")
     skipped += left_out
     return _unique_pairs(sorted(found, key=lambda source: source.path or Path()))
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # closed to us, or gone
+        return False
 
 
 def _saved_dataset(folder: Path) -> DataSource | None:
