@@ -32,7 +32,7 @@ def verify(
         Path | None,
         typer.Option(metavar="FILE", help="UTF-8 text to read. Default: Python's language reference."),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="How many tokens of it.")] = 1024,
+    tokens: Annotated[int, typer.Option(min=2, help="How many tokens of it.")] = 1024,
     reversal: Annotated[
         bool | None,
         typer.Option(
@@ -50,7 +50,7 @@ def verify(
     context: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Tokens for these two checks.  [default: 4096 for reversal, 512 for gradients]"
+            min=2, help="Tokens for these two checks.  [default: 4096 for reversal, 512 for gradients]"
         ),
     ] = None,
     chunk: Annotated[

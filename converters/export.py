@@ -21,10 +21,11 @@ from typing import Any, Literal
 import torch
 from transformers import AutoTokenizer
 
+from rwkv_rev.arguments import checked
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.converters.names import TensorNames, hub_layout, tensor_table
-from rwkv_rev.converters.rewriter import Entry, plan_shards, write_shards
+from rwkv_rev.converters.rewriter import Entry, parse_size, plan_shards, write_shards
 from rwkv_rev.errors import OutputError
 from rwkv_rev.folders.folder import refuse_links, tokenizer_files
 from rwkv_rev.folders.safe_input import read_object
@@ -59,6 +60,7 @@ class Export:
         }
 
 
+@checked
 def export(
     directory: str | Path,
     output: str | Path,
@@ -82,6 +84,7 @@ def export(
     """
     if to not in TARGETS:
         raise OutputError(f"cannot export to {to!r}; choose one of {', '.join(TARGETS)}")
+    parse_size(max_shard_size)
     output = Path(output)
     check_output(output.absolute(), force=force, directory=to == "hf")
     inside = Path(directory).resolve()

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
+from rwkv_rev.arguments import checked
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.converters.detection import detect
 from rwkv_rev.converters.names import tensor_table
 from rwkv_rev.converters.reading import Checkpoint, open_checkpoint
 from rwkv_rev.converters.wrappers import note_on_wrappers
-from rwkv_rev.errors import CheckpointError
+from rwkv_rev.errors import CheckpointError, SourceError
 from rwkv_rev.folders.folder import is_converted
 from rwkv_rev.folders.hub import resolve
 from rwkv_rev.folders.safe_input import read_object
@@ -88,6 +89,7 @@ class Inspection:
         }
 
 
+@checked
 def inspect_source(
     source: str | Path, *, file: str | None = None, revision: str | None = None, progress: bool = False
 ) -> Inspection:
@@ -104,6 +106,10 @@ def inspect_source(
         CheckpointError: if it is damaged or not RWKV-4/5.
     """
     if is_converted(source):
+        if file is not None or revision is not None:
+            raise SourceError(
+                f"--file and --revision choose from several checkpoints; {source} is a model folder"
+            )
         with ConvertedModel(source) as model:
             names = {name: name for name in model.names()}
             found = _inspection(str(source), "converted", model.config, model, names)

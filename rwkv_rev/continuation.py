@@ -2,18 +2,20 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import TextStreamer
 
+from rwkv_rev.arguments import checked
 from rwkv_rev.converters.converted import ConvertedModel
+from rwkv_rev.counts import MOST
 from rwkv_rev.device import choose_device
 from rwkv_rev.errors import ConfigError, DataError
 from rwkv_rev.loading import load_model, load_tokenizer
 from rwkv_rev.printable import shortened
 
 
+@checked
 def generate(
     directory: str | Path,
     prompt: str,
@@ -44,7 +46,7 @@ def generate(
             of another model's.
         ConfigError: for a value that means nothing. RwkvRevError: for a device that is not there.
     """
-    _check(prompt, max_new_tokens, temperature, top_p, seed)
+    _check(max_new_tokens, temperature, top_p, seed)
     with ConvertedModel(directory) as source:  # refuses what is not a whole model, in one line
         vocab_size = source.config.vocab_size
     place = choose_device(device)
@@ -72,21 +74,17 @@ def generate(
     return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
 
 
-def _check(prompt: Any, max_new_tokens: Any, temperature: Any, top_p: Any, seed: Any) -> None:
-    def number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-
+def _check(max_new_tokens: int, temperature: float, top_p: float, seed: int | None) -> None:
     for name, value, right, wanted in (
-        ("prompt", prompt, isinstance(prompt, str), "a text"),
-        ("max_new_tokens", max_new_tokens, type(max_new_tokens) is int and max_new_tokens >= 1, "at least 1"),
+        ("max_new_tokens", max_new_tokens, 1 <= max_new_tokens <= MOST, f"from 1 to {MOST}"),
         (
             "temperature",
             temperature,
-            number(temperature) and (temperature == 0 or 0.01 <= temperature < math.inf),
+            temperature == 0 or 0.01 <= temperature < math.inf,
             "0, or a finite number of at least 0.01",
         ),
-        ("top_p", top_p, number(top_p) and 0 <= top_p <= 1, "from 0 to 1"),
-        ("seed", seed, seed is None or (type(seed) is int and 0 <= seed < 2**63), "from 0 to 2**63 - 1"),
+        ("top_p", top_p, 0 <= top_p <= 1, "from 0 to 1"),
+        ("seed", seed, seed is None or 0 <= seed < 2**63, "from 0 to 2**63 - 1"),
     ):
         if not right:
             raise ConfigError(f"{name} = {shortened(repr(value))} must be {wanted}")

@@ -22,6 +22,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 
 from rwkv_rev import __version__
+from rwkv_rev.arguments import checked
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.card import model_card
 from rwkv_rev.converters.converted import RECORD_NAME
@@ -29,7 +30,7 @@ from rwkv_rev.converters.detection import Architecture, detect
 from rwkv_rev.converters.inspection import notes_on
 from rwkv_rev.converters.names import tensor_table
 from rwkv_rev.converters.reading import Checkpoint, open_checkpoint
-from rwkv_rev.converters.rewriter import Entry, Shard, plan_shards, write_shards
+from rwkv_rev.converters.rewriter import Entry, Shard, parse_size, plan_shards, write_shards
 from rwkv_rev.errors import CheckpointError, ConfigError, OutputError, VerificationFailed
 from rwkv_rev.folders.hub import LocalCheckpoint, Plan, plan, resolve
 from rwkv_rev.folders.safe_output import check_output, require_space, whole_directory
@@ -100,6 +101,7 @@ class _Settings:
     progress: bool
 
 
+@checked
 def convert(
     source: str | Path | Source,
     output: str | Path | None = None,
@@ -144,10 +146,9 @@ def convert(
         raise ConfigError(
             f"group_norm_eps = {shortened(group_norm_eps)} must be a number above 0 and below 1"
         )
-    if output is not None and not str(output):
-        raise ConfigError("output is an empty name; leave it out, or name a folder")
     if dtype != "auto" and dtype not in DTYPES:
         raise CheckpointError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    parse_size(max_shard_size)
     parsed = source if isinstance(source, Source) else parse_source(str(source), file=file, revision=revision)
     if output is not None and not dry_run:  # refuse before anything is downloaded
         check_output(Path(output).absolute(), force=force, directory=True)

@@ -1,7 +1,6 @@
 """What a forward pass returns. Under transformers' own names, so that its trainers and ``generate`` find them."""
 
 from collections import OrderedDict
-from collections.abc import ItemsView
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,7 +52,7 @@ class RwkvRevCausalLMOutput(ModelOutput):
         if self.loss is not None and self.logits is None:
             object.__setattr__(self, "logits", unmade.LOGITS)
 
-    def items(self) -> ItemsView[str, Any]:
+    def items(self) -> Any:
         """Without a gradient, what trainers can walk through, gather and pad: tensors.
 
         Then the state is a tuple of its three tensors with the batch first, and the report is left out.

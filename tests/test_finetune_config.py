@@ -191,7 +191,7 @@ def test_lengths_with_units(tmp_path: Path) -> None:
     config = build_config(file=tmp_path / "run.yaml", pairs=["chunk_length=1k"])
     assert (config.context_length, config.chunk_length, config.eval_tokens) == (16384, 1024, 1 << 20)
     for pair in ("context_length=16q", "context_length=1.5k", "chunk_length=-1k", "seed=16k"):
-        with pytest.raises(ConfigError, match="such as 4096, 16k or 1m|must be a whole number"):
+        with pytest.raises(ConfigError, match=r"such as 4096, 16k or 1m|must be a whole number"):
             build_config(pairs=[pair])
 
 

@@ -407,7 +407,7 @@ def test_a_folder_that_is_closed(tmp_path: Path, make, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Path, "stat", closed)
     with (
-        pytest.raises(OutputError, match="cannot write .*: Permission denied"),
+        pytest.raises(OutputError, match=r"cannot write .*: Permission denied"),
         make(tmp_path / "priv/x/out"),
     ):
         pytest.fail("must refuse")

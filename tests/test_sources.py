@@ -192,7 +192,7 @@ def test_what_is_named_and_closed_is_refused(
     (tmp_path / "closed").mkdir()
     (tmp_path / "closed" / "b.txt").write_text("text")
     close(monkeypatch, tmp_path / "closed")
-    with pytest.raises(DataError, match="cannot be looked at: Permission denied|no file matches"):
+    with pytest.raises(DataError, match=r"cannot be looked at: Permission denied|no file matches"):
         find_sources(tmp_path / "closed" / inner)
 
 

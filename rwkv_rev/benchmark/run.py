@@ -4,9 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from rwkv_rev.arguments import checked
 from rwkv_rev.benchmark.environment import environment
 from rwkv_rev.benchmark.growth import fits
 from rwkv_rev.benchmark.settings import BenchSettings
+from rwkv_rev.errors import ConfigError
+from rwkv_rev.printable import shortened
 
 Kind = Literal["kernels", "training", "memory", "cpu", "convert"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -14,6 +17,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 Row = dict[str, Any]
 
 
+@checked
 def run_benchmark(
     kind: Kind, settings: BenchSettings, on_row: Callable[[Row], object] | None = None
 ) -> list[Row]:
@@ -28,6 +32,8 @@ def run_benchmark(
     Raises:
         RwkvRevError: for what this machine or these settings cannot measure.
     """
+    if kind not in KINDS:
+        raise ConfigError(f"kind = {shortened(repr(kind))} must be one of {', '.join(KINDS)}")
     on_row = on_row or (lambda row: None)
     common: Row = {"bench": kind, "shape": settings.shape}
     common |= environment(settings.device, settings.dtype, settings.command)

@@ -1,16 +1,17 @@
 """What to measure: the options of ``rwkv-rev bench`` as one object, and the settings a model runs under."""
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rwkv_rev.arguments import check_kinds
 from rwkv_rev.benchmark.models import SHAPES, benchmark_model
 from rwkv_rev.bptt_settings import BPTT_STRATEGIES, TAPES
-from rwkv_rev.errors import RwkvRevError, SourceError
+from rwkv_rev.errors import ConfigError, RwkvRevError, SourceError
 from rwkv_rev.loading import load_model
 from rwkv_rev.modeling import RwkvRevForCausalLM
 
@@ -52,6 +53,10 @@ class BenchSettings:
     command: str = ""
 
     def __post_init__(self) -> None:
+        check_kinds({item.name: item.type for item in fields(self)}, vars(self))
+        for name, least in (("repeats", 1), ("batch_size", 1), ("lora_rank", 0), ("memory_limit", 1)):
+            if (number := getattr(self, name)) is not None and number < least:
+                raise ConfigError(f"{name} = {number} must be at least {least}")
         unknown = [name for name in self.strategies if name not in BPTT_STRATEGIES or name == "auto"]
         if unknown:
             known = ", ".join(name for name in BPTT_STRATEGIES if name != "auto")

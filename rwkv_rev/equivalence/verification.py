@@ -24,8 +24,10 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from rwkv_rev.arguments import checked
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.converted import ConvertedModel
+from rwkv_rev.counts import MOST
 from rwkv_rev.equivalence.divergence import Divergence, first_divergence, place_of
 from rwkv_rev.equivalence.expected import ExpectedLogits, read_expected
 from rwkv_rev.equivalence.float64 import float64_logits
@@ -42,7 +44,7 @@ from rwkv_rev.equivalence.reversal import check_reversal
 from rwkv_rev.equivalence.text import default_text, encode_text, read_text
 from rwkv_rev.equivalence.tolerance import NOISE_FACTOR, tolerance
 from rwkv_rev.equivalence.weights import WeightComparison, compare_weights
-from rwkv_rev.errors import ConfigError, RwkvRevError
+from rwkv_rev.errors import ConfigError, DataError, RwkvRevError
 from rwkv_rev.folders.source import Source
 from rwkv_rev.loading import load_model
 from rwkv_rev.modeling import RwkvRevForCausalLM
@@ -52,10 +54,13 @@ from rwkv_rev.progress import Progress
 ORACLE_CHOICES = ("auto", *ORACLES)
 SMALL_MODEL = 50_000_000
 """Parameters below which reversal and gradients are checked unasked (``None``): seconds to minutes on a CPU."""
+LEAST = 2
+"""Tokens that prove something: the first one reads no state."""
 # Without and with the division by 8 before the GroupNorm.
 GROUP_NORM_EPSILONS = (1e-5, PUBLISHED_GROUP_NORM_EPSILON)
 
 
+@checked
 def verify_directory(
     directory: str | Path,
     *,
@@ -94,15 +99,15 @@ def verify_directory(
 
     Raises:
         SourceError, CheckpointError: the directory or its original cannot be read.
-        DataError: no text, or no tokenizer.
+        DataError: no text of two tokens, or no tokenizer.
         OracleUnavailable: the oracle asked for by name cannot run for this original.
-        ConfigError: an unknown oracle, or less than one token where tokens are counted.
+        ConfigError: an unknown oracle, or too few tokens to prove anything.
     """
     if oracle not in ORACLE_CHOICES:
         raise ConfigError(f"oracle {oracle!r} must be one of {', '.join(ORACLE_CHOICES)}")
-    for name, count in (("tokens", tokens), ("context", context), ("chunk", chunk)):
-        if count is not None and count < 1:
-            raise ConfigError(f"{name} = {count} must be at least 1")
+    for name, count, least in (("tokens", tokens, LEAST), ("context", context, LEAST), ("chunk", chunk, 1)):
+        if count is not None and not least <= count <= MOST:
+            raise ConfigError(f"{name} = {count} must be from {least} to {MOST}")
     directory = Path(directory)
     with (
         ConvertedModel(directory) as converted,
@@ -113,6 +118,10 @@ def verify_directory(
         content = read_text(text) if isinstance(text, Path) else default_text() if text is None else text
         needed = max(tokens, *_contexts(reversal, gradients, context).values(), 1)
         ids = encode_text(content, directory, vocabulary=config.vocab_size, tokens=needed)
+        if len(ids) < LEAST:
+            raise DataError(
+                f"the text has a single token; at least {LEAST} prove something: one reads no state"
+            )
         opening: AbstractContextManager[Original]
         own = _is(directory, original) or (original is None and bool(record.get("finetuned")))
         if own and (file, revision) == (None, None):

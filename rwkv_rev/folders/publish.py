@@ -4,9 +4,11 @@ import json
 import shlex
 from pathlib import Path, PurePath
 
+from rwkv_rev.arguments import checked
 from rwkv_rev.errors import OutputError
-from rwkv_rev.folders.folder import RECORD_NAME
+from rwkv_rev.folders.folder import RECORD_NAME, refuse_no_model
 from rwkv_rev.folders.redaction import public
+from rwkv_rev.printable import shortened
 
 NOT_UPLOADED = ("training/runs",)  # TensorBoard's event files hold the paths of this machine
 
@@ -14,15 +16,8 @@ NOT_UPLOADED = ("training/runs",)  # TensorBoard's event files hold the paths of
 def refuse_unpublishable(repository: str) -> None:
     """Raise OutputError for what can be known before there is anything to upload: a wrong name, no token, offline."""
     from huggingface_hub import constants, get_token
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
 
-    try:
-        validate_repo_id(repository)
-    except HFValidationError as error:
-        raise OutputError(
-            f"{repository!r} is no name of a repository: {' '.join(str(error).split())}"
-        ) from error
+    _refuse_no_name(repository)
     if constants.HF_HUB_OFFLINE:
         raise OutputError(f"nothing can be uploaded to {repository}: HF_HUB_OFFLINE is set")
     if get_token() is None:
@@ -31,6 +26,20 @@ def refuse_unpublishable(repository: str) -> None:
         )
 
 
+def _refuse_no_name(repository: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise OutputError(
+            f"{shortened(repr(repository))} is no name of a repository, such as owner/name: "
+            f"{shortened(' '.join(str(error).split()), 300)}"
+        ) from error
+
+
+@checked
 def publish(directory: str | Path, repository: str, *, kind: str = "converted") -> str:
     """Create ``repository`` on the Hub if needed and upload the folder in one commit; return its address.
 
@@ -42,11 +51,15 @@ def publish(directory: str | Path, repository: str, *, kind: str = "converted") 
         kind: how the model was made, for the commit's message.
 
     Raises:
-        OutputError: if the Hub refuses (not signed in, no right to write) or cannot be reached.
+        SourceError, CheckpointError: if ``directory`` is no model folder.
+        OutputError: for what is no name of a repository, and if the Hub refuses (not signed in, no right to write) or
+            cannot be reached.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 
+    _refuse_no_name(repository)
+    refuse_no_model(directory)
     folder = Path(directory)
     operations = [
         CommitOperationAdd(

@@ -62,6 +62,14 @@ class Fields:
         if self.text is not None and self.prompt is not None:
             raise DataError("name either a text field or a prompt and a completion field, not both")
 
+    def refuse_unused(self, sources: "Iterable[DataSource]") -> None:
+        """Raise DataError for the name of a field where nothing has fields."""
+        named = [name for name in (self.text, self.prompt) if name is not None]
+        if named and all(source.kind in ("text", "binidx") for source in sources):
+            raise DataError(
+                f"a field {shortened(repr(named[0]))} was named, but none of the data has fields; leave it out"
+            )
+
     def choose(self, names: Iterable[str], where: str) -> tuple[str | None, str]:
         """(prompt field or None, text field) among ``names``; DataError naming ``where`` without one."""
         present = set(names)

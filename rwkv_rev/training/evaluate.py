@@ -21,7 +21,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rwkv_rev.arguments import checked
 from rwkv_rev.converters.converted import ConvertedModel
+from rwkv_rev.counts import MOST
 from rwkv_rev.device import choose_device
 from rwkv_rev.errors import ConfigError, DataError
 from rwkv_rev.loading import load_model, load_tokenizer
@@ -176,6 +178,7 @@ def evaluate_documents(
     return Evaluation(context_length, buckets)
 
 
+@checked
 def evaluate_directory(
     directory: str | Path,
     data: str | Path | Sequence[str | Path],
@@ -188,7 +191,7 @@ def evaluate_directory(
     completion_field: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
-    cache_dir: str | None = None,
+    cache_dir: str | Path | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Evaluate a model folder on files: what ``rwkv-rev eval`` does.
@@ -209,13 +212,16 @@ def evaluate_directory(
 
     Raises:
         SourceError, CheckpointError: if the folder is not a whole model. DataError: for unusable data.
-        ConfigError: for a context length that is none, or half a pair of fields.
+        ConfigError: for an argument of another kind, or too small, or half a pair of fields.
         RwkvRevError: for a device or dtype that is not there.
     """
+    _check_context_length(context_length)
+    for name, number, least in (("batch_size", batch_size, 1), ("max_tokens", max_tokens, 0)):
+        if not least <= number <= MOST:
+            raise ConfigError(f"{name} = {number} must be from {least} to {MOST}")
     refuse_half_named(text_field, prompt_field, completion_field)
     with ConvertedModel(directory) as source:  # refuses what is not a whole model
         vocab_size = source.config.vocab_size
-    _check_context_length(context_length)
     place = choose_device(device)
     arithmetic = choose_dtype(dtype, place)
     tokenizer = load_tokenizer(directory)

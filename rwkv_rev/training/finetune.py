@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from transformers import set_seed
 
+from rwkv_rev.arguments import checked
 from rwkv_rev.folders.publish import publish
 from rwkv_rev.loading import load_model, load_tokenizer
 from rwkv_rev.training.callbacks import Bar, Log, NothingLeft, StopAtBadLoss, StopWhenNothingIsLeft, read_log
@@ -105,6 +106,7 @@ def _with_settings(function: Callable[..., FinetuneResult]) -> Callable[..., Fin
 
 
 @_with_settings
+@checked
 def finetune(
     model: str | Path,
     data: str | Path | Sequence[str | Path],

@@ -1,0 +1,119 @@
+"""Arguments of public functions are of the kinds that their annotations say, or refused by name before anything else.
+
+Kinds alone: what a number or text of the right kind may say is checked where its meaning is known. A truth value is no
+number, a text no truth value, bytes no path; a path names something.
+"""
+
+import collections.abc
+import functools
+import inspect
+import os
+import types
+import typing
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, TypeVar
+
+from rwkv_rev.errors import ConfigError
+from rwkv_rev.printable import shortened
+
+_BITS = 63
+_NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "True or False", type(None): "None"}
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that raises ConfigError for arguments of other kinds than it is annotated with."""
+    signature = inspect.signature(function)
+    hints = {
+        name: parameter.annotation
+        for name, parameter in signature.parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    }
+
+    @functools.wraps(function)
+    def checking(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = signature.bind(*args, **kwargs).arguments
+        check_kinds(hints, given)
+        return function(*args, **kwargs)
+
+    return checking
+
+
+def check_kinds(hints: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Raise ConfigError for the first of ``values`` that is not of the kind that ``hints`` has under its name."""
+    for name, hint in hints.items():
+        if name not in values:
+            continue
+        value = values[name]
+        if not _is(value, hint):
+            raise ConfigError(f"{name} = {shortened(repr(value))} must be {_described(hint)}")
+        if isinstance(value, Integral) and abs(int(value)) >= 1 << _BITS:
+            raise ConfigError(f"{name} is a number of more than {_BITS} bits")
+        if Path in _choices(hint) and name != "text" and (wrong := _no_path(value)):
+            raise ConfigError(f"{name} = {shortened(repr(value))} {wrong}")
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    return typing.get_args(hint) if union else (hint,)
+
+
+def _is(value: Any, hint: Any) -> bool:
+    choices = _choices(hint)
+    if len(choices) > 1:
+        return any(_is(value, choice) for choice in choices)
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or hint is inspect.Parameter.empty:
+        return True
+    if hint is None or hint is type(None):
+        return value is None
+    if origin is Literal:
+        return any(type(value) is type(choice) for choice in inner)
+    if origin is collections.abc.Callable:
+        return callable(value)
+    if origin is not None:
+        items = isinstance(value, origin) and not isinstance(value, str | bytes)
+        return items and all(_is(item, inner[0]) for item in value)
+    if hint in (int, float):
+        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+    if hint is Path:
+        return isinstance(value, os.PathLike) and isinstance(os.fspath(value), str)
+    return isinstance(value, hint)
+
+
+def _no_path(value: Any) -> str | None:
+    """Why a text names nothing on any disk."""
+    if not isinstance(value, str | os.PathLike):
+        return None
+    text = os.fspath(value)
+    if not text:
+        return "must name something"
+    if "\0" in text:
+        return "holds a zero byte, which no name does"
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return "is no text: it holds half a character"
+    return None
+
+
+def _described(hint: Any) -> str:
+    names = []
+    for choice in _choices(hint):
+        origin, inner = typing.get_origin(choice), typing.get_args(choice)
+        if choice is Path:
+            names = [*(name for name in names if name != _NAMES[str]), "a text or a path"]
+        elif origin is Literal:
+            names.append("one of " + ", ".join(map(repr, inner)))
+        elif origin is collections.abc.Callable:
+            names.append("a function")
+        elif origin is not None:
+            names.append(f"a {'tuple' if origin is tuple else 'list'} ({_described(inner[0])} each)")
+        else:
+            names.append(_NAMES.get(choice, f"a {getattr(choice, '__name__', choice)}"))
+    return " or ".join(dict.fromkeys(names))
