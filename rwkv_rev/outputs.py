@@ -47,7 +47,7 @@ class RwkvRevCausalLMOutput(ModelOutput):
             OrderedDict.pop(self, "logits", None)
             object.__setattr__(self, "logits", None)
         super().__post_init__()
-        if isinstance(self.state, tuple):  # made again out of ``items``
+        if isinstance(self.state, list):  # made again out of ``items``
             self.state = RwkvRevState(*(tensor.transpose(0, 1) for tensor in self.state))
         if self.loss is not None and self.logits is None:
             object.__setattr__(self, "logits", unmade.LOGITS)
@@ -55,12 +55,12 @@ class RwkvRevCausalLMOutput(ModelOutput):
     def items(self) -> Any:
         """Without a gradient, what trainers can walk through, gather and pad: tensors.
 
-        Then the state is a tuple of its three tensors with the batch first, and the report is left out.
+        Then the state is a list of its three tensors with the batch first, and the report is left out.
         """
         if torch.is_grad_enabled():
             return super().items()
         values = dict(super().items())
         values.pop("report", None)
-        if self.state is not None:
-            values["state"] = tuple(tensor.transpose(0, 1) for tensor in self.state.tensors())
+        if isinstance(self.state, RwkvRevState):  # a tuple in graphs that torch.export made
+            values["state"] = [tensor.transpose(0, 1) for tensor in self.state.tensors()]
         return values.items()

@@ -305,8 +305,14 @@ def test_settings_that_do_not_exist(arguments: tuple[str, dict[str, Any]], messa
 
 
 def test_a_tape_directory_that_is_not_there(tmp_path: Path) -> None:
+    """Found when it is set, and where it has gone since."""
     model, tokens = tiny_model("5.2"), random_tokens(40)
-    model.set_bptt("reversible", chunk_length=8, tape="disk", tape_dir=str(tmp_path / "absent"))
+    folder = tmp_path / "tape"
+    with pytest.raises(StrategyError, match="tape_dir"):
+        model.set_bptt("reversible", chunk_length=8, tape="disk", tape_dir=str(folder))
+    folder.mkdir()
+    model.set_bptt("reversible", chunk_length=8, tape="disk", tape_dir=str(folder))
+    folder.rmdir()
     with pytest.raises(StrategyError, match="tape_dir"):
         model(tokens, labels=tokens)
 

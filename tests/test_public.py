@@ -57,9 +57,9 @@ def test_errors_are_public() -> None:
         ({"temperature": float("nan")}, "temperature = nan"),
         ({"temperature": 1e-320}, "must be 0, or a finite number of at least 0.01"),
         ({"top_p": 2}, "top_p = 2 must be from 0 to 1"),
-        ({"max_new_tokens": 2.5}, "max_new_tokens = 2.5 must be at least 1"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens = 2.5 must be a whole number"),
         ({"max_new_tokens": True}, "max_new_tokens = True"),
-        ({"seed": 2**70}, r"seed = \d+ must be from 0 to 2\*\*63 - 1"),
+        ({"seed": 2**70}, "seed is a number of more than 63 bits"),
         ({"prompt": ["a", "b"]}, "prompt = .* must be a text"),
     ],
 )
@@ -83,7 +83,7 @@ def test_verify_refuses(bundled: dict[str, Path], given: dict[str, Any]) -> None
 def test_convert_refuses(tmp_path: Path, eps: Any) -> None:
     with pytest.raises(ConfigError, match=r"group_norm_eps = .* must be a number"):
         rwkv_rev.convert("bundled:rwkv-5.2", tmp_path / "out", group_norm_eps=eps)
-    with pytest.raises(ConfigError, match="output is an empty name"):
+    with pytest.raises(ConfigError, match="output = '' must name something"):
         rwkv_rev.convert("bundled:rwkv-5.2", "")
 
 

@@ -46,13 +46,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_uploads_the_whole_folder(hub: HubServer, bundled: dict[str, Path], tmp_path: Path) -> None:
-    events = tmp_path / "out.training" / "runs" / "events"  # as TensorBoard leaves them
+    events = tmp_path / "out.training" / "runs" / "events.out.tfevents.1"  # as TensorBoard leaves them
     events.parent.mkdir(parents=True)
     events.write_text(str(tmp_path))
     result = finetune(run(bundled["5.2"], tmp_path))
     assert result.address == f"{hub.endpoint}/me/tuned"
     uploaded, local = hub.repositories["me/tuned"].files, contents(tmp_path / "out")
-    assert uploaded.keys() == local.keys() - {"training/runs/events"} != local.keys()
+    assert uploaded.keys() == local.keys() - {"training/runs/events.out.tfevents.1"} != local.keys()
     assert {"model.safetensors", "adapter/adapter_model.safetensors", "training/log.jsonl"} <= uploaded.keys()
     for name, content in uploaded.items():
         assert str(tmp_path).encode() not in content, name

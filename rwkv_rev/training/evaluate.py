@@ -32,6 +32,7 @@ from rwkv_rev.progress import Progress
 from rwkv_rev.training.config import refuse_half_named
 from rwkv_rev.training.documents import Fields
 from rwkv_rev.training.launch import choose_dtype
+from rwkv_rev.training.sources import find_sources
 from rwkv_rev.training.token_cache import load_tokens
 from rwkv_rev.training.token_store import TokenStore
 from rwkv_rev.training.tuning import language_model
@@ -225,11 +226,13 @@ def evaluate_directory(
     place = choose_device(device)
     arithmetic = choose_dtype(dtype, place)
     tokenizer = load_tokenizer(directory)
-    sources = [data] if isinstance(data, str | Path) else data
+    sources = [str(source) for source in ([data] if isinstance(data, str | Path) else data)]
+    fields = Fields(text_field, prompt_field, completion_field)
+    fields.refuse_unused(find_sources(sources))
     store = load_tokens(
-        [str(source) for source in sources],
+        sources,
         tokenizer,
-        fields=Fields(text_field, prompt_field, completion_field),
+        fields=fields,
         end_token=None,
         vocab_size=vocab_size,
         cache_dir=cache_dir,

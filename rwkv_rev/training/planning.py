@@ -27,6 +27,7 @@ from rwkv_rev.training.launch import choose_dtype, own_device, refuse_launch, tr
 from rwkv_rev.training.memory import MemoryForecast, forecast_memory, refuse_too_large
 from rwkv_rev.training.overlap import shared_documents
 from rwkv_rev.training.rows import RowDataset, RowStatistics
+from rwkv_rev.training.sources import find_sources
 from rwkv_rev.training.token_cache import load_tokens
 from rwkv_rev.training.token_store import TokenStore
 from rwkv_rev.training.tuning import count_trained, refuse_lora_targets, refuse_state_tuning
@@ -213,11 +214,13 @@ def _load_data(
 ) -> tuple[TokenStore, TokenStore | None]:
     """The documents to train on and those held out, which get no end token; all ids have an embedding."""
 
+    fields = Fields(config.text_field, config.prompt_field, config.completion_field)
+
     def load(data: list[str], end: Any) -> TokenStore:
         return load_tokens(
             list(data),
             load_tokenizer(config.model),
-            fields=Fields(config.text_field, config.prompt_field, config.completion_field),
+            fields=fields,
             end_token=end,
             vocab_size=vocab_size,
             cache_dir=config.cache_dir,
@@ -226,5 +229,6 @@ def _load_data(
             keep=keep,
         )
 
+    fields.refuse_unused(find_sources([*config.data, *config.eval_data]))
     end = None if config.end_token == "none" else config.end_token
     return load(config.data, end), load(config.eval_data, None) if config.eval_data else None

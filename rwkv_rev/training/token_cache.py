@@ -66,7 +66,6 @@ def load_tokens(
     fields = fields or Fields()
     skipped: Skipped = Counter()
     sources = find_sources(data, skipped)
-    fields.refuse_unused(sources)
     texts = [source for source in sources if source.kind != "binidx"]
     if texts and tokenizer is None:
         raise DataError(f"{texts[0].name}: is text, and no tokenizer was given")
