@@ -5,10 +5,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from rwkv_rev.arguments import expanded
 from rwkv_rev.cli import output as out
 from rwkv_rev.cli.options import DEFAULT_SHARD_SIZE, shard_size
 from rwkv_rev.cli.stopping import telling_if_stopped
 from rwkv_rev.folders.source import parse_source
+from rwkv_rev.printable import printable
+from rwkv_rev.tables import of_width
 
 if TYPE_CHECKING:
     from rwkv_rev.conversion import Conversion
@@ -74,6 +77,7 @@ def convert(
 
       rwkv-rev convert RWKV/v5-Eagle-7B-HF --max-shard-size 2GB --dry-run
     """
+    output = None if output is None else expanded(output)
     # a wrong one is told of before anything heavy is imported
     parse_source(source, file=file, revision=revision)
     from rwkv_rev.conversion import ConversionDiffers
@@ -99,7 +103,8 @@ def convert(
         if as_json:
             out.print_json({"written": False, "verification": error.report.to_dict()})
         else:
-            out.print_text(str(error.report.table()))
+            with of_width(out.width()):
+                out.print_text(str(error.report.table()))
         raise
     for note in result.notes:
         out.note(f"note: {note}")
@@ -140,5 +145,7 @@ def _print(result: "Conversion") -> None:
             fields["GroupNorm eps"] = f"{config.group_norm_epsilon:g}"
         out.print_fields("Config", fields)
     if result.verification is not None:
-        out.print_text("\n" + str(result.verification.table()))
-    out.print_text(f"\n{'wrote' if result.written else 'would write'} {result.directory}")
+        with of_width(out.width()):
+            out.print_text("\n" + str(result.verification.table()))
+    name = printable(str(result.directory))
+    out.print_text(f"\n{'wrote' if result.written else 'would write'} {name}")

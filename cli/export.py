@@ -5,11 +5,13 @@ from typing import Annotated, Literal
 
 import typer
 
+from rwkv_rev.arguments import expanded
 from rwkv_rev.cli import output as out
 from rwkv_rev.cli.options import DEFAULT_SHARD_SIZE, shard_size
 from rwkv_rev.cli.stopping import telling_if_stopped
 from rwkv_rev.folders.folder import refuse_no_model
 from rwkv_rev.folders.safe_output import check_output
+from rwkv_rev.printable import printable
 
 
 def export(
@@ -39,6 +41,7 @@ def export(
 
       rwkv-rev export my-model --to hf --output my-model-hf
     """
+    output = expanded(output)
     refuse_no_model(directory)  # before anything heavy is imported
     check_output(output.absolute(), force=force, directory=to == "hf")
     from rwkv_rev.converters.export import export as run
@@ -53,4 +56,6 @@ def export(
         out.print_path(result.path)
     else:
         size = out.human_bytes(result.nbytes)
-        out.print_text(f"{result.path}: {result.tensors} tensors, {size}, layout {result.layout}")
+        out.print_text(
+            f"{printable(str(result.path))}: {result.tensors} tensors, {size}, layout {result.layout}"
+        )

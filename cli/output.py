@@ -118,6 +118,11 @@ def note(text: str) -> None:
     sys.stderr.write(shortened(text, MOST_LINE) + "\n")
 
 
+def width() -> int:
+    """Columns that a line may have."""
+    return int(_console().width)
+
+
 def human_bytes(count: float) -> str:
     """``1.5 MB`` and the like, in powers of ten."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -7,6 +7,7 @@ import typer
 
 from rwkv_rev.cli import output as out
 from rwkv_rev.folders.folder import refuse_no_model
+from rwkv_rev.tables import of_width
 
 
 def verify(
@@ -98,6 +99,7 @@ def verify(
     if as_json:
         out.print_json(report.to_dict())
     else:
-        out.print_text(report.table())
+        with of_width(out.width()):
+            out.print_text(report.table())
     if not report.passed:
         raise VerificationFailed(report.summary)

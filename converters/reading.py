@@ -29,7 +29,7 @@ from rwkv_rev.errors import CheckpointError
 from rwkv_rev.folders.hub import LocalCheckpoint
 from rwkv_rev.folders.safe_input import read_object
 from rwkv_rev.folders.selection import one_line, some, weight_map
-from rwkv_rev.printable import shortened
+from rwkv_rev.printable import is_utf8, shortened
 
 HASH_BLOCK = 1 << 22  # bytes read at a time; fewer make the threads wait for each other more often
 FINITE_BLOCK = 1 << 22  # values checked at a time
@@ -253,6 +253,8 @@ def _check_index(index: Path, files: list[_File]) -> None:
 
 
 def _open_file(path: Path) -> _File:
+    if not is_utf8(str(path)):
+        raise CheckpointError(f"{path}: this name is no UTF-8, and what reads weights needs that; rename it")
     form = sniff(path)
     return _SafetensorsFile(path) if form == "safetensors" else _TorchFile(path, mapped=form == "torch-zip")
 

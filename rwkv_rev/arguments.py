@@ -27,7 +27,7 @@ R = TypeVar("R")
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """A function that raises ConfigError for arguments of other kinds than it is annotated with."""
+    """A function that raises ConfigError for arguments of other kinds than it is annotated with, and expands ``~``."""
     signature = inspect.signature(function)
     hints = {
         name: parameter.annotation
@@ -37,11 +37,21 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def checking(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = signature.bind(*args, **kwargs).arguments
-        check_kinds(hints, given)
-        return function(*args, **kwargs)
+        given = signature.bind(*args, **kwargs)
+        check_kinds(hints, given.arguments)
+        for name, value in given.arguments.items():
+            if Path in _choices(hints.get(name)) and (name != "text" or isinstance(value, Path)):
+                given.arguments[name] = expanded(value)
+        return function(*given.args, **given.kwargs)
 
     return checking
+
+
+def expanded(path: Any) -> Any:
+    """A path with the home folder for its ``~``, as shells expand it; anything else as it is."""
+    if isinstance(path, str | Path) and str(path).startswith("~"):
+        return type(path)(os.path.expanduser(path))  # noqa: PTH111 (Path's own fails for users that are not there)
+    return path
 
 
 def check_kinds(hints: Mapping[str, Any], values: Mapping[str, Any]) -> None:

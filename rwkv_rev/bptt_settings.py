@@ -43,7 +43,7 @@ class BpttSettings:
         whole = isinstance(self.chunk_length, Integral) and not isinstance(self.chunk_length, bool)
         if not (whole and 1 <= self.chunk_length <= MOST):
             raise StrategyError(
-                f"chunk_length = {shortened(repr(self.chunk_length))} must be a whole number of tokens, from 1 to {MOST}"
+                f"chunk_length = {shortened(repr(self.chunk_length))} must be a whole number from 1 to {MOST}"
             )
         if self.tape_dir is not None and not self._is_writable():
             raise StrategyError(

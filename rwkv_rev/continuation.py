@@ -13,6 +13,7 @@ from rwkv_rev.device import choose_device
 from rwkv_rev.errors import ConfigError, DataError
 from rwkv_rev.loading import load_model, load_tokenizer
 from rwkv_rev.printable import shortened
+from rwkv_rev.wkv.dispatch import choose_kernel
 
 
 @checked
@@ -46,6 +47,9 @@ def generate(
             of another model's.
         ConfigError: for a value that means nothing. RwkvRevError: for a device that is not there.
     """
+    choose_kernel(
+        None, torch.empty(0)
+    )  # refuses a name that the environment gives, before the prompt is printed
     _check(max_new_tokens, temperature, top_p, seed)
     with ConvertedModel(directory) as source:  # refuses what is not a whole model, in one line
         vocab_size = source.config.vocab_size

@@ -33,7 +33,7 @@ from rwkv_rev.converters.reading import Checkpoint, open_checkpoint
 from rwkv_rev.converters.rewriter import Entry, Shard, parse_size, plan_shards, write_shards
 from rwkv_rev.errors import CheckpointError, ConfigError, OutputError, VerificationFailed
 from rwkv_rev.folders.hub import LocalCheckpoint, Plan, plan, resolve
-from rwkv_rev.folders.safe_output import check_output, require_space, whole_directory
+from rwkv_rev.folders.safe_output import check_output, check_place, require_space, whole_directory
 from rwkv_rev.folders.source import Source, parse_source
 from rwkv_rev.folders.whereabouts import remember
 from rwkv_rev.printable import shortened
@@ -156,7 +156,9 @@ def convert(
     directory = Path(output) if output is not None else Path(default_name(parsed, expected))
     if not dry_run:
         check_output(directory.absolute(), force=force, directory=True)
-    elif not _is_here(parsed, expected):
+    else:
+        check_place(directory.absolute())
+    if dry_run and not _is_here(parsed, expected):
         return Conversion(directory, expected.files, written=False)
     local = resolve(parsed, progress=progress)
     _refuse_overlap(local, directory)

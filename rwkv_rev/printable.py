@@ -22,6 +22,15 @@ def printable(text: str, *, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
+def is_utf8(text: str) -> bool:
+    """Whether UTF-8 can hold a text: names of files may be other bytes, and JSON may write half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def shortened(value: object, most: int = MOST_QUOTED) -> str:
     """The text of ``value`` in one line of about ``most`` characters: its ends, and how much lies between."""
     text = str(value)

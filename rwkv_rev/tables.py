@@ -1,18 +1,40 @@
 """Tables that read as Markdown and as plain text, and fit :data:`WIDTH` columns."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from rwkv_rev.printable import printable
 
 WIDTH = 80
+_width: ContextVar[int] = ContextVar("rwkv_rev_width", default=WIDTH)
 
 
-def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], width: int = WIDTH) -> list[str]:
+@contextmanager
+def of_width(width: int) -> Iterator[None]:
+    """Inside, tables and prose fit so many columns instead of :data:`WIDTH`."""
+    token = _width.set(width)
+    try:
+        yield
+    finally:
+        _width.reset(token)
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None) -> list[str]:
     """Lines of a table; the first column to the left, all others to the right.
 
-    Columns that do not fit beside the others follow in a further table, below, with the first one repeated.
+    Columns that do not fit beside the others follow in a further table, below, with the first one repeated. Where
+    even one column does not fit beside the first, rows are written as prose.
     """
+    width = width or _width.get()
     widths = [max(3, *(len(line[i]) for line in (header, *rows))) for i in range(len(header))]
     lines: list[str] = []
+    if widths[0] + max(widths[1:], default=0) + 7 > width:
+        for name, *cells in rows:
+            facts = (f"{column} {cell}".strip() for column, cell in zip(header[1:], cells, strict=True))
+            lines += wrapped(f"{name or header[0]}: {'; '.join(facts)}", width)
+        return wrapped(header[0], width) * bool(header[0]) + lines
     for columns in folded([size + 3 for size in widths], width - 1):
         lines += [""] if lines else []
         lines += _table(
@@ -33,9 +55,11 @@ def folded(widths: Sequence[int], width: int, keys: int = 1) -> list[list[int]]:
     return tables
 
 
-def wrapped(text: str, width: int = WIDTH) -> list[str]:
+def wrapped(text: str, width: int | None = None) -> list[str]:
     """Lines of prose; words longer than a line, such as paths, stay whole."""
-    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
+    return textwrap.wrap(
+        printable(text), width or _width.get(), break_long_words=False, break_on_hyphens=False
+    ) or [""]
 
 
 def _table(cells: list[list[str]], widths: list[int]) -> list[str]:

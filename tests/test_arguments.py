@@ -89,7 +89,7 @@ def test_what_a_message_says() -> None:
         with pytest.raises(ConfigError) as error:
             anything(**given)  # type: ignore[arg-type]
         assert str(error.value) == message
-    with pytest.raises(TypeError, match="missing|unexpected|too many"):
+    with pytest.raises(TypeError, match=r"missing|unexpected|too many"):
         anything("a", "b")  # type: ignore[misc]
 
 
@@ -225,12 +225,12 @@ def test_bench_settings(given: Any) -> None:
 
 @pytest.mark.parametrize("chunk_length", [1.5, 2**70, True, 0, -1, "8", None, float("nan")])
 def test_chunk_lengths(chunk_length: Any) -> None:
-    with pytest.raises(StrategyError, match="^chunk_length = .* must be a whole number of tokens"):
+    with pytest.raises(StrategyError, match=r"^chunk_length = .* must be a whole number"):
         BpttSettings(chunk_length=chunk_length)
 
 
 @pytest.mark.parametrize("tape_dir", ["/no/such/folder", "", 3, "\0", b"a", __file__])
 def test_tape_folders(tape_dir: Any) -> None:
     """Found when they are set, not at the first loss."""
-    with pytest.raises(StrategyError, match="^tape_dir = .* is no folder that can be written to"):
+    with pytest.raises(StrategyError, match=r"^tape_dir = .* is no folder that can be written to"):
         BpttSettings(tape_dir=tape_dir)

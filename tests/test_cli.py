@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -420,3 +421,85 @@ def test_a_name_that_is_no_text_goes_out_as_its_bytes(
     output = os.fsdecode(b"\xff.pth")
     found = run_encoded(cli, "utf-8", "export", bundled["4"], "--output", output, "--quiet")
     assert found == (0, b"\xff.pth\n", "") and (tmp_path / output).is_file()
+
+
+def test_a_newline_in_a_name_ends_no_line(cli: Cli) -> None:
+    code, out, err = cli("convert", "bundled:rwkv-4", "--output", "a\nb/c", "--no-verify")
+    assert code == 0 and "wrote a\\nb/c" in out, err
+    code, out, err = cli("export", "a\nb/c", "--output", "a\nb/e.pth")
+    assert code == 0 and out.startswith("a\\nb/e.pth: ") and out.count("\n") == 1, err
+    code, out, err = cli("verify", "a\nb/c", "--tokens", 8, "--oracle", "naive")
+    assert code == 0 and "a\nb" not in out, err
+
+
+@pytest.mark.parametrize("columns", [40, 60])
+def test_verify_fits_the_terminal(
+    cli: Cli, bundled: dict[str, Path], monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setattr("rwkv_rev.cli.output.width", lambda: columns)
+    code, out, err = cli("verify", bundled["5.2"], "--tokens", 20, "--context", 24, "--oracle", "naive")
+    assert code == 0, err
+    assert [line for line in out.splitlines() if len(line) > columns] == []
+
+
+def test_the_home_folder(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``~`` in quotes is what shells make of it, in outputs and models as in sources and data."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USERPROFILE", str(home))
+    (home / "book.txt").write_text("text " * 100)
+    for arguments in (
+        ("convert", "bundled:rwkv-4", "--output", "~/c", "--no-verify"),
+        ("export", "~/c", "--output", "~/e.pth"),
+        ("inspect", "~/e.pth"),
+        ("inspect", "~/c"),
+        ("verify", "~/c", "--original", "~/e.pth", "--tokens", 8, "--oracle", "naive"),
+        ("generate", "~/c", "--prompt", "~/c", "--max-new-tokens", 1),
+        ("eval", "~/c", "--data", "~/book.txt", "--device", "cpu"),
+        ("finetune", "~/c", "--data", "~/book.txt", "--output", "~/f", "--max-steps", 1, "--device", "cpu"),
+    ):
+        code, out, err = cli(*arguments)
+        assert code == 0, err
+        assert arguments[0] != "generate" or out.startswith("~/c")
+    assert (home / "c").is_dir() and (home / "e.pth").is_file() and (home / "f").is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes there")
+def test_folders_named_by_other_bytes_than_utf8(cli: Cli, bundled: dict[str, Path], tmp_path: Path) -> None:
+    folder = os.fsdecode(b"\xff")
+    shutil.copytree(bundled["4"], tmp_path / folder)
+    for arguments in (("inspect", folder), ("generate", folder, "--prompt", "a")):
+        code, out, err = cli(*arguments)
+        assert (code, out) == (1, "") and "this name is no UTF-8" in err and "damaged" not in err
+        assert err.count("\n") == 1
+    code, out, err = cli("convert", "bundled:rwkv-4", "--output", os.fsdecode(b"\xfe"))
+    assert (code, out) == (1, "") and "this name is no UTF-8" in err and err.count("\n") == 1
+
+
+def test_a_kernel_that_is_none_is_found_before_the_prompt_is_printed(
+    cli: Cli, bundled: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RWKV_REV_KERNEL", "nonsense")
+    code, out, err = cli("generate", bundled["4"], "--prompt", "some prompt")
+    assert (code, out) == (1, "") and "no wkv kernel is called 'nonsense'" in err
+
+
+def test_nothing_is_written_into_a_model(cli: Cli, bundled: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("text " * 100)
+    output = bundled["4"] / "x"
+    for more in ((), ("--dry-run",)):
+        code, out, err = cli("finetune", bundled["4"], "--data", "book.txt", "--output", output, *more)
+        assert (code, out) == (1, "") and "is inside the model's folder; choose another --output" in err
+    assert not output.exists() and not output.with_name("x.training").exists()
+
+
+def test_a_dry_run_refuses_where_nothing_can_be_written(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a disk that is read-only."""
+    monkeypatch.setattr("rwkv_rev.folders.safe_output.os.access", lambda *_: False)
+    for more in ((), ("--dry-run",)):
+        code, out, err = cli("convert", "bundled:rwkv-4", "--output", "deep/model", *more)
+        assert (code, out) == (1, "") and "no permission to write in" in err

@@ -107,7 +107,7 @@ def verify_directory(
         raise ConfigError(f"oracle {oracle!r} must be one of {', '.join(ORACLE_CHOICES)}")
     for name, count, least in (("tokens", tokens, LEAST), ("context", context, LEAST), ("chunk", chunk, 1)):
         if count is not None and not least <= count <= MOST:
-            raise ConfigError(f"{name} = {count} must be from {least} to {MOST}")
+            raise ConfigError(f"{name} = {count} must be at least {least} and at most {MOST}")
     directory = Path(directory)
     with (
         ConvertedModel(directory) as converted,

@@ -4,6 +4,7 @@ import stat
 from pathlib import Path
 from shlex import quote
 
+from rwkv_rev.arguments import expanded
 from rwkv_rev.errors import CheckpointError, SourceError
 from rwkv_rev.folders.safe_input import read_object, refuse_special, refuse_special_inside
 from rwkv_rev.folders.source import parse_source
@@ -36,7 +37,7 @@ def refuse_no_model(directory: str | Path) -> None:
         SourceError: if there is no such folder, or a file of it is a FIFO, a socket or a device.
         CheckpointError: if it holds something else, or its config.json is damaged.
     """
-    directory = Path(directory)
+    directory = Path(expanded(directory))
     refuse_special(directory)
     if not directory.is_dir():
         raise SourceError(f"{directory} is not a folder; {_how_to_make_one(str(directory))}")

@@ -25,6 +25,25 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from rwkv_rev.errors import OutputError, RwkvRevError
+from rwkv_rev.printable import is_utf8
+
+
+def check_place(output: Path) -> None:
+    """Refuse an output above which there is no folder that can be written to.
+
+    Raises:
+        OutputError: naming what stands there instead.
+    """
+    with _failures(output):
+        for folder in output.parents:
+            if folder.exists():
+                if not folder.is_dir():
+                    raise OutputError(f"cannot write {output}: {folder} is a file, not a folder")
+                if not os.access(folder, os.W_OK | os.X_OK):
+                    raise OutputError(f"cannot write {output}: no permission to write in {folder}")
+                break
+            if folder.is_symlink():
+                raise OutputError(f"cannot write {output}: {folder} is a link that leads nowhere")
 
 
 def check_output(output: Path, *, force: bool, directory: bool) -> None:
@@ -37,16 +56,9 @@ def check_output(output: Path, *, force: bool, directory: bool) -> None:
     Raises:
         OutputError: naming the output and what would work.
     """
-    with _failures(output):
-        for folder in output.parents:
-            if folder.exists():
-                if not folder.is_dir():
-                    raise OutputError(f"cannot write {output}: {folder} is a file, not a folder")
-                if not os.access(folder, os.W_OK | os.X_OK):
-                    raise OutputError(f"cannot write {output}: no permission to write in {folder}")
-                break
-            if folder.is_symlink():
-                raise OutputError(f"cannot write {output}: {folder} is a link that leads nowhere")
+    check_place(output)
+    if directory and not is_utf8(str(output)):
+        raise OutputError(f"cannot write {output}: this name is no UTF-8, and what writes weights needs that")
     if not os.path.lexists(output):
         return
     if output.is_symlink():

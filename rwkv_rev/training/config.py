@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
+from rwkv_rev.arguments import expanded
 from rwkv_rev.bptt_settings import BPTT_STRATEGIES, CHUNK_LENGTH, TAPES
 from rwkv_rev.counts import tokens
 from rwkv_rev.errors import ConfigError
@@ -263,6 +264,7 @@ _MOST: Mapping[str, int] = {
 """A trillion tokens are more than any data holds; numpy's generators take seeds of 32 bits, Windows 61 processes."""
 _LENGTHS = ("context_length", "chunk_length", "eval_tokens")
 """Taken as ``16k`` or ``1m``, too."""
+_PATHS = ("model", "output", "tape_dir", "cache_dir", "resume")
 _NUMBER = re.compile(r"[-+]?(([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?|inf|nan)", re.IGNORECASE)
 _DEFAULTS = FinetuneConfig()
 _REPR = reprlib.Repr()
@@ -308,7 +310,10 @@ def build_config(
         except ValueError as error:
             raise ConfigError(f"{shortened(repr(pair))}: the value is not valid YAML") from error
     values |= {_known(key): value for key, value in (options or {}).items() if value is not None}
-    return FinetuneConfig(**{key: _typed(key, value) for key, value in values.items()})
+    typed = {key: _typed(key, value) for key, value in values.items()}
+    return FinetuneConfig(
+        **{key: expanded(value) if key in _PATHS else value for key, value in typed.items()}
+    )
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from rwkv_rev.errors import DataError
-from rwkv_rev.printable import shortened
+from rwkv_rev.printable import is_utf8, shortened
 
 PIECE_BYTES = 4 << 20
 _LONGEST_FIELD = (1 << 31) - 1
@@ -353,20 +353,11 @@ def _piece(record: dict[str, Any], prompt: str | None, text: str, source: str, l
         if name is not None and not isinstance(record[name], str):
             found = "null" if record[name] is None else f"a {type(record[name]).__name__}"
             raise DataError(f"{place(source, line, unit)}: field '{name}' is {found}, not a string")
-        if name is not None and not _is_text(record[name]):
+        if name is not None and not is_utf8(record[name]):
             raise DataError(
                 f"{place(source, line, unit)}: field '{name}' holds half a surrogate pair, no text"
             )
     return Piece(record[text], None if prompt is None else record[prompt], source, line, unit)
-
-
-def _is_text(value: str) -> bool:
-    """Whether UTF-8 can hold it: JSON may write half a pair of surrogates, which is no character."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _load_hub_dataset(name: str) -> Any:

@@ -36,6 +36,8 @@ def refuse_output(config: FinetuneConfig) -> None:
     inside = Path(config.model).resolve()
     if output.resolve() == inside or output.resolve() in inside.parents:
         raise OutputError(f"{config.output} holds the model that is fine-tuned; choose another --output")
+    if inside in output.resolve().parents:
+        raise OutputError(f"{config.output} is inside the model's folder; choose another --output")
     work = config.work_directory
     refuse_foreign(work)
     if config.resume is None and not config.force and checkpoints(work):
