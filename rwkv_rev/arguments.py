@@ -105,15 +105,20 @@ def _no_path(value: Any) -> str | None:
         return "must name something"
     if "\0" in text:
         return "holds a zero byte, which no name does"
+    return None if is_name(text) else "is no text: it holds half a character"
+
+
+def is_name(text: str) -> bool:
+    """Whether a text can name a file: JSON and YAML can write half of a surrogate pair."""
     try:
-        os.fsencode(text)
+        text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
-        return "is no text: it holds half a character"
-    return None
+        return False
+    return True
 
 
 def _described(hint: Any) -> str:
-    names = []
+    names: list[str] = []
     for choice in _choices(hint):
         origin, inner = typing.get_origin(choice), typing.get_args(choice)
         if choice is Path:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
-from rwkv_rev.arguments import expanded
+from rwkv_rev.arguments import expanded, is_name
 from rwkv_rev.bptt_settings import BPTT_STRATEGIES, CHUNK_LENGTH, TAPES
 from rwkv_rev.counts import tokens
 from rwkv_rev.errors import ConfigError
@@ -354,15 +354,6 @@ def _parse_yaml(text: str) -> Any:
         raise ValueError(str(error)) from error
 
 
-def _encodable(text: str) -> bool:
-    """Whether a text can name a file: YAML can write half of a surrogate pair."""
-    try:
-        text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _quoted(value: Any) -> str:
     """A value as Python writes it, at most two levels of it."""
     return shortened(_REPR.repr(value))
@@ -384,7 +375,7 @@ def _typed(key: str, value: Any) -> Any:
     if isinstance(value, int) and abs(value) >= 1 << 63:
         raise ConfigError(f"{key} is a number of more than 63 bits")
     for text in value if isinstance(value, list) else [value]:
-        if isinstance(text, str) and not _encodable(text):
+        if isinstance(text, str) and not is_name(text):
             raise ConfigError(f"{key} = {_quoted(text)} is no text: it holds half a character")
     kinds = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
     if value is None and type(None) in kinds:
