@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from finetune_cases import counting_text, finetune, settings
@@ -11,6 +12,7 @@ from finetune_cases import counting_text, finetune, settings
 from rwkv_rev.converters.export import export
 from rwkv_rev.errors import CheckpointError
 from rwkv_rev.folders.folder import refuse_links, tokenizer_files
+from rwkv_rev.training.saving import save_finetuned
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
 
@@ -28,15 +30,23 @@ def words(folder: Path) -> list[str]:
     ]
 
 
-def test_finetune_copies_no_link_and_no_stranger(model: Path, tmp_path: Path) -> None:
+def test_finetune_copies_no_link_and_no_stranger(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of the model, nor out of its own working folder, where somebody may put one while it runs."""
     (model / "notes.txt").symlink_to(tmp_path / "private.txt")
     (model / ".env").write_text("secret words")
     events = tmp_path / "out.training" / "runs"
-    events.mkdir(parents=True)
-    (events / "link").symlink_to(tmp_path / "private.txt")
+
+    def save(*values: Any) -> None:
+        events.mkdir()
+        (events / "link").symlink_to(tmp_path / "private.txt")
+        save_finetuned(*values)
+
+    monkeypatch.setattr("rwkv_rev.training.finetune.save_finetuned", save)
     finetune(settings(model, counting_text(tmp_path / "data.txt", 60), tmp_path / "out", max_steps=1))
     assert not words(tmp_path / "out")
-    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert (tmp_path / "out" / "tokenizer.json").is_file() and (events / "link").is_symlink()
     export(model, tmp_path / "hf", to="hf")
     assert not words(tmp_path / "hf")
 
