@@ -16,21 +16,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from rwkv_rev.arguments import expanded, is_name
 from rwkv_rev.bptt_settings import BPTT_STRATEGIES, CHUNK_LENGTH, TAPES
 from rwkv_rev.counts import tokens
 from rwkv_rev.errors import ConfigError
-from rwkv_rev.folders.safe_input import refuse_special
 from rwkv_rev.printable import shortened
-from rwkv_rev.training.plain_yaml import NotPlain, PlainLoader
+from rwkv_rev.training.plain_yaml import NotPlain, parse_yaml, read_yaml
 
 TUNE = ("full", "lora", "state")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 REPORTERS = ("none", "tensorboard", "wandb", "trackio")
 SCHEDULES = ("constant", "linear", "cosine", "cosine_with_min_lr", "inverse_sqrt", "polynomial")
-MOST_YAML_BYTES = 1 << 20  # PyYAML reads a megabyte in seconds
 DEFAULT_LR = {"full": 1e-4, "lora": 5e-4, "state": 0.1}
 
 
@@ -304,7 +300,7 @@ def build_config(
             raise ConfigError(f"{shortened(repr(pair))} is not key=value")
         name = _known(key.strip())
         try:
-            values[name] = _parse_yaml(text)
+            values[name] = parse_yaml(text)
         except NotPlain as error:
             raise ConfigError(f"{shortened(repr(pair))}: {error}") from None
         except ValueError as error:
@@ -317,19 +313,7 @@ def build_config(
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    refuse_special(path, ConfigError)
-    try:
-        if (size := path.stat().st_size) > MOST_YAML_BYTES:
-            raise ConfigError(f"{path} holds no settings: it has {size:,} bytes")
-        values = _parse_yaml(path.read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
-    except NotPlain as error:
-        raise ConfigError(f"{path}: {error}") from None
-    except ValueError as error:
-        raise ConfigError(
-            f"{path} is not valid YAML: {shortened(' '.join(str(error).split()), 300)}"
-        ) from error
+    values = read_yaml(path)
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -340,18 +324,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
     return values
-
-
-def _parse_yaml(text: str) -> Any:
-    """What a YAML text says; ValueError for whatever its parser raises."""
-    try:
-        return yaml.load(text, PlainLoader)
-    except NotPlain:
-        raise
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(str(error)) from error
 
 
 def _quoted(value: Any) -> str:

@@ -6,16 +6,21 @@ make more than memory holds.
 """
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from rwkv_rev.errors import ConfigError
+from rwkv_rev.folders.safe_input import refuse_special
 from rwkv_rev.printable import shortened
 
 _PLAIN = re.compile(
     r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?(e[-+]?[0-9]+)?|\.[0-9]+(e[-+]?[0-9]+)?|0x[0-9a-f]+|\.inf|\.nan)",
     re.IGNORECASE,
 )
+
+MOST_YAML_BYTES = 1 << 20  # PyYAML reads a megabyte in seconds
 
 
 class NotPlain(ValueError):
@@ -48,6 +53,39 @@ class PlainLoader(yaml.SafeLoader):
             )
         whole = node.tag == "tag:yaml.org,2002:int"
         return self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
+
+
+def read_yaml(path: Path) -> Any:
+    """What a file of settings holds.
+
+    Raises:
+        ConfigError: for a file that cannot be read, is too large, or holds no such YAML.
+    """
+    refuse_special(path, ConfigError)
+    try:
+        if (size := path.stat().st_size) > MOST_YAML_BYTES:
+            raise ConfigError(f"{path} holds no settings: it has {size:,} bytes")
+        return parse_yaml(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+    except NotPlain as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is not valid YAML: {shortened(' '.join(str(error).split()), 300)}"
+        ) from error
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML text says; ValueError for whatever its parser raises."""
+    try:
+        return yaml.load(text, PlainLoader)
+    except NotPlain:
+        raise
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(str(error)) from error
 
 
 def _place(node: yaml.Node) -> str:
