@@ -384,7 +384,7 @@ def test_activation_checkpointing_of_a_plain_forward() -> None:
 
 @pytest.mark.parametrize("strategy", ["auto", "reversible", "truncated"])
 def test_a_stored_graph_is_told_of(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not where the model computes the loss, nor without a gradient, nor within a chunk, nor where it is meant."""
+    """Where one is stored: not where the two sweeps are taken, without a gradient, within a chunk, or as it is meant."""
     told: list[str] = []
     monkeypatch.setattr(modeling.logger, "warning_once", told.append)
     model, tokens = tiny_model("5.2"), random_tokens(20)
@@ -397,7 +397,10 @@ def test_a_stored_graph_is_told_of(strategy: str, monkeypatch: pytest.MonkeyPatc
     with model.set_bptt("full"):
         model(tokens)
     assert not told
+    swept = strategy != "truncated"
     model(tokens)
     model.model(tokens)
-    assert len(told) == 2 and f"bptt={strategy!r} is for the loss that the model makes itself" in told[0]
-    assert "\n" not in told[0]
+    assert len(told) == (0 if swept else 2)
+    model(tokens, output_hidden_states=True)
+    assert f"bptt={strategy!r} was not taken for this loss" in told[-1]
+    assert "\n" not in told[-1]
