@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from rwkv_rev.cli import output as out
+from rwkv_rev.cli.counts import count
 from rwkv_rev.folders.folder import refuse_no_model
 from rwkv_rev.tables import of_width
 
@@ -33,7 +34,9 @@ def verify(
         Path | None,
         typer.Option(metavar="FILE", help="UTF-8 text to read. Default: Python's language reference."),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="How many tokens of it.")] = 1024,
+    tokens: Annotated[
+        int, typer.Option(parser=count, metavar="T", help="How many tokens of it: 1024, 16k, 1m.")
+    ] = 1024,
     reversal: Annotated[
         bool | None,
         typer.Option(
@@ -51,12 +54,18 @@ def verify(
     context: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Tokens for these two checks.  [default: 4096 for reversal, 512 for gradients]"
+            parser=count,
+            metavar="T",
+            help="Tokens for these two checks.  [default: 4096 for reversal, 512 for gradients]",
         ),
     ] = None,
     chunk: Annotated[
         int | None,
-        typer.Option(min=1, help="Their chunk length.  [default: 256 for reversal, 96 for gradients]"),
+        typer.Option(
+            parser=count,
+            metavar="C",
+            help="Their chunk length.  [default: 256 for reversal, 96 for gradients]",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:

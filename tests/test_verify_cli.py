@@ -143,6 +143,7 @@ def test_reversal_and_gradients_run_unasked_on_small_models(
     model: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run(model, "--oracle", "naive", "--tokens", "20", "--context", "30", "--chunk", "8") == 0
+    assert run(model, "--oracle", "naive", "--tokens", "1k", "--context", "1k", "--chunk", "1k", *LOGITS) == 0
     out, _ = capfd.readouterr()
     assert "reversal over 30 tokens in chunks of 8\nbit-exact at all 4 boundaries: yes" in out
     assert re.search(r"^\| 4096 +\|", out, re.MULTILINE)
