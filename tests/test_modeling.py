@@ -384,7 +384,7 @@ def test_activation_checkpointing_of_a_plain_forward() -> None:
 
 @pytest.mark.parametrize("strategy", ["auto", "reversible", "truncated"])
 def test_a_stored_graph_is_told_of(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where one is stored: not where the two sweeps are taken, without a gradient, within a chunk, or as it is meant."""
+    """Where one is stored: not by the two sweeps, without a gradient, within a chunk, or where it is meant."""
     told: list[str] = []
     monkeypatch.setattr(modeling.logger, "warning_once", told.append)
     model, tokens = tiny_model("5.2"), random_tokens(20)

@@ -93,6 +93,16 @@ class FixedPoint:
         decay = plan.decay_of(count)
         if plan.uses_kernels(contribution):
             return self._advance_by_kernel(contribution, decay, plan)
+        after, kept, raised = self.decayed(contribution, decay)
+        packing = plan.packing  # made now: where a CUDA graph is recorded, nothing may come from the host
+
+        def pack() -> Tensor:
+            return packing.pack(self.forgotten(kept, decay).flatten(1, 2), self.mantissa.flatten(1, 2))
+
+        return after, MemoryRemnant(pack, raised, self)
+
+    def decayed(self, contribution: Tensor, decay: Tensor) -> tuple["FixedPoint", Tensor, Tensor]:
+        """S' = D + round(U / grid) by ``decay`` [B or 1, H, N, 1] float64; D int32, and the heads [B, H] that rose."""
         decayed = decay * self.mantissa
         unit = contribution.double() * _power(-self.exponent)
         largest = (decayed + unit).abs_().amax(dim=(2, 3))
@@ -103,15 +113,16 @@ class FixedPoint:
         shrink = _power(self.exponent - exponent)
         decayed = decayed.mul_(shrink).round_()
         after = unit.mul_(shrink).round_().add_(decayed).to(torch.int32)
-        kept = decayed.to(torch.int32)
+        return FixedPoint(after, exponent), decayed.to(torch.int32), raised
 
-        packing = plan.packing  # made now: where a CUDA graph is recorded, nothing may come from the host
+    def forgotten(self, kept: Tensor, decay: Tensor) -> Tensor:
+        """rho = S - base(D), int32, where no grid rose; ``kept`` is D."""
+        return _base(kept.double(), decay).neg_().add_(self.mantissa).to(torch.int32)
 
-        def pack() -> Tensor:
-            rho = _base(kept.double(), decay).neg_().add_(self.mantissa).to(torch.int32)
-            return packing.pack(rho.flatten(1, 2), self.mantissa.flatten(1, 2))
-
-        return FixedPoint(after, exponent), MemoryRemnant(pack, raised, self)
+    def undecayed(self, contribution: Tensor, decay: Tensor, rho: Tensor, whole: Tensor) -> Tensor:
+        """The mantissa before a chunk that left this state; rows in ``whole`` hold it in place of rho."""
+        decayed = (contribution.double() * _power(-self.exponent)).round_().neg_().add_(self.mantissa)
+        return torch.where(whole, rho, _base(decayed, decay).add_(rho).to(torch.int32))
 
     def retreat(
         self, contribution: Tensor, count: Tensor | None, remnant: "MemoryRemnant", plan: "DecayPlan"
@@ -120,10 +131,8 @@ class FixedPoint:
         decay = plan.decay_of(count)
         if plan.uses_kernels(contribution):
             return self._retreat_by_kernel(contribution, decay, remnant, plan)
-        decayed = (contribution.double() * _power(-self.exponent)).round_().neg_().add_(self.mantissa)
         rho = plan.packing.unpack(remnant.packed, self.mantissa.flatten(1, 2).shape).view_as(self.mantissa)
-        whole = plan.packing.whole.view_as(plan.decay)
-        mantissa = torch.where(whole, rho, _base(decayed, decay).add_(rho).to(torch.int32))
+        mantissa = self.undecayed(contribution, decay, rho, plan.packing.whole.view_as(plan.decay))
         return remnant.kept_heads(FixedPoint(mantissa, self.exponent))
 
     def coarse(self) -> Tensor:

@@ -1,0 +1,95 @@
+"""Every kind of exact memory keeps the one protocol that strategies, tape and recordings see."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rwkv_rev.reversal.additive import Additive
+from rwkv_rev.reversal.division import LossyState
+from rwkv_rev.reversal.fixed_point import FixedPoint, decay_plan
+from rwkv_rev.reversal.whole import Whole
+
+LENGTH = 4
+PLAN = decay_plan(torch.full((2, 3), -0.3), LENGTH)
+
+# a memory of a value, and a chunk forwards by a contribution
+KINDS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any, Tensor], Any]]] = {
+    "whole": (Whole, lambda memory, change: memory.advance(memory.state + change)),
+    "decay": (FixedPoint.of, lambda memory, change: memory.advance(change, None, PLAN)),
+    "additive": (Additive.of, lambda memory, change: memory.advance(change)),
+    "divided": (
+        lambda value: LossyState.of(FixedPoint.of(value)),
+        lambda memory, change: memory.advance(change, None, PLAN),
+    ),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def value(seed: int) -> Tensor:
+    return torch.randn(2, 2, 3, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def same(one: Any, other: Any) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.tensors(), other.tensors(), strict=True))
+
+
+def test_made_of_its_tensors(kind: str) -> None:
+    make, _ = KINDS[kind]
+    memory = make(value(0))
+    again = memory.like([tensor.clone() for tensor in memory.tensors()])
+    computed = memory.like([tensor.clone() for tensor in memory.computed()])
+    for other in (again, computed):
+        assert type(other) is type(memory) and same(memory, other)
+        assert torch.equal(other.value(), memory.value())
+        assert torch.equal(other.fingerprint(), memory.fingerprint())
+    assert memory.fingerprint().dtype == torch.int64
+    torch.testing.assert_close(memory.value(), value(0), rtol=0, atol=2e-6)
+
+
+def test_a_bit_changes_the_fingerprint(kind: str) -> None:
+    make, _ = KINDS[kind]
+    memory = make(value(0))
+    first, *rest = memory.tensors()
+    changed = first.clone()
+    changed.view(torch.uint8).view(-1)[7] ^= 1
+    other = memory.like([changed, *rest])
+    assert not torch.equal(other.fingerprint(), memory.fingerprint())
+
+
+def test_remnants_go_through_a_tape(kind: str) -> None:
+    """What is kept of a remnant, by its size on the host, makes a remnant that keeps the same."""
+    make, forwards = KINDS[kind]
+    after, remnant = forwards(make(value(0)), value(1))
+    size = None if remnant.size is None else remnant.size.cpu()
+    kept = [tensor.clone() for tensor in remnant.tensors(size)]
+    again = after.remnant(kept)
+    if again.size is not None:  # heads whose grid rose are known by their being there
+        size = again.size.cpu()
+    for one, other in zip(again.tensors(size), kept, strict=True):
+        assert torch.equal(one, other)
+    assert (kind in ("additive", "divided")) == (not kept)
+
+
+@pytest.mark.parametrize("bits", [16, 32, 64])
+def test_additive_memories_come_back(bits: int) -> None:
+    """To the bit, past the end of their range too, of which they tell before."""
+    memory = Additive.of(value(0) / 8, bits=bits, exponent=-12)
+    steps, states = [value(seed) / 8 for seed in range(1, 200)], [memory]
+    for change in steps:
+        states.append(states[-1].advance(change)[0])
+    back = states[-1]
+    for change, before in zip(steps[::-1], states[-2::-1], strict=True):
+        back = back.retreat(change)
+        assert torch.equal(back.mantissa, before.mantissa)
+    assert not bool(memory.coarse().any())
+    large = memory.like([torch.full_like(memory.mantissa, torch.iinfo(memory.mantissa.dtype).max // 2 + 1)])
+    assert bool(large.coarse().all())
+    wrapped = large.advance(large.value(torch.float64))[0]
+    assert torch.equal(wrapped.retreat(large.value(torch.float64)).mantissa, large.mantissa)
