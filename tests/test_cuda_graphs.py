@@ -14,10 +14,10 @@ import torch
 from bptt_cases import differentiate, random_like, random_state, random_tokens, tiny_model
 from torch import Tensor
 
-from rwkv_rev.bptt import cuda_graphs
+from rwkv_rev.bptt import cuda_graphs, recordings
 from rwkv_rev.bptt.backward_sweep import Sums
 from rwkv_rev.bptt.chunk_gradients import Parameters
-from rwkv_rev.bptt.strategy import Chunk, LossInputs
+from rwkv_rev.bptt.strategy import LossInputs
 from rwkv_rev.outside_leaves import OutsideLeaves
 from rwkv_rev.reversal.fixed_point import DecayPlan
 from rwkv_rev.reversal.tape import FlatRecord
@@ -71,8 +71,8 @@ def held_by(work: Callable[..., Any]) -> list[Tensor]:
     return found
 
 
-def record(work: Callable[[], Any], device: torch.device) -> tuple[Played, Any]:
-    """Instead of :func:`cuda_graphs._record`: nothing that the recording computes counts."""
+def record(work: Callable[[], Any], device: torch.device, pool: Any = None) -> tuple[Played, Any]:
+    """Instead of :func:`recordings._record`: nothing that the recording computes counts."""
     changed = held_by(work)
     kept = [tensor.detach().clone() for tensor in changed]
     result, another = work(), work()
@@ -100,13 +100,10 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Switches graphs on and off."""
 
     def switch(on: bool) -> None:
-        def worthwhile(chunks: list[Chunk], device: torch.device) -> bool:
-            return on
-
-        monkeypatch.setattr(cuda_graphs, "worthwhile", worthwhile)
+        monkeypatch.setattr(cuda_graphs, "possible", lambda device: on)
         Played.replays = 0
 
-    monkeypatch.setattr(cuda_graphs, "_record", record)
+    monkeypatch.setattr(recordings, "_record", record)
     monkeypatch.setattr(cuda_graphs, "Pace", Idle)
     monkeypatch.setattr(cuda_graphs, "_failures", [])
     return switch
@@ -168,14 +165,14 @@ def test_layouts_are_made_before_a_recording(
         assert not recording
         return made(plan)
 
-    def watched(work: Callable[[], Any], device: torch.device) -> Any:
+    def watched(work: Callable[[], Any], device: torch.device, pool: Any = None) -> Any:
         recording.append(True)
         found = record(work, device)
         recording.clear()
         return found
 
     monkeypatch.setattr(DecayPlan.packing, "func", packing)
-    monkeypatch.setattr(cuda_graphs, "_record", watched)
+    monkeypatch.setattr(recordings, "_record", watched)
     played(True)
     ids = random_tokens(LENGTH)
     differentiate(tiny_model("5.2"), "reversible", CHUNK, input_ids=ids)
@@ -185,21 +182,23 @@ def test_layouts_are_made_before_a_recording(
 def test_a_failed_recording_leaves_no_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     """Zeros would be gradients of parameters that have none."""
 
-    def refuse(work: Callable[[], Any], device: torch.device) -> Any:
+    def refuse(work: Callable[[], Any], device: torch.device, pool: Any = None) -> Any:
         raise RuntimeError("cannot be recorded")
 
-    monkeypatch.setattr(cuda_graphs, "_record", refuse)
+    monkeypatch.setattr(recordings, "_record", refuse)
     monkeypatch.setattr(cuda_graphs, "_failures", [])
     model, ids = tiny_model("4"), random_tokens(LENGTH)
     chunk = LossInputs(ids, None, None, ids, 1.0, random_state(model, 1)).chunks(CHUNK)[2]
     nothing = FlatRecord.of([[torch.zeros(4)]], ids.device)
     kept = torch.ones(3)
     sweep = types.SimpleNamespace(
-        model=model, parameters=Parameters(model, list(model.parameters())[:2], foreign=False)
+        model=model,
+        device=ids.device,
+        parameters=Parameters(model, list(model.parameters())[:2], foreign=False),
     )
     sums = Sums([None, kept], OutsideLeaves([]), loss=torch.zeros(()))
     with pytest.warns(UserWarning, match="cannot be recorded"):
-        made = cuda_graphs.attempt(lambda: cuda_graphs.BackwardRecording(sweep, sums, chunk, [], nothing, []))
+        made = cuda_graphs.attempt(lambda: recordings.BackwardRecording(sweep, sums, chunk, [], nothing, []))
     assert made is None
     assert sums.parameters[0] is None and sums.parameters[1] is kept
 
@@ -231,9 +230,9 @@ def test_a_failed_recording_gives_the_stream_back(monkeypatch: pytest.MonkeyPatc
     fakes = {"stream": stream, "graph": graph, "device": device, "empty_cache": lambda: None}
     fakes |= {"CUDAGraph": object, "Stream": lambda device: "its own", "graph_pool_handle": object}
     fakes |= {"current_stream": lambda device: current[0]}
-    monkeypatch.setattr(cuda_graphs, "_streams", {})
+    monkeypatch.setattr(recordings, "_streams", {})
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     with pytest.raises(RuntimeError, match="invalidated"):
-        cuda_graphs._record(lambda: None, torch.device("cuda"))
+        recordings._record(lambda: None, torch.device("cuda"))
     assert current == ["the caller's"]

@@ -4,6 +4,7 @@ import copy
 import gc
 import math
 import pydoc_data.topics
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from rwkv_rev.benchmark.growth import longest_context
 from rwkv_rev.benchmark.memory import cuda_point
 from rwkv_rev.benchmark.models import benchmark_model
 from rwkv_rev.benchmark.training import compare, random_tokens, step
-from rwkv_rev.bptt import cuda_graphs
+from rwkv_rev.bptt import cuda_graphs, lasting, recordings
 from rwkv_rev.errors import ReversalMismatchError
 from rwkv_rev.reversal.tape import Tape
 from rwkv_rev.state import RwkvRevState
@@ -88,9 +89,9 @@ def test_strategies_give_the_gradient_of_the_whole_context(trained, chunk_length
 def test_graphs_change_no_bit(trained, strategy, autocast, monkeypatch):
     model, ids, _ = trained
     runs = []
-    run = cuda_graphs.BackwardRecording.run
+    run = recordings.BackwardRecording.run
     monkeypatch.setattr(
-        cuda_graphs.BackwardRecording, "run", lambda *arguments: runs.append(1) or run(*arguments)
+        recordings.BackwardRecording, "run", lambda *arguments: runs.append(1) or run(*arguments)
     )
     with_graphs = gradients(model, ids, strategy, 128, autocast)
     assert len(runs) >= CONTEXT // 128 - 8
@@ -146,12 +147,47 @@ def test_a_wrong_state_is_noticed_in_a_graph(trained, monkeypatch):
         record = pop(tape)
         records.append(record)
         if len(records) == 9:  # well after the recording; the packed remnant, or the state, of layer 3
-            record.tensors()[3][4].flatten().view(torch.uint8)[5] ^= 1
+            record.tensors()[3 * 3 + 1][1].flatten().view(torch.uint8)[5] ^= 1
         return record
 
     monkeypatch.setattr(Tape, "pop_flat", spoilt)
     with pytest.raises(ReversalMismatchError, match="layer 3"):
         gradients(model, ids, "reversible", 128, False)
+
+
+def test_recordings_that_last_change_no_bit(monkeypatch):
+    """Steps of a training, with other data each and weights that move; and the model takes its recordings along."""
+    batches = [torch.randint(256, (2, 1024), device=DEVICE) for _ in range(5)]
+    runs = []
+    begin = lasting.LastingRunner.begin
+    monkeypatch.setattr(
+        lasting.LastingRunner, "begin", lambda self, sums: runs.append(1) or begin(self, sums)
+    )
+    outcomes = []
+    for switch in ("1", "0"):
+        monkeypatch.setenv(cuda_graphs.SWITCH, switch)
+        torch.manual_seed(0)
+        model = benchmark_model("5.2-15m", DEVICE, torch.bfloat16).train()
+        found = []
+        with model.set_bptt("reversible", chunk_length=128):
+            for step_number, ids in enumerate(batches):
+                labels = ids.clone()
+                labels[:, : 100 * step_number] = -100
+                model.zero_grad()
+                loss = model(ids, labels=labels).loss
+                loss.backward()
+                found += [loss.detach().clone(), *(p.grad.clone() for p in model.parameters())]
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter.sub_(0.01 * parameter.grad)
+        outcomes.append(found)
+    assert not cuda_graphs._failures
+    assert len(runs) >= 3, "recorded in the second step, and run from there on"
+    assert all(torch.equal(one, other) for one, other in zip(*outcomes, strict=True))
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_memory_does_not_grow_with_the_context(capsys):

@@ -77,6 +77,7 @@ def backward_sweep(
     tensors = sweep.parameters.tensors
     sums = Sums([None] * len(tensors), OutsideLeaves(tensors))
     following = None
+    runner.begin(sums)
     for chunk in reversed(sweep.chunks):
         states, gradient = runner.differentiate(chunk, states, gradient, sums)
         if following is None:
@@ -85,6 +86,7 @@ def backward_sweep(
         if sweep.device.type != "cuda":  # there once, at the end: no chunk waits for the one before
             compare(sweep, sums)
     compare(sweep, sums)
+    runner.finish(sums)
     sums.outside.refuse()
     assert sums.loss is not None and sums.end is not None and gradient is not None and following is not None
     random_state.restore(following)

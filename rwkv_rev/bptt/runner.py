@@ -33,6 +33,12 @@ class Runner:
         sweep.note_coarse(record.coarse)
         return [layer.states for layer in advanced]
 
+    def begin(self, sums: Sums) -> None:
+        """Called before the second sweep."""
+
+    def finish(self, sums: Sums) -> None:
+        """Called after it, before anything of ``sums`` is handed out."""
+
     def turn(self, states: list[ExactStates]) -> list[ExactStates]:
         """Called between the sweeps: the same states, to be kept."""
         self._flush()

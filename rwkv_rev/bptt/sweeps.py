@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_rev.bptt import cuda_graphs
+from rwkv_rev.bptt import cuda_graphs, lasting
 from rwkv_rev.bptt.backward_sweep import SweepResult, backward_sweep
 from rwkv_rev.bptt.chunk_gradients import Parameters
 from rwkv_rev.bptt.forward_sweep import forward_sweep
@@ -162,9 +162,12 @@ class TwoSweeps(Strategy):
 def choose_runner(sweep: Sweep) -> Runner:
     """The runner for a sweep: by recordings where they pay."""
     plain = not (sweep.strangers.declared or sweep.half or sweep.model.checkpoints_blocks)
-    if sweep.strategy.repeatable and plain and cuda_graphs.worthwhile(sweep.chunks, sweep.device):
-        return cuda_graphs.RecordingRunner(sweep)
-    return Runner(sweep)
+    if not (sweep.strategy.repeatable and plain and cuda_graphs.possible(sweep.device)):
+        return Runner(sweep)
+    recordings = lasting.recordings_for(sweep)
+    if recordings is not None:
+        return lasting.LastingRunner(sweep, recordings)
+    return lasting.NotingRunner(sweep)
 
 
 def warn_of_coarse_heads(coarse: Tensor | None) -> None:

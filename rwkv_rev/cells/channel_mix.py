@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rwkv_rev.cells.gates import sigmoid_product, squared_relu
 from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.cells.recomputation import not_kept
 from rwkv_rev.cells.shifted_cell import ShiftedCell
 
 
@@ -39,7 +40,11 @@ class ChannelMix(ShiftedCell):
 
     def project(self, *mixed: Tensor) -> ChannelProjection:
         to_key, to_receptance = mixed
-        return ChannelProjection(self.receptance(to_receptance), self.value(squared_relu(self.key(to_key))))
+        key = self.key(to_key)
+        squared = squared_relu(key)
+        with not_kept([squared], lambda: [squared_relu(key)]):
+            value = self.value(squared)
+        return ChannelProjection(self.receptance(to_receptance), value)
 
     def compute(
         self, projection: ChannelProjection, memory: Tensor | None, mask: ChunkMask | None, plan: None = None

@@ -1,11 +1,17 @@
-"""Activation checkpointing that computes the same numbers again, or says that it did not.
+"""Computing again instead of keeping: cheap results that a product has read, and whole blocks.
+
+:func:`not_kept` spares what elementwise formulas gave and a linear map reads: mixes of two tokens, squares. They are
+some ten of the thirty vectors that a token and layer would keep, and one launch gives them again.
+
+Activation checkpointing (:func:`checkpointed`) computes the same numbers again, or says that it did not.
 
 ``torch.utils.checkpoint`` sets back PyTorch's generators alone, compares shapes alone, and stops a recomputation as
 soon as it has what it needs. Here Python's and numpy's generators are set back, too, and what comes out is compared.
 """
 
 import contextvars
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,6 +24,78 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from rwkv_rev import random_state
 from rwkv_rev.errors import ReversalMismatchError
 from rwkv_rev.reversal.fingerprint import checksum
+
+DEVICES = ("cuda",)
+"""Where computing again costs less than memory is worth: on a CPU new memory is what an elementwise formula costs."""
+
+
+@contextmanager
+def not_kept(results: Sequence[Tensor], make: Callable[[], Sequence[Tensor]]) -> Iterator[None]:
+    """Inside, autograd keeps none of ``results``: where the backward pass wants one, ``make()`` gives them again.
+
+    Args:
+        results: what is read inside.
+        make: gives the same bits, from tensors that are kept anyway; called without graph.
+
+    Elsewhere than on :data:`DEVICES`, and where somebody else says what autograd keeps (``saved_tensors_hooks``, as
+    activation checkpointing does), nothing is done.
+    """
+    wanted = torch.is_grad_enabled() and results[0].device.type in DEVICES
+    if not wanted or _others_pack():
+        yield
+        return
+    again = _MadeAgain(results, make)
+    with torch.autograd.graph.saved_tensors_hooks(again.pack, again.unpack):
+        yield
+
+
+def _others_pack() -> bool:
+    """Whether hooks of somebody else say what autograd keeps, or PyTorch does not tell."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is None:
+        return True
+    hooks = top(True)
+    return hooks is not None and not isinstance(getattr(hooks[0], "__self__", None), _MadeAgain)
+
+
+class _MadeAgain:
+    """What stands in a graph for results that are made again."""
+
+    def __init__(self, results: Sequence[Tensor], make: Callable[[], Sequence[Tensor]]) -> None:
+        self._places = {tensor.data_ptr(): index for index, tensor in enumerate(results)}
+        self._sizes = [(tensor.numel(), tensor.dtype) for tensor in results]
+        self._make = make
+        self._made: list[Tensor] = []
+        self._given_out = self._kept = 0
+
+    def pack(self, tensor: Tensor) -> Any:
+        index = self._places.get(tensor.data_ptr())
+        if (
+            index is None
+            or self._sizes[index] != (tensor.numel(), tensor.dtype)
+            or not tensor.is_contiguous()
+        ):
+            return tensor, tensor._version
+        self._kept += 1
+        return index, tensor.shape
+
+    def unpack(self, packed: Any) -> Tensor:
+        what, how = packed
+        if isinstance(what, Tensor):
+            if what._version != how:  # which PyTorch leaves to whoever packs
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"{list(what.shape)}, expected version {how} but it is at {what._version}"
+                )
+            return what
+        if not self._made:
+            with torch.no_grad():
+                self._made = list(self._make())
+        result = self._made[what].view(how)
+        self._given_out += 1
+        if self._given_out == self._kept:  # nobody will ask again, unless the graph is kept
+            self._made, self._given_out = [], 0
+        return result
 
 
 def checkpointed(checkpoint: Callable[..., Any], function: Callable[..., Any], *given: Any) -> Any:

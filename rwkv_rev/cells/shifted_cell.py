@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from rwkv_rev import random_state
 from rwkv_rev.cells.contract import Advanced, Replay, ReversibleCell, leaves
 from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.cells.recomputation import not_kept
 from rwkv_rev.cells.token_shift import Border, carried_mix, last_token, token_mixes
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.reversal.fingerprint import checksum
@@ -103,6 +104,19 @@ class CellPlan(NamedTuple):
     mix: Tensor
     memory: Any
     sources: tuple[Tensor, ...]
+
+    def tensors(self) -> list[Tensor]:
+        """All that the plan is made of, on the device."""
+        return [self.mix, *([] if self.memory is None else self.memory.tensors())]
+
+    def prepare(self) -> None:
+        """Make now what is made at its first use, on the host: where launches are recorded, that is too late."""
+        if self.memory is not None:
+            self.memory.prepare()
+
+    def holds(self, other: "CellPlan") -> bool:
+        """Whether chunks planned so can be run by this plan, once it has the other's tensors."""
+        return self.memory is None or self.memory.holds(other.memory)
 
 
 class ShiftedCell(ReversibleCell):
@@ -206,7 +220,7 @@ class ShiftedCell(ReversibleCell):
         self, state: ShiftedState, x: Tensor, mask: ChunkMask | None = None
     ) -> tuple[Tensor, ShiftedState]:
         """Output and next values by plain differentiable arithmetic, no rounding to a grid."""
-        projection = self.project(*token_mixes(x, state.shift, mask, self.mixes()))
+        projection = self._projection(x, state.shift, mask)
         out, contribution = self.compute(projection, state.memory, mask)
         memory = self.update(state.memory, contribution, mask, x.shape[1])
         return out, ShiftedState(last_token(x, state.shift, mask), memory)
@@ -243,6 +257,13 @@ class ShiftedCell(ReversibleCell):
             _print(contribution, shift),
         )
 
+    def _projection(self, x: Tensor, shift: Tensor, mask: ChunkMask | None) -> Any:
+        """The projection of x [B, C, D], differentiable, for which no mix is kept."""
+        mixes = self.mixes()
+        mixed = token_mixes(x, shift, mask, mixes)
+        with not_kept(mixed, lambda: token_mixes(x, shift, mask, mixes)):
+            return self.project(*mixed)
+
     # --- the same with graph, for the backward sweep ------------------------------------------------------------
 
     def carried(
@@ -268,7 +289,7 @@ class ShiftedCell(ReversibleCell):
         plan = plan if plan is not None else self.plan(x.shape[1])
         state = self.carried(state, x, mask, plan)
         start = leaves(self.values(state))
-        projection = self.project(*token_mixes(x, start.shift, mask, self.mixes()))
+        projection = self._projection(x, start.shift, mask)
         return self._finish(state, start, projection, x, mask, plan, after, vouched=False)
 
     def retreat(
@@ -285,7 +306,7 @@ class ShiftedCell(ReversibleCell):
         border = Border.of(x.detach(), plan.mix, mask)
         shift = border.uncarry(remnant.carried)
         shift_leaf = leaves(ShiftedState(shift, None)).shift
-        projection = self.project(*token_mixes(x, shift_leaf, mask, self.mixes()))
+        projection = self._projection(x, shift_leaf, mask)
         with torch.no_grad():
             memory = self.retreat_memory(state.memory, projection, mask, remnant.memory, plan.memory)
         before = ExactShiftedState(shift, memory, remnant.carried, border)

@@ -37,6 +37,16 @@ class MemoryPlan(NamedTuple):
     reversal: DecayPlan
     recurrence: Any  # of the kernel
 
+    def tensors(self) -> list[Tensor]:
+        return [self.reversal.log_decay, self.reversal.decay]
+
+    def prepare(self) -> None:
+        _ = self.reversal.planes if self.reversal.kernels else self.reversal.packing
+
+    def holds(self, other: "MemoryPlan") -> bool:
+        """Where the kernel has a plan of its own, only its own sweep."""
+        return self.recurrence is None and self.reversal.holds(other.reversal)
+
 
 class TimeMixRwkv5(ShiftedCell):
     """The recurrent half of an RWKV-5 block; memory [B, H, N, N] (key index first), float32 or wider.

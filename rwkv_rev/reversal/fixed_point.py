@@ -47,6 +47,8 @@ NON_FINITE = 1024
 """Exponent of a head that holds inf or NaN: ``2**1024`` is inf in float64, so all its values are inf or NaN."""
 _FLOAT64_BIAS = 1023
 _FLOAT64_MANTISSA_BITS = 52
+ROOM = 2.0**-0.125
+"""Factor on a chunk's decay for which a kernel's layout has room: an eighth of a bit per element."""
 SLACK = 2.0**-19
 """Bound on the float64 error of ``Lambda * S`` and of the division, in units of the grid, with room to spare."""
 
@@ -254,13 +256,16 @@ class DecayPlan:
         decay: [1, H, N, 1] float64, Lambda for a chunk without masked tokens.
         widths: gives the bits of each remnant, [H * N] int64, on the host. A function, so that the copy from a
             device goes on while the plans of other layers are made.
-        kernels: whether updates run in :mod:`rwkv_rev.reversal.triton_fixed_point`.
+        kernels: whether updates run in :mod:`rwkv_rev.reversal.triton_fixed_point`. Their layout has room for decays
+            that are a little faster, so that it serves for many steps of a training.
+        needed: the widths without that room, likewise; None where they are the same.
     """
 
     log_decay: Tensor
     decay: Tensor
     widths: Callable[[], Tensor]
     kernels: bool = False
+    needed: Callable[[], Tensor] | None = None
 
     @cached_property
     def packing(self) -> BitPacking:
@@ -273,6 +278,11 @@ class DecayPlan:
         from rwkv_rev.reversal.triton_fixed_point import PlaneLayout
 
         return PlaneLayout.of(self.widths(), self.log_decay.shape[1], self.log_decay.device)
+
+    def holds(self, other: "DecayPlan") -> bool:
+        """Whether the remnants of other decays fit into this layout; looks at the host alone."""
+        needed = other.widths() if other.needed is None else other.needed()
+        return self.kernels and bool((needed <= self.widths()).all())
 
     def uses_kernels(self, contribution: Tensor) -> bool:
         """Whether an update by ``contribution`` runs in :mod:`rwkv_rev.reversal.triton_fixed_point`."""
@@ -291,8 +301,12 @@ def decay_plan(log_decay: Tensor, length: int) -> DecayPlan:
     decay = torch.exp(length * log_decay)
     fused = choose_kernel(None, torch.empty(0, device=log_decay.device)) == "triton"
     kernels = fused and log_decay.shape[1] % 8 == 0
-    widths = start_copy(remnant_bits(decay).flatten())
-    return DecayPlan(log_decay, decay[None, :, :, None], widths, kernels)
+    needed = start_copy(remnant_bits(decay).flatten())
+    if not kernels:
+        return DecayPlan(log_decay, decay[None, :, :, None], needed)
+    room = torch.where(decay == 1, decay, decay * ROOM)
+    widths = start_copy(remnant_bits(room).flatten())
+    return DecayPlan(log_decay, decay[None, :, :, None], widths, kernels, needed)
 
 
 def remnant_bits(decay: Tensor) -> Tensor:

@@ -1,0 +1,261 @@
+"""Recordings that last: a step that does the same work as the one before replays what that one was recorded as.
+
+Weights are updated in place, so a recording sees the new ones; what the sweeps compute of them once, the plan, is
+copied into the recorded one. Four recordings share one memory: a chunk of the first sweep, and the last, an inner and
+the first chunk of the second. They are made in the second step of a kind (the first one has compiled and loaded every
+kernel), kept for one kind of work per model, and dropped where the device has little memory left beside them.
+
+A kind of work is all that a launch may depend on but the numbers: shapes, strategy, precision, which parameters are
+trained and where they lie. Models with code of others in them are never run so: it may do another thing at each call.
+"""
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_rev import random_state
+from rwkv_rev.bptt import cuda_graphs
+from rwkv_rev.bptt.backward_sweep import Sums, differentiate
+from rwkv_rev.bptt.cuda_graphs import RecordingRunner
+from rwkv_rev.bptt.recordings import BackwardRecording, ForwardRecording, cloned
+from rwkv_rev.bptt.runner import Runner
+from rwkv_rev.bptt.strategy import Chunk
+from rwkv_rev.cells.block import ExactStates, Plans
+from rwkv_rev.wkv.dispatch import choose_kernel
+
+if TYPE_CHECKING:
+    from rwkv_rev.bptt.sweep import Sweep
+
+LEAST_FREE = 0.05
+"""Share of the device's memory that must be free beside recordings, for what comes between two losses."""
+
+
+class Kept:
+    """What is kept for a model: the kind of work of its last step, and its recordings once that came twice.
+
+    ``refused``: there was no memory for them.
+    """
+
+    def __init__(self, kind: Any, *, refused: bool = False) -> None:
+        self.kind = kind
+        self.refused = refused
+        self.recordings: Recordings | None = None
+
+
+_kept: "weakref.WeakKeyDictionary[nn.Module, Kept]" = weakref.WeakKeyDictionary()
+
+
+def recordings_for(sweep: "Sweep") -> "Recordings | None":
+    """The recordings of a sweep's kind of work, made now if it comes for the second time; None where there are none."""
+    model: Any = sweep.model
+    kept = _kept.get(model)
+    if kept is None or kept.kind is None:
+        return None
+    if kept.kind != kind_of(sweep):
+        kept.recordings = None  # their memory is needed by what comes now
+        return None
+    if kept.refused:
+        return None
+    if kept.recordings is not None and not kept.recordings.take_plan(sweep):
+        kept.recordings = None  # other widths of remnants
+    if kept.recordings is None:
+        try:
+            kept.recordings = cuda_graphs.attempt(lambda: Recordings(sweep), memory_is_a_reason=False)
+        except torch.OutOfMemoryError:
+            drop(sweep)
+            torch.cuda.empty_cache()
+    return kept.recordings
+
+
+def note(sweep: "Sweep", *, waits: bool) -> None:
+    """After a step without lasting recordings: what was done, and whether the device waited for the host."""
+    model: Any = sweep.model
+    kind, before = kind_of(sweep) if waits else None, _kept.get(model)
+    if before is None or not before.refused or before.kind != kind:
+        _kept[model] = Kept(kind)
+
+
+def drop(sweep: "Sweep") -> None:
+    """Drop the recordings of a model, and make none for this kind of work."""
+    model: Any = sweep.model
+    _kept[model] = Kept(kind_of(sweep), refused=True)
+
+
+def kind_of(sweep: "Sweep") -> Any:
+    """All that the launches of a chunk may depend on, but numbers on the device; None where they may on more."""
+    if not _can_last(sweep):
+        return None
+    model: Any = sweep.model
+    tensors = [*model.parameters(), *sweep.strangers.buffers]
+    kind = sweep.device.type
+    return (
+        sweep.strategy.name,
+        sweep.strategy.chunk_length,
+        sweep.inputs.targets.shape[0],
+        sweep.device,
+        model.training,
+        sweep.inputs.final_state_gradient is not None,
+        [tensor.dtype for tensor in sweep.inputs.state.tensors()],
+        [(tensor.data_ptr(), tensor.dtype, tensor.requires_grad) for tensor in tensors],
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        choose_kernel(None, tensors[0]),
+    )
+
+
+def _can_last(sweep: "Sweep") -> bool:
+    return (
+        not sweep.strangers.brings_tensors
+        and sweep.inputs.input_ids is not None
+        and sum(chunk.length == sweep.strategy.chunk_length for chunk in sweep.chunks) >= 2
+    )
+
+
+class Recordings:
+    """The four recordings of one kind of work.
+
+    Attributes:
+        sums: what the chunks of a step add to.
+    """
+
+    def __init__(self, sweep: "Sweep") -> None:
+        length = sweep.strategy.chunk_length
+        self._plans = sweep.plans[length]
+        for layer in self._plans:
+            for plan in layer:
+                plan.prepare()
+        tensors = sweep.parameters.tensors
+        self._sums: list[Tensor | None] = [None] * len(tensors)
+        self._loss = torch.zeros((), dtype=torch.float32, device=sweep.device)
+        sums = Sums(self._sums, None, loss=self._loss)  # type: ignore[arg-type]
+        pool = torch.cuda.graph_pool_handle()
+        example = sweep.chunks[0]
+        first, inner, last = (Chunk(example.inputs, i, 0, length, True, True) for i in (0, 1, 2))
+        self.forward = ForwardRecording(sweep, inner, sweep.first, pool)
+        given = sweep.inputs.final_state_gradient
+        layers = range(len(sweep.model.blocks))
+        to_end = None if given is None else [_flat(given.layer(index)) for index in layers]
+        # shapes alone count here: nothing has run, and the numbers in these tensors are whatever was there
+        sweep.prints[0] = [print_.clone() for print_ in self.forward.prints]
+        several = replace(sweep, chunks=[first, inner, last])
+        self.last = BackwardRecording(several, sums, last, self.forward.after, None, to_end, pool)
+        after, gradient = self.last.states, self.last.to_start
+        self.inner = BackwardRecording(several, sums, inner, after, self.forward.record, gradient, pool)
+        self.first = BackwardRecording(several, sums, first, self.inner.states, None, gradient, pool)
+
+    def take_plan(self, sweep: "Sweep") -> bool:
+        """Copy a sweep's plan into the recorded one, which takes its place there; False where it does not fit."""
+        length = sweep.strategy.chunk_length
+        new = sweep.plans[length]
+        if not all(
+            old[i].holds(plan[i]) for old, plan in zip(self._plans, new, strict=True) for i in range(len(old))
+        ):
+            return False
+        pairs = list(zip(_tensors(self._plans), _tensors(new), strict=True))
+        torch._foreach_copy_([old for old, _ in pairs], [plan for _, plan in pairs])
+        sweep.plans[length] = self._plans
+        return True
+
+    def begin(self, sums: Sums) -> None:
+        """Start a step's sums from zero."""
+        there = [total for total in self._sums if total is not None]
+        if there:
+            torch._foreach_zero_(there)
+        self._loss.zero_()
+        sums.parameters[:] = self._sums
+        sums.loss = self._loss
+
+    def finish(self, sweep: "Sweep", sums: Sums) -> None:
+        """Hand a step's sums over: what could be written to by the next step is copied."""
+        each = (self.last.touched, self.inner.touched, self.first.touched)
+        known = [any(flags) for flags in zip(*each, strict=True)]
+        for index, (total, parameter) in enumerate(
+            zip(sums.parameters, sweep.parameters.tensors, strict=True)
+        ):
+            if total is not None and total is self._sums[index]:
+                if not known[index]:
+                    sums.parameters[index] = None
+                elif total.dtype == parameter.dtype or parameter.dtype == torch.float16:
+                    sums.parameters[index] = total.clone()
+        assert sums.loss is not None
+        sums.loss = sums.loss.clone()
+
+
+class NotingRunner(RecordingRunner):
+    """Runs a step by recordings of its own, and notes what it did for the next one."""
+
+    def finish(self, sums: Sums) -> None:
+        note(self.sweep, waits=self.waits)
+
+
+class LastingRunner(Runner):
+    """Runs every whole chunk of a step by recordings that were made in another."""
+
+    def __init__(self, sweep: "Sweep", recordings: Recordings) -> None:
+        super().__init__(sweep)
+        self._recordings = recordings
+
+    def advance(self, chunk: Chunk, states: list[ExactStates]) -> list[ExactStates]:
+        if not self._same(chunk):
+            return super().advance(chunk, states)
+        self._flush()
+        forward = self._recordings.forward
+        after, coarse = forward.run(chunk, states, self.sweep.tape if chunk.index > 0 else None)
+        if chunk.index == 0:
+            self.sweep.prints[0] = [print_.clone() for print_ in forward.prints]
+        self.sweep.note_coarse(coarse)
+        return after
+
+    def turn(self, states: list[ExactStates]) -> list[ExactStates]:
+        return cloned(super().turn(states))
+
+    def begin(self, sums: Sums) -> None:
+        self._recordings.begin(sums)
+
+    def differentiate(
+        self, chunk: Chunk, states: list[ExactStates], to_end: list[list[Tensor]] | None, sums: Sums
+    ) -> tuple[list[ExactStates], list[list[Tensor]]]:
+        sweep, made = self.sweep, self._recordings
+        record = sweep.tape.pop_flat() if sweep.is_inner(chunk) else None
+        ends = chunk.index == len(sweep.chunks) - 1
+        recording = made.last if ends else made.first if chunk.index == 0 else made.inner
+        fits = self._same(chunk) and chunk.predicts and recording.fits(states, record)
+        if not fits:
+            random_state.restore(sweep.random[chunk.index])
+            tensors = None if record is None else record.tensors()
+            return differentiate(sweep, chunk, states, tensors, to_end, sums)
+        found = recording.run(sweep, sums, chunk, states, record, to_end)
+        if ends:
+            sums.end = [tuple(_cloned(values) for values in layer) for layer in recording.end]
+        return found
+
+    def finish(self, sums: Sums) -> None:
+        self._recordings.finish(self.sweep, sums)
+        free, total = torch.cuda.mem_get_info(self.sweep.device)
+        if free < LEAST_FREE * total:
+            torch.cuda.empty_cache()
+            if torch.cuda.mem_get_info(self.sweep.device)[0] < LEAST_FREE * total:
+                drop(self.sweep)
+
+    def _same(self, chunk: Chunk) -> bool:
+        return chunk.is_full and chunk.length == self.sweep.strategy.chunk_length
+
+
+def _cloned(values: Any) -> Any:
+    return type(values)(*(None if part is None else part.clone() for part in values))
+
+
+def _flat(layer: tuple[Any, ...]) -> list[Tensor]:
+    return [part for values in layer for part in values if part is not None]
+
+
+def _tensors(plans: list[Plans]) -> Iterator[Tensor]:
+    """The tensors that plans are made of; not those that they were made from."""
+    for layer in plans:
+        for plan in layer:
+            yield from plan.tensors()

@@ -1,0 +1,283 @@
+"""A chunk's work in either sweep recorded as a CUDA graph, and replayed for other chunks on the same shapes.
+
+A recording reads and writes tensors of its own: :meth:`run` copies a chunk's tokens and states in and gives what came
+out, which holds until the next run. It runs the same kernels on the same shapes as without: the same bits.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from rwkv_rev.bptt.backward_sweep import Sums
+from rwkv_rev.bptt.chunk_gradients import chunk_gradients
+from rwkv_rev.bptt.strategy import Chunk, LanguageModel
+from rwkv_rev.cells.block import ExactStates, FloatStates
+from rwkv_rev.cells.contract import detached
+from rwkv_rev.loss import add_gradients
+from rwkv_rev.reversal.tape import FlatRecord, Tape
+
+if TYPE_CHECKING:
+    from rwkv_rev.bptt.sweep import Sweep
+
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+"""Where recordings are made, one per device: libraries keep a workspace for every stream they have seen."""
+
+T = TypeVar("T")
+
+
+class ForwardRecording:
+    """A chunk of the forward sweep: tokens and exact states in; exact states and the tape's record out.
+
+    Args:
+        chunk: one of the chunks to be run; its length and batch size count, its tokens do not.
+        states: likewise.
+        pool: memory that recordings which never run at once share; one of its own when None.
+
+    Attributes:
+        prints: of every layer in the last run.
+        record: what the last run would put on the tape if no size depended on the data.
+    """
+
+    def __init__(
+        self, sweep: "Sweep", chunk: Chunk, states: list[ExactStates], pool: Any | None = None
+    ) -> None:
+        self._chunk = static(chunk)
+        self._before = cloned(states)
+
+        def run() -> tuple[list[ExactStates], Any, FlatRecord, list[Tensor]]:
+            advanced, record = sweep.advance(self._chunk, self._before)
+            flat_record = FlatRecord.of(record.tensors(None), sweep.device)
+            prints = [layer.print for layer in advanced]
+            return [layer.states for layer in advanced], record, flat_record, prints
+
+        self._graph, found = _record(run, sweep.device, pool)
+        self.after, self._record, self.record, self.prints = found
+
+    def run(
+        self, chunk: Chunk, states: list[ExactStates], tape: Tape | None
+    ) -> tuple[list[ExactStates], Tensor | None]:
+        """Put the record of ``chunk`` on a tape; states and coarse parts after it, which hold until the next run."""
+        load(self._chunk, chunk)
+        copy_states(self._before, states)
+        self._graph.replay()
+        if tape is not None:
+            sizes = None if self._record.sizes is None else self._record.sizes.cpu()
+            if sizes is not None and sizes.any():
+                tape.push(self._record.tensors(sizes))
+            else:
+                tape.push_flat(self.record)
+        return self.after, self._record.coarse
+
+
+class BackwardRecording:
+    """A chunk of the backward sweep: exact states, record and gradient by the states after it in; those before it out.
+
+    Each run adds to ``sums``, where a missing one is filled in.
+
+    Args:
+        chunk, states, record, to_end: of one of the chunks to be run; their values do not count. ``states`` are those
+            after it where there is a ``record``, and for the first chunk; else those before it.
+        pool: as of :class:`ForwardRecording`.
+
+    Attributes:
+        touched: which parameters it gives a gradient.
+        states: exact ones before the chunk of the last run. to_start: gradients by their values.
+        end: values of the states after it.
+    """
+
+    def __init__(
+        self,
+        sweep: "Sweep",
+        sums: Sums,
+        chunk: Chunk,
+        states: list[ExactStates],
+        record: FlatRecord | None,
+        to_end: list[list[Tensor]] | None,
+        pool: Any | None = None,
+    ) -> None:
+        self._chunk = static(chunk)
+        self._given = cloned(states)
+        self._record = None if record is None else FlatRecord(record.data.clone(), record.layouts)
+        self._to_end = None if to_end is None else [[g.clone() for g in layer] for layer in to_end]
+        self._first: list[ExactStates] = []
+        self._prints: list[Tensor] = []
+        if chunk.index == 0:
+            self._first, self._prints = cloned(sweep.first), [print_.clone() for print_ in sweep.prints[0]]
+            sweep = replace(sweep, first=self._first, prints={0: self._prints})
+        parameters = sweep.parameters
+        known = [total is not None for total in sums.parameters]
+        self.touched = [False] * len(known)
+        self._made = [index for index, there in enumerate(known) if not there]
+        for index, parameter in enumerate(parameters.tensors):
+            if sums.parameters[index] is None:
+                wide = torch.promote_types(parameter.dtype, torch.float32)
+                sums.parameters[index] = torch.zeros_like(parameter, dtype=wide)
+        totals, loss = [total for total in sums.parameters if total is not None], sums.loss
+        assert loss is not None
+
+        def take(indices: Sequence[int], gradients: Sequence[Tensor | None]) -> None:
+            for index, gradient in zip(indices, gradients, strict=True):
+                self.touched[index] |= gradient is not None
+            add_gradients([totals[index] for index in indices], gradients)
+
+        def run() -> tuple[list[ExactStates], list[list[Tensor]], Tensor | None, list[FloatStates]]:
+            self.touched = [False] * len(known)
+            tensors = None if self._record is None else self._record.tensors()
+            with _stand_ins(sweep.model, parameters.tensors) as leaves:
+                found = chunk_gradients(
+                    sweep.model,
+                    self._chunk,
+                    sweep.replayer(self._chunk, self._given, tensors),
+                    sweep.objective,
+                    parameters.replaced(leaves),
+                    self._to_end,
+                    take,
+                )
+            loss.add_(found.loss)
+            end = [tuple(detached(values) for values in layer) for layer in found.end]
+            return found.states, found.to_start, found.exactly, end
+
+        try:
+            self._graph, found = _record(run, sweep.device, pool)
+        except BaseException:
+            self.touched = [False] * len(known)  # what was launched while recording has not run
+            self.finish(sums)
+            raise
+        self.states, self.to_start, self._exactly, self.end = found
+
+    def fits(self, states: list[ExactStates], record: FlatRecord | None) -> bool:
+        """Whether a chunk with these states and this record can be run."""
+        if (record is None) != (self._record is None):
+            return False
+        if record is not None and self._record is not None and record.layouts != self._record.layouts:
+            return False
+        shapes = zip(_computed(self._given), _computed(states), strict=True)
+        return all(one.shape == other.shape for one, other in shapes)
+
+    def run(
+        self,
+        sweep: "Sweep",
+        sums: Sums,
+        chunk: Chunk,
+        states: list[ExactStates],
+        record: FlatRecord | None,
+        to_end: list[list[Tensor]] | None,
+    ) -> tuple[list[ExactStates], list[list[Tensor]]]:
+        """States before the chunk and gradients by them; both hold until the next run."""
+        load(self._chunk, chunk)
+        copy_states(self._given, states)
+        if self._record is not None and record is not None:
+            self._record.data.copy_(record.data)
+        if self._to_end is not None and to_end is not None:
+            _copy([g for layer in self._to_end for g in layer], [g for layer in to_end for g in layer])
+        if self._first:
+            copy_states(self._first, sweep.first)
+            _copy(self._prints, sweep.prints[0])
+        self._graph.replay()
+        if self._exactly is not None:
+            sums.checks.append((chunk.index, self._exactly.clone()))
+        return self.states, self.to_start
+
+    def finish(self, sums: Sums) -> None:
+        """Make sums that nothing was added to None again."""
+        for index in self._made:
+            if not self.touched[index]:
+                sums.parameters[index] = None
+
+
+def cloned(states: list[ExactStates]) -> list[ExactStates]:
+    """The same exact states on memory of their own."""
+    return [
+        tuple(state.of_computed([tensor.clone() for tensor in state.computed()]) for state in layer)
+        for layer in states
+    ]
+
+
+def _record(
+    run: Callable[[], T], device: torch.device, pool: Any | None = None
+) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A graph of ``run``, whose kernels have all run before, and the tensors that its replays fill."""
+    torch.cuda.empty_cache()  # the graph has memory of its own: what chunks before it used is free for that
+    graph = torch.cuda.CUDAGraph()
+    pool = torch.cuda.graph_pool_handle() if pool is None else pool
+    stream = _streams.get(device) or _streams.setdefault(device, torch.cuda.Stream(device))
+    try:
+        # thread_local: other threads (a process group's watchdog) may use the device meanwhile
+        with (
+            torch.cuda.device(device),
+            # where recording fails, torch.cuda.graph leaves its own stream the current one
+            torch.cuda.stream(torch.cuda.current_stream(device)),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
+            result = run()
+    except BaseException:
+        # and the allocator believing that recording goes on, during which it takes no memory back
+        with suppress(Exception):
+            torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+        raise
+    return graph, result
+
+
+@contextmanager
+def _stand_ins(model: LanguageModel, parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The model with other leaves on the same memory in place of ``parameters``, which are returned.
+
+    Autograd sums the gradients of a leaf on the stream that was current when its graph node was made. That of a
+    parameter is older than the recording, and what runs on another stream cannot be recorded.
+    """
+    fresh = {id(parameter): parameter.detach().requires_grad_() for parameter in parameters}
+    replaced: list[tuple[dict[str, Any], str, Tensor]] = []
+    for module in model.modules():
+        owned: dict[str, Any] = module._parameters
+        for name, parameter in owned.items():
+            if id(parameter) in fresh:
+                replaced.append((owned, name, parameter))
+    try:
+        for owner, name, parameter in replaced:
+            owner[name] = fresh[id(parameter)]
+        yield [fresh[id(parameter)] for parameter in parameters]
+    finally:
+        for owner, name, parameter in replaced:
+            owner[name] = parameter
+
+
+def static(chunk: Chunk) -> Chunk:
+    """A chunk on memory of its own, into which :func:`load` puts the tokens and targets of others like it."""
+    inputs = chunk.inputs
+    assert inputs.input_ids is not None
+    part = slice(chunk.start, chunk.stop)
+    own = replace(
+        inputs,
+        input_ids=inputs.input_ids[:, part].clone(),
+        valid=None,
+        targets=inputs.targets[:, part].clone(),
+        divisor=torch.as_tensor(inputs.divisor, dtype=torch.float64).to(inputs.targets.device, copy=True),
+    )
+    return Chunk(own, chunk.index, 0, chunk.length, predicts=True, is_full=True)
+
+
+def load(static: Chunk, chunk: Chunk) -> None:
+    part = slice(chunk.start, chunk.stop)
+    assert static.inputs.input_ids is not None and chunk.inputs.input_ids is not None
+    static.inputs.input_ids.copy_(chunk.inputs.input_ids[:, part])
+    static.inputs.targets.copy_(chunk.inputs.targets[:, part])
+    assert isinstance(static.inputs.divisor, Tensor)
+    static.inputs.divisor.copy_(torch.as_tensor(chunk.inputs.divisor))
+
+
+def copy_states(targets: list[ExactStates], sources: list[ExactStates]) -> None:
+    _copy(_computed(targets), _computed(sources))
+
+
+def _computed(states: list[ExactStates]) -> list[Tensor]:
+    """The tensors that make up exact states, in a fixed order."""
+    return [tensor for layer in states for state in layer for tensor in state.computed()]
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(targets, sources)

@@ -1,0 +1,178 @@
+"""Recordings that last over steps, on any machine: they are played by running the work again (``test_cuda_graphs``)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from bptt_cases import random_like, random_state, random_tokens, tiny_model
+from test_cuda_graphs import Idle, Played, record
+from torch import Tensor
+
+from rwkv_rev import RwkvRevForCausalLM
+from rwkv_rev.bptt import cuda_graphs, lasting, recordings
+from rwkv_rev.reversal.fixed_point import DecayPlan
+from rwkv_rev.wkv import use_kernel
+
+CHUNK = 8
+
+
+@pytest.fixture(autouse=True)
+def played(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Switches recordings on and off; layouts of other machines' kernels hold here where the widths are the same."""
+    monkeypatch.setattr(recordings, "_record", record)
+    monkeypatch.setattr(cuda_graphs, "Pace", Idle)
+    monkeypatch.setattr(cuda_graphs, "_failures", [])
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 1))
+    monkeypatch.setattr(DecayPlan, "holds", lambda self, other: bool((self.widths() == other.widths()).all()))
+
+    def switch(on: bool) -> None:
+        monkeypatch.setattr(cuda_graphs, "possible", lambda device: on)
+        Played.replays = 0
+
+    return switch
+
+
+@pytest.fixture
+def lasted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Runs by lasting recordings are counted."""
+    runs: list[int] = []
+    begin = lasting.LastingRunner.begin
+    monkeypatch.setattr(
+        lasting.LastingRunner, "begin", lambda self, sums: runs.append(1) or begin(self, sums)
+    )
+    return runs
+
+
+def train(version: str, strategy: str, batches: list[dict[str, Any]], lr: float) -> list[Tensor]:
+    """Losses, gradients and final states of steps of plain gradient descent."""
+    model = tiny_model(version)
+    found: list[Tensor] = []
+    with model.set_bptt(strategy, chunk_length=CHUNK), use_kernel("naive"):
+        for batch in batches:
+            model.zero_grad()
+            output = model(**batch)
+            output.loss.backward()
+            found += [output.loss.detach().clone(), *(t.clone() for t in output.state.tensors())]
+            found += [p.grad.clone() for p in model.parameters()]
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.sub_(lr * parameter.grad)
+    return found
+
+
+def batches(kind: str) -> list[dict[str, Any]]:
+    model = tiny_model("5.2")
+    found: list[dict[str, Any]] = []
+    for step, length in enumerate((64, 64, 64, 40, 61, 16, 64)):
+        ids = random_tokens(length, 2, seed=step)
+        batch: dict[str, Any] = {"input_ids": ids, "labels": ids.clone()}
+        if kind == "labels":  # another divisor at each step, chunks that predict nothing
+            batch["labels"][:, : 8 * step] = -100
+        elif kind == "holes" and step in (2, 4):
+            batch["attention_mask"] = torch.ones_like(ids)
+            batch["attention_mask"][0, 9:21] = 0
+        elif kind == "states" and step > 0:
+            state = random_state(model, 2, seed=step)
+            batch |= {"state": state, "final_state_gradient": random_like(state, step)}
+        found.append(batch)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["plain", "labels", "holes", "states"])
+@pytest.mark.parametrize("strategy", ["reversible", "checkpoint"])
+@pytest.mark.parametrize("version", ["4", "5.2"])
+def test_steps_are_what_they_would_have_been(
+    played: Callable[[bool], None], lasted: list[int], version: str, strategy: str, kind: str
+) -> None:
+    """To the bit, over steps of other tokens, weights, lengths, labels, masks and states."""
+    given = batches(kind)
+    if kind == "states" and version == "4":
+        model = tiny_model("4")
+        for step, batch in enumerate(given[1:]):
+            batch["state"] = state = random_state(model, 2, seed=step)
+            batch["final_state_gradient"] = random_like(state, step)
+    lr = 0.0 if kind == "states" else 0.02  # random gradients of a state are no way down
+    played(False)
+    expected = train(version, strategy, given, lr)
+    assert not lasted
+    played(True)
+    found = train(version, strategy, given, lr)
+    assert len(lasted) >= 3 and Played.replays > 30
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def step(model: RwkvRevForCausalLM, ids: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    with model.set_bptt("reversible", chunk_length=CHUNK), use_kernel("naive"):
+        model(ids, labels=ids).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("change", ["frozen", "moved", "hook", "eval", "autocast", "rows"])
+def test_other_work_is_not_run_by_old_recordings(
+    played: Callable[[bool], None], lasted: list[int], change: str
+) -> None:
+    ids, model = random_tokens(64), tiny_model("4")
+    played(True)
+    for _ in range(3):
+        step(model, ids)
+    assert len(lasted) == 2
+    twin = tiny_model("4")
+    for one in (model, twin):
+        block = one.blocks[1]
+        if change == "frozen":
+            block.time_mix.requires_grad_(False)
+        elif change == "moved":
+            block.time_mix.key.weight = torch.nn.Parameter(2 * block.time_mix.key.weight.detach())
+        elif change == "hook":
+            block.time_mix.key.register_forward_pre_hook(lambda module, given: (given[0] * 2,))
+            from rwkv_rev import position_wise
+
+            for hook in block.time_mix.key._forward_pre_hooks.values():
+                position_wise(hook)
+        elif change == "eval":
+            one.eval()
+    if change == "rows":
+        ids = random_tokens(64, 3)
+    with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
+        found = step(model, ids)
+        played(False)
+        expected = step(twin, ids)
+    assert len(lasted) == 2
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], gradient), name
+
+
+def test_gradients_outlive_the_next_step(played: Callable[[bool], None]) -> None:
+    """What was handed out is not written to by recordings that run again."""
+    model = tiny_model("4")
+    played(True)
+    kept = []
+    for seed in range(4):
+        gradients = step(model, random_tokens(64, seed=seed))
+        kept.append((gradients, {name: g.clone() for name, g in gradients.items()}))
+        handed_out = {name: p.grad for name, p in model.named_parameters()}
+        copies = {name: g.clone() for name, g in handed_out.items() if g is not None}
+        model.zero_grad(set_to_none=True)
+        step(model, random_tokens(64, seed=9))
+        for name, gradient in handed_out.items():
+            if gradient is not None:
+                assert torch.equal(gradient, copies[name]), name
+    for gradients, copies in kept:
+        assert all(torch.equal(g, copies[name]) for name, g in gradients.items())
+
+
+def test_little_memory_drops_them(
+    played: Callable[[bool], None], lasted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("4")
+    played(True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 100))
+    for _ in range(4):
+        step(model, random_tokens(64))
+    assert len(lasted) == 1

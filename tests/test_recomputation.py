@@ -1,0 +1,118 @@
+"""What autograd keeps of a block's chunk, and that what is made again has the same bits."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from bptt_cases import VERSIONS, differentiate, random_tokens, tiny_model
+from torch import Tensor, nn
+
+from rwkv_rev.cells import recomputation
+from rwkv_rev.cells.recomputation import not_kept
+
+
+@pytest.fixture
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recomputation, "DEVICES", ("cuda", "cpu"))
+
+
+@pytest.fixture(params=VERSIONS)
+def version(request: pytest.FixtureRequest) -> Iterator[str]:
+    yield request.param
+
+
+@pytest.mark.parametrize("strategy", ["full", "reversible", "checkpoint"])
+def test_gradients_are_the_same_bits(version: str, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny_model(version), random_tokens(40, 2)
+    mask = torch.ones_like(ids)
+    mask[0, :7], mask[1, 20:23] = 0, 0
+    found = []
+    for devices in (("cuda", "cpu"), ()):
+        monkeypatch.setattr(recomputation, "DEVICES", devices)
+        found.append(differentiate(model, strategy, 8, input_ids=ids, attention_mask=mask))
+    assert torch.equal(found[0].loss, found[1].loss)
+    assert found[0].gradients.keys() == found[1].gradients.keys()
+    for name, gradient in found[0].gradients.items():
+        assert torch.equal(gradient, found[1].gradients[name]), name
+
+
+def kept(model: Any, ids: Tensor) -> int:
+    """Bytes that are held after a forward pass with graph, by storage."""
+    seen: dict[int, int] = {}
+    output = model.model(ids).last_hidden_state
+    waiting, nodes = [output.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in nodes:
+            continue
+        nodes.add(node)
+        waiting += [next_node for next_node, _ in node.next_functions]
+        for name in dir(node):
+            if name.startswith("_raw_saved_"):
+                raw = getattr(node, name)
+                for saved in raw if isinstance(raw, tuple) else [raw]:
+                    try:
+                        data = saved.data
+                    except (AttributeError, RuntimeError):
+                        continue
+                    tensor = data[0] if isinstance(data, tuple) else data
+                    if isinstance(tensor, Tensor):
+                        storage = tensor.untyped_storage()
+                        seen[storage.data_ptr()] = storage.nbytes()
+    return sum(seen.values())
+
+
+def test_mixes_and_squares_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third of what a token and layer keep: four mixes and two, and the square of the channel mix."""
+    model, ids = tiny_model("5.2", hidden_size=32, intermediate_size=112), random_tokens(64)
+    sizes = []
+    for devices in (("cpu",), ()):
+        monkeypatch.setattr(recomputation, "DEVICES", devices)
+        sizes.append(kept(model, ids))
+    fewer = (sizes[1] - sizes[0]) / (64 * 2 * 4)  # numbers per token and layer
+    assert fewer >= 0.9 * (6 * 32 + 112)
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_an_inplace_change_is_noticed() -> None:
+    """As without: the hooks must do what PyTorch leaves to them."""
+    layer, x = nn.Linear(3, 3, bias=False), torch.randn(2, 3, requires_grad=True)
+    mixed = x * 2
+    with not_kept([mixed], lambda: [x * 2]):
+        out = layer(mixed)
+    with torch.no_grad():
+        layer.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_a_graph_that_is_kept_gives_the_same_again() -> None:
+    layer, x = nn.Linear(3, 3, bias=False), torch.randn(2, 3, requires_grad=True)
+    calls: list[int] = []
+
+    def make() -> list[Tensor]:
+        calls.append(1)
+        return [x * 2]
+
+    mixed = x * 2
+    with not_kept([mixed], make):
+        out = layer(mixed).square().sum()
+    first = torch.autograd.grad(out, layer.weight, retain_graph=True)[0]
+    second = torch.autograd.grad(out, layer.weight)[0]
+    assert torch.equal(first, second) and len(calls) == 2
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_hooks_of_others_stay_the_only_ones() -> None:
+    """Offloading and activation checkpointing say themselves what is kept."""
+    layer, x = nn.Linear(3, 3, bias=False), torch.randn(2, 3, requires_grad=True)
+    packed: list[Tensor] = []
+    mixed = x * 2
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: packed.append(tensor) or tensor, lambda t: t),
+        not_kept([mixed], lambda: [x * 2]),
+    ):
+        layer(mixed)
+    assert any(tensor.data_ptr() == mixed.data_ptr() for tensor in packed)
