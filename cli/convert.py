@@ -140,7 +140,7 @@ def _print(result: "Conversion") -> None:
             "vocabulary": config.vocab_size,
             "dtype": str(config.dtype).removeprefix("torch."),
         }
-        if config.has_heads:
+        if config.architecture.has_heads:
             fields["heads"] = f"{config.num_attention_heads} of size {config.head_size}"
             fields["GroupNorm eps"] = f"{config.group_norm_epsilon:g}"
         out.print_fields("Config", fields)

@@ -96,7 +96,7 @@ def _architecture(config: RwkvRevConfig) -> list[tuple[str, object]]:
         ("layers", config.num_hidden_layers),
         ("width", config.hidden_size),
     ]
-    if config.has_heads:
+    if config.architecture.has_heads:
         rows.append(("heads", f"{config.num_attention_heads} of {config.head_size}"))
         rows.append(("GroupNorm eps", config.group_norm_epsilon))
     rows.append(("channel mix width", config.intermediate_size))

@@ -1,15 +1,10 @@
 """Tell the version and sizes of an RWKV model from the names and shapes of its tensors, or refuse it by name.
 
-    4     no ln_x                           time_decay [D]      time_first [D]
-    5.0   ln_x                              time_decay [H]      time_first [H] (u = exp of it) or
-                                                                time_faaaa [H] (u = it)
-    5.1   ln_x, gate, time_mix_g            time_decay [H]      time_faaaa [H]
-    5.2   ln_x, gate, time_mix_g            time_decay [H, N]   time_faaaa [H, N]
-
-L is the highest block number plus one, V and D come from the embedding, F from the channel mix; N = D/H. File
-names decide nothing, and ``config.json`` no size: published ones have ``intermediate_size: null`` and the
-head size in ``num_attention_heads``. It is only asked for what no tensor tells: the epsilons of the norms, and
-whether a head that is not there is the embedding (``tie_word_embeddings``). What it says must be possible.
+By which tensors a generation is told it says itself (:mod:`rwkv_rev.architectures`). L is the highest block number
+plus one, V and D come from the embedding, F from the channel mix. File names decide nothing, and ``config.json`` no
+size: published ones have ``intermediate_size: null`` and the head size in ``num_attention_heads``. It is only asked for
+what no tensor tells: the epsilons of the norms, and whether a head that is not there is the embedding
+(``tie_word_embeddings``). What it says must be possible.
 
 Vectors may be stored with extra dimensions of size one ([1, 1, D] or [D], [H, 1, 1] or [H]), as published
 files differ; every other shape must be exact. Values are not looked at: see ``reading.check_finite``.
@@ -23,15 +18,17 @@ from typing import Any
 
 import torch
 
+from rwkv_rev.architectures.architecture import Architecture, Layout, Stored
+from rwkv_rev.architectures.registry import ARCHITECTURES, UNKNOWN, supported
 from rwkv_rev.configuration import MOST_LAYERS, RwkvRevConfig
 from rwkv_rev.converters.adapters import refuse_adapters
-from rwkv_rev.converters.names import HEAD, Layout, TensorNames, hub_layout, tensor_table
+from rwkv_rev.converters.names import EMBEDDINGS, HEAD, TensorNames, tensor_table
 from rwkv_rev.converters.reading import Checkpoint
 from rwkv_rev.errors import CheckpointError
 from rwkv_rev.folders.selection import some
 from rwkv_rev.printable import shortened
 
-SUPPORTED = "RWKV-4, 5.0, 5.1 and 5.2 can be converted"
+SUPPORTED = f"{supported()} can be converted"
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Tensors that only another kind of file has. Searched in every name, in this order.
@@ -39,12 +36,7 @@ _FOREIGN_KINDS = (
     (r"^_(strategy|version|rescale_layer)$", "was rewritten by the rwkv package; give the original .pth"),
     (r"\.weight_(mx|rx|my|ry)$", "was quantised by the rwkv package; give the original .pth"),
     (r"^blocks\.\d+\.time_mix\.", "is a converted model already; load it with from_pretrained"),
-    (r"\.att(ention)?\.time_maa_", f"is an RWKV-6 model; {SUPPORTED}"),
-    (
-        r"\.att(ention)?\.(x_[rwkvag]|r_k|k_[ka]|[wav][012])$|\.attn\.r_proj",
-        f"is an RWKV-7 model; {SUPPORTED}",
-    ),
-    (r"\.att\.time_(w|alpha|beta|gamma)$", f"is an RWKV-1 model; {SUPPORTED}"),
+    *((pattern, f"is an RWKV-{version} model; {SUPPORTED}") for version, pattern in UNKNOWN.items()),
     (
         r"^blocks\.\d+\.attention\.",
         "is a transformers base model without its head; give the causal language model",
@@ -62,11 +54,11 @@ _LEFTOVERS = (
 
 
 @dataclass(frozen=True)
-class Architecture:
+class Detected:
     """Version and sizes of a checkpoint.
 
     Attributes:
-        version: ``4``, ``5.0``, ``5.1`` or ``5.2``.
+        version: of the generation.
         num_layers: L.
         D, H, N, F, V: width, heads, head size, channel-mix width, vocabulary. RWKV-4 has H = 1 and N = D.
         bonus_is_exponential: u is the exponential of the stored bonus (5.0 with ``time_first``).
@@ -87,7 +79,7 @@ class Architecture:
     F: int
     V: int
     bonus_is_exponential: bool
-    layout: Layout
+    layout: str
     layer_norm_epsilon: float = 1e-5
     group_norm_epsilon: float = 64e-5
     has_initial_state: bool = False
@@ -118,7 +110,7 @@ class Architecture:
         return tuple(row for row in table if not (self.tied and row.name == HEAD))
 
 
-def detect(checkpoint: Checkpoint) -> Architecture:
+def detect(checkpoint: Checkpoint) -> Detected:
     """Version and sizes of ``checkpoint``; all its tensors are then known to be there in the right shapes.
 
     Reads names, shapes and dtypes only.
@@ -157,75 +149,119 @@ def _refuse_foreign_kinds(where: str, checkpoint: Checkpoint) -> None:
             raise CheckpointError(f"{where} {what} (it has {some(found, 1)})")
 
 
-def _sizes(where: str, checkpoint: Checkpoint) -> Architecture:
+@dataclass(frozen=True)
+class _Candidate:
+    """A generation in one of its layouts (``column`` of their names)."""
+
+    architecture: Architecture
+    column: int
+
+    @property
+    def layout(self) -> Layout:
+        return self.architecture.layouts[self.column]
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """The tensors of a block: names in this layout, and in the generation's first one."""
+        first = self.architecture.initial_state
+        rows = (*self.architecture.block, *(() if first is None else (first,)))
+        return {
+            str(row.foreign[self.column]): str(row.foreign[0]) for row in rows if row.foreign[self.column]
+        }
+
+    def name(self, ours: str) -> str:
+        """What the layout calls a tensor, without the block's name if it is of a block."""
+        rows = (*self.architecture.outside, *self.architecture.block, *self.architecture.after)
+        return next(str(row.foreign[self.column]) for row in rows if row.ours == ours)
+
+    def by_block(self, names: Iterable[str]) -> dict[int, set[str]]:
+        """The names in each block, without the block's."""
+        return _by_block(names, rf"{re.escape(self.layout.block)}(\d+)\.(.+)")
+
+
+def _candidates(names: Sequence[str]) -> list[_Candidate]:
+    """What a file with these names may be, from the newest to the oldest."""
+    every = [
+        _Candidate(known, column) for known in reversed(ARCHITECTURES) for column in range(len(known.layouts))
+    ]
+    marked = [
+        known
+        for known in every
+        if known.layout.mark and any(name.startswith(known.layout.mark) for name in names)
+    ]
+    return marked or [known for known in every if not known.layout.mark]
+
+
+def _sizes(where: str, checkpoint: Checkpoint) -> Detected:
     names = checkpoint.names()
-    hugging_face = any(name.startswith("rwkv.") for name in names)
-    top = "rwkv." if hugging_face else ""
-    att, ffn = ("attention", "feed_forward") if hugging_face else ("att", "ffn")
-    blocks = _by_block(names, rf"{re.escape(top)}blocks\.(\d+)\.(.+)")
-    if not any(f"{att}.time_decay" in kinds for kinds in blocks.values()):
+    candidates = _candidates(names)
+    there = []
+    for known in candidates:
+        sign = known.name(known.architecture.sign)
+        if any(sign in kinds for kinds in known.by_block(names).values()):
+            there.append(known)
+    layout = candidates[0].layout
+    if not there:
+        sign = candidates[0].name(candidates[0].architecture.sign)
         raise CheckpointError(
-            f"{where} is not an RWKV model: no {top}blocks.0.{att}.time_decay but {some(names)}; {SUPPORTED}"
+            f"{where} is not an RWKV model: no {layout.block}0.{sign} but {some(names)}; {SUPPORTED}"
         )
+    any_of_them = there[0]  # they call what all have the same
+    blocks = any_of_them.by_block(names)
 
     def first(kind: str) -> tuple[int, ...]:
         """Shape of the first tensor of that kind."""
         for i in sorted(blocks):
             if kind in blocks[i]:
-                return checkpoint.shape(f"{top}blocks.{i}.{kind}")
-        raise CheckpointError(f"{where} is not a whole RWKV model: missing {top}blocks.0.{kind}")
+                return checkpoint.shape(f"{layout.block}{i}.{kind}")
+        raise CheckpointError(f"{where} is not a whole RWKV model: missing {layout.block}0.{kind}")
 
-    kinds = set().union(*blocks.values())
     layers = max(blocks) + 1
     if layers > len(names):
         raise CheckpointError(
             f"{where} has a block {layers - 1} but only {len(names)} tensors; blocks are missing"
         )
-    embedding = f"{top}embeddings.weight" if hugging_face else "emb.weight"
+    embedding, head = any_of_them.name(EMBEDDINGS), any_of_them.name(HEAD)
     if embedding not in names or len(checkpoint.shape(embedding)) != 2:
         raise CheckpointError(f"{where} is not a whole RWKV model: missing {embedding} [V, D]")
     # The width most of these agree on, so that a single wrong shape is blamed on its own tensor.
-    witnesses = (embedding, "head.weight", f"{top}ln_out.weight", f"{top}blocks.0.ln1.weight")
+    norm = f"{layout.block}0.{any_of_them.name('ln1.weight')}"
+    witnesses = (embedding, head, any_of_them.name("model.ln_out.weight"), norm)
     width = Counter(checkpoint.shape(n)[-1:] for n in witnesses if n in names).most_common(1)[0][0]
     vocab = checkpoint.shape(embedding)[0]
-    channel_mix = (*first(f"{ffn}.key.weight"), 0)[0]
+    key = any_of_them.name("channel_mix.key.weight")
+    channel_mix = (*first(key), 0)[0]
     D = width[0] if width else 0
-    for size, of in ((vocab, embedding), (D, embedding), (channel_mix, f"{top}blocks.0.{ffn}.key.weight")):
+    for size, of in ((vocab, embedding), (D, embedding), (channel_mix, f"{layout.block}0.{key}")):
         if not size:
             raise CheckpointError(f"{where} is not a whole RWKV model: {of} has no rows or columns")
-
-    decay = first(f"{att}.time_decay")
-    per_channel = len(decay) > 1 and decay[1] > 1 and decay[0] * decay[1] == D and decay[2:] in ((), (1,))
-    gate = f"{att}.gate.weight" in kinds or f"{att}.time_mix_{'gate' if hugging_face else 'g'}" in kinds
-    faaaa = f"{att}.time_faaaa" in kinds
-    if gate or faaaa or f"{att}.ln_x.weight" in kinds:
-        version = "5.2" if per_channel else "5.1" if gate else "5.0"
-        H = decay[0] if decay else 0
-        if not H or D % H or (not per_channel and any(size != 1 for size in decay[1:])) or H == D:
-            raise CheckpointError(
-                f"{where}: time_decay has the shape {list(decay)}; "
-                f"RWKV-5 of width D = {D} needs [H] or [H, N] with H*N = D and N > 1"
-            )
+    kinds = set().union(*blocks.values())
+    for known in there:
+        shapes = {own: first(kind) for kind, own in known.kinds.items() if kind in kinds}
+        try:
+            told = known.architecture.told_by(Stored(D, shapes))
+        except ValueError as error:
+            raise CheckpointError(f"{where}: {error}") from None
+        if told is not None:
+            break
     else:
-        version, H = "4", 1
+        raise CheckpointError(f"{where} is an RWKV model of another kind; {SUPPORTED}")
     _refuse_impossible_sizes(where, checkpoint.config)
     layer_norm_epsilon, group_norm_epsilon = _epsilons(where, checkpoint.config)
-    tied = (
-        hugging_face and checkpoint.config.get("tie_word_embeddings") is True and "head.weight" not in names
-    )
-    return Architecture(
-        version=version,
+    tied = known.column > 0 and checkpoint.config.get("tie_word_embeddings") is True and head not in names
+    return Detected(
+        version=known.architecture.version,
         num_layers=layers,
         D=D,
-        H=H,
-        N=D // H,
+        H=told["num_attention_heads"],
+        N=told["head_size"],
         F=channel_mix,
         V=vocab,
-        bonus_is_exponential=version == "5.0" and not faaaa,
-        layout=hub_layout(version) if hugging_face else "blinkdl",
+        bonus_is_exponential=told.get("bonus_is_exponential", False),
+        layout=known.layout.name,
         layer_norm_epsilon=layer_norm_epsilon,
         group_norm_epsilon=group_norm_epsilon,
-        has_initial_state=version != "4" and not hugging_face and "att.time_state" in kinds,
+        has_initial_state=told.get("has_initial_state", False),
         tied=tied,
     )
 
@@ -264,9 +300,7 @@ def _epsilons(where: str, config: dict[str, Any]) -> tuple[float, float]:
     return epsilon, 64e-5 if divisor == 8 else 1e-5 * divisor**2
 
 
-def _compare_names(
-    where: str, architecture: Architecture, expected: set[str], checkpoint: Checkpoint
-) -> None:
+def _compare_names(where: str, architecture: Detected, expected: set[str], checkpoint: Checkpoint) -> None:
     names = checkpoint.names()
     present = set(names)
     missing = sorted(expected - present)
@@ -293,8 +327,7 @@ def _compare_shapes(
         shape = checkpoint.shape(entry.foreign)
         if shape == entry.foreign_shape:
             continue
-        is_vector = len(entry.shape) == 1 or entry.name.endswith((".time_decay", ".bonus"))
-        if is_vector and _squeezed(shape) == _squeezed(entry.shape) and 0 not in shape:
+        if entry.squeezable and _squeezed(shape) == _squeezed(entry.shape) and 0 not in shape:
             unusual[entry.foreign] = shape
         else:
             wrong.append(f"{entry.foreign} is {list(shape)} instead of {list(entry.foreign_shape)}")

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 from rwkv_rev.arguments import checked
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.converted import ConvertedModel
-from rwkv_rev.converters.names import TensorNames, hub_layout, tensor_table
+from rwkv_rev.converters.names import TensorNames, tensor_table
 from rwkv_rev.converters.rewriter import Entry, parse_size, plan_shards, write_shards
 from rwkv_rev.errors import OutputError
 from rwkv_rev.folders.folder import refuse_links, tokenizer_files
@@ -34,8 +34,6 @@ from rwkv_rev.loading import missing_tokenizer
 from rwkv_rev.tokenization.fast import fast_tokenizer
 
 TARGETS = ("blinkdl", "hf")
-V5_REMOTE_CODE = "RWKV/v5-Eagle-7B-HF"  # a published repository whose code config.json refers to
-DEFAULT_GROUP_NORM_EPS = 64e-5
 _OUR_TOKENIZERS = ("RwkvByteTokenizer", "RwkvWorldTokenizer")
 
 
@@ -99,7 +97,8 @@ def export(
             raise OutputError(
                 "the hf layout has no place for a tuned initial state; export with --to blinkdl instead"
             )
-        layout = "blinkdl" if to == "blinkdl" else hub_layout(model.config.rwkv_version)
+        architecture = model.config.architecture
+        layout = architecture.own_layout if to == "blinkdl" else architecture.hub_layout
         table = _as_stored(tensor_table(model.config, layout), layout, model.record)
         nbytes = sum(model.nbytes(row.name) for row in table)
         require_space(output.parent, nbytes)
@@ -110,10 +109,10 @@ def export(
             with whole_directory(output, force=force) as folder:
                 write_shards(plan_shards(entries, max_shard_size), folder, model.tensor)
                 _write_companions(model, folder)
-        note = missing_tokenizer(directory) if to == "hf" else None
-        note = (
-            f"{note}, and export again: the folder has none either" if note else _note(model.config, layout)
-        )
+        if to == "blinkdl":
+            note = architecture.lost(model.config)
+        elif (note := missing_tokenizer(directory)) is not None:
+            note = f"{note}, and export again: the folder has none either"
         return Export(output, layout, len(table), nbytes, note)
 
 
@@ -168,7 +167,7 @@ def _write_companions(model: ConvertedModel, folder: Path) -> None:
 
 
 def hugging_face_config(config: RwkvRevConfig) -> dict[str, Any]:
-    """``config.json`` of the ``hf`` layout: ``rwkv`` of transformers, or the published ``rwkv5``."""
+    """``config.json`` of the ``hf`` layout, with what the generation says besides."""
     fields: dict[str, Any] = {
         "architectures": ["RwkvForCausalLM"],
         "attention_hidden_size": config.hidden_size,
@@ -184,32 +183,4 @@ def hugging_face_config(config: RwkvRevConfig) -> dict[str, Any]:
         "use_cache": True,
         "vocab_size": config.vocab_size,
     }
-    if not config.has_heads:
-        return fields | {"model_type": "rwkv", "context_length": 1024}
-    divisor = math.sqrt(
-        config.group_norm_epsilon / 1e-5
-    )  # eps 1e-5 after a division by it is our eps without
-    return fields | {
-        "architectures": ["Rwkv5ForCausalLM"],
-        "auto_map": {
-            "AutoConfig": f"{V5_REMOTE_CODE}--configuration_rwkv5.Rwkv5Config",
-            "AutoModelForCausalLM": f"{V5_REMOTE_CODE}--modeling_rwkv5.Rwkv5ForCausalLM",
-        },
-        "model_type": "rwkv5",
-        "model_version": config.rwkv_version.replace(".", "_"),
-        "head_size": config.head_size,
-        "head_size_divisor": round(divisor)
-        if math.isclose(divisor, round(divisor), rel_tol=1e-6)
-        else divisor,
-        "num_attention_heads": config.head_size,  # published configs call the head size so
-    }
-
-
-def _note(config: RwkvRevConfig, layout: str) -> str | None:
-    eps = config.group_norm_epsilon
-    if layout == "blinkdl" and config.has_heads and not math.isclose(eps, DEFAULT_GROUP_NORM_EPS):
-        return (
-            f"this model needs GroupNorm eps {eps:g}, which a .pth cannot say: the rwkv package will use "
-            f"{DEFAULT_GROUP_NORM_EPS:g} and compute something else"
-        )
-    return None
+    return fields | config.architecture.hub_config(config)

@@ -7,6 +7,7 @@ reversing one step exactly (:mod:`rwkv_rev.numerics`).
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from dataclasses import fields as fields_of
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,9 @@ class Inspection:
 
     def fields(self) -> dict[str, object]:
         """Names and values for people."""
-        heads = {"heads": f"{self.heads} of size {self.head_size}"} if self.version != "4" else {}
+        heads = (
+            {"heads": f"{self.heads} of size {self.head_size}"} if self.config.architecture.has_heads else {}
+        )
         return {
             "version": f"RWKV-{self.version}",
             "layout": self.layout,
@@ -135,9 +138,11 @@ def _inspection(
     checkpoint: Checkpoint | ConvertedModel,
     stored: dict[str, str],
 ) -> Inspection:
+    def read(layer: int, name: str) -> torch.Tensor:
+        return checkpoint.tensor(stored[f"model.blocks.{layer}.{name}"])
+
     log_decays = tuple(
-        -checkpoint.tensor(stored[f"model.blocks.{layer}.time_mix.time_decay"]).float().exp()
-        for layer in range(config.num_hidden_layers)
+        config.architecture.log_decay(partial(read, layer)) for layer in range(config.num_hidden_layers)
     )
     return Inspection(
         source=source,

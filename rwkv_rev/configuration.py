@@ -1,13 +1,14 @@
-"""Configuration of a converted model: one class for RWKV-4, 5.0, 5.1 and 5.2."""
+"""Configuration of a converted model: one class for all generations (:mod:`rwkv_rev.architectures`)."""
 
 import math
 import warnings
-from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-Version = Literal["4", "5.0", "5.1", "5.2"]
+from rwkv_rev.architectures.architecture import Architecture
+from rwkv_rev.architectures.registry import architecture, with_tuned_state
+
 MOST_LAYERS = 10_000
 """A hundred times the deepest published model; whatever is more is a damaged file, and would take for ever to make."""
 MOST_SIZE = 1 << 31
@@ -44,7 +45,7 @@ class RwkvRevConfig(PreTrainedConfig):
     model_type = "rwkv_rev"
     keys_to_ignore_at_inference = ["state", "past_key_values", "cache", "report"]  # noqa: RUF012
 
-    rwkv_version: Version = "5.2"
+    rwkv_version: str = "5.2"
     vocab_size: int = 65536
     hidden_size: int = 2048
     num_hidden_layers: int = 24
@@ -68,8 +69,11 @@ class RwkvRevConfig(PreTrainedConfig):
                 f"num_attention_heads * head_size = {self.num_attention_heads} * {self.head_size} "
                 f"must equal hidden_size = {self.hidden_size}"
             )
-        if self.has_initial_state and not self.has_heads:
-            raise ValueError("has_initial_state = True needs RWKV-5: RWKV-4 has no state of matrices")
+        if self.has_initial_state and not self.architecture.tunes_state:
+            raise ValueError(
+                f"has_initial_state = True needs {with_tuned_state()}: RWKV-{self.rwkv_version} has no state of "
+                "matrices"
+            )
         former = {name: kwargs.pop(name) for name in FORMER_FIELDS if name in kwargs}
         changed = [f"{name}={value!r}" for name, value in former.items() if value != FORMER_FIELDS[name]]
         if changed:
@@ -82,6 +86,7 @@ class RwkvRevConfig(PreTrainedConfig):
 
     def _refuse_impossible(self, further: dict[str, object]) -> None:
         """Before anything is made by these numbers."""
+        architecture(self.rwkv_version)
         for name in ("num_hidden_layers", *_SIZES):
             size, most = getattr(self, name), MOST_SIZE if name in _SIZES else MOST_LAYERS
             if not 1 <= size <= most:
@@ -106,20 +111,6 @@ class RwkvRevConfig(PreTrainedConfig):
             )
 
     @property
-    def has_heads(self) -> bool:
-        """Whether the time mix keeps a matrix per head (RWKV-5) rather than a running mean (RWKV-4)."""
-        return self.rwkv_version != "4"
-
-    @property
-    def has_gate(self) -> bool:
-        """Whether the time mix multiplies by ``silu(gate)`` (5.1 and 5.2)."""
-        return self.rwkv_version in ("5.1", "5.2")
-
-    @property
-    def decay_shape(self) -> tuple[int, ...]:
-        """Stored shape of ``time_decay`` and ``bonus``."""
-        if not self.has_heads:
-            return (self.hidden_size,)
-        if self.rwkv_version == "5.2":
-            return (self.num_attention_heads, self.head_size)
-        return (self.num_attention_heads,)
+    def architecture(self) -> Architecture:
+        """What the generation says of itself."""
+        return architecture(self.rwkv_version)

@@ -26,7 +26,7 @@ from rwkv_rev.arguments import checked
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.card import model_card
 from rwkv_rev.converters.converted import RECORD_NAME
-from rwkv_rev.converters.detection import Architecture, detect
+from rwkv_rev.converters.detection import Detected, detect
 from rwkv_rev.converters.inspection import notes_on
 from rwkv_rev.converters.names import tensor_table
 from rwkv_rev.converters.reading import Checkpoint, open_checkpoint
@@ -267,7 +267,7 @@ def _fill(
 
 
 def _entries(
-    checkpoint: Checkpoint, architecture: Architecture, config: RwkvRevConfig, dtype: str
+    checkpoint: Checkpoint, architecture: Detected, config: RwkvRevConfig, dtype: str
 ) -> Iterator[Entry]:
     """What to write, in the source's own order: reading touches every file of it once."""
     rows = {row.foreign: row for row in tensor_table(config, architecture.layout)}
@@ -275,7 +275,7 @@ def _entries(
         yield Entry(rows[name].name, name, rows[name].shape, DTYPES.get(dtype, checkpoint.dtype(name)))
 
 
-def _config(checkpoint: Checkpoint, architecture: Architecture, settings: _Settings) -> RwkvRevConfig:
+def _config(checkpoint: Checkpoint, architecture: Detected, settings: _Settings) -> RwkvRevConfig:
     overrides: dict[str, Any] = {"architectures": ["RwkvRevForCausalLM"]}
     if settings.group_norm_eps is not None:
         overrides["group_norm_epsilon"] = settings.group_norm_eps
@@ -288,7 +288,7 @@ def _config(checkpoint: Checkpoint, architecture: Architecture, settings: _Setti
 
 
 def _record(
-    local: LocalCheckpoint, checkpoint: Checkpoint, architecture: Architecture, settings: _Settings
+    local: LocalCheckpoint, checkpoint: Checkpoint, architecture: Detected, settings: _Settings
 ) -> dict[str, Any]:
     import transformers
 

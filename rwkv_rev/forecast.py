@@ -39,19 +39,13 @@ from typing import Any
 
 from torch import Tensor
 
+from rwkv_rev.architectures.architecture import NUMBER
 from rwkv_rev.bptt_settings import CHUNK_LENGTH
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.loss import LOGITS_AT_ONCE
-from rwkv_rev.reversal.fixed_point import decay_plan
 from rwkv_rev.reversal.tape import ALIGNMENT
-from rwkv_rev.wkv.chunked_wkv5 import SUB_CHUNK
 
 STRATEGIES = ("full", "checkpoint", "reversible", "truncated")
-NUMBER = 4
-"""Bytes of a float32."""
-_VECTORS = {"4": 18, "5.0": 18, "5.1": 22, "5.2": 22}
-_FUSED_VECTORS = {"4": 17, "5.0": 15, "5.1": 18, "5.2": 18}
-_FUSED_SUB_CHUNK = 64  # of wkv/triton_wkv5.py, which cannot be imported without triton
 _LOGIT_COPIES = 3
 _BACKWARD_VECTORS = 5
 _LAYER_SHARE = 0.4
@@ -160,7 +154,7 @@ def _forecast(name: str, run: _Run) -> StrategyForecast:
     held = graph_bytes(config, batch, at_once, checkpoint_blocks=run.checkpoint_blocks, fused=run.fused)
     graph = round(run.graph_share * held) + run.half_copies
     sums = 0 if name == "full" or run.chunks == 1 else gradients
-    memory = NUMBER * batch * width * (config.head_size if config.has_heads else 3)
+    memory = NUMBER * batch * math.prod(config.architecture.state_shape(config))
     copies = _STATE_COPIES.get(name)
     states = 0 if copies is None else (copies * layers + _STATE_ARITHMETIC) * memory
     head = min(NUMBER * config.vocab_size * width, gradients)
@@ -201,19 +195,9 @@ def graph_bytes(
     """
     width = config.hidden_size
     layers = 1 if checkpoint_blocks else config.num_hidden_layers
-    if config.has_heads:
-        # one per sub-chunk, the scan's last, and the state before the chunk
-        sub_chunk = _FUSED_SUB_CHUNK if fused else SUB_CHUNK
-        state = batch * (math.ceil(length / sub_chunk) + 2) * width * config.head_size
-    elif fused:
-        state = 0
-    else:
-        piece = 1 << ((length - 1).bit_length() // 2)  # of the scan, see wkv/chunked_wkv4.py
-        pieces = -(-length // piece)
-        numbers = 2 if length % piece == 0 else 3  # without maxima, see wkv/linear_wkv4.py
-        state = numbers * batch * (piece + 1) * pieces * width
-    per_layer = _FUSED_VECTORS if fused else _VECTORS
-    vectors = per_layer[config.rwkv_version] * width + 2 * config.intermediate_size
+    cost = config.architecture.cost
+    state = cost.states(config, batch, length, fused)
+    vectors = (cost.fused_vectors if fused else cost.vectors) * width + 2 * config.intermediate_size
     inputs = config.num_hidden_layers * width if checkpoint_blocks else 0
     return NUMBER * (batch * length * (layers * vectors + 2 * width + inputs) + layers * state)
 
@@ -222,18 +206,10 @@ def _record_bytes(
     name: str, config: RwkvRevConfig, log_decays: Sequence[Tensor], batch: int, length: int
 ) -> int:
     """What one chunk puts on the tape: tensors of all layers, each rounded up to the tape's alignment."""
-    heads, size, width = config.num_attention_heads, config.head_size, config.hidden_size
+    cost, shift = config.architecture.cost, NUMBER * batch * config.hidden_size
     total = 0
     for log_decay in log_decays:
-        sizes = [NUMBER * batch * width] * 2  # the token shifts
-        if name == "reversible":
-            sizes.append(8 * batch * heads if config.has_heads else 8)  # fingerprints
-        if not config.has_heads:
-            sizes.append(NUMBER * batch * 3 * width)
-        elif name == "checkpoint":
-            sizes += [NUMBER * batch * width * size, NUMBER * batch * heads]
-        else:
-            per_channel = log_decay.reshape(heads, -1).expand(heads, size)
-            sizes.append(decay_plan(per_channel, length).packing.nbytes(batch, size))
-        total += sum(math.ceil(nbytes / ALIGNMENT) * ALIGNMENT for nbytes in sizes)
+        whole = name == "checkpoint"
+        memory = cost.whole(config, batch) if whole else cost.remnant(config, log_decay, batch, length)
+        total += sum(math.ceil(nbytes / ALIGNMENT) * ALIGNMENT for nbytes in (shift, shift, *memory))
     return total

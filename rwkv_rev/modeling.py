@@ -28,7 +28,6 @@ from rwkv_rev.bptt.strategy import LanguageModel, LossInputs, refuse_offloaded
 from rwkv_rev.bptt.sweeps import TwoSweeps
 from rwkv_rev.bptt_settings import BpttSettings
 from rwkv_rev.cache import CACHE_NAME, Piece, RwkvRevCache, handed_over
-from rwkv_rev.cells import ChannelMix, TimeMixRwkv4, TimeMixRwkv5
 from rwkv_rev.cells.block import Block
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.configuration import RwkvRevConfig
@@ -37,7 +36,7 @@ from rwkv_rev.exporting import exportable
 from rwkv_rev.first_order import refuse_transforms, transforms_of
 from rwkv_rev.foreign_code import strangers
 from rwkv_rev.generation import RwkvRevGenerationMixin
-from rwkv_rev.initialization import initialize_channel_mix, initialize_head, initialize_time_mix
+from rwkv_rev.initialization import initialize_head
 from rwkv_rev.inputs import loss_inputs, masked_embeds, rows_and_tokens, valid_tokens
 from rwkv_rev.keywords import refuse_packed_rows, refuse_replica, refuse_unknown_keywords
 from rwkv_rev.loss import linear_cross_entropy, sum_cross_entropy, wide
@@ -96,10 +95,8 @@ class RwkvRevPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # transformers visits every module that owns parameters, children first
-        if isinstance(module, TimeMixRwkv4 | TimeMixRwkv5):
-            initialize_time_mix(module, self.config)
-        elif isinstance(module, ChannelMix):
-            initialize_channel_mix(module, self.config)
+        if (initialize := self.config.architecture.initialization.get(type(module))) is not None:
+            initialize(module, self.config)
         elif isinstance(module, nn.ParameterList):
             for state in module:
                 init.zeros_(state)
@@ -381,10 +378,10 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
         """Give the model an initial WKV state to tune, zero at first; one that it has stays.
 
         Raises:
-            ValueError: for RWKV-4.
+            ValueError: for a generation whose initial state cannot be tuned.
         """
-        if not self.config.has_heads:
-            raise ValueError("RWKV-4 has no state of matrices to tune")
+        if not self.config.architecture.tunes_state:
+            raise ValueError(f"RWKV-{self.config.rwkv_version} has no state of matrices to tune")
         if self.model.initial_wkv is None:
             weight = self.model.ln0.weight
             self.model.initial_wkv = initial_states(self.config).to(weight.device, wide(weight.dtype))
@@ -644,7 +641,7 @@ class BpttSetting:
 
 def initial_states(config: RwkvRevConfig) -> nn.ParameterList:
     """A WKV state [H, N, N] (key index first) of zeros for each layer."""
-    shape = (config.num_attention_heads, config.head_size, config.head_size)
+    shape = config.architecture.state_shape(config)
     return nn.ParameterList(torch.zeros(shape) for _ in range(config.num_hidden_layers))
 
 

@@ -85,6 +85,9 @@ def register_target_modules() -> None:
 
     Methods that need maps of one shape get those that map D to D.
     """
+    from rwkv_rev.architectures.registry import ARCHITECTURES
+
+    maps = list(dict.fromkeys(target for known in ARCHITECTURES for target in known.lora_targets))
     constants = sys.modules[_TARGETS]
     for name, targets in vars(constants).items():
         method = name.removeprefix("TRANSFORMERS_MODELS_TO_").removesuffix("_TARGET_MODULES_MAPPING")
@@ -99,7 +102,7 @@ def register_target_modules() -> None:
         elif method == "IA3":  # keys, values, and what goes into the map out of the channel mix
             layers = ["time_mix.key", "time_mix.value", "channel_mix.value"]
         else:
-            layers = ["receptance", "key", "value", "gate", "output"]
+            layers = list(maps)
         targets.setdefault(MODEL_TYPE, layers)
     feedforward = getattr(constants, "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING", {})
     feedforward.setdefault(MODEL_TYPE, ["channel_mix.value"])

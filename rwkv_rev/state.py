@@ -9,7 +9,6 @@ from torch import Tensor
 
 from rwkv_rev.cells.shifted_cell import ShiftedState
 from rwkv_rev.configuration import RwkvRevConfig
-from rwkv_rev.wkv.naive import EMPTY_EXPONENT
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,9 @@ class RwkvRevState:
         layers = config.num_hidden_layers
         shift = torch.zeros(layers, batch_size, config.hidden_size, device=device, dtype=dtype)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        if config.has_heads:
-            shape = (layers, batch_size, config.num_attention_heads, config.head_size, config.head_size)
-            return cls(shift, shift.clone(), torch.zeros(shape, device=device, dtype=wide))
-        wkv = torch.zeros(layers, batch_size, 3, config.hidden_size, device=device, dtype=wide)
-        wkv[:, :, 2] = EMPTY_EXPONENT
+        architecture = config.architecture
+        wkv = torch.zeros(layers, batch_size, *architecture.state_shape(config), device=device, dtype=wide)
+        architecture.begin(wkv)
         return cls(shift, shift.clone(), wkv)
 
     @classmethod

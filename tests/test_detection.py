@@ -11,7 +11,7 @@ import torch
 from foreign import VERSIONS, blinkdl_state_dict, hf_config, hf_state_dict
 from safetensors.torch import save_file
 
-from rwkv_rev.converters.detection import Architecture, detect
+from rwkv_rev.converters.detection import Detected, detect
 from rwkv_rev.converters.reading import open_checkpoint
 from rwkv_rev.errors import CheckpointError
 from rwkv_rev.folders.hub import resolve
@@ -22,10 +22,10 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 
 @pytest.fixture
-def look(tmp_path: Path) -> Callable[..., Architecture]:
+def look(tmp_path: Path) -> Callable[..., Detected]:
     """Save a state dict in a directory (with a configuration, if given) and detect it."""
 
-    def call(state: State, config: dict[str, Any] | None = None) -> Architecture:
+    def call(state: State, config: dict[str, Any] | None = None) -> Detected:
         torch.save(state, tmp_path / "pytorch_model.bin")
         if config is not None:
             (tmp_path / "config.json").write_text(json.dumps(config))
@@ -35,7 +35,7 @@ def look(tmp_path: Path) -> Callable[..., Architecture]:
     return call
 
 
-def refused(look: Callable[..., Architecture], state: State) -> str:
+def refused(look: Callable[..., Detected], state: State) -> str:
     with pytest.raises(CheckpointError) as caught:
         look(state)
     message = str(caught.value)
@@ -44,7 +44,7 @@ def refused(look: Callable[..., Architecture], state: State) -> str:
     return message
 
 
-def sizes(found: Architecture) -> tuple[int, ...]:
+def sizes(found: Detected) -> tuple[int, ...]:
     return (found.num_layers, found.D, found.H, found.N, found.F, found.V)
 
 

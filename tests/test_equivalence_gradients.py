@@ -55,7 +55,7 @@ def test_bundled_models_pass(model: RwkvRevForCausalLM, chunk: int) -> None:
 def test_lossy_is_shown_where_it_runs(model: RwkvRevForCausalLM) -> None:
     found = check_gradients(model, text(12), chunk=4)
     lossy = found.strategies[STRATEGIES.index("reversible-lossy")]
-    if model.config.has_heads:
+    if model.config.architecture.has_heads:
         assert lossy.errors is not None
         assert lossy.failure is None
         assert "approximate" in "\n".join(found.lines())

@@ -32,7 +32,7 @@ def test_states_come_back_to_the_bit(model: RwkvRevForCausalLM, context: int, ch
     assert found.counted == context - chunk
     assert found.tape_bytes >= found.shift_bytes + found.used_bits / 8
     assert found.theory_bits <= found.used_bits + 1e-6
-    if model.config.has_heads:
+    if model.config.architecture.has_heads:
         # the promises of the project; theory is 24 % and 46 %
         share = {64: 0.36, 100: 0.42, 256: 0.57}[chunk]
         assert found.used_bits <= share * found.whole_bits
@@ -49,12 +49,12 @@ def test_theory_is_what_the_decays_forget(model: RwkvRevForCausalLM) -> None:
         each = (
             torch.exp(block.time_mix.time_decay.detach().double()) / torch.log(torch.tensor(2.0).double())
         ).clamp(max=32)
-        bits += float(each.sum()) * (model.config.head_size if model.config.has_heads else 3)
+        bits += float(each.sum()) * (model.config.head_size if model.config.architecture.has_heads else 3)
     assert found.theory_bits == pytest.approx(9 * bits, rel=1e-5)
 
 
 def test_a_wrong_bit_on_the_tape_is_named(model: RwkvRevForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not model.config.has_heads:
+    if not model.config.architecture.has_heads:
         pytest.skip("RWKV-4 keeps its state whole, nothing is unpacked")
     unpack = BitPacking.unpack
 

@@ -153,7 +153,7 @@ IMPOSSIBLE: dict[str, dict[str, Any]] = {
     "dtype": {"dtype": "load"},
     "no dtype": {"dtype": "none of these"},
     "version": {"rwkv_version": "9"},
-    "property": {"has_heads": "\x1b[2J"},
+    "property": {"architecture": "\x1b[2J"},
 }
 
 

@@ -26,6 +26,7 @@ from rwkv_rev.benchmark.training import random_tokens, step
 from rwkv_rev.conversion import convert
 from rwkv_rev.converters.export import export
 from rwkv_rev.equivalence.oracles import rwkv_process
+from rwkv_rev.equivalence.original import known_to_transformers
 from rwkv_rev.errors import RwkvRevError
 from rwkv_rev.modeling import RwkvRevForCausalLM
 
@@ -43,7 +44,7 @@ def cpu_rows(
     rows = []
     for length in settings.lengths:
         found = [forward_against_rwkv(settings, length)]
-        if model.config.rwkv_version == "4":
+        if known_to_transformers(model.config):
             found += [training_against_transformers(settings, length)]
         found += shares_in_matrix_products(model, settings, length)
         for row in found:

@@ -4,12 +4,11 @@ Maps that the official initialisation sets to zero are drawn from a small normal
 matrix product is timed on zeros (which run faster) and every gradient is non-zero.
 """
 
-from typing import cast
-
 import torch
 from torch import nn
 
-from rwkv_rev.configuration import RwkvRevConfig, Version
+from rwkv_rev.architectures.registry import architecture
+from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.errors import RwkvRevError
 from rwkv_rev.modeling import RwkvRevForCausalLM
 
@@ -36,15 +35,12 @@ def shape_config(name: str) -> RwkvRevConfig:
         raise RwkvRevError(f"no model shape is called {name!r}; there are {', '.join(SHAPES)}")
     shape = SHAPES[name]
     width, version = int(shape["width"]), str(shape["rwkv_version"])
-    head_size = 64 if version != "4" else width
     return RwkvRevConfig(
-        rwkv_version=cast(Version, version),
+        rwkv_version=version,
         vocab_size=int(shape["vocab"]),
         hidden_size=width,
         num_hidden_layers=int(shape["layers"]),
-        num_attention_heads=width // head_size,
-        head_size=head_size,
-        intermediate_size=4 * width if version == "4" else int(3.5 * width) // 32 * 32,
+        **architecture(version).published_sizes(width),
     )
 
 

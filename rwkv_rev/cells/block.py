@@ -6,20 +6,19 @@ differentiable, exact without graph, and with graph from an exact state before o
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rwkv_rev import random_state
-from rwkv_rev.cells.channel_mix import ChannelMix
 from rwkv_rev.cells.contract import Again, Forwards, ReversibleCell, leaves, tensors_of
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.recomputation import checkpointed
-from rwkv_rev.cells.time_mix_rwkv4 import TimeMixRwkv4
-from rwkv_rev.cells.time_mix_rwkv5 import TimeMixRwkv5
-from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.reversal.fingerprint import checksum
+
+if TYPE_CHECKING:
+    from rwkv_rev.configuration import RwkvRevConfig
 
 FloatStates = tuple[Any, ...]
 """Values of the states of a block's cells, a NamedTuple each."""
@@ -190,24 +189,12 @@ class ResidualBlock(nn.Module):
 class Block(ResidualBlock):
     """Layer ``layer`` of an RWKV model; its cells are (time mix, channel mix)."""
 
-    def __init__(self, config: RwkvRevConfig, layer: int = 0) -> None:
+    def __init__(self, config: "RwkvRevConfig", layer: int = 0) -> None:
         super().__init__()
         size, eps = config.hidden_size, config.layer_norm_epsilon
         self.ln1 = nn.LayerNorm(size, eps=eps)
         self.ln2 = nn.LayerNorm(size, eps=eps)
-        self.time_mix: ReversibleCell = (
-            TimeMixRwkv5(
-                config.num_attention_heads,
-                config.head_size,
-                config.decay_shape,
-                gated=config.has_gate,
-                bonus_is_exponential=config.bonus_is_exponential,
-                group_norm_epsilon=config.group_norm_epsilon,
-            )
-            if config.has_heads
-            else TimeMixRwkv4(size)
-        )
-        self.channel_mix: ReversibleCell = ChannelMix(size, config.intermediate_size)
+        self.time_mix, self.channel_mix = config.architecture.cells(config)
         self.time_mix.layer = self.channel_mix.layer = layer
 
     def parts(self) -> list[tuple[nn.Module, ReversibleCell]]:

@@ -5,15 +5,15 @@ compute what the model computes.
 """
 
 from rwkv_rev.converters.converted import ConvertedModel
-from rwkv_rev.converters.names import Layout, tensor_table
-from rwkv_rev.equivalence.original import Original, RenamedTensors
+from rwkv_rev.converters.names import tensor_table
+from rwkv_rev.equivalence.original import Original, RenamedTensors, known_to_transformers
 
 
 def as_original(model: ConvertedModel) -> Original:
     """The open model under the names of the other layouts; readable as long as ``model`` is open."""
     config = model.config
 
-    def renamed(layout: Layout) -> RenamedTensors:
+    def renamed(layout: str) -> RenamedTensors:
         table = tensor_table(config, layout)
         return RenamedTensors(
             model,
@@ -28,7 +28,7 @@ def as_original(model: ConvertedModel) -> Original:
         tensors_are_own=True,
         group_norm_epsilon=config.group_norm_epsilon,
         layer_norm_epsilon=config.layer_norm_epsilon,
-        transformers_tensors=renamed("transformers") if config.rwkv_version == "4" else None,
+        transformers_tensors=renamed("transformers") if known_to_transformers(config) else None,
         own_tensors=RenamedTensors(model, {row.name: (row.name, row.shape) for row in own}),
         config=config,
     )

@@ -75,7 +75,7 @@ def rwkv_package(original: Original, tokens: Tensor, dtype: torch.dtype = torch.
     except importlib.metadata.PackageNotFoundError:
         raise OracleUnavailable("the rwkv package is not installed: pip install 'rwkv-rev[verify]'") from None
     published = math.isclose(original.group_norm_epsilon, PUBLISHED_GROUP_NORM_EPSILON)
-    if original.has_heads and not published:
+    if original.has_group_norm and not published:
         raise OracleUnavailable(
             f"the rwkv package has GroupNorm eps {PUBLISHED_GROUP_NORM_EPSILON:g} built in, "
             f"this model's is {original.group_norm_epsilon:g}",

@@ -12,7 +12,7 @@ from torch import Tensor
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.converters.detection import detect
-from rwkv_rev.converters.names import EMBEDDINGS, HEAD, Layout, tensor_table
+from rwkv_rev.converters.names import EMBEDDINGS, HEAD, tensor_table
 from rwkv_rev.converters.reading import Checkpoint, open_checkpoint
 from rwkv_rev.equivalence.expected import expected_path
 from rwkv_rev.equivalence.naive_model import LAYER_NORM_EPSILON, PUBLISHED_GROUP_NORM_EPSILON
@@ -62,9 +62,14 @@ class Original:
         return layers
 
     @property
-    def has_heads(self) -> bool:
-        """Whether this is an RWKV-5."""
+    def has_group_norm(self) -> bool:
+        """Whether there is a GroupNorm behind the recurrence, whose eps no tensor tells."""
         return "blocks.0.att.ln_x.weight" in self.tensors
+
+
+def known_to_transformers(config: RwkvRevConfig) -> bool:
+    """Whether transformers itself has a class for such models."""
+    return config.architecture.hub_layout == "transformers"
 
 
 class RenamedTensors(Mapping[str, Tensor]):
@@ -177,7 +182,7 @@ def open_original(
         if architecture.tied:
             home[HEAD] = home[EMBEDDINGS]
 
-        def renamed(layout: Layout) -> RenamedTensors:
+        def renamed(layout: str) -> RenamedTensors:
             table = tensor_table(config, layout)
             return RenamedTensors(
                 checkpoint,
@@ -192,7 +197,7 @@ def open_original(
             label=str(source),
             group_norm_epsilon=group_norm_epsilon or config.group_norm_epsilon,
             layer_norm_epsilon=config.layer_norm_epsilon,
-            transformers_tensors=renamed("transformers") if config.rwkv_version == "4" else None,
+            transformers_tensors=renamed("transformers") if known_to_transformers(config) else None,
             own_tensors=RenamedTensors(
                 checkpoint,
                 {row.name: (home[row.name], row.shape) for row in stored},

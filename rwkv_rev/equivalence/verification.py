@@ -290,7 +290,7 @@ class _Verification:
 
     def _divergence_from_expected(self, expected: ExpectedLogits, allowed: float) -> str:
         """All oracles agree with the model, the expected logits do not: look for an eps that explains it."""
-        for epsilon in GROUP_NORM_EPSILONS if self.original.has_heads else ():
+        for epsilon in GROUP_NORM_EPSILONS if self.original.has_group_norm else ():
             other = replace(self.original, group_norm_epsilon=epsilon)
             *_, last = ORACLES["naive"](other, expected.prompt)
             if (last[-1] - expected.logits).abs().max() <= allowed:

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rwkv_rev.architectures.architecture import NUMBER
 from rwkv_rev.bptt import choose_strategy
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.errors import StrategyError
-from rwkv_rev.forecast import NUMBER, StrategyForecast
+from rwkv_rev.forecast import StrategyForecast
 from rwkv_rev.forecast import forecast_memory as forecast_strategies
 from rwkv_rev.training.config import FinetuneConfig
 from rwkv_rev.wkv.dispatch import choose_kernel
@@ -111,9 +112,7 @@ def forecast_memory(
 
 def _shape_of_keys(model: RwkvRevConfig) -> tuple[int, ...]:
     """Of no tokens: what the choice of a kernel depends on."""
-    return (
-        (0, 0, model.num_attention_heads, model.head_size) if model.has_heads else (0, 0, model.hidden_size)
-    )
+    return (0, 0, *model.architecture.shape(model.architecture.keys, model))
 
 
 def refuse_too_large(forecast: MemoryForecast, device: torch.device, config: FinetuneConfig) -> list[str]:

@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from rwkv_rev.architectures.registry import architecture, with_tuned_state
 from rwkv_rev.errors import RwkvRevError, StrategyError
 
 if TYPE_CHECKING:
     from rwkv_rev.configuration import RwkvRevConfig
     from rwkv_rev.modeling import RwkvRevForCausalLM
     from rwkv_rev.training.config import FinetuneConfig
-
-LORA_TARGETS = ("receptance", "key", "value", "gate", "output")
 
 
 def apply_tuning(model: "RwkvRevForCausalLM", config: "FinetuneConfig") -> nn.Module:
@@ -48,9 +47,10 @@ def apply_tuning(model: "RwkvRevForCausalLM", config: "FinetuneConfig") -> nn.Mo
 
 def refuse_state_tuning(version: str) -> None:
     """Raise StrategyError for a version without a loadable initial state."""
-    if version == "4":
+    if not architecture(version).tunes_state:
         raise StrategyError(
-            "tune = state needs RWKV-5: the rwkv package loads no initial state for RWKV-4; use tune = lora"
+            f"tune = state needs {with_tuned_state()}: the rwkv package loads no initial state for RWKV-{version}; "
+            "use tune = lora"
         )
 
 
@@ -118,17 +118,18 @@ def count_trained(
     if config.tune == "full":
         return sum(sizes.values())
     if config.tune == "state":
-        return model.num_hidden_layers * model.hidden_size * model.head_size
+        return model.num_hidden_layers * math.prod(model.architecture.state_shape(model))
     found = 0
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
-        if len(shape) == 2 and module != name and _has_addition(module, config.lora_targets):
+        targets = config.lora_targets or model.architecture.lora_targets
+        if len(shape) == 2 and module != name and _has_addition(module, targets):
             found += config.lora_rank * sum(shape)
     return found
 
 
 def _has_addition(module: str, targets: Sequence[str]) -> bool:
-    return any(module == target or module.endswith(f".{target}") for target in targets or LORA_TARGETS)
+    return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
 def linear_names(model: nn.Module) -> set[str]:
@@ -146,7 +147,7 @@ def _with_lora(model: "RwkvRevForCausalLM", config: "FinetuneConfig") -> nn.Modu
     except ImportError as error:
         raise RwkvRevError("tune = lora needs peft: pip install 'rwkv-rev[train]'") from error
     refuse_lora_targets(config, model.config, {name: p.shape for name, p in model.named_parameters()})
-    targets = config.lora_targets or sorted(linear_names(model) & set(LORA_TARGETS))
+    targets = config.lora_targets or sorted(linear_names(model) & set(model.config.architecture.lora_targets))
     adapter = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha if config.lora_alpha is not None else 2 * config.lora_rank,  # type: ignore[arg-type]

@@ -1,0 +1,197 @@
+"""All that a generation has to say of itself: data and functions, nothing else knows a generation by its name.
+
+Shapes are written in letters, ``"H N"``: those of :data:`LETTERS`, and numbers. A new generation is a file that makes
+an :class:`Architecture`, its cells, and a line in :mod:`rwkv_rev.architectures.registry`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from rwkv_rev.cells.contract import ReversibleCell
+
+if TYPE_CHECKING:
+    from rwkv_rev.configuration import RwkvRevConfig
+
+NUMBER = 4
+"""Bytes of a float32."""
+LETTERS = {
+    "V": "vocab_size",
+    "D": "hidden_size",
+    "H": "num_attention_heads",
+    "N": "head_size",
+    "F": "intermediate_size",
+}
+"""Of which field of the configuration a letter of a shape is the size."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How another tool names tensors.
+
+    Attributes:
+        name: of the layout.
+        mark: what some names of a file in this layout begin with, and none of a file in another one.
+        block: what the names of block 0's tensors begin with, but for its number.
+    """
+
+    name: str
+    mark: str
+    block: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor; of a block its names leave out the block's.
+
+    Attributes:
+        ours: its name in a converted model.
+        shape: its letters there.
+        foreign: its name in each of :attr:`Architecture.layouts`, None where a layout has no place for it.
+        foreign_shape: its letters there, where they are others.
+        squeezable: whether files may hold it with more or fewer dimensions of size one (all vectors are so).
+        transposed: whether the last two dimensions are exchanged in the foreign layouts.
+        only: a field of the configuration and the value at which there is such a tensor; always when None.
+    """
+
+    ours: str
+    shape: str
+    foreign: tuple[str | None, ...]
+    foreign_shape: str | None = None
+    squeezable: bool = False
+    transposed: bool = False
+    only: tuple[str, bool] | None = None
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a file holds, before it is known what it is.
+
+    Attributes:
+        width: D.
+        shapes: of each kind of tensor in its blocks, by the names of the first layout without the block's.
+    """
+
+    width: int
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What training takes (:mod:`rwkv_rev.forecast`), B rows and C tokens at once.
+
+    Attributes:
+        vectors: D numbers each, that the graph of a layer keeps of a token.
+        fused_vectors: the same where the CUDA kernels run.
+        states: numbers that the graph of a layer keeps of the recurrence's states, by (config, B, C, fused).
+        whole: bytes of each tensor of a memory on the tape where it is kept whole, by (config, B).
+        remnant: bytes of each tensor that one chunk puts there otherwise, fingerprints too but no token shifts, by
+            (config, log w of the stored shape, B, C).
+    """
+
+    vectors: int
+    fused_vectors: int
+    states: Callable[["RwkvRevConfig", int, int, bool], int]
+    whole: Callable[["RwkvRevConfig", int], list[int]]
+    remnant: Callable[["RwkvRevConfig", Tensor, int, int], list[int]]
+
+
+def _nothing(_: Any) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One generation.
+
+    Attributes:
+        version: its name, as ``RwkvRevConfig.rwkv_version`` has it.
+        has_heads: whether the memory is a matrix per head, with a GroupNorm behind it.
+        state: letters of a layer's memory in :class:`~rwkv_rev.state.RwkvRevState`, without rows.
+        keys: letters of one token's keys, by which a kernel is chosen.
+        lora_targets: last names of the linear maps that low-rank additions go to unless somebody says otherwise.
+        published_sizes: fields of the configuration that published models of width D have.
+
+        cells: the (time mix, channel mix) of a block.
+        initialization: what fills a cell by its class and the depth of its layer, for training from scratch.
+        begin: makes zeros [..., *state] the memory before the first token, in place.
+        log_decay: log w of the stored shape, float32, from what gives a tensor of a block by our name.
+
+        layouts: other tools'; the first is the trainer's own ``.pth``, the second that of Hugging Face repositories.
+        outside: tensors before the blocks.
+        block: tensors of every block, in the order of the original trainer.
+        after: tensors after the blocks.
+        initial_state: a tuned initial memory of each block, whose number its own name ends with; None where no other
+            tool reads one: then it cannot be tuned.
+        sign: our name of a tensor of blocks, which every file of this kind has.
+        told_by: fields of the configuration that a file tells; None where it is of another kind, which may be an older
+            one: generations are asked from the newest to the oldest. Raises ValueError where sizes do not fit.
+        hub_config: what ``config.json`` of a Hugging Face repository says besides what all say.
+        lost: what the first layout cannot say of a model, for people; None where nothing is lost.
+        cost: of training.
+    """
+
+    version: str
+    has_heads: bool
+    state: str
+    keys: str
+    lora_targets: tuple[str, ...]
+    published_sizes: Callable[[int], dict[str, Any]]
+
+    cells: Callable[["RwkvRevConfig"], tuple[ReversibleCell, ReversibleCell]]
+    initialization: Mapping[type[nn.Module], Callable[[Any, "RwkvRevConfig"], None]]
+    log_decay: Callable[[Callable[[str], Tensor]], Tensor]
+
+    layouts: tuple[Layout, ...]
+    outside: tuple[Row, ...]
+    block: tuple[Row, ...]
+    after: tuple[Row, ...]
+    sign: str
+    told_by: Callable[[Stored], dict[str, Any] | None]
+    hub_config: Callable[["RwkvRevConfig"], dict[str, Any]]
+    cost: Cost
+
+    initial_state: Row | None = None
+    begin: Callable[[Tensor], None] = _nothing
+    lost: Callable[["RwkvRevConfig"], str | None] = _nothing
+
+    @property
+    def tunes_state(self) -> bool:
+        """Whether the initial memory can be tuned."""
+        return self.initial_state is not None
+
+    @property
+    def own_layout(self) -> str:
+        """The original trainer's."""
+        return self.layouts[0].name
+
+    @property
+    def hub_layout(self) -> str:
+        """That of Hugging Face repositories."""
+        return self.layouts[1].name
+
+    def column(self, layout: str) -> int:
+        """The place of a layout in :attr:`Row.foreign`.
+
+        Raises:
+            ValueError: if the generation has no such layout.
+        """
+        names = [known.name for known in self.layouts]
+        if layout not in names:
+            raise ValueError(
+                f"the layout {layout!r} does not exist for RWKV-{self.version}; use {self.hub_layout!r}"
+            )
+        return names.index(layout)
+
+    def shape(self, letters: str, config: "RwkvRevConfig") -> tuple[int, ...]:
+        """The sizes that letters stand for."""
+        return tuple(
+            int(letter) if letter.isdigit() else getattr(config, LETTERS[letter])
+            for letter in letters.split()
+        )
+
+    def state_shape(self, config: "RwkvRevConfig") -> tuple[int, ...]:
+        """Of a layer's memory, without rows."""
+        return self.shape(self.state, config)

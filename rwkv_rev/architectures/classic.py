@@ -1,0 +1,123 @@
+"""What RWKV-4 and RWKV-5 share: LayerNorms, token-shift mixes, the channel mix, their names and initialisation.
+
+Initialisation: RWKV paper, appendix E ("Parameter initializations"), and for RWKV-5 the v5 trainer's
+``generate_init_weight`` (BlinkDL/RWKV-LM, RWKV-v5/src/model.py): embeddings near zero, decays spread over the channels
+by depth, and every block the identity because its output maps start at zero.
+
+Vectors that mix a token with the one before have the shape [1, 1, D] in every foreign layout and [D] in ours.
+"""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import initialization as init
+
+from rwkv_rev.architectures.architecture import Row
+from rwkv_rev.cells.channel_mix import ChannelMix
+from rwkv_rev.cells.time_mix_rwkv4 import TimeMixRwkv4
+from rwkv_rev.cells.time_mix_rwkv5 import TimeMixRwkv5
+
+if TYPE_CHECKING:
+    from rwkv_rev.configuration import RwkvRevConfig
+
+LORA_TARGETS = ("receptance", "key", "value", "gate", "output")
+SIGN = "time_mix.time_decay"
+MIX = "1 1 D"
+
+
+def row(ours: str, blinkdl: str, hugging_face: str, shape: str, foreign_shape: str | None = None) -> Row:
+    """A tensor of every model."""
+    return Row(ours, shape, (blinkdl, hugging_face), foreign_shape)
+
+
+OUTSIDE = (
+    row("model.embeddings.weight", "emb.weight", "rwkv.embeddings.weight", "V D"),
+    row("model.ln0.weight", "blocks.0.ln0.weight", "rwkv.blocks.0.pre_ln.weight", "D"),
+    row("model.ln0.bias", "blocks.0.ln0.bias", "rwkv.blocks.0.pre_ln.bias", "D"),
+)
+NORMS = (
+    row("ln1.weight", "ln1.weight", "ln1.weight", "D"),
+    row("ln1.bias", "ln1.bias", "ln1.bias", "D"),
+    row("ln2.weight", "ln2.weight", "ln2.weight", "D"),
+    row("ln2.bias", "ln2.bias", "ln2.bias", "D"),
+)
+MIXES = (
+    row("time_mix.mix_key", "att.time_mix_k", "attention.time_mix_key", "D", MIX),
+    row("time_mix.mix_value", "att.time_mix_v", "attention.time_mix_value", "D", MIX),
+    row("time_mix.mix_receptance", "att.time_mix_r", "attention.time_mix_receptance", "D", MIX),
+)
+MAPS = (
+    row("time_mix.receptance.weight", "att.receptance.weight", "attention.receptance.weight", "D D"),
+    row("time_mix.key.weight", "att.key.weight", "attention.key.weight", "D D"),
+    row("time_mix.value.weight", "att.value.weight", "attention.value.weight", "D D"),
+    row("time_mix.output.weight", "att.output.weight", "attention.output.weight", "D D"),
+)
+CHANNEL_MIX = (
+    row("channel_mix.mix_key", "ffn.time_mix_k", "feed_forward.time_mix_key", "D", MIX),
+    row("channel_mix.mix_receptance", "ffn.time_mix_r", "feed_forward.time_mix_receptance", "D", MIX),
+    row("channel_mix.key.weight", "ffn.key.weight", "feed_forward.key.weight", "F D"),
+    row("channel_mix.receptance.weight", "ffn.receptance.weight", "feed_forward.receptance.weight", "D D"),
+    row("channel_mix.value.weight", "ffn.value.weight", "feed_forward.value.weight", "D F"),
+)
+AFTER = (
+    row("model.ln_out.weight", "ln_out.weight", "rwkv.ln_out.weight", "D"),
+    row("model.ln_out.bias", "ln_out.bias", "rwkv.ln_out.bias", "D"),
+    row("head.weight", "head.weight", "head.weight", "V D"),
+)
+
+
+def time_decay(shape: str) -> Row:
+    """The decay's row."""
+    return Row("time_mix.time_decay", shape, ("att.time_decay", "attention.time_decay"), squeezable=True)
+
+
+def bonus(shape: str, name: str, only: tuple[str, bool] | None = None) -> Row:
+    """The row of the bonus that the trainer calls ``name``."""
+    return Row("time_mix.bonus", shape, (f"att.{name}", f"attention.{name}"), squeezable=True, only=only)
+
+
+def log_decay(read: Callable[[str], Tensor]) -> Tensor:
+    """log w = -exp(time_decay)."""
+    return -read("time_mix.time_decay").float().exp()
+
+
+def set_values(parameter: Tensor, values: Tensor) -> None:
+    """Values [n] in any shape and dtype."""
+    init.copy_(parameter, values.view_as(parameter).to(parameter.dtype))
+
+
+def depth_of(layer: int, config: "RwkvRevConfig") -> float:
+    """0 for the lowest block to 1 for the highest."""
+    return layer / max(1, config.num_hidden_layers - 1)
+
+
+def height_of(layer: int, config: "RwkvRevConfig") -> float:
+    """1 for the lowest block to nearly 0."""
+    return 1 - layer / config.num_hidden_layers
+
+
+def ramp(config: "RwkvRevConfig") -> Tensor:
+    """0 to nearly 1 over the D channels, float64."""
+    return torch.arange(config.hidden_size, dtype=torch.float64) / config.hidden_size
+
+
+def initialize_mixes(cell: TimeMixRwkv4 | TimeMixRwkv5, config: "RwkvRevConfig") -> None:
+    """The mixes that all time mixes have."""
+    height, depth = height_of(cell.layer, config), depth_of(cell.layer, config)
+    set_values(cell.mix_key, ramp(config) ** height)
+    set_values(cell.mix_value, ramp(config) ** height + 0.3 * depth)
+    set_values(cell.mix_receptance, ramp(config) ** (0.5 * height))
+
+
+def initialize_channel_mix(cell: ChannelMix, config: "RwkvRevConfig") -> None:
+    """Mixes and maps of a channel mix, by the depth of its layer."""
+    height = height_of(cell.layer, config)
+    set_values(cell.mix_key, ramp(config) ** height)
+    set_values(cell.mix_receptance, ramp(config) ** height)
+    gain = math.sqrt(max(1, config.intermediate_size / config.hidden_size))
+    init.orthogonal_(cell.key.weight, gain=gain)
+    init.zeros_(cell.receptance.weight)
+    init.zeros_(cell.value.weight)
