@@ -12,7 +12,8 @@ The k vectors are, in the time mix, the residual stream, its LayerNorm, the shif
 recurrence's output before and after GroupNorm, gate, its silu and their product; in the channel mix the residual,
 LayerNorm, shifted and two mixed inputs, receptance and value. F numbers are the hidden layer before and after
 squaring. The CUDA kernels (``fused``) keep neither the shifted inputs nor the steps between GroupNorm and its gate: k
-is 18, 15 and 17 there, with one state per 64 tokens (RWKV-5) or none (RWKV-4).
+is 18, 15 and 17 there, with one state per 64 tokens (RWKV-5) or none (RWKV-4). k, s and the tape's records are each
+generation's own (:class:`~rwkv_rev.architectures.architecture.Cost`).
 
 The peak of device memory comes at one of three moments:
 

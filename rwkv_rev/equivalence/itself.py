@@ -21,9 +21,9 @@ def as_original(model: ConvertedModel) -> Original:
             {row.foreign for row in table if row.transposed},
         )
 
-    own = tensor_table(config, "blinkdl")
+    own = tensor_table(config, config.architecture.own_layout)
     return Original(
-        tensors=renamed("blinkdl"),
+        tensors=renamed(config.architecture.own_layout),
         label=f"its own values ({model.directory})",
         tensors_are_own=True,
         group_norm_epsilon=config.group_norm_epsilon,

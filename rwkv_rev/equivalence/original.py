@@ -193,7 +193,7 @@ def open_original(
             )
 
         yield Original(
-            tensors=renamed("blinkdl"),
+            tensors=renamed(config.architecture.own_layout),
             label=str(source),
             group_norm_epsilon=group_norm_epsilon or config.group_norm_epsilon,
             layer_norm_epsilon=config.layer_norm_epsilon,

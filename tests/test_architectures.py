@@ -1,0 +1,258 @@
+"""What is of one generation stands in its own files: searched for in the sources, and tried with a generation more."""
+
+import ast
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bptt_cases import assert_agree, differentiate, random_tokens
+from foreign import VERSIONS
+from test_imports import ROOT, sources
+from torch import Tensor
+from toy_generation import TOY
+
+import rwkv_rev
+from rwkv_rev.architectures import registry
+from rwkv_rev.architectures.registry import ARCHITECTURES, architecture, families, supported
+from rwkv_rev.configuration import RwkvRevConfig
+from rwkv_rev.converters import detection, names
+from rwkv_rev.converters.inspection import inspect_source
+from rwkv_rev.converters.names import tensor_table
+from rwkv_rev.forecast import forecast_memory
+from rwkv_rev.modeling import RwkvRevForCausalLM
+from rwkv_rev.training.config import FinetuneConfig
+from rwkv_rev.training.tuning import apply_tuning, count_parameters, count_trained
+
+# --- who knows a generation, a cell or a memory by its name ---------------------------------------------------------
+
+HOMES = ("architectures", "cells", "reversal", "wkv")
+"""Folders of ``rwkv_rev`` where generations, cells and memories are made."""
+ALLOWED = {
+    ("rwkv_rev/bptt/reversible_lossy.py", "LossyState"): "the strategy is this memory in the place of others",
+}
+NO_KIND = {"ReversibleCell", "ShiftedCell"}
+"""Cells that no model has: what all have in common."""
+
+
+def classes(folder: str) -> Iterator[ast.ClassDef]:
+    """The classes of a folder of ``rwkv_rev``."""
+    for path in sorted((ROOT / "rwkv_rev" / folder).glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                yield node
+
+
+def kinds() -> set[str]:
+    """The cells, and the memories: what advances and has a fingerprint."""
+    cells = {node.name for node in classes("cells") if "Cell" in ast.unparse(ast.Tuple(node.bases))} - NO_KIND
+    memories = {
+        node.name
+        for node in classes("reversal")
+        if {"advance", "fingerprint"}
+        <= {inner.name for inner in node.body if isinstance(inner, ast.FunctionDef)}
+    }
+    return cells | memories
+
+
+def made_at_home() -> set[str]:
+    """All classes whose instances nobody else asks for their class."""
+    return {node.name for folder in ("architectures", "cells", "reversal") for node in classes(folder)}
+
+
+def versions_in(node: ast.AST) -> set[str]:
+    """Versions among the constants of an expression."""
+    return {
+        value.value for value in ast.walk(node) if isinstance(value, ast.Constant) and value.value in VERSIONS
+    }
+
+
+def told_apart(text: str, kinds: set[str], made_at_home: set[str]) -> set[str]:
+    """What a source knows by name: versions it compares or looks up, kinds, and classes it asks instances for."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Compare | ast.MatchValue):
+            found |= versions_in(node)
+        elif (
+            isinstance(node, ast.Dict) and len(node.keys) > 1 and all(k and versions_in(k) for k in node.keys)
+        ):
+            found |= {version for key in node.keys if key for version in versions_in(key)}
+        elif isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            if name.endswith(".startswith") and node.args and isinstance(node.args[0], ast.Constant):
+                prefix = str(node.args[0].value)
+                found |= {version for version in VERSIONS if prefix and version.startswith(prefix)}
+            elif name in ("isinstance", "issubclass"):
+                asked = {inner for child in ast.walk(node.args[1]) if (inner := _name(child))}
+                found |= asked & made_at_home
+        elif isinstance(node, ast.ImportFrom):
+            found |= {alias.name for alias in node.names} & kinds
+        elif _name(node) in kinds:
+            found.add(str(_name(node)))
+    return found
+
+
+def _name(node: ast.AST) -> str | None:
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else None
+
+
+def test_nobody_knows_a_kind_by_its_name() -> None:
+    known, own = kinds(), made_at_home()
+    found = set()
+    for module, path in sources().items():
+        if module.split(".")[1:2] and module.split(".")[1] in HOMES:
+            continue
+        name = path.relative_to(ROOT).as_posix()
+        found |= {(name, what) for what in told_apart(path.read_text(encoding="utf-8"), known, own)}
+    assert found == ALLOWED.keys()
+
+
+def test_kinds_are_found() -> None:
+    assert kinds() == {
+        *("TimeMixRwkv4", "TimeMixRwkv5", "ChannelMix"),
+        *("Whole", "FixedPoint", "Additive", "LossyState"),
+    }
+    assert {"Architecture", "ReversibleCell", "MemoryRemnant", "Block"} <= made_at_home()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("if config.rwkv_version == '4': pass", {"4"}),
+        ("gate = version in ('5.1', '5.2')", {"5.1", "5.2"}),
+        ("match version:\n    case '5.0': pass", {"5.0"}),
+        ("vectors = {'4': 18, '5.2': 22}[version]", {"4", "5.2"}),
+        ("heads = version.startswith('5')", {"5.0", "5.1", "5.2"}),
+        ("from rwkv_rev.cells import ChannelMix as Mix", {"ChannelMix"}),
+        ("from rwkv_rev import cells\ncells.TimeMixRwkv4(8)", {"TimeMixRwkv4"}),
+        ("if isinstance(cell, ReversibleCell | Other): pass", {"ReversibleCell"}),
+        ("isinstance(memory, (int, fixed_point.FixedPoint))", {"FixedPoint"}),
+        ("print('RWKV-4')\nshape = {'version': '5.2'}\nversion = '4'", set()),
+    ],
+)
+def test_the_search_finds(text: str, expected: set[str]) -> None:
+    assert told_apart(text, kinds(), made_at_home()) == expected
+
+
+# --- the registry ---------------------------------------------------------------------------------------------------
+
+
+def test_registry() -> None:
+    assert tuple(known.version for known in ARCHITECTURES) == VERSIONS
+    assert [architecture(version).version for version in VERSIONS] == list(VERSIONS)
+    assert supported() == "RWKV-4, 5.0, 5.1 and 5.2"
+    assert families(ARCHITECTURES) == "RWKV-4 or 5" and registry.with_tuned_state() == "RWKV-5"
+    with pytest.raises(ValueError, match=r"rwkv_version = '9' must be one of 4, 5\.0, 5\.1, 5\.2"):
+        RwkvRevConfig(rwkv_version="9")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_generation_agrees_with_its_cells(version: str) -> None:
+    known = architecture(version)
+    config = RwkvRevConfig(
+        rwkv_version=version,
+        hidden_size=128,
+        num_hidden_layers=2,
+        vocab_size=32,
+        **known.published_sizes(128),
+    )
+    with torch.device("meta"):
+        model = RwkvRevForCausalLM(config)
+    stored = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for layout in known.layouts:
+        assert {row.name: row.shape for row in tensor_table(config, layout.name)} == stored
+    cells = known.cells(config)
+    assert {type(cell) for cell in cells} == known.initialization.keys()
+    assert cells[0].log_decay().numel() == math.prod(known.shape(known.keys, config))
+    assert len(config.architecture.layouts) == 2
+    with pytest.raises(
+        ValueError, match=f"'none' does not exist for RWKV-{version}; use '{known.hub_layout}'"
+    ):
+        known.column("none")
+
+
+# --- one more -------------------------------------------------------------------------------------------------------
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "vocab_size": 40,
+    **TOY.published_sizes(24),
+}
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line of the registry, and what was computed of it when its readers were imported."""
+    monkeypatch.setattr(registry, "ARCHITECTURES", (*ARCHITECTURES, TOY))
+    monkeypatch.setattr(detection, "ARCHITECTURES", registry.ARCHITECTURES)
+    monkeypatch.setattr(names, "LAYOUTS", (*names.LAYOUTS, "toy-pth", "toy-hub"))
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> dict[str, Tensor]:
+    """A file of the toy's own trainer, written without the tables."""
+    torch.manual_seed(0)
+    D, F, V = 24, 48, 40
+    state = {"emb.weight": torch.randn(V, D), "head.weight": torch.randn(V, D)}
+    for name in ("ln_out", "blocks.0.ln0", *(f"blocks.{i}.ln{n}" for i in range(2) for n in (1, 2))):
+        state |= {f"{name}.weight": 1 + 0.1 * torch.randn(D), f"{name}.bias": 0.1 * torch.randn(D)}
+    for block in ("blocks.0.", "blocks.1."):
+        state[f"{block}toy.mu"] = torch.rand(1, D)
+        state |= {f"{block}toy.{letter}": torch.randn(D, D) / 5 for letter in "rkvo"}
+        state |= {f"{block}ffn.time_mix_{letter}": torch.rand(1, 1, D) for letter in "kr"}
+        for name, shape in (("key", (F, D)), ("receptance", (D, D)), ("value", (D, F))):
+            state[f"{block}ffn.{name}.weight"] = torch.randn(shape) / 5
+    torch.save(state, tmp_path / "toy.pth")
+    return state
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_generation_more_goes_through_everything(tmp_path: Path, checkpoint: dict[str, Tensor]) -> None:
+    """Inspected, forecast, converted, trained over chunks, and exported: by its own file and the registry's line."""
+    found = inspect_source(tmp_path / "toy.pth")
+    assert (found.version, found.layout, found.channel_mix_width) == ("toy", "toy-pth", 48)
+    (*_, reversible, _) = forecast_memory(
+        found.config, found.log_decays, found.parameters, context_length=64, chunk_length=16
+    )
+    assert reversible.tape > 0
+
+    rwkv_rev.convert(tmp_path / "toy.pth", tmp_path / "model", tokenizer="none", verify=False)
+    model = RwkvRevForCausalLM.from_pretrained(tmp_path / "model").train()
+    assert model.config.rwkv_version == "toy" and "RWKV-toy" in (tmp_path / "model/README.md").read_text()
+    ids = random_tokens(70, batch=2, vocab=40)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = mask[1, 20:31] = 0
+    full = differentiate(model, "full", input_ids=ids, attention_mask=mask)
+    for strategy in ("reversible", "checkpoint"):
+        chunked = differentiate(model, strategy, 16, input_ids=ids, attention_mask=mask)
+        assert_agree(chunked, full)
+    assert full.state.wkv.shape == (2, 2, 24)
+
+    for target, layout in (("blinkdl", "again.pth"), ("hf", "hub")):
+        rwkv_rev.export(tmp_path / "model", tmp_path / layout, to=target)
+    again = torch.load(tmp_path / "again.pth", weights_only=True)
+    assert again.keys() == checkpoint.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in checkpoint.items())
+    back = inspect_source(tmp_path / "hub")
+    assert (back.version, back.layout) == ("toy", "toy-hub")
+    assert '"model_type": "toy"' in (tmp_path / "hub/config.json").read_text()
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_generation_more_is_initialised_and_tuned(tmp_path: Path) -> None:
+    model = RwkvRevForCausalLM(RwkvRevConfig(rwkv_version="toy", **SIZES))
+    assert torch.equal(model.blocks[1].time_mix.mix, torch.full((24,), 0.6))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for tune, trained in (("lora", 2 * (2 * 4 * 48 + 2 * 4 * (24 + 48))), ("state", 2 * 24)):
+        config = FinetuneConfig(model="model", data="data", output="out", tune=tune, lora_rank=4)
+        assert count_trained(config, model.config, shapes) == trained
+    apply_tuning(model, config)
+    assert count_parameters(model)[0] == trained
+
+
+def test_without_the_line_it_is_refused(tmp_path: Path, checkpoint: dict[str, Tensor]) -> None:
+    with pytest.raises(rwkv_rev.RwkvRevError, match=r"is not an RWKV model: no blocks\.0\.att\.time_decay"):
+        inspect_source(tmp_path / "toy.pth")

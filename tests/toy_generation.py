@@ -1,0 +1,131 @@
+"""A generation that nobody published: running sums per channel, which are never forgotten. Its file, and no more.
+
+    S <- S + tanh(k_t) v_t,   y_t = sigmoid(r_t) S_t;   out = Wo y_t
+
+Tests put it into the registry and convert, train and export it.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_rev.architectures import classic
+from rwkv_rev.architectures.architecture import NUMBER, Architecture, Cost, Layout, Row, Stored
+from rwkv_rev.cells.channel_mix import ChannelMix
+from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.cells.shifted_cell import ShiftedCell
+from rwkv_rev.configuration import RwkvRevConfig
+from rwkv_rev.reversal.additive import Additive, NoRemnant
+
+
+class Projection(NamedTuple):
+    receptance: Tensor  # [B, C, D]
+    written: Tensor  # [B, C, D]
+
+
+class TimeMixToy(ShiftedCell):
+    """Memory [B, D]."""
+
+    inverts_memory = True
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.empty(hidden_size))
+        self.receptance = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.key = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.value = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.output = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def mixes(self) -> list[Tensor]:
+        return [self.mix]
+
+    def project(self, *mixed: Tensor) -> Projection:
+        (x,) = mixed
+        return Projection(self.receptance(x), torch.tanh(self.key(x)) * self.value(x))
+
+    def compute(
+        self, projection: Projection, memory: Tensor | None, mask: ChunkMask | None, plan: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        assert memory is not None
+        sums = self._sums(projection, mask)
+        y = torch.sigmoid(projection.receptance) * (memory[:, None] + sums)
+        return self.output(y.to(projection.receptance.dtype)), sums[:, -1]
+
+    def update(
+        self, memory: Tensor | None, contribution: Tensor, mask: ChunkMask | None, length: int
+    ) -> Tensor:
+        assert memory is not None
+        return memory + contribution
+
+    def exact_memory(self, memory: Tensor) -> Additive:
+        return Additive.of(memory)
+
+    def advance_memory(
+        self, memory: Additive, contribution: Tensor, mask: ChunkMask | None, plan: Any
+    ) -> tuple[Additive, NoRemnant]:
+        return memory.advance(contribution)
+
+    def retreat_memory(
+        self, memory: Additive, projection: Projection, mask: ChunkMask | None, remnant: Any, plan: Any
+    ) -> Additive:
+        return memory.retreat(self._sums(projection, mask)[:, -1])
+
+    def _sums(self, projection: Projection, mask: ChunkMask | None) -> Tensor:
+        written = projection.written.float()
+        return (written if mask is None else torch.where(mask.valid[:, :, None], written, 0.0)).cumsum(1)
+
+
+TimeMixToy.__module__ = "rwkv_rev.cells.time_mix_toy"  # code from elsewhere is not known to be position-wise
+
+
+def _initialize(cell: TimeMixToy, config: RwkvRevConfig) -> None:
+    nn.init.constant_(cell.mix, 0.5 + 0.1 * cell.layer)
+    for linear in (cell.receptance, cell.key, cell.value, cell.output):
+        nn.init.orthogonal_(linear.weight)
+
+
+def _told_by(stored: Stored) -> dict[str, Any]:
+    return {"num_attention_heads": 1, "head_size": stored.width}
+
+
+def _rows(*names: tuple[str, str, str]) -> tuple[Row, ...]:
+    return tuple(Row(ours, shape, (f"toy.{name}", f"sums.{name}_proj")) for ours, name, shape in names)
+
+
+TOY = Architecture(
+    version="toy",
+    has_heads=False,
+    state="D",
+    keys="D",
+    lora_targets=("key", "value"),
+    published_sizes=lambda width: {
+        "num_attention_heads": 1, "head_size": width, "intermediate_size": 2 * width,
+    },
+    cells=lambda config: (
+        TimeMixToy(config.hidden_size), ChannelMix(config.hidden_size, config.intermediate_size),
+    ),
+    initialization={TimeMixToy: _initialize, ChannelMix: classic.initialize_channel_mix},
+    log_decay=lambda read: torch.zeros(read("time_mix.mix").shape),
+    layouts=(Layout("toy-pth", "", "blocks."), Layout("toy-hub", "rwkv.", "rwkv.blocks.")),
+    outside=classic.OUTSIDE,
+    block=(
+        *classic.NORMS,
+        Row("time_mix.mix", "D", ("toy.mu", "sums.mu"), "1 D"),
+        *_rows(("time_mix.receptance.weight", "r", "D D"), ("time_mix.key.weight", "k", "D D")),
+        *_rows(("time_mix.value.weight", "v", "D D"), ("time_mix.output.weight", "o", "D D")),
+        *classic.CHANNEL_MIX,
+    ),
+    after=classic.AFTER,
+    initial_state=Row("model.initial_wkv.", "D", ("toy.start", None)),
+    sign="time_mix.mix",
+    told_by=_told_by,
+    hub_config=lambda config: {"model_type": "toy"},
+    cost=Cost(
+        vectors=12,
+        fused_vectors=12,
+        states=lambda config, batch, length, fused: 0,
+        whole=lambda config, batch: [NUMBER * batch * config.hidden_size],
+        remnant=lambda config, log_decay, batch, length: [8],
+    ),
+)  # fmt: skip
