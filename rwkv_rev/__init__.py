@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rwkv_rev.registration import install as _install
 
 if TYPE_CHECKING:
+    from rwkv_rev.base_model import RwkvRevModel as RwkvRevModel
     from rwkv_rev.benchmark.run import run_benchmark as bench  # noqa: F401
     from rwkv_rev.configuration import RwkvRevConfig as RwkvRevConfig
     from rwkv_rev.continuation import generate as generate
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from rwkv_rev.folders.publish import publish as publish
     from rwkv_rev.foreign_code import position_wise as position_wise
     from rwkv_rev.modeling import RwkvRevForCausalLM as RwkvRevForCausalLM
-    from rwkv_rev.modeling import RwkvRevModel as RwkvRevModel
     from rwkv_rev.state import RwkvRevState as RwkvRevState
     from rwkv_rev.training.evaluate import evaluate_directory as evaluate  # noqa: F401
     from rwkv_rev.training.finetune import finetune as finetune
@@ -52,7 +52,7 @@ _ERRORS = (
 _PLACES = {
     "RwkvRevConfig": ("rwkv_rev.configuration", "RwkvRevConfig"),
     "RwkvRevForCausalLM": ("rwkv_rev.modeling", "RwkvRevForCausalLM"),
-    "RwkvRevModel": ("rwkv_rev.modeling", "RwkvRevModel"),
+    "RwkvRevModel": ("rwkv_rev.base_model", "RwkvRevModel"),
     "RwkvRevState": ("rwkv_rev.state", "RwkvRevState"),
     "bench": ("rwkv_rev.benchmark.run", "run_benchmark"),
     "convert": ("rwkv_rev.conversion", "convert"),

@@ -24,6 +24,15 @@ _WITHOUT_EFFECT = (
     "use_cache",
 )
 """What others hand to any model, and what has no place in this one; ``output_attentions`` when it is False."""
+WITH_A_HEAD = (
+    "labels",
+    "shift_labels",
+    "logits_to_keep",
+    "return_logits",
+    "num_items_in_batch",
+    "final_state_gradient",
+)
+"""What the model with an output layer has a name for, and the base model none."""
 
 
 def refuse_packed_rows(kwargs: dict[str, Any], attention_mask: Tensor | None) -> None:
@@ -62,7 +71,7 @@ def refuse_unknown_keywords(kwargs: dict[str, Any], model: type[nn.Module]) -> N
     """Refuse keyword arguments that the model has no name for, rather than leave them without effect.
 
     Args:
-        model: class of the model with an output layer, whose ``forward`` has a name for most.
+        model: class of the model that was called.
 
     Raises:
         TypeError: naming the first one. What is None may have any name.
@@ -80,10 +89,13 @@ def refuse_unknown_keywords(kwargs: dict[str, Any], model: type[nn.Module]) -> N
 
 def _what_there_is(name: str, model: type[nn.Module]) -> str:
     """The nearest keyword to one that there is not, or all of them."""
-    takes = [*inspect.signature(model.forward).parameters, "shift_labels"]
-    takes = [known for known in takes if known not in ("self", "kwargs")]
-    if name in takes:
-        return f"the model with an output layer takes it, {model.__name__}"
+    takes = [
+        known for known in inspect.signature(model.forward).parameters if known not in ("self", "kwargs")
+    ]
+    has_head = WITH_A_HEAD[0] in takes
+    if name in WITH_A_HEAD and not has_head:
+        return "the model with an output layer takes it, RwkvRevForCausalLM"
+    takes += [known for known in WITH_A_HEAD if has_head and known not in takes]
     near = difflib.get_close_matches(name, takes, n=1)
     return f"did you mean {near[0]}?" if near else f"it takes {', '.join(takes)}"
 

@@ -12,8 +12,6 @@ MOST_LINES = 400
 LONGER = {
     "rwkv_rev/wkv/triton_wkv4.py": "GPU kernels, which are read side by side",
     "rwkv_rev/wkv/triton_wkv5.py": "GPU kernels, which are read side by side",
-    "rwkv_rev/wkv/chunked_wkv5.py": "to be cut: forward and backward of one recurrence",
-    "rwkv_rev/modeling.py": "to be cut: both models, and how a call is served",
 }
 
 

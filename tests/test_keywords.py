@@ -10,7 +10,9 @@ from bptt_cases import VERSIONS, assert_agree, differentiate, random_tokens, tin
 from torch import Tensor
 from transformers import DataCollatorWithFlattening
 
+from rwkv_rev import RwkvRevForCausalLM, RwkvRevModel
 from rwkv_rev.errors import StrategyError
+from rwkv_rev.keywords import WITH_A_HEAD
 
 TOKENS = random_tokens(27, batch=3)
 MASK = torch.ones_like(TOKENS)
@@ -143,6 +145,21 @@ def test_an_unknown_keyword_is_told_what_would_work(typo: str, meant: str) -> No
     assert typo in str(error.value) and meant in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(TypeError, match="attention_mask"):
         model.model(TOKENS, attention_maks=MASK)
+
+
+@pytest.mark.parametrize("name", WITH_A_HEAD)
+def test_what_only_the_model_with_a_head_takes(name: str) -> None:
+    model = tiny_model("5.2")
+    with pytest.raises(
+        TypeError, match=f"{name!r}.*the model with an output layer takes it, RwkvRevForCausalLM"
+    ):
+        model.model(TOKENS, **{name: TOKENS})
+
+
+def test_what_the_model_with_a_head_takes_beside_the_base_model() -> None:
+    """``shift_labels`` is no parameter of its ``forward`` by name; ``use_cache`` has no effect on the base model."""
+    takes, base = (set(inspect.signature(m.forward).parameters) for m in (RwkvRevForCausalLM, RwkvRevModel))
+    assert {*WITH_A_HEAD, "use_cache"} == (takes - base) | {"shift_labels"}
 
 
 def test_attentions_are_refused() -> None:

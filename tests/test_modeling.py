@@ -18,8 +18,9 @@ from bptt_cases import (
     tiny_model,
 )
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.utils import logging
 
-from rwkv_rev import RwkvRevConfig, RwkvRevForCausalLM, RwkvRevModel, RwkvRevState, modeling
+from rwkv_rev import RwkvRevConfig, RwkvRevForCausalLM, RwkvRevModel, RwkvRevState
 from rwkv_rev.bptt_settings import BpttSettings
 from rwkv_rev.errors import StrategyError
 
@@ -382,11 +383,20 @@ def test_activation_checkpointing_of_a_plain_forward() -> None:
         assert torch.equal(gradient, gradients[1][1][name]), name
 
 
-@pytest.mark.parametrize("strategy", ["auto", "reversible", "truncated"])
-def test_a_stored_graph_is_told_of(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where one is stored: not by the two sweeps, without a gradient, within a chunk, or where it is meant."""
+@pytest.mark.parametrize(
+    ("strategy", "in_sweeps"),
+    [
+        ("auto", True),
+        ("reversible", True),
+        ("checkpoint", True),
+        ("reversible-lossy", False),
+        ("truncated", False),
+    ],
+)
+def test_a_stored_graph_is_told_of(strategy: str, in_sweeps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where the model computes the loss, nor without a gradient, nor within a chunk, nor where it is meant."""
     told: list[str] = []
-    monkeypatch.setattr(modeling.logger, "warning_once", told.append)
+    monkeypatch.setattr(logging.get_logger("rwkv_rev.modeling"), "warning_once", told.append)
     model, tokens = tiny_model("5.2"), random_tokens(20)
     model.set_bptt(strategy, chunk_length=8)
     model(tokens, labels=tokens).loss.backward()
@@ -395,12 +405,12 @@ def test_a_stored_graph_is_told_of(strategy: str, monkeypatch: pytest.MonkeyPatc
     with torch.no_grad():
         model.train()(tokens)
     with model.set_bptt("full"):
-        model(tokens)
+        model(tokens, output_hidden_states=True)
     assert not told
-    swept = strategy != "truncated"
     model(tokens)
     model.model(tokens)
-    assert len(told) == (0 if swept else 2)
+    assert bool(told) is not in_sweeps
     model(tokens, output_hidden_states=True)
-    assert f"bptt={strategy!r} was not taken for this loss" in told[-1]
-    assert "\n" not in told[-1]
+    model(tokens, use_cache=True)
+    assert len(told) == (2 if in_sweeps else 4) and "\n" not in told[0]
+    assert "the graph of a whole context is stored" in told[0] and f"bptt={strategy!r}" in told[0]

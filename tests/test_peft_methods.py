@@ -19,7 +19,7 @@ from peft_cases import METHODS, Method, made, tokens
 from peft_page import peft_page
 from torch import Tensor, nn
 
-from rwkv_rev import RwkvRevForCausalLM, modeling
+from rwkv_rev import RwkvRevForCausalLM, base_model
 from rwkv_rev.errors import StrategyError
 
 TOLERANCE = 1e-5
@@ -109,14 +109,14 @@ def test_gradient_in_chunks_is_refused(method: Method, tmp_path: Path) -> None:
 def pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Lengths of the pieces that the blocks have read, one after another."""
     read: list[int] = []
-    run = modeling.RwkvRevModel.run
+    run = base_model.RwkvRevModel.run
 
     @wraps(run)
-    def counted(self: modeling.RwkvRevModel, x: Tensor, *others: Any) -> Any:
+    def counted(self: base_model.RwkvRevModel, x: Tensor, *others: Any) -> Any:
         read.append(x.shape[1])
         return run(self, x, *others)
 
-    monkeypatch.setattr(modeling.RwkvRevModel, "run", counted)
+    monkeypatch.setattr(base_model.RwkvRevModel, "run", counted)
     return read
 
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from rwkv_rev import RwkvRevForCausalLM, modeling
+from rwkv_rev import RwkvRevForCausalLM, base_model
 from rwkv_rev.bptt import Reversible
 
 pytest.importorskip("trl", minversion="1.16")
@@ -358,9 +358,9 @@ def test_whose_loss_it_is(
     own: list[int] = []
     others: list[int] = []
     told: list[str] = []
-    original, read = Reversible.loss, modeling.hidden_states
+    original, read = Reversible.loss, base_model.hidden_states
     monkeypatch.setattr(Reversible, "loss", lambda self, *args: own.append(1) or original(self, *args))
-    monkeypatch.setattr(modeling, "hidden_states", lambda *args: others.append(1) or read(*args))
+    monkeypatch.setattr(base_model, "hidden_states", lambda *args: others.append(1) or read(*args))
     monkeypatch.setattr(logging.get_logger("rwkv_rev.modeling"), "warning_once", told.append)
     sft(trainer, model, tokenizer, tmp_path, max_steps=1)
     assert (bool(own), bool(others)) == (trainer is LongSFTTrainer, trainer is SFTTrainer)

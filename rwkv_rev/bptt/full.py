@@ -18,6 +18,7 @@ from rwkv_rev.bptt.strategy import (
     refuse_offloaded,
 )
 from rwkv_rev.loss import linear_cross_entropy
+from rwkv_rev.state import RwkvRevState
 
 
 class Full(Strategy):
@@ -33,18 +34,34 @@ class Full(Strategy):
             # one chunk: the same graph, differentiated with a loss scale
             result = Checkpoint(inputs.length, self.tape, self.tape_dir).loss(model, inputs)
             return replace(result, report={"strategy": self.name, "chunk_length": inputs.length})
-        wanted = [parameter for parameter in parameters if parameter.requires_grad]
-        refuse_offloaded(wanted)
-        hidden, state = model.read(inputs.input_ids, inputs.valid, inputs.inputs_embeds, inputs.state)
-        loss = linear_cross_entropy(
-            hidden,
-            model.head,
-            inputs.targets,
-            scale=1 / inputs.divisor,
-            vocab_size=model.vocab_size,
-            parameters=wanted,
-        )
-        if inputs.final_state_gradient is not None:
-            further = state.inner(inputs.final_state_gradient)
-            loss = loss + (further - further.detach())  # its gradient, not its value
+        loss, _, state = loss_in_one_graph(model, inputs)
         return LossResult(loss, state.detach(), {"strategy": self.name, "chunk_length": inputs.length})
+
+
+def loss_in_one_graph(
+    model: LanguageModel, inputs: LossInputs, streams: list[Tensor] | None = None
+) -> tuple[Tensor, Tensor, RwkvRevState]:
+    """Loss, normalised hidden states [B, T, D] and the state after them, in the graph of the whole context.
+
+    Args:
+        streams: collects the residual stream before block 0 and after every block.
+
+    Raises:
+        StrategyError: where gradients are taken of a model of which a part is offloaded.
+    """
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if torch.is_grad_enabled():
+        refuse_offloaded(wanted)
+    hidden, state = model.read(inputs.input_ids, inputs.valid, inputs.inputs_embeds, inputs.state, streams)
+    loss = linear_cross_entropy(
+        hidden,
+        model.head,
+        inputs.targets,
+        scale=1 / inputs.divisor,
+        vocab_size=model.vocab_size,
+        parameters=wanted,
+    )
+    if inputs.final_state_gradient is not None:
+        further = state.inner(inputs.final_state_gradient)
+        loss = loss + (further - further.detach())  # its gradient, not its value
+    return loss, hidden, state

@@ -75,7 +75,7 @@ class ModelSuite(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
 
     def setUp(self) -> None:
         super().setUp()
-        replaced = patch("rwkv_rev.modeling.BpttSettings", lambda: self.settings)
+        replaced = patch("rwkv_rev.base_model.BpttSettings", lambda: self.settings)
         replaced.start()
         self.addCleanup(replaced.stop)
 

@@ -1,0 +1,325 @@
+"""The base model: embedding, ``ln0``, a stack of reversible blocks, ``ln_out``; and what both models share.
+
+Without gradients a context is read chunk by chunk. With gradients, one of more than a chunk goes through the two sweeps
+(:mod:`rwkv_rev.bptt.any_loss`), whatever is computed from its hidden states; or its whole graph is stored, which is
+exact too and said once, where chunks cannot be told apart or more than the last hidden states is asked for.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import logging
+
+from rwkv_rev.adapters import refuse_recomputing
+from rwkv_rev.bptt import choose_strategy
+from rwkv_rev.bptt.any_loss import hidden_states
+from rwkv_rev.bptt.layers import run_layers
+from rwkv_rev.bptt.strategy import LanguageModel, LossInputs
+from rwkv_rev.bptt.sweeps import TwoSweeps
+from rwkv_rev.bptt_settings import BpttSettings
+from rwkv_rev.cache import Piece, RwkvRevCache, handed_over
+from rwkv_rev.cells.block import Block
+from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.configuration import RwkvRevConfig
+from rwkv_rev.errors import StrategyError
+from rwkv_rev.exporting import exportable
+from rwkv_rev.first_order import transforms_of
+from rwkv_rev.foreign_code import strangers
+from rwkv_rev.initialization import initialize_head
+from rwkv_rev.inputs import masked_embeds, rows_and_tokens, valid_tokens
+from rwkv_rev.keywords import refuse_packed_rows, refuse_unknown_keywords
+from rwkv_rev.outputs import RwkvRevOutput
+from rwkv_rev.state import RwkvRevState
+
+logger = logging.get_logger("rwkv_rev.modeling")  # one for both models
+
+
+class RwkvRevPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation shared by the two models."""
+
+    config: RwkvRevConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]  # noqa: RUF012 (declared so by the base class)
+    # decays act through a double exponential: half precision would change them
+    _keep_in_fp32_modules_strict = ["time_decay", "bonus"]  # noqa: RUF012
+
+    def post_init(self) -> None:
+        """Called when all modules are there: those that loading keeps in float32 are made so in the first place."""
+        if self.config.has_initial_state:
+            self._keep_in_fp32_modules_strict = [*self._keep_in_fp32_modules_strict, "initial_wkv"]
+        for name, parameter in self.named_parameters():
+            narrow = parameter.dtype in (torch.float16, torch.bfloat16)
+            if narrow and not set(self._keep_in_fp32_modules_strict).isdisjoint(name.split(".")):
+                parameter.data = parameter.data.float()
+        super().post_init()
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
+        """Let every n-th block keep its inputs alone, and be computed again by the given function."""
+        function = gradient_checkpointing_func
+        if enable and getattr(function, "keywords", {}).get("use_reentrant"):
+            logger.warning_once(
+                "use_reentrant=True is taken as False: the gradient is the same, of the state too"
+            )
+        for index, block in enumerate(cast(RwkvRevModel, self.base_model).typed_blocks()):
+            chosen = enable and index % every_n_layers == 0
+            block.recompute = partial(function, use_reentrant=False) if chosen else None
+
+    def _by_config(self, output_hidden_states: bool | None, return_dict: bool | None) -> tuple[bool, bool]:
+        """The two settings of a call, where None stands for the configuration's."""
+        config = self.config
+        return (
+            bool(config.output_hidden_states if output_hidden_states is None else output_hidden_states),
+            bool(config.return_dict if return_dict is None else return_dict),
+        )
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # transformers visits every module that owns parameters, children first
+        if (initialize := self.config.architecture.initialization.get(type(module))) is not None:
+            initialize(module, self.config)
+        elif isinstance(module, nn.ParameterList):
+            for state in module:
+                init.zeros_(state)
+        elif isinstance(module, nn.Embedding):
+            init.uniform_(module.weight, a=-1e-4, b=1e-4)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear) and module is getattr(self, "head", None):
+            initialize_head(module)
+
+
+class RwkvRevModel(RwkvRevPreTrainedModel):
+    """The stack: embedding, ``ln0``, L blocks, ``ln_out``."""
+
+    def __init__(self, config: RwkvRevConfig) -> None:
+        super().__init__(config)
+        self.bptt = BpttSettings()
+        self.embeddings: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.ln0 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.ln_out = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.initial_wkv = initial_states(config) if config.has_initial_state else None
+        self.post_init()
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether blocks keep only their inputs in training, and are computed again when their gradient is taken."""
+        return any(block.recompute is not None for block in self.typed_blocks())
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enable: bool) -> None:
+        self._set_gradient_checkpointing(enable)
+
+    def typed_blocks(self) -> list[Block]:
+        return cast(list[Block], list(self.blocks))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings = value
+
+    def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Input to block 0 [B, C, D]: the normalised embedding."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        return self.ln0(self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds)
+
+    def run(
+        self, x: Tensor, state: RwkvRevState, mask: ChunkMask | None, streams: list[Tensor] | None = None
+    ) -> tuple[Tensor, RwkvRevState]:
+        """All blocks on x [B, C, D] by plain differentiable arithmetic; ``streams`` collects every residual."""
+        again = self.training and torch.is_grad_enabled() and self.gradient_checkpointing
+        if again:
+            refuse_recomputing(self)
+        states = [state.layer(index) for index in range(len(self.blocks))]
+        x, after = run_layers(self.typed_blocks(), x, states, mask, recompute=again, streams=streams)
+        return x, RwkvRevState.stack(after)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        state: RwkvRevState | None = None,
+        output_hidden_states: bool | None = None,
+        past_key_values: RwkvRevState | RwkvRevCache | None = None,
+        cache: RwkvRevState | RwkvRevCache | None = None,
+        croppable: int = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> RwkvRevOutput | tuple[Any, ...]:
+        """Hidden states after ``ln_out``, and the state to go on from.
+
+        Args:
+            input_ids: [B, T] int64, or ``inputs_embeds`` [B, T, D] (before ``ln0``).
+            attention_mask: [B, T], 0 where a token is padding or a hole; such tokens change nothing.
+            state: state after the tokens before these; empty when None.
+            output_hidden_states: also return the residual stream before block 0 and after every block; the config's
+                setting when None, as of ``return_dict``.
+            past_key_values, cache: the same as ``state``; a :class:`RwkvRevCache` is brought up to date.
+            croppable: tokens at the end that a recording cache may be asked to forget (0: all).
+
+        With gradients disabled, contexts longer than ``set_bptt``'s ``chunk_length`` run chunk by chunk.
+        """
+        output_hidden_states, return_dict = self._by_config(output_hidden_states, return_dict)
+        batch, length, device = rows_and_tokens(input_ids, inputs_embeds)
+        refuse_packed_rows(kwargs, attention_mask)
+        refuse_unknown_keywords(kwargs, RwkvRevModel)
+        valid = valid_tokens(attention_mask, length, batch)
+        inputs_embeds = masked_embeds(inputs_embeds, valid)
+        state, updated = handed_over(state=state, past_key_values=past_key_values, cache=cache)
+        state = self.initial_state(batch, device) if state is None else state
+        if state.batch_size != batch:
+            raise ValueError(f"the state has {state.batch_size} rows, the input {batch}")
+        if state.wkv.shape[0] != len(self.blocks):
+            raise ValueError(f"the state has {state.wkv.shape[0]} layers, the model {len(self.blocks)}")
+        if updated is None and not output_hidden_states and self._goes_in_sweeps(length):
+            read = self._in_sweeps(input_ids, inputs_embeds, valid, state)
+            if read is not None:
+                output = RwkvRevOutput(last_hidden_state=read[0], state=exportable(read[1]))
+                return output if return_dict else output.to_tuple()
+        # chunk by chunk without gradients; at once where code inside the model might look at positions
+        whole = torch.is_grad_enabled() or length <= self.bptt.chunk_length or strangers(self).unknown
+        starts = set(range(0, length, length if whole else self.bptt.chunk_length))
+        if updated is not None and updated.is_croppable:
+            if croppable > length:
+                raise ValueError(
+                    f"assisted generation asks for logits of {croppable} tokens and hands over {length}, as it does "
+                    "under peft's prompt learning; generate without an assistant"
+                )
+            starts.add(length - (croppable or length))
+        hidden, streams = [], []
+        for start, stop in pairwise([*sorted(starts), length]):
+            part = slice(start, stop)
+            embedded = self.embed(
+                None if input_ids is None else input_ids[:, part],
+                None if inputs_embeds is None else inputs_embeds[:, part],
+            )
+            flags = None if valid is None else valid[:, part]
+            collected = [embedded]
+            mask = None if flags is None else ChunkMask.of(flags)
+            x, after = self.run(embedded, state, mask, collected if output_hidden_states else None)
+            if updated is not None:
+                again = partial(self._read_first, embedded, flags, state)
+                updated.advance(after, Piece(state, stop - start, again))
+            state = after
+            hidden.append(self.ln_out(x))
+            streams.append(collected)
+        last = _joined(hidden)
+        if self.training and last.requires_grad:
+            _tell_of_whole_graph(self.bptt, length)
+        output = RwkvRevOutput(
+            last_hidden_state=last,
+            state=exportable(state),
+            hidden_states=tuple(_joined(list(parts)) for parts in zip(*streams, strict=True))
+            if output_hidden_states
+            else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _goes_in_sweeps(self, length: int) -> bool:
+        """Whether the gradient of a loss that somebody else computes is to be had chunk by chunk, too."""
+        long = torch.is_grad_enabled() and length > self.bptt.chunk_length
+        return long and self.bptt.strategy in ("auto", "reversible", "checkpoint")
+
+    @torch.compiler.disable  # as the loss
+    def _in_sweeps(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        valid: Tensor | None,
+        state: RwkvRevState,
+    ) -> tuple[Tensor, RwkvRevState] | None:
+        """Hidden states and the state after them, differentiable by two sweeps; None where that cannot be."""
+        given = [] if inputs_embeds is None else [inputs_embeds]
+        tensors = [*self.parameters(), *state.tensors(), *given]
+        if not any(tensor.requires_grad for tensor in tensors) or transforms_of(tensors):
+            return None
+        batch, length, device = rows_and_tokens(input_ids, inputs_embeds)
+        inputs = LossInputs(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            valid=valid,
+            targets=torch.zeros(1, dtype=torch.int64, device=device).expand(batch, length),
+            divisor=1.0,
+            state=state,
+        )
+        bptt = self.bptt
+        strategy = choose_strategy(
+            bptt.strategy, length, chunk_length=bptt.chunk_length, tape=bptt.tape, tape_dir=bptt.tape_dir
+        )
+        assert isinstance(strategy, TwoSweeps)
+        model = cast(LanguageModel, self)
+        try:
+            found = strategy.check(model, list(self.parameters()))
+        except StrategyError as reason:  # the whole graph is right there, too
+            logger.warning_once(
+                f"the graph of the whole context is stored, and its memory grows with it: {reason}"
+            )
+            return None
+        return hidden_states(strategy, model, inputs, found)
+
+    @property
+    def checkpoints_blocks(self) -> bool:
+        """Whether blocks keep only their inputs inside a chunk (``gradient_checkpointing_enable``)."""
+        return self.gradient_checkpointing and self.training
+
+    def normalize(self, hidden: Tensor) -> Tensor:
+        """What the head reads, from the top block's output [B, C, D]."""
+        return self.ln_out(hidden)
+
+    @torch.no_grad()
+    def _read_first(
+        self, embedded: Tensor, valid: Tensor | None, state: RwkvRevState, count: int
+    ) -> RwkvRevState:
+        """State after the first ``count`` tokens of a piece [B, C, D] that began with ``state``."""
+        mask = None if valid is None else ChunkMask.of(valid[:, :count])
+        return self.run(embedded[:, :count], state, mask)[1]
+
+    def initial_state(self, batch_size: int, device: torch.device | None = None) -> RwkvRevState:
+        """What ``batch_size`` rows begin with: empty, or with the tuned WKV state; on the model's device when None."""
+        weight = self.ln0.weight
+        state = RwkvRevState.empty(self.config, batch_size, device or weight.device, weight.dtype)
+        if self.initial_wkv is None:
+            return state
+        tuned = torch.stack(list(self.initial_wkv)).to(state.wkv.dtype)  # [L, H, N, N]
+        wkv = tuned[:, None].expand(-1, batch_size, -1, -1, -1).contiguous()
+        return replace(state, wkv=wkv)
+
+
+def initial_states(config: RwkvRevConfig) -> nn.ParameterList:
+    """A WKV state [H, N, N] (key index first) of zeros for each layer."""
+    shape = config.architecture.state_shape(config)
+    return nn.ParameterList(torch.zeros(shape) for _ in range(config.num_hidden_layers))
+
+
+def _tell_of_whole_graph(bptt: BpttSettings, length: int) -> None:
+    """Warn once where a context of ``length`` tokens would be cut into chunks, had the model computed the loss."""
+    if bptt.strategy == "full" or length <= bptt.chunk_length or torch.compiler.is_compiling():
+        return
+    logger.warning_once(
+        f"the graph of a whole context is stored: bptt={bptt.strategy!r} was not taken for this loss on logits or "
+        "hidden states. Such a gradient is exact, its memory grows with the context; bptt='reversible' keeps it flat "
+        "(without output_hidden_states, a cache that records, or code that is not position-wise), bptt='full' says "
+        "that this is meant"
+    )
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
