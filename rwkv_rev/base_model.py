@@ -189,7 +189,11 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
             raise ValueError(f"the state has {state.batch_size} rows, the input {batch}")
         if state.wkv.shape[0] != len(self.blocks):
             raise ValueError(f"the state has {state.wkv.shape[0]} layers, the model {len(self.blocks)}")
-        if updated is None and not output_hidden_states and self._goes_in_sweeps(length):
+        if (
+            updated is None
+            and not output_hidden_states
+            and self.goes_in_sweeps(length, inputs_embeds, *state.tensors())
+        ):
             read = self._in_sweeps(input_ids, inputs_embeds, valid, state)
             if read is not None:
                 output = RwkvRevOutput(last_hidden_state=read[0], state=exportable(read[1]))
@@ -233,10 +237,15 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         )
         return output if return_dict else output.to_tuple()
 
-    def _goes_in_sweeps(self, length: int) -> bool:
-        """Whether the gradient of a loss that somebody else computes is to be had chunk by chunk, too."""
+    def goes_in_sweeps(self, length: int, *given: Tensor | None) -> bool:
+        """Whether the gradient of a loss that somebody else computes is to be had chunk by chunk, too.
+
+        ``given``: what else than the parameters may require one.
+        """
         long = torch.is_grad_enabled() and length > self.bptt.chunk_length
-        return long and self.bptt.strategy in ("auto", "reversible", "checkpoint")
+        if not long or self.bptt.strategy not in ("auto", "reversible", "checkpoint"):
+            return False
+        return any(tensor is not None and tensor.requires_grad for tensor in (*self.parameters(), *given))
 
     @torch.compiler.disable  # as the loss
     def _in_sweeps(
@@ -249,7 +258,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         """Hidden states and the state after them, differentiable by two sweeps; None where that cannot be."""
         given = [] if inputs_embeds is None else [inputs_embeds]
         tensors = [*self.parameters(), *state.tensors(), *given]
-        if not any(tensor.requires_grad for tensor in tensors) or transforms_of(tensors):
+        if transforms_of(tensors):
             return None
         batch, length, device = rows_and_tokens(input_ids, inputs_embeds)
         inputs = LossInputs(
@@ -316,8 +325,8 @@ def _tell_of_whole_graph(bptt: BpttSettings, length: int) -> None:
     logger.warning_once(
         f"the graph of a whole context is stored: bptt={bptt.strategy!r} was not taken for this loss on logits or "
         "hidden states. Such a gradient is exact, its memory grows with the context; bptt='reversible' keeps it flat "
-        "(without output_hidden_states, a cache that records, or code that is not position-wise), bptt='full' says "
-        "that this is meant"
+        "(without output_hidden_states, use_cache=True, or code that is not position-wise), bptt='full' says that this "
+        "is meant"
     )
 
 

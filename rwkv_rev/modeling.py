@@ -26,7 +26,7 @@ from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.first_order import refuse_transforms
 from rwkv_rev.generation import RwkvRevGenerationMixin
-from rwkv_rev.inputs import loss_inputs
+from rwkv_rev.inputs import loss_inputs, rows_and_tokens
 from rwkv_rev.keywords import refuse_packed_rows, refuse_replica, refuse_unknown_keywords
 from rwkv_rev.loss import sum_cross_entropy, wide
 from rwkv_rev.outputs import RwkvRevCausalLMOutput
@@ -184,7 +184,8 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
                 row's next valid token. -100 is ignored. In their place ``shift_labels`` (a keyword) gives what each
                 position itself predicts; a masked one predicts nothing.
             use_cache: return the state as a cache too, as ``generate`` wants it; the default is as in transformers:
-                ``config.use_cache`` out of training. The state itself is always returned.
+                ``config.use_cache`` out of training (but not for a gradient over more than a chunk, whose memory it
+                would cost). The state itself is always returned.
             logits_to_keep: only the last so many positions' logits (0: all), or their indices.
             output_hidden_states: also return the residual stream before block 0 and after every block; the config's
                 setting when None, as of ``return_dict``. Beside a loss it needs, as ``return_logits`` does, ``full`` or
@@ -217,7 +218,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
                 raise ValueError("final_state_gradient is added to a loss: give labels, too")
             if not (self.config.use_cache and not self.training if use_cache is None else use_cache):
                 updated = None
-            elif updated is None:
+            elif updated is None and (use_cache or not self._goes_in_sweeps(input_ids, inputs_embeds, state)):
                 updated = RwkvRevCache(state)
             hidden = self.model(
                 input_ids,
@@ -254,6 +255,13 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
                 ignored = self.config.keys_to_ignore_at_inference
                 return tuple(value for name, value in output.items() if name not in ignored)
         return output if return_dict else output.to_tuple()
+
+    def _goes_in_sweeps(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, state: RwkvRevState | None
+    ) -> bool:
+        """Whether a gradient will be asked for which a cache, that nobody has asked for, would make costly."""
+        _, length, _ = rows_and_tokens(input_ids, inputs_embeds)
+        return self.model.goes_in_sweeps(length, inputs_embeds, *(() if state is None else state.tensors()))
 
     @torch.compiler.disable  # two sweeps with a tape between them are no graph
     def _loss(

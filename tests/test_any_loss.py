@@ -19,8 +19,10 @@ from bptt_cases import (
 )
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
+from transformers.utils import logging
 
-from rwkv_rev import RwkvRevForCausalLM, RwkvRevState, position_wise
+from rwkv_rev import RwkvRevForCausalLM, RwkvRevState, base_model, position_wise
+from rwkv_rev.cache import CACHE_NAME, RwkvRevCache
 from rwkv_rev.errors import ReversalMismatchError, StrategyError
 
 # peft still uses names that transformers renamed
@@ -241,14 +243,42 @@ def test_a_fault_in_either_sweep_is_found(model: RwkvRevForCausalLM, call: int) 
     assert seen[0] > call
 
 
-def test_code_that_is_not_known_gets_the_whole_graph(model: RwkvRevForCausalLM) -> None:
+def test_code_that_is_not_known_gets_the_whole_graph(
+    model: RwkvRevForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Right, too, and said."""
+    told: list[str] = []
+    monkeypatch.setattr(logging.get_logger("rwkv_rev.modeling"), "warning_once", told.append)
     model.model.blocks[0].register_forward_hook(lambda module, given, output: None)
     with model.set_bptt("full"):
         expected = torch.autograd.grad(objective(model(IDS).logits), list(model.parameters()))
     found = torch.autograd.grad(objective(model(IDS).logits), list(model.parameters()))
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
+    assert "the graph of the whole context is stored" in told[0] and "position_wise" in told[0]
+
+
+def test_the_cache_of_evaluation_does_not_stand_in_the_way(
+    model: RwkvRevForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``from_pretrained`` gives models in eval mode, whose outputs hold a cache: here only where nothing is learned."""
+    read: list[Any] = []
+    original = base_model.hidden_states
+    monkeypatch.setattr(base_model, "hidden_states", lambda *args: read.append(args) or original(*args))
+    output = model.eval()(IDS)
+    assert len(read) == 1 and output.get(CACHE_NAME) is None
+    objective(output.logits).backward()
+    assert model(IDS, use_cache=True)[CACHE_NAME] is not None
+    assert model(IDS[:, :CHUNK])[CACHE_NAME] is not None
+    given = RwkvRevCache(model.initial_state(2))
+    assert model(IDS, past_key_values=given)[CACHE_NAME] is given
+    with torch.no_grad():
+        assert model(IDS)[CACHE_NAME] is not None
+    model.requires_grad_(False)
+    assert model(IDS)[CACHE_NAME] is not None
+    assert len(read) == 1
+    embeds = model.get_input_embeddings()(IDS).requires_grad_()
+    assert model(inputs_embeds=embeds).get(CACHE_NAME) is None and len(read) == 2
 
 
 class Rows(torch.utils.data.Dataset):

@@ -45,7 +45,7 @@ def test_double_backward_through_logits_is_refused(version: str, trainable: str)
 
 @pytest.mark.parametrize("version", ["4", "5.2"])
 def test_the_advice_works(version: str) -> None:
-    """The naive kernel and a loss on logits: a Hessian-vector product, against differences of gradients."""
+    """The naive kernel, ``full`` and a loss on logits: a Hessian-vector product, against differences of gradients."""
     model = tiny_model(version, dtype=torch.float64)
     weight = model.blocks[0].time_mix.key.weight
     toward = torch.randn(weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -55,7 +55,7 @@ def test_the_advice_works(version: str) -> None:
         loss = torch.nn.functional.cross_entropy(logits, IDS[0, 1:])
         return torch.autograd.grad(loss, weight, create_graph=create_graph)[0]
 
-    with use_kernel("naive"):
+    with use_kernel("naive"), model.set_bptt("full", chunk_length=CHUNK):
         (product,) = torch.autograd.grad((gradient(create_graph=True) * toward).sum(), weight)
         step, kept = 1e-5, weight.detach().clone()
         with torch.no_grad():
