@@ -29,7 +29,13 @@ def run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
+    "page",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md")),
+    ],
 )
 def test_lines_of_prose_fit(page: str) -> None:
     """In 120 columns; the rows of a table, and images, have no other line to go to."""
