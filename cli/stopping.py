@@ -5,11 +5,13 @@ The note, because native code that an exception interrupts may put an error of i
 
 import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rwkv_rev.cli import output as out
 
@@ -26,6 +28,7 @@ def install_handlers() -> None:
         signal.signal(signal.SIGTERM, _stop)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop)
+    sys.unraisablehook = _come_again
 
 
 def exit_code(error: BaseException) -> int | None:
@@ -59,6 +62,14 @@ def telling_if_stopped(output: Path | None) -> Iterator[None]:
             there = f"{output} is not there"
         tell(f"{there}; the same command begins anew")
         raise
+
+
+def _come_again(unheard: Any) -> None:
+    """For what was raised where nobody hears it (a destructor, a callback of native code): a stop comes once more."""
+    if _received and isinstance(unheard.exc_value, KeyboardInterrupt | SystemExit):
+        threading.Timer(0.01, signal.raise_signal, (_received[0],)).start()  # here it would be unheard again
+    else:
+        sys.__unraisablehook__(unheard)
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:

@@ -503,3 +503,25 @@ def test_a_dry_run_refuses_where_nothing_can_be_written(
     for more in ((), ("--dry-run",)):
         code, out, err = cli("convert", "bundled:rwkv-4", "--output", "deep/model", *more)
         assert (code, out) == (1, "") and "no permission to write in" in err
+
+
+def test_a_stop_that_nobody_hears_comes_again() -> None:
+    """Raised in a destructor, an exception is told of by Python and forgotten."""
+    program = """
+import os, signal, sys, time
+from rwkv_rev.cli.stopping import install_handlers
+install_handlers()
+
+class Held:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):
+            pass
+
+held = Held()
+del held
+time.sleep(5)
+print("it went on")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "")

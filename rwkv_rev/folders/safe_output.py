@@ -176,6 +176,19 @@ def _only_writer(output: Path) -> Iterator[bool]:
     path = output.with_name(f".{output.name}.lock")
     lock = FileLock(path)
     try:
+        yield _acquired(lock, output)
+    finally:
+        if lock.is_locked:
+            with suppress(OSError):  # Windows removes no file that is open
+                path.unlink()
+            lock.release()
+            if os.name == "nt":
+                with suppress(OSError):
+                    path.unlink()
+
+
+def _acquired(lock: FileLock, output: Path) -> bool:
+    try:
         lock.acquire(timeout=0)
     except Timeout:
         raise OutputError(
@@ -184,17 +197,8 @@ def _only_writer(output: Path) -> Iterator[bool]:
     except (NotImplementedError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
             raise
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        with suppress(OSError):  # Windows removes no file that is open
-            path.unlink()
-        lock.release()
-        if os.name == "nt":
-            with suppress(OSError):
-                path.unlink()
+        return False
+    return True
 
 
 def require_space(folder: Path, nbytes: int) -> None:
