@@ -12,8 +12,10 @@ The k vectors are, in the time mix, the residual stream, its LayerNorm, the shif
 recurrence's output before and after GroupNorm, gate, its silu and their product; in the channel mix the residual,
 LayerNorm, shifted and two mixed inputs, receptance and value. F numbers are the hidden layer before and after
 squaring. The CUDA kernels (``fused``) keep neither the shifted inputs nor the steps between GroupNorm and its gate: k
-is 18, 15 and 17 there, with one state per 64 tokens (RWKV-5) or none (RWKV-4). k, s and the tape's records are each
-generation's own (:class:`~rwkv_rev.architectures.architecture.Cost`).
+is 18, 15 and 17 there, with one state per 64 tokens (RWKV-5) or none (RWKV-4). On such a device the hidden layer after
+squaring is made again instead of kept, and so are the mixes (6, 5 and 5 of the k) unless autocast copies them;
+activation checkpointing keeps what it keeps. k, s and the tape's records are each generation's own
+(:class:`~rwkv_rev.architectures.architecture.Cost`).
 
 The peak of device memory comes at one of three moments:
 
@@ -152,7 +154,14 @@ def _forecast(name: str, run: _Run) -> StrategyForecast:
     layers, width = config.num_hidden_layers, config.hidden_size
     at_once = run.context if name == "full" else run.chunk
     tokens = batch * at_once
-    held = graph_bytes(config, batch, at_once, checkpoint_blocks=run.checkpoint_blocks, fused=run.fused)
+    held = graph_bytes(
+        config,
+        batch,
+        at_once,
+        checkpoint_blocks=run.checkpoint_blocks,
+        fused=run.fused,
+        half=run.graph_share < 1,
+    )
     graph = round(run.graph_share * held) + run.half_copies
     sums = 0 if name == "full" or run.chunks == 1 else gradients
     memory = NUMBER * batch * math.prod(config.architecture.state_shape(config))
@@ -188,17 +197,26 @@ def _forecast(name: str, run: _Run) -> StrategyForecast:
 
 
 def graph_bytes(
-    config: RwkvRevConfig, batch: int, length: int, *, checkpoint_blocks: bool = False, fused: bool = False
+    config: RwkvRevConfig,
+    batch: int,
+    length: int,
+    *,
+    checkpoint_blocks: bool = False,
+    fused: bool = False,
+    half: bool = False,
 ) -> int:
-    """Bytes that the graph of ``batch`` rows of ``length`` tokens keeps, loss and weights aside.
+    """Bytes that the graph of ``batch`` rows of ``length`` tokens keeps, loss and weights aside, in float32.
 
-    With ``checkpoint_blocks`` the inputs of the blocks, and one block's graph while it is differentiated.
+    With ``checkpoint_blocks`` the inputs of the blocks, and one block's graph while it is differentiated. ``half``:
+    autocast copies what a linear map reads.
     """
     width = config.hidden_size
     layers = 1 if checkpoint_blocks else config.num_hidden_layers
     cost = config.architecture.cost
     state = cost.states(config, batch, length, fused)
-    vectors = (cost.fused_vectors if fused else cost.vectors) * width + 2 * config.intermediate_size
+    again = fused and not checkpoint_blocks
+    vectors = (cost.fused_vectors if fused else cost.vectors) - (cost.mixes if again and not half else 0)
+    vectors = vectors * width + (1 if again else 2) * config.intermediate_size
     inputs = config.num_hidden_layers * width if checkpoint_blocks else 0
     return NUMBER * (batch * length * (layers * vectors + 2 * width + inputs) + layers * state)
 

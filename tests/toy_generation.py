@@ -124,6 +124,7 @@ TOY = Architecture(
     cost=Cost(
         vectors=12,
         fused_vectors=12,
+        mixes=0,
         states=lambda config, batch, length, fused: 0,
         whole=lambda config, batch: [NUMBER * batch * config.hidden_size],
         remnant=lambda config, log_decay, batch, length: [8],

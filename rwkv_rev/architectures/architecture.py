@@ -85,6 +85,7 @@ class Cost:
     Attributes:
         vectors: D numbers each, that the graph of a layer keeps of a token.
         fused_vectors: the same where the CUDA kernels run.
+        mixes: how many of these are mixes of two tokens, which a CUDA device makes again instead of keeping.
         states: numbers that the graph of a layer keeps of the recurrence's states, by (config, B, C, fused).
         whole: bytes of each tensor of a memory on the tape where it is kept whole, by (config, B).
         remnant: bytes of each tensor that one chunk puts there otherwise, fingerprints too but no token shifts, by
@@ -93,6 +94,7 @@ class Cost:
 
     vectors: int
     fused_vectors: int
+    mixes: int
     states: Callable[["RwkvRevConfig", int, int, bool], int]
     whole: Callable[["RwkvRevConfig", int], list[int]]
     remnant: Callable[["RwkvRevConfig", Tensor, int, int], list[int]]

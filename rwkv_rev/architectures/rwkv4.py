@@ -97,5 +97,5 @@ RWKV4 = Architecture(
     sign=classic.SIGN,
     told_by=_told_by,
     hub_config=_hub_config,
-    cost=Cost(vectors=18, fused_vectors=17, states=_states, whole=_whole, remnant=_remnant),
+    cost=Cost(vectors=18, fused_vectors=17, mixes=5, states=_states, whole=_whole, remnant=_remnant),
 )

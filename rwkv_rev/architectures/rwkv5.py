@@ -192,6 +192,7 @@ def _version(version: str, *, gated: bool, per_channel: bool) -> Architecture:
         cost=Cost(
             vectors=22 if gated else 18,
             fused_vectors=18 if gated else 15,
+            mixes=6 if gated else 5,
             states=_states,
             whole=_whole,
             remnant=_remnant,

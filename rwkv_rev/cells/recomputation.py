@@ -24,6 +24,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from rwkv_rev import random_state
 from rwkv_rev.errors import ReversalMismatchError
 from rwkv_rev.reversal.fingerprint import checksum
+from rwkv_rev.wkv.dispatch import choose_kernel
 
 DEVICES = ("cuda",)
 """Where computing again costs less than memory is worth: on a CPU new memory is what an elementwise formula costs."""
@@ -37,11 +38,12 @@ def not_kept(results: Sequence[Tensor], make: Callable[[], Sequence[Tensor]]) ->
         results: what is read inside.
         make: gives the same bits, from tensors that are kept anyway; called without graph.
 
-    Elsewhere than on :data:`DEVICES`, and where somebody else says what autograd keeps (``saved_tensors_hooks``, as
+    Elsewhere than on :data:`DEVICES`, without the kernels that do it in one launch, and where somebody else says what autograd keeps (``saved_tensors_hooks``, as
     activation checkpointing does), nothing is done.
     """
     wanted = torch.is_grad_enabled() and results[0].device.type in DEVICES
-    if not wanted or _others_pack():
+    fused = results[0].device.type != "cuda" or choose_kernel(None, results[0]) == "triton"
+    if not (wanted and fused) or _others_pack():
         yield
         return
     again = _MadeAgain(results, make)
