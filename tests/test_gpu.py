@@ -182,7 +182,7 @@ def test_recordings_that_last_change_no_bit(monkeypatch):
                         parameter.sub_(0.01 * parameter.grad)
         outcomes.append(found)
     assert not cuda_graphs._failures
-    assert len(runs) >= 3, "recorded in the second step, and run from there on"
+    assert len(runs) >= 3, "recorded in the third step, and run from there on"
     assert all(torch.equal(one, other) for one, other in zip(*outcomes, strict=True))
     gone = weakref.ref(model)
     del model

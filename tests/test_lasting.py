@@ -118,7 +118,7 @@ def test_other_work_is_not_run_by_old_recordings(
 ) -> None:
     ids, model = random_tokens(64), tiny_model("4")
     played(True)
-    for _ in range(3):
+    for _ in range(4):
         step(model, ids)
     assert len(lasted) == 2
     twin = tiny_model("4")
@@ -173,6 +173,6 @@ def test_little_memory_drops_them(
     model = tiny_model("4")
     played(True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 100))
-    for _ in range(4):
+    for _ in range(5):
         step(model, random_tokens(64))
     assert len(lasted) == 1

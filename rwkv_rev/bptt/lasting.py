@@ -2,8 +2,9 @@
 
 Weights are updated in place, so a recording sees the new ones; what the sweeps compute of them once, the plan, is
 copied into the recorded one. Four recordings share one memory: a chunk of the first sweep, and the last, an inner and
-the first chunk of the second. They are made in the second step of a kind (the first one has compiled and loaded every
-kernel), kept for one kind of work per model, and dropped where the device has little memory left beside them.
+the first chunk of the second. They are made in the third step of a kind (the first one compiles and loads every
+kernel, the second shows whether the device waits for the host), kept for one kind of work per model, and dropped where the
+device has little memory left beside them.
 
 A kind of work is all that a launch may depend on but the numbers: shapes, strategy, precision, which parameters are
 trained and where they lie. Models with code of others in them are never run so: it may do another thing at each call.
@@ -37,11 +38,12 @@ LEAST_FREE = 0.05
 class Kept:
     """What is kept for a model: the kind of work of its last step, and its recordings once that came twice.
 
-    ``refused``: there was no memory for them.
+    ``wanted``: the device waited for the host in the second such step. ``refused``: there was no memory for them.
     """
 
-    def __init__(self, kind: Any, *, refused: bool = False) -> None:
+    def __init__(self, kind: Any, *, wanted: bool = False, refused: bool = False) -> None:
         self.kind = kind
+        self.wanted = wanted
         self.refused = refused
         self.recordings: Recordings | None = None
 
@@ -50,7 +52,7 @@ _kept: "weakref.WeakKeyDictionary[nn.Module, Kept]" = weakref.WeakKeyDictionary(
 
 
 def recordings_for(sweep: "Sweep") -> "Recordings | None":
-    """The recordings of a sweep's kind of work, made now if it comes for the second time; None where there are none."""
+    """The recordings of a sweep's kind of work, made now if they are wanted; None where there are none."""
     model: Any = sweep.model
     kept = _kept.get(model)
     if kept is None or kept.kind is None:
@@ -58,7 +60,7 @@ def recordings_for(sweep: "Sweep") -> "Recordings | None":
     if kept.kind != kind_of(sweep):
         kept.recordings = None  # their memory is needed by what comes now
         return None
-    if kept.refused:
+    if kept.refused or not kept.wanted:
         return None
     if kept.recordings is not None and not kept.recordings.take_plan(sweep):
         kept.recordings = None  # other widths of remnants
@@ -74,9 +76,11 @@ def recordings_for(sweep: "Sweep") -> "Recordings | None":
 def note(sweep: "Sweep", *, waits: bool) -> None:
     """After a step without lasting recordings: what was done, and whether the device waited for the host."""
     model: Any = sweep.model
-    kind, before = kind_of(sweep) if waits else None, _kept.get(model)
-    if before is None or not before.refused or before.kind != kind:
+    kind, before = kind_of(sweep), _kept.get(model)
+    if before is None or before.kind != kind:
         _kept[model] = Kept(kind)
+    else:
+        before.wanted = waits
 
 
 def drop(sweep: "Sweep") -> None:
@@ -109,11 +113,12 @@ def kind_of(sweep: "Sweep") -> Any:
 
 
 def _can_last(sweep: "Sweep") -> bool:
-    return (
-        not sweep.strangers.brings_tensors
-        and sweep.inputs.input_ids is not None
-        and sum(chunk.length == sweep.strategy.chunk_length for chunk in sweep.chunks) >= 2
-    )
+    length = sweep.strategy.chunk_length
+    if sweep.strangers.brings_tensors or sweep.inputs.input_ids is None:
+        return False
+    if sum(chunk.length == length for chunk in sweep.chunks) < 2:
+        return False
+    return all(plan.holds(plan) for layer in sweep.plans[length] for plan in layer)
 
 
 class Recordings:

@@ -38,8 +38,8 @@ def not_kept(results: Sequence[Tensor], make: Callable[[], Sequence[Tensor]]) ->
         results: what is read inside.
         make: gives the same bits, from tensors that are kept anyway; called without graph.
 
-    Elsewhere than on :data:`DEVICES`, without the kernels that do it in one launch, and where somebody else says what autograd keeps (``saved_tensors_hooks``, as
-    activation checkpointing does), nothing is done.
+    Elsewhere than on :data:`DEVICES`, without the kernels that do it in one launch, and where somebody else says what
+    autograd keeps (``saved_tensors_hooks``, as activation checkpointing does), nothing is done.
     """
     wanted = torch.is_grad_enabled() and results[0].device.type in DEVICES
     fused = results[0].device.type != "cuda" or choose_kernel(None, results[0]) == "triton"
