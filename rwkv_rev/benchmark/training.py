@@ -56,8 +56,8 @@ def compare(
 ) -> list[dict[str, Any]]:
     """One row per setting (arguments of ``set_bptt``), in turns: seconds, tokens/s, memory, tape.
 
-    On CUDA each timed step follows three like it, as every step of a run but its first ones does: recordings of launches
-    are made in the third.
+    On CUDA each timed step follows three like it, as every step of a run but its first ones does: recordings of
+    launches are made in the third.
     Memory is ``max_memory_allocated`` and ``max_memory_reserved`` on CUDA (parameters and gradients included),
     absent on the CPU.
     """
