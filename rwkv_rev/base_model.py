@@ -78,6 +78,18 @@ class RwkvRevPreTrainedModel(PreTrainedModel):
             chosen = enable and index % every_n_layers == 0
             block.recompute = partial(function, use_reentrant=False) if chosen else None
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+    ) -> nn.Module:
+        """As in transformers.
+
+        Raises:
+            ValueError: for a vocabulary without a token.
+        """
+        if new_num_tokens is not None and new_num_tokens < 1:
+            raise ValueError(f"new_num_tokens = {new_num_tokens} must be at least 1")
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
     def _by_config(self, output_hidden_states: bool | None, return_dict: bool | None) -> tuple[bool, bool]:
         """The two settings of a call, where None stands for the configuration's."""
         config = self.config
@@ -307,8 +319,8 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         state = RwkvRevState.empty(self.config, batch_size, device or weight.device, weight.dtype)
         if self.initial_wkv is None:
             return state
-        tuned = torch.stack(list(self.initial_wkv)).to(state.wkv.dtype)  # [L, H, N, N]
-        wkv = tuned[:, None].expand(-1, batch_size, -1, -1, -1).contiguous()
+        tuned = torch.stack(list(self.initial_wkv)).to(state.wkv.dtype)[:, None]  # [L, 1, ...]
+        wkv = tuned.expand(-1, batch_size, *tuned.shape[2:]).contiguous()
         return replace(state, wkv=wkv)
 
 

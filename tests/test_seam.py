@@ -174,7 +174,14 @@ class SumModel(nn.Module):
         return x, SumState.stack(after)
 
     @position_wise
-    def read(self, input_ids: Tensor, valid: Tensor | None, inputs_embeds: None, state: SumState) -> Any:
+    def read(
+        self,
+        input_ids: Tensor,
+        valid: Tensor | None,
+        inputs_embeds: None,
+        state: SumState,
+        streams: list[Tensor] | None = None,
+    ) -> Any:
         x, after = self.run(
             self.embed(input_ids, None), state, None if valid is None else ChunkMask.of(valid)
         )

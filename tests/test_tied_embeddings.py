@@ -271,3 +271,9 @@ def test_fine_tuning_stores_the_tensor_once(bundled: dict[str, Path], tmp_path: 
     changed = not torch.equal(stored["model.embeddings.weight"], model.model.embeddings.weight)
     assert changed == (tune == "full")
     assert verify_directory(tmp_path / "out", oracle="naive", tokens=40).passed
+
+
+@pytest.mark.parametrize("size", [0, -3])
+def test_a_vocabulary_without_a_token_is_refused(size: int) -> None:
+    with pytest.raises(ValueError, match=f"new_num_tokens = {size} must be at least 1"):
+        tiny_model("5.2").resize_token_embeddings(size)
