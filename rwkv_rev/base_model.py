@@ -80,7 +80,7 @@ class RwkvRevPreTrainedModel(PreTrainedModel):
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
-    ) -> nn.Module:
+    ) -> nn.Embedding:
         """As in transformers.
 
         Raises:
