@@ -28,7 +28,7 @@ from rwkv_rev.bptt_settings import BpttSettings
 from rwkv_rev.cache import Piece, RwkvRevCache, handed_over
 from rwkv_rev.cells.block import Block
 from rwkv_rev.cells.mask import ChunkMask
-from rwkv_rev.configuration import RwkvRevConfig
+from rwkv_rev.configuration import MOST_SIZE, RwkvRevConfig
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.exporting import exportable
 from rwkv_rev.first_order import transforms_of
@@ -84,10 +84,14 @@ class RwkvRevPreTrainedModel(PreTrainedModel):
         """As in transformers.
 
         Raises:
-            ValueError: for a vocabulary without a token.
+            ValueError: for what is no number of tokens.
         """
-        if new_num_tokens is not None and new_num_tokens < 1:
-            raise ValueError(f"new_num_tokens = {new_num_tokens} must be at least 1")
+        if new_num_tokens is not None and not (
+            type(new_num_tokens) is int and 1 <= new_num_tokens <= MOST_SIZE
+        ):
+            raise ValueError(
+                f"new_num_tokens = {new_num_tokens!r} must be a whole number from 1 to {MOST_SIZE}"
+            )
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def _by_config(self, output_hidden_states: bool | None, return_dict: bool | None) -> tuple[bool, bool]:

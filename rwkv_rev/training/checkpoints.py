@@ -74,7 +74,7 @@ def listed(folder: Path) -> dict[str, tuple[int, str]]:
     try:
         files = json.loads((folder / CHECKSUMS).read_text("utf-8"))
         return {str(name): (int(values["bytes"]), str(values["crc32"])) for name, values in files.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return {}
 
 
