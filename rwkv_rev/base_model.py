@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -86,9 +87,8 @@ class RwkvRevPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: for what is no number of tokens.
         """
-        if new_num_tokens is not None and not (
-            type(new_num_tokens) is int and 1 <= new_num_tokens <= MOST_SIZE
-        ):
+        whole = isinstance(new_num_tokens, Integral) and not isinstance(new_num_tokens, bool)
+        if new_num_tokens is not None and not (whole and 1 <= new_num_tokens <= MOST_SIZE):
             raise ValueError(
                 f"new_num_tokens = {new_num_tokens!r} must be a whole number from 1 to {MOST_SIZE}"
             )

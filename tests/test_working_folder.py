@@ -208,9 +208,10 @@ def test_a_pipe_in_a_checkpoint_is_damage(config: FinetuneConfig, tmp_path: Path
         plan(config)
 
 
-def test_checksums_nested_too_deep(config: FinetuneConfig) -> None:
+@pytest.mark.parametrize("text", ["[" * 20_000, '{"model.safetensors": {"bytes": Infinity, "crc32": "0"}}'])
+def test_checksums_that_no_run_wrote(config: FinetuneConfig, text: str) -> None:
     older, newest = checkpoints(config.work_directory)
-    (newest / CHECKSUMS).write_text("[" * 20_000)
+    (newest / CHECKSUMS).write_text(text)
     assert damage(newest) == f"{CHECKSUMS} cannot be read"
     assert resume_from(config)[0] == older
 
