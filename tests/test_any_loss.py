@@ -17,8 +17,9 @@ from bptt_cases import (
     relative_error,
     tiny_model,
 )
+from test_own_loss import Rows, arguments
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.utils import logging
 
 from rwkv_rev import RwkvRevForCausalLM, RwkvRevState, base_model, position_wise
@@ -243,6 +244,21 @@ def test_a_fault_in_either_sweep_is_found(model: RwkvRevForCausalLM, call: int) 
     assert seen[0] > call
 
 
+@pytest.mark.parametrize("call", range(2 * 4))
+def test_a_fault_in_the_final_norm_is_found(model: RwkvRevForCausalLM, call: int) -> None:
+    """It, too, is computed for the hidden states that are handed out, and again for their gradient."""
+    seen = [0]
+
+    @position_wise
+    def once(module: Any, given: Any, output: Tensor) -> Tensor:
+        seen[0] += 1
+        return output * 1.001 if seen[0] == call + 1 else output
+
+    model.model.ln_out.register_forward_hook(once)
+    with pytest.raises(ReversalMismatchError, match="final norm"):
+        objective(model(IDS).logits).backward()
+
+
 def test_code_that_is_not_known_gets_the_whole_graph(
     model: RwkvRevForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,32 +297,12 @@ def test_the_cache_of_evaluation_does_not_stand_in_the_way(
     assert model(inputs_embeds=embeds).get(CACHE_NAME) is None and len(read) == 2
 
 
-class Rows(torch.utils.data.Dataset):
-    def __len__(self) -> int:
-        return 4
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        ids = random_tokens(27, seed=index)[0]
-        return {"input_ids": ids, "labels": ids}
-
-
 def test_label_smoothing_of_trainer(tmp_path: Path) -> None:
     """One step with ``label_smoothing_factor``, whose loss is Trainer's own."""
     trained = []
     for strategy in ("full", "reversible"):
         model = tiny_model("5.2", bptt=strategy, chunk_length=CHUNK)
-        settings = TrainingArguments(
-            str(tmp_path),
-            label_smoothing_factor=0.1,
-            per_device_train_batch_size=4,
-            num_train_epochs=1,
-            optim="sgd",
-            learning_rate=0.1,
-            report_to=[],
-            save_strategy="no",
-            use_cpu=True,
-            disable_tqdm=True,
-        )
+        settings = arguments(tmp_path, label_smoothing_factor=0.1)
         Trainer(model, settings, train_dataset=Rows()).train()
         trained.append(model)
     for one, other in zip(trained[0].parameters(), trained[1].parameters(), strict=True):

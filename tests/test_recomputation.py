@@ -116,3 +116,15 @@ def test_hooks_of_others_stay_the_only_ones() -> None:
     ):
         layer(mixed)
     assert any(tensor.data_ptr() == mixed.data_ptr() for tensor in packed)
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_what_was_written_to_is_kept() -> None:
+    """A module may work on its input in place: then the product has read something else than what is made again."""
+    layer, x = nn.Linear(3, 3, bias=False), torch.randn(2, 3, requires_grad=True)
+    mixed = x * 2
+    with not_kept([mixed], lambda: [x * 2]):
+        out = layer(mixed.sin_())
+    (found,) = torch.autograd.grad(out.sum(), layer.weight)
+    (expected,) = torch.autograd.grad(layer((x * 2).sin()).sum(), layer.weight)
+    assert torch.equal(found, expected)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_rev import adapters, random_state
-from rwkv_rev.bptt.backward_sweep import backward_sweep
+from rwkv_rev.bptt.backward_sweep import LIKELY_CAUSES, backward_sweep
 from rwkv_rev.bptt.forward_sweep import forward_sweep
+from rwkv_rev.bptt.layers import by_layer
 from rwkv_rev.bptt.runner import Runner
 from rwkv_rev.bptt.strategy import (
     Chunk,
@@ -31,12 +32,12 @@ from rwkv_rev.bptt.strategy import (
     unchanged,
 )
 from rwkv_rev.bptt.sweeps import TwoSweeps, roles, warn_of_coarse_heads
-from rwkv_rev.cells.block import flat
-from rwkv_rev.errors import StrategyError
+from rwkv_rev.errors import ReversalMismatchError, StrategyError
 from rwkv_rev.first_order import first_order
 from rwkv_rev.foreign_code import Strangers
 from rwkv_rev.loss import hooks_withheld
 from rwkv_rev.outside_leaves import OutsideLeaves
+from rwkv_rev.reversal.fingerprint import checksum
 from rwkv_rev.reversal.tape import Tape
 from rwkv_rev.state import RwkvRevState
 
@@ -123,9 +124,8 @@ class _Reading:
                 "which computes the context again: take the gradient before the step, or use bptt='full'"
             )
         sweep, kind = self._sweep, type(self._inputs.state)
-        sweep.objective = _Given(to_hidden)
-        given = kind(*to_state)
-        to_end = [flat(given.layer(index)) for index in range(len(self._model.blocks))]
+        sweep.objective = objective = _Given(to_hidden, sweep.hidden_prints)
+        to_end = by_layer(kind(*to_state), self._model.blocks)
         now = random_state.capture(sweep.places)
         try:
             with (
@@ -139,14 +139,16 @@ class _Reading:
                 result = backward_sweep(sweep, self._runner, self._last, to_end)
         finally:
             random_state.restore(now)
+        objective.compare()
         return in_order(self._leaves, roles(self._inputs, self._wanted, result))
 
 
 class _Given:
-    """The objective whose gradient by the hidden states [B, T, D] is given."""
+    """The objective whose gradient by the hidden states [B, T, D] is given; ``prints`` are theirs, by chunk."""
 
-    def __init__(self, to_hidden: Tensor) -> None:
-        self._to_hidden = to_hidden
+    def __init__(self, to_hidden: Tensor, prints: dict[int, Tensor]) -> None:
+        self._to_hidden, self._prints = to_hidden, prints
+        self._same: list[Tensor] = []
 
     def __call__(
         self,
@@ -157,8 +159,20 @@ class _Given:
         loss_scale: float,
         outside: OutsideLeaves | None,
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        self._same.append(checksum(hidden) == self._prints[chunk.index])
         to_hidden = self._to_hidden[:, chunk.start : chunk.stop]
         return torch.zeros((), device=hidden.device), to_hidden * loss_scale, []
+
+    def compare(self) -> None:
+        """Once for all chunks: none waits for the device. A gradient that is not finite is not looked into.
+
+        Raises:
+            ReversalMismatchError: hidden states were others than those that were handed out.
+        """
+        if not bool(torch.stack(self._same).all()) and bool(self._to_hidden.isfinite().all()):
+            raise ReversalMismatchError(
+                f"the final norm computed other numbers in the second sweep than in the first. {LIKELY_CAUSES}"
+            )
 
 
 def _autocast_now(device: torch.device) -> Any:

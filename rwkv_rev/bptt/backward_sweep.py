@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from rwkv_rev.bptt.strategy import Chunk
     from rwkv_rev.bptt.sweep import Sweep
 
+LIKELY_CAUSES = (
+    "Likely causes: code inside the model that gives another result at each call (it draws from a generator of its "
+    "own, counts calls, changes weights or buffers), a non-deterministic kernel, another autocast. Try "
+    "torch.use_deterministic_algorithms(True), or bptt='full', which computes everything once"
+)
+
 
 @dataclass
 class SweepResult:
@@ -145,8 +151,5 @@ def compare(sweep: "Sweep", sums: Sums) -> None:
             layer, chunk = int((~exactly).nonzero()[0]), sweep.chunks[index]
             raise ReversalMismatchError(
                 f"layer {layer} computed other numbers for chunk {index} (tokens {chunk.start} to {chunk.stop - 1}) "
-                "in the second sweep than in the first. Likely causes: code inside the model that gives another "
-                "result at each call (it draws from a generator of its own, counts calls, changes weights or "
-                "buffers), a non-deterministic kernel, another autocast. Try "
-                "torch.use_deterministic_algorithms(True), or bptt='full', which computes everything once"
+                f"in the second sweep than in the first. {LIKELY_CAUSES}"
             )

@@ -82,6 +82,11 @@ def advance_layers(
     return advanced
 
 
+def by_layer(state: Any, blocks: Sequence[ResidualBlock]) -> list[list[Tensor]]:
+    """The tensors of a whole model's state, by layer."""
+    return [flat(state.layer(index)) for index in range(len(blocks))]
+
+
 @dataclass
 class LayerGraph:
     """A block's chunk with a graph of its own: from ``given`` [B, C, D] and the leaves in ``replay`` to ``out``."""

@@ -40,6 +40,7 @@ class Sweep:
         random: the generators' states before each chunk.
         coarse: [L, B, H] bool, parts of memories that were coarse at any border.
         hidden: collects each chunk's normalised hidden states [B, C, D] in the first sweep, if they are handed out.
+        hidden_prints: checksums of these, by chunk.
         objective: what the hidden states are for in the second sweep.
     """
 
@@ -59,6 +60,7 @@ class Sweep:
     random: list[GeneratorStates] = field(default_factory=list)
     coarse: Tensor | None = None
     hidden: list[Tensor] | None = None
+    hidden_prints: dict[int, Tensor] = field(default_factory=dict)
     objective: Objective = own_loss
 
     @property
@@ -82,7 +84,7 @@ class Sweep:
         if self.hidden is not None:
             out = advanced[-1].out
             assert out is not None
-            self.hidden.append(self.model.normalize(out))
+            self._hand_out(chunk, out)
         kept = self.strategy.keep(states, advanced)
         return advanced, make_record(states, advanced, kept, exact=self.strategy.exact)
 
@@ -92,9 +94,14 @@ class Sweep:
         layers, _ = self.replayer(chunk, states, None)(chunk.embed(self.model, chunk.embeds()))
         prints = [layer.replay.print for layer in layers]
         self.prints[chunk.index] = [*prints[:-1], torch.cat([prints[-1], checksum(layers[-1].out)[None]])]
-        assert self.hidden is not None
-        self.hidden.append(self.model.normalize(layers[-1].out))
+        self._hand_out(chunk, layers[-1].out)
         return [layer.replay.end for layer in layers]
+
+    def _hand_out(self, chunk: Chunk, out: Tensor) -> None:
+        """The hidden states of the top layer's output [B, C, D]."""
+        assert self.hidden is not None
+        self.hidden.append(self.model.normalize(out))
+        self.hidden_prints[chunk.index] = checksum(self.hidden[-1])
 
     def note_coarse(self, coarse: Tensor | None) -> None:
         """Add to :attr:`coarse`."""

@@ -32,6 +32,7 @@ from rwkv_rev.bptt import cuda_graphs, lasting
 from rwkv_rev.bptt.backward_sweep import SweepResult, backward_sweep
 from rwkv_rev.bptt.chunk_gradients import Parameters
 from rwkv_rev.bptt.forward_sweep import forward_sweep
+from rwkv_rev.bptt.layers import by_layer
 from rwkv_rev.bptt.records import LayerRecord
 from rwkv_rev.bptt.runner import Runner
 from rwkv_rev.bptt.strategy import (
@@ -47,7 +48,7 @@ from rwkv_rev.bptt.strategy import (
     unchanged,
 )
 from rwkv_rev.bptt.sweep import Sweep
-from rwkv_rev.cells.block import BlockAdvanced, BlockAgain, BlockReplay, ExactStates, Plans, flat
+from rwkv_rev.cells.block import BlockAdvanced, BlockAgain, BlockReplay, ExactStates, Plans
 from rwkv_rev.cells.contract import detached
 from rwkv_rev.foreign_code import Strangers
 from rwkv_rev.loss import FinishedGradients
@@ -122,9 +123,8 @@ class TwoSweeps(Strategy):
             runner = choose_runner(sweep)
             last = forward_sweep(sweep, runner)
             outcome["tape_bytes"] = tape.peak_nbytes
-            given, to_end = inputs.final_state_gradient, None
-            if given is not None:
-                to_end = [flat(given.layer(index)) for index in range(len(model.blocks))]
+            given = inputs.final_state_gradient
+            to_end = None if given is None else by_layer(given, model.blocks)
             result = backward_sweep(sweep, runner, last, to_end)
             self.finish(outcome)
         warn_of_coarse_heads(sweep.coarse)

@@ -65,18 +65,15 @@ class _MadeAgain:
 
     def __init__(self, results: Sequence[Tensor], make: Callable[[], Sequence[Tensor]]) -> None:
         self._places = {tensor.data_ptr(): index for index, tensor in enumerate(results)}
-        self._sizes = [(tensor.numel(), tensor.dtype) for tensor in results]
+        self._looks = [_look(tensor) for tensor in results]
         self._make = make
         self._made: list[Tensor] = []
         self._given_out = self._kept = 0
 
     def pack(self, tensor: Tensor) -> Any:
         index = self._places.get(tensor.data_ptr())
-        if (
-            index is None
-            or self._sizes[index] != (tensor.numel(), tensor.dtype)
-            or not tensor.is_contiguous()
-        ):
+        # one that was written to since is another than what can be made again
+        if index is None or self._looks[index] != _look(tensor):
             return tensor, tensor._version
         self._kept += 1
         return index, tensor.shape
@@ -98,6 +95,10 @@ class _MadeAgain:
         if self._given_out == self._kept:  # nobody will ask again, unless the graph is kept
             self._made, self._given_out = [], 0
         return result
+
+
+def _look(tensor: Tensor) -> tuple[int, torch.dtype, int, bool]:
+    return tensor.numel(), tensor.dtype, tensor._version, tensor.is_contiguous()
 
 
 def checkpointed(checkpoint: Callable[..., Any], function: Callable[..., Any], *given: Any) -> Any:
