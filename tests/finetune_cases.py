@@ -1,6 +1,7 @@
 """Shared by the tests of fine-tuning: a text whose kind the bundled models do not know, and a quick run on it."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +66,22 @@ def losses(output: Path) -> list[float]:
 def environment(**more: str) -> dict[str, str]:
     """Of a process that runs the command line."""
     return {**os.environ, **OFFLINE, **more}
+
+
+def stopped_run(model: Path, folder: Path) -> tuple[FinetuneConfig, Path]:
+    """Settings of a run of four steps, and its working folder as it is before OUTPUT is written."""
+    data = counting_text(folder / "data.txt", 100)
+    values: dict[str, Any] = {"max_steps": 4, "save_every": 1, "context_length": 128, "batch_size": 1}
+    config = settings(model, data, folder / "out", **values)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("rwkv_rev.training.finetune.save_finetuned", lambda *_: 1 / 0)
+        finetune(config)
+    return config, config.work_directory
+
+
+def copied_run(stopped: tuple[FinetuneConfig, Path], folder: Path) -> FinetuneConfig:
+    """To go on with a copy of it in ``folder``, which holds checkpoints 3 and 4."""
+    before, work = stopped
+    config = FinetuneConfig(**(before.to_dict() | {"output": str(folder / "out"), "resume": "auto"}))
+    shutil.copytree(work, config.work_directory)
+    return config

@@ -2,10 +2,9 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-from finetune_cases import counting_text, finetune, settings
+from finetune_cases import copied_run, finetune, stopped_run
 from safetensors.torch import load_file
 
 from rwkv_rev.errors import CheckpointError
@@ -19,25 +18,12 @@ from rwkv_rev.training.working_folder import resume_from
 def stopped(
     bundled: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[FinetuneConfig, Path]:
-    """Settings of a run of four steps, and its working folder as it is before OUTPUT is written."""
-    folder = tmp_path_factory.mktemp("stopped")
-    data = counting_text(folder / "data.txt", 100)
-    values: dict[str, Any] = {"max_steps": 4, "save_every": 1, "context_length": 128, "batch_size": 1}
-    config = settings(bundled["4"], data, folder / "out", **values)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr("rwkv_rev.training.finetune.save_finetuned", lambda *_: 1 / 0)
-        finetune(config)
-    return config, config.work_directory
+    return stopped_run(bundled["4"], tmp_path_factory.mktemp("stopped"))
 
 
 @pytest.fixture
 def config(stopped: tuple[FinetuneConfig, Path], tmp_path: Path) -> FinetuneConfig:
-    """To go on with a copy of it, which holds checkpoints 3 and 4."""
-    before, work = stopped
-    values = before.to_dict() | {"output": str(tmp_path / "out"), "resume": "auto"}
-    config = FinetuneConfig(**values)
-    shutil.copytree(work, config.work_directory)
-    return config
+    return copied_run(stopped, tmp_path)
 
 
 def flip(path: Path, at: float = 0.5) -> None:

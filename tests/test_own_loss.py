@@ -46,10 +46,10 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
-def arguments(folder: Path, bf16: bool = False) -> TrainingArguments:
+def arguments(folder: Path, **further: Any) -> TrainingArguments:
     return TrainingArguments(
         str(folder),
-        bf16=bf16,
+        **further,
         per_device_train_batch_size=4,
         per_device_eval_batch_size=4,
         num_train_epochs=1,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_cases import counting_text, finetune, settings
+from finetune_cases import copied_run, finetune, stopped_run
 
 from rwkv_rev.errors import CheckpointError, OutputError
 from rwkv_rev.training import working_folder
@@ -26,24 +26,12 @@ HAS_PIPES = pytest.mark.skipif(sys.platform == "win32", reason="no named pipes t
 def stopped(
     bundled: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[FinetuneConfig, Path]:
-    """Settings of a run of four steps, and its working folder as it is before OUTPUT is written."""
-    folder = tmp_path_factory.mktemp("stopped")
-    data = counting_text(folder / "data.txt", 100)
-    values: dict[str, Any] = {"max_steps": 4, "save_every": 1, "context_length": 128, "batch_size": 1}
-    config = settings(bundled["4"], data, folder / "out", **values)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr("rwkv_rev.training.finetune.save_finetuned", lambda *_: 1 / 0)
-        finetune(config)
-    return config, config.work_directory
+    return stopped_run(bundled["4"], tmp_path_factory.mktemp("stopped"))
 
 
 @pytest.fixture
 def config(stopped: tuple[FinetuneConfig, Path], tmp_path: Path) -> FinetuneConfig:
-    """To go on with a copy of it, which holds checkpoints 3 and 4."""
-    before, work = stopped
-    config = FinetuneConfig(**(before.to_dict() | {"output": str(tmp_path / "out"), "resume": "auto"}))
-    shutil.copytree(work, config.work_directory)
-    return config
+    return copied_run(stopped, tmp_path)
 
 
 PLACES = (

@@ -37,8 +37,6 @@ HOST_BOUND = 0.1
 """Where less than this share of the launching time is left to wait for the device, the device has waited before."""
 
 _failures: list[str] = []
-_streams: dict[torch.device, torch.cuda.Stream] = {}
-"""Where recordings are made, one per device: libraries keep a workspace for every stream they have seen."""
 
 T = TypeVar("T")
 
@@ -138,14 +136,11 @@ class RecordingRunner(Runner):
     ) -> tuple[list[ExactStates], list[list[Tensor]]]:
         sweep = self.sweep
         record = sweep.tape.pop_flat() if sweep.is_inner(chunk) else None
-        if self._backward is not None and record is not None and to_end is not None:
+        if self._backward is not None and to_end is not None:  # there is a gradient after the last chunk
             if repeats(chunk, sweep.chunks) and self._backward.fits(states, record):
                 return self._backward.run(sweep, sums, chunk, states, record, to_end)
             # the memory of its recording is needed now
             states, to_end = cloned(states), [[g.clone() for g in layer] for layer in to_end]
-            self._leave(sums)
-        elif self._backward is not None:
-            states, to_end = cloned(states), [[g.clone() for g in layer] for layer in to_end or []]
             self._leave(sums)
         random_state.restore(sweep.random[chunk.index])
         # recorded after a chunk that has compiled and loaded every kernel, if enough of them are left

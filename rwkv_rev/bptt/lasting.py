@@ -11,7 +11,6 @@ trained and where they lie. Models with code of others in them are never run so:
 """
 
 import weakref
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +21,12 @@ from rwkv_rev import random_state
 from rwkv_rev.bptt import cuda_graphs
 from rwkv_rev.bptt.backward_sweep import Sums, differentiate
 from rwkv_rev.bptt.cuda_graphs import RecordingRunner
+from rwkv_rev.bptt.layers import by_layer
 from rwkv_rev.bptt.recordings import BackwardRecording, ForwardRecording, cloned
 from rwkv_rev.bptt.runner import Runner
 from rwkv_rev.bptt.strategy import Chunk
 from rwkv_rev.cells.block import ExactStates, Plans
+from rwkv_rev.cells.contract import tensors_of, values_like
 from rwkv_rev.wkv.dispatch import choose_kernel
 
 if TYPE_CHECKING:
@@ -118,33 +119,33 @@ def _can_last(sweep: "Sweep") -> bool:
         return False
     if sum(chunk.length == length for chunk in sweep.chunks) < 2:
         return False
-    return all(plan.holds(plan) for layer in sweep.plans[length] for plan in layer)
+    return all(plan.holds(plan) for plan in _each(sweep.plans[length]))
 
 
 class Recordings:
-    """The four recordings of one kind of work.
+    """The four recordings of one kind of work, and the sums that a step's chunks add to.
 
     Attributes:
-        sums: what the chunks of a step add to.
+        reserved: bytes of the memory that they run in.
     """
 
     def __init__(self, sweep: "Sweep") -> None:
         length = sweep.strategy.chunk_length
         self._plans = sweep.plans[length]
-        for layer in self._plans:
-            for plan in layer:
-                plan.prepare()
+        for plan in _each(self._plans):
+            plan.prepare()
         tensors = sweep.parameters.tensors
         self._sums: list[Tensor | None] = [None] * len(tensors)
         self._loss = torch.zeros((), dtype=torch.float32, device=sweep.device)
         sums = Sums(self._sums, None, loss=self._loss)  # type: ignore[arg-type]
+        torch.cuda.empty_cache()
+        others = torch.cuda.memory_reserved(sweep.device)
         pool = torch.cuda.graph_pool_handle()
         example = sweep.chunks[0]
         first, inner, last = (Chunk(example.inputs, i, 0, length, True, True) for i in (0, 1, 2))
         self.forward = ForwardRecording(sweep, inner, sweep.first, pool)
         given = sweep.inputs.final_state_gradient
-        layers = range(len(sweep.model.blocks))
-        to_end = None if given is None else [_flat(given.layer(index)) for index in layers]
+        to_end = None if given is None else by_layer(given, sweep.model.blocks)
         # shapes alone count here: nothing has run, and the numbers in these tensors are whatever was there
         sweep.prints[0] = [print_.clone() for print_ in self.forward.prints]
         several = replace(sweep, chunks=[first, inner, last])
@@ -152,17 +153,16 @@ class Recordings:
         after, gradient = self.last.states, self.last.to_start
         self.inner = BackwardRecording(several, sums, inner, after, self.forward.record, gradient, pool)
         self.first = BackwardRecording(several, sums, first, self.inner.states, None, gradient, pool)
+        self.reserved = torch.cuda.memory_reserved(sweep.device) - others
 
     def take_plan(self, sweep: "Sweep") -> bool:
         """Copy a sweep's plan into the recorded one, which takes its place there; False where it does not fit."""
         length = sweep.strategy.chunk_length
-        new = sweep.plans[length]
-        if not all(
-            old[i].holds(plan[i]) for old, plan in zip(self._plans, new, strict=True) for i in range(len(old))
-        ):
+        old, new = _each(self._plans), _each(sweep.plans[length])
+        if not all(plan.holds(other) for plan, other in zip(old, new, strict=True)):
             return False
-        pairs = list(zip(_tensors(self._plans), _tensors(new), strict=True))
-        torch._foreach_copy_([old for old, _ in pairs], [plan for _, plan in pairs])
+        tensors, others = ([tensor for plan in plans for tensor in plan.tensors()] for plans in (old, new))
+        torch._foreach_copy_(tensors, others)
         sweep.plans[length] = self._plans
         return True
 
@@ -236,31 +236,25 @@ class LastingRunner(Runner):
             return differentiate(sweep, chunk, states, tensors, to_end, sums)
         found = recording.run(sweep, sums, chunk, states, record, to_end)
         if ends:
-            sums.end = [tuple(_cloned(values) for values in layer) for layer in recording.end]
+            sums.end = [
+                tuple(values_like(values, [part.clone() for part in tensors_of(values)]) for values in layer)
+                for layer in recording.end
+            ]
         return found
 
     def finish(self, sums: Sums) -> None:
         self._recordings.finish(self.sweep, sums)
-        free, total = torch.cuda.mem_get_info(self.sweep.device)
-        if free < LEAST_FREE * total:
-            torch.cuda.empty_cache()
-            if torch.cuda.mem_get_info(self.sweep.device)[0] < LEAST_FREE * total:
-                drop(self.sweep)
+        device = self.sweep.device
+        free, total = torch.cuda.mem_get_info(device)
+        # what the allocator has and does not use is free as well, but for what recordings run in
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if free + idle - self._recordings.reserved < LEAST_FREE * total:
+            drop(self.sweep)
 
     def _same(self, chunk: Chunk) -> bool:
         return chunk.is_full and chunk.length == self.sweep.strategy.chunk_length
 
 
-def _cloned(values: Any) -> Any:
-    return type(values)(*(None if part is None else part.clone() for part in values))
-
-
-def _flat(layer: tuple[Any, ...]) -> list[Tensor]:
-    return [part for values in layer for part in values if part is not None]
-
-
-def _tensors(plans: list[Plans]) -> Iterator[Tensor]:
-    """The tensors that plans are made of; not those that they were made from."""
-    for layer in plans:
-        for plan in layer:
-            yield from plan.tensors()
+def _each(plans: list[Plans]) -> list[Any]:
+    """Every cell's plan."""
+    return [plan for layer in plans for plan in layer]

@@ -255,6 +255,8 @@ def static(chunk: Chunk) -> Chunk:
         input_ids=inputs.input_ids[:, part].clone(),
         valid=None,
         targets=inputs.targets[:, part].clone(),
+        state=inputs.state.detach(),  # whatever graph it had is the caller's
+        final_state_gradient=None,
         divisor=torch.as_tensor(inputs.divisor, dtype=torch.float64).to(inputs.targets.device, copy=True),
     )
     return Chunk(own, chunk.index, 0, chunk.length, predicts=True, is_full=True)
