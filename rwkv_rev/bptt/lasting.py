@@ -40,12 +40,13 @@ class Kept:
     """What is kept for a model: the kind of work of its last step, and its recordings once that came twice.
 
     ``wanted``: the device waited for the host in the second such step. ``refused``: there was no memory for them.
+    ``holds_memory``: recordings are gone, and the allocator still keeps what they ran in.
     """
 
     def __init__(self, kind: Any, *, wanted: bool = False, refused: bool = False) -> None:
         self.kind = kind
         self.wanted = wanted
-        self.refused = refused
+        self.refused = self.holds_memory = refused
         self.recordings: Recordings | None = None
 
 
@@ -58,10 +59,13 @@ def recordings_for(sweep: "Sweep") -> "Recordings | None":
     kept = _kept.get(model)
     if kept is None or kept.kind is None:
         return None
-    if kept.kind != kind_of(sweep):
-        kept.recordings = None  # their memory is needed by what comes now
-        return None
-    if kept.refused or not kept.wanted:
+    same = kept.kind == kind_of(sweep)
+    if not same and kept.recordings is not None:
+        kept.recordings, kept.holds_memory = None, True
+    if kept.holds_memory:  # which is needed by what comes now
+        kept.holds_memory = False
+        torch.cuda.empty_cache()
+    if not same or kept.refused or not kept.wanted:
         return None
     if kept.recordings is not None and not kept.recordings.take_plan(sweep):
         kept.recordings = None  # other widths of remnants
