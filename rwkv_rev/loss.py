@@ -22,6 +22,9 @@ T = TypeVar("T")
 LOGITS_AT_ONCE = 2**26
 """Logits per sub-chunk: 256 MiB in float32."""
 
+SMALL = 2**16
+"""Numbers up to which a gradient takes longer to launch than to add."""
+
 IGNORE = -100
 
 LARGEST_LOSS_SCALE = 2.0**15
@@ -125,9 +128,26 @@ def add_gradients(sums: list[Tensor | None], gradients: Sequence[Tensor | None])
             added.append(total)
             totals.append(total)
             further.append(gradient.detach())
-    if totals:
-        torch._foreach_add_(totals, further)  # in few launches where there are hundreds of parameters
+    _add(totals, further)
     return added
+
+
+def _add(totals: list[Tensor], gradients: list[Tensor]) -> None:
+    """In place; small gradients of another dtype are widened first: PyTorch adds lists of one dtype in one launch."""
+    pairs = list(zip(totals, gradients, strict=True))
+    small = [
+        (total, gradient)
+        for total, gradient in pairs
+        if gradient.is_cuda and gradient.dtype != total.dtype and gradient.numel() <= SMALL
+    ]
+    if small:
+        widened = [torch.empty_like(total) for total, _ in small]
+        torch._foreach_copy_(widened, [gradient for _, gradient in small])
+        torch._foreach_add_([total for total, _ in small], widened)
+        taken = {id(total) for total, _ in small}
+        pairs = [pair for pair in pairs if id(pair[0]) not in taken]
+    if pairs:
+        torch._foreach_add_([total for total, _ in pairs], [gradient for _, gradient in pairs])
 
 
 def sum_of(first: Tensor | None, second: Tensor | None) -> Tensor | None:

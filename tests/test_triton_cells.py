@@ -71,10 +71,68 @@ def check_mixes(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None
         def fast(x: Tensor, shift: Tensor, *mus: Tensor) -> tuple[Tensor, ...]:
             return triton_token_shift.token_mixes(x, shift, list(mus))
 
+        def fast_with_last(x: Tensor, shift: Tensor, *mus: Tensor) -> tuple[Tensor, ...]:
+            mixes, last = triton_token_shift.mixes_and_last(x, shift, list(mus))
+            return *mixes, last
+
         compare(fast, formula, [x, shift, *mus], dtype)
+        compare(
+            fast_with_last,
+            lambda x, shift, *mus: (*formula(x, shift, *mus), token_shift.last_token(x, shift, None)),
+            [x, shift, *mus],
+            dtype,
+        )
         mixed, shifted = fast(x, shift, *mus)[0], token_shift.token_shift(x, shift, None)
         assert torch.equal(mixed[..., 0], shifted[..., 0])
         assert torch.equal(mixed[..., 1], x[..., 1])
+
+
+def check_borders(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    """The carried y, with a mu per channel and per row and channel, and its inverse."""
+    from rwkv_rev.cells import triton_token_shift
+
+    batch, _, heads, size = shape
+    before, first = drawn((batch, heads * size), (batch, heads * size), dtype=dtype, device=device)
+    mu = torch.linspace(0, 15 / 16, heads * size, dtype=torch.float64, device=device)
+    for factor in (mu, mu.expand(batch, -1) * (torch.arange(batch, device=device) % 2)[:, None]):
+        y = triton_token_shift.carry(before, first, factor)
+        exact = torch.lerp(before.double(), first.double(), factor)
+        assert y.dtype == dtype
+        assert (y.double() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
+        back = triton_token_shift.uncarry(y, first, factor)
+        exact = (y.double() - factor * first.double()) / (1 - factor)
+        assert (back.double() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
+        whole = (factor == 0).expand_as(y)
+        assert torch.equal(y[whole], before[whole])
+        assert torch.equal(back[whole], before[whole])
+        assert torch.equal(triton_token_shift.uncarry(y, first, factor), back)
+
+
+def check_decay(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    """A decayed state and what is added to it, and taking the gradient of the decay out again."""
+    from rwkv_rev.wkv import decayed, triton_decay
+
+    batch, length, heads, size = shape
+    state, added = drawn(*[(batch, heads, size, size)] * 2, dtype=torch.float32, device=device)
+    log_decay = -torch.logspace(-4, 0, heads * size, device=device).view(heads, size)
+    counts = torch.arange(batch, device=device) * 7 % (length + 1)
+    for count in (None, counts):
+        compare(
+            lambda *given, count=count: (triton_decay.decayed(*given, length, count),),
+            lambda *given, count=count: (decayed(*given, length, count),),
+            [state, added, log_decay],
+            torch.float32,
+        )
+        partial = torch.zeros(batch, 3, heads, size, device=device)
+        triton_decay.take_out(state, added, log_decay, count, length, partial)
+        leaf = log_decay.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(
+            triton_decay.decayed(state, added, leaf, length, count), leaf, added
+        )
+        assert torch.equal(partial[:, 1:], torch.zeros_like(partial[:, 1:]))
+        torch.testing.assert_close(-partial[:, 0].sum(0), expected)
+    nothing = torch.full_like(log_decay, -torch.inf)
+    assert torch.equal(triton_decay.decayed(state, added, nothing, length, None), added)
 
 
 def check_gates(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
@@ -125,7 +183,7 @@ def check_gates(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", LARGE, ids=str)
-@pytest.mark.parametrize("check", [check_mixes, check_gates])
+@pytest.mark.parametrize("check", [check_mixes, check_borders, check_decay, check_gates])
 def test_kernels_on_the_device(
     check: Callable[..., None], shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
@@ -144,6 +202,6 @@ def test_kernels_in_the_interpreter() -> None:
 if __name__ == "__main__":
     for shape in SMALL:
         for dtype in DTYPES:
-            check_mixes(shape, dtype, "cpu")
-            check_gates(shape, dtype, "cpu")
+            for check in (check_mixes, check_borders, check_decay, check_gates):
+                check(shape, dtype, "cpu")
             print("compared")

@@ -11,12 +11,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rwkv_rev.reversal.fixed_point import NON_FINITE, TARGET_BITS, FixedPoint, decay_plan
+from rwkv_rev.reversal.fixed_point import (
+    COARSE_BITS,
+    NON_FINITE,
+    SMALLEST_EXPONENT,
+    TARGET_BITS,
+    FixedPoint,
+    decay_plan,
+)
 
 pytest.importorskip("triton")
 
 SIZES = [(1, 2, 16), (2, 3, 8), (1, 1, 64), (1, 2, 24)]
-CHUNKS = 6
+SCALES = [1, 10, 100, 1000, 1e-6, 1e-6, 1]
+"""Of what each chunk adds: grids rise; a head whose large numbers decay at once is left coarse by the small one."""
 
 
 def compare(batch: int, heads: int, size: int, device: str) -> None:
@@ -28,17 +36,23 @@ def compare(batch: int, heads: int, size: int, device: str) -> None:
     plan = replace(decay_plan(log_decay.to(device), 32), kernels=False)
     layout = kernel.PlaneLayout.of(plan.widths(), size, torch.device(device))
     count = torch.randint(0, 33, (batch,), generator=generator).to(device)
+    coarse = False
     state = FixedPoint.of(torch.randn(batch, heads, size, size, generator=generator).to(device))
-    for chunk in range(CHUNKS):
-        update = torch.randn(batch, heads, size, size, generator=generator) * (10**chunk if chunk < 4 else 1)
+    for chunk in range(len(SCALES)):
+        update = torch.randn(batch, heads, size, size, generator=generator) * SCALES[chunk]
         update = update.to(device)
         decay = plan.decay_of(count if chunk % 2 else None)
         expected, remnant = state.advance(update, count if chunk % 2 else None, plan)
-        options = {"target_bits": TARGET_BITS, "non_finite": NON_FINITE}
+        options = {
+            "target_bits": TARGET_BITS, "non_finite": NON_FINITE,
+            "coarse_bits": COARSE_BITS, "smallest_exponent": SMALLEST_EXPONENT,
+        }  # fmt: skip
         found = kernel.advance(state.mantissa, state.exponent, update, decay, layout, **options)
         assert torch.equal(found.mantissa, expected.mantissa)
         assert torch.equal(found.exponent, expected.exponent)
-        assert torch.equal(found.raised.bool(), remnant.raised)
+        assert torch.equal(found.raised, remnant.raised)
+        assert torch.equal(found.coarse, expected.coarse())
+        coarse |= bool(found.coarse.any())
         assert torch.equal(found.floats, expected.value())
         assert torch.equal(found.fingerprint, expected.fingerprint())
         assert found.packed.numel() == remnant.packed.numel()
@@ -48,6 +62,7 @@ def compare(batch: int, heads: int, size: int, device: str) -> None:
         assert torch.equal(before.floats[kept], state.value()[kept])
         assert torch.equal(before.fingerprint[kept], state.fingerprint()[kept])
         state = expected
+    assert coarse or size != 8
 
 
 @pytest.mark.gpu

@@ -53,7 +53,7 @@ class TimeMixToy(ShiftedCell):
         return self.output(y.to(projection.receptance.dtype)), sums[:, -1]
 
     def update(
-        self, memory: Tensor | None, contribution: Tensor, mask: ChunkMask | None, length: int
+        self, memory: Tensor | None, projection: Projection, contribution: Tensor, mask: ChunkMask | None
     ) -> Tensor:
         assert memory is not None
         return memory + contribution

@@ -24,9 +24,10 @@ class Sizes(NamedTuple):
     @classmethod
     def of(cls, parts: Sequence[Remnant]) -> "Sizes":
         sizes = [part.size for part in parts]
-        there = [size.flatten().to(torch.int32) for size in sizes if size is not None]
+        there = [size.flatten() for size in sizes if size is not None]
         return cls(
-            [None if size is None else size.shape for size in sizes], torch.cat(there) if there else None
+            [None if size is None else size.shape for size in sizes],
+            torch.cat(there).to(torch.int32) if there else None,
         )
 
     def split(self, joined: Tensor | None) -> list[Tensor | None]:

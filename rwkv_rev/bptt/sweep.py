@@ -146,24 +146,37 @@ class Sweep:
         self, chunk: Chunk, layers: list[LayerGraph], record: list[list[Tensor]] | None
     ) -> Tensor | None:
         """[L] bool: which layers computed the same as in the first sweep, as far as that can be known."""
-        exactly: list[Tensor] = []
+        found: list[list[Tensor]] = []
+        expected: list[list[Tensor]] = []
+        handed_on = [layer.replay.handed_on for layer in layers if layer.replay.handed_on is not None]
         for number, layer in enumerate(layers):
             replay = layer.replay
             if record is None:
                 compared = [self.prints[chunk.index][number]]
             else:
                 compared = layer_record(record, number, len(replay.states)).compared
-            expected, found = compared[0], replay.print
-            if expected.numel() > found.numel():  # the top layer's output, where both sweeps compute it
-                found = torch.cat([found, checksum(layer.out)[None]])
+            print_ = replay.print
+            if compared[0].numel() > print_.numel():  # the top layer's output, where both sweeps compute it
+                print_ = torch.cat([print_, checksum(layer.out)[None]])
             if record is not None and not self.strategy.exact:  # what depends on no rebuilt state
-                if number > 0:
-                    continue
-                found, expected = (print_[: replay.before_the_state] for print_ in (found, expected))
-            same = (found == expected).all()
-            for one, other in zip(fingerprints(replay.states), compared[1:], strict=False):
-                same &= (one == other).all()
-            if replay.handed_on is not None:
-                same &= replay.handed_on
-            exactly.append(same)
-        return torch.stack(exactly) if exactly else None
+                before = replay.before_the_state
+                return (print_[:before] == compared[0][:before]).all()[None]
+            found.append([print_, *fingerprints(replay.states)][: len(compared)])
+            expected.append(compared)
+        same = _equal(found, expected)
+        return same & torch.stack(handed_on) if handed_on else same
+
+
+def _equal(found: list[list[Tensor]], expected: list[list[Tensor]]) -> Tensor:
+    """[L] bool: whether the integers of each layer are equal; in a few launches for all layers."""
+    ones, others = (
+        torch.cat([part.flatten() for layer in side for part in layer]) for side in (found, expected)
+    )
+    equal, sizes = ones == others, [sum(part.numel() for part in layer) for layer in found]
+    if len(set(sizes[:-1])) > 1:
+        return torch.stack([part.all() for part in equal.split(sizes)])
+    *_, last = equal.split([sum(sizes[:-1]), sizes[-1]])
+    rest = (
+        equal[: len(equal) - len(last)].view(len(sizes) - 1, -1) if len(sizes) > 1 else equal[:0].view(0, 1)
+    )
+    return torch.cat([rest.all(1), last.all()[None]])

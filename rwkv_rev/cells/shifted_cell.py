@@ -19,9 +19,9 @@ from rwkv_rev import random_state
 from rwkv_rev.cells.contract import Advanced, Replay, ReversibleCell, leaves
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.recomputation import not_kept
-from rwkv_rev.cells.token_shift import Border, carried_mix, last_token, token_mixes
+from rwkv_rev.cells.token_shift import Border, carried_mix, last_token, mixes_and_last, token_mixes
 from rwkv_rev.errors import StrategyError
-from rwkv_rev.reversal.fingerprint import checksum
+from rwkv_rev.reversal.fingerprint import checksum, same_bits
 from rwkv_rev.reversal.memory import Memory
 
 
@@ -138,8 +138,10 @@ class ShiftedCell(ReversibleCell):
     ) -> tuple[Tensor, Any]:
         """Output [B, C, D] and the chunk's contribution to the memory; ``plan`` saves time, where there is one."""
 
-    def update(self, memory: Tensor | None, contribution: Any, mask: ChunkMask | None, length: int) -> Any:
-        """The memory after the chunk, differentiable; ``length`` is C."""
+    def update(
+        self, memory: Tensor | None, projection: Any, contribution: Any, mask: ChunkMask | None
+    ) -> Any:
+        """The memory after the chunk, differentiable."""
         return None
 
     def memory_plan(self, length: int) -> Any:
@@ -220,10 +222,10 @@ class ShiftedCell(ReversibleCell):
         self, state: ShiftedState, x: Tensor, mask: ChunkMask | None = None
     ) -> tuple[Tensor, ShiftedState]:
         """Output and next values by plain differentiable arithmetic, no rounding to a grid."""
-        projection = self._projection(x, state.shift, mask)
+        projection, last = self._projection(x, state.shift, mask)
         out, contribution = self.compute(projection, state.memory, mask)
-        memory = self.update(state.memory, contribution, mask, x.shape[1])
-        return out, ShiftedState(last_token(x, state.shift, mask), memory)
+        memory = self.update(state.memory, projection, contribution, mask)
+        return out, ShiftedState(last_token(x, state.shift, mask) if last is None else last, memory)
 
     @torch.no_grad()
     def advance(
@@ -257,12 +259,12 @@ class ShiftedCell(ReversibleCell):
             _print(contribution, shift),
         )
 
-    def _projection(self, x: Tensor, shift: Tensor, mask: ChunkMask | None) -> Any:
-        """The projection of x [B, C, D], differentiable, for which no mix is kept."""
+    def _projection(self, x: Tensor, shift: Tensor, mask: ChunkMask | None) -> tuple[Any, Tensor | None]:
+        """The projection of x [B, C, D], differentiable, for which no mix is kept; the last token where it is there."""
         mixes = self.mixes()
-        mixed = token_mixes(x, shift, mask, mixes)
+        mixed, last = mixes_and_last(x, shift, mask, mixes)
         with not_kept(mixed, lambda: token_mixes(x, shift, mask, mixes)):
-            return self.project(*mixed)
+            return self.project(*mixed), last
 
     # --- the same with graph, for the backward sweep ------------------------------------------------------------
 
@@ -289,8 +291,8 @@ class ShiftedCell(ReversibleCell):
         plan = plan if plan is not None else self.plan(x.shape[1])
         state = self.carried(state, x, mask, plan)
         start = leaves(self.values(state))
-        projection = self._projection(x, start.shift, mask)
-        return self._finish(state, start, projection, x, mask, plan, after, vouched=False)
+        projection, last = self._projection(x, start.shift, mask)
+        return self._finish(state, start, projection, last, x, mask, plan, after, vouched=False)
 
     def retreat(
         self,
@@ -306,18 +308,20 @@ class ShiftedCell(ReversibleCell):
         border = Border.of(x.detach(), plan.mix, mask)
         shift = border.uncarry(remnant.carried)
         shift_leaf = leaves(ShiftedState(shift, None)).shift
-        projection = self._projection(x, shift_leaf, mask)
+        projection, last = self._projection(x, shift_leaf, mask)
         with torch.no_grad():
             memory = self.retreat_memory(state.memory, projection, mask, remnant.memory, plan.memory)
         before = ExactShiftedState(shift, memory, remnant.carried, border)
         start = ShiftedState(shift_leaf, leaves(self.values(before)).memory)
-        return self._finish(before, start, projection, x, mask, plan, after, vouched=self.inverts_memory)
+        vouched = self.inverts_memory
+        return self._finish(before, start, projection, last, x, mask, plan, after, vouched=vouched)
 
     def _finish(
         self,
         state: ExactShiftedState,
         start: ShiftedState,
         projection: Any,
+        last: Tensor | None,
         x: Tensor,
         mask: ChunkMask | None,
         plan: CellPlan,
@@ -326,8 +330,8 @@ class ShiftedCell(ReversibleCell):
         vouched: bool,
     ) -> Replay:
         out, contribution = self.compute(projection, start.memory, mask, plan.memory)
-        memory = self.update(start.memory, contribution, mask, x.shape[1])
-        shift = last_token(x, start.shift, mask)
+        memory = self.update(start.memory, projection, contribution, mask)
+        shift = last_token(x, start.shift, mask) if last is None else last
         handed_on = None
         if after is not None:
             update = None if vouched or contribution is None else contribution.detach()
@@ -346,7 +350,7 @@ class ShiftedCell(ReversibleCell):
     ) -> Tensor:
         """Whether the next chunk's y, and its memory if there is a contribution, are what this chunk leaves; bool."""
         assert after.border is not None and after.carried is not None
-        same = checksum(after.border.carry(shift)) == checksum(after.carried)
+        same = same_bits(after.border.carry(shift), after.carried)
         if contribution is not None and after.memory is not None:
             left, _ = self.advance_memory(memory, contribution, mask, plan.memory)
             same &= (left.fingerprint() == after.memory.fingerprint()).all()

@@ -11,7 +11,7 @@ per channel to the token shift's one. Whole storage costs ``12 D`` bytes per chu
 and channel at C = 8 and 0.02 at C = 512, next to some 30 D numbers per token that back-propagation would keep.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ class TimeMixRwkv4(ShiftedCell):
         return self.output(sigmoid_product(receptance, wkv)), after
 
     def update(
-        self, memory: Tensor | None, contribution: Tensor, mask: ChunkMask | None, length: int
+        self, memory: Tensor | None, projection: Any, contribution: Tensor, mask: ChunkMask | None
     ) -> Tensor:
         return contribution
 

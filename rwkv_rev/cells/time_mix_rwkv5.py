@@ -20,7 +20,7 @@ from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.shifted_cell import ShiftedCell
 from rwkv_rev.cells.time_mix_rwkv4 import log_decay_of, wide
 from rwkv_rev.reversal.fixed_point import DecayPlan, FixedPoint, MemoryRemnant, decay_plan
-from rwkv_rev.wkv import Wkv5Work, wkv5, wkv5_contribution, wkv5_plan
+from rwkv_rev.wkv import Wkv5Work, decayed, wkv5, wkv5_contribution, wkv5_plan
 
 
 class TimeProjection(NamedTuple):
@@ -28,6 +28,7 @@ class TimeProjection(NamedTuple):
     key: Tensor  # [B, C, H, N]
     value: Tensor  # [B, C, H, N]
     gate: Tensor | None  # [B, C, D]
+    log_decay: Tensor  # [H, N]
     work: Wkv5Work  # what the contribution and the output share
 
 
@@ -105,6 +106,7 @@ class TimeMixRwkv5(ShiftedCell):
             self.key(to_key).view(heads),
             self.value(to_value).view(heads),
             None if self.gate is None else self.gate(*to_gate),
+            self.log_decay(),
             Wkv5Work(),
         )
 
@@ -120,14 +122,14 @@ class TimeMixRwkv5(ShiftedCell):
         plan: MemoryPlan | None = None,
     ) -> tuple[Tensor, Tensor]:
         assert memory is not None
-        receptance, key, value, gate, work = projection
+        receptance, key, value, gate, log_decay, work = projection
         bonus = wide(self.bonus)
         bonus = self._per_channel(torch.exp(bonus) if self.bonus_is_exponential else bonus)
         y, contribution = wkv5(
             receptance,
             key,
             value,
-            self.log_decay(),
+            log_decay,
             bonus,
             memory,
             None if mask is None else mask.valid,
@@ -137,14 +139,13 @@ class TimeMixRwkv5(ShiftedCell):
         return self.output(norm_and_gate(self.ln_x, y, gate, receptance.dtype)), contribution
 
     def update(
-        self, memory: Tensor | None, contribution: Tensor, mask: ChunkMask | None, length: int
+        self, memory: Tensor | None, projection: TimeProjection, contribution: Tensor, mask: ChunkMask | None
     ) -> Tensor:
         assert memory is not None
-        if mask is None:
-            decay = torch.exp(length * self.log_decay())[None, :, :, None]
-        else:
-            decay = torch.exp(mask.count[:, None, None, None] * self.log_decay()[None, :, :, None])
-        return decay * memory + contribution
+        length = projection.key.shape[1]
+        return decayed(
+            memory, contribution, projection.log_decay, length, None if mask is None else mask.count
+        )
 
     def memory_plan(self, length: int) -> MemoryPlan:
         log_decay = self.log_decay()
@@ -172,7 +173,7 @@ class TimeMixRwkv5(ShiftedCell):
         contribution = wkv5_contribution(
             projection.key,
             projection.value,
-            self.log_decay(),
+            projection.log_decay,
             None if mask is None else mask.valid,
             plan=plan.recurrence,
             work=projection.work,

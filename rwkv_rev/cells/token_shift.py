@@ -61,6 +61,17 @@ def token_mixes(x: Tensor, shift: Tensor, mask: ChunkMask | None, mus: list[Tens
     return tuple(mix(x, shifted, mu) for mu in mus)
 
 
+def mixes_and_last(
+    x: Tensor, shift: Tensor, mask: ChunkMask | None, mus: list[Tensor]
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """:func:`token_mixes`, and :func:`last_token` where both come of one launch, whose gradient is one launch, too."""
+    if mask is None and choose_kernel(None, x) == "triton":
+        from rwkv_rev.cells import triton_token_shift
+
+        return triton_token_shift.mixes_and_last(x, shift, mus)
+    return token_mixes(x, shift, mask, mus), None
+
+
 def mix(x: Tensor, shifted: Tensor, mu: Tensor) -> Tensor:
     """``mu x + (1 - mu) shifted``; mu [D] may lie outside [0, 1]."""
     return torch.lerp(shifted, x, mu.to(x.dtype))
@@ -96,9 +107,17 @@ class Border(NamedTuple):
 
     def carry(self, shift: Tensor) -> Tensor:
         """The carried y [B, D] (dtype of x) from x_{a-1} [B, D]."""
+        if choose_kernel(None, self.first) == "triton":
+            from rwkv_rev.cells import triton_token_shift
+
+            return triton_token_shift.carry(shift, self.first, self.mu)
         return torch.lerp(shift.double(), self.first.double(), self.mu).to(self.first.dtype)
 
     def uncarry(self, y: Tensor) -> Tensor:
         """x_{a-1} [B, D] (dtype of x), the inverse of :meth:`carry`."""
+        if choose_kernel(None, self.first) == "triton":
+            from rwkv_rev.cells import triton_token_shift
+
+            return triton_token_shift.uncarry(y, self.first, self.mu)
         x = torch.addcmul(y.double(), self.mu, self.first.double(), value=-1)
         return (x / (1 - self.mu)).to(self.first.dtype)

@@ -1,7 +1,8 @@
 """Every mix of a token with the one before on a CUDA device: one Triton launch each way instead of some forty.
 
 The formulas of :func:`rwkv_rev.cells.token_shift.mix`, in float32, rounded once; for chunks without a mask. The
-gradients of the coefficients are summed block by block and then over the blocks, always in the same order.
+gradients of the coefficients are summed block by block and then over the blocks, always in the same order. The carried
+y (:class:`rwkv_rev.cells.token_shift.Border`) is computed in float64, one launch each way.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -19,6 +20,7 @@ from rwkv_rev.first_order import first_order
 MOST_MIXES = 4
 TOKENS = 16
 CHANNELS = 128
+BORDER_BLOCK = 512
 STEPS = 8
 """Blocks of tokens per program of the backward pass; each program leaves one partial sum."""
 
@@ -75,9 +77,40 @@ def _pull_back(gradient, x, mu, change, d_now, at, channel, token, here, T, D):
 
 
 @triton.jit
+def _through_first(gradient, x, mu, row, channel, T, D):
+    """What one mix of the first token adds to the gradient by the vector before it, [BD]."""
+    first = tl.load(gradient + row * T * D + channel, mask=channel < D, other=0.0).to(tl.float32)
+    return first * (1.0 - _mu(mu, x, channel, D))
+
+
+@triton.jit
+def _carry_kernel(shift, first, mu, y, size, D, PER_ROW: tl.constexpr, BLOCK: tl.constexpr):
+    """lerp as PyTorch computes it, in float64; mu has one number per channel, or one for each of a row's."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = at < size
+    before = tl.load(shift + at, mask=here, other=0.0).to(tl.float64)
+    now = tl.load(first + at, mask=here, other=0.0).to(tl.float64)
+    factor = tl.load(mu + (at if PER_ROW else at % D), mask=here, other=0.0)
+    change = now - before
+    mixed = tl.where(tl.abs(factor) < 0.5, before + factor * change, now - change * (1.0 - factor))
+    tl.store(y + at, mixed.to(tl.float32).to(y.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _uncarry_kernel(y, first, mu, shift, size, D, PER_ROW: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = at < size
+    mixed = tl.load(y + at, mask=here, other=0.0).to(tl.float64)
+    now = tl.load(first + at, mask=here, other=0.0).to(tl.float64)
+    factor = tl.load(mu + (at if PER_ROW else at % D), mask=here, other=0.0)
+    before = (mixed - factor * now) / (1.0 - factor)
+    tl.store(shift + at, before.to(tl.float32).to(shift.dtype.element_ty), mask=here)
+
+
+@triton.jit
 def _backward_kernel(
-    x, shift, mu0, mu1, mu2, mu3, g0, g1, g2, g3, d_x, d_mu, T, D, tiles,
-    MIXES: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, STEPS: tl.constexpr,
+    x, shift, mu0, mu1, mu2, mu3, g0, g1, g2, g3, g_last, d_x, d_mu, d_shift, T, D, tiles,
+    MIXES: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, STEPS: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // tiles).to(tl.int64)
     start = (tl.program_id(0) % tiles) * BT * STEPS
@@ -103,7 +136,21 @@ def _backward_kernel(
         if MIXES > 3:
             d_now, part = _pull_back(g3, x, mu3, change, d_now, at, channel, token, here, T, D)
             total3 += part
+        if LAST:
+            ends = here & (token == T - 1)[:, None]
+            d_now += tl.load(g_last + row * D + channel[None, :] + 0 * at, mask=ends, other=0.0).to(
+                tl.float32
+            )
         tl.store(d_x + at, d_now, mask=here)
+    if start == 0:
+        first = _through_first(g0, x, mu0, row, channel, T, D) + _through_first(
+            g1, x, mu1, row, channel, T, D
+        )
+        if MIXES > 2:
+            first += _through_first(g2, x, mu2, row, channel, T, D)
+        if MIXES > 3:
+            first += _through_first(g3, x, mu3, row, channel, T, D)
+        tl.store(d_shift + row * D + channel, first, mask=channel < D)
     partial = d_mu + tl.program_id(0).to(tl.int64) * MIXES * D + channel
     tl.store(partial, tl.sum(total0, 0), mask=channel < D)
     tl.store(partial + D, tl.sum(total1, 0), mask=channel < D)
@@ -115,7 +162,7 @@ def _backward_kernel(
 
 class _Mixes(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shift: Tensor, *mus: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, last: bool, x: Tensor, shift: Tensor, *mus: Tensor) -> tuple[Tensor, ...]:
         batch, length, width = x.shape
         tiles = triton.cdiv(length, TOKENS)
         outs = tuple(torch.empty_like(x) for _ in mus)
@@ -125,7 +172,8 @@ class _Mixes(torch.autograd.Function):
                 MIXES=len(mus), BT=TOKENS, BD=CHANNELS, num_warps=4,
             )  # fmt: skip
         ctx.save_for_backward(x, shift, *mus)
-        return outs
+        ctx.last = last
+        return (*outs, x[:, -1].clone()) if last else outs
 
     @staticmethod
     @first_order
@@ -135,19 +183,18 @@ class _Mixes(torch.autograd.Function):
         batch, length, width = x.shape
         tiles = triton.cdiv(length, TOKENS * STEPS)
         d_x = torch.empty_like(x)
+        d_shift = torch.empty_like(shift)
         d_mu = torch.empty(batch * tiles, len(mus), width, dtype=torch.float32, device=x.device)
+        to_mixes = gradients[: len(mus)]
         with torch.cuda.device_of(x):
             _backward_kernel[(batch * tiles, triton.cdiv(width, CHANNELS))](
-                x, shift, *_padded(mus), *_padded(gradients), d_x, d_mu, length, width, tiles,
-                MIXES=len(mus), BT=TOKENS, BD=CHANNELS, STEPS=STEPS, num_warps=4,
+                x, shift, *_padded(mus), *_padded(to_mixes), gradients[-1], d_x, d_mu, d_shift, length, width, tiles,
+                MIXES=len(mus), BT=TOKENS, BD=CHANNELS, STEPS=STEPS, LAST=ctx.last, num_warps=4,
             )  # fmt: skip
-        d_shift = None
-        if ctx.needs_input_grad[1]:
-            firsts = torch.stack([gradient[:, 0] for gradient in gradients]).float()  # [M, B, D]
-            rest = 1 - torch.stack(mus).to(x.dtype).float()
-            d_shift = (firsts * rest[:, None]).sum(0).to(shift.dtype)
-        totals = d_mu.sum(0).unbind(0)
-        return d_x, d_shift, *(total.to(mu.dtype) for total, mu in zip(totals, mus, strict=True))
+        total = d_mu.sum(0)
+        if len({mu.dtype for mu in mus}) == 1:
+            total = total.to(mus[0].dtype)  # in one launch
+        return None, d_x, d_shift, *(part.to(mu.dtype) for part, mu in zip(total.unbind(0), mus, strict=True))
 
 
 def _padded(tensors: tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
@@ -160,4 +207,31 @@ def token_mixes(x: Tensor, shift: Tensor, mus: list[Tensor]) -> tuple[Tensor, ..
 
     x [B, C, D] in bfloat16, float16 or float32 on a CUDA device.
     """
-    return _Mixes.apply(x.contiguous(), shift.contiguous(), *(mu.contiguous() for mu in mus))
+    return _Mixes.apply(False, x.contiguous(), shift.contiguous(), *(mu.contiguous() for mu in mus))
+
+
+def mixes_and_last(x: Tensor, shift: Tensor, mus: list[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """:func:`token_mixes`, and the last token [B, D]."""
+    *mixes, last = _Mixes.apply(True, x.contiguous(), shift.contiguous(), *(mu.contiguous() for mu in mus))
+    return tuple(mixes), last
+
+
+def carry(shift: Tensor, first: Tensor, mu: Tensor) -> Tensor:
+    """As :meth:`rwkv_rev.cells.token_shift.Border.carry`; shift and first [B, D], mu [D] or [B, D] in float64."""
+    return _at_border(_carry_kernel, shift, first, mu)
+
+
+def uncarry(y: Tensor, first: Tensor, mu: Tensor) -> Tensor:
+    """As :meth:`rwkv_rev.cells.token_shift.Border.uncarry`; y and first [B, D], mu [D] or [B, D] in float64."""
+    return _at_border(_uncarry_kernel, y, first, mu)
+
+
+def _at_border(kernel: Any, given: Tensor, first: Tensor, mu: Tensor) -> Tensor:
+    given, first, mu = given.contiguous(), first.contiguous(), mu.contiguous()
+    found = torch.empty_like(first)
+    with torch.cuda.device_of(first):
+        kernel[(triton.cdiv(first.numel(), BORDER_BLOCK),)](
+            given, first, mu, found, first.numel(), first.shape[1],
+            PER_ROW=mu.dim() > 1, BLOCK=BORDER_BLOCK, num_warps=4,
+        )  # fmt: skip
+    return found

@@ -37,6 +37,12 @@ def checksum(tensor: Tensor) -> Tensor:
     return words.view(torch.uint8).sum(dtype=torch.int64)
 
 
+def same_bits(one: Tensor, other: Tensor) -> Tensor:
+    """Whether two tensors of one dtype and shape hold the same bits, a bool on their device; NaN equals itself."""
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+    return (one.contiguous().view(words) == other.contiguous().view(words)).all()
+
+
 def head_fingerprints(mantissa: Tensor, exponent: Tensor) -> Tensor:
     """Checksum of each head, int64 [B, H], of a fixed-point state [B, H, N, N] int32 and its exponents [B, H]."""
     words = mantissa.flatten(2)

@@ -62,12 +62,14 @@ class FixedPoint:
         exponent: [B, H] int32; the state's value is ``mantissa * 2**exponent``.
         floats: the value in float32, where the kernel that made the state gave it.
         prints: the fingerprint, likewise.
+        found_coarse: :meth:`coarse`, likewise.
     """
 
     mantissa: Tensor
     exponent: Tensor
     floats: Tensor | None = None
     prints: Tensor | None = None
+    found_coarse: Tensor | None = None
 
     @classmethod
     def of(cls, value: Tensor) -> "FixedPoint":
@@ -139,6 +141,8 @@ class FixedPoint:
 
     def coarse(self) -> Tensor:
         """Heads [B, H] bool whose largest number has fewer than :data:`COARSE_BITS` bits on the grid that they got."""
+        if self.found_coarse is not None:
+            return self.found_coarse
         largest = self.mantissa.abs().amax(dim=(2, 3))
         finite = self.exponent < NON_FINITE
         return (largest < 2**COARSE_BITS) & (self.exponent > SMALLEST_EXPONENT) & finite
@@ -175,9 +179,11 @@ class FixedPoint:
             plan.planes,
             target_bits=TARGET_BITS,
             non_finite=NON_FINITE,
+            coarse_bits=COARSE_BITS,
+            smallest_exponent=SMALLEST_EXPONENT,
         )
-        after = FixedPoint(found.mantissa, found.exponent, found.floats, found.fingerprint)
-        return after, MemoryRemnant(lambda: found.packed, found.raised.bool(), self)
+        after = FixedPoint(found.mantissa, found.exponent, found.floats, found.fingerprint, found.coarse)
+        return after, MemoryRemnant(lambda: found.packed, found.raised, self)
 
     def _retreat_by_kernel(
         self, contribution: Tensor, decay: Tensor, remnant: "MemoryRemnant", plan: "DecayPlan"

@@ -173,8 +173,9 @@ def _lay_out(record: list[list[Tensor]]) -> tuple[list[list[_Layout]], list[tupl
 
 def _joined(parts: list[tuple[int, Tensor]], flat: Tensor) -> Tensor:
     """``flat`` with the parts copied to their offsets."""
-    for offset, part in parts:
-        flat[offset : offset + part.numel()].copy_(part)
+    if parts:
+        places = [flat[offset : offset + part.numel()] for offset, part in parts]
+        torch._foreach_copy_(places, [part for _, part in parts])  # in a few launches
     return flat
 
 

@@ -46,8 +46,9 @@ def _fingerprint(mantissa, exponent, place):
 
 @triton.jit
 def _advance(
-    mantissa, exponent, contribution, decay, decay_stride, widths, offsets, row_bytes, target_bits, non_finite,
-    after, new_exponent, raised, packed, floats, prints,
+    mantissa, exponent, contribution, decay, decay_stride, widths, offsets, row_bytes,
+    target_bits, non_finite, coarse_below, smallest_exponent,
+    after, new_exponent, raised, coarse, packed, floats, prints,
     H, N: tl.constexpr, planes, BN: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -74,6 +75,8 @@ def _advance(
     tl.store(after + at, s.to(tl.int32), mask=inside)
     tl.store(new_exponent + program, e2)
     tl.store(raised + program, rises.to(tl.int8))
+    few = tl.max(tl.max(tl.where(inside, tl.abs(s), 0.0), 1), 0) < coarse_below
+    tl.store(coarse + program, (few & (e2 > smallest_exponent) & (e2 < non_finite)).to(tl.int8))
     tl.store(floats + at, (s * _power(e2)).to(tl.float32), mask=inside)
     tl.store(prints + program, _fingerprint(tl.where(inside, s.to(tl.int32), 0), e2, place))
     width = tl.load(widths + head * N + i, mask=i < N, other=0)
@@ -154,11 +157,13 @@ class Retreated(NamedTuple):
 
 
 class Advanced(NamedTuple):
-    """Results of :func:`advance`: the state after the chunk, raised heads, packed remnant; floats and fingerprint."""
+    """Results of :func:`advance`: the state after the chunk, raised and coarse heads, packed remnant; floats and
+    fingerprint."""
 
     mantissa: Tensor
     exponent: Tensor
     raised: Tensor
+    coarse: Tensor
     packed: Tensor
     floats: Tensor
     fingerprint: Tensor
@@ -166,13 +171,14 @@ class Advanced(NamedTuple):
 
 def advance(
     mantissa: Tensor, exponent: Tensor, contribution: Tensor, decay: Tensor, layout: PlaneLayout,
-    *, target_bits: int, non_finite: int,
+    *, target_bits: int, non_finite: int, coarse_bits: int, smallest_exponent: int,
 ) -> Advanced:  # fmt: skip
     """One chunk forwards; ``decay`` [B or 1, H, N, 1] float64. The fingerprint [B, H] is of the state after."""
     batch, heads, size, _ = mantissa.shape
     result = Advanced(
         torch.empty_like(mantissa),
         torch.empty_like(exponent),
+        torch.empty_like(exponent, dtype=torch.int8),
         torch.empty_like(exponent, dtype=torch.int8),
         torch.empty(batch * layout.row_bytes, dtype=torch.uint8, device=mantissa.device),
         torch.empty_like(mantissa, dtype=torch.float32),
@@ -181,10 +187,11 @@ def advance(
     with torch.cuda.device_of(mantissa):
         _advance[(batch * heads,)](
             mantissa, exponent, contribution.contiguous(), decay, 0 if decay.shape[0] == 1 else heads * size,
-            layout.widths, layout.offsets, layout.row_bytes, target_bits, non_finite, *result,
+            layout.widths, layout.offsets, layout.row_bytes,
+            target_bits, non_finite, float(2**coarse_bits), smallest_exponent, *result,
             heads, size, layout.planes, BN=triton.next_power_of_2(size), num_warps=_warps(size),
         )  # fmt: skip
-    return result
+    return result._replace(raised=result.raised.view(torch.bool), coarse=result.coarse.view(torch.bool))
 
 
 def retreat(

@@ -162,6 +162,27 @@ def wkv5_contribution(
     return _run("wkv5_contribution", kernel, k, v, log_decay, _as_bool(mask), chunked=(plan, work))
 
 
+def decayed(
+    state: Tensor, contribution: Tensor, log_decay: Tensor, tokens: int, counts: Tensor | None = None
+) -> Tensor:
+    """The state after a chunk, differentiable: ``exp(n * log_decay)[..., None] * state + contribution``.
+
+    Args:
+        state, contribution: [B, H, N, N], key index first.
+        log_decay: [H, N], at most 0.
+        tokens: n where no token is masked.
+        counts: [B], n of each row where some are.
+    """
+    if choose_kernel(None, state) == "triton":
+        module = importlib.import_module("rwkv_rev.wkv.triton_decay")
+        return module.decayed(state, contribution, log_decay, tokens, counts)
+    if counts is None:
+        decay = torch.exp(tokens * log_decay)[None, :, :, None]
+    else:
+        decay = torch.exp(counts[:, None, None, None] * log_decay[None, :, :, None])
+    return decay * state + contribution
+
+
 def wkv5_plan(log_decay: Tensor, tokens: int, *, kernel: str | None = None) -> Any:
     """Powers of the decays [H, N], float32 or wider, computed once for many chunks of ``tokens`` unmasked tokens.
 

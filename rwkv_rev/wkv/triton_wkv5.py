@@ -39,6 +39,7 @@ from torch import Tensor
 
 from rwkv_rev.first_order import first_order
 from rwkv_rev.wkv.dispatch import KernelError
+from rwkv_rev.wkv.triton_decay import take_out
 
 LEVELS = 6
 CHUNK = 1 << LEVELS
@@ -444,11 +445,8 @@ class _WKV5(torch.autograd.Function):
                 r, k, v, log_decay, bonus, states, d_states, d_out
             )
             # S_j holds w^{64 j} S_0, which the contribution does not: take that path out again
-            count = launch.T if mask is None else mask.sum(1)[:, None, None]
-            through_state = (
-                torch.exp(count * log_decay) * count * (state * d_contribution).sum(-1)
-            )  # [B, H, N]
-            d_log_decay = d_log_decay.sum((0, 1)) - through_state.sum(0)
+            take_out(state, d_contribution, log_decay, launch.counts, launch.T, d_log_decay)
+            d_log_decay = d_log_decay.sum((0, 1))
             d_bonus = d_bonus.sum((0, 1))
         return d_r, d_k, d_v, d_log_decay, d_bonus, d_state, None
 
