@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rwkv_rev.first_order import first_order
 from rwkv_rev.outside_leaves import OutsideLeaves, leaves_of
+from rwkv_rev.weight_product import WeightProduct
 
 T = TypeVar("T")
 
@@ -115,13 +116,17 @@ def cross_entropy_gradients(
     return total, torch.cat(hidden_gradients).view_as(hidden), of_parameters
 
 
-def add_gradients(sums: list[Tensor | None], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+def add_gradients(
+    sums: list[Tensor | None], gradients: Sequence[Tensor | WeightProduct | None]
+) -> list[Tensor | None]:
     """Add ``gradients`` to running sums kept in float32 or wider."""
     added: list[Tensor | None] = []
     totals, further = [], []
     for total, gradient in zip(sums, gradients, strict=True):
         if gradient is None:
             added.append(total)
+        elif isinstance(gradient, WeightProduct):
+            added.append(gradient.add_to(total))
         elif total is None:
             added.append(gradient.detach().to(wide(gradient.dtype), copy=True))
         else:

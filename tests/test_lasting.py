@@ -120,7 +120,7 @@ def test_other_work_is_not_run_by_old_recordings(
 ) -> None:
     ids, model = random_tokens(64), tiny_model("4")
     played(True)
-    for _ in range(4):
+    for _ in range(3):
         step(model, ids)
     assert len(lasted) == 2
     twin = tiny_model("4")

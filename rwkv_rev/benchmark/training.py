@@ -56,8 +56,8 @@ def compare(
 ) -> list[dict[str, Any]]:
     """One row per setting (arguments of ``set_bptt``), in turns: seconds, tokens/s, memory, tape.
 
-    On CUDA each timed step follows three like it, as every step of a run but its first ones does: recordings of
-    launches are made in the third.
+    On CUDA each timed step follows two like it, as every step of a run but its first ones does: recordings of
+    launches are made in the second.
     Memory is ``max_memory_allocated`` and ``max_memory_reserved`` on CUDA (parameters and gradients included),
     absent on the CPU.
     """
@@ -75,7 +75,7 @@ def compare(
             try:
                 with model.set_bptt(**setting):
                     # or the driver's handing out of memory would be timed, and recordings
-                    for _ in range(3 if ids.is_cuda else 0):
+                    for _ in range(2 if ids.is_cuda else 0):
                         step(model, ids)
                     seconds, report = step(model, ids)
             except torch.cuda.OutOfMemoryError:

@@ -13,6 +13,7 @@ from rwkv_rev.errors import ReversalMismatchError
 from rwkv_rev.loss import add_gradients
 from rwkv_rev.outside_leaves import OutsideLeaves
 from rwkv_rev.state import RwkvRevState
+from rwkv_rev.weight_product import WeightProduct
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,7 +57,7 @@ class Sums:
     embeds: list[Tensor] = field(default_factory=list)
     checks: "list[tuple[int, Tensor]]" = field(default_factory=list)
 
-    def take(self, indices: "Sequence[int]", gradients: "Sequence[Tensor | None]") -> None:
+    def take(self, indices: "Sequence[int]", gradients: "Sequence[Tensor | WeightProduct | None]") -> None:
         """Add gradients of the parameters at ``indices``."""
         sums = add_gradients([self.parameters[index] for index in indices], gradients)
         for index, total in zip(indices, sums, strict=True):

@@ -6,14 +6,15 @@ the chunk's graph is differentiated with a loss scale, lowered until all gradien
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rwkv_rev import random_state
 from rwkv_rev.bptt.layers import LayerGraph, Take, cut, pull_back, vjp
 from rwkv_rev.bptt.strategy import Chunk, LanguageModel
+from rwkv_rev.bptt.weight_products import adding, plain_maps
 from rwkv_rev.cells.block import ExactStates, FloatStates, flat
 from rwkv_rev.cells.contract import detached
 from rwkv_rev.loss import scaled, wide
@@ -60,6 +61,8 @@ class Parameters:
             self.of_layer.append(everything if foreign else sorted(own))
         self.beside: Sequence[int] = everything if foreign else [i for i in everything if i not in inside]
         """Of the embedding, the norms beside it, and the final norm."""
+        self.maps = [] if foreign or not isinstance(model, nn.Module) else plain_maps(model, places)
+        """Linear maps that add their weights' gradients themselves, and the indices of these."""
 
     def replaced(self, tensors: Sequence[Tensor]) -> "Parameters":
         """The same with other tensors in the places of these."""
@@ -110,16 +113,18 @@ def chunk_gradients(
         half: where the model may draw random numbers, if gradients need a loss scale; None if not.
     """
     if half is None:
-        return _gradients(model, chunk, replay, objective, parameters, to_end, take, 1.0, outside)
+        # a checkpointed block is computed once more when its gradient is taken, by maps that are plain again
+        with adding(() if model.checkpoints_blocks else parameters.maps, take):
+            return _gradients(model, chunk, replay, objective, parameters, to_end, take, 1.0, outside)
     random = random_state.capture(half)
     taken: list[tuple[Sequence[int], int]] = []
 
     def attempt(loss_scale: float) -> tuple[ChunkGradients, list[Tensor | None]]:
         random_state.restore(random)
         taken.clear()
-        found: list[Tensor | None] = []
+        found: list[Any] = []
 
-        def keep(indices: Sequence[int], gradients: Sequence[Tensor | None]) -> None:
+        def keep(indices: Sequence[int], gradients: Sequence[Any]) -> None:
             taken.append((indices, len(found)))
             found.extend(gradients)
 

@@ -2,8 +2,8 @@
 
 A layer's chunk is some 200 kernel launches, 9 ms of host time, whatever the chunk's length: in short chunks the GPU is
 idle for most of a sweep. All inner chunks of a context do exactly the same. In the first step of its kind their
-launches are recorded once per sweep, where a first chunk shows that the GPU does wait (:class:`Pace`); what does the
-same work in the next step is run by recordings that last (:mod:`rwkv_rev.bptt.lasting`).
+launches are recorded once per sweep, where a first chunk shows that the GPU does wait (:class:`Pace`); if the last one
+shows it, too, the same work is run by recordings that last in the next step (:mod:`rwkv_rev.bptt.lasting`).
 
 Chunks that differ (partly masked ones, a shorter last one, those in which a grid rose) and sweeps that draw random
 numbers or retry with another loss scale run without a recording. ``RWKV_REV_CUDA_GRAPHS=0`` turns all of it off.
@@ -94,13 +94,15 @@ class RecordingRunner(Runner):
     """Runs chunks by replaying the launches of one of them, where a first chunk shows that the device waits.
 
     Attributes:
-        waits: whether it did, and nothing was drawn; known after the first chunk.
+        waits: whether it did in the last chunk of the step, when all that is made once had been made, and nothing
+            was drawn.
     """
 
     def __init__(self, sweep: "Sweep") -> None:
         super().__init__(sweep)
         self._records = True
         self.waits = False
+        self._draws = False
         self._forward: ForwardRecording | None = None
         self._backward: BackwardRecording | None = None
 
@@ -109,9 +111,9 @@ class RecordingRunner(Runner):
             pace = Pace(self.sweep.device)
             after = super().advance(chunk, states)
             now = random_state.capture(self.sweep.places)
-            draws = not now.same(self.sweep.random[0])
-            self.waits = not draws and pace.waits_for_host()
-            self._records = self.waits and worthwhile(self.sweep.chunks)
+            self._draws = not now.same(self.sweep.random[0])
+            waits = not self._draws and pace.waits_for_host()
+            self._records = waits and worthwhile(self.sweep.chunks)
             return after
         # the first two chunks have made, compiled and loaded all that is made once
         repeated = repeats(chunk, self.sweep.chunks)
@@ -145,10 +147,13 @@ class RecordingRunner(Runner):
         random_state.restore(sweep.random[chunk.index])
         # recorded after a chunk that has compiled and loaded every kernel, if enough of them are left
         recordable = self._records and repeats(chunk, sweep.chunks) and chunk.index >= FEWEST_CHUNKS
-        pace = Pace(sweep.device) if recordable else None
+        ends = chunk.index == 0 and not self._draws
+        pace = Pace(sweep.device) if recordable or ends else None
         tensors = None if record is None else record.tensors()
         before, to_start = differentiate(sweep, chunk, states, tensors, to_end, sums)
-        if pace is not None and record is not None and pace.waits_for_host():
+        if ends and pace is not None:
+            self.waits = pace.waits_for_host()
+        elif pace is not None and record is not None and pace.waits_for_host():
             new = partial(BackwardRecording, sweep, sums, chunk, before, record, to_start)
             self._backward = attempt(new)
             self._records = self._backward is not None

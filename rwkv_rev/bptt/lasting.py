@@ -2,8 +2,8 @@
 
 Weights are updated in place, so a recording sees the new ones; what the sweeps compute of them once, the plan, is
 copied into the recorded one. Four recordings share one memory: a chunk of the first sweep, and the last, an inner and
-the first chunk of the second. They are made in the third step of a kind (the first one compiles and loads every
-kernel, the second shows whether the device waits for the host), kept for one kind of work per model, and dropped where
+the first chunk of the second. They are made in the second step of a kind (the first one compiles and loads every
+kernel, and its last chunk shows whether the device waits for the host), kept for one kind of work per model, and dropped where
 the device has little memory left beside them.
 
 A kind of work is all that a launch may depend on but the numbers: shapes, strategy, precision, which parameters are
@@ -37,9 +37,9 @@ LEAST_FREE = 0.05
 
 
 class Kept:
-    """What is kept for a model: the kind of work of its last step, and its recordings once that came twice.
+    """What is kept for a model: the kind of work of its last step, and its recordings if that comes again.
 
-    ``wanted``: the device waited for the host in the second such step. ``refused``: there was no memory for them.
+    ``wanted``: the device waited for the host in the first such step. ``refused``: there was no memory for them.
     ``holds_memory``: recordings are gone, and the allocator still keeps what they ran in.
     """
 
@@ -82,10 +82,8 @@ def note(sweep: "Sweep", *, waits: bool) -> None:
     """After a step without lasting recordings: what was done, and whether the device waited for the host."""
     model: Any = sweep.model
     kind, before = kind_of(sweep), _kept.get(model)
-    if before is None or before.kind != kind:
-        _kept[model] = Kept(kind)
-    else:
-        before.wanted = waits
+    if before is None or before.kind != kind or not before.refused:
+        _kept[model] = Kept(kind, wanted=waits)
 
 
 def drop(sweep: "Sweep") -> None:

@@ -30,8 +30,9 @@ from rwkv_rev.cells.block import (
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.recomputation import checkpointed
 from rwkv_rev.reversal.fingerprint import checksum
+from rwkv_rev.weight_product import WeightProduct
 
-Take = Callable[[Sequence[int], Sequence[Tensor | None]], None]
+Take = Callable[[Sequence[int], Sequence[Tensor | WeightProduct | None]], None]
 """Is given indices of parameters and a gradient for each, to be added to what there is."""
 
 

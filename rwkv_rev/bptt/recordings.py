@@ -19,6 +19,7 @@ from rwkv_rev.cells.block import ExactStates, FloatStates
 from rwkv_rev.cells.contract import detached
 from rwkv_rev.loss import add_gradients
 from rwkv_rev.reversal.tape import FlatRecord, Tape
+from rwkv_rev.weight_product import WeightProduct
 
 if TYPE_CHECKING:
     from rwkv_rev.bptt.sweep import Sweep
@@ -119,7 +120,7 @@ class BackwardRecording:
         totals, loss = [total for total in sums.parameters if total is not None], sums.loss
         assert loss is not None
 
-        def take(indices: Sequence[int], gradients: Sequence[Tensor | None]) -> None:
+        def take(indices: Sequence[int], gradients: Sequence[Tensor | WeightProduct | None]) -> None:
             for index, gradient in zip(indices, gradients, strict=True):
                 self.touched[index] |= gradient is not None
             add_gradients([totals[index] for index in indices], gradients)
@@ -281,5 +282,7 @@ def _computed(states: list[ExactStates]) -> list[Tensor]:
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    if targets:
-        torch._foreach_copy_(targets, sources)
+    # by dtype: PyTorch copies lists of one dtype in one launch
+    for dtype in dict.fromkeys(target.dtype for target in targets):
+        pairs = [pair for pair in zip(targets, sources, strict=True) if pair[0].dtype == dtype]
+        torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
