@@ -3,8 +3,8 @@
 Weights are updated in place, so a recording sees the new ones; what the sweeps compute of them once, the plan, is
 copied into the recorded one. Four recordings share one memory: a chunk of the first sweep, and the last, an inner and
 the first chunk of the second. They are made in the second step of a kind (the first one compiles and loads every
-kernel, and its last chunk shows whether the device waits for the host), kept for one kind of work per model, and dropped where
-the device has little memory left beside them.
+kernel, and its last chunk shows whether the device waits for the host), kept for one kind of work per model, and
+dropped where the device has little memory left beside them.
 
 A kind of work is all that a launch may depend on but the numbers: shapes, strategy, precision, which parameters are
 trained and where they lie. Models with code of others in them are never run so: it may do another thing at each call.
