@@ -1,4 +1,4 @@
-"""The recurrences of RWKV-4 and RWKV-5, each with several kernels (see :mod:`rwkv_rev.wkv.dispatch`)."""
+"""The recurrences of RWKV-4 to RWKV-7, each with several kernels (see :mod:`rwkv_rev.wkv.dispatch`)."""
 
 from rwkv_rev.wkv.dispatch import (
     KERNELS,
@@ -11,6 +11,9 @@ from rwkv_rev.wkv.dispatch import (
     wkv5,
     wkv5_contribution,
     wkv5_plan,
+    wkv6,
+    wkv6_contribution,
+    wkv7,
 )
 from rwkv_rev.wkv.naive import EMPTY_EXPONENT
 
@@ -26,4 +29,7 @@ __all__ = [
     "wkv5",
     "wkv5_contribution",
     "wkv5_plan",
+    "wkv6",
+    "wkv6_contribution",
+    "wkv7",
 ]

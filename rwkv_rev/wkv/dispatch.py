@@ -29,6 +29,8 @@ from rwkv_rev.wkv.chunked_wkv5 import wkv5_plan as chunked_plan
 
 KERNELS = ("naive", "chunked", "triton")
 LARGEST_TRITON_HEAD = 128
+TRITON = ("wkv4", "wkv5")
+"""The recurrences that have such kernels; the others take the chunked one."""
 KERNEL_VARIABLE = "RWKV_REV_KERNEL"
 _used: ContextVar[str | None] = ContextVar("rwkv_rev_kernel", default=None)
 
@@ -162,6 +164,79 @@ def wkv5_contribution(
     return _run("wkv5_contribution", kernel, k, v, log_decay, _as_bool(mask), chunked=(plan, work))
 
 
+def wkv6(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    bonus: Tensor,
+    state: Tensor,
+    mask: Tensor | None = None,
+    *,
+    kernel: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """RWKV-6 recurrence over a chunk.
+
+    Args:
+        r, k, v: [B, T, H, N].
+        log_decay: [B, T, H, N], log of each token's decay per key channel, at most 0; -inf is allowed.
+        bonus: [H, N], u, factor of the current token.
+        state: [B, H, N, N] before the chunk, key index first.
+        mask: [B, T] bool, true where the token is valid; None: all are.
+        kernel: see the module.
+
+    Returns:
+        Outputs [B, T, H, N], the chunk's contribution U [B, H, N, N] and the logarithm of its factor [B, H, N] in
+        float64: the state after the chunk is ``exp(log_factor)[..., None] * state + U`` (left to the caller).
+    """
+    batch, tokens, heads, size = _shape(k, 4, "k")
+    _expect(r=(r, k.shape), v=(v, k.shape), log_decay=(log_decay, k.shape), bonus=(bonus, (heads, size)))
+    _expect(state=(state, (batch, heads, size, size)), mask=(mask, (batch, tokens)))
+    return _run("wkv6", kernel, r, k, v, log_decay, bonus, state, _as_bool(mask))
+
+
+def wkv6_contribution(
+    k: Tensor, v: Tensor, log_decay: Tensor, mask: Tensor | None = None, *, kernel: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Only the contribution and the factor of :func:`wkv6`, bit for bit what that returns for the same inputs."""
+    batch, tokens, *_ = _shape(k, 4, "k")
+    _expect(v=(v, k.shape), log_decay=(log_decay, k.shape), mask=(mask, (batch, tokens)))
+    return _run("wkv6_contribution", kernel, k, v, log_decay, _as_bool(mask))
+
+
+def wkv7(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    removal: Tensor,
+    rate: Tensor,
+    state: Tensor,
+    mask: Tensor | None = None,
+    *,
+    kernel: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """RWKV-7 recurrence over a chunk.
+
+    Args:
+        r, k, v: [B, T, H, N].
+        log_decay: [B, T, H, N], log of each token's decay per key channel, from -0.6065 (RWKV-7's least) to 0.
+        removal: [B, T, H, N], kappa: the key, of length one or zero, under which the state is looked up and replaced.
+        rate: [B, T, H, N], a, from 0 to 1: how much of what was found there is taken out.
+        state: [B, H, N, N] before the chunk, key index first.
+        mask: [B, T] bool, true where the token is valid; None: all are.
+        kernel: see the module.
+
+    Returns:
+        Outputs [B, T, H, N], which read after the write, and the state after the chunk [B, H, N, N].
+    """
+    batch, tokens, heads, size = _shape(k, 4, "k")
+    _expect(**{name: (x, k.shape) for name, x in (("r", r), ("v", v), ("log_decay", log_decay))})
+    _expect(removal=(removal, k.shape), rate=(rate, k.shape))
+    _expect(state=(state, (batch, heads, size, size)), mask=(mask, (batch, tokens)))
+    return _run("wkv7", kernel, r, k, v, log_decay, removal, rate, state, _as_bool(mask))
+
+
 def decayed(
     state: Tensor, contribution: Tensor, log_decay: Tensor, tokens: int, counts: Tensor | None = None
 ) -> Tensor:
@@ -200,9 +275,14 @@ def _run(function: str, kernel: str | None, *arguments: Tensor | None, chunked: 
     name = choose_kernel(kernel, key)
     if name != "naive":
         refuse_transforms([key])
-    module = f"triton_{function[:4]}" if name == "triton" else name
+    if name == "naive":
+        module = name
+    elif name == "triton" and function[:4] in TRITON:
+        module = f"triton_{function[:4]}"
+    else:
+        module = f"chunked_{function[:4]}"
     implementation: Callable[..., Any] = getattr(importlib.import_module(f"rwkv_rev.wkv.{module}"), function)
-    further = chunked if name == "chunked" else ()
+    further = chunked if module.startswith("chunked") else ()
     # entering the context costs more than a small operation
     if not torch.is_autocast_enabled(key.device.type):
         return implementation(*arguments, *further)

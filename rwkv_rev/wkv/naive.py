@@ -12,6 +12,11 @@ RWKV-5, per head (Peng et al. 2024, "Eagle and Finch", section 4; S is [key, val
 
     out_t = r_t (S + diag(u) k_t^T v_t),                S <- diag(w) S + k_t^T v_t
 
+RWKV-6 (section 4.2 there) has a decay w_t of its own for every token. RWKV-7 (Peng et al. 2025, "RWKV-7 Goose", section
+4) removes what stands under a key before it writes, and reads after that:
+
+    S <- (diag(w_t) - (a_t kappa_t)^T kappa_t) S + k_t^T v_t,      out_t = r_t S
+
 Cost: one Python iteration per token; autograd stores every state. Tokens are taken apart by ``unbind``, whose backward
 is one stack: that of ``x[:, t]`` fills a tensor of all tokens per token. Only elementwise products and sums are
 used, so that an autocast region around the backward pass cannot change the arithmetic either.
@@ -95,6 +100,71 @@ def wkv5_contribution(k: Tensor, v: Tensor, log_decay: Tensor, mask: Tensor | No
     for decay, product in _steps(k, v, log_decay, mask):
         contribution = decay * contribution + product
     return contribution
+
+
+def wkv6(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    bonus: Tensor,
+    state: Tensor,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """RWKV-6; arguments and results as in :func:`rwkv_rev.wkv.wkv6`."""
+    dtype = arithmetic_dtype(k)
+    r, k, v, bonus, state = (x.to(dtype) for x in (r, k, v, bonus, state))
+    log_decay = log_decay.to(dtype).clamp(min=LOWEST_LOG_DECAY)
+    if mask is not None:
+        r, k, log_decay = (x.masked_fill(~mask[..., None, None], 0) for x in (r, k, log_decay))
+    outputs = []
+    contribution = torch.zeros_like(state)
+    for receptance, key, value, log_w in zip(*(x.unbind(1) for x in (r, k, v, log_decay)), strict=True):
+        product = key[..., None] * value[..., None, :]
+        decay = torch.exp(log_w)[..., None]
+        outputs.append((receptance[..., None] * (state + bonus[..., None] * product)).sum(-2))
+        state = decay * state + product
+        contribution = decay * contribution + product
+    return torch.stack(outputs, 1), contribution, log_decay.double().sum(1)
+
+
+def wkv6_contribution(
+    k: Tensor, v: Tensor, log_decay: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Second and third result of :func:`wkv6`, to the bit."""
+    batch, _, heads, size = k.shape
+    nothing = k.new_zeros(batch, heads, size, size)
+    return wkv6(torch.zeros_like(k), k, v, log_decay, k.new_zeros(heads, size), nothing, mask)[1:]
+
+
+def wkv7(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    removal: Tensor,
+    rate: Tensor,
+    state: Tensor,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """RWKV-7; arguments and results as in :func:`rwkv_rev.wkv.wkv7`."""
+    dtype = arithmetic_dtype(k)
+    r, k, v, log_decay, removal, rate, state = (
+        x.to(dtype) for x in (r, k, v, log_decay, removal, rate, state)
+    )
+    if mask is not None:
+        r, k, removal, log_decay = (
+            x.masked_fill(~mask[..., None, None], 0) for x in (r, k, removal, log_decay)
+        )
+    outputs = []
+    tokens = zip(*(x.unbind(1) for x in (r, k, v, log_decay, removal, rate)), strict=True)
+    for receptance, key, value, log_w, removed, share in tokens:
+        there = (removed[..., None] * state).sum(-2)
+        state = torch.exp(log_w)[..., None] * state
+        state = state - (share * removed)[..., None] * there[..., None, :]
+        state = state + key[..., None] * value[..., None, :]
+        outputs.append((receptance[..., None] * state).sum(-2))
+    return torch.stack(outputs, 1), state
 
 
 def _steps(k: Tensor, v: Tensor, log_decay: Tensor, mask: Tensor | None) -> list[tuple[Tensor, Tensor]]:
