@@ -19,6 +19,7 @@ import typer
 
 from rwkv_rev.cli import output
 from rwkv_rev.cli.stopping import exit_code, install_handlers, tell
+from rwkv_rev.cli.usage import Command, UsageError, told
 from rwkv_rev.errors import RwkvRevError, options_in_messages
 
 # name, one line of help; the function is rwkv_rev.cli.<name>.<name>
@@ -51,7 +52,7 @@ def build_app(requested: str | None = None) -> typer.Typer:
     app.callback(help=HELP)(_options)
     for name, summary in COMMANDS:
         function = _load(name) if requested is None or name == requested else _not_loaded
-        app.command(name, help=_help(function), short_help=summary)(function)
+        app.command(name, cls=Command, help=_help(function), short_help=summary)(function)
     return app
 
 
@@ -73,9 +74,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     completing = "_RWKV_REV_COMPLETE" in os.environ
     requested = next((word for word in arguments if not word.startswith("-")), "")
     try:
-        typer.main.get_command(build_app(None if completing else requested)).main(
-            arguments, prog_name="rwkv-rev"
+        left = typer.main.get_command(build_app(None if completing else requested)).main(
+            arguments, prog_name="rwkv-rev", standalone_mode=False
         )
+        raise SystemExit(left or 0)
     except BaseException as error:
         if (code := exit_code(error)) is not None:
             tell("nothing was written")  # unless the command told of more
@@ -83,7 +85,6 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if isinstance(error, Exception):
             _fail(error)
         raise
-    raise SystemExit(0)
 
 
 def _quiet_libraries() -> None:
@@ -134,20 +135,26 @@ def _fail(error: Exception) -> NoReturn:
 
     if os.environ.get("RWKV_REV_TRACEBACK") == "1":
         raise error
+    if isinstance(error, UsageError):
+        if not str(error).startswith("Usage:"):
+            output.note(f"error: {told(error)}")
+        else:  # of no words at all: the help
+            sys.stderr.write(f"{error}\n")
+        raise SystemExit(2) from None
     if isinstance(error, RwkvRevError):
-        sys.stderr.write(f"error: {one_message(error)}\n")
+        output.note(f"error: {one_message(error)}")
         raise SystemExit(error.exit_code) from None
     full = (errno.ENOSPC, errno.EIO, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
     if isinstance(error, OSError) and error.errno in full:
         name = shortened(error.filename) if error.filename else "a file"
-        sys.stderr.write(f"error: {name} cannot be written: {error.strerror}; make room on its disk\n")
+        output.note(f"error: {name} cannot be written: {error.strerror}; make room on its disk")
         raise SystemExit(1) from None
     kind, hint = type(error).__name__, "RWKV_REV_TRACEBACK=1 shows where it came from"
-    sys.stderr.write(f"error: unexpected {kind}: {one_message(error)} ({hint})\n")
+    output.note(f"error: unexpected {kind}: {one_message(error)} ({hint})")
     raise SystemExit(1) from None
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     from rwkv_rev.printable import one_message
 
-    sys.stderr.write(f"warning: {one_message(message)}\n")
+    output.note(f"warning: {one_message(message)}")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from rwkv_rev.cli import output as out
-from rwkv_rev.cli.counts import counts
+from rwkv_rev.cli.counts import counts, whole
 
 COLUMNS = {
     "training": (
@@ -67,16 +67,23 @@ def bench(
         str | None,
         typer.Option(help="host, device, disk; comma-separated.  [host; disk for memory on the CPU]"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 1,
+    batch_size: Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Rows at once.")] = 1,
     lora_rank: Annotated[
-        int, typer.Option(min=0, help="Train low-rank additions of this rank; 0: all weights.")
+        int,
+        typer.Option(
+            parser=whole(0), metavar="N", help="Train low-rank additions of this rank; 0: all weights."
+        ),
     ] = 0,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each point; the median counts.")] = 3,
+    repeats: Annotated[
+        int, typer.Option(parser=whole(1), metavar="N", help="Timed runs of each point; the median counts.")
+    ] = 3,
     memory_limit: Annotated[
         str | None,
         typer.Option(help="memory on the CPU: most that one point may take.  [half of what is free]"),
     ] = None,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: PyTorch's choice.")] = 0,
+    threads: Annotated[
+        int, typer.Option(parser=whole(0, 4096), metavar="N", help="CPU threads; 0: PyTorch's choice.")
+    ] = 0,
     plot: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Draw memory and speed by context as PNG files.")
     ] = None,

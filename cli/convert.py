@@ -7,6 +7,7 @@ import typer
 
 from rwkv_rev.arguments import expanded
 from rwkv_rev.cli import output as out
+from rwkv_rev.cli.counts import number
 from rwkv_rev.cli.options import DEFAULT_SHARD_SIZE, shard_size
 from rwkv_rev.cli.stopping import telling_if_stopped
 from rwkv_rev.folders.source import parse_source
@@ -40,7 +41,11 @@ def convert(
     ] = DEFAULT_SHARD_SIZE,
     group_norm_eps: Annotated[
         float | None,
-        typer.Option(help="GroupNorm eps of RWKV-5: 1e-5 if it was trained without the division by 8."),
+        typer.Option(
+            parser=number(),
+            metavar="X",
+            help="GroupNorm eps of RWKV-5: 1e-5 if it was trained without the division by 8.",
+        ),
     ] = None,
     tokenizer: Annotated[
         str | None,

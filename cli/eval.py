@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from rwkv_rev.cli import output as out
-from rwkv_rev.cli.counts import count
+from rwkv_rev.cli.counts import count, whole
 from rwkv_rev.folders.folder import refuse_no_model
 from rwkv_rev.training.config import refuse_half_named
 from rwkv_rev.training.sources import find_sources
@@ -32,8 +32,10 @@ def eval(
         int,
         typer.Option(parser=at_least_two, metavar="T", help="Tokens per row, or 16k; every row begins anew."),
     ] = 16384,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 1,
-    max_tokens: Annotated[int, typer.Option(min=0, help="Read at most about so many tokens; 0 for all.")] = 0,
+    batch_size: Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Rows at once.")] = 1,
+    max_tokens: Annotated[
+        int, typer.Option(parser=whole(0), metavar="N", help="Read at most about so many tokens; 0 for all.")
+    ] = 0,
     text_field: Annotated[str | None, typer.Option(help="Field of the text in records.  [text]")] = None,
     prompt_field: Annotated[
         str | None, typer.Option(help="Field of the prompt; not scored.  [prompt]")

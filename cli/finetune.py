@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from rwkv_rev.cli import output as out
-from rwkv_rev.cli.counts import count
+from rwkv_rev.cli.counts import count, number, whole
 from rwkv_rev.cli.stopping import tell
 from rwkv_rev.folders.folder import refuse_no_model
 from rwkv_rev.training.sources import find_sources
@@ -42,18 +42,30 @@ def finetune(
         Text, typer.Option(help="auto, full, checkpoint, reversible, truncated, ...  [auto]")
     ] = None,
     tape: Annotated[Text, typer.Option(help="host, device or disk.  [host]")] = None,
-    batch_size: Annotated[Number, typer.Option(help="Rows at once per process.  [1]")] = None,
-    grad_accum: Annotated[Number, typer.Option(help="Batches per optimizer step.  [1]")] = None,
+    batch_size: Annotated[
+        Number, typer.Option(parser=whole(), metavar="N", help="Rows at once per process.  [1]")
+    ] = None,
+    grad_accum: Annotated[
+        Number, typer.Option(parser=whole(), metavar="N", help="Batches per optimizer step.  [1]")
+    ] = None,
     lr: Annotated[
-        float | None, typer.Option(help="Learning rate.  [full 1e-4, lora 5e-4, state 0.1]")
+        float | None,
+        typer.Option(parser=number(), metavar="X", help="Learning rate.  [full 1e-4, lora 5e-4, state 0.1]"),
     ] = None,
     lr_schedule: Annotated[Text, typer.Option(help="cosine, linear, constant, ...  [cosine]")] = None,
     warmup: Annotated[
-        float | None, typer.Option(help="Warmup steps; below 1 a share of all.  [0.03]")
+        float | None,
+        typer.Option(parser=number(), metavar="X", help="Warmup steps; below 1 a share of all.  [0.03]"),
     ] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Of matrices.  [0]")] = None,
-    max_steps: Annotated[Number, typer.Option(help="Optimizer steps; replaces --epochs.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data.  [1]")] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(parser=number(), metavar="X", help="Of matrices.  [0]")
+    ] = None,
+    max_steps: Annotated[
+        Number, typer.Option(parser=whole(), metavar="N", help="Optimizer steps; replaces --epochs.")
+    ] = None,
+    epochs: Annotated[
+        float | None, typer.Option(parser=number(), metavar="X", help="Passes over the data.  [1]")
+    ] = None,
     dtype: Annotated[
         Text, typer.Option(help="Arithmetic: auto, float32, bfloat16, float16. Weights train in float32.")
     ] = None,
@@ -61,7 +73,9 @@ def finetune(
         Literal["full", "lora", "state"] | None,
         typer.Option(help="Everything, low-rank additions, or the initial state.  [full]"),
     ] = None,
-    lora_rank: Annotated[Number, typer.Option(help="Rank of the additions.  [32]")] = None,
+    lora_rank: Annotated[
+        Number, typer.Option(parser=whole(), metavar="N", help="Rank of the additions.  [32]")
+    ] = None,
     lora_targets: Annotated[
         Text, typer.Option(help="Linear maps with an addition, comma-separated.  [all but the head]")
     ] = None,
@@ -79,10 +93,17 @@ def finetune(
     text_field: Annotated[Text, typer.Option(help="Field of the text in records.  [text]")] = None,
     prompt_field: Annotated[Text, typer.Option(help="Field of the prompt; no loss on it.  [prompt]")] = None,
     completion_field: Annotated[Text, typer.Option(help="Field of the completion.  [completion]")] = None,
-    seed: Annotated[Number, typer.Option(help="Of data order and new parameters.  [0]")] = None,
+    seed: Annotated[
+        Number, typer.Option(parser=whole(), metavar="N", help="Of data order and new parameters.  [0]")
+    ] = None,
     eval_data: Annotated[list[str] | None, typer.Option(help="Held-out data; repeatable.")] = None,
-    eval_every: Annotated[Number, typer.Option(help="Steps between evaluations.")] = None,
-    save_every: Annotated[Number, typer.Option(help="Steps between checkpoints; 0 for none.  [100]")] = None,
+    eval_every: Annotated[
+        Number, typer.Option(parser=whole(), metavar="N", help="Steps between evaluations.")
+    ] = None,
+    save_every: Annotated[
+        Number,
+        typer.Option(parser=whole(), metavar="N", help="Steps between checkpoints; 0 for none.  [100]"),
+    ] = None,
     resume: Annotated[
         Text, typer.Option(metavar="auto|PATH", help="Go on from the newest or a named checkpoint.")
     ] = None,

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from rwkv_rev.cli.counts import number, whole
 from rwkv_rev.cli.output import write
 from rwkv_rev.folders.folder import refuse_no_model
 
@@ -13,15 +14,26 @@ from rwkv_rev.folders.folder import refuse_no_model
 def generate(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A converted or fine-tuned model folder.")],
     prompt: Annotated[str, typer.Option(help="Text to continue; - reads it from stdin.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option(parser=whole(1), metavar="N", help="Most tokens to add.")
+    ] = 128,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="0 takes the likeliest token; higher is more random.")
+        float,
+        typer.Option(
+            parser=number(0), metavar="X", help="0 takes the likeliest token; higher is more random."
+        ),
     ] = 1.0,
     top_p: Annotated[
         float,
-        typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this total probability."),
+        typer.Option(
+            parser=number(0, 1),
+            metavar="X",
+            help="Sample from the likeliest tokens of this total probability.",
+        ),
     ] = 0.7,
-    seed: Annotated[int | None, typer.Option(help="Makes the text repeatable.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(parser=whole(), metavar="N", help="Makes the text repeatable.")
+    ] = None,
     stream: Annotated[bool, typer.Option(help="Print each token as it is made.")] = True,
     device: Annotated[
         str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")

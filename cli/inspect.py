@@ -6,7 +6,7 @@ import typer
 
 from rwkv_rev.bptt_settings import CHUNK_LENGTH
 from rwkv_rev.cli import output
-from rwkv_rev.cli.counts import count
+from rwkv_rev.cli.counts import count, whole
 from rwkv_rev.folders.source import parse_source
 
 
@@ -29,7 +29,7 @@ def inspect(
             help="Forecast the memory of training on contexts of T tokens, or 16k, 1m.",
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, metavar="B", help="Rows of the forecast.")] = 1,
+    batch_size: Annotated[int, typer.Option(parser=whole(1), metavar="B", help="Rows of the forecast.")] = 1,
     chunk_length: Annotated[
         int, typer.Option(parser=count, metavar="C", help="Its chunk length.")
     ] = CHUNK_LENGTH,

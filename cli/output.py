@@ -12,6 +12,7 @@ import codecs
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -114,8 +115,10 @@ def write(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Tell people something on stderr, in one line."""
-    sys.stderr.write(shortened(text, MOST_LINE) + "\n")
+    """Tell people something on stderr: in one line for programs, which a terminal has folded between words."""
+    line = shortened(text, MOST_LINE)
+    columns = min(WIDTH, shutil.get_terminal_size().columns) if sys.stderr.isatty() else len(line)
+    sys.stderr.write("\n".join(wrapped(line, columns) if len(line) > columns else [line]) + "\n")
 
 
 def width() -> int:

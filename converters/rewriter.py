@@ -66,7 +66,7 @@ def parse_size(text: str | int) -> int:
     Raises:
         OutputError: if it is not a positive size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", str(text).upper())
+    match = re.fullmatch(r"\s*((?:0|[1-9][0-9]*)(?:\.[0-9]+)?)\s*([KMGT]I?)?B?\s*", str(text).upper())
     size = float(match[1]) * _UNITS[match[2] or ""] if match else 0
     if size < 1:
         raise OutputError(f"{text!r} is not a size; write for example 5GB, 200MB or 512MiB")

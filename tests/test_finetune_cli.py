@@ -21,7 +21,7 @@ def cli(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cli:
 
 def test_finetune_then_eval_then_generate(cli: Cli, bundled: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("context_length: 300\nchunk_length: 100\nmax_steps: 9\nlr: 1e-3\n")
-    settings = ("--config", "run.yaml", "--set", "max_steps=7", "--max-steps", 2, "--eval-data", "data.txt")
+    settings = ("--config", "run.yaml", "--max-steps", 2, "--eval-data", "data.txt")
     model = bundled["5.2"]
     code, out, err = cli(
         "finetune", model, "--data", "data.txt", "--output", "out", *settings, "--device", "cpu"

@@ -16,10 +16,10 @@ from rwkv_rev.training.config import FinetuneConfig, build_config
 GOOD: dict[str, Any] = {"model": "m", "data": ["d.txt"], "output": "o"}
 
 
-def test_options_win_over_pairs_over_the_file(tmp_path: Path) -> None:
+def test_options_and_pairs_win_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("lr: 1e-3\nbatch-size: 4\nseed: 1\ndata: one.txt\n")
-    config = build_config(file=file, pairs=["batch_size=5", "seed=2"], options={"seed": 3, "lr": None})
+    config = build_config(file=file, pairs=["batch_size=5"], options={"seed": 3, "lr": None})
     assert (config.lr, config.batch_size, config.seed, config.data) == (1e-3, 5, 3, ["one.txt"])
 
 
@@ -195,8 +195,21 @@ def test_lengths_with_units(tmp_path: Path) -> None:
             build_config(pairs=[pair])
 
 
-def test_one_setting_by_two_names(tmp_path: Path) -> None:
-    """A pair with dashes does not win over an option."""
-    (tmp_path / "run.yaml").write_text("save_every: 1\n")
-    config = build_config(file=tmp_path / "run.yaml", pairs=["save-every=2"], options={"save_every": 3})
-    assert config.save_every == 3
+@pytest.mark.parametrize(
+    ("pairs", "options"),
+    [
+        (["save_every=1", "save_every=2"], {}),
+        (["save_every=1", "save-every=1"], {}),
+        (["save-every=2"], {"save_every": 3}),
+        (["data=a", "data=b"], {}),
+        (["data=a"], {"data": ["b"]}),
+        (["model=a"], {"model": "b"}),
+    ],
+)
+def test_a_setting_given_twice(tmp_path: Path, pairs: list[str], options: dict[str, Any]) -> None:
+    """The last would win in silence; a file is there to be changed."""
+    name = pairs[0].partition("=")[0].replace("-", "_")
+    with pytest.raises(ConfigError, match=f"^{name} is given twice, by .*; give it once"):
+        build_config(pairs=pairs, options=options)
+    (tmp_path / "run.yaml").write_text("save_every: 1\ndata: a\nmodel: a\n")
+    assert build_config(file=tmp_path / "run.yaml", pairs=pairs[:1], options={}).model

@@ -1,13 +1,12 @@
 """Everything a fine-tuning run can be told, as one dataclass.
 
-Values come from, in rising order: the defaults, a YAML file, ``key=value`` pairs, and explicit options. A key that
-does not exist is an error that names the nearest one; so is a value of the wrong type.
+Values come from, in rising order: the defaults, a YAML file, and what is given beside it, as ``key=value`` pairs or as
+options, but not twice. A key that does not exist is an error that names the nearest one; so is a value of the wrong type.
 """
 
 import dataclasses
 import difflib
 import math
-import re
 import reprlib
 import types
 import typing
@@ -18,7 +17,7 @@ from typing import Any, Literal
 
 from rwkv_rev.arguments import expanded, is_name
 from rwkv_rev.bptt_settings import BPTT_STRATEGIES, CHUNK_LENGTH, TAPES
-from rwkv_rev.counts import tokens
+from rwkv_rev.counts import is_plain, number, tokens
 from rwkv_rev.errors import ConfigError
 from rwkv_rev.printable import shortened
 from rwkv_rev.training.plain_yaml import NotPlain, parse_yaml, read_yaml
@@ -261,7 +260,6 @@ _MOST: Mapping[str, int] = {
 _LENGTHS = ("context_length", "chunk_length", "eval_tokens")
 """Taken as ``16k`` or ``1m``, too."""
 _PATHS = ("model", "output", "tape_dir", "cache_dir", "resume")
-_NUMBER = re.compile(r"[-+]?(([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?|inf|nan)", re.IGNORECASE)
 _DEFAULTS = FinetuneConfig()
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 80, 80
@@ -286,26 +284,33 @@ def build_config(
     pairs: Iterable[str] = (),
     options: Mapping[str, Any] | None = None,
 ) -> FinetuneConfig:
-    """A configuration from a YAML file, then ``key=value`` pairs, then options (those not None).
+    """A configuration from a YAML file, over which ``key=value`` pairs and options (those not None) win.
 
     Raises:
-        ConfigError: for a key that does not exist, a value of the wrong type, or an unreadable file.
+        ConfigError: for a key that does not exist, a setting that is given twice beside the file, a value of the wrong
+            type, or an unreadable file.
     """
     values: dict[str, Any] = {}
     if file is not None:
         values |= {_known(key): value for key, value in _read_yaml(Path(file)).items()}
+    given = {_known(key): value for key, value in (options or {}).items() if value is not None}
+    paired: set[str] = set()
     for pair in pairs:
         key, sign, text = pair.partition("=")
         if not sign:
             raise ConfigError(f"{shortened(repr(pair))} is not key=value")
         name = _known(key.strip())
+        if name in paired or name in given:
+            other = "another --set" if name in paired else f"--set {name}=VALUE and by its own option"
+            raise ConfigError(f"{name} is given twice, by {other}; give it once")
+        paired.add(name)
         try:
             values[name] = parse_yaml(text)
         except NotPlain as error:
             raise ConfigError(f"{shortened(repr(pair))}: {error}") from None
         except ValueError as error:
             raise ConfigError(f"{shortened(repr(pair))}: the value is not valid YAML") from error
-    values |= {_known(key): value for key, value in (options or {}).items() if value is not None}
+    values |= given
     typed = {key: _typed(key, value) for key, value in values.items()}
     return FinetuneConfig(
         **{key: expanded(value) if key in _PATHS else value for key, value in typed.items()}
@@ -363,8 +368,8 @@ def _typed(key: str, value: Any) -> Any:
             except ValueError as error:
                 raise ConfigError(f"{key} = {error}") from None
         elif kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-            if not isinstance(value, str) or _NUMBER.fullmatch(value):
-                return float(value)  # YAML reads 1e-4, without a dot, as a string
+            if not isinstance(value, str) or is_plain(value):
+                return number(value)  # YAML reads 1e-4, without a dot, as a string
         elif (
             isinstance(kind, type)
             and isinstance(value, kind)

@@ -5,20 +5,15 @@ let the last one win where a key stands twice. All of it is refused by name, as 
 make more than memory holds.
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from rwkv_rev.counts import is_plain
 from rwkv_rev.errors import ConfigError
 from rwkv_rev.folders.safe_input import refuse_special
 from rwkv_rev.printable import shortened
-
-_PLAIN = re.compile(
-    r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?(e[-+]?[0-9]+)?|\.[0-9]+(e[-+]?[0-9]+)?|0x[0-9a-f]+|\.inf|\.nan)",
-    re.IGNORECASE,
-)
 
 MOST_YAML_BYTES = 1 << 20  # PyYAML reads a megabyte in seconds
 
@@ -46,7 +41,7 @@ class PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
-        if not _PLAIN.fullmatch(node.value):
+        if not is_plain(node.value):
             raise NotPlain(
                 f"{shortened(node.value)}{_place(node)} is read otherwise by other readers of YAML: write a plain "
                 "decimal number, or a text in quotes"

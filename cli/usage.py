@@ -1,0 +1,41 @@
+"""Usage errors in one line: what is wrong with the words of a command, and what would work."""
+
+import difflib
+from collections import Counter
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+"""Of typer, whose own copy of click has no public name."""
+
+
+class Command(TyperCommand):
+    """One whose options are given once, those apart that take several values that way."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Raises BadParameter for an option that stands there twice: the last one would win in silence."""
+        *_, order = self.make_parser(ctx).parse_args(list(args))
+        for param, times in Counter(order).items():
+            if times > 1 and param.param_type_name == "option" and not getattr(param, "multiple", False):
+                raise typer.BadParameter(f"it is given {times} times; give it once", ctx=ctx, param=param)
+        return super().parse_args(ctx, args)
+
+
+def told(error: Any) -> str:
+    """A usage error of typer in one line."""
+    ctx = error.ctx
+    message = str(error.format_message()).replace("Value error, ", "")
+    if hasattr(error, "possibilities"):
+        message = f"there is no option {error.option_name}{_nearest(error.option_name, ctx)}"
+    help_ = "" if ctx is None else f" ({ctx.command_path} --help)"
+    return f"{message[:1].lower()}{message[1:].rstrip('.')}{help_}"
+
+
+def _nearest(name: str, ctx: Any) -> str:
+    known = [] if ctx is None else [option for param in ctx.command.params for option in param.opts]
+    near = difflib.get_close_matches(
+        name, [option for option in known if option.startswith("-")], n=1, cutoff=0.5
+    )
+    return f"; did you mean {near[0]}?" if near else ""
