@@ -1,7 +1,8 @@
 """Everything a fine-tuning run can be told, as one dataclass.
 
 Values come from, in rising order: the defaults, a YAML file, and what is given beside it, as ``key=value`` pairs or as
-options, but not twice. A key that does not exist is an error that names the nearest one; so is a value of the wrong type.
+options, but not twice. A key that does not exist is an error that names the nearest one; so is a value of the wrong
+type.
 """
 
 import dataclasses
