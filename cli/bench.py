@@ -10,6 +10,7 @@ import typer
 
 from rwkv_rev.cli import output as out
 from rwkv_rev.cli.counts import counts, whole
+from rwkv_rev.cli.options import refuse_meaningless
 
 COLUMNS = {
     "training": (
@@ -36,6 +37,7 @@ COLUMNS = {
 
 
 def bench(
+    ctx: typer.Context,
     what: Annotated[
         Literal["kernels", "training", "memory", "cpu", "convert"],
         typer.Argument(
@@ -75,8 +77,11 @@ def bench(
         ),
     ] = 0,
     repeats: Annotated[
-        int, typer.Option(parser=whole(1), metavar="N", help="Timed runs of each point; the median counts.")
-    ] = 3,
+        int | None,
+        typer.Option(
+            parser=whole(1), metavar="N", help="Timed runs of each point; the median counts.  [3; quick 1]"
+        ),
+    ] = None,
     memory_limit: Annotated[
         str | None,
         typer.Option(help="memory on the CPU: most that one point may take.  [half of what is free]"),
@@ -112,6 +117,7 @@ def bench(
       rwkv-rev bench training --shape 5.2-1.5b --lengths 16k,64k,256k,1024k \
         --chunk-length 4096 --json > rows.json
     """
+    _refuse_meaningless(ctx, what, strategies)
     from rwkv_rev.benchmark.plots import plot_rows, refuse_without_matplotlib
 
     if plot is not None:
@@ -132,6 +138,8 @@ def bench(
             torch.set_num_threads(threads)
         chosen = choose_device(device)
         cuda = chosen.type == "cuda"
+        if cuda:
+            refuse_meaningless(ctx, ("memory_limit",), "on a GPU, whose memory is the limit")
         settings = BenchSettings(
             shape=shape or _default_shape(what, cuda, quick),
             device=chosen,
@@ -142,7 +150,7 @@ def bench(
             chunk_lengths=counts(chunk_length or ("4096" if cuda and not quick else "512"), "--chunk-length"),
             strategies=tuple(strategies.split(",")),
             tapes=tuple((tape or ("disk" if what == "memory" and not cuda else "host")).split(",")),
-            repeats=1 if quick else repeats,
+            repeats=repeats or (1 if quick else 3),
             batch_size=batch_size,
             lora_rank=lora_rank,
             memory_limit=None if memory_limit is None else parse_size(memory_limit),
@@ -156,6 +164,60 @@ def bench(
         out.print_json(found)
         return
     _print(found)
+
+
+_OF_KIND = {
+    "kernels": (),
+    "training": (
+        *(
+            "shape",
+            "dtype",
+            "lengths",
+            "chunk_length",
+            "strategies",
+            "tape",
+            "batch_size",
+            "lora_rank",
+            "repeats",
+        ),
+        *("plot", "quick"),
+    ),
+    "memory": (
+        *("shape", "dtype", "lengths", "chunk_length", "strategies", "tape", "batch_size", "lora_rank"),
+        *("memory_limit", "plot", "quick"),
+    ),
+    "cpu": (
+        *(
+            "shape",
+            "dtype",
+            "lengths",
+            "chunk_length",
+            "strategies",
+            "tape",
+            "batch_size",
+            "repeats",
+            "quick",
+        ),
+    ),
+    "convert": ("shape", "dtype", "repeats", "quick"),
+}
+"""Options of a benchmark, beside those of all."""
+
+
+def _refuse_meaningless(ctx: typer.Context, what: str, strategies: str) -> None:
+    """Raise BadParameter for an option that this benchmark has no use for."""
+    everything = {name for names in _OF_KIND.values() for name in names}
+    if ctx.params["rows"] is not None:
+        refuse_meaningless(
+            ctx, everything - {"plot"} | {"device", "threads"}, "with --rows, which measures nothing"
+        )
+        return
+    refuse_meaningless(ctx, everything - set(_OF_KIND[what]), f"on bench {what}")
+    names = strategies.split(",")
+    if all(name == "full" for name in names):
+        refuse_meaningless(ctx, ("chunk_length",), "on full, which has no chunks")
+    if all(name in ("full", "truncated") for name in names):
+        refuse_meaningless(ctx, ("tape",), f"on {strategies}, which has none")
 
 
 def _default_shape(what: str, cuda: bool, quick: bool) -> str:

@@ -8,7 +8,7 @@ import typer
 from rwkv_rev.arguments import expanded
 from rwkv_rev.cli import output as out
 from rwkv_rev.cli.counts import number
-from rwkv_rev.cli.options import DEFAULT_SHARD_SIZE, shard_size
+from rwkv_rev.cli.options import DEFAULT_SHARD_SIZE, refuse_both_prints, shard_size
 from rwkv_rev.cli.stopping import telling_if_stopped
 from rwkv_rev.folders.source import parse_source
 from rwkv_rev.printable import printable
@@ -82,6 +82,7 @@ def convert(
 
       rwkv-rev convert RWKV/v5-Eagle-7B-HF --max-shard-size 2GB --dry-run
     """
+    refuse_both_prints(as_json, quiet)
     output = None if output is None else expanded(output)
     # a wrong one is told of before anything heavy is imported
     parse_source(source, file=file, revision=revision)

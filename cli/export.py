@@ -7,7 +7,7 @@ import typer
 
 from rwkv_rev.arguments import expanded
 from rwkv_rev.cli import output as out
-from rwkv_rev.cli.options import DEFAULT_SHARD_SIZE, shard_size
+from rwkv_rev.cli.options import refuse_both_prints, shard_size
 from rwkv_rev.cli.stopping import telling_if_stopped
 from rwkv_rev.folders.folder import refuse_no_model
 from rwkv_rev.folders.safe_output import check_output
@@ -24,8 +24,8 @@ def export(
         ),
     ] = "blinkdl",
     max_shard_size: Annotated[
-        str, typer.Option(help="Largest file of the hf layout.", callback=shard_size)
-    ] = DEFAULT_SHARD_SIZE,
+        str | None, typer.Option(help="Largest file of the hf layout.  [5GB]", callback=shard_size)
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output, at the end.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only the path.")] = False,
@@ -41,6 +41,7 @@ def export(
 
       rwkv-rev export my-model --to hf --output my-model-hf
     """
+    refuse_both_prints(as_json, quiet)
     output = expanded(output)
     refuse_no_model(directory)  # before anything heavy is imported
     check_output(output.absolute(), force=force, directory=to == "hf")

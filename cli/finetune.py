@@ -7,6 +7,7 @@ import typer
 
 from rwkv_rev.cli import output as out
 from rwkv_rev.cli.counts import count, number, whole
+from rwkv_rev.cli.options import refuse_both_prints
 from rwkv_rev.cli.stopping import tell
 from rwkv_rev.folders.folder import refuse_no_model
 from rwkv_rev.training.sources import find_sources
@@ -157,6 +158,7 @@ def finetune(
     }
     if lora_targets is not None:
         given["lora_targets"] = [name.strip() for name in lora_targets.split(",") if name.strip()]
+    refuse_both_prints(as_json, quiet)
     from rwkv_rev.training.config import build_config
 
     settings = build_config(file=config, pairs=set_ or (), options=given)

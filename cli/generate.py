@@ -24,13 +24,13 @@ def generate(
         ),
     ] = 1.0,
     top_p: Annotated[
-        float,
+        float | None,
         typer.Option(
             parser=number(0, 1),
             metavar="X",
-            help="Sample from the likeliest tokens of this total probability.",
+            help="Sample from the likeliest tokens of this total probability.  [0.7]",
         ),
-    ] = 0.7,
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(parser=whole(), metavar="N", help="Makes the text repeatable.")
     ] = None,

@@ -7,10 +7,12 @@ import typer
 from rwkv_rev.bptt_settings import CHUNK_LENGTH
 from rwkv_rev.cli import output
 from rwkv_rev.cli.counts import count, whole
+from rwkv_rev.cli.options import refuse_meaningless
 from rwkv_rev.folders.source import parse_source
 
 
 def inspect(
+    ctx: typer.Context,
     source: Annotated[
         str,
         typer.Argument(
@@ -58,6 +60,8 @@ def inspect(
 
       rwkv-rev inspect BlinkDL/rwkv-4-pile-169m --file '*8023.pth'
     """
+    if context_length is None:
+        refuse_meaningless(ctx, ("batch_size", "chunk_length", "device"), "without --context-length")
     # a wrong one is told of before anything heavy is imported
     parse_source(source, file=file, revision=revision)
     import torch

@@ -16,8 +16,8 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Raises BadParameter for an option that stands there twice: the last one would win in silence."""
-        *_, order = self.make_parser(ctx).parse_args(list(args))
-        for param, times in Counter(order).items():
+        parsed: Any = self.make_parser(ctx).parse_args(list(args))
+        for param, times in Counter(parsed[2]).items():
             if times > 1 and param.param_type_name == "option" and not getattr(param, "multiple", False):
                 raise typer.BadParameter(f"it is given {times} times; give it once", ctx=ctx, param=param)
         return super().parse_args(ctx, args)

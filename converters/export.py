@@ -26,14 +26,16 @@ from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.converters.names import TensorNames, tensor_table
 from rwkv_rev.converters.rewriter import Entry, parse_size, plan_shards, write_shards
-from rwkv_rev.errors import OutputError
+from rwkv_rev.errors import ConfigError, OutputError
 from rwkv_rev.folders.folder import refuse_links, tokenizer_files
 from rwkv_rev.folders.safe_input import read_object
 from rwkv_rev.folders.safe_output import check_output, require_space, whole_directory, whole_file
 from rwkv_rev.loading import missing_tokenizer
+from rwkv_rev.printable import shortened
 from rwkv_rev.tokenization.fast import fast_tokenizer
 
 TARGETS = ("blinkdl", "hf")
+SHARD_SIZE = "5GB"
 _OUR_TOKENIZERS = ("RwkvByteTokenizer", "RwkvWorldTokenizer")
 
 
@@ -65,7 +67,7 @@ def export(
     *,
     to: Literal["blinkdl", "hf"] = "blinkdl",
     force: bool = False,
-    max_shard_size: str | int = "5GB",
+    max_shard_size: str | int | None = None,
 ) -> Export:
     """Write a converted model back in a foreign layout.
 
@@ -74,7 +76,7 @@ def export(
         output: the ``.pth`` file (``blinkdl``) or the folder (``hf``) to make.
         to: ``blinkdl`` or ``hf``.
         force: replace an existing output, at the very end.
-        max_shard_size: largest file of the ``hf`` layout.
+        max_shard_size: largest file of the ``hf`` layout, ``"5GB"`` when None; ``blinkdl`` has one file.
 
     Raises:
         SourceError, CheckpointError: if ``directory`` is not a whole converted model.
@@ -82,7 +84,13 @@ def export(
     """
     if to not in TARGETS:
         raise OutputError(f"cannot export to {to!r}; choose one of {', '.join(TARGETS)}")
-    parse_size(max_shard_size)
+    if max_shard_size is not None:
+        parse_size(max_shard_size)
+        if to == "blinkdl":
+            raise ConfigError(
+                f"max_shard_size = {shortened(max_shard_size)} is without effect on a .pth, which is one file; leave "
+                "it out, or export --to hf"
+            )
     output = Path(output)
     check_output(output.absolute(), force=force, directory=to == "hf")
     inside = Path(directory).resolve()
@@ -107,7 +115,7 @@ def export(
         else:
             entries = [Entry(r.foreign, r.name, r.foreign_shape, model.dtype(r.name)) for r in table]
             with whole_directory(output, force=force) as folder:
-                write_shards(plan_shards(entries, max_shard_size), folder, model.tensor)
+                write_shards(plan_shards(entries, max_shard_size or SHARD_SIZE), folder, model.tensor)
                 _write_companions(model, folder)
         if to == "blinkdl":
             note = architecture.lost(model.config)

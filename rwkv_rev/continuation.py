@@ -15,6 +15,8 @@ from rwkv_rev.loading import load_model, load_tokenizer
 from rwkv_rev.printable import shortened
 from rwkv_rev.wkv.dispatch import choose_kernel
 
+TOP_P = 0.7
+
 
 @checked
 def generate(
@@ -23,7 +25,7 @@ def generate(
     *,
     max_new_tokens: int = 128,
     temperature: float = 1.0,
-    top_p: float = 0.7,
+    top_p: float | None = None,
     seed: int | None = None,
     device: str = "auto",
     stream: bool = False,
@@ -37,7 +39,7 @@ def generate(
         prompt: text to continue, at least one token.
         max_new_tokens: most tokens to add; an end token of the model ends the text before.
         temperature: 0 takes the likeliest token; higher is more random; else at least 0.01.
-        top_p: sample from the likeliest tokens of this total probability.
+        top_p: sample from the likeliest tokens of this total probability; 0.7 when None. Not at temperature 0.
         seed: makes the text repeatable.
         device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
         stream: print each token to stdout as it is made.
@@ -67,7 +69,12 @@ def generate(
     model = load_model(directory, place, dtype).eval()
     if seed is not None:
         torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    sampling = {
+        "do_sample": True,
+        "temperature": temperature,
+        "top_p": TOP_P if top_p is None else top_p,
+        "top_k": 0,
+    }
     tokens = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
@@ -78,7 +85,7 @@ def generate(
     return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
 
 
-def _check(max_new_tokens: int, temperature: float, top_p: float, seed: int | None) -> None:
+def _check(max_new_tokens: int, temperature: float, top_p: float | None, seed: int | None) -> None:
     for name, value, right, wanted in (
         ("max_new_tokens", max_new_tokens, 1 <= max_new_tokens <= MOST, f"from 1 to {MOST}"),
         (
@@ -87,8 +94,12 @@ def _check(max_new_tokens: int, temperature: float, top_p: float, seed: int | No
             temperature == 0 or 0.01 <= temperature < math.inf,
             "0, or a finite number of at least 0.01",
         ),
-        ("top_p", top_p, 0 <= top_p <= 1, "from 0 to 1"),
+        ("top_p", top_p, top_p is None or 0 <= top_p <= 1, "from 0 to 1"),
         ("seed", seed, seed is None or 0 <= seed < 2**63, "from 0 to 2**63 - 1"),
     ):
         if not right:
             raise ConfigError(f"{name} = {shortened(repr(value))} must be {wanted}")
+    if temperature == 0 and top_p is not None:
+        raise ConfigError(
+            f"top_p = {top_p} is without effect at temperature = 0, the likeliest token; leave one out"
+        )

@@ -143,8 +143,8 @@ def test_every_function_refuses_what_is_no_path(
         ("generate", {"max_new_tokens": 10**30}),
         ("generate", {"max_new_tokens": 2**41}),
         *(("verify", {"text": value}) for value in (3, b"x")),
-        *(("verify", {"tokens": value}) for value in ("x", None, 1.5, 1, 0, 10**15)),
-        *(("verify", {"context": value}) for value in ("x", 1, True)),
+        *(("verify", {"tokens": value}) for value in ("x", None, 1.5, 3, 2, 1, 0, 10**15)),
+        *(("verify", {"context": value}) for value in ("x", 3, 1, True)),
         *(("verify", {"chunk": value}) for value in ("x", 0)),
         ("verify", {"original": 3}),
         *(("verify", {name: "no"}) for name in ("reversal", "gradients", "progress")),
@@ -187,6 +187,35 @@ def test_what_would_be_ignored_is_refused(bundled: dict[str, Path], tmp_path: Pa
         rwkv_rev.finetune(bundled["4"], tmp_path / "book.txt", tmp_path / "out", text_field="zz")
 
 
+@pytest.mark.parametrize("given", [{"context": 8}, {"chunk": 8}])
+def test_settings_of_checks_that_do_not_run(
+    bundled: dict[str, Path], monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]
+) -> None:
+    with pytest.raises(
+        ConfigError, match="= 8 is without effect: neither reversal=True nor gradients=True is"
+    ):
+        rwkv_rev.verify(bundled["4"], **given)
+    monkeypatch.setattr("rwkv_rev.equivalence.verification.SMALL_MODEL", 1)
+    with pytest.raises(ConfigError, match="is without effect"):
+        rwkv_rev.verify(bundled["4"], **given, reversal=None, gradients=None)
+
+
+def test_settings_without_effect(bundled: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(
+        ConfigError, match=r"max_shard_size = 1GB is without effect on a .pth, .* export to='hf'"
+    ):
+        rwkv_rev.export(bundled["4"], out, max_shard_size="1GB")
+    with pytest.raises(
+        ConfigError, match=r"group_norm_eps = 1e-05 is without effect: RWKV-4 has no GroupNorm"
+    ):
+        rwkv_rev.convert("bundled:rwkv-4", out, group_norm_eps=1e-5)
+    with pytest.raises(ConfigError, match=r"top_p = 0.7 is without effect at temperature = 0"):
+        rwkv_rev.generate(bundled["4"], "a", temperature=0, top_p=0.7)
+    assert not out.exists()
+    assert rwkv_rev.export(bundled["4"], out, to="hf", max_shard_size="1GB").path == out
+
+
 @pytest.mark.parametrize("name", ["../x", "a/b/c", "", "a b", "x" * 5000, "a\n", "-a/b"])
 def test_publish_refuses_the_name_first(bundled: dict[str, Path], name: str) -> None:
     with pytest.raises(OutputError, match="is no name of a repository, such as owner/name") as error:
@@ -201,9 +230,34 @@ def test_publish_refuses_what_is_no_model(tmp_path: Path) -> None:
         rwkv_rev.publish("x" * 5000, "me/model")
 
 
-def test_a_text_of_one_token_proves_nothing(bundled: dict[str, Path]) -> None:
-    with pytest.raises(DataError, match="single token"):
-        rwkv_rev.verify(bundled["4"], oracle="naive", text="a")
+@pytest.mark.parametrize("text", ["a", "ab", "abc"])
+def test_a_text_of_few_tokens_proves_nothing(bundled: dict[str, Path], text: str) -> None:
+    with pytest.raises(DataError, match=r"the text has .* tokens?; at least 4 prove something"):
+        rwkv_rev.verify(bundled["4"], oracle="naive", text=text)
+
+
+def test_a_context_of_one_chunk_proves_nothing(bundled: dict[str, Path]) -> None:
+    """No border between chunks is compared, whichever of the three is too short or too long."""
+    usual: dict[str, Any] = {"oracle": "naive", "tokens": 8}
+    for given, message in (
+        (
+            {"reversal": True, "context": 8, "chunk": 8},
+            "in the 8 tokens that .* of reversal reads; use at most 7",
+        ),
+        (
+            {"gradients": True, "chunk": 600},
+            "in the 512 tokens that the check of gradients reads; use at most 511",
+        ),
+        (
+            {"reversal": True, "text": "a text", "chunk": 6},
+            "in the 6 tokens .* use at most 5, or a longer context",
+        ),
+    ):
+        with pytest.raises(
+            ConfigError, match=f"chunk = .* leaves no border between chunks to compare {message}"
+        ):
+            rwkv_rev.verify(bundled["4"], **usual | given)
+    assert rwkv_rev.verify(bundled["4"], **usual, reversal=True, context=8, chunk=7).passed
 
 
 @pytest.mark.parametrize(

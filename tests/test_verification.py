@@ -305,7 +305,7 @@ def test_explicit_oracle_that_cannot_run(converted: Callable[..., Path]) -> None
 def test_wrong_arguments(converted: Callable[..., Path]) -> None:
     with pytest.raises(ValueError, match="must be one of auto, rwkv, transformers, naive"):
         verify_directory(converted("bundled:rwkv-4"), oracle="other")
-    with pytest.raises(ValueError, match="at least 2"):
+    with pytest.raises(ValueError, match="at least 4"):
         verify_directory(converted("bundled:rwkv-4"), tokens=0)
     with pytest.raises(SourceError, match="choose from an original"):
         verify_directory(converted("bundled:rwkv-4"), file="a.pth")

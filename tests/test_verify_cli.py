@@ -143,7 +143,7 @@ def test_reversal_and_gradients_run_unasked_on_small_models(
     model: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run(model, "--oracle", "naive", "--tokens", "20", "--context", "30", "--chunk", "8") == 0
-    assert run(model, "--oracle", "naive", "--tokens", "1k", "--context", "1k", "--chunk", "1k", *LOGITS) == 0
+    assert run(model, "--oracle", "naive", "--tokens", "1k", *LOGITS) == 0
     out, _ = capfd.readouterr()
     assert "reversal over 30 tokens in chunks of 8\nbit-exact at all 4 boundaries: yes" in out
     assert re.search(r"^\| 4096 +\|", out, re.MULTILINE)
@@ -170,8 +170,9 @@ def test_large_models_are_checked_only_when_asked(
     model: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verification, "SMALL_MODEL", 1000)
-    arguments = [model, "--oracle", "naive", "--tokens", "20", "--context", "8"]
+    arguments = [model, "--oracle", "naive", "--tokens", "20"]
     assert run(*arguments) == 0
+    arguments += ["--context", "8"]
     assert "reversal and gradients: not checked unasked" in capfd.readouterr().out
     assert run(*arguments, "--reversal") == 0
     out = capfd.readouterr().out

@@ -54,8 +54,8 @@ from rwkv_rev.progress import Progress
 ORACLE_CHOICES = ("auto", *ORACLES)
 SMALL_MODEL = 50_000_000
 """Parameters below which reversal and gradients are checked unasked (``None``): seconds to minutes on a CPU."""
-LEAST = 2
-"""Tokens that prove something: the first one reads no state."""
+LEAST = 4
+"""Tokens that prove something: the first reads no state, the second none that has decayed, the third a single decay."""
 # Without and with the division by 8 before the GroupNorm.
 GROUP_NORM_EPSILONS = (1e-5, PUBLISHED_GROUP_NORM_EPSILON)
 
@@ -91,7 +91,8 @@ def verify_directory(
             :data:`SMALL_MODEL` parameters.
         gradients: also compare every gradient strategy with float64; None as for ``reversal``.
         context: tokens that these two read, fewer if the text is shorter; 4,096 and 512 when None.
-        chunk: their chunk length in tokens; 256 and 96 when None, less for a short text.
+        chunk: their chunk length in tokens, less than they read: borders between chunks are what they compare. 256 and
+            96 when None, less for a short text.
         progress: tell on stderr how far it is, downloads too.
 
     Returns:
@@ -99,9 +100,9 @@ def verify_directory(
 
     Raises:
         SourceError, CheckpointError: the directory or its original cannot be read.
-        DataError: no text of two tokens, or no tokenizer.
+        DataError: no text of four tokens, or no tokenizer.
         OracleUnavailable: the oracle asked for by name cannot run for this original.
-        ConfigError: an unknown oracle, or too few tokens to prove anything.
+        ConfigError: an unknown oracle, too few tokens to prove anything, or a setting of checks that do not run.
     """
     if oracle not in ORACLE_CHOICES:
         raise ConfigError(f"oracle {oracle!r} must be one of {', '.join(ORACLE_CHOICES)}")
@@ -115,13 +116,33 @@ def verify_directory(
     ):
         record = converted.record
         config = converted.config
+        parameters = sum(torch.Size(converted.shape(name)).numel() for name in converted.names())
+        wanted = {"reversal": reversal, "gradients": gradients}
+        left_out = [name for name, asked in wanted.items() if asked is None and parameters >= SMALL_MODEL]
+        lengths = {
+            name: context or usual
+            for name, usual in (("reversal", REVERSAL_CONTEXT), ("gradients", GRADIENT_CONTEXT))
+            if name not in left_out and wanted[name] is not False
+        }
+        for name, given in (("context", context), ("chunk", chunk)):
+            if given is not None and not lengths:
+                raise ConfigError(
+                    f"{name} = {given} is without effect: neither --reversal nor --gradients is checked here; name one"
+                )
         content = read_text(text) if isinstance(text, Path) else default_text() if text is None else text
-        needed = max(tokens, *_contexts(reversal, gradients, context).values(), 1)
+        needed = max([tokens, *lengths.values()])
         ids = encode_text(content, directory, vocabulary=config.vocab_size, tokens=needed)
         if len(ids) < LEAST:
             raise DataError(
-                f"the text has a single token; at least {LEAST} prove something: one reads no state"
+                f"the text has {counted(len(ids), 'token')}; at least {LEAST} prove something: the first ones read no "
+                "state that has decayed"
             )
+        for name, length in lengths.items():
+            if chunk is not None and chunk >= (read := min(length, len(ids))):
+                raise ConfigError(
+                    f"chunk = {chunk} leaves no border between chunks to compare in the {read:,} tokens that the check "
+                    f"of {name} reads; use at most {read - 1}, or a longer context and text"
+                )
         opening: AbstractContextManager[Original]
         own = _is(directory, original) or (original is None and bool(record.get("finetuned")))
         if own and (file, revision) == (None, None):
@@ -139,7 +160,20 @@ def verify_directory(
             verification = _Verification(converted, model, opened, weights, ids[:tokens], tokens)
             report = verification.report(oracle)
             shown.add(1)
-        return _with_further_checks(report, model, ids, reversal, gradients, context, chunk, shown)
+        notes = list(report.notes)
+        if left_out:
+            flags = " ".join(f"--{name}" for name in left_out)
+            notes.append(
+                f"{' and '.join(left_out)}: not checked unasked, the model has {parameters:,} parameters; use {flags}"
+            )
+        if context is not None and len(ids) < context:
+            notes.append(f"the text has {counted(len(ids), 'token')}, fewer than the context of {context}")
+        found: dict[str, Any] = {}
+        for name, check in (("reversal", check_reversal), ("gradients", check_gradients)):
+            if name in lengths:
+                found[name] = check(model, ids[: lengths[name]], chunk=chunk)
+            shown.add(1)
+        return replace(report, notes=tuple(notes), **found)
 
 
 @dataclass
@@ -297,48 +331,6 @@ class _Verification:
                 found = self._first_divergence(other, expected.prompt)
                 return f"{found}; the expected logits fit --group-norm-eps {epsilon:g}"
         return "in no layer: the expected logits are not those of the original's tensors"
-
-
-def _contexts(reversal: bool | None, gradients: bool | None, context: int | None) -> dict[str, int]:
-    """Tokens that each further check would read, 0 if it is not to run."""
-    return {
-        "reversal": 0 if reversal is False else context or REVERSAL_CONTEXT,
-        "gradients": 0 if gradients is False else context or GRADIENT_CONTEXT,
-    }
-
-
-def _with_further_checks(
-    report: Report,
-    model: RwkvRevForCausalLM,
-    ids: Tensor,
-    reversal: bool | None,
-    gradients: bool | None,
-    context: int | None,
-    chunk: int | None,
-    shown: Progress,
-) -> Report:
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    wanted = {"reversal": reversal, "gradients": gradients}
-    left_out = [name for name, asked in wanted.items() if asked is None and parameters >= SMALL_MODEL]
-    notes = list(report.notes)
-    if left_out:
-        flags = " ".join(f"--{name}" for name in left_out)
-        notes.append(
-            f"{' and '.join(left_out)}: not checked unasked, the model has {parameters:,} parameters; use {flags}"
-        )
-    lengths = {
-        name: 0 if name in left_out else length
-        for name, length in _contexts(reversal, gradients, context).items()
-    }
-    asked = max(lengths.values())
-    if context is not None and len(ids) < asked:
-        notes.append(f"the text has {counted(len(ids), 'token')}, fewer than the context of {context}")
-    parts = {name: ids[:length] for name, length in lengths.items() if length}
-    found: dict[str, Any] = {}
-    for name, check in (("reversal", check_reversal), ("gradients", check_gradients)):
-        found[name] = check(model, parts[name], chunk=chunk) if name in parts else None
-        shown.add(1)
-    return replace(report, notes=tuple(notes), **found)
 
 
 def _is(directory: Path, original: str | Source | None) -> bool:
