@@ -86,6 +86,10 @@ def convert(
     output = None if output is None else expanded(output)
     # a wrong one is told of before anything heavy is imported
     parse_source(source, file=file, revision=revision)
+    if push_to_hub is not None and not dry_run:
+        from rwkv_rev.folders.publish import refuse_unpublishable
+
+        refuse_unpublishable(push_to_hub)
     from rwkv_rev.conversion import ConversionDiffers
     from rwkv_rev.conversion import convert as run
 

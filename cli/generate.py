@@ -8,6 +8,7 @@ import typer
 
 from rwkv_rev.cli.counts import number, whole
 from rwkv_rev.cli.output import write
+from rwkv_rev.errors import DataError
 from rwkv_rev.folders.folder import refuse_no_model
 
 
@@ -54,7 +55,7 @@ def generate(
 
     text = continued(
         directory,
-        sys.stdin.read() if prompt == "-" else prompt,
+        _from_stdin() if prompt == "-" else prompt,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -64,3 +65,12 @@ def generate(
     )
     if not stream:
         write(text + "\n")  # as it is: this is the model's own
+
+
+def _from_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"the prompt on stdin is no text in {error.encoding}: its byte {error.start} is none"
+        ) from None

@@ -1,7 +1,7 @@
 """Arguments of public functions are of the kinds that their annotations say, or refused by name before anything else.
 
 Kinds alone: what a number or text of the right kind may say is checked where its meaning is known. A truth value is no
-number, a text no truth value, bytes no path; a path names something.
+number, a text no truth value, bytes no path; a path or name names something, and no text holds half a character.
 """
 
 import collections.abc
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from rwkv_rev.errors import ConfigError
-from rwkv_rev.printable import shortened
+from rwkv_rev.printable import is_utf8, shortened
 
 _BITS = 63
 _NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "True or False", type(None): "None"}
@@ -64,8 +64,11 @@ def check_kinds(hints: Mapping[str, Any], values: Mapping[str, Any]) -> None:
             raise ConfigError(f"{name} = {shortened(repr(value))} must be {_described(hint)}")
         if isinstance(value, Integral) and abs(int(value)) >= 1 << _BITS:
             raise ConfigError(f"{name} is a number of more than {_BITS} bits")
-        if Path in _choices(hint) and name != "text" and (wrong := _no_path(value)):
-            raise ConfigError(f"{name} = {shortened(repr(value))} {wrong}")
+        for text in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(text, str | os.PathLike) and (wrong := _no_text(name, text)):
+                raise ConfigError(f"{name} = {shortened(repr(value))} {wrong}")
+            if Path in _choices(hint) and name != "text" and "\0" in str(text):
+                raise ConfigError(f"{name} = {shortened(repr(value))} holds a zero byte, which no name does")
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
@@ -96,15 +99,17 @@ def _is(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _no_path(value: Any) -> str | None:
-    """Why a text names nothing on any disk."""
-    if not isinstance(value, str | os.PathLike):
-        return None
-    text = os.fspath(value)
+_CONTENTS = ("prompt", "text", "command")
+"""Arguments that are texts to be read, which may be empty but must be UTF-8; all others name something."""
+
+
+def _no_text(name: str, given: str | os.PathLike[str]) -> str | None:
+    """Why an argument of that name cannot be this text or path."""
+    text = os.fspath(given)
+    if name in _CONTENTS and isinstance(given, str):
+        return None if is_utf8(text) else "is no text: it holds half a character, or bytes that are no UTF-8"
     if not text:
         return "must name something"
-    if "\0" in text:
-        return "holds a zero byte, which no name does"
     return None if is_name(text) else "is no text: it holds half a character"
 
 

@@ -71,7 +71,7 @@ def generate(
         torch.manual_seed(seed)
     sampling = {
         "do_sample": True,
-        "temperature": temperature,
+        "temperature": float(temperature),
         "top_p": TOP_P if top_p is None else top_p,
         "top_k": 0,
     }

@@ -15,6 +15,7 @@ from rwkv_rev.arguments import checked
 from rwkv_rev.benchmark.settings import BenchSettings
 from rwkv_rev.bptt_settings import BpttSettings
 from rwkv_rev.errors import ConfigError, DataError, OutputError, RwkvRevError, SourceError, StrategyError
+from rwkv_rev.training.config import FinetuneConfig
 
 
 @checked
@@ -140,13 +141,19 @@ def test_every_function_refuses_what_is_no_path(
         *(("evaluate", {"max_tokens": value}) for value in (-1, "x", 1.5)),
         ("evaluate", {"cache_dir": ""}),
         *(("generate", {"device": value}) for value in (None, 3)),
+        *(
+            ("generate", {"prompt": value}) for value in ("\ud800", "a\udcff")
+        ),  # half a character, a byte of none
         ("generate", {"max_new_tokens": 10**30}),
         ("generate", {"max_new_tokens": 2**41}),
         *(("verify", {"text": value}) for value in (3, b"x")),
         *(("verify", {"tokens": value}) for value in ("x", None, 1.5, 3, 2, 1, 0, 10**15)),
         *(("verify", {"context": value}) for value in ("x", 3, 1, True)),
         *(("verify", {"chunk": value}) for value in ("x", 0)),
-        ("verify", {"original": 3}),
+        *(("verify", {"original": value}) for value in (3, "", "\ud800")),
+        ("verify", {"text": "\ud800"}),
+        *(("convert", {name: ""}) for name in ("file", "revision", "dtype", "tokenizer")),
+        *(("evaluate", {name: ""}) for name in ("text_field", "dtype", "device")),
         *(("verify", {name: "no"}) for name in ("reversal", "gradients", "progress")),
         *(("convert", {name: "no"}) for name in ("verify", "force", "dry_run")),
         *(("inspect", {name: value}) for name, value in (("file", []), ("revision", 3))),
@@ -187,6 +194,42 @@ def test_what_would_be_ignored_is_refused(bundled: dict[str, Path], tmp_path: Pa
         rwkv_rev.finetune(bundled["4"], tmp_path / "book.txt", tmp_path / "out", text_field="zz")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("lr", value) for value in ("1e-4", "", True, [], 1j)),
+        *(("context_length", value) for value in ("16k", "64", 64.0, 2**70)),
+        *(("max_steps", value) for value in ("3", 3.5, True)),
+        *(("pack", value) for value in ("yes", 1)),
+        *(
+            (name, "")
+            for name in ("push_to_hub", "resume", "cache_dir", "device", "tune", "end_token", "text_field")
+        ),
+        *(("lora_targets", value) for value in ("key", [3], [""])),
+        *(("eval_data", value) for value in (3, [b"a"], [""])),
+        *(("device", value) for value in (3, "\ud800")),
+    ],
+)
+def test_settings_of_other_kinds(bundled: dict[str, Path], tmp_path: Path, name: str, value: Any) -> None:
+    """From Python a number is a number: texts that read as one are for files and options."""
+    (tmp_path / "book.txt").write_text("text " * 100)
+    with pytest.raises(ConfigError, match=f"^{name} ") as error:
+        rwkv_rev.finetune(bundled["4"], tmp_path / "book.txt", tmp_path / "out", **{name: value})
+    assert "\n" not in str(error.value) and sorted(os.listdir(tmp_path)) == ["book.txt"]  # noqa: PTH208
+
+
+def test_settings_of_like_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """numpy's numbers, paths, tuples and None are taken as what they mean."""
+    seen: list[FinetuneConfig] = []
+    monkeypatch.setattr("rwkv_rev.training.finetune.run", lambda config, **_: seen.append(config))
+    given: dict[str, Any] = {"lr": np.float32(0.5), "seed": np.int64(3), "epochs": 2, "max_steps": None}
+    rwkv_rev.finetune("m", (tmp_path,), Path("o"), eval_data=tmp_path / "a", lora_targets=("key",), **given)
+    (config,) = seen
+    assert (config.lr, config.seed, config.epochs, config.max_steps) == (0.5, 3, 2.0, None)
+    assert (config.data, config.output, config.lora_targets) == ([str(tmp_path)], "o", ["key"])
+    assert config.eval_data == [str(tmp_path / "a")] and type(config.seed) is int
+
+
 @pytest.mark.parametrize("given", [{"context": 8}, {"chunk": 8}])
 def test_settings_of_checks_that_do_not_run(
     bundled: dict[str, Path], monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]
@@ -216,7 +259,7 @@ def test_settings_without_effect(bundled: dict[str, Path], tmp_path: Path) -> No
     assert rwkv_rev.export(bundled["4"], out, to="hf", max_shard_size="1GB").path == out
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b/c", "", "a b", "x" * 5000, "a\n", "-a/b"])
+@pytest.mark.parametrize("name", ["../x", "a/b/c", "a b", "x" * 5000, "a\n", "-a/b"])
 def test_publish_refuses_the_name_first(bundled: dict[str, Path], name: str) -> None:
     with pytest.raises(OutputError, match="is no name of a repository, such as owner/name") as error:
         rwkv_rev.publish(bundled["4"], name)

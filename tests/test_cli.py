@@ -254,8 +254,24 @@ def test_generate(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli(*arguments, "--prompt", "-")[1] == out
     assert cli(*arguments, "--prompt", "The ", "--temperature", 0)[0] == 0
     assert cli(*arguments, "--prompt", "")[0] == 1
+    for stdin in (io.TextIOWrapper(io.BytesIO(b"a\xff"), "utf-8"), io.StringIO("a\ud800")):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        code, _, err = cli(*arguments, "--prompt", "-")
+        assert code != 0 and "prompt" in err and "is no text" in err and err.count("\n") == 1
     code, _, err = cli(*arguments, "--prompt", "a", "--device", "abacus")
     assert code == 1 and "abacus" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("a/b/c", "no name of a repository"), ("me/model", "not signed in")]
+)
+def test_push_is_refused_before_anything_is_made(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    code, _, err = cli("convert", "bundled:rwkv-4", "--output", "model", "--push-to-hub", name)
+    assert code == 1 and said in err and files(tmp_path) == set()
 
 
 def test_push_uploads_the_folder_without_local_paths(
@@ -273,6 +289,8 @@ def test_push_uploads_the_folder_without_local_paths(
                     uploaded[operation.path_in_repo] = file.read()
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_me")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     save(tmp_path / "mine.pth")
     code, _, err = cli("convert", "mine.pth", "--output", "model", "--no-verify", "--push-to-hub", "me/model")
     assert (code, err) == (0, "uploaded to https://hub/me/model\n")

@@ -68,6 +68,11 @@ def test_generate_refuses(bundled: dict[str, Path], given: dict[str, Any], messa
         rwkv_rev.generate(bundled["4"], **{"prompt": "a"} | given)
 
 
+def test_generate_takes_whole_numbers(bundled: dict[str, Path]) -> None:
+    """As a temperature, which transformers would have a float."""
+    assert rwkv_rev.generate(bundled["4"], "a", temperature=2, max_new_tokens=1).startswith("a")
+
+
 def test_no_text_can_be_made_on_meta(bundled: dict[str, Path]) -> None:
     with pytest.raises(RwkvRevError, match="device = 'meta' is not known; use auto, cpu"):
         rwkv_rev.generate(bundled["4"], "a", device="meta")

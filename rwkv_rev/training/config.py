@@ -206,7 +206,15 @@ class FinetuneConfig:
         for name in ("lora_targets", "lora_rank", "lora_alpha", "lora_dropout"):
             if self.tune != "lora" and getattr(self, name) != getattr(_DEFAULTS, name):
                 raise ConfigError(f"{name} belongs to --tune lora; this run has tune = {self.tune}")
-        for name in ("text_field", "prompt_field", "completion_field", "tape_dir", "cache_dir", "resume"):
+        for name in (
+            "text_field",
+            "prompt_field",
+            "completion_field",
+            "tape_dir",
+            "cache_dir",
+            "resume",
+            "push_to_hub",
+        ):
             if getattr(self, name) == "":
                 raise ConfigError(f"{name} is empty; leave it out")
         if self.tape_dir is not None and self.tape != "disk":

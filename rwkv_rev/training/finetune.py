@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from transformers import set_seed
 
-from rwkv_rev.arguments import checked
+from rwkv_rev.arguments import check_kinds, checked
 from rwkv_rev.folders.publish import publish
 from rwkv_rev.loading import load_model, load_tokenizer
 from rwkv_rev.training.callbacks import Bar, Log, NothingLeft, StopAtBadLoss, StopWhenNothingIsLeft, read_log
@@ -34,6 +35,7 @@ from rwkv_rev.training.working_folder import LOG_NAME, empty, lock, named, remov
 
 __all__ = ["FinetuneResult", "Plan", "plan", "run"]
 Notify = Callable[[str], object]
+Sources = str | Path | Sequence[str | Path]
 
 
 @dataclass
@@ -109,7 +111,7 @@ def _with_settings(function: Callable[..., FinetuneResult]) -> Callable[..., Fin
 @checked
 def finetune(
     model: str | Path,
-    data: str | Path | Sequence[str | Path],
+    data: Sources,
     output: str | Path,
     *,
     notify: Notify | None = None,
@@ -128,9 +130,27 @@ def finetune(
     Raises:
         ConfigError: for a setting that does not exist, naming the nearest one. Otherwise as :func:`run`.
     """
-    sources = [data] if isinstance(data, str | Path) else list(data)
-    values = {"model": str(model), "data": [str(source) for source in sources], "output": str(output)}
-    return run(build_config(options=values | settings), notify=notify, quiet=quiet)
+    settings = {name: value for name, value in settings.items() if value is not None}
+    check_kinds(_KINDS, settings)
+    given = {"model": model, "data": data, "output": output} | settings
+    return run(build_config(options={n: _plain(n, v) for n, v in given.items()}), notify=notify, quiet=quiet)
+
+
+_KINDS = {item.name: item.type for item in fields(FinetuneConfig)}
+_KINDS |= {"eval_data": Sources, "lora_targets": Sequence[str]}
+
+
+def _plain(name: str, value: Any) -> Any:
+    """An argument as it would stand in a file of settings: paths as texts, numpy's numbers as Python's."""
+    if name in ("data", "eval_data"):
+        return [str(source) for source in ([value] if isinstance(value, str | Path) else value)]
+    if isinstance(value, Path):
+        return str(value)
+    if name == "lora_targets":
+        return list(value)
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value
 
 
 def run(config: FinetuneConfig, *, notify: Notify | None = None, quiet: bool = False) -> FinetuneResult:
