@@ -9,13 +9,14 @@ def named_device(name: str) -> torch.device:
     """The device of a name, whether or not this machine has it; ``auto`` is a GPU if there is one, else the CPU.
 
     Raises:
-        RwkvRevError: for a name that PyTorch does not know, and for ``meta``, which holds no values.
+        RwkvRevError: for a name that PyTorch does not know or takes for another's (``cuda:256`` for the first GPU), for
+            any CPU but the first, and for ``meta``, which holds no values.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        if device.type == "meta":
+        if str(device) != name or device.type == "meta" or (device.type == "cpu" and device.index):
             raise RuntimeError
     except RuntimeError as error:
         raise RwkvRevError(f"device = {name!r} is not known; use auto, cpu, cuda or cuda:1") from error

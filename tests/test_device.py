@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import rwkv_rev
+from rwkv_rev.benchmark.settings import BenchSettings
 from rwkv_rev.cli import main
 from rwkv_rev.device import choose_device, named_device
 from rwkv_rev.errors import RwkvRevError
@@ -36,7 +37,24 @@ def test_names(gpus: int, name: str, device: str) -> None:
     assert choose_device(name) == named_device(name) == torch.device(device)
 
 
-@pytest.mark.parametrize("name", ["tpu", "", "cuda:x", "meta", "cpu:0:0"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tpu",
+        "",
+        "cuda:x",
+        "meta",
+        "cpu:0:0",
+        "cpu:3",
+        "cpu:1",
+        "CPU",
+        " cpu",
+        "cuda:256",
+        "cuda:300",
+        "cuda:-1",
+        "meta:1",
+    ],
+)
 def test_what_is_no_name_of_a_device(name: str) -> None:
     for rule in (named_device, choose_device):
         with pytest.raises(
@@ -132,3 +150,19 @@ def test_a_model_is_loaded_where_it_is_asked_for(bundled: dict[str, Path]) -> No
 def test_functions_take_any_device_that_is_here(bundled: dict[str, Path]) -> None:
     made = rwkv_rev.generate(bundled["4"], "The", max_new_tokens=1, temperature=0, device="cpu:0")
     assert made.startswith("The")
+
+
+@pytest.mark.parametrize("device", ["cpu:3", "cuda:256"])
+def test_functions_refuse_what_is_no_device(bundled: dict[str, Path], tmp_path: Path, device: str) -> None:
+    """PyTorch would compute on the CPU, and on the first GPU."""
+    (tmp_path / "text.txt").write_text("a text " * 20)
+    text = str(tmp_path / "text.txt")
+    for call in (
+        lambda: rwkv_rev.generate(bundled["4"], "a", device=device),
+        lambda: rwkv_rev.evaluate(bundled["4"], text, device=device),
+        lambda: rwkv_rev.finetune(bundled["4"], text, tmp_path / "out", device=device),
+    ):
+        with pytest.raises(RwkvRevError, match=f"device = '{device}' is not known"):
+            call()
+    with pytest.raises(RwkvRevError, match="device = "):
+        rwkv_rev.bench("kernels", BenchSettings(device=torch.device(device)))

@@ -219,8 +219,36 @@ def test_content_hash_ignores_names(tmp_path: Path) -> None:
 def test_two_columns_of_one_name_and_half_a_character_are_refused(tmp_path: Path) -> None:
     table, record = tmp_path / "a.csv", tmp_path / "b.jsonl"
     table.write_text("text,text\none,two\n")
-    with pytest.raises(DataError, match=r"a\.csv:1: two columns are called 'text'; rename one"):
+    with pytest.raises(DataError, match=r"a\.csv:1: two fields of one record are called 'text'; rename"):
         list(DataSource("csv", "a.csv", table).pieces())
     record.write_text('{"text": "whole"}\n{"text": "half \\ud800"}\n')
     with pytest.raises(DataError, match=r"b\.jsonl:2: field 'text' holds half a surrogate pair, no text"):
         list(DataSource("jsonl", "b.jsonl", record).pieces())
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "place"),
+    [
+        ("a.jsonl", '{"text": "a"}\n{"text": "a", "id": 1, "text": "b"}\n', "a.jsonl:2"),
+        ("a.jsonl", '{"text": "a", "more": [{"text": 1, "text": 1}]}\n', "a.jsonl:1"),
+        ("a.json", '[{"text": "a", "text": "b"}]', "a.json"),
+        ("a.json", '{"text": "a"}\n{"text": "a", "text": "b"}\n', "a.json"),
+        ("a.csv", "text,id,text\na,1,b\n", "a.csv:1"),
+    ],
+)
+def test_two_values_of_one_name(tmp_path: Path, name: str, text: str, place: str) -> None:
+    """Which one counts is not for a reader to choose."""
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=f"{place}.*: two fields of one record are called 'text'; rename or"):
+        read(tmp_path / name)
+
+
+def test_two_columns_of_one_name(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table([["a"], ["b"]], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(
+        DataError, match=r"a\.parquet: two fields of one record are called 'text'; rename or remove"
+    ):
+        read(tmp_path / "a.parquet")

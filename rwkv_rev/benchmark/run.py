@@ -8,6 +8,7 @@ from rwkv_rev.arguments import checked
 from rwkv_rev.benchmark.environment import environment
 from rwkv_rev.benchmark.growth import fits
 from rwkv_rev.benchmark.settings import BenchSettings
+from rwkv_rev.device import choose_device
 from rwkv_rev.errors import ConfigError
 from rwkv_rev.printable import shortened
 
@@ -34,6 +35,7 @@ def run_benchmark(
     """
     if kind not in KINDS:
         raise ConfigError(f"kind = {shortened(repr(kind))} must be one of {', '.join(KINDS)}")
+    choose_device(str(settings.device))
     on_row = on_row or (lambda row: None)
     common: Row = {"bench": kind, "shape": settings.shape}
     common |= environment(settings.device, settings.dtype, settings.command)

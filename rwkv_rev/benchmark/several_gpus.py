@@ -21,6 +21,7 @@ import torch
 
 from rwkv_rev.benchmark.models import SHAPES, benchmark_model
 from rwkv_rev.conversion import convert
+from rwkv_rev.device import choose_device
 
 SKIPPED = 2  # steps in which kernels are compiled and memory is reserved
 
@@ -29,7 +30,7 @@ def make_model(shape: str, folder: Path, device: str) -> None:
     """A folder that ``finetune`` takes: random weights, the byte tokenizer (whose ids any vocabulary has)."""
     bytes_model = folder.with_name("bytes")
     convert("bundled:rwkv-5.2", bytes_model)
-    model = benchmark_model(shape, torch.device(device), torch.float32)
+    model = benchmark_model(shape, choose_device(device), torch.float32)
     model.save_pretrained(str(folder), max_shard_size="5GB")
     for file in bytes_model.iterdir():
         if not file.name.startswith(("model", "config.json")):

@@ -33,6 +33,7 @@ from typing import IO, Any
 
 from rwkv_rev.errors import DataError
 from rwkv_rev.printable import is_utf8, shortened
+from rwkv_rev.training.named_once import NamedTwice, json_object, refuse_twice
 
 PIECE_BYTES = 4 << 20
 _LONGEST_FIELD = (1 << 31) - 1
@@ -258,7 +259,9 @@ def _json_lines(source: DataSource, file: IO[bytes]) -> Iterator[tuple[int, Any]
         if not raw.strip():
             continue
         try:
-            yield number, json.loads(raw)
+            yield number, json.loads(raw, object_pairs_hook=json_object)
+        except NamedTwice as error:
+            raise DataError(f"{place(source.name, number)}: {error}") from None
         except (ValueError, RecursionError) as error:
             raise DataError(f"{place(source.name, number)}: not valid JSON: {one_line(error)}") from error
 
@@ -267,7 +270,9 @@ def _read_json(source: DataSource, fields: Fields) -> Iterator[Piece]:
     with _opened(source) as file:
         raw = file.read()
     try:
-        values = json.loads(raw)
+        values = json.loads(raw, object_pairs_hook=json_object)
+    except NamedTwice as error:
+        raise DataError(f"{source.name}: {error}") from None
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":
             raise DataError(
@@ -298,16 +303,15 @@ def _read_csv(source: DataSource, fields: Fields) -> Iterator[Piece]:
                 where = place(source.name, line)
                 if names is None:
                     names = row
-                    if twice := sorted({name for name in row if row.count(name) > 1}):
-                        raise DataError(
-                            f"{where}: two columns are called {shortened(twice[0])!r}; rename one"
-                        )
+                    refuse_twice(names)
                     prompt, text = fields.choose(names, where)
                 elif row and len(row) != len(names):
                     raise DataError(f"{where}: {len(row)} fields, but the first row names {len(names)}")
                 elif row:
                     yield _piece(dict(zip(names, row, strict=True)), prompt, text, source.name, line, "line")
                 line = rows.line_num + 1
+        except NamedTwice as error:
+            raise DataError(f"{place(source.name, line)}: {error}") from None
         except csv.Error as error:
             raise DataError(f"{place(source.name, line)}: not valid CSV: {one_line(error)}") from error
 
@@ -332,10 +336,13 @@ def _read_parquet(source: DataSource, fields: Fields) -> Iterator[Piece]:
     try:
         with parquet.ParquetFile(source.path) as table:
             names = list(table.schema_arrow.names)
+            refuse_twice(names)
             columns = [name for name in fields.choose(names, source.name) if name is not None]
             batches = table.iter_batches(batch_size=256, columns=columns)
             rows = (row for batch in batches for row in batch.to_pylist())
             yield from _read_records(source, fields, names, rows)
+    except NamedTwice as error:
+        raise DataError(f"{source.name}: {error}") from None
     except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
         raise DataError(f"{source.name}: not a readable .parquet file: {one_line(error)}") from error
 
