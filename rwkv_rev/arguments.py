@@ -1,10 +1,11 @@
-"""Arguments of public functions are of the kinds that their annotations say, or refused by name before anything else.
+"""Arguments of public functions are of the names and kinds that their signatures say, or refused before anything else.
 
 Kinds alone: what a number or text of the right kind may say is checked where its meaning is known. A truth value is no
 number, a text no truth value, bytes no path; a path or name names something, and no text holds half a character.
 """
 
 import collections.abc
+import difflib
 import functools
 import inspect
 import os
@@ -24,6 +25,7 @@ _NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "True o
 
 P = ParamSpec("P")
 R = TypeVar("R")
+C = TypeVar("C")
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
@@ -37,6 +39,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def checking(*args: P.args, **kwargs: P.kwargs) -> R:
+        refuse_unknown(function.__name__, signature, kwargs, {})
         given = signature.bind(*args, **kwargs)
         check_kinds(hints, given.arguments)
         for name, value in given.arguments.items():
@@ -45,6 +48,49 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         return function(*given.args, **given.kwargs)
 
     return checking
+
+
+def named(
+    function: Callable[P, R], name: str | None = None, elsewhere: Mapping[str, str] | None = None
+) -> Callable[P, R]:
+    """A function that raises TypeError for a keyword argument that it does not take, with the nearest that it takes.
+
+    Args:
+        function: any.
+        name: what its users call it.
+        elsewhere: what others call its arguments.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def naming(*args: P.args, **kwargs: P.kwargs) -> R:
+        refuse_unknown(name or function.__name__, signature, kwargs, elsewhere or {})
+        return function(*args, **kwargs)
+
+    return naming
+
+
+def named_fields(made: type[C], elsewhere: Mapping[str, str] | None = None) -> type[C]:
+    """A class whose constructor is :func:`named`."""
+    made.__init__ = named(made.__init__, made.__name__, elsewhere)  # type: ignore[method-assign]
+    return made
+
+
+def refuse_unknown(
+    name: str, signature: inspect.Signature, kwargs: Mapping[str, Any], elsewhere: Mapping[str, str]
+) -> None:
+    """Raise TypeError for the first of ``kwargs`` that the function of that name and signature does not take."""
+    known = signature.parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        return
+    for given in kwargs:
+        if given not in known:
+            takes = [parameter for parameter in known if parameter != "self"]
+            near = difflib.get_close_matches(given, [*takes, *elsewhere], n=1)
+            hint = (
+                f"did you mean {elsewhere.get(near[0], near[0])}?" if near else f"it takes {', '.join(takes)}"
+            )
+            raise TypeError(f"{name}() got an unexpected keyword argument {shortened(repr(given))}; {hint}")
 
 
 def expanded(path: Any) -> Any:

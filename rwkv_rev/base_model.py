@@ -20,6 +20,7 @@ from transformers import initialization as init
 from transformers.utils import logging
 
 from rwkv_rev.adapters import refuse_recomputing
+from rwkv_rev.arguments import named
 from rwkv_rev.bptt import choose_strategy
 from rwkv_rev.bptt.any_loss import hidden_states
 from rwkv_rev.bptt.layers import run_layers
@@ -317,6 +318,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         mask = None if valid is None else ChunkMask.of(valid[:, :count])
         return self.run(embedded[:, :count], state, mask)[1]
 
+    @named
     def initial_state(self, batch_size: int, device: torch.device | None = None) -> RwkvRevState:
         """What ``batch_size`` rows begin with: empty, or with the tuned WKV state; on the model's device when None."""
         weight = self.ln0.weight

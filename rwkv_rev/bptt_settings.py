@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from numbers import Integral
 
+from rwkv_rev.arguments import named_fields
 from rwkv_rev.counts import MOST
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.printable import shortened
@@ -17,6 +18,7 @@ CHUNK_LENGTH = 1024
 """Tokens per chunk where nothing else is asked for."""
 
 
+@named_fields
 @dataclass(frozen=True)
 class BpttSettings:
     """How the gradient of a loss is made.

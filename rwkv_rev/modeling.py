@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rwkv_rev import unmade
 from rwkv_rev.adapters import refuse_carried_state
+from rwkv_rev.arguments import named
 from rwkv_rev.base_model import RwkvRevModel, RwkvRevPreTrainedModel, initial_states
 from rwkv_rev.bptt import choose_strategy
 from rwkv_rev.bptt.full import loss_in_one_graph
@@ -108,6 +109,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
     def run(self, x: Tensor, state: RwkvRevState, mask: ChunkMask | None) -> tuple[Tensor, RwkvRevState]:
         return self.model.run(x, state, mask)
 
+    @named
     def initial_state(self, batch_size: int, device: torch.device | None = None) -> RwkvRevState:
         """What ``batch_size`` rows begin with when no state is given."""
         return self.model.initial_state(batch_size, device)
@@ -132,6 +134,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
         """How gradients are made: what :meth:`set_bptt` has set. It is not saved with the model."""
         return self.model.bptt
 
+    @named
     def set_bptt(
         self,
         strategy: str,

@@ -100,6 +100,38 @@ def test_what_a_message_says() -> None:
         anything("a", "b")  # type: ignore[misc]
 
 
+@pytest.mark.parametrize(
+    ("make", "given", "near"),
+    [
+        (rwkv_rev.verify, {"tokns": 8}, "did you mean tokens?"),
+        (rwkv_rev.convert, {"zzz": 8}, "it takes source, output"),
+        (rwkv_rev.evaluate, {"batchsize": 8}, "did you mean batch_size?"),
+        (rwkv_rev.bench, {"setings": 8}, "did you mean settings?"),
+        (BenchSettings, {"chunk_length": 8}, "did you mean chunk_lengths?"),
+        (BpttSettings, {"stratgy": "full"}, "did you mean strategy?"),
+        (FinetuneConfig, {"contextlength": 8}, "did you mean context_length?"),
+        (FinetuneConfig, {"learning_rate": 8}, "did you mean lr?"),
+    ],
+)
+def test_wrong_names_get_the_nearest(make: Any, given: dict[str, Any], near: str) -> None:
+    (name,) = given
+    with pytest.raises(
+        TypeError, match=rf"\(\) got an unexpected keyword argument '{name}'; {re.escape(near)}"
+    ):
+        make(**given)
+
+
+def test_wrong_names_of_a_model(bundled: dict[str, Path]) -> None:
+    model = rwkv_rev.RwkvRevForCausalLM.from_pretrained(bundled["4"])
+    with pytest.raises(TypeError, match=r"set_bptt\(\) got .* 'chunklength'; did you mean chunk_length\?"):
+        model.set_bptt("full", chunklength=8)  # type: ignore[call-arg]
+    for part in (model, model.model):
+        with pytest.raises(
+            TypeError, match=r"initial_state\(\) got .* 'batchsize'; did you mean batch_size\?"
+        ):
+            part.initial_state(batchsize=1)  # type: ignore[call-arg]
+
+
 @pytest.mark.parametrize("value", PATHS, ids=plain)
 def test_every_function_refuses_what_is_no_path(
     bundled: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: Any

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rwkv_rev.arguments import check_kinds
+from rwkv_rev.arguments import check_kinds, named_fields
 from rwkv_rev.benchmark.models import SHAPES, benchmark_model
 from rwkv_rev.bptt_settings import BPTT_STRATEGIES, TAPES
 from rwkv_rev.errors import ConfigError, RwkvRevError, SourceError
@@ -20,6 +20,7 @@ CPU = torch.device("cpu")
 TAPED = ("checkpoint", "reversible", "reversible-lossy")
 
 
+@named_fields
 @dataclass(frozen=True)
 class BenchSettings:
     """One run of a benchmark; lengths in tokens, memory in bytes.

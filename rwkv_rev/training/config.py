@@ -1,8 +1,7 @@
 """Everything a fine-tuning run can be told, as one dataclass.
 
 Values come from, in rising order: the defaults, a YAML file, and what is given beside it, as ``key=value`` pairs or as
-options, but not twice. A key that does not exist is an error that names the nearest one; so is a value of the wrong
-type.
+options, but not twice. A key that does not exist is an error that names the nearest one.
 """
 
 import dataclasses
@@ -13,10 +12,11 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from rwkv_rev.arguments import expanded, is_name
+from rwkv_rev.arguments import expanded, is_name, named_fields
 from rwkv_rev.bptt_settings import BPTT_STRATEGIES, CHUNK_LENGTH, TAPES
 from rwkv_rev.counts import is_plain, number, tokens
 from rwkv_rev.errors import ConfigError
@@ -29,7 +29,21 @@ REPORTERS = ("none", "tensorboard", "wandb", "trackio")
 SCHEDULES = ("constant", "linear", "cosine", "cosine_with_min_lr", "inverse_sqrt", "polynomial")
 DEFAULT_LR = {"full": 1e-4, "lora": 5e-4, "state": 0.1}
 
+_ELSEWHERE = {  # transformers' names for the same, to know what was meant
+    "learning_rate": "lr",
+    "lr_scheduler_type": "lr_schedule",
+    "gradient_accumulation_steps": "grad_accum",
+    "per_device_train_batch_size": "batch_size",
+    "num_train_epochs": "epochs",
+    "warmup_steps": "warmup",
+    "eval_steps": "eval_every",
+    "save_steps": "save_every",
+    "save_total_limit": "keep",
+    "resume_from_checkpoint": "resume",
+}
 
+
+@partial(named_fields, elsewhere=_ELSEWHERE)
 @dataclass
 class FinetuneConfig:
     """Settings of one fine-tuning run; lengths in tokens, ``*_every`` in optimizer steps.
@@ -273,18 +287,6 @@ _DEFAULTS = FinetuneConfig()
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 80, 80
 _TYPES = typing.get_type_hints(FinetuneConfig)
-_ELSEWHERE = {  # transformers' names for the same, to know what was meant
-    "learning_rate": "lr",
-    "lr_scheduler_type": "lr_schedule",
-    "gradient_accumulation_steps": "grad_accum",
-    "per_device_train_batch_size": "batch_size",
-    "num_train_epochs": "epochs",
-    "warmup_steps": "warmup",
-    "eval_steps": "eval_every",
-    "save_steps": "save_every",
-    "save_total_limit": "keep",
-    "resume_from_checkpoint": "resume",
-}
 
 
 def build_config(
@@ -321,17 +323,12 @@ def build_config(
             raise ConfigError(f"{shortened(repr(pair))}: the value is not valid YAML") from error
     values |= given
     typed = {key: _typed(key, value) for key, value in values.items()}
-    return FinetuneConfig(
-        **{key: expanded(value) if key in _PATHS else value for key, value in typed.items()}
-    )
+    typed |= {key: expanded(typed[key]) for key in _PATHS if key in typed}
+    return FinetuneConfig(**typed)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     values = read_yaml(path)
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold `key: value` lines, it holds a {type(values).__name__}")
     for key in values:
         try:
             _known(key)

@@ -50,8 +50,8 @@ class PlainLoader(yaml.SafeLoader):
         return self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
 
 
-def read_yaml(path: Path) -> Any:
-    """What a file of settings holds.
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """What a file of settings holds, nothing where it is empty.
 
     Raises:
         ConfigError: for a file that cannot be read, is too large, or holds no such YAML.
@@ -60,7 +60,7 @@ def read_yaml(path: Path) -> Any:
     try:
         if (size := path.stat().st_size) > MOST_YAML_BYTES:
             raise ConfigError(f"{path} holds no settings: it has {size:,} bytes")
-        return parse_yaml(path.read_text("utf-8"))
+        values = parse_yaml(path.read_text("utf-8"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
     except NotPlain as error:
@@ -69,6 +69,9 @@ def read_yaml(path: Path) -> Any:
         raise ConfigError(
             f"{path} is not valid YAML: {shortened(' '.join(str(error).split()), 300)}"
         ) from error
+    if values is not None and not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines, it holds a {type(values).__name__}")
+    return values or {}
 
 
 def parse_yaml(text: str) -> Any:
