@@ -200,7 +200,8 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
                 ``use_cache=False`` or labels are given.
 
         Returns:
-            :class:`RwkvRevCausalLMOutput`. With labels, ``state`` carries no graph, and tuples are without it.
+            :class:`RwkvRevCausalLMOutput`. With labels, ``state`` carries no graph. Tuples are without the state where
+            there are labels, or no gradient and nobody who hands over or asks for one (``use_cache=True``).
 
         Raises:
             StrategyError: if the gradient strategy cannot do what is asked.
@@ -254,10 +255,14 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
                 num_items_in_batch,
                 final_state_gradient,
             )
-            if not return_dict:  # trainers take everything behind the loss for predictions
-                ignored = self.config.keys_to_ignore_at_inference
-                return tuple(value for name, value in output.items() if name not in ignored)
-        return output if return_dict else output.to_tuple()
+        if return_dict:
+            return output
+        reads_on = use_cache or any(given is not None for given in (state, past_key_values, cache))
+        if output.loss is None and (torch.is_grad_enabled() or reads_on):
+            return tuple(getattr(output, name) for name in output)
+        # trainers take everything behind the loss, and in predicting all of a tuple, for predictions
+        ignored = self.config.keys_to_ignore_at_inference
+        return tuple(value for name, value in output.items() if name not in ignored)
 
     def _goes_in_sweeps(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, state: RwkvRevState | None

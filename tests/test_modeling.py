@@ -229,17 +229,31 @@ def test_tuples_on_request() -> None:
     assert isinstance(output[1], RwkvRevState)
 
 
-def test_trainer_predicts_logits_alone(tmp_path: Path) -> None:
+def test_tuples_without_a_gradient() -> None:
+    """Logits alone, as trainers want them, unless somebody reads on."""
+    model, tokens = evaluated("5.2"), random_tokens(12)
+    with torch.no_grad():
+        (logits,) = model(tokens, return_dict=False)
+        assert torch.equal(logits, model(tokens).logits)
+        begun = model(tokens[:, :5], return_dict=False, use_cache=True)
+        read_on = model(tokens[:, 5:], state=begun[1], return_dict=False)
+    assert isinstance(begun[1], RwkvRevState) and isinstance(read_on[1], RwkvRevState)
+    assert_close(read_on[0], logits[:, 5:])
+
+
+@pytest.mark.parametrize("tuples", [False, True])
+def test_trainer_predicts_logits_alone(tmp_path: Path, tuples: bool) -> None:
     """Without labels too, when a state and a cache lie beside the logits."""
     model, rows = (
         evaluated("5.2", torch.float32),
         [{"input_ids": random_tokens(9, seed=i)[0]} for i in range(3)],
     )
+    model.config.return_dict = not tuples
     arguments = TrainingArguments(
         str(tmp_path), report_to=[], use_cpu=True, per_device_eval_batch_size=2, disable_tqdm=True
     )
     found = torch.from_numpy(Trainer(model, arguments).predict(rows).predictions)
-    assert_close(found, torch.cat([model(row["input_ids"][None]).logits.detach() for row in rows]))
+    assert_close(found, torch.cat([model(row["input_ids"][None])[0].detach() for row in rows]))
 
 
 # --- settings ---------------------------------------------------------------------------------------------------
