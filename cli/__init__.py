@@ -2,7 +2,7 @@
 
 One row of :data:`COMMANDS` and one file ``cli/<name>.py`` with a function of the same name make a command.
 Only the file of the command that is asked for is imported, and such a file imports PyTorch in its
-function's body, so that ``rwkv-rev --help`` stays instant.
+function's body, so that ``rwkv-rev --help`` stays instant. typer itself is imported once :func:`main` hears signals.
 """
 
 import errno
@@ -13,14 +13,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from inspect import cleandoc
 from pathlib import Path
-from typing import NoReturn
-
-import typer
+from typing import TYPE_CHECKING, NoReturn
 
 from rwkv_rev.cli import output
 from rwkv_rev.cli.stopping import exit_code, install_handlers, tell
-from rwkv_rev.cli.usage import Command, UsageError, told
 from rwkv_rev.errors import RwkvRevError, options_in_messages
+
+if TYPE_CHECKING:
+    import typer
 
 # name, one line of help; the function is rwkv_rev.cli.<name>.<name>
 COMMANDS = (
@@ -44,12 +44,23 @@ RWKV_REV_TRACEBACK=1 shows where an error came from.
 """
 
 
-def build_app(requested: str | None = None) -> typer.Typer:
+def build_app(requested: str | None = None) -> "typer.Typer":
     """The typer application; only ``requested`` is imported if given, the others are names with a help."""
+    import typer
+
+    from rwkv_rev.cli.usage import Command
+
+    def options(
+        version: bool = typer.Option(
+            False, "--version", help="Print the version and exit.", callback=_print_version, is_eager=True
+        ),
+    ) -> None:
+        """Options of the program itself."""
+
     app = typer.Typer(
         name="rwkv-rev", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
     )
-    app.callback(help=HELP)(_options)
+    app.callback(help=HELP)(options)
     for name, summary in COMMANDS:
         function = _load(name) if requested is None or name == requested else _not_loaded
         app.command(name, cls=Command, help=_help(function), short_help=summary)(function)
@@ -63,21 +74,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     Args:
         argv: arguments without the program's name; those of the process when None.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started us
-            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
-    output.write_anything()
-    _quiet_libraries()
-    warnings.showwarning = _show_warning
     install_handlers()
-    completing = "_RWKV_REV_COMPLETE" in os.environ
-    requested = next((word for word in arguments if not word.startswith("-")), "")
     try:
-        left = typer.main.get_command(build_app(None if completing else requested)).main(
-            arguments, prog_name="rwkv-rev", standalone_mode=False
-        )
-        raise SystemExit(left or 0)
+        _main(list(sys.argv[1:] if argv is None else argv))
     except BaseException as error:
         if (code := exit_code(error)) is not None:
             tell("nothing was written")  # unless the command told of more
@@ -85,6 +84,22 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if isinstance(error, Exception):
             _fail(error)
         raise
+
+
+def _main(arguments: list[str]) -> NoReturn:
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+    output.write_anything()
+    _quiet_libraries()
+    warnings.showwarning = _show_warning
+    completing = "_RWKV_REV_COMPLETE" in os.environ
+    requested = next((word for word in arguments if not word.startswith("-")), "")
+    app = build_app(None if completing else requested)
+    import typer
+
+    left = typer.main.get_command(app).main(arguments, prog_name="rwkv-rev", standalone_mode=False)
+    raise SystemExit(left or 0)
 
 
 def _quiet_libraries() -> None:
@@ -100,18 +115,12 @@ def _quiet_libraries() -> None:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        import typer
+
         from rwkv_rev import __version__
 
         output.write(f"{__version__}\n")
         raise typer.Exit()
-
-
-def _options(
-    version: bool = typer.Option(
-        False, "--version", help="Print the version and exit.", callback=_print_version, is_eager=True
-    ),
-) -> None:
-    """Options of the program itself."""
 
 
 def _help(function: Callable[..., object]) -> str:
@@ -131,6 +140,7 @@ def _not_loaded() -> None:
 
 
 def _fail(error: Exception) -> NoReturn:
+    from rwkv_rev.cli.usage import UsageError, told
     from rwkv_rev.printable import one_message, shortened
 
     if os.environ.get("RWKV_REV_TRACEBACK") == "1":

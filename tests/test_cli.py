@@ -543,3 +543,23 @@ print("it went on")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
+
+
+@pytest.mark.parametrize("signal_", ["SIGTERM", "SIGINT"])
+def test_a_stop_is_heard_before_anything_heavy_is_imported(signal_: str) -> None:
+    """typer alone takes as long as Python's own start."""
+    program = f"""
+import os, signal, sys
+
+class Stop:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer":
+            os.kill(os.getpid(), signal.{signal_})
+
+sys.meta_path.insert(0, Stop())
+from rwkv_rev.cli import main
+main(["inspect", "bundled:rwkv-4"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    code = 128 + int(getattr(signal, signal_))
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "stopped; nothing was written\n")
