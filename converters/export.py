@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoTokenizer
 
 from rwkv_rev.arguments import checked
 from rwkv_rev.configuration import RwkvRevConfig
@@ -30,7 +29,7 @@ from rwkv_rev.errors import ConfigError, OutputError
 from rwkv_rev.folders.folder import refuse_links, tokenizer_files
 from rwkv_rev.folders.safe_input import read_object
 from rwkv_rev.folders.safe_output import check_output, require_space, whole_directory, whole_file
-from rwkv_rev.loading import missing_tokenizer
+from rwkv_rev.loading import load_tokenizer, missing_tokenizer
 from rwkv_rev.printable import shortened
 from rwkv_rev.tokenization.fast import fast_tokenizer
 
@@ -165,8 +164,7 @@ def _write_companions(model: ConvertedModel, folder: Path) -> None:
     if read_object(model.directory / "tokenizer_config.json").get("tokenizer_class") in _OUR_TOKENIZERS:
         for file in tokenizer_files(folder):
             file.unlink()
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(model.directory))
-        fast_tokenizer(tokenizer).save_pretrained(str(folder))
+        fast_tokenizer(load_tokenizer(model.directory)).save_pretrained(str(folder))
     path = folder / "tokenizer_config.json"
     if (settings := read_object(path)).get("tokenizer_class") == "TokenizersBackend":
         # its name before transformers 5, which transformers 5 knows too

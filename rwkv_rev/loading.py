@@ -59,10 +59,13 @@ def load_tokenizer(name: str | Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    from rwkv_rev.tokenization.token_fields import refuse_unknown_fields
+
     refuse_special_inside(Path(name))
     if (missing := missing_tokenizer(name)) is not None:
         raise SourceError(missing)
     with _damaged(f"no tokenizer can be loaded from {name}: name one with convert --tokenizer", SourceError):
+        refuse_unknown_fields(Path(name))
         tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
         longest = tokenizer.model_max_length
         if isinstance(longest, bool) or not isinstance(longest, int | float) or not longest >= 1:
