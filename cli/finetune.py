@@ -10,6 +10,7 @@ from rwkv_rev.cli.counts import count, number, whole
 from rwkv_rev.cli.options import refuse_both_prints
 from rwkv_rev.cli.stopping import tell
 from rwkv_rev.folders.folder import refuse_no_model
+from rwkv_rev.training.lora_targets import refuse_early
 from rwkv_rev.training.sources import find_sources
 
 BEYOND = "beyond the loaded program"
@@ -164,6 +165,7 @@ def finetune(
     settings = build_config(file=config, pairs=set_ or (), options=given)
     settings.check()
     refuse_no_model(settings.model)  # before anything heavy is imported
+    refuse_early(settings.model, settings.lora_targets)
     find_sources([*settings.data, *settings.eval_data])
     from rwkv_rev.training.launch import first_process, in_processes, refuse_launch
 

@@ -59,7 +59,7 @@ def load_tokenizer(name: str | Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    from rwkv_rev.tokenization.token_fields import refuse_unknown_fields
+    from rwkv_rev.token_fields import refuse_unknown_fields
 
     refuse_special_inside(Path(name))
     if (missing := missing_tokenizer(name)) is not None:

@@ -24,13 +24,14 @@ from rwkv_rev.training.config import FinetuneConfig
 from rwkv_rev.training.documents import Fields
 from rwkv_rev.training.identity import model_fingerprint, refuse_other_run
 from rwkv_rev.training.launch import choose_dtype, own_device, refuse_launch, training_device
+from rwkv_rev.training.lora_targets import refuse_lora_targets
 from rwkv_rev.training.memory import MemoryForecast, forecast_memory, refuse_too_large
 from rwkv_rev.training.overlap import shared_documents
 from rwkv_rev.training.rows import RowDataset, RowStatistics
 from rwkv_rev.training.sources import find_sources
 from rwkv_rev.training.token_cache import load_tokens
 from rwkv_rev.training.token_store import TokenStore
-from rwkv_rev.training.tuning import count_trained, refuse_lora_targets, refuse_state_tuning
+from rwkv_rev.training.tuning import count_trained, refuse_state_tuning
 from rwkv_rev.training.working_folder import finished_run, may_be_finished, refuse_output, resume_from
 
 
@@ -100,7 +101,7 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
     if config.tune == "state":
         refuse_state_tuning(model_config.rwkv_version)
     if config.tune == "lora":
-        refuse_lora_targets(config, model_config, shapes)
+        refuse_lora_targets(config.lora_targets, model_config.tie_word_embeddings, shapes)
     if isinstance(config.end_token, int) and config.end_token >= model_config.vocab_size:
         raise ConfigError(
             f"end_token = {config.end_token} is outside the vocabulary: ids go to {model_config.vocab_size - 1}"

@@ -19,6 +19,7 @@ from torch import nn
 
 from rwkv_rev.architectures.registry import architecture, with_tuned_state
 from rwkv_rev.errors import RwkvRevError, StrategyError
+from rwkv_rev.training.lora_targets import has_addition, refuse_lora_targets
 
 if TYPE_CHECKING:
     from rwkv_rev.configuration import RwkvRevConfig
@@ -52,25 +53,6 @@ def refuse_state_tuning(version: str) -> None:
             f"tune = state needs {with_tuned_state()}: the rwkv package loads no initial state for RWKV-{version}; "
             "use tune = lora"
         )
-
-
-def refuse_lora_targets(
-    config: "FinetuneConfig", model: "RwkvRevConfig", shapes: Mapping[str, Sequence[int]]
-) -> None:
-    """Raise StrategyError for a target that is no linear map, or a head that is the embedding; from stored shapes."""
-    stored = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2]
-    maps = [name for name in stored if name not in shapes and name != "model.embeddings"]
-    for target in config.lora_targets:
-        if model.tie_word_embeddings and _has_addition("head", [target]):
-            raise StrategyError(
-                "lora_targets: the head of this model is its embedding (tie_word_embeddings), which an addition to "
-                "the head would change too; leave the head out, or use tune = full"
-            )
-        if not any(_has_addition(name, [target]) for name in maps):
-            there = sorted({name.rsplit(".", 1)[-1] for name in maps} - {"head"})
-            raise StrategyError(
-                f"lora_targets: no linear map is called {target!r}; there are {', '.join(there)}"
-            )
 
 
 def merged(model: nn.Module, stored: Callable[[str], torch.Tensor | None]) -> "RwkvRevForCausalLM":
@@ -123,13 +105,9 @@ def count_trained(
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
         targets = config.lora_targets or model.architecture.lora_targets
-        if len(shape) == 2 and module != name and _has_addition(module, targets):
+        if len(shape) == 2 and module != name and has_addition(module, targets):
             found += config.lora_rank * sum(shape)
     return found
-
-
-def _has_addition(module: str, targets: Sequence[str]) -> bool:
-    return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
 def linear_names(model: nn.Module) -> set[str]:
@@ -146,7 +124,8 @@ def _with_lora(model: "RwkvRevForCausalLM", config: "FinetuneConfig") -> nn.Modu
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise RwkvRevError("tune = lora needs peft: pip install 'rwkv-rev[train]'") from error
-    refuse_lora_targets(config, model.config, {name: p.shape for name, p in model.named_parameters()})
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    refuse_lora_targets(config.lora_targets, model.config.tie_word_embeddings, shapes)
     targets = config.lora_targets or sorted(linear_names(model) & set(model.config.architecture.lora_targets))
     adapter = LoraConfig(
         r=config.lora_rank,
