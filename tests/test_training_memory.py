@@ -79,6 +79,19 @@ def test_what_each_setting_adds(bundled: dict[str, Path], tmp_path: Path) -> Non
     assert forecast(tune="state", dtype="bfloat16")["weights"] == full["weights"] // 2
 
 
+def test_a_tape_counts_where_it_lies(bundled: dict[str, Path], tmp_path: Path) -> None:
+    """As a run reports it: on the CPU a tape on the host is in the memory that the process grew by."""
+    data = counting_text(tmp_path / "data.txt", 2000)
+
+    def forecast(tape: str) -> dict[str, Any]:
+        config = settings(bundled["5.2"], data, tmp_path / "out", context_length=20_000, tape=tape)
+        return plan(config).to_dict()["memory"]
+
+    host, disk = forecast("host"), forecast("disk")
+    assert host["tape"] == disk["tape"] > 1_000_000
+    assert host["device"] == forecast("device")["device"] == disk["device"] + host["tape"]
+
+
 def test_warns_before_it_refuses(
     bundled: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,7 +103,7 @@ def test_warns_before_it_refuses(
     monkeypatch.setattr(memory, "free_memory", lambda device: int(0.9 * need))
     assert any("64 tokens at once need about" in note for note in plan(config).notes)
     monkeypatch.setattr(memory, "free_memory", lambda device: int(0.5 * need))
-    with pytest.raises(StrategyError, match="use a shorter chunk_length, a smaller batch_size"):
+    with pytest.raises(StrategyError, match="a shorter chunk_length, a smaller batch_size"):
         plan(config)
     config.bptt = "full"
     with pytest.raises(StrategyError, match="use bptt='reversible'"):
@@ -105,9 +118,11 @@ def test_a_tape_beyond_the_host_is_refused(
     config = settings(bundled["5.2"], data, tmp_path / "out", context_length=400_000, chunk_length=16)
     found = plan(config)
     tape = found.memory.gradient.tape
-    assert tape > 2 * found.memory.device
+    assert tape > 2 * (found.memory.device - tape)
     monkeypatch.setattr(memory, "free_memory", lambda device: int(0.55 * tape))
     with pytest.raises(StrategyError, match="for the tape on the host"):
         plan(config)
+    monkeypatch.setattr(memory, "free_memory", lambda device: int(1.01 * tape))
+    assert any("GB on the device" in note and "use --tape disk" in note for note in plan(config).notes)
     config.tape = "disk"
     plan(config)

@@ -34,16 +34,19 @@ class MemoryForecast:
         optimizer: AdamW's two moments of the trained weights that this process keeps.
         kept_gradients: further copies of the gradients: accumulated ones, and the buckets of several processes.
         tokens_at_once: length of what is in the graph, a chunk or for ``full`` the whole context.
+        tape_beside: the tape, where it lies in the memory of the device that trains; else 0.
     """
 
     gradient: StrategyForecast
     optimizer: int
     kept_gradients: int
     tokens_at_once: int
+    tape_beside: int = 0
 
     @property
     def device(self) -> int:
-        return self.gradient.device + self.optimizer + self.kept_gradients
+        """The peak of all that lies in the memory of the device."""
+        return self.gradient.device + self.optimizer + self.kept_gradients + self.tape_beside
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -107,6 +110,9 @@ def forecast_memory(
         optimizer=_ADAM * trained // shares,
         kept_gradients=copies * NUMBER * trained,
         tokens_at_once=longest if name == "full" else min(chunk, longest),
+        tape_beside=gradient.tape
+        if config.tape == "device" or (config.tape, device) == ("host", "cpu")
+        else 0,
     )
 
 
@@ -125,10 +131,12 @@ def refuse_too_large(forecast: MemoryForecast, device: torch.device, config: Fin
     free, host = free_memory(device), free_memory(torch.device("cpu"))
     smaller = "--bptt reversible" if config.bptt == "full" else "a shorter --chunk-length"
     on_device = forecast.device * (processes if device.type == "cpu" else 1)
-    needs = [(on_device, free, "on the device", f"{smaller}, a smaller --batch-size or --tune lora")]
-    if config.tape == "host":
-        tape = forecast.gradient.tape * processes
-        needs.append((tape, host, "for the tape on the host", "--tape disk or a longer --chunk-length"))
+    tape = forecast.gradient.tape * processes if config.tape == "host" else 0
+    disk = "--tape disk, " if forecast.tape_beside else ""
+    needs = [
+        (tape, host, "for the tape on the host", "--tape disk or a longer --chunk-length"),
+        (on_device, free, "on the device", f"{disk}{smaller}, a smaller --batch-size or --tune lora"),
+    ]
     for need, there, place, remedy in needs:
         if there is None or need <= there:
             continue
