@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rwkv_rev.cells import ChannelMix, ChunkMask, ReversibleCell, TimeMixRwkv4, TimeMixRwkv5
+from rwkv_rev.cells.shifted_cell import ShiftedState
 from rwkv_rev.wkv import EMPTY_EXPONENT
 
 DECAYS = (0.0, 1e-9, 1e-4, 0.1, 0.5, 0.9, 0.99, 0.9999, 1 - 2**-24, 1.0)
@@ -83,33 +84,40 @@ def other_cells(draw: st.DrawFn, kind: str) -> tuple[ReversibleCell, int]:
     return fill(cell, generator, draw(DTYPES)), width
 
 
-def rwkv5_memory(cell: ReversibleCell, batch: int, width: int, generator: torch.Generator) -> Tensor:
+def shift(cell: ReversibleCell, batch: int, width: int, generator: torch.Generator) -> Tensor:
+    dtype = next(p for n, p in cell.named_parameters() if n.endswith("weight")).dtype
+    return torch.randn(batch, width, generator=generator).to(dtype)
+
+
+def rwkv5_state(cell: ReversibleCell, batch: int, width: int, generator: torch.Generator) -> ShiftedState:
     assert isinstance(cell, TimeMixRwkv5)
     shape = (batch, cell.num_heads, cell.head_size, cell.head_size)
     scales = torch.tensor([0.0, 1.0, 1e3])[
         torch.randint(3, (batch, cell.num_heads, 1, 1), generator=generator)
     ]
     wide = torch.float64 if cell.time_decay.dtype == torch.float64 else torch.float32
-    return (torch.randn(shape, generator=generator) * scales).to(wide)
+    shifted = shift(cell, batch, width, generator)
+    return ShiftedState(shifted, (torch.randn(shape, generator=generator) * scales).to(wide))
 
 
-def rwkv4_memory(cell: ReversibleCell, batch: int, width: int, generator: torch.Generator) -> Tensor:
+def rwkv4_state(cell: ReversibleCell, batch: int, width: int, generator: torch.Generator) -> ShiftedState:
     assert isinstance(cell, TimeMixRwkv4)
     a, b, m = torch.randn(3, batch, width, generator=generator)
     memory = torch.stack([a, b.exp(), m], dim=1)
     memory[0] = torch.tensor([0.0, 0.0, EMPTY_EXPONENT])[:, None]  # one row has seen nothing
-    return memory.to(torch.float64 if cell.time_decay.dtype == torch.float64 else torch.float32)
+    wide = torch.float64 if cell.time_decay.dtype == torch.float64 else torch.float32
+    return ShiftedState(shift(cell, batch, width, generator), memory.to(wide))
 
 
-def no_memory(cell: ReversibleCell, batch: int, width: int, generator: torch.Generator) -> None:
-    return None
+def shift_alone(cell: ReversibleCell, batch: int, width: int, generator: torch.Generator) -> ShiftedState:
+    return ShiftedState(shift(cell, batch, width, generator), None)
 
 
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_time_mix_rwkv5(generation: str, law: str) -> None:
     @PROPERTIES
-    @given(trials(rwkv5_cells(generation), rwkv5_memory))
+    @given(trials(rwkv5_cells(generation), rwkv5_state))
     def check(trial: Trial) -> None:
         LAWS[law](trial)
 
@@ -119,7 +127,7 @@ def test_time_mix_rwkv5(generation: str, law: str) -> None:
 @pytest.mark.parametrize("law", LAWS)
 def test_time_mix_rwkv4(law: str) -> None:
     @PROPERTIES
-    @given(trials(other_cells("rwkv4"), rwkv4_memory))
+    @given(trials(other_cells("rwkv4"), rwkv4_state))
     def check(trial: Trial) -> None:
         LAWS[law](trial)
 
@@ -129,7 +137,7 @@ def test_time_mix_rwkv4(law: str) -> None:
 @pytest.mark.parametrize("law", LAWS)
 def test_channel_mix(law: str) -> None:
     @PROPERTIES
-    @given(trials(other_cells("channel"), no_memory))
+    @given(trials(other_cells("channel"), shift_alone))
     def check(trial: Trial) -> None:
         LAWS[law](trial)
 
@@ -137,7 +145,7 @@ def test_channel_mix(law: str) -> None:
 
 
 @PROPERTIES
-@given(trials(other_cells("channel"), no_memory))
+@given(trials(other_cells("channel"), shift_alone))
 def test_the_shift_alone_is_that_of_the_whole_forward_pass(trial: Trial) -> None:
     state = trial.exact()
     for x, valid in trial.chunks:

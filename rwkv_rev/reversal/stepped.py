@@ -1,0 +1,267 @@
+"""Exact reversal of ``s <- z s + c`` a token at a time, on a fixed grid, whatever z in [0, 1] and c are made of.
+
+Numbers are integers on one power-of-two grid, ``s = mantissa * 2**exponent``. A step computes, in float64,
+
+    D  = round(z * s)
+    s' = D + round(c / grid)
+
+and is undone by ``D = s' - round(c / grid)`` and a look at which integers z sends to D: those from ``least(D)`` to
+``least(D + 1) - 1``. Which of them s was is all that the step forgot. Its number among them is pushed on a stack, in
+as many bits as tell them apart: ``ceil(log2(count))``, none where D has one preimage (z = 1 always), all of s where z
+is 0. Counts follow from D and z, so that nothing but these bits is kept. MacKay, Vicol, Ba and Grosse 2018, "Reversible
+Recurrent Neural Networks", section 3, keep the same information in a buffer of integers that is multiplied and divided
+by rational z; their z has 10 bits and their buffer gives back 10 bits of noise, which no gradient agrees with to 1e-5.
+
+Per number and step that is at most 1.39 times ``log2(1/z)`` on average for z near 1 (rounding forgets more than z
+says), 1 at z = 1/2, some 1.2 below; :func:`ideal_bits`. Where a row's steps in a chunk forget as much as it holds (32 bits
+a number), the row is kept whole: the remnant of a chunk is never larger than the state.
+
+Limits: the grid is fixed. A finite number beyond :attr:`Stepped.largest` ends the step with a
+:class:`GridOverflowError`; inf and NaN stay NaN for good, and end in a NaN loss. Integers of 32 bits serve float32,
+51 bits (in int64) float64.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from rwkv_rev.errors import RwkvRevError
+from rwkv_rev.reversal.bit_stack import BitStack, pack, widths_of
+from rwkv_rev.reversal.fingerprint import fingerprint
+
+BITS = {torch.int32: 31, torch.int64: 50}
+"""Of the largest magnitude: with 50 bits :func:`least` needs one look at its first guess, and float64 no more room."""
+
+
+class GridOverflowError(RwkvRevError, OverflowError):
+    """A state has left the grid that its integers can hold."""
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """``mantissa * 2**exponent``.
+
+    Attributes:
+        mantissa: [B, P, M] int32 or int64, P parts that are stepped one after another.
+        exponent: of the grid, the same for all.
+    """
+
+    mantissa: Tensor
+    exponent: int
+
+    @classmethod
+    def of(cls, value: Tensor, *, magnitude: int) -> "Stepped":
+        """The memory nearest to ``value`` [B, P, M]; float64 gets integers of 51 bits, all else of 32.
+
+        ``magnitude``: numbers below ``2**magnitude`` fit.
+
+        Raises:
+            GridOverflowError: if one does not.
+        """
+        kind = torch.int64 if value.dtype == torch.float64 else torch.int32
+        empty = cls(torch.empty(0, dtype=kind, device=value.device), magnitude - BITS[kind])
+        units = empty.units(value)
+        return empty.after([units[:, part] for part in range(value.shape[1])], units[None])
+
+    @property
+    def largest(self) -> int:
+        """The largest magnitude of a mantissa; one less than fits, so that its neighbours do."""
+        return (1 << BITS[self.mantissa.dtype]) - 2
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values that the integers serve."""
+        return torch.float64 if self.mantissa.dtype == torch.int64 else torch.float32
+
+    def units(self, value: Tensor) -> Tensor:
+        """A contribution in units of the grid, rounded, float64."""
+        return (value.double() * 2.0**-self.exponent).round_()
+
+    def floats(self, units: Tensor) -> Tensor:
+        """The value of float64 integers, rounded once."""
+        return (units * 2.0**self.exponent).to(self.dtype)
+
+    def step(self, units: Tensor, decay: Tensor | None, contribution: Tensor) -> Tensor:
+        """s' from s, both float64 integers; ``decay`` z None is 1."""
+        kept = units if decay is None else (decay.double() * units).round_()
+        return kept + self.units(contribution)
+
+    def undo(
+        self, units: Tensor, decay: Tensor | None, contribution: Tensor, bits: BitStack | None
+    ) -> Tensor:
+        """s from s', the same z and c bit for bit, and the stack of what was forgotten."""
+        kept = units - self.units(contribution)
+        if decay is None:
+            return kept
+        assert bits is not None
+        first, count = self._preimages(kept, decay.double())
+        return first + bits.pop(widths_of(count))
+
+    def parts(self) -> list[Tensor]:
+        """The parts [B, M] as float64 integers, to be stepped."""
+        units = self.mantissa.double()
+        return list(torch.where(self.mantissa == self._lost, torch.nan, units).unbind(1))
+
+    def after(self, parts: Sequence[Tensor], seen: Tensor) -> "Stepped":
+        """The memory of ``parts`` [B, M] after a chunk, in which all the numbers of ``seen`` [steps, B, ...] were held.
+
+        Raises:
+            GridOverflowError: if one of them does not fit. Where a CUDA graph is recorded nobody can look: such rows are
+                NaN from here on.
+        """
+        beyond = (seen.abs() > self.largest).flatten(2).any(2).any(0)
+        if not _recorded(seen) and bool(beyond.any()):
+            row = int(beyond.nonzero()[0])
+            raise GridOverflowError(
+                f"a number beyond {self.largest * 2.0**self.exponent:g} in row {row}; its integers hold "
+                f"{BITS[self.mantissa.dtype]} bits and a sign, in steps of 2**{self.exponent}"
+            )
+        return self.held([torch.where(beyond[:, None], torch.nan, part) for part in parts])
+
+    def held(self, parts: Sequence[Tensor]) -> "Stepped":
+        """The memory of ``parts`` [B, M], float64 integers; none that does not fit is looked for."""
+        units = torch.stack(list(parts), dim=1)
+        lost = ~(units.abs() <= self.largest)
+        return Stepped(torch.where(lost, float(self._lost), units).to(self.mantissa.dtype), self.exponent)
+
+    def value(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The memory as floats, rounded once."""
+        return torch.stack([self.floats(part) for part in self.parts()], dim=1).to(dtype)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.mantissa]
+
+    def computed(self) -> list[Tensor]:
+        return [self.mantissa]
+
+    def like(self, tensors: list[Tensor]) -> "Stepped":
+        return Stepped(tensors[0], self.exponent)
+
+    def fingerprint(self) -> Tensor:
+        """Checksum, int64 [1]."""
+        return fingerprint(self.mantissa)[None]
+
+    def coarse(self) -> None:
+        return None
+
+    def remnant(self, tensors: list[Tensor]) -> "KeptSteps":
+        return KeptSteps.of(tensors)
+
+    @property
+    def _lost(self) -> int:
+        """The mantissa of inf and NaN: one that no number has."""
+        return -(1 << BITS[self.mantissa.dtype])
+
+    def _preimages(self, kept: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
+        """The least of the integers that z sends to D, and how many there are, float64."""
+        first = least(kept, decay, self.largest)
+        # a state that is NaN has none; its bits are not looked at
+        return first, (least(kept + 1, decay, self.largest) - first).nan_to_num_(1.0, 1.0, 1.0).clamp_(min=1)
+
+
+def least(target: Tensor, decay: Tensor, largest: int) -> Tensor:
+    """The least integer of magnitude up to ``largest`` that z sends to ``target`` or above; ``largest + 1`` if none.
+
+    The quotient is off by less than a half for up to 50 bits: its ceiling, less a half, is the answer or the integer
+    below it, and one product tells which.
+    """
+    guess = ((target - 0.5) / decay - 0.5).ceil_().clamp_(-largest, largest + 1)
+    short = (decay * guess).round_() < target
+    return guess.add_(short).clamp_(max=largest + 1)
+
+
+def ideal_bits(decays: Tensor) -> Tensor:
+    """``log2(1/z)`` of factors z, float64: what a step must forget; at most 32 bits, all that there are."""
+    return (-decays.double().log2()).clamp(max=32.0)
+
+
+@dataclass(frozen=True)
+class StepsRemnant:
+    """What the steps of a chunk forgot.
+
+    Attributes:
+        before: the memory before the chunk (a reference, not a copy).
+        states: s before each step that multiplies, float64 integers [B, M], in the order of the steps.
+        decays: its z [B, M].
+    """
+
+    before: Stepped
+    states: list[Tensor]
+    decays: list[Tensor]
+
+    @cached_property
+    def forgotten(self) -> tuple[Tensor, Tensor]:
+        """Of every step, [B, steps, M] int64: which preimage s was, and in how many bits."""
+        units, decays = torch.stack(self.states, dim=1), torch.stack(self.decays, dim=1).double()
+        first, count = self.before._preimages((decays * units).round_(), decays)
+        widths = torch.where(units.isfinite(), widths_of(count), 0)
+        return (units - first).nan_to_num_(0.0).to(torch.int64), widths
+
+    @cached_property
+    def size(self) -> Tensor | None:
+        """Bits that each row forgot, int32 [B]; None where no step multiplies."""
+        return self.forgotten[1].sum(dim=(1, 2)).to(torch.int32) if self.states else None
+
+    def tensors(self, size: Tensor | None) -> list[Tensor]:
+        """What must be kept: :class:`KeptSteps`'s parts; the mantissa alone where ``size`` is not known."""
+        mantissa = self.before.mantissa
+        if not self.states:
+            return []
+        if size is None:
+            return [mantissa]
+        whole = size >= 8 * mantissa[0].nbytes
+        rows = whole.nonzero()[:, 0].to(mantissa.device)
+        others = (~whole).nonzero()[:, 0].to(mantissa.device)
+        values, widths = (part.index_select(0, others).flatten() for part in self.forgotten)
+        words = pack(values, widths, int(size[~whole].sum()), wide=mantissa.dtype == torch.int64)
+        sizes = torch.where(whole, -1, size).to(torch.int32).to(mantissa.device)
+        return [sizes, words, mantissa.index_select(0, rows)]
+
+
+@dataclass(frozen=True)
+class KeptSteps:
+    """The same from the tape.
+
+    Attributes:
+        whole: mantissas [rows, P, M] before the chunk of the rows that were kept whole; None where nothing was forgotten.
+        sizes: bits of each row, int32 [B]; -1 for a row that was kept whole. None where all were, without a look.
+        words: what the others forgot, one row behind the other.
+    """
+
+    whole: Tensor | None = None
+    sizes: Tensor | None = None
+    words: Tensor | None = None
+
+    @classmethod
+    def of(cls, tensors: list[Tensor]) -> "KeptSteps":
+        """From what :meth:`StepsRemnant.tensors` kept."""
+        *others, whole = tensors or [None]
+        return cls(whole, *others)
+
+    @property
+    def all_whole(self) -> bool:
+        """Whether no row has to be stepped back."""
+        return self.whole is not None and (self.sizes is None or len(self.whole) == len(self.sizes))
+
+    def bits(self, memory: Stepped) -> BitStack | None:
+        """The stack that steps back pop from; None where nothing was forgotten."""
+        if self.sizes is None or self.words is None:
+            return None
+        return BitStack.of(self.words, self.sizes.clamp(min=0), wide=memory.dtype == torch.float64)
+
+    def completed(self, rebuilt: Stepped | None, after: Stepped) -> Stepped:
+        """The memory before the chunk, from the rows that were stepped back and those that were kept."""
+        if rebuilt is None:
+            assert self.whole is not None
+            return after.like([self.whole])
+        if self.sizes is None or self.whole is None or not len(self.whole):
+            return rebuilt
+        rows = (self.sizes < 0).nonzero()[:, 0]
+        return after.like([rebuilt.mantissa.index_copy(0, rows, self.whole)])
+
+
+def _recorded(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
