@@ -27,13 +27,7 @@ from rwkv_rev.cells.reversible_lstm import ReversibleLstm
 from rwkv_rev.cells.token_cell import TokenCell, TokenState
 from rwkv_rev.loss import next_token_targets
 
-CELLS: dict[str, Any] = {
-    "coupled": CoupledCell,
-    "gru": ReversibleGru,
-    "gru of 2 bits": lambda *sizes: ReversibleGru(*sizes, forget_limit=2),
-    "lstm": ReversibleLstm,
-    "lstm of 2 bits": lambda *sizes: ReversibleLstm(*sizes, forget_limit=2),
-}
+CELLS: dict[str, Any] = {"coupled": CoupledCell, "gru": ReversibleGru, "lstm": ReversibleLstm}
 PROPERTIES = settings(
     max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -60,7 +54,8 @@ def token_cells(draw: st.DrawFn, kind: str) -> tuple[TokenCell, int]:
     """(cell, D)."""
     width, size = draw(st.sampled_from([1, 3, 8])), draw(st.sampled_from([1, 2, 5]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    cell = fill(CELLS[kind](width, size), generator, draw(DTYPES))
+    limits = {} if kind == "coupled" else {"forget_limit": draw(st.sampled_from([None, None, 2]))}
+    cell = fill(CELLS[kind](width, size, **limits), generator, draw(DTYPES))
     assert isinstance(cell, TokenCell)
     return cell, width
 

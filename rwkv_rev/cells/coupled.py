@@ -2,16 +2,16 @@
 
     s1' = s1 + L1(s2, x),   s2' = s2 + L2(s1', x),   out = G(s', x)
 
-The recurrence is a volume-preserving coupling (Dinh et al. 2014, "NICE", section 3.2), one token at a time. Gates L1, L2
-and the reader G are anybody's modules: of a token, or of a chunk of them, whatever stands before the last dimension.
-States are integers on a fixed grid, and ``s2 = s2' - L2(s1', x)``, ``s1 = s1' - L1(s2, x)`` undo a token to the bit.
+The recurrence is an additive coupling (Dinh et al. 2014, "NICE", section 3.2), one token at a time. Gates L1, L2 and
+the reader G are anybody's modules. States are integers on a fixed grid: ``s2 = s2' - L2(s1', x)``, then ``s1 = s1' -
+L1(s2, x)``, undo a token to the bit.
 
 Tape: nothing of the state. A chunk puts there its prints and a fingerprint, 24 bytes a layer (32 as they are laid out),
 whatever its length, the width, or the rows.
 
-Limits: what is never forgotten adds up. A state that leaves the grid is named
-(:class:`~rwkv_rev.reversal.stepped.GridOverflowError`); MacKay et al. 2018, section 4, say what a cell that cannot forget
-cannot learn. Gates must not draw random numbers.
+Limits: what is never forgotten adds up. Numbers below 4096 fit, 38 bits behind the point; one beyond is named
+(:class:`~rwkv_rev.reversal.stepped.GridOverflowError`). MacKay et al. 2018, section 4, say what a cell that cannot
+forget cannot learn. Gates must not draw random numbers.
 """
 
 import math
@@ -70,12 +70,13 @@ class CoupledCell(TokenCell):
         width: D, of input and output.
         size: M, of each half; half of D unless given.
         first, second: L1 and L2, modules of (the other half [B, M], x [B, D]) that give [B, M]. One with a method
-            ``share`` is called with a token of ``share(x)``, x [B, C, D], in the place of x: work for all tokens at once.
+            ``share`` is called with a token of ``share(x)``, x [B, C, D], in place of x: work for all tokens at once.
         reader: G, a module of (both halves [B, C, 2 M], x [B, C, D]) that gives [B, C, D].
         magnitude: numbers of the state stay below ``2**magnitude``.
     """
 
     halves = ((0,), (1,))
+    wide = True  # nothing of it is kept
 
     def __init__(
         self,
@@ -85,7 +86,7 @@ class CoupledCell(TokenCell):
         first: nn.Module | None = None,
         second: nn.Module | None = None,
         reader: nn.Module | None = None,
-        magnitude: int = 8,
+        magnitude: int = 12,
     ) -> None:
         size = size or math.ceil(width / 2)
         super().__init__(size, magnitude)

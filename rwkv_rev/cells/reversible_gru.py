@@ -3,13 +3,13 @@
     z1, r1 = sigmoid(x, h2),   g1 = tanh(x, r1 h2),    h1' = z1 h1 + (1 - z1) g1
     z2, r2 = sigmoid(x, h1'),  g2 = tanh(x, r2 h1'),   h2' = z2 h2 + (1 - z2) g2
 
-each gate a linear map of its arguments, ``out = Wo (h1', h2')``. What z forgets is kept, ``log2(1/z)`` bits per number and
-token and little more (:mod:`rwkv_rev.reversal.stepped`); with ``forget_limit`` k bits, z is at least 2**-k, as in the
-paper: ``z = 2**-k + (1 - 2**-k) sigmoid``.
+each gate a linear map of its arguments, ``out = Wo (h1', h2')``. What z forgets is kept, ``log2(1/z)`` bits per number
+and token and little more (:mod:`rwkv_rev.reversal.stepped`); with ``forget_limit`` k bits, z is at least 2**-k, as in
+the paper: ``z = 2**-k + (1 - 2**-k) sigmoid``.
 
 Tape: per row and chunk ``sum log2(1/z)`` bits, 1.0 to 1.4 times as many in practice, and never more than the state
-itself, 4 M bytes for each half (8 in float64); 4 bytes that say how many, and prints as for any cell. z = 1/2 forgets a bit: beyond 32
-tokens of it a chunk costs what its state does, and short chunks are what saves (C = 1 is the paper's own regime).
+itself, 8 M bytes (16 M in float64); 4 bytes that say how many, and prints as for any cell. z = 1/2 forgets a bit:
+beyond 32 tokens of it a chunk costs what its state does, and short chunks are what saves (the paper's have one token).
 
 The state lies within (-1, 1) if it begins there, and has 29 bits behind the point (48 in float64).
 """
@@ -75,8 +75,8 @@ def least_kept(forget_limit: float | None) -> float:
         return 0.0
     if not forget_limit > 0:
         raise ConfigError(
-            f"forget_limit = {forget_limit!r} bits must be more than 0, or None for no limit; a cell that forgets nothing "
-            "is CoupledCell"
+            f"forget_limit = {forget_limit!r} bits must be more than 0, or None for no limit; a cell that forgets "
+            "nothing is CoupledCell"
         )
     return 2.0**-forget_limit
 

@@ -3,14 +3,14 @@
     z1, i1, o1, p1 = sigmoid(x, h2),  g1 = tanh(x, h2),    c1' = z1 c1 + i1 g1,   h1' = p1 h1 + o1 tanh(c1')
 
 and the same for the second half with h1' in the place of h2; each gate a linear map of its arguments, ``out = Wo (h1',
-h2')``. An ordinary LSTM writes h over; here p keeps some of it, or nothing of the step before could be known. What z and
-p forget is kept as in :mod:`rwkv_rev.cells.reversible_gru`, with the same limit.
+h2')``. An ordinary LSTM writes h over; here p keeps some of it, or nothing of the step before could be known. What z
+and p forget is kept as in :mod:`rwkv_rev.cells.reversible_gru`, with the same limit.
 
-Tape: per row and chunk ``sum log2(1/z) + log2(1/p)`` bits, 1.0 to 1.4 times as many in practice, and never more than the
-state itself, 4 parts of 4 M bytes (8 in float64); 4 bytes that say how many, and prints as for any cell.
+Tape: per row and chunk ``sum log2(1/z) + log2(1/p)`` bits, 1.0 to 1.4 times as many in practice, and never more than
+the state itself, 16 M bytes (32 M in float64); 4 bytes that say how many, and prints as for any cell.
 
-Limits: c and h are sums without a bound: with z and p near 1 they grow as long as the context does. Numbers below 256 fit
-(23 bits behind the point, as in the paper; 42 in float64); one beyond is named
+Limits: c and h are sums without a bound: with z and p near 1 they grow as long as the context does. Numbers below 256
+fit (23 bits behind the point, as in the paper; 42 in float64); one beyond is named
 (:class:`~rwkv_rev.reversal.stepped.GridOverflowError`).
 """
 

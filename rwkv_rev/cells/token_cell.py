@@ -10,8 +10,8 @@ z in [0, 1], or None where nothing is forgotten. This is the coupling of Dinh et
 at once: the input's share of the gates), what its gates read, and how it reads the state after each token.
 
 The state is on a fixed grid after every token (:mod:`rwkv_rev.reversal.stepped`), in both sweeps, and the gradient goes
-straight through the rounding, half a unit of the grid: 2**-32 of the largest number that fits in float32, 2**-51 in
-float64. Plain arithmetic (:meth:`TokenCell.step`) has no grid.
+straight through the rounding, half a unit of the grid: 2**-32 of the largest number that fits 32 bits, 2**-51 of 51.
+Plain arithmetic (:meth:`TokenCell.step`) has no grid.
 
 Cost: a chunk of C tokens is C times the launches of one token, forwards once, backwards three times (back, forwards
 with graph, and its gradient). Gates must not draw random numbers; what :meth:`~TokenCell.project` draws (dropout of the
@@ -77,9 +77,11 @@ class TokenCell(ReversibleCell):
 
     Attributes:
         halves: which parts each half has, in the order of their updates.
+        wide: whether its integers have 51 bits, not 32; None for float64 alone.
     """
 
     inverts_memory = True
+    wide: ClassVar[bool | None] = None
     halves: ClassVar[tuple[tuple[int, ...], ...]]
 
     def __init__(self, size: int, magnitude: int) -> None:
@@ -125,7 +127,7 @@ class TokenCell(ReversibleCell):
             GridOverflowError: if one does not fit the grid.
         """
         with self._named():
-            return ExactTokenState(Stepped.of(state.memory, magnitude=self.magnitude))
+            return ExactTokenState(Stepped.of(state.memory, magnitude=self.magnitude, wide=self.wide))
 
     def values(self, state: ExactTokenState) -> TokenState:
         return TokenState(state.memory.value(state.memory.dtype))

@@ -1,7 +1,7 @@
 """A chunk of a :class:`~rwkv_rev.cells.token_cell.TokenCell`, one token after another: plainly, exactly, and back."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ Update = tuple[Tensor | None, Tensor]
 class Steps(Protocol):
     """What a walk asks of a cell; see :class:`.token_cell.TokenCell`."""
 
-    halves: tuple[tuple[int, ...], ...]
+    halves: ClassVar[tuple[tuple[int, ...], ...]]
 
     def gates(self, half: int, token: Token, parts: Sequence[Tensor]) -> Any: ...
 

@@ -2,7 +2,7 @@
 
 Numbers are integers on one power-of-two grid, ``s = mantissa * 2**exponent``. A step computes, in float64,
 
-    D  = round(z * s)
+    D  = floor(z * s + 1/2)
     s' = D + round(c / grid)
 
 and is undone by ``D = s' - round(c / grid)`` and a look at which integers z sends to D: those from ``least(D)`` to
@@ -13,12 +13,12 @@ Recurrent Neural Networks", section 3, keep the same information in a buffer of 
 by rational z; their z has 10 bits and their buffer gives back 10 bits of noise, which no gradient agrees with to 1e-5.
 
 Per number and step that is at most 1.39 times ``log2(1/z)`` on average for z near 1 (rounding forgets more than z
-says), 1 at z = 1/2, some 1.2 below; :func:`ideal_bits`. Where a row's steps in a chunk forget as much as it holds (32 bits
-a number), the row is kept whole: the remnant of a chunk is never larger than the state.
+says), 1 at z = 1/2, some 1.2 below; :func:`ideal_bits`. Where a row's steps in a chunk forget as much as it holds (32
+bits a number), the row is kept whole: the remnant of a chunk is never larger than the state.
 
 Limits: the grid is fixed. A finite number beyond :attr:`Stepped.largest` ends the step with a
-:class:`GridOverflowError`; inf and NaN stay NaN for good, and end in a NaN loss. Integers of 32 bits serve float32,
-51 bits (in int64) float64.
+:class:`GridOverflowError`; inf and NaN stay NaN for good, and end in a NaN loss. Integers of 32 bits serve float32, of
+51 bits (in int64) float64, and float32 where range and precision matter more than what a state takes.
 """
 
 from collections.abc import Sequence
@@ -47,22 +47,27 @@ class Stepped:
     Attributes:
         mantissa: [B, P, M] int32 or int64, P parts that are stepped one after another.
         exponent: of the grid, the same for all.
+        dtype: of its values, float32 or float64.
     """
 
     mantissa: Tensor
     exponent: int
+    dtype: torch.dtype = torch.float32
 
     @classmethod
-    def of(cls, value: Tensor, *, magnitude: int) -> "Stepped":
-        """The memory nearest to ``value`` [B, P, M]; float64 gets integers of 51 bits, all else of 32.
+    def of(cls, value: Tensor, *, magnitude: int, wide: bool | None = None) -> "Stepped":
+        """The memory nearest to ``value`` [B, P, M].
 
-        ``magnitude``: numbers below ``2**magnitude`` fit.
+        Args:
+            magnitude: numbers below ``2**magnitude`` fit.
+            wide: integers of 51 bits, not of 32; what is not said is so for float64.
 
         Raises:
-            GridOverflowError: if one does not.
+            GridOverflowError: if a number does not fit.
         """
-        kind = torch.int64 if value.dtype == torch.float64 else torch.int32
-        empty = cls(torch.empty(0, dtype=kind, device=value.device), magnitude - BITS[kind])
+        wide = value.dtype == torch.float64 if wide is None else wide
+        kind = torch.int64 if wide else torch.int32
+        empty = cls(torch.empty(0, dtype=kind, device=value.device), magnitude - BITS[kind], value.dtype)
         units = empty.units(value)
         return empty.after([units[:, part] for part in range(value.shape[1])], units[None])
 
@@ -72,9 +77,9 @@ class Stepped:
         return (1 << BITS[self.mantissa.dtype]) - 2
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the values that the integers serve."""
-        return torch.float64 if self.mantissa.dtype == torch.int64 else torch.float32
+    def wide(self) -> bool:
+        """Whether numbers have more than 32 bits."""
+        return self.mantissa.dtype == torch.int64
 
     def units(self, value: Tensor) -> Tensor:
         """A contribution in units of the grid, rounded, float64."""
@@ -86,7 +91,7 @@ class Stepped:
 
     def step(self, units: Tensor, decay: Tensor | None, contribution: Tensor) -> Tensor:
         """s' from s, both float64 integers; ``decay`` z None is 1."""
-        kept = units if decay is None else (decay.double() * units).round_()
+        kept = units if decay is None else rounded(decay.double() * units)
         return kept + self.units(contribution)
 
     def undo(
@@ -109,10 +114,11 @@ class Stepped:
         """The memory of ``parts`` [B, M] after a chunk, in which all the numbers of ``seen`` [steps, B, ...] were held.
 
         Raises:
-            GridOverflowError: if one of them does not fit. Where a CUDA graph is recorded nobody can look: such rows are
-                NaN from here on.
+            GridOverflowError: if one of them does not fit. Where a CUDA graph is recorded nobody can look: such rows
+                are NaN from here on.
         """
-        beyond = (seen.abs() > self.largest).flatten(2).any(2).any(0)
+        size = seen.abs()
+        beyond = ((size > self.largest) & size.isfinite()).flatten(2).any(2).any(0)
         if not _recorded(seen) and bool(beyond.any()):
             row = int(beyond.nonzero()[0])
             raise GridOverflowError(
@@ -125,7 +131,7 @@ class Stepped:
         """The memory of ``parts`` [B, M], float64 integers; none that does not fit is looked for."""
         units = torch.stack(list(parts), dim=1)
         lost = ~(units.abs() <= self.largest)
-        return Stepped(torch.where(lost, float(self._lost), units).to(self.mantissa.dtype), self.exponent)
+        return self.like([torch.where(lost, float(self._lost), units).to(self.mantissa.dtype)])
 
     def value(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The memory as floats, rounded once."""
@@ -138,7 +144,7 @@ class Stepped:
         return [self.mantissa]
 
     def like(self, tensors: list[Tensor]) -> "Stepped":
-        return Stepped(tensors[0], self.exponent)
+        return Stepped(tensors[0], self.exponent, self.dtype)
 
     def fingerprint(self) -> Tensor:
         """Checksum, int64 [1]."""
@@ -162,6 +168,11 @@ class Stepped:
         return first, (least(kept + 1, decay, self.largest) - first).nan_to_num_(1.0, 1.0, 1.0).clamp_(min=1)
 
 
+def rounded(product: Tensor) -> Tensor:
+    """The nearest integer, in place; halves go up, so that z = 1/2 sends two integers to each, not three and one."""
+    return product.add_(0.5).floor_()
+
+
 def least(target: Tensor, decay: Tensor, largest: int) -> Tensor:
     """The least integer of magnitude up to ``largest`` that z sends to ``target`` or above; ``largest + 1`` if none.
 
@@ -169,7 +180,7 @@ def least(target: Tensor, decay: Tensor, largest: int) -> Tensor:
     below it, and one product tells which.
     """
     guess = ((target - 0.5) / decay - 0.5).ceil_().clamp_(-largest, largest + 1)
-    short = (decay * guess).round_() < target
+    short = rounded(decay * guess) < target
     return guess.add_(short).clamp_(max=largest + 1)
 
 
@@ -196,7 +207,7 @@ class StepsRemnant:
     def forgotten(self) -> tuple[Tensor, Tensor]:
         """Of every step, [B, steps, M] int64: which preimage s was, and in how many bits."""
         units, decays = torch.stack(self.states, dim=1), torch.stack(self.decays, dim=1).double()
-        first, count = self.before._preimages((decays * units).round_(), decays)
+        first, count = self.before._preimages(rounded(decays * units), decays)
         widths = torch.where(units.isfinite(), widths_of(count), 0)
         return (units - first).nan_to_num_(0.0).to(torch.int64), widths
 
@@ -216,7 +227,7 @@ class StepsRemnant:
         rows = whole.nonzero()[:, 0].to(mantissa.device)
         others = (~whole).nonzero()[:, 0].to(mantissa.device)
         values, widths = (part.index_select(0, others).flatten() for part in self.forgotten)
-        words = pack(values, widths, int(size[~whole].sum()), wide=mantissa.dtype == torch.int64)
+        words = pack(values, widths, int(size[~whole].sum()), wide=self.before.wide)
         sizes = torch.where(whole, -1, size).to(torch.int32).to(mantissa.device)
         return [sizes, words, mantissa.index_select(0, rows)]
 
@@ -226,7 +237,7 @@ class KeptSteps:
     """The same from the tape.
 
     Attributes:
-        whole: mantissas [rows, P, M] before the chunk of the rows that were kept whole; None where nothing was forgotten.
+        whole: mantissas [rows, P, M] before the chunk of rows that were kept whole; None where nothing was forgotten.
         sizes: bits of each row, int32 [B]; -1 for a row that was kept whole. None where all were, without a look.
         words: what the others forgot, one row behind the other.
     """
@@ -238,8 +249,7 @@ class KeptSteps:
     @classmethod
     def of(cls, tensors: list[Tensor]) -> "KeptSteps":
         """From what :meth:`StepsRemnant.tensors` kept."""
-        *others, whole = tensors or [None]
-        return cls(whole, *others)
+        return cls(tensors[-1], *tensors[:-1]) if tensors else cls()
 
     @property
     def all_whole(self) -> bool:
@@ -250,7 +260,7 @@ class KeptSteps:
         """The stack that steps back pop from; None where nothing was forgotten."""
         if self.sizes is None or self.words is None:
             return None
-        return BitStack.of(self.words, self.sizes.clamp(min=0), wide=memory.dtype == torch.float64)
+        return BitStack.of(self.words, self.sizes.clamp(min=0), wide=memory.wide)
 
     def completed(self, rebuilt: Stepped | None, after: Stepped) -> Stepped:
         """The memory before the chunk, from the rows that were stepped back and those that were kept."""
