@@ -119,7 +119,7 @@ class Stepped:
         """
         size = seen.abs()
         beyond = ((size > self.largest) & size.isfinite()).flatten(2).any(2).any(0)
-        if not _recorded(seen) and bool(beyond.any()):
+        if not is_recorded(seen) and bool(beyond.any()):
             row = int(beyond.nonzero()[0])
             raise GridOverflowError(
                 f"a number beyond {self.largest * 2.0**self.exponent:g} in row {row}; its integers hold "
@@ -273,5 +273,6 @@ class KeptSteps:
         return after.like([rebuilt.mantissa.index_copy(0, rows, self.whole)])
 
 
-def _recorded(tensor: Tensor) -> bool:
+def is_recorded(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being recorded, so that nobody may look at the tensor."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
