@@ -10,6 +10,7 @@ from torch import Tensor
 from rwkv_rev.reversal.additive import Additive
 from rwkv_rev.reversal.division import LossyState
 from rwkv_rev.reversal.fixed_point import FixedPoint, decay_plan
+from rwkv_rev.reversal.integer import Integer
 from rwkv_rev.reversal.whole import Whole
 
 LENGTH = 4
@@ -20,6 +21,7 @@ KINDS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any, Tensor], Any]]] =
     "whole": (Whole, lambda memory, change: memory.advance(memory.state + change)),
     "decay": (FixedPoint.of, lambda memory, change: memory.advance(change, None, PLAN)),
     "additive": (Additive.of, lambda memory, change: memory.advance(change)),
+    "integer": (Integer.of, lambda memory, change: memory.advance(change)),
     "divided": (
         lambda value: LossyState.of(FixedPoint.of(value)),
         lambda memory, change: memory.advance(change, None, PLAN),
@@ -74,7 +76,7 @@ def test_remnants_go_through_a_tape(kind: str) -> None:
         size = again.size.cpu()
     for one, other in zip(again.tensors(size), kept, strict=True):
         assert torch.equal(one, other)
-    assert (kind in ("additive", "divided")) == (not kept)
+    assert (kind in ("additive", "integer", "divided")) == (not kept)
 
 
 @pytest.mark.parametrize("bits", [16, 32, 64])

@@ -153,7 +153,10 @@ class TokenCell(ReversibleCell):
             GridOverflowError: if a number of the state does not fit its grid.
             StrategyError: if a gate draws random numbers.
         """
-        walk = self._walk(state, self.values(state), self.project(x), x, mask)
+        inputs = self.project(x)
+        drawn = _generators(x)
+        walk = self._walk(state, self.values(state), inputs, x, mask)
+        self._refuse_draws(drawn, x)
         out = self.read(walk.parts(), x) if output else None
         with self._named():
             after = ExactTokenState(walk.end())
@@ -220,14 +223,16 @@ class TokenCell(ReversibleCell):
     ) -> Walk:
         """A chunk forwards on the grid."""
         walk = Walk(self, inputs, list(start.memory.unbind(1)), x.dtype, mask, state.memory)
-        before = _generators(x)
         walk.forwards()
+        return walk
+
+    def _refuse_draws(self, before: random_state.GeneratorStates | None, x: Tensor) -> None:
+        """Refuse gates that have drawn, in the first sweep: the second one would come too late."""
         if before is not None and not before.same(random_state.capture({x.device})):
             raise StrategyError(
                 f"a gate of layer {self.layer} ({type(self).__name__}) draws random numbers (dropout?), and on the way "
                 "back it would draw them in another order: draw in the input, or use bptt='full'"
             )
-        return walk
 
     @contextmanager
     def _named(self) -> Iterator[None]:
