@@ -256,6 +256,14 @@ def test_an_input_that_draws_is_drawn_again() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_recordings_may_last(kind: str) -> None:
+    """A recording that lasts over many steps asks every plan whether it may, and what it is made of."""
+    plans = [language_model(kind).blocks[0].cell.plan(8) for _ in range(2)]
+    plans[0].prepare()
+    assert plans[0].holds(plans[1]) and plans[0].tensors() == []
+
+
 def test_plain_division_is_refused_by_name() -> None:
     model = language_model("gru")
     with pytest.raises(StrategyError, match="a ReversibleGru forgets by what it reads: use 'reversible'"):

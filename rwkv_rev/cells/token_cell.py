@@ -68,6 +68,21 @@ class ExactTokenState:
         return self.memory.remnant(tensors)
 
 
+class NoPlan:
+    """Of weights nothing is needed beforehand: what recordings that last over many steps ask of a plan."""
+
+    def holds(self, other: "NoPlan") -> bool:
+        """Whether a recording made with this plan serves for another one."""
+        return True
+
+    def tensors(self) -> list[Tensor]:
+        """All that it is made of."""
+        return []
+
+    def prepare(self) -> None:
+        """Make what is made once."""
+
+
 class TokenCell(ReversibleCell):
     """Base of cells that are stepped a token at a time.
 
@@ -117,8 +132,8 @@ class TokenCell(ReversibleCell):
         """The state before the first token."""
         return TokenState(torch.zeros(batch, self.number_of_parts, self.size, device=device, dtype=dtype))
 
-    def plan(self, length: int) -> None:
-        return None
+    def plan(self, length: int) -> NoPlan:
+        return NoPlan()
 
     def exact(self, state: TokenState) -> ExactTokenState:
         """The exact state nearest to values; of more than 32 bits where they are float64.
@@ -143,7 +158,7 @@ class TokenCell(ReversibleCell):
         state: ExactTokenState,
         x: Tensor,
         mask: ChunkMask | None = None,
-        plan: None = None,
+        plan: NoPlan | None = None,
         *,
         output: bool = True,
     ) -> Advanced:
@@ -167,7 +182,7 @@ class TokenCell(ReversibleCell):
         state: ExactTokenState,
         x: Tensor,
         mask: ChunkMask | None = None,
-        plan: None = None,
+        plan: NoPlan | None = None,
         after: ExactTokenState | None = None,
     ) -> Replay:
         return self._again(state, self.project(x), x, mask, after)
@@ -178,7 +193,7 @@ class TokenCell(ReversibleCell):
         x: Tensor,
         mask: ChunkMask | None,
         remnant: KeptSteps,
-        plan: None = None,
+        plan: NoPlan | None = None,
         after: ExactTokenState | None = None,
     ) -> Replay:
         inputs = self.project(x)
