@@ -1,4 +1,4 @@
-"""Reversible GRU (MacKay, Vicol, Ba and Grosse 2018, "Reversible Recurrent Neural Networks", section 2.2).
+"""Reversible GRU (MacKay, Vicol, Ba and Grosse 2018, "Reversible Recurrent Neural Networks", section 3).
 
     z1, r1 = sigmoid(x, h2),   g1 = tanh(x, r1 h2),    h1' = z1 h1 + (1 - z1) g1
     z2, r2 = sigmoid(x, h1'),  g2 = tanh(x, r2 h1'),   h2' = z2 h2 + (1 - z2) g2

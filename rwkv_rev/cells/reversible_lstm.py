@@ -1,4 +1,4 @@
-"""Reversible LSTM (MacKay, Vicol, Ba and Grosse 2018, "Reversible Recurrent Neural Networks", section 2.3).
+"""Reversible LSTM (MacKay, Vicol, Ba and Grosse 2018, "Reversible Recurrent Neural Networks", section 3).
 
     z1, i1, o1, p1 = sigmoid(x, h2),  g1 = tanh(x, h2),    c1' = z1 c1 + i1 g1,   h1' = p1 h1 + o1 tanh(c1')
 

@@ -9,10 +9,10 @@ and is undone by ``D = s' - round(c / grid)`` and a look at which integers z sen
 ``least(D + 1) - 1``. Which of them s was is all that the step forgot. Its number among them is pushed on a stack, in
 as many bits as tell them apart: ``ceil(log2(count))``, none where D has one preimage (z = 1 always), all of s where z
 is 0. Counts follow from D and z, so that nothing but these bits is kept. MacKay, Vicol, Ba and Grosse 2018, "Reversible
-Recurrent Neural Networks", section 3, keep the same information in a buffer of integers that is multiplied and divided
+Recurrent Neural Networks", section 5, keep the same information in a buffer of integers that is multiplied and divided
 by rational z; their z has 10 bits and their buffer gives back 10 bits of noise, which no gradient agrees with to 1e-5.
 
-Per number and step that is at most 1.39 times ``log2(1/z)`` on average for z near 1 (rounding forgets more than z
+A number's step takes at most 1.39 times ``log2(1/z)`` on average for z near 1 (rounding forgets more than z
 says), 1 at z = 1/2, some 1.2 below; :func:`ideal_bits`. Where a row's steps in a chunk forget as much as it holds (32
 bits a number), the row is kept whole: the remnant of a chunk is never larger than the state.
 
