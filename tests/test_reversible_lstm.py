@@ -79,7 +79,7 @@ def test_a_cell_that_forgets_nothing_grows_until_it_is_named() -> None:
         assert float(cell.values(state).memory.max()) == 255
         with pytest.raises(GridOverflowError, match=r"beyond 256 in row 0.* magnitude=11 or more"):
             cell.advance(state, torch.randn(1, 2, WIDTH))
-        longer = ReversibleLstm(WIDTH, SIZE, magnitude=11)
+        longer = ReversibleLstm(WIDTH, SIZE, magnitude=11, wide=True)
         longer.load_state_dict(cell.state_dict())
         state = longer.advance(longer.exact(longer.empty(1)), torch.randn(1, 300, WIDTH)).state
         assert float(longer.values(state).memory.max()) == 300

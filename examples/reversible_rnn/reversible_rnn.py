@@ -191,7 +191,8 @@ def run(cell: str, limit: float | None, arguments: argparse.Namespace, text: Ten
     torch.manual_seed(arguments.seed)
     start, width, rows, length = time.perf_counter(), arguments.width, arguments.batch_size, arguments.window
     made: Any = CELLS[cell]
-    model = ByteModel(made(width, width, forget_limit=limit), width)
+    room = {"magnitude": 16, "wide": True} if cell == "lstm" else {}  # sums over all of the text
+    model = ByteModel(made(width, width, forget_limit=limit, **room), width)
     border = int(len(text) * (1 - HELD_OUT))
     train(model, text[:border], rows, length, arguments.steps)
     loss, ideal, used, buffer, exact, tokens = measure(

@@ -76,7 +76,6 @@ class CoupledCell(TokenCell):
     """
 
     halves = ((0,), (1,))
-    wide = True  # nothing of it is kept
 
     def __init__(
         self,
@@ -89,7 +88,7 @@ class CoupledCell(TokenCell):
         magnitude: int = 12,
     ) -> None:
         size = size or math.ceil(width / 2)
-        super().__init__(size, magnitude)
+        super().__init__(size, magnitude, wide=True)  # nothing of it is kept
         self.first = first or TanhGate(size, width)
         self.second = second or TanhGate(size, width)
         self.reader = reader or LinearReader(size, width)

@@ -31,15 +31,22 @@ class ReversibleGru(TokenCell):
         size: M, of each half; half of D, rounded up, unless given.
         forget_limit: bits that a number may forget in a token; None for any.
         magnitude: numbers of the state stay below ``2**magnitude``.
+        wide: integers of 51 bits, where range and precision matter more than room; None for float64 alone.
     """
 
     halves = ((0,), (1,))
 
     def __init__(
-        self, width: int, size: int | None = None, *, forget_limit: float | None = None, magnitude: int = 2
+        self,
+        width: int,
+        size: int | None = None,
+        *,
+        forget_limit: float | None = None,
+        magnitude: int = 2,
+        wide: bool | None = None,
     ) -> None:
         size = size or -(-width // 2)
-        super().__init__(size, magnitude)
+        super().__init__(size, magnitude, wide)
         self.least_kept = least_kept(forget_limit)
         self.input = nn.Linear(width, 6 * size)  # z, r, g of the first half, then of the second
         self.gate = nn.ModuleList(nn.Linear(size, 2 * size, bias=False) for _ in range(2))

@@ -89,19 +89,18 @@ class TokenCell(ReversibleCell):
     Args:
         size: M, numbers in each part.
         magnitude: numbers of the state stay below ``2**magnitude``; a smaller one makes a finer grid.
+        wide: whether integers have 51 bits (in 64), not 32; None for float64 alone.
 
     Attributes:
         halves: which parts each half has, in the order of their updates.
-        wide: whether its integers have 51 bits, not 32; None for float64 alone.
     """
 
     inverts_memory = True
-    wide: ClassVar[bool | None] = None
     halves: ClassVar[tuple[tuple[int, ...], ...]]
 
-    def __init__(self, size: int, magnitude: int) -> None:
+    def __init__(self, size: int, magnitude: int, wide: bool | None = None) -> None:
         super().__init__()
-        self.size, self.magnitude = size, magnitude
+        self.size, self.magnitude, self.wide = size, magnitude, wide
 
     # --- what a subclass fills in -------------------------------------------------------------------------------
 
@@ -257,7 +256,7 @@ class TokenCell(ReversibleCell):
         except GridOverflowError as error:
             raise GridOverflowError(
                 f"the state of layer {self.layer} ({type(self).__name__}) has left its grid: {error}; make the cell "
-                f"with magnitude={self.magnitude + 3} or more"
+                f"with magnitude={self.magnitude + 3} or more{'' if self.wide else ' (and wide=True for a finer grid)'}"
             ) from None
 
 

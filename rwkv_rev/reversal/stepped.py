@@ -12,9 +12,9 @@ is 0. Counts follow from D and z, so that nothing but these bits is kept. MacKay
 Recurrent Neural Networks", section 5, keep the same information in a buffer of integers that is multiplied and divided
 by rational z; their z has 10 bits and their buffer gives back 10 bits of noise, which no gradient agrees with to 1e-5.
 
-A number's step takes at most 1.39 times ``log2(1/z)`` on average for z near 1 (rounding forgets more than z
-says), 1 at z = 1/2, some 1.2 below; :func:`ideal_bits`. Where a row's steps in a chunk forget as much as it holds (32
-bits a number), the row is kept whole: the remnant of a chunk is never larger than the state.
+A number's step takes 1.39 times ``log2(1/z)`` bits on average for z near 1 (rounding forgets more than z says), as
+many at z = 1/2, some 1.2 times below (:func:`ideal_bits`). Where a row's steps in a chunk forget as much as it holds
+(32 bits a number, or 64), the row is kept whole: the remnant of a chunk is never larger than the state.
 
 Limits: the grid is fixed. A finite number beyond :attr:`Stepped.largest` ends the step with a
 :class:`GridOverflowError`; inf and NaN stay NaN for good, and end in a NaN loss. Integers of 32 bits serve float32, of
