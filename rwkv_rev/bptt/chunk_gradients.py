@@ -16,7 +16,7 @@ from rwkv_rev.bptt.layers import LayerGraph, Take, cut, pull_back, vjp
 from rwkv_rev.bptt.strategy import Chunk, LanguageModel
 from rwkv_rev.bptt.weight_products import adding, plain_maps
 from rwkv_rev.cells.block import ExactStates, FloatStates, flat
-from rwkv_rev.cells.contract import detached
+from rwkv_rev.cells.contract import detached, parts_of, residual
 from rwkv_rev.loss import scaled, wide
 from rwkv_rev.outside_leaves import OutsideLeaves
 
@@ -156,7 +156,7 @@ def _gradients(
             embeds = embeds.detach().requires_grad_()
         bottom = chunk.embed(model, embeds)
         layers, exactly = replay(bottom)
-        top = cut(layers[-1].out)
+        top = cut(residual(layers[-1].out))
         hidden = model.normalize(top)
     if outside is not None:
         _look(outside, layers, [bottom, hidden], [top, *([] if embeds is None else [embeds])])
@@ -189,6 +189,6 @@ def _look(
 ) -> None:
     """Look for unknown leaves of all graphs of a chunk."""
     for layer in layers:
-        outputs = [*outputs, layer.out, *flat(layer.replay.end)]
-        made = [*made, layer.given, *flat(layer.replay.start)]
+        outputs = [*outputs, *parts_of(layer.out), *flat(layer.replay.end)]
+        made = [*made, *parts_of(layer.given), *flat(layer.replay.start)]
     outside.look(outputs, made)

@@ -2,8 +2,8 @@
 
 In the backward sweep every block has a graph of its own, cut at its borders. Gradients are pulled back through one
 block after another, from the top down: those of a block's parameters exist while the block is at hand, are taken at
-once, and its graph is freed before the next one's gradients are made. A gradient at a border is a single tensor, so the
-cut changes no bit of it.
+once, and its graph is freed before the next one's gradients are made. A gradient at a border is a single tensor (one
+each for the residual and what flows beside it), so the cut changes no bit of it.
 
 Blocks are called as modules: hooks of users and of other tools are heard.
 """
@@ -27,6 +27,7 @@ from rwkv_rev.cells.block import (
     ResidualBlock,
     flat,
 )
+from rwkv_rev.cells.contract import Stream, beside, joined, parts_of, residual
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.recomputation import checkpointed
 from rwkv_rev.reversal.fingerprint import checksum
@@ -50,15 +51,16 @@ def run_layers(
     ``recompute``: blocks that have a function to be computed again by are. ``streams`` collects every block's output.
     """
     after: list[FloatStates] = []
+    stream: Stream = x
     for block, state in zip(blocks, states, strict=True):
         call: Callable[..., Any] = block
         if recompute and block.recompute is not None:
             call = partial(checkpointed, block.recompute, block)
-        x, values = call(x, state, mask)
+        stream, values = call(stream, state, mask)
         after.append(values)
         if streams is not None:
-            streams.append(x)
-    return x, after
+            streams.append(residual(stream))
+    return residual(stream), after
 
 
 def advance_layers(
@@ -75,11 +77,14 @@ def advance_layers(
     With ``whole_output`` the top layer's output is made, and its checksum put behind its print.
     """
     advanced: list[BlockAdvanced] = []
+    stream: Stream = x
     for number, (block, state, plan) in enumerate(zip(blocks, states, plans, strict=True)):
-        x, layer = block(x, BlockForwards(state, plan, whole_output or number < len(blocks) - 1), mask)
+        whole = whole_output or number < len(blocks) - 1
+        stream, layer = block(stream, BlockForwards(state, plan, whole), mask)
         advanced.append(layer)
     if whole_output:
-        advanced[-1] = advanced[-1]._replace(print=torch.cat([advanced[-1].print, checksum(x)[None]]))
+        top = checksum(residual(stream))[None]
+        advanced[-1] = advanced[-1]._replace(print=torch.cat([advanced[-1].print, top]))
     return advanced
 
 
@@ -92,8 +97,8 @@ def by_layer(state: Any, blocks: Sequence[ResidualBlock]) -> list[list[Tensor]]:
 class LayerGraph:
     """A block's chunk with a graph of its own: from ``given`` [B, C, D] and the leaves in ``replay`` to ``out``."""
 
-    given: Tensor
-    out: Tensor
+    given: Stream
+    out: Stream
     replay: BlockReplay
 
 
@@ -102,10 +107,11 @@ def replay_layers(
 ) -> list[LayerGraph]:
     """All layers of a chunk x [B, C, D] again, with graph where gradients are enabled; ``ask`` says how, by layer."""
     layers: list[LayerGraph] = []
+    stream: Stream = x
     for number, block in enumerate(blocks):
-        given = cut(x)
-        x, replay = block(given, ask(number), mask)
-        layers.append(LayerGraph(given, x, replay))
+        given = joined(cut(residual(stream)), tuple(map(cut, beside(stream))))
+        stream, replay = block(given, ask(number), mask)
+        layers.append(LayerGraph(given, stream, replay))
     return layers
 
 
@@ -127,7 +133,7 @@ def pull_back(
     Args:
         parameters: of the whole model.
         of_layer: indices of those that each layer's graph may reach.
-        to_out: gradient by the top layer's output, or None.
+        to_out: gradient by the top layer's residual, or None.
         to_ends: gradients by the values of each layer's states after the chunk, or None.
         take: is given each block's parameter gradients as soon as they are there.
 
@@ -135,14 +141,17 @@ def pull_back(
         The gradient by the input of layer 0 (None without one), and by the values of each layer's states before it.
     """
     to_starts: list[list[Tensor]] = [[] for _ in layers]
+    arriving: list[Tensor | None] = [to_out]  # what flows beside the residual at the top is for nobody
     while layers:
         layer = layers.pop()
         number = len(layers)
         starts, indices = flat(layer.replay.start), of_layer[number]
-        pairs = [] if to_out is None else [(layer.out, to_out)]
+        outputs = zip(parts_of(layer.out), arriving, strict=False)
+        pairs = [(out, gradient) for out, gradient in outputs if gradient is not None]
         if to_ends is not None:
             pairs += zip(flat(layer.replay.end), to_ends[number], strict=True)
-        made = [layer.given] if layer.given.requires_grad else []
+        given = parts_of(layer.given)
+        made = [tensor for tensor in given if tensor.requires_grad]
         wanted = [*(parameters[index] for index in indices), *starts, *made]
         found = vjp(pairs, wanted)
         take(indices, found[: len(indices)])
@@ -152,8 +161,9 @@ def pull_back(
             torch.zeros_like(start) if g is None else g.clone()
             for start, g in zip(starts, by_start, strict=True)
         ]
-        to_out = found[-1] if made else None
-    return to_out, to_starts
+        of_given = iter(found[len(found) - len(made) :])
+        arriving = [next(of_given) if tensor.requires_grad else None for tensor in given]
+    return arriving[0], to_starts
 
 
 def vjp(pairs: Sequence[tuple[Tensor, Tensor]], wanted: Sequence[Tensor]) -> list[Tensor | None]:

@@ -11,6 +11,7 @@ from rwkv_rev.bptt.layers import LayerGraph, advance_layers, replay_layers
 from rwkv_rev.bptt.records import Record, fingerprints, layer_record, make_record
 from rwkv_rev.bptt.strategy import Chunk, LanguageModel, LossInputs
 from rwkv_rev.cells.block import BlockAdvanced, BlockAgain, ExactStates, FloatStates, Plans
+from rwkv_rev.cells.contract import residual
 from rwkv_rev.foreign_code import Strangers
 from rwkv_rev.random_state import GeneratorStates
 from rwkv_rev.reversal.fingerprint import checksum
@@ -84,7 +85,7 @@ class Sweep:
         if self.hidden is not None:
             out = advanced[-1].out
             assert out is not None
-            self._hand_out(chunk, out)
+            self._hand_out(chunk, residual(out))
         kept = self.strategy.keep(states, advanced)
         return advanced, make_record(states, advanced, kept, exact=self.strategy.exact)
 
@@ -92,9 +93,9 @@ class Sweep:
         """The last chunk forwards, from the exact states before it; values after it, as the second sweep gets them."""
         chunk = self.chunks[-1]
         layers, _ = self.replayer(chunk, states, None)(chunk.embed(self.model, chunk.embeds()))
-        prints = [layer.replay.print for layer in layers]
-        self.prints[chunk.index] = [*prints[:-1], torch.cat([prints[-1], checksum(layers[-1].out)[None]])]
-        self._hand_out(chunk, layers[-1].out)
+        prints, top = [layer.replay.print for layer in layers], residual(layers[-1].out)
+        self.prints[chunk.index] = [*prints[:-1], torch.cat([prints[-1], checksum(top)[None]])]
+        self._hand_out(chunk, top)
         return [layer.replay.end for layer in layers]
 
     def _hand_out(self, chunk: Chunk, out: Tensor) -> None:
@@ -157,7 +158,7 @@ class Sweep:
                 compared = layer_record(record, number, len(replay.states)).compared
             print_ = replay.print
             if compared[0].numel() > print_.numel():  # the top layer's output, where both sweeps compute it
-                print_ = torch.cat([print_, checksum(layer.out)[None]])
+                print_ = torch.cat([print_, checksum(residual(layer.out))[None]])
             if record is not None and not self.strategy.exact:  # what depends on no rebuilt state
                 before = replay.before_the_state
                 return (print_[:before] == compared[0][:before]).all()[None]

@@ -12,7 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_rev import random_state
-from rwkv_rev.cells.contract import Again, Forwards, ReversibleCell, leaves, tensors_of
+from rwkv_rev.cells.contract import (
+    Again,
+    Forwards,
+    ReversibleCell,
+    Stream,
+    beside,
+    joined,
+    leaves,
+    parts_of,
+    residual,
+    tensors_of,
+)
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.recomputation import checkpointed
 from rwkv_rev.reversal.fingerprint import checksum
@@ -31,7 +42,7 @@ Plans = tuple[Any, ...]
 class BlockAdvanced(NamedTuple):
     """A block's chunk run forwards: output [B, C, D] (None without one), exact states after it, remnants, print."""
 
-    out: Tensor | None
+    out: Stream | None
     states: ExactStates
     remnants: Remnants
     print: Tensor
@@ -46,7 +57,7 @@ class BlockReplay(NamedTuple):
     """
 
     states: ExactStates
-    out: Tensor
+    out: Stream
     start: FloatStates
     end: FloatStates
     print: Tensor
@@ -82,7 +93,7 @@ class BlockAgain:
 
 
 class ResidualBlock(nn.Module):
-    """Cells, each behind its norm, on the residual stream."""
+    """Cells, each behind its norm, on the residual stream; what flows beside it has no norm."""
 
     recompute: Callable[..., Any] | None = None  # torch.utils.checkpoint.checkpoint, with settings
 
@@ -95,8 +106,8 @@ class ResidualBlock(nn.Module):
         return [cell for _, cell in self.parts()]
 
     def forward(
-        self, x: Tensor, states: FloatStates | BlockForwards | BlockAgain, mask: ChunkMask | None = None
-    ) -> tuple[Tensor | None, Any]:
+        self, x: Stream, states: FloatStates | BlockForwards | BlockAgain, mask: ChunkMask | None = None
+    ) -> tuple[Stream | None, Any]:
         """Output [B, C, D] for x [B, C, D], and what else came of the chunk, by what ``states`` ask for.
 
         Values: plain differentiable arithmetic, and the values after x. :class:`BlockForwards`: exact, without
@@ -112,8 +123,8 @@ class ResidualBlock(nn.Module):
             return replay.out, replay
         after = []
         for (norm, cell), state in zip(self.parts(), states, strict=True):
-            out, state = cell(norm(x), state, mask)
-            x = x + out
+            out, state = cell(_input(norm, cell, x), state, mask)
+            x = _added(x, out)
             after.append(state)
         return x, tuple(after)
 
@@ -135,20 +146,21 @@ class ResidualBlock(nn.Module):
             cell.refuse_changing()
 
     @torch.no_grad()
-    def _advance(self, x: Tensor, asked: BlockForwards, mask: ChunkMask | None) -> BlockAdvanced:
-        prints = [checksum(x)[None]]
+    def _advance(self, x: Stream, asked: BlockForwards, mask: ChunkMask | None) -> BlockAdvanced:
+        prints = [checksums(x)]
         parts, after, remnants = self.parts(), [], []
         for number, (norm, cell) in enumerate(parts):
             whole = asked.output or number < len(parts) - 1
-            out, advanced = cell(norm(x), Forwards(asked.states[number], asked.plans[number], whole), mask)
+            forwards = Forwards(asked.states[number], asked.plans[number], whole)
+            out, advanced = cell(_input(norm, cell, x), forwards, mask)
             after.append(advanced.state)
             remnants.append(advanced.remnant)
             prints.append(advanced.print)
-            x = x + out if whole else x
+            x = _added(x, out) if whole else x
         return BlockAdvanced(x if asked.output else None, tuple(after), tuple(remnants), torch.cat(prints))
 
-    def _replay(self, x: Tensor, asked: BlockAgain, mask: ChunkMask | None) -> BlockReplay:
-        prints, cells = [checksum(x)[None]], []
+    def _replay(self, x: Stream, asked: BlockAgain, mask: ChunkMask | None) -> BlockReplay:
+        prints, cells = [checksums(x)], []
         for number, (norm, cell) in enumerate(self.parts()):
             again = Again(
                 asked.states[number],
@@ -156,10 +168,10 @@ class ResidualBlock(nn.Module):
                 None if asked.remnants is None else asked.remnants[number],
                 None if asked.after is None else asked.after[number],
             )
-            out, replay = cell(norm(x), again, mask)
+            out, replay = cell(_input(norm, cell, x), again, mask)
             cells.append(replay)
             prints.append(replay.print)
-            x = x + out
+            x = _added(x, out)
         handed_on = None
         if asked.after is not None:
             handed_on = cells[0].handed_on
@@ -175,8 +187,8 @@ class ResidualBlock(nn.Module):
             handed_on,
         )
 
-    def _checkpointed(self, x: Tensor, asked: BlockAgain, mask: ChunkMask | None) -> BlockReplay:
-        generators = random_state.capture({x.device})
+    def _checkpointed(self, x: Stream, asked: BlockAgain, mask: ChunkMask | None) -> BlockReplay:
+        generators = random_state.capture({residual(x).device})
         with torch.no_grad():
             quiet = self._replay(x, asked, mask)
         random_state.restore(generators)
@@ -184,6 +196,22 @@ class ResidualBlock(nn.Module):
         assert self.recompute is not None
         out, end = checkpointed(self.recompute, self.forward, x, start, mask)
         return quiet._replace(out=out, start=start, end=end)
+
+
+def _input(norm: nn.Module, cell: ReversibleCell, stream: Stream) -> Stream:
+    """What a cell is handed of a stream."""
+    x = norm(residual(stream))
+    return joined(x, beside(stream)) if cell.reads_beside else x
+
+
+def _added(stream: Stream, out: Stream) -> Stream:
+    """The stream behind a cell with the output ``out``."""
+    return joined(residual(stream) + residual(out), beside(out) or beside(stream))
+
+
+def checksums(stream: Stream) -> Tensor:
+    """Of each tensor of a stream, int64 [n]."""
+    return torch.stack([checksum(tensor) for tensor in parts_of(stream)])
 
 
 class Block(ResidualBlock):

@@ -4,7 +4,8 @@
     retreat(state', x, mask, remnant, plan) -> state, out
 
 x is the cell's own input; in the backward sweep it is known again, because the layers below have just been
-computed. The laws every cell keeps (tests/cell_laws.py runs any cell through them):
+computed. What flows up the layers is the residual, and beside it what a cell has made for those above it
+(:data:`Stream`). The laws every cell keeps (tests/cell_laws.py runs any cell through them):
 
 * *write-first*: out depends on the state only through what ``retreat`` rebuilds from state', x and the remnant;
 * *write-once*: state' is produced by one update;
@@ -28,6 +29,10 @@ from torch import Tensor, nn
 
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.reversal.memory import Remnant
+
+Stream = Tensor | tuple[Tensor, ...]
+"""What flows up the layers: the residual [B, C, D]; or a tuple of it and of tensors [B, C, ...] that flow beside it. Of
+a cell's input the first is the residual behind the norm; of its output, what is added to the residual."""
 
 Values = tuple[Tensor | None, ...]
 """A NamedTuple of the cell's own: its state as ordinary tensors [B, ...]; None for a part that it does not have."""
@@ -69,7 +74,7 @@ class Advanced(NamedTuple):
     """A chunk run forwards: exact state after it, output [B, C, D] (or None), remnant, and the chunk's print."""
 
     state: Any
-    out: Tensor | None
+    out: Stream | None
     remnant: Remnant
     print: Tensor
 
@@ -84,7 +89,7 @@ class Replay(NamedTuple):
     """
 
     state: Any
-    out: Tensor
+    out: Stream
     start: Values
     end: Values
     print: Tensor
@@ -116,13 +121,18 @@ class Again:
 class ReversibleCell(nn.Module, ABC):
     """Base of all cells. Inputs x are [B, C, D]; masks are :class:`ChunkMask` or None for all valid.
 
+    A cell whose output is a tuple puts the tensors behind the first in the place of what flows beside the residual,
+    for all layers above. One that :attr:`reads_beside` is handed a tuple, once there is such a tensor.
+
     Attributes:
+        reads_beside: whether its input is the whole stream, not the residual alone.
         layer: index of the block the cell is in; only its initialisation and messages depend on it.
         inverts_memory: whether :meth:`retreat` computes the memory before a chunk from the one after it, so that the
             former's fingerprint vouches for the latter; else it takes it from the remnant.
     """
 
     layer: int = 0
+    reads_beside: bool = False
     inverts_memory: bool = False
 
     @abstractmethod
@@ -138,24 +148,24 @@ class ReversibleCell(nn.Module, ABC):
         """The values that outputs read from an exact state."""
 
     @abstractmethod
-    def step(self, state: Any, x: Tensor, mask: ChunkMask | None = None) -> tuple[Tensor, Any]:
+    def step(self, state: Any, x: Any, mask: ChunkMask | None = None) -> tuple[Stream, Any]:
         """Output and next values by plain differentiable arithmetic, no rounding to a grid."""
 
     @abstractmethod
     def advance(
-        self, state: Any, x: Tensor, mask: ChunkMask | None = None, plan: Any = None, *, output: bool = True
+        self, state: Any, x: Any, mask: ChunkMask | None = None, plan: Any = None, *, output: bool = True
     ) -> Advanced:
         """One chunk forwards, without graph. Without ``output`` it need not be made, and may be None."""
 
     @abstractmethod
     def replay(
-        self, state: Any, x: Tensor, mask: ChunkMask | None = None, plan: Any = None, after: Any = None
+        self, state: Any, x: Any, mask: ChunkMask | None = None, plan: Any = None, after: Any = None
     ) -> Replay:
         """A chunk whose exact state before it is known, with graph; the same bits as :meth:`advance`."""
 
     @abstractmethod
     def retreat(
-        self, state: Any, x: Tensor, mask: ChunkMask | None, remnant: Any, plan: Any = None, after: Any = None
+        self, state: Any, x: Any, mask: ChunkMask | None, remnant: Any, plan: Any = None, after: Any = None
     ) -> Replay:
         """A chunk whose exact state *after* it is known: rebuild the one before, then compute with graph."""
 
@@ -169,7 +179,7 @@ class ReversibleCell(nn.Module, ABC):
     def refuse_changing(self) -> None:
         """Called before the first chunk; refuses weights that will be others at each look."""
 
-    def forward(self, x: Tensor, state: Any, mask: ChunkMask | None = None) -> tuple[Tensor | None, Any]:
+    def forward(self, x: Any, state: Any, mask: ChunkMask | None = None) -> tuple[Stream | None, Any]:
         """Output [B, C, D] of a chunk and what else came of it, by what ``state`` asks for.
 
         Raises:
@@ -187,6 +197,26 @@ class ReversibleCell(nn.Module, ABC):
                 replay = self.retreat(state.state, x, mask, state.remnant, state.plan, state.after)
             return replay.out, replay
         return self.step(state, x, mask)
+
+
+def residual(stream: Stream) -> Tensor:
+    """The first tensor of a stream, [B, C, D]."""
+    return stream if isinstance(stream, Tensor) else stream[0]
+
+
+def beside(stream: Stream) -> tuple[Tensor, ...]:
+    """The other tensors of a stream."""
+    return () if isinstance(stream, Tensor) else stream[1:]
+
+
+def parts_of(stream: Stream) -> list[Tensor]:
+    """All tensors of a stream, the residual first."""
+    return [residual(stream), *beside(stream)]
+
+
+def joined(x: Tensor, beside: tuple[Tensor, ...]) -> Stream:
+    """The stream of x [B, C, D] and what flows beside it."""
+    return (x, *beside) if beside else x
 
 
 def tensors_of(state: Values) -> list[Tensor]:

@@ -16,7 +16,16 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from rwkv_rev import random_state
-from rwkv_rev.cells.contract import Advanced, Replay, ReversibleCell, leaves
+from rwkv_rev.cells.contract import (
+    Advanced,
+    Replay,
+    ReversibleCell,
+    Stream,
+    beside,
+    joined,
+    leaves,
+    residual,
+)
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.recomputation import not_kept
 from rwkv_rev.cells.token_shift import Border, carried_mix, last_token, mixes_and_last, token_mixes
@@ -130,13 +139,20 @@ class ShiftedCell(ReversibleCell):
 
     @abstractmethod
     def project(self, *mixed: Tensor) -> Any:
-        """Linear maps of the mixed inputs [B, C, D], one for each of :meth:`mixes`; independent of the memory."""
+        """Linear maps of the mixed inputs [B, C, D], one for each of :meth:`mixes`; independent of the memory.
+
+        A cell that ``reads_beside`` is given what flows beside the residual, too, behind them.
+        """
 
     @abstractmethod
     def compute(
         self, projection: Any, memory: Tensor | None, mask: ChunkMask | None, plan: Any = None
     ) -> tuple[Tensor, Any]:
         """Output [B, C, D] and the chunk's contribution to the memory; ``plan`` saves time, where there is one."""
+
+    def handed_up(self, projection: Any) -> tuple[Tensor, ...]:
+        """What is to flow beside the residual from here on, [B, C, ...] each; nothing new when empty."""
+        return ()
 
     def update(
         self, memory: Tensor | None, projection: Any, contribution: Any, mask: ChunkMask | None
@@ -219,19 +235,20 @@ class ShiftedCell(ReversibleCell):
         )
 
     def step(
-        self, state: ShiftedState, x: Tensor, mask: ChunkMask | None = None
-    ) -> tuple[Tensor, ShiftedState]:
+        self, state: ShiftedState, x: Stream, mask: ChunkMask | None = None
+    ) -> tuple[Stream, ShiftedState]:
         """Output and next values by plain differentiable arithmetic, no rounding to a grid."""
         projection, last = self._projection(x, state.shift, mask)
         out, contribution = self.compute(projection, state.memory, mask)
         memory = self.update(state.memory, projection, contribution, mask)
-        return out, ShiftedState(last_token(x, state.shift, mask) if last is None else last, memory)
+        shift = last_token(residual(x), state.shift, mask) if last is None else last
+        return joined(out, self.handed_up(projection)), ShiftedState(shift, memory)
 
     @torch.no_grad()
     def advance(
         self,
         state: ExactShiftedState,
-        x: Tensor,
+        x: Stream,
         mask: ChunkMask | None = None,
         plan: CellPlan | None = None,
         *,
@@ -241,6 +258,7 @@ class ShiftedCell(ReversibleCell):
 
         Without a memory and without ``output`` no product is computed.
         """
+        x, further = residual(x), beside(x)
         plan = plan if plan is not None else self.plan(x.shape[1])
         state = self.carried(state, x, mask, plan)
         assert state.carried is not None
@@ -249,22 +267,24 @@ class ShiftedCell(ReversibleCell):
             after = ExactShiftedState(shift, None)
             return Advanced(after, None, ShiftedRemnant(state.carried, None), _print(None, shift))
         values = self.values(state)
-        projection = self.project(*token_mixes(x, state.shift, mask, self.mixes()))
+        projection = self.project(*token_mixes(x, state.shift, mask, self.mixes()), *further)
         out, contribution = self.compute(projection, values.memory, mask, plan.memory)
         memory, remnant = self.advance_memory(state.memory, contribution, mask, plan.memory)
         return Advanced(
             ExactShiftedState(shift, memory),
-            out,
+            joined(out, self.handed_up(projection)),
             ShiftedRemnant(state.carried, remnant),
             _print(contribution, shift),
         )
 
-    def _projection(self, x: Tensor, shift: Tensor, mask: ChunkMask | None) -> tuple[Any, Tensor | None]:
+    def _projection(
+        self, stream: Stream, shift: Tensor, mask: ChunkMask | None
+    ) -> tuple[Any, Tensor | None]:
         """The projection of x [B, C, D], differentiable, for which no mix is kept; the last token where it is there."""
-        mixes = self.mixes()
+        mixes, x = self.mixes(), residual(stream)
         mixed, last = mixes_and_last(x, shift, mask, mixes)
         with not_kept(mixed, lambda: token_mixes(x, shift, mask, mixes)):
-            return self.project(*mixed), last
+            return self.project(*mixed, *beside(stream)), last
 
     # --- the same with graph, for the backward sweep ------------------------------------------------------------
 
@@ -282,30 +302,30 @@ class ShiftedCell(ReversibleCell):
     def replay(
         self,
         state: ExactShiftedState,
-        x: Tensor,
+        x: Stream,
         mask: ChunkMask | None = None,
         plan: CellPlan | None = None,
         after: ExactShiftedState | None = None,
     ) -> Replay:
         """A chunk whose exact state before it is known, with graph; the same bits as ``advance``."""
-        plan = plan if plan is not None else self.plan(x.shape[1])
-        state = self.carried(state, x, mask, plan)
+        plan = plan if plan is not None else self.plan(residual(x).shape[1])
+        state = self.carried(state, residual(x), mask, plan)
         start = leaves(self.values(state))
         projection, last = self._projection(x, start.shift, mask)
-        return self._finish(state, start, projection, last, x, mask, plan, after, vouched=False)
+        return self._finish(state, start, projection, last, residual(x), mask, plan, after, vouched=False)
 
     def retreat(
         self,
         state: ExactShiftedState,
-        x: Tensor,
+        x: Stream,
         mask: ChunkMask | None,
         remnant: ShiftedRemnant,
         plan: CellPlan | None = None,
         after: ExactShiftedState | None = None,
     ) -> Replay:
         """A chunk whose exact state *after* it is known: rebuild the one before, then compute with graph."""
-        plan = plan if plan is not None else self.plan(x.shape[1])
-        border = Border.of(x.detach(), plan.mix, mask)
+        plan = plan if plan is not None else self.plan(residual(x).shape[1])
+        border = Border.of(residual(x).detach(), plan.mix, mask)
         shift = border.uncarry(remnant.carried)
         shift_leaf = leaves(ShiftedState(shift, None)).shift
         projection, last = self._projection(x, shift_leaf, mask)
@@ -313,8 +333,9 @@ class ShiftedCell(ReversibleCell):
             memory = self.retreat_memory(state.memory, projection, mask, remnant.memory, plan.memory)
         before = ExactShiftedState(shift, memory, remnant.carried, border)
         start = ShiftedState(shift_leaf, leaves(self.values(before)).memory)
-        vouched = self.inverts_memory
-        return self._finish(before, start, projection, last, x, mask, plan, after, vouched=vouched)
+        return self._finish(
+            before, start, projection, last, residual(x), mask, plan, after, vouched=self.inverts_memory
+        )
 
     def _finish(
         self,
@@ -336,7 +357,8 @@ class ShiftedCell(ReversibleCell):
         if after is not None:
             update = None if vouched or contribution is None else contribution.detach()
             handed_on = self._handed_on(state.memory, update, shift.detach(), after, mask, plan)
-        return Replay(state, out, start, ShiftedState(shift, memory), _print(contribution, shift), handed_on)
+        end, stream = ShiftedState(shift, memory), joined(out, self.handed_up(projection))
+        return Replay(state, stream, start, end, _print(contribution, shift), handed_on)
 
     @torch.no_grad()
     def _handed_on(

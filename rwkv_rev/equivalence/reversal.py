@@ -13,6 +13,7 @@ remnant for it.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +26,7 @@ from rwkv_rev.bptt.records import fingerprints, layer_record, make_record
 from rwkv_rev.bptt.reversible import Reversible
 from rwkv_rev.bptt.strategy import LossInputs
 from rwkv_rev.cells.block import BlockAgain, ExactStates, Plans
+from rwkv_rev.cells.contract import parts_of
 from rwkv_rev.modeling import RwkvRevForCausalLM
 from rwkv_rev.numerics import bits_forgotten
 from rwkv_rev.reversal.drift import division_drift
@@ -212,11 +214,11 @@ def check_reversal(
             for number, (found, known) in enumerate(zip(rebuilt, expected, strict=True)):
                 compared = layer_record(record_back, number, len(states[number])).compared
                 prints = [found.replay.print, *fingerprints(found.replay.states)]
-                if not all(torch.equal(one, other) for one, other in zip(prints, compared, strict=True)):
+                if not _equal(prints, compared):
                     mismatch = f"the fingerprint of layer {number} before chunk {part.index} differs"
                     break
                 different = _first_difference(found.replay.states, known.replay.states) or (
-                    None if torch.equal(found.out, known.out) else "the output"
+                    None if _equal(parts_of(found.out), parts_of(known.out)) else "the output"
                 )
                 if different:
                     mismatch = f"{different} of layer {number} differs before chunk {part.index}"
@@ -266,12 +268,16 @@ def _drift(log_decay: Tensor, steps: tuple[int, ...]) -> tuple[DriftRow, ...]:
     )
 
 
+def _equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(some, others, strict=True))
+
+
 def _first_difference(rebuilt: ExactStates, expected: ExactStates) -> str | None:
     """What differs between two exact states of a block, or None."""
     for name, one, other in zip(("time mix", "channel mix"), rebuilt, expected, strict=True):
         (shift, *memory), (known_shift, *known_memory) = one.tensors(), other.tensors()
         if not torch.equal(shift, known_shift):
             return f"the token shift of the {name}"
-        if not all(torch.equal(a, b) for a, b in zip(memory, known_memory, strict=True)):
+        if not _equal(memory, known_memory):
             return f"the memory of the {name}"
     return None
