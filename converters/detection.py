@@ -67,6 +67,7 @@ class Detected:
         group_norm_epsilon: ``1e-5 * head_size_divisor**2`` from ``config.json``, else 64e-5.
         has_initial_state: the file holds a tuned initial state (``att.time_state``).
         tied: the file holds no head: it is the embedding.
+        own: fields of the configuration that the architecture has for itself, as far as the file tells them.
         unusual_shapes: stored shape by foreign name, of the tensors that have not the shape their layout
             usually gives them (extra or fewer dimensions of size one).
     """
@@ -84,6 +85,7 @@ class Detected:
     group_norm_epsilon: float = 64e-5
     has_initial_state: bool = False
     tied: bool = False
+    own: dict[str, Any] = field(default_factory=dict, hash=False)
     unusual_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
 
     def to_config(self, **overrides: Any) -> RwkvRevConfig:
@@ -102,7 +104,7 @@ class Detected:
             "has_initial_state": self.has_initial_state,
             "tie_word_embeddings": self.tied,
         }
-        return RwkvRevConfig(**(fields | overrides))
+        return RwkvRevConfig(**(fields | self.own | overrides))
 
     def tensors(self) -> tuple[TensorNames, ...]:
         """Every tensor of the file with its name and shape in the converted model and in the file's layout."""
@@ -238,8 +240,13 @@ def _sizes(where: str, checkpoint: Checkpoint) -> Detected:
     kinds = set().union(*blocks.values())
     for known in there:
         shapes = {own: first(kind) for kind, own in known.kinds.items() if kind in kinds}
+        lowest = {
+            own: min(i for i in blocks if kind in blocks[i])
+            for kind, own in known.kinds.items()
+            if kind in kinds
+        }
         try:
-            told = known.architecture.told_by(Stored(D, shapes))
+            told = known.architecture.told_by(Stored(D, shapes, lowest))
         except ValueError as error:
             raise CheckpointError(f"{where}: {error}") from None
         if told is not None:
@@ -263,6 +270,7 @@ def _sizes(where: str, checkpoint: Checkpoint) -> Detected:
         group_norm_epsilon=group_norm_epsilon,
         has_initial_state=told.get("has_initial_state", False),
         tied=tied,
+        own={name: told[name] for name in known.architecture.fields if name in told},
     )
 
 

@@ -12,11 +12,15 @@ Which names there are each generation says itself (:mod:`rwkv_rev.architectures`
 
 from dataclasses import dataclass
 
+from rwkv_rev.architectures import registry
 from rwkv_rev.architectures.architecture import Row
-from rwkv_rev.architectures.registry import ARCHITECTURES
 from rwkv_rev.configuration import RwkvRevConfig
 
-LAYOUTS = tuple(dict.fromkeys(layout.name for known in ARCHITECTURES for layout in known.layouts))
+
+def layouts() -> tuple[str, ...]:
+    """The names of all foreign layouts."""
+    return tuple(dict.fromkeys(layout.name for known in registry.ARCHITECTURES for layout in known.layouts))
+
 
 HEAD, EMBEDDINGS = "head.weight", "model.embeddings.weight"
 """Ours, and one tensor where a model's ``tie_word_embeddings`` is true: then a file may hold the second alone."""
@@ -45,15 +49,17 @@ def tensor_table(config: RwkvRevConfig, layout: str) -> tuple[TensorNames, ...]:
         ValueError: if ``layout`` cannot hold the version (``transformers`` is RWKV-4 only, ``v5-hub`` RWKV-5
             only).
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout {layout!r} must be one of {', '.join(LAYOUTS)}")
+    if layout not in layouts():
+        raise ValueError(f"layout {layout!r} must be one of {', '.join(layouts())}")
     architecture = config.architecture
     column = architecture.column(layout)
     table: list[TensorNames] = []
 
-    def add(row: Row, ours: str = "", prefix: str = "") -> None:
+    def add(row: Row, ours: str = "", prefix: str = "", layer: int = 0) -> None:
         foreign = row.foreign[column]
         if foreign is None or (row.only is not None and getattr(config, row.only[0]) != row.only[1]):
+            return
+        if layer < row.lowest:
             return
         shape = architecture.shape(row.shape, config)
         table.append(
@@ -72,7 +78,7 @@ def tensor_table(config: RwkvRevConfig, layout: str) -> tuple[TensorNames, ...]:
     for i in range(config.num_hidden_layers):
         prefix = f"{architecture.layouts[column].block}{i}."
         for row in architecture.block:
-            add(row, f"model.blocks.{i}.{row.ours}", prefix)
+            add(row, f"model.blocks.{i}.{row.ours}", prefix, i)
         if config.has_initial_state and architecture.initial_state is not None:
             add(architecture.initial_state, f"{architecture.initial_state.ours}{i}", prefix)
     for row in architecture.after:

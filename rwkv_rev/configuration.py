@@ -1,4 +1,8 @@
-"""Configuration of a converted model: one class for all generations (:mod:`rwkv_rev.architectures`)."""
+"""Configuration of a model: one class for all architectures (:mod:`rwkv_rev.architectures`).
+
+What one of them needs for itself it declares (:class:`~rwkv_rev.architectures.fields.Field`): such a field is an
+attribute, an argument and an entry of ``config.json`` like those of the class.
+"""
 
 import math
 import warnings
@@ -24,6 +28,8 @@ class RwkvRevConfig(PreTrainedConfig):
     Folders written by the first version hold settings of a run, too (``bptt``, ``chunk_length``, ``tape``,
     ``tape_dir``): they are ignored, with a warning where they would have changed anything.
 
+    Further arguments are those that the architecture declares.
+
     Args:
         rwkv_version: generation of the time mix.
         vocab_size: V, entries of the vocabulary.
@@ -39,7 +45,7 @@ class RwkvRevConfig(PreTrainedConfig):
         has_initial_state: the model holds a tuned initial WKV state (RWKV-5), with which every context begins.
 
     Raises:
-        ValueError: for a version or size that does not exist or does not fit the others.
+        ValueError: for a version, a size or a value that does not exist or does not fit the others.
     """
 
     model_type = "rwkv_rev"
@@ -74,6 +80,7 @@ class RwkvRevConfig(PreTrainedConfig):
                 f"has_initial_state = True needs {with_tuned_state()}: RWKV-{self.rwkv_version} has no state of "
                 "matrices"
             )
+        self._take_own(kwargs)
         former = {name: kwargs.pop(name) for name in FORMER_FIELDS if name in kwargs}
         changed = [f"{name}={value!r}" for name, value in former.items() if value != FORMER_FIELDS[name]]
         if changed:
@@ -97,6 +104,12 @@ class RwkvRevConfig(PreTrainedConfig):
         labels = further.get("num_labels")  # a list of so many names would be made
         if isinstance(labels, int) and labels > MOST_LAYERS:
             raise ValueError(f"num_labels = {labels} must be at most {MOST_LAYERS}")
+
+    def _take_own(self, given: dict[str, object]) -> None:
+        """Take the architecture's own fields out of what was given."""
+        for name, field in self.architecture.fields.items():
+            setattr(self, name, field.checked(name, given.pop(name) if name in given else field.value(self)))
+        self.architecture.check(self)
 
     @property
     def layer_types(self) -> list[str]:

@@ -18,7 +18,7 @@ import rwkv_rev
 from rwkv_rev.architectures import registry
 from rwkv_rev.architectures.registry import ARCHITECTURES, architecture, families, supported
 from rwkv_rev.configuration import RwkvRevConfig
-from rwkv_rev.converters import detection, names
+from rwkv_rev.converters import detection
 from rwkv_rev.converters.inspection import inspect_source
 from rwkv_rev.converters.names import tensor_table
 from rwkv_rev.forecast import forecast_memory
@@ -188,7 +188,6 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The line of the registry, and what was computed of it when its readers were imported."""
     monkeypatch.setattr(registry, "ARCHITECTURES", (*ARCHITECTURES, TOY))
     monkeypatch.setattr(detection, "ARCHITECTURES", registry.ARCHITECTURES)
-    monkeypatch.setattr(names, "LAYOUTS", (*names.LAYOUTS, "toy-pth", "toy-hub"))
 
 
 @pytest.fixture

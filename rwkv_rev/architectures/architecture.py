@@ -1,15 +1,18 @@
-"""All that a generation has to say of itself: data and functions, nothing else knows a generation by its name.
+"""All that an architecture has to say of itself: data and functions, nothing else knows one by its name.
 
-Shapes are written in letters, ``"H N"``: those of :data:`LETTERS`, and numbers. A new generation is a file that makes
-an :class:`Architecture`, its cells, and a line in :mod:`rwkv_rev.architectures.registry`.
+Shapes are written in letters, ``"H N"``: those of :data:`LETTERS`, the architecture's own, numbers, and a number before
+a letter for so many times its size (``"D 5R"``). A new one, a generation of RWKV or another recurrent model, is a file
+that makes an :class:`Architecture`, its cells, and a line in :mod:`rwkv_rev.architectures.registry`.
 """
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from rwkv_rev.architectures.fields import Field
 from rwkv_rev.cells.contract import ReversibleCell
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ LETTERS = {
     "F": "intermediate_size",
 }
 """Of which field of the configuration a letter of a shape is the size."""
+_SIZE = re.compile(r"(\d*)([A-Za-z]*)")
 
 
 @dataclass(frozen=True)
@@ -54,15 +58,17 @@ class Row:
         squeezable: whether files may hold it with more or fewer dimensions of size one (all vectors are so).
         transposed: whether the last two dimensions are exchanged in the foreign layouts.
         only: a field of the configuration and the value at which there is such a tensor; always when None.
+        lowest: the lowest block that has it.
     """
 
     ours: str
     shape: str
-    foreign: tuple[str | None, ...]
+    foreign: tuple[str | None, ...] = ()
     foreign_shape: str | None = None
     squeezable: bool = False
     transposed: bool = False
-    only: tuple[str, bool] | None = None
+    only: tuple[str, Any] | None = None
+    lowest: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,10 +78,12 @@ class Stored:
     Attributes:
         width: D.
         shapes: of each kind of tensor in its blocks, by the names of the first layout without the block's.
+        lowest: block that has one of each kind.
     """
 
     width: int
     shapes: Mapping[str, tuple[int, ...]]
+    lowest: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -125,6 +133,10 @@ class Architecture:
         outside: tensors before the blocks.
         block: tensors of every block, in the order of the original trainer.
         after: tensors after the blocks.
+        fields: of the configuration, that other architectures do not have, by their names.
+        letters: further ones, as :data:`LETTERS`.
+        check: raises ValueError for a configuration whose fields do not fit each other.
+
         initial_state: a tuned initial memory of each block, whose number its own name ends with; None where no other
             tool reads one: then it cannot be tuned.
         sign: our name of a tensor of blocks, which every file of this kind has.
@@ -154,6 +166,10 @@ class Architecture:
     told_by: Callable[[Stored], dict[str, Any] | None]
     hub_config: Callable[["RwkvRevConfig"], dict[str, Any]]
     cost: Cost
+
+    fields: Mapping[str, Field] = field(default_factory=dict)
+    letters: Mapping[str, str] = field(default_factory=dict)
+    check: Callable[["RwkvRevConfig"], None] = _nothing
 
     initial_state: Row | None = None
     begin: Callable[[Tensor], None] = _nothing
@@ -189,10 +205,11 @@ class Architecture:
 
     def shape(self, letters: str, config: "RwkvRevConfig") -> tuple[int, ...]:
         """The sizes that letters stand for."""
-        return tuple(
-            int(letter) if letter.isdigit() else getattr(config, LETTERS[letter])
-            for letter in letters.split()
-        )
+        known = LETTERS | dict(self.letters)
+        sizes = []
+        for times, letter in (_SIZE.fullmatch(size).groups() for size in letters.split()):  # type: ignore[union-attr]
+            sizes.append(int(times or 1) * (getattr(config, known[letter]) if letter else 1))
+        return tuple(sizes)
 
     def state_shape(self, config: "RwkvRevConfig") -> tuple[int, ...]:
         """Of a layer's memory, without rows."""
