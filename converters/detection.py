@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from rwkv_rev.architectures.architecture import Architecture, Layout, Stored
-from rwkv_rev.architectures.registry import ARCHITECTURES, UNKNOWN, supported
+from rwkv_rev.architectures.registry import UNKNOWN, generations, supported
 from rwkv_rev.configuration import MOST_LAYERS, RwkvRevConfig
 from rwkv_rev.converters.adapters import refuse_adapters
 from rwkv_rev.converters.names import EMBEDDINGS, HEAD, TensorNames, tensor_table
@@ -184,7 +184,7 @@ class _Candidate:
 def _candidates(names: Sequence[str]) -> list[_Candidate]:
     """What a file with these names may be, from the newest to the oldest."""
     every = [
-        _Candidate(known, column) for known in reversed(ARCHITECTURES) for column in range(len(known.layouts))
+        _Candidate(known, column) for known in reversed(generations()) for column in range(len(known.layouts))
     ]
     marked = [
         known

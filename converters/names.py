@@ -12,14 +12,14 @@ Which names there are each generation says itself (:mod:`rwkv_rev.architectures`
 
 from dataclasses import dataclass
 
-from rwkv_rev.architectures import registry
 from rwkv_rev.architectures.architecture import Row
+from rwkv_rev.architectures.registry import generations
 from rwkv_rev.configuration import RwkvRevConfig
 
 
 def layouts() -> tuple[str, ...]:
     """The names of all foreign layouts."""
-    return tuple(dict.fromkeys(layout.name for known in registry.ARCHITECTURES for layout in known.layouts))
+    return tuple(dict.fromkeys(layout.name for known in generations() for layout in known.layouts))
 
 
 HEAD, EMBEDDINGS = "head.weight", "model.embeddings.weight"

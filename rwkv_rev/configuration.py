@@ -6,12 +6,15 @@ attribute, an argument and an entry of ``config.json`` like those of the class.
 
 import math
 import warnings
+from typing import TYPE_CHECKING
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from rwkv_rev.architectures.architecture import Architecture
 from rwkv_rev.architectures.registry import architecture, with_tuned_state
+
+if TYPE_CHECKING:
+    from rwkv_rev.architectures.architecture import Architecture
 
 MOST_LAYERS = 10_000
 """A hundred times the deepest published model; whatever is more is a damaged file, and would take for ever to make."""
@@ -124,6 +127,6 @@ class RwkvRevConfig(PreTrainedConfig):
             )
 
     @property
-    def architecture(self) -> Architecture:
+    def architecture(self) -> "Architecture":
         """What the generation says of itself."""
         return architecture(self.rwkv_version)

@@ -85,9 +85,9 @@ def register_target_modules() -> None:
 
     Methods that need maps of one shape get those that map D to D.
     """
-    from rwkv_rev.architectures.registry import ARCHITECTURES
+    from rwkv_rev.architectures.registry import architectures
 
-    maps = list(dict.fromkeys(target for known in ARCHITECTURES for target in known.lora_targets))
+    maps = list(dict.fromkeys(target for known in architectures() for target in known.lora_targets))
     constants = sys.modules[_TARGETS]
     for name, targets in vars(constants).items():
         method = name.removeprefix("TRANSFORMERS_MODELS_TO_").removesuffix("_TARGET_MODULES_MAPPING")

@@ -1,6 +1,8 @@
 """Which file imports which: no circles, whatever the place of an import in its file; and no file that is too long."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,12 +113,36 @@ def test_what_packages_do_not_know(graph: dict[str, set[str]]) -> None:
 
 
 def test_configuration_imports_the_architectures_alone(graph: dict[str, set[str]]) -> None:
-    assert packages(graph)["rwkv_rev.configuration"] == {"rwkv_rev.architectures"}
+    assert graph["rwkv_rev.configuration"] == {"rwkv_rev.architectures.registry"}
+    assert graph["rwkv_rev.architectures.registry"] == set()
     assert packages(graph)["rwkv_rev.architectures"] == {
         "rwkv_rev.cells",
+        "rwkv_rev.printable",
         "rwkv_rev.reversal",
+        "rwkv_rev.state",
         "rwkv_rev.wkv",
     }
+
+
+def test_importing_the_configuration_imports_no_model() -> None:
+    """Not even through transformers' Auto classes, who import it when they are; the first configuration does."""
+    code = """
+import sys
+from transformers import AutoConfig
+from rwkv_rev.configuration import RwkvRevConfig
+ours = {name for name in sys.modules if name.startswith("rwkv_rev")}
+assert AutoConfig.for_model("rwkv_rev", hidden_size=64, num_attention_heads=1).architecture.version == "5.2"
+print(*sorted(ours), "rwkv_rev.architectures.rwkv5" in sys.modules, "rwkv_rev.architectures.rwkv4" in sys.modules)
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    names = {"rwkv_rev", "architectures", "architectures.registry", "configuration", "registration"}
+    assert found == [
+        *sorted(name if name == "rwkv_rev" else f"rwkv_rev.{name}" for name in names),
+        "True",
+        "False",
+    ]
 
 
 def test_circles_are_found_wherever_the_import_stands() -> None:

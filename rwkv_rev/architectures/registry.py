@@ -1,13 +1,25 @@
-"""The generations that there are: what is in :data:`ARCHITECTURES` can be converted, trained and exported."""
+"""The architectures that there are: one line each. What is here can be made, trained and used; RWKV's also converted.
+
+An architecture's own file, and its cells with it, is imported when it is first asked for: that the configuration can
+look here does not make it import a model.
+"""
 
 from collections.abc import Iterable
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from rwkv_rev.architectures.architecture import Architecture
-from rwkv_rev.architectures.rwkv4 import RWKV4
-from rwkv_rev.architectures.rwkv5 import RWKV5_0, RWKV5_1, RWKV5_2
+if TYPE_CHECKING:
+    from rwkv_rev.architectures.architecture import Architecture
 
-ARCHITECTURES: tuple[Architecture, ...] = (RWKV4, RWKV5_0, RWKV5_1, RWKV5_2)
-"""From the oldest to the newest."""
+ARCHITECTURES: "dict[str, str | Architecture]" = {
+    "4": "rwkv4.RWKV4",
+    "5.0": "rwkv5.RWKV5_0",
+    "5.1": "rwkv5.RWKV5_1",
+    "5.2": "rwkv5.RWKV5_2",
+}
+"""By the name that ``rwkv_version`` of a configuration has: the module of this package, and what it calls it. The
+generations of RWKV stand from the oldest to the newest."""
 UNKNOWN = {
     "6": r"\.att(ention)?\.time_maa_",
     "7": r"\.att(ention)?\.(x_[rwkvag]|r_k|k_[ka]|[wav][012])$|\.attn\.r_proj",
@@ -16,27 +28,47 @@ UNKNOWN = {
 """Other generations, by a pattern that one of their tensors' names fulfils: they are refused by name."""
 
 
-def architecture(version: str) -> Architecture:
-    """The generation called ``version``.
+def register(architecture: "Architecture") -> None:
+    """Add an architecture from outside of this package, for as long as the program runs.
+
+    Raises:
+        ValueError: if there is another one of its name.
+    """
+    if ARCHITECTURES.setdefault(architecture.version, architecture) is not architecture:
+        raise ValueError(
+            f"there is an architecture called {architecture.version!r} already: choose another name"
+        )
+
+
+def architecture(version: str) -> "Architecture":
+    """The architecture called ``version``.
 
     Raises:
         ValueError: if there is none.
     """
-    for known in ARCHITECTURES:
-        if known.version == version:
-            return known
-    raise ValueError(
-        f"rwkv_version = {version!r} must be one of {', '.join(k.version for k in ARCHITECTURES)}"
-    )
+    known = ARCHITECTURES.get(version)
+    if known is None:
+        raise ValueError(f"rwkv_version = {version!r} must be one of {', '.join(ARCHITECTURES)}")
+    return _loaded(known) if isinstance(known, str) else known
+
+
+def architectures() -> "tuple[Architecture, ...]":
+    """All of them."""
+    return tuple(map(architecture, ARCHITECTURES))
+
+
+def generations() -> "tuple[Architecture, ...]":
+    """Those of RWKV, from the oldest to the newest: what has layouts of other tools, and can be converted."""
+    return tuple(known for known in architectures() if known.layouts)
 
 
 def supported() -> str:
     """``RWKV-4, 5.0 and 5.1``, of all generations."""
-    *versions, last = (known.version for known in ARCHITECTURES)
+    *versions, last = (known.version for known in generations())
     return f"RWKV-{' and '.join([', '.join(versions), last] if versions else [last])}"
 
 
-def families(some: Iterable[Architecture]) -> str:
+def families(some: "Iterable[Architecture]") -> str:
     """``RWKV-5``, or ``RWKV-5 or 6``, of versions 5.0, 5.2 and 6."""
     numbers = dict.fromkeys(known.version.split(".")[0] for known in some)
     return f"RWKV-{' or '.join(numbers)}"
@@ -44,4 +76,11 @@ def families(some: Iterable[Architecture]) -> str:
 
 def with_tuned_state() -> str:
     """The :func:`families` whose initial state can be tuned."""
-    return families(known for known in ARCHITECTURES if known.tunes_state)
+    return families(known for known in generations() if known.tunes_state)
+
+
+@cache
+def _loaded(place: str) -> "Architecture":
+    module, name = place.split(".")
+    found: Architecture = getattr(import_module(f"rwkv_rev.architectures.{module}"), name)
+    return found
