@@ -36,10 +36,10 @@ from rwkv_rev.exporting import exportable
 from rwkv_rev.first_order import transforms_of
 from rwkv_rev.foreign_code import strangers
 from rwkv_rev.initialization import initialize_head
-from rwkv_rev.inputs import masked_embeds, rows_and_tokens, valid_tokens
+from rwkv_rev.inputs import masked_embeds, refuse_other_kind, rows_and_tokens, valid_tokens
 from rwkv_rev.keywords import refuse_packed_rows, refuse_unknown_keywords
 from rwkv_rev.outputs import RwkvRevOutput
-from rwkv_rev.state import RwkvRevState
+from rwkv_rev.state import ModelState
 
 logger = logging.get_logger("rwkv_rev.modeling")  # one for both models
 
@@ -158,25 +158,25 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         return self.ln0(self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds)
 
     def run(
-        self, x: Tensor, state: RwkvRevState, mask: ChunkMask | None, streams: list[Tensor] | None = None
-    ) -> tuple[Tensor, RwkvRevState]:
+        self, x: Tensor, state: ModelState, mask: ChunkMask | None, streams: list[Tensor] | None = None
+    ) -> tuple[Tensor, ModelState]:
         """All blocks on x [B, C, D] by plain differentiable arithmetic; ``streams`` collects every residual."""
         again = self.training and torch.is_grad_enabled() and self.gradient_checkpointing
         if again:
             refuse_recomputing(self)
         states = [state.layer(index) for index in range(len(self.blocks))]
         x, after = run_layers(self.typed_blocks(), x, states, mask, recompute=again, streams=streams)
-        return x, RwkvRevState.stack(after)
+        return x, type(state).stack(after)
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        state: RwkvRevState | None = None,
+        state: ModelState | None = None,
         output_hidden_states: bool | None = None,
-        past_key_values: RwkvRevState | RwkvRevCache | None = None,
-        cache: RwkvRevState | RwkvRevCache | None = None,
+        past_key_values: ModelState | RwkvRevCache | None = None,
+        cache: ModelState | RwkvRevCache | None = None,
         croppable: int = 0,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -202,10 +202,11 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         inputs_embeds = masked_embeds(inputs_embeds, valid)
         state, updated = handed_over(state=state, past_key_values=past_key_values, cache=cache)
         state = self.initial_state(batch, device) if state is None else state
+        refuse_other_kind(self.config, state)
         if state.batch_size != batch:
             raise ValueError(f"the state has {state.batch_size} rows, the input {batch}")
-        if state.wkv.shape[0] != len(self.blocks):
-            raise ValueError(f"the state has {state.wkv.shape[0]} layers, the model {len(self.blocks)}")
+        if state.layers != len(self.blocks):
+            raise ValueError(f"the state has {state.layers} layers, the model {len(self.blocks)}")
         if (
             updated is None
             and not output_hidden_states
@@ -270,8 +271,8 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
         valid: Tensor | None,
-        state: RwkvRevState,
-    ) -> tuple[Tensor, RwkvRevState] | None:
+        state: ModelState,
+    ) -> tuple[Tensor, ModelState] | None:
         """Hidden states and the state after them, differentiable by two sweeps; None where that cannot be."""
         given = [] if inputs_embeds is None else [inputs_embeds]
         tensors = [*self.parameters(), *state.tensors(), *given]
@@ -312,27 +313,27 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
 
     @torch.no_grad()
     def _read_first(
-        self, embedded: Tensor, valid: Tensor | None, state: RwkvRevState, count: int
-    ) -> RwkvRevState:
+        self, embedded: Tensor, valid: Tensor | None, state: ModelState, count: int
+    ) -> ModelState:
         """State after the first ``count`` tokens of a piece [B, C, D] that began with ``state``."""
         mask = None if valid is None else ChunkMask.of(valid[:, :count])
         return self.run(embedded[:, :count], state, mask)[1]
 
     @named
-    def initial_state(self, batch_size: int, device: torch.device | None = None) -> RwkvRevState:
+    def initial_state(self, batch_size: int, device: torch.device | None = None) -> ModelState:
         """What ``batch_size`` rows begin with: empty, or with the tuned WKV state; on the model's device when None."""
         weight = self.ln0.weight
-        state = RwkvRevState.empty(self.config, batch_size, device or weight.device, weight.dtype)
+        state = ModelState.empty(self.config, batch_size, device or weight.device, weight.dtype)
         if self.initial_wkv is None:
             return state
-        tuned = torch.stack(list(self.initial_wkv)).to(state.wkv.dtype)[:, None]  # [L, 1, ...]
-        wkv = tuned.expand(-1, batch_size, *tuned.shape[2:]).contiguous()
-        return replace(state, wkv=wkv)
+        name = self.config.architecture.memory
+        tuned = torch.stack(list(self.initial_wkv)).to(getattr(state, name).dtype)[:, None]  # [L, 1, ...]
+        return replace(state, **{name: tuned.expand(-1, batch_size, *tuned.shape[2:]).contiguous()})
 
 
 def initial_states(config: RwkvRevConfig) -> nn.ParameterList:
-    """A WKV state [H, N, N] (key index first) of zeros for each layer."""
-    shape = config.architecture.state_shape(config)
+    """A memory of zeros for each layer (RWKV-5: [H, N, N], key index first)."""
+    shape = config.architecture.memory_shape(config)
     return nn.ParameterList(torch.zeros(shape) for _ in range(config.num_hidden_layers))
 
 

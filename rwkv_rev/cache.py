@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.generation.utils import ALL_CACHE_NAMES
 
-from rwkv_rev.state import RwkvRevState
+from rwkv_rev.state import ModelState
 
 CACHE_NAME: str = ALL_CACHE_NAMES[0]
 """What the installed transformers calls a cache in outputs and arguments: ``past_key_values``, since 5.24 ``cache``."""
@@ -25,13 +25,13 @@ CACHE_NAME: str = ALL_CACHE_NAMES[0]
 class Piece:
     """Tokens read at once: the state before them, how many, and a way to the state after the first n of them."""
 
-    before: RwkvRevState
+    before: ModelState
     length: int
-    read_first: Callable[[int], RwkvRevState]
+    read_first: Callable[[int], ModelState]
 
 
 class RwkvRevCache(Cache):
-    """A :class:`RwkvRevState` that a forward pass replaces by the state after its tokens.
+    """A :class:`ModelState` that a forward pass replaces by the state after its tokens.
 
     Attributes:
         state: state after the last token read; None before the first one.
@@ -40,7 +40,7 @@ class RwkvRevCache(Cache):
 
     max_cache_len = -1  # no limit; prompt learning in peft asks
 
-    def __init__(self, state: RwkvRevState | None = None) -> None:
+    def __init__(self, state: ModelState | None = None) -> None:
         super().__init__(layers=[])
         self.state = state
         self.reordered = False
@@ -54,7 +54,7 @@ class RwkvRevCache(Cache):
         self._length = 0 if self.state is None else 1
         self._pieces = None
 
-    def advance(self, state: RwkvRevState, piece: Piece) -> None:
+    def advance(self, state: ModelState, piece: Piece) -> None:
         """Take the state after ``piece``."""
         self.state = state
         self._length += piece.length
@@ -102,7 +102,7 @@ class RwkvRevCache(Cache):
         return -1
 
     def __len__(self) -> int:
-        return 0 if self.state is None else self.state.wkv.shape[0]
+        return 0 if self.state is None else self.state.layers
 
     @property
     def batch_size(self) -> int:
@@ -130,12 +130,12 @@ class RwkvRevCache(Cache):
             self.state = repeated(self.state, repeats)
 
 
-def repeated(state: RwkvRevState, repeats: int) -> RwkvRevState:
+def repeated(state: ModelState, repeats: int) -> ModelState:
     """Every row ``repeats`` times, one beside the other."""
     return state.rows(torch.arange(state.batch_size).repeat_interleave(repeats))
 
 
-def handed_over(**arguments: Any) -> tuple[RwkvRevState | None, RwkvRevCache | None]:
+def handed_over(**arguments: Any) -> tuple[ModelState | None, RwkvRevCache | None]:
     """The past among the arguments ``state``, ``past_key_values`` and ``cache``, which mean the same.
 
     Returns:
@@ -146,7 +146,7 @@ def handed_over(**arguments: Any) -> tuple[RwkvRevState | None, RwkvRevCache | N
     """
     given = {name: value for name, value in arguments.items() if value is not None}
     for name, value in given.items():
-        if not isinstance(value, RwkvRevState | RwkvRevCache):
+        if not isinstance(value, ModelState | RwkvRevCache):
             raise ValueError(
                 f"{name} is a {type(value).__name__}, but an RWKV model's past is its state: hand over an output's "
                 "state (keys and values, as prefix tuning makes them, have no place in it; prompt tuning, P-tuning "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from rwkv_rev.state import RwkvRevState
+    from rwkv_rev.state import ModelState
 
 
 def exporting() -> bool:
@@ -17,6 +17,6 @@ def exporting() -> bool:
     return check is not None and check()
 
 
-def exportable(state: "RwkvRevState") -> Any:
+def exportable(state: "ModelState") -> Any:
     """The state, while tracing the tuple of its tensors."""
     return tuple(state.tensors()) if exporting() else state

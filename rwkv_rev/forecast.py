@@ -164,7 +164,7 @@ def _forecast(name: str, run: _Run) -> StrategyForecast:
     )
     graph = round(run.graph_share * held) + run.half_copies
     sums = 0 if name == "full" or run.chunks == 1 else gradients
-    memory = NUMBER * batch * math.prod(config.architecture.state_shape(config))
+    memory = NUMBER * batch * math.prod(config.architecture.memory_shape(config))
     copies = _STATE_COPIES.get(name)
     states = 0 if copies is None else (copies * layers + _STATE_ARITHMETIC) * memory
     head = min(NUMBER * config.vocab_size * width, gradients)

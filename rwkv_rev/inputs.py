@@ -10,7 +10,7 @@ from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.exporting import exporting
 from rwkv_rev.keywords import given_targets
 from rwkv_rev.loss import IGNORE, next_token_targets
-from rwkv_rev.state import RwkvRevState
+from rwkv_rev.state import ModelState
 
 
 class Model(Protocol):
@@ -18,7 +18,7 @@ class Model(Protocol):
 
     config: RwkvRevConfig
 
-    def initial_state(self, batch_size: int, device: torch.device | None = None) -> RwkvRevState: ...
+    def initial_state(self, batch_size: int, device: torch.device | None = None) -> ModelState: ...
 
 
 def rows_and_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int, torch.device]:
@@ -81,11 +81,11 @@ def loss_inputs(
     input_ids: Tensor | None,
     attention_mask: Tensor | None,
     inputs_embeds: Tensor | None,
-    state: RwkvRevState | None,
+    state: ModelState | None,
     labels: Tensor | None,
     shift_labels: Tensor | None,
     num_items_in_batch: int | float | Tensor | None,
-    final_state_gradient: RwkvRevState | None,
+    final_state_gradient: ModelState | None,
     dtype: torch.dtype,
 ) -> LossInputs:
     """Arguments of the model's ``forward`` as a gradient strategy takes them; ``dtype`` is the loss's.
@@ -139,11 +139,21 @@ def _divisor(number: int | float | Tensor | None, targets: Tensor, dtype: torch.
     return number
 
 
-def _check_states(model: Model, batch: int, **states: RwkvRevState | None) -> None:
-    expected = RwkvRevState.empty(model.config, batch, "meta").tensors()
+def refuse_other_kind(config: RwkvRevConfig, state: ModelState, name: str = "the state") -> None:
+    """Raises ValueError for the state of a model of another architecture."""
+    kind = config.architecture.state_kind
+    if not isinstance(state, kind):
+        raise ValueError(
+            f"{name} is a {type(state).__name__}; this model's states are of the kind {kind.__name__}"
+        )
+
+
+def _check_states(model: Model, batch: int, **states: ModelState | None) -> None:
+    expected = ModelState.empty(model.config, batch, "meta").tensors()
     for name, state in states.items():
         if state is None:
             continue
+        refuse_other_kind(model.config, state, name)
         shapes: list[Any] = [list(tensor.shape) for tensor in state.tensors()]
         wanted = [list(tensor.shape) for tensor in expected]
         if shapes != wanted:

@@ -31,7 +31,7 @@ from rwkv_rev.inputs import loss_inputs, rows_and_tokens
 from rwkv_rev.keywords import refuse_packed_rows, refuse_replica, refuse_unknown_keywords
 from rwkv_rev.loss import sum_cross_entropy, wide
 from rwkv_rev.outputs import RwkvRevCausalLMOutput
-from rwkv_rev.state import RwkvRevState
+from rwkv_rev.state import ModelState
 
 LIKE_THE_LOSS = {True: 5e-3, False: 1e-5}
 """How far the loss of logits made afterwards may be from the one they stand beside, by rounding: in 16 bits, or not."""
@@ -64,9 +64,9 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
         input_ids: Tensor | None,
         valid: Tensor | None,
         inputs_embeds: Tensor | None,
-        state: RwkvRevState,
+        state: ModelState,
         streams: list[Tensor] | None = None,
-    ) -> tuple[Tensor, RwkvRevState]:
+    ) -> tuple[Tensor, ModelState]:
         """Normalised hidden states [B, T, D] and the state after them, by the base model, called as a module.
 
         ``streams`` collects the residual stream before block 0 and after every block.
@@ -106,11 +106,11 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
     def normalize(self, hidden: Tensor) -> Tensor:
         return self.model.normalize(hidden)
 
-    def run(self, x: Tensor, state: RwkvRevState, mask: ChunkMask | None) -> tuple[Tensor, RwkvRevState]:
+    def run(self, x: Tensor, state: ModelState, mask: ChunkMask | None) -> tuple[Tensor, ModelState]:
         return self.model.run(x, state, mask)
 
     @named
-    def initial_state(self, batch_size: int, device: torch.device | None = None) -> RwkvRevState:
+    def initial_state(self, batch_size: int, device: torch.device | None = None) -> ModelState:
         """What ``batch_size`` rows begin with when no state is given."""
         return self.model.initial_state(batch_size, device)
 
@@ -163,7 +163,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        state: RwkvRevState | None = None,
+        state: ModelState | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -171,9 +171,9 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
         return_dict: bool | None = None,
         return_logits: bool = False,
         num_items_in_batch: int | Tensor | None = None,
-        final_state_gradient: RwkvRevState | None = None,
-        past_key_values: RwkvRevState | RwkvRevCache | None = None,
-        cache: RwkvRevState | RwkvRevCache | None = None,
+        final_state_gradient: ModelState | None = None,
+        past_key_values: ModelState | RwkvRevCache | None = None,
+        cache: ModelState | RwkvRevCache | None = None,
         **kwargs: Any,
     ) -> RwkvRevCausalLMOutput | tuple[Any, ...]:
         """Logits, or with ``labels`` the loss.
@@ -265,7 +265,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
         return tuple(value for name, value in output.items() if name not in ignored)
 
     def _goes_in_sweeps(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, state: RwkvRevState | None
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, state: ModelState | None
     ) -> bool:
         """Whether a gradient will be asked for which a cache, that nobody has asked for, would make costly."""
         _, length, _ = rows_and_tokens(input_ids, inputs_embeds)
@@ -277,13 +277,13 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
         inputs_embeds: Tensor | None,
-        state: RwkvRevState | None,
+        state: ModelState | None,
         labels: Tensor | None,
         shift_labels: Tensor | None,
         return_logits: bool,
         output_hidden_states: bool,
         num_items_in_batch: int | Tensor | None,
-        final_state_gradient: RwkvRevState | None,
+        final_state_gradient: ModelState | None,
     ) -> RwkvRevCausalLMOutput:
         given = (inputs_embeds, *(() if state is None else state.tensors()))
         refuse_transforms([*self.parameters(), *(tensor for tensor in given if tensor is not None)])
@@ -330,7 +330,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
         autocast = torch.autocast(
             kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)
         )
-        state = RwkvRevState(*(tensor.clone() for tensor in inputs.state.tensors()))
+        state = inputs.state.each(Tensor.clone)
         ids = None if inputs.input_ids is None else inputs.input_ids.clone()  # which are often a buffer
 
         @torch.no_grad()

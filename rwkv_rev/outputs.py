@@ -10,7 +10,7 @@ from transformers.utils import ModelOutput
 
 from rwkv_rev import unmade
 from rwkv_rev.cache import CACHE_NAME, RwkvRevCache
-from rwkv_rev.state import RwkvRevState
+from rwkv_rev.state import ModelState, of_batch_first
 
 
 @dataclass
@@ -18,7 +18,7 @@ class RwkvRevOutput(ModelOutput):
     """Hidden states after ``ln_out`` [B, T, D], the state after the last token, each layer's residual stream."""
 
     last_hidden_state: Tensor | None = None
-    state: RwkvRevState | None = None
+    state: ModelState | None = None
     hidden_states: tuple[Tensor, ...] | None = None
 
 
@@ -33,7 +33,7 @@ class RwkvRevCausalLMOutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    state: RwkvRevState | None = None
+    state: ModelState | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     report: dict[str, Any] | None = field(default=None)
     if CACHE_NAME == "cache":
@@ -48,7 +48,7 @@ class RwkvRevCausalLMOutput(ModelOutput):
             object.__setattr__(self, "logits", None)
         super().__post_init__()
         if isinstance(self.state, list):  # made again out of ``items``
-            self.state = RwkvRevState(*(tensor.transpose(0, 1) for tensor in self.state))
+            self.state = of_batch_first(self.state)
         if self.loss is not None and self.logits is None:
             object.__setattr__(self, "logits", unmade.LOGITS)
 
@@ -61,6 +61,6 @@ class RwkvRevCausalLMOutput(ModelOutput):
             return super().items()
         values = dict(super().items())
         values.pop("report", None)
-        if isinstance(self.state, RwkvRevState):  # a tuple in graphs that torch.export made
-            values["state"] = [tensor.transpose(0, 1) for tensor in self.state.tensors()]
+        if isinstance(self.state, ModelState):  # a tuple in graphs that torch.export made
+            values["state"] = self.state.batch_first()
         return values.items()

@@ -1,19 +1,118 @@
-"""The recurrent state of a whole model, as it passes through ``forward(..., state=...)`` and ``generate()``."""
+"""The recurrent state of a whole model, as it passes through ``forward(..., state=...)`` and ``generate()``.
 
-from collections.abc import Sequence
+A state has named tensors, each for all layers at once. What they are an architecture says, in a dataclass of its own
+(:class:`ModelState`); RWKV's is :class:`RwkvRevState`.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from rwkv_rev.cells.shifted_cell import ShiftedState
-from rwkv_rev.configuration import RwkvRevConfig
+
+if TYPE_CHECKING:
+    from rwkv_rev.configuration import RwkvRevConfig
 
 
 @dataclass(frozen=True)
-class RwkvRevState:
-    """State after some tokens, for every layer.
+class ModelState:
+    """State after some tokens, for every layer: a dataclass whose fields are tensors [L, B, ...].
+
+    Attributes:
+        cells: of each cell of a block the NamedTuple that its values are, and which of our fields these are, in order.
+        listed: the list of all tensors with the batch first, which trainers walk through.
+    """
+
+    cells: ClassVar[tuple[tuple[type, tuple[str, ...]], ...]]
+    listed: ClassVar[type[list]]
+
+    def __init_subclass__(cls) -> None:
+        cls.listed = type(f"{cls.__name__}List", (list,), {"kind": cls})
+
+    @classmethod
+    def empty(
+        cls,
+        config: "RwkvRevConfig",
+        batch_size: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Any:
+        """The state before the first token, of the kind that the model has. ``dtype`` is the activations'; memories
+        are float32, float64 for float64."""
+        return config.architecture.empty_state(config, batch_size, device, dtype)
+
+    @classmethod
+    def stack(cls, layers: Sequence[tuple[Any, ...]]) -> Self:
+        """From the values of each layer's cells."""
+        return cls.like(
+            [[part for values in layer for part in values if part is not None] for layer in layers]
+        )
+
+    @classmethod
+    def like(cls, layers: Sequence[Sequence[Tensor]]) -> Self:
+        """From the tensors of each layer, in the order of its cells."""
+        names = [name for _, parts in cls.cells for name in parts]
+        stacked = [torch.stack(list(tensors)) for tensors in zip(*layers, strict=True)]
+        return cls(**dict(zip(names, stacked, strict=True)))
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Of the tensors, in the order of the fields."""
+        return tuple(field.name for field in fields(cls))
+
+    def layer(self, index: int) -> tuple[Any, ...]:
+        """The values of the cells of layer ``index``."""
+        return tuple(kind(*(getattr(self, name)[index] for name in parts)) for kind, parts in self.cells)
+
+    @property
+    def layers(self) -> int:
+        return self.tensors()[0].shape[0]
+
+    @property
+    def batch_size(self) -> int:
+        return self.tensors()[0].shape[1]
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in the order of the fields."""
+        return [getattr(self, name) for name in self.names()]
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The state of what a function makes of each tensor."""
+        return type(self)(*map(function, self.tensors()))
+
+    def detach(self) -> Self:
+        """The same values without graph."""
+        return self.each(Tensor.detach)
+
+    def rows(self, index: Tensor) -> Self:
+        """The batch rows ``index`` (int64 [B'])."""
+        return self.each(lambda tensor: tensor.index_select(1, index.to(tensor.device)))
+
+    def batch_first(self) -> list[Tensor]:
+        """The tensors [B, L, ...], in a list that knows whose they are."""
+        return self.listed(tensor.transpose(0, 1) for tensor in self.tensors())
+
+    def inner(self, other: Self) -> Tensor:
+        """Sum of the products of all elements, a scalar: the objective whose state gradient is ``other``."""
+        dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in self.tensors()))
+        return torch.stack(
+            [(a * b).sum().to(dtype) for a, b in zip(self.tensors(), other.tensors(), strict=True)]
+        ).sum()
+
+
+def of_batch_first(tensors: list[Tensor]) -> ModelState:
+    """The state that :meth:`ModelState.batch_first` was called of."""
+    kind: type[ModelState] = getattr(type(tensors), "kind", RwkvRevState)
+    return kind(*(tensor.transpose(0, 1) for tensor in tensors))
+
+
+@dataclass(frozen=True)
+class RwkvRevState(ModelState):
+    """State of an RWKV model after some tokens.
 
     Attributes:
         time_shift: [L, B, D], the last token's vector at each time mix.
@@ -25,65 +124,7 @@ class RwkvRevState:
     channel_shift: Tensor
     wkv: Tensor
 
-    @classmethod
-    def empty(
-        cls,
-        config: RwkvRevConfig,
-        batch_size: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> "RwkvRevState":
-        """The state before the first token. ``dtype`` is the activations'; wkv is float32, float64 for float64."""
-        layers = config.num_hidden_layers
-        shift = torch.zeros(layers, batch_size, config.hidden_size, device=device, dtype=dtype)
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        architecture = config.architecture
-        wkv = torch.zeros(layers, batch_size, *architecture.state_shape(config), device=device, dtype=wide)
-        architecture.begin(wkv)
-        return cls(shift, shift.clone(), wkv)
+    cells = ((ShiftedState, ("time_shift", "wkv")), (ShiftedState, ("channel_shift",)))
 
-    @classmethod
-    def stack(cls, layers: Sequence[tuple[Any, ...]]) -> "RwkvRevState":
-        """From each layer's (time mix, channel mix) states."""
-        wkv = [time.memory for time, _ in layers]
-        return cls(
-            torch.stack([time.shift for time, _ in layers]),
-            torch.stack([channel.shift for _, channel in layers]),
-            torch.stack([memory for memory in wkv if memory is not None]),
-        )
 
-    def layer(self, index: int) -> tuple[ShiftedState, ShiftedState]:
-        """States of layer ``index``: (time mix, channel mix)."""
-        return (
-            ShiftedState(self.time_shift[index], self.wkv[index]),
-            ShiftedState(self.channel_shift[index], None),
-        )
-
-    @classmethod
-    def like(cls, layers: list[list[Tensor]]) -> "RwkvRevState":
-        """From the tensors of each layer, in the order of its cells: shift and wkv, then the channel mix's shift."""
-        return cls.stack(
-            [(ShiftedState(shift, memory), ShiftedState(channel, None)) for shift, memory, channel in layers]
-        )
-
-    @property
-    def batch_size(self) -> int:
-        return self.wkv.shape[1]
-
-    def tensors(self) -> list[Tensor]:
-        """The three tensors, in the order of the fields."""
-        return [getattr(self, field.name) for field in fields(self)]
-
-    def detach(self) -> "RwkvRevState":
-        """The same values without graph."""
-        return RwkvRevState(*(tensor.detach() for tensor in self.tensors()))
-
-    def rows(self, index: Tensor) -> "RwkvRevState":
-        """The batch rows ``index`` (int64 [B'])."""
-        return RwkvRevState(*(tensor.index_select(1, index.to(tensor.device)) for tensor in self.tensors()))
-
-    def inner(self, other: "RwkvRevState") -> Tensor:
-        """Sum of the products of all elements, a scalar: the objective whose state gradient is ``other``."""
-        return torch.stack(
-            [(a * b).sum().to(self.wkv.dtype) for a, b in zip(self.tensors(), other.tensors(), strict=True)]
-        ).sum()
+RwkvRevState.listed = list

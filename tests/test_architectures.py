@@ -3,6 +3,7 @@
 import ast
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,8 @@ from toy_generation import TOY
 
 import rwkv_rev
 from rwkv_rev.architectures import registry
-from rwkv_rev.architectures.registry import ARCHITECTURES, architecture, families, supported
+from rwkv_rev.architectures.registry import architecture, families, generations, supported
 from rwkv_rev.configuration import RwkvRevConfig
-from rwkv_rev.converters import detection
 from rwkv_rev.converters.inspection import inspect_source
 from rwkv_rev.converters.names import tensor_table
 from rwkv_rev.forecast import forecast_memory
@@ -140,10 +140,10 @@ def test_the_search_finds(text: str, expected: set[str]) -> None:
 
 
 def test_registry() -> None:
-    assert tuple(known.version for known in ARCHITECTURES) == VERSIONS
+    assert tuple(known.version for known in generations()) == VERSIONS
     assert [architecture(version).version for version in VERSIONS] == list(VERSIONS)
     assert supported() == "RWKV-4, 5.0, 5.1 and 5.2"
-    assert families(ARCHITECTURES) == "RWKV-4 or 5" and registry.with_tuned_state() == "RWKV-5"
+    assert families(generations()) == "RWKV-4 or 5" and registry.with_tuned_state() == "RWKV-5"
     with pytest.raises(ValueError, match=r"rwkv_version = '9' must be one of 4, 5\.0, 5\.1, 5\.2"):
         RwkvRevConfig(rwkv_version="9")
 
@@ -163,9 +163,9 @@ def test_a_generation_agrees_with_its_cells(version: str) -> None:
     stored = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for layout in known.layouts:
         assert {row.name: row.shape for row in tensor_table(config, layout.name)} == stored
-    cells = known.cells(config)
-    assert {type(cell) for cell in cells} == known.initialization.keys()
-    assert cells[0].log_decay().numel() == math.prod(known.shape(known.keys, config))
+    cells = known.cells(config, 0)
+    assert {type(cell) for cell in cells.values()} == known.initialization.keys()
+    assert cells["time_mix"].log_decay().numel() == math.prod(known.shape(known.keys, config))
     assert len(config.architecture.layouts) == 2
     with pytest.raises(
         ValueError, match=f"'none' does not exist for RWKV-{version}; use '{known.hub_layout}'"
@@ -185,9 +185,12 @@ SIZES: dict[str, Any] = {
 
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The line of the registry, and what was computed of it when its readers were imported."""
-    monkeypatch.setattr(registry, "ARCHITECTURES", (*ARCHITECTURES, TOY))
-    monkeypatch.setattr(detection, "ARCHITECTURES", registry.ARCHITECTURES)
+    """The line of the registry."""
+    monkeypatch.setattr(registry, "ARCHITECTURES", dict(registry.ARCHITECTURES))
+    registry.register(TOY)
+    registry.register(TOY)
+    with pytest.raises(ValueError, match="there is an architecture called '4' already"):
+        registry.register(replace(TOY, version="4"))
 
 
 @pytest.fixture

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_rev.architectures import classic
-from rwkv_rev.architectures.architecture import NUMBER, Architecture, Cost, Layout, Row, Stored
+from rwkv_rev.architectures.architecture import NUMBER, Architecture, Cost, Layout, Part, Row, Stored
 from rwkv_rev.cells.channel_mix import ChannelMix
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.shifted_cell import ShiftedCell
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.reversal.additive import Additive, NoRemnant
+from rwkv_rev.state import RwkvRevState
 
 
 class Projection(NamedTuple):
@@ -96,15 +97,18 @@ def _rows(*names: tuple[str, str, str]) -> tuple[Row, ...]:
 TOY = Architecture(
     version="toy",
     has_heads=False,
-    state="D",
+    state_kind=RwkvRevState,
+    state=classic.SHIFTS | {"wkv": Part("D", wide=True)},
+    memory="wkv",
     keys="D",
     lora_targets=("key", "value"),
     published_sizes=lambda width: {
         "num_attention_heads": 1, "head_size": width, "intermediate_size": 2 * width,
     },
-    cells=lambda config: (
-        TimeMixToy(config.hidden_size), ChannelMix(config.hidden_size, config.intermediate_size),
-    ),
+    cells=lambda config, layer: {
+        "time_mix": TimeMixToy(config.hidden_size),
+        "channel_mix": ChannelMix(config.hidden_size, config.intermediate_size),
+    },
     initialization={TimeMixToy: _initialize, ChannelMix: classic.initialize_channel_mix},
     log_decay=lambda read: torch.zeros(read("time_mix.mix").shape),
     layouts=(Layout("toy-pth", "", "blocks."), Layout("toy-hub", "rwkv.", "rwkv.blocks.")),

@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from rwkv_rev.architectures.fields import Field
 from rwkv_rev.cells.contract import ReversibleCell
+from rwkv_rev.state import ModelState
 
 if TYPE_CHECKING:
     from rwkv_rev.configuration import RwkvRevConfig
@@ -29,6 +31,10 @@ LETTERS = {
 }
 """Of which field of the configuration a letter of a shape is the size."""
 _SIZE = re.compile(r"(\d*)([A-Za-z]*)")
+
+
+def _nothing(_: Any) -> None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,21 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Part:
+    """One tensor of a layer's state.
+
+    Attributes:
+        shape: its letters, without rows.
+        wide: whether it is float32 at least, and else of the activations' type.
+        begin: makes zeros [..., *shape] what it is before the first token, in place.
+    """
+
+    shape: str
+    wide: bool = False
+    begin: Callable[[Tensor], None] = _nothing
+
+
+@dataclass(frozen=True)
 class Cost:
     """What training takes (:mod:`rwkv_rev.forecast`), B rows and C tokens at once.
 
@@ -108,10 +129,6 @@ class Cost:
     remnant: Callable[["RwkvRevConfig", Tensor, int, int], list[int]]
 
 
-def _nothing(_: Any) -> None:
-    return None
-
-
 @dataclass(frozen=True)
 class Architecture:
     """One generation.
@@ -119,14 +136,16 @@ class Architecture:
     Attributes:
         version: its name, as ``RwkvRevConfig.rwkv_version`` has it.
         has_heads: whether the memory is a matrix per head, with a GroupNorm behind it.
-        state: letters of a layer's memory in :class:`~rwkv_rev.state.RwkvRevState`, without rows.
+        state_kind: of a model.
+        state: the tensors of a layer's, by the names of ``state_kind``.
+        memory: the name of that which the forecast counts and state tuning tunes.
         keys: letters of one token's keys, by which a kernel is chosen.
         lora_targets: last names of the linear maps that low-rank additions go to unless somebody says otherwise.
         published_sizes: fields of the configuration that published models of width D have.
 
-        cells: the (time mix, channel mix) of a block.
+        cells: of a block, by the names of its attributes, in the order in which they are computed; from the
+            configuration and the number of the layer.
         initialization: what fills a cell by its class and the depth of its layer, for training from scratch.
-        begin: makes zeros [..., *state] the memory before the first token, in place.
         log_decay: log w of the stored shape, float32, from what gives a tensor of a block by our name.
 
         layouts: other tools'; the first is the trainer's own ``.pth``, the second that of Hugging Face repositories.
@@ -149,12 +168,14 @@ class Architecture:
 
     version: str
     has_heads: bool
-    state: str
+    state_kind: type[ModelState]
+    state: Mapping[str, Part]
+    memory: str
     keys: str
     lora_targets: tuple[str, ...]
     published_sizes: Callable[[int], dict[str, Any]]
 
-    cells: Callable[["RwkvRevConfig"], tuple[ReversibleCell, ReversibleCell]]
+    cells: Callable[["RwkvRevConfig", int], Mapping[str, ReversibleCell]]
     initialization: Mapping[type[nn.Module], Callable[[Any, "RwkvRevConfig"], None]]
     log_decay: Callable[[Callable[[str], Tensor]], Tensor]
 
@@ -172,7 +193,6 @@ class Architecture:
     check: Callable[["RwkvRevConfig"], None] = _nothing
 
     initial_state: Row | None = None
-    begin: Callable[[Tensor], None] = _nothing
     lost: Callable[["RwkvRevConfig"], str | None] = _nothing
 
     @property
@@ -211,6 +231,19 @@ class Architecture:
             sizes.append(int(times or 1) * (getattr(config, known[letter]) if letter else 1))
         return tuple(sizes)
 
-    def state_shape(self, config: "RwkvRevConfig") -> tuple[int, ...]:
-        """Of a layer's memory, without rows."""
-        return self.shape(self.state, config)
+    def memory_shape(self, config: "RwkvRevConfig") -> tuple[int, ...]:
+        """Of a layer's :attr:`memory`, without rows."""
+        return self.shape(self.state[self.memory].shape, config)
+
+    def empty_state(
+        self, config: "RwkvRevConfig", batch_size: int, device: torch.device | str | None, dtype: torch.dtype
+    ) -> ModelState:
+        """The state before the first token, where activations are of ``dtype``."""
+        wide = torch.promote_types(dtype, torch.float32)
+        rows = (config.num_hidden_layers, batch_size)
+        tensors = {}
+        for name, part in self.state.items():
+            shape = (*rows, *self.shape(part.shape, config))
+            tensors[name] = torch.zeros(shape, device=device, dtype=wide if part.wide else dtype)
+            part.begin(tensors[name])
+        return self.state_kind(**tensors)

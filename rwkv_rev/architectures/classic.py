@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import initialization as init
 
-from rwkv_rev.architectures.architecture import Row
+from rwkv_rev.architectures.architecture import Part, Row
 from rwkv_rev.cells.channel_mix import ChannelMix
 from rwkv_rev.cells.time_mix_rwkv4 import TimeMixRwkv4
 from rwkv_rev.cells.time_mix_rwkv5 import TimeMixRwkv5
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 LORA_TARGETS = ("receptance", "key", "value", "gate", "output")
 SIGN = "time_mix.time_decay"
 MIX = "1 1 D"
+SHIFTS = {"time_shift": Part("D"), "channel_shift": Part("D")}
+"""The token shifts' part of the state."""
 
 
 def row(ours: str, blinkdl: str, hugging_face: str, shape: str, foreign_shape: str | None = None) -> Row:

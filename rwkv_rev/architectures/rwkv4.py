@@ -13,17 +13,22 @@ from torch import Tensor
 from transformers import initialization as init
 
 from rwkv_rev.architectures import classic
-from rwkv_rev.architectures.architecture import NUMBER, Architecture, Cost, Layout, Stored
+from rwkv_rev.architectures.architecture import NUMBER, Architecture, Cost, Layout, Part, Stored
 from rwkv_rev.cells.channel_mix import ChannelMix
+from rwkv_rev.cells.contract import ReversibleCell
 from rwkv_rev.cells.time_mix_rwkv4 import TimeMixRwkv4
+from rwkv_rev.state import RwkvRevState
 from rwkv_rev.wkv.naive import EMPTY_EXPONENT
 
 if TYPE_CHECKING:
     from rwkv_rev.configuration import RwkvRevConfig
 
 
-def _cells(config: "RwkvRevConfig") -> tuple[TimeMixRwkv4, ChannelMix]:
-    return TimeMixRwkv4(config.hidden_size), ChannelMix(config.hidden_size, config.intermediate_size)
+def _cells(config: "RwkvRevConfig", layer: int) -> dict[str, ReversibleCell]:
+    return {
+        "time_mix": TimeMixRwkv4(config.hidden_size),
+        "channel_mix": ChannelMix(config.hidden_size, config.intermediate_size),
+    }
 
 
 def _initialize_time_mix(cell: TimeMixRwkv4, config: "RwkvRevConfig") -> None:
@@ -75,13 +80,14 @@ def _remnant(config: "RwkvRevConfig", log_decay: Tensor, batch: int, length: int
 RWKV4 = Architecture(
     version="4",
     has_heads=False,
-    state="3 D",
+    state_kind=RwkvRevState,
+    state=classic.SHIFTS | {"wkv": Part("3 D", wide=True, begin=_begin)},
+    memory="wkv",
     keys="D",
     lora_targets=classic.LORA_TARGETS,
     published_sizes=_published_sizes,
     cells=_cells,
     initialization={TimeMixRwkv4: _initialize_time_mix, ChannelMix: classic.initialize_channel_mix},
-    begin=_begin,
     log_decay=classic.log_decay,
     layouts=(Layout("blinkdl", "", "blocks."), Layout("transformers", "rwkv.", "rwkv.blocks.")),
     outside=classic.OUTSIDE,

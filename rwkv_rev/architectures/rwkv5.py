@@ -18,10 +18,12 @@ from torch import Tensor
 from transformers import initialization as init
 
 from rwkv_rev.architectures import classic
-from rwkv_rev.architectures.architecture import NUMBER, Architecture, Cost, Layout, Row, Stored
+from rwkv_rev.architectures.architecture import NUMBER, Architecture, Cost, Layout, Part, Row, Stored
 from rwkv_rev.cells.channel_mix import ChannelMix
+from rwkv_rev.cells.contract import ReversibleCell
 from rwkv_rev.cells.time_mix_rwkv5 import TimeMixRwkv5
 from rwkv_rev.reversal.fixed_point import decay_plan
+from rwkv_rev.state import RwkvRevState
 from rwkv_rev.wkv.chunked_wkv5 import SUB_CHUNK
 
 if TYPE_CHECKING:
@@ -41,7 +43,9 @@ _GROUP_NORM = (
 )
 
 
-def _cells(config: "RwkvRevConfig", *, gated: bool, per_channel: bool) -> tuple[TimeMixRwkv5, ChannelMix]:
+def _cells(
+    config: "RwkvRevConfig", layer: int, *, gated: bool, per_channel: bool
+) -> dict[str, ReversibleCell]:
     heads = config.num_attention_heads
     time_mix = TimeMixRwkv5(
         heads,
@@ -51,7 +55,10 @@ def _cells(config: "RwkvRevConfig", *, gated: bool, per_channel: bool) -> tuple[
         bonus_is_exponential=config.bonus_is_exponential,
         group_norm_epsilon=config.group_norm_epsilon,
     )
-    return time_mix, ChannelMix(config.hidden_size, config.intermediate_size)
+    return {
+        "time_mix": time_mix,
+        "channel_mix": ChannelMix(config.hidden_size, config.intermediate_size),
+    }
 
 
 def _initialize_time_mix(cell: TimeMixRwkv5, config: "RwkvRevConfig") -> None:
@@ -161,7 +168,9 @@ def _version(version: str, *, gated: bool, per_channel: bool) -> Architecture:
     return Architecture(
         version=version,
         has_heads=True,
-        state="H N N",
+        state_kind=RwkvRevState,
+        state=classic.SHIFTS | {"wkv": Part("H N N", wide=True)},
+        memory="wkv",
         keys="H N",
         lora_targets=classic.LORA_TARGETS,
         published_sizes=partial(_published_sizes, gated=gated),

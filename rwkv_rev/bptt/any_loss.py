@@ -39,12 +39,12 @@ from rwkv_rev.loss import hooks_withheld
 from rwkv_rev.outside_leaves import OutsideLeaves
 from rwkv_rev.reversal.fingerprint import checksum
 from rwkv_rev.reversal.tape import Tape
-from rwkv_rev.state import RwkvRevState
+from rwkv_rev.state import ModelState
 
 
 def hidden_states(
     strategy: TwoSweeps, model: LanguageModel, inputs: LossInputs, found: Strangers
-) -> tuple[Tensor, RwkvRevState]:
+) -> tuple[Tensor, ModelState]:
     """Normalised hidden states [B, T, D] of ``inputs`` and the state after them, both differentiable, once.
 
     Args:

@@ -12,7 +12,7 @@ from rwkv_rev.cells.block import ExactStates, FloatStates
 from rwkv_rev.errors import ReversalMismatchError
 from rwkv_rev.loss import add_gradients
 from rwkv_rev.outside_leaves import OutsideLeaves
-from rwkv_rev.state import RwkvRevState
+from rwkv_rev.state import ModelState
 from rwkv_rev.weight_product import WeightProduct
 
 if TYPE_CHECKING:
@@ -34,9 +34,9 @@ class SweepResult:
     """Loss, state after the last token, and gradients by parameters, the first state and the embeddings."""
 
     loss: Tensor
-    end: RwkvRevState
+    end: ModelState
     to_parameters: list[Tensor | None]
-    to_first: RwkvRevState
+    to_first: ModelState
     to_embeds: Tensor | None
 
 

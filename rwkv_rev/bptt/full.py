@@ -18,7 +18,7 @@ from rwkv_rev.bptt.strategy import (
     refuse_offloaded,
 )
 from rwkv_rev.loss import linear_cross_entropy
-from rwkv_rev.state import RwkvRevState
+from rwkv_rev.state import ModelState
 
 
 class Full(Strategy):
@@ -40,7 +40,7 @@ class Full(Strategy):
 
 def loss_in_one_graph(
     model: LanguageModel, inputs: LossInputs, streams: list[Tensor] | None = None
-) -> tuple[Tensor, Tensor, RwkvRevState]:
+) -> tuple[Tensor, Tensor, ModelState]:
     """Loss, normalised hidden states [B, T, D] and the state after them, in the graph of the whole context.
 
     Args:

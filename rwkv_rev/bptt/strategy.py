@@ -22,7 +22,7 @@ from rwkv_rev.errors import StrategyError
 from rwkv_rev.foreign_code import Strangers, neftune_share, refuse_unknown, strangers
 from rwkv_rev.loss import IGNORE, cross_entropy_gradients, sum_cross_entropy, sum_of
 from rwkv_rev.outside_leaves import OutsideLeaves
-from rwkv_rev.state import RwkvRevState
+from rwkv_rev.state import ModelState
 
 
 class LanguageModel(Protocol):
@@ -45,11 +45,11 @@ class LanguageModel(Protocol):
         input_ids: Tensor | None,
         valid: Tensor | None,
         inputs_embeds: Tensor | None,
-        state: RwkvRevState,
+        state: ModelState,
         streams: list[Tensor] | None = None,
-    ) -> tuple[Tensor, RwkvRevState]: ...
+    ) -> tuple[Tensor, ModelState]: ...
     def normalize(self, hidden: Tensor) -> Tensor: ...
-    def run(self, x: Tensor, state: RwkvRevState, mask: ChunkMask | None) -> tuple[Tensor, RwkvRevState]: ...
+    def run(self, x: Tensor, state: ModelState, mask: ChunkMask | None) -> tuple[Tensor, ModelState]: ...
     def modules(self) -> Iterator[nn.Module]: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
@@ -72,8 +72,8 @@ class LossInputs:
     valid: Tensor | None
     targets: Tensor
     divisor: float | Tensor
-    state: RwkvRevState
-    final_state_gradient: RwkvRevState | None = None
+    state: ModelState
+    final_state_gradient: ModelState | None = None
 
     @property
     def length(self) -> int:
@@ -167,7 +167,7 @@ class LossResult:
     """
 
     loss: Tensor
-    state: RwkvRevState
+    state: ModelState
     report: dict[str, object] = field(default_factory=dict)
 
 

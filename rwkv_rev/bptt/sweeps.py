@@ -54,7 +54,7 @@ from rwkv_rev.foreign_code import Strangers
 from rwkv_rev.loss import FinishedGradients
 from rwkv_rev.reversal.memory import Remnant
 from rwkv_rev.reversal.tape import Tape
-from rwkv_rev.state import RwkvRevState
+from rwkv_rev.state import ModelState
 
 
 class TwoSweeps(Strategy):
@@ -187,7 +187,7 @@ def roles(
     inputs: LossInputs, parameters: list[Tensor], found: SweepResult
 ) -> list[tuple[Tensor, Tensor | None]]:
     """Everything that the loss was differentiated by, with its gradient; a tensor may have several roles."""
-    of_state: RwkvRevState = found.to_first
+    of_state: ModelState = found.to_first
     roles: list[tuple[Tensor, Tensor | None]] = [
         *zip(parameters, found.to_parameters, strict=True),
         *zip(inputs.state.tensors(), of_state.tensors(), strict=True),

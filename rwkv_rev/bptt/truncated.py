@@ -27,9 +27,9 @@ from rwkv_rev.bptt.strategy import (
 from rwkv_rev.foreign_code import Strangers
 from rwkv_rev.loss import FinishedGradients, add_gradients, scaled, sum_of, wide
 from rwkv_rev.outside_leaves import OutsideLeaves
-from rwkv_rev.state import RwkvRevState
+from rwkv_rev.state import ModelState
 
-Found = tuple[Tensor, RwkvRevState]
+Found = tuple[Tensor, ModelState]
 
 
 class Truncated(Strategy):
@@ -50,7 +50,7 @@ class Truncated(Strategy):
 
         loss, *state = FinishedGradients.apply(compute, *leaves)
         report: dict[str, Any] = {"strategy": self.name, "chunk_length": self.chunk_length}
-        return LossResult(loss, RwkvRevState(*state), report)
+        return LossResult(loss, type(inputs.state)(*state), report)
 
 
 def _sweep(
@@ -95,7 +95,7 @@ def _sweep(
 def _gradients_of(
     model: LanguageModel,
     chunk: Chunk,
-    state: RwkvRevState,
+    state: ModelState,
     parameters: list[Tensor],
     places: set[torch.device],
     outside: OutsideLeaves | None,
@@ -109,7 +109,7 @@ def _gradients_of(
         random_state.restore(random)
         part = chunk.embeds()
         embeds = None if part is None else part.detach().requires_grad_()
-        start = RwkvRevState(
+        start = type(state)(
             *(
                 tensor.detach().requires_grad_(chunk.index == 0 and given.requires_grad)
                 for tensor, given in zip(state.tensors(), chunk.inputs.state.tensors(), strict=True)

@@ -1,4 +1,4 @@
-"""A residual block of reversible cells, ``x += cell(norm(x))`` for each of them, and RWKV's: time mix, channel mix.
+"""A residual block of reversible cells, ``x += cell(norm(x))`` for each of them (RWKV's: time mix, channel mix).
 
 A block goes through a chunk in the same three ways as its cells (:mod:`rwkv_rev.cells.contract`): plain and
 differentiable, exact without graph, and with graph from an exact state before or after the chunk.
@@ -215,18 +215,24 @@ def checksums(stream: Stream) -> Tensor:
 
 
 class Block(ResidualBlock):
-    """Layer ``layer`` of an RWKV model; its cells are (time mix, channel mix)."""
+    """Layer ``layer`` of a model: the cells of its architecture, behind the norms ``ln1``, ``ln2`` and so on.
+
+    Attributes:
+        names: (norm, cell), of the attributes that hold them.
+    """
 
     def __init__(self, config: "RwkvRevConfig", layer: int = 0) -> None:
         super().__init__()
-        size, eps = config.hidden_size, config.layer_norm_epsilon
-        self.ln1 = nn.LayerNorm(size, eps=eps)
-        self.ln2 = nn.LayerNorm(size, eps=eps)
-        self.time_mix, self.channel_mix = config.architecture.cells(config)
-        self.time_mix.layer = self.channel_mix.layer = layer
+        cells = config.architecture.cells(config, layer)
+        self.names = [(f"ln{number}", name) for number, name in enumerate(cells, 1)]
+        for norm, _ in self.names:
+            self.add_module(norm, nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon))
+        for name, cell in cells.items():
+            cell.layer = layer
+            self.add_module(name, cell)
 
     def parts(self) -> list[tuple[nn.Module, ReversibleCell]]:
-        return [(self.ln1, self.time_mix), (self.ln2, self.channel_mix)]
+        return [(getattr(self, norm), getattr(self, cell)) for norm, cell in self.names]
 
 
 def flat(states: FloatStates) -> list[Tensor]:

@@ -38,7 +38,7 @@ class ShiftedState(NamedTuple):
     """Values of the state: shift [B, D], the last valid token's input, and memory (its shape is the cell's) or None."""
 
     shift: Tensor
-    memory: Tensor | None
+    memory: Tensor | None = None
 
 
 @dataclass(frozen=True)

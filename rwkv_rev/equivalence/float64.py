@@ -5,15 +5,17 @@ the models; a difference that is there in float32 only is rounding. Memory: one 
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from rwkv_rev.cells.contract import residual
 from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.equivalence.logits import PIECE
 from rwkv_rev.modeling import RwkvRevForCausalLM
-from rwkv_rev.state import RwkvRevState
+from rwkv_rev.state import ModelState
 
 
 @torch.no_grad()
@@ -35,24 +37,25 @@ def float64_streams(
 
     x = call("model.ln0", stored.tensor("model.embeddings.weight")[tokens].double()[None])  # [1, T, D]
     yield "ln0", _row(x)
-    state = RwkvRevState.empty(model.config, 1, dtype=torch.float64)
+    state = ModelState.empty(model.config, 1, dtype=torch.float64)
+    if model.config.has_initial_state:
+        tuned = [stored.tensor(f"model.initial_wkv.{i}").double()[None] for i in range(len(model.blocks))]
+        state = replace(state, **{model.config.architecture.memory: torch.stack(tuned)})
     for i, block in enumerate(model.blocks):
-        time, channel = state.layer(i)
-        if model.config.has_initial_state:
-            time = time._replace(memory=stored.tensor(f"model.initial_wkv.{i}").double()[None])
         between: list[Tensor] = []
 
         def keep(module: nn.Module, arguments: tuple[Tensor, ...], into: list[Tensor] = between) -> None:
             into.append(arguments[0])
 
-        handle = block.ln2.register_forward_pre_hook(keep)
+        handles = [norm.register_forward_pre_hook(keep) for norm, _ in block.parts()[1:]]
         try:
-            x, _ = call(f"model.blocks.{i}", x, (time, channel))  # type: ignore[misc]
+            x, _ = call(f"model.blocks.{i}", x, state.layer(i))  # type: ignore[misc]
         finally:
-            handle.remove()
-        yield f"blocks.{i}.time_mix", _row(between[0])
-        yield f"blocks.{i}.channel_mix", _row(x)
-    yield "ln_out", _row(call("model.ln_out", x))
+            for handle in handles:
+                handle.remove()
+        for (_, cell), stream in zip(block.names, [*between, residual(x)], strict=True):  # type: ignore[arg-type]
+            yield f"blocks.{i}.{cell}", _row(stream)
+    yield "ln_out", _row(call("model.ln_out", residual(x)))  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from rwkv_rev.equivalence.reversal import chunk_for
 from rwkv_rev.equivalence.tolerance import NOISE_FACTOR
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.modeling import RwkvRevForCausalLM
-from rwkv_rev.state import RwkvRevState
+from rwkv_rev.state import ModelState
 from rwkv_rev.tables import aligned, wrapped
 from rwkv_rev.wkv import use_kernel
 
@@ -248,13 +248,12 @@ def group_of(name: str) -> str:
 
 
 def _gradients(
-    model: RwkvRevForCausalLM, ids: Tensor, state: RwkvRevState, arriving: RwkvRevState
+    model: RwkvRevForCausalLM, ids: Tensor, state: ModelState, arriving: ModelState
 ) -> tuple[float, dict[str, Tensor]]:
     """The loss, and the gradient by every parameter and by the initial state, under the model's setting."""
-    names = ("time_shift", "channel_shift", "wkv")
-    start = RwkvRevState(*(tensor.detach().requires_grad_() for tensor in state.tensors()))
+    start = state.each(lambda tensor: tensor.detach().requires_grad_())
     leaves: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    leaves |= {f"state.{name}": tensor for name, tensor in zip(names, start.tensors(), strict=True)}
+    leaves |= {f"state.{name}": tensor for name, tensor in zip(start.names(), start.tensors(), strict=True)}
     with torch.enable_grad():
         loss = model(input_ids=ids[None], labels=ids[None], state=start, final_state_gradient=arriving).loss
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
@@ -265,7 +264,7 @@ def _gradients(
 
 
 def _reference(
-    model: RwkvRevForCausalLM, ids: Tensor, state: RwkvRevState, arriving: RwkvRevState
+    model: RwkvRevForCausalLM, ids: Tensor, state: ModelState, arriving: ModelState
 ) -> dict[str, Tensor]:
     """Gradients of the float64 model through the naive scan."""
     with use_kernel("naive"), model.set_bptt("full"):
@@ -275,8 +274,8 @@ def _reference(
 def _float64_gradients(
     model: RwkvRevForCausalLM,
     ids: Tensor,
-    state: RwkvRevState,
-    arriving: RwkvRevState,
+    state: ModelState,
+    arriving: ModelState,
     *,
     recomputed: bool = False,
 ) -> dict[str, Tensor]:
@@ -288,18 +287,17 @@ def _float64_gradients(
     return _gradients(
         wide,
         ids,
-        RwkvRevState(*(tensor.double() for tensor in state.tensors())),
-        RwkvRevState(*(tensor.double() for tensor in arriving.tensors())),
+        state.each(Tensor.double),
+        arriving.each(Tensor.double),
     )[1]
 
 
-def _some_gradient(state: RwkvRevState) -> RwkvRevState:
+def _some_gradient(state: ModelState) -> ModelState:
     """A gradient for the final state, random from a fixed seed, whose inner product with it is of order one."""
     generator = torch.Generator().manual_seed(0)
-    return RwkvRevState(
-        *(
+    return state.each(
+        lambda tensor: (
             torch.randn(tensor.shape, generator=generator).to(tensor) / tensor.norm().clamp(min=1e-30)
-            for tensor in state.tensors()
         )
     )
 

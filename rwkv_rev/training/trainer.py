@@ -35,7 +35,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from rwkv_rev.errors import CheckpointError
-from rwkv_rev.state import RwkvRevState
+from rwkv_rev.state import ModelState
 from rwkv_rev.training.batches import BatchOrder, RowLoader
 from rwkv_rev.training.checkpoints import RUN_NAME, checkpoints, discard, seal, step_of
 from rwkv_rev.training.config import FinetuneConfig
@@ -86,7 +86,7 @@ class RwkvRevTrainer(Trainer):
         self.run = config
         self.identity = identity
         self.held_out = held_out
-        self.carried: RwkvRevState | None = None
+        self.carried: ModelState | None = None
         self.report: dict[str, Any] = {}
         self.tokens = 0  # of all processes, in this run of the program
         self._since = (time.perf_counter(), 0)
@@ -152,7 +152,7 @@ class RwkvRevTrainer(Trainer):
         )  # gradients are averaged over processes, the loss is already divided
         return (loss, output) if return_outputs else loss
 
-    def _start(self, continues: Tensor) -> RwkvRevState:
+    def _start(self, continues: Tensor) -> ModelState:
         """The state each slot begins with: carried where its row continues a document, else initial."""
         fresh = language_model(self.model).initial_state(len(continues))
         if self.carried is None:
@@ -161,7 +161,7 @@ class RwkvRevTrainer(Trainer):
             torch.where(continues.view(1, -1, *[1] * (new.dim() - 2)), old.to(new.device), new)
             for old, new in zip(self.carried.tensors(), fresh.tensors(), strict=True)
         ]
-        return RwkvRevState(*chosen)
+        return type(fresh)(*chosen)
 
     def _note(self, report: dict[str, Any]) -> None:
         tape = max(int(report.get("tape_bytes", 0)), int(self.report.get("tape_bytes", 0)))
@@ -284,8 +284,8 @@ class RwkvRevTrainer(Trainer):
     def _save_ours(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if self.carried is not None:
-            names = ("time_shift", "channel_shift", "wkv")
-            tensors = {n: t.cpu().contiguous() for n, t in zip(names, self.carried.tensors(), strict=True)}
+            named = zip(self.carried.names(), self.carried.tensors(), strict=True)
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in named}
             save_file(tensors, folder / CARRIED_NAME.format(rank=self.args.process_index))
         if self.args.should_save:
             run = {
@@ -322,7 +322,8 @@ class RwkvRevTrainer(Trainer):
                     f"{folder} has no carried state of process {self.args.process_index}; "
                     "resume with as many processes as it was saved by"
                 )
-            self.carried = RwkvRevState(**load_file(path, device=str(self.args.device)))
+            kind = language_model(self.model).config.architecture.state_kind
+            self.carried = kind(**load_file(path, device=str(self.args.device)))
 
     def _barrier(self) -> None:
         if self.args.world_size > 1:

@@ -100,7 +100,7 @@ def count_trained(
     if config.tune == "full":
         return sum(sizes.values())
     if config.tune == "state":
-        return model.num_hidden_layers * math.prod(model.architecture.state_shape(model))
+        return model.num_hidden_layers * math.prod(model.architecture.memory_shape(model))
     found = 0
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
