@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 COMMANDS = (
     ("inspect", "Show version, sizes, tokenizer and forgetting of a checkpoint."),
     ("convert", "Rewrite a checkpoint as a verified Hugging Face model folder."),
+    ("init", "Make a freshly initialised model, to be trained from scratch."),
     ("verify", "Prove that a converted model computes what its original computes."),
     ("export", "Write a converted model back in the original layouts, bit for bit."),
     ("publish", "Upload a model folder to the Hub, without the paths of this machine."),

@@ -143,17 +143,14 @@ def _print(result: "Conversion") -> None:
     if result.config is not None:
         config = result.config
         fields: dict[str, object] = {
-            "version": f"RWKV-{config.rwkv_version}",
+            "version": config.architecture.called,
             "layers": config.num_hidden_layers,
             "width": config.hidden_size,
             "channel mix width": config.intermediate_size,
             "vocabulary": config.vocab_size,
             "dtype": str(config.dtype).removeprefix("torch."),
         }
-        if config.architecture.has_heads:
-            fields["heads"] = f"{config.num_attention_heads} of size {config.head_size}"
-            fields["GroupNorm eps"] = f"{config.group_norm_epsilon:g}"
-        out.print_fields("Config", fields)
+        out.print_fields("Config", fields | config.architecture.facts(config))
     if result.verification is not None:
         with of_width(out.width()):
             out.print_text("\n" + str(result.verification.table()))

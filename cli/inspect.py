@@ -91,6 +91,10 @@ def inspect(
             chunk_length=chunk_length,
             fused=on_gpu,
         )
+    if numerics and not found.log_decays:
+        raise RwkvRevError(
+            f"--numerics is about decays that are constants: {found.fields()['version']} has none"
+        )
     if numerics:
         from rwkv_rev.numerics import format_limits
 
@@ -105,11 +109,12 @@ def inspect(
         return
     output.print_fields(found.source, found.fields())
     output.print_text("")
-    output.print_table(
-        "Bits forgotten per step and state element",
-        ["layer", *(f">{name}" for name in found.quantile_names)],
-        [[layer, *(f"{bits:.3g}" for bits in row)] for layer, row in enumerate(found.bits_forgotten)],
-    )
+    if found.bits_forgotten:
+        output.print_table(
+            "Bits forgotten per step and state element",
+            ["layer", *(f">{name}" for name in found.quantile_names)],
+            [[layer, *(f"{bits:.3g}" for bits in row)] for layer, row in enumerate(found.bits_forgotten)],
+        )
     size = output.human_bytes
     if forecasts is not None:
         chunk = min(chunk_length, context_length or 1)

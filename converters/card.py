@@ -29,7 +29,7 @@ def model_card(
     header: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["rwkv", f"rwkv-{config.rwkv_version}", "rwkv-rev", "reversible"],
+        "tags": [*_tags(config), "rwkv-rev", "reversible"],
     }
     if _is_hub(record):
         header["base_model"] = record["source"]
@@ -42,12 +42,29 @@ def model_card(
     sections = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         title,
-        f"RWKV-{config.rwkv_version} weights of {plain(name)} in the form that rwkv-rev runs and trains as "
+        f"{config.architecture.called} weights of {plain(name)} in the form that rwkv-rev runs and trains as "
         f"time-reversible cells. {values}",
         _usage(),
         "## Source\n\n" + _table(("field", "value"), _provenance(record)),
         "## Architecture\n\n" + _table(("field", "value"), _architecture(config)),
         last,
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def fresh_card(config: RwkvRevConfig, name: str, record: dict[str, Any]) -> str:
+    """Markdown of the card of a model that was initialised and not trained; ``name`` is its folder's."""
+    header = {"library_name": "transformers", "tags": [*_tags(config), "rwkv-rev", "reversible"]}
+    versions = [(f"{package} version", version) for package, version in record["versions"].items()]
+    made = [("seed", record["initialised"]["seed"]), *versions]
+    sections = [
+        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
+        f"# {plain(name)}, untrained",
+        f"A freshly initialised model of {config.architecture.called}, to be trained by `rwkv-rev finetune`: its "
+        "output is noise.",
+        _usage(),
+        "## Initialisation\n\n" + _table(("field", "value"), made),
+        "## Architecture\n\n" + _table(("field", "value"), _architecture(config)),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -61,6 +78,11 @@ def _usage() -> str:
         'tokenizer = AutoTokenizer.from_pretrained("PATH")\n'
         "```"
     )
+
+
+def _tags(config: RwkvRevConfig) -> list[str]:
+    known = config.architecture
+    return ["rwkv", f"rwkv-{known.version}"] if known.layouts else [known.version]
 
 
 def _is_hub(record: dict[str, Any]) -> bool:
@@ -92,13 +114,11 @@ def _provenance(record: dict[str, Any]) -> list[tuple[str, object]]:
 
 def _architecture(config: RwkvRevConfig) -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = [
-        ("version", f"RWKV-{config.rwkv_version}"),
+        ("version", config.architecture.called),
         ("layers", config.num_hidden_layers),
         ("width", config.hidden_size),
     ]
-    if config.architecture.has_heads:
-        rows.append(("heads", f"{config.num_attention_heads} of {config.head_size}"))
-        rows.append(("GroupNorm eps", config.group_norm_epsilon))
+    rows += config.architecture.facts(config).items()
     rows.append(("channel mix width", config.intermediate_size))
     rows.append(("vocabulary", config.vocab_size))
     rows.append(("stored dtype", _name(_dtype(config))))

@@ -30,6 +30,7 @@ _RECORD: dict[str, type | tuple[type, ...]] = {
     "dtypes": dict,
     "versions": dict,
     "finetuned": list,
+    "initialised": dict,
 }
 """Types of what ``conversion.json`` holds and is read back."""
 
@@ -102,9 +103,7 @@ class ConvertedModel:
                 f"{self.directory} holds {len(self.names())} tensors, too few for the {layers} layers "
                 "of its config.json"
             )
-        expected = {
-            row.name: row.shape for row in tensor_table(self.config, self.config.architecture.own_layout)
-        }
+        expected = {row.name: row.shape for row in tensor_table(self.config)}
         stored = set(self.names())
         if missing := [name for name in expected if self._stored(name) not in stored]:
             raise CheckpointError(f"{self.directory} lacks {some(missing)}, which its config.json asks for")

@@ -105,6 +105,11 @@ def export(
                 "the hf layout has no place for a tuned initial state; export with --to blinkdl instead"
             )
         architecture = model.config.architecture
+        if not architecture.layouts:
+            raise OutputError(
+                f"no other tool reads models of {architecture.called}: {directory} is its only form, which "
+                "transformers loads after import rwkv_rev"
+            )
         layout = architecture.own_layout if to == "blinkdl" else architecture.hub_layout
         table = _as_stored(tensor_table(model.config, layout), layout, model.record)
         nbytes = sum(model.nbytes(row.name) for row in table)

@@ -37,8 +37,8 @@ class Inspection:
     """Facts about a checkpoint; ``bits_forgotten[layer][i]``, bits per step, is ``quantile_names[i]``.
 
     ``notes`` say what people should know of how it was read. ``config`` and ``log_decays`` (per layer log w, float32,
-    as stored) are for further calculations (:mod:`rwkv_rev.forecast`, :mod:`rwkv_rev.numerics`) and no part of
-    :meth:`to_dict`.
+    as stored; none where a memory's decay is no constant) are for further calculations (:mod:`rwkv_rev.forecast`,
+    :mod:`rwkv_rev.numerics`) and no part of :meth:`to_dict`.
     """
 
     source: str
@@ -66,21 +66,24 @@ class Inspection:
             f.name: getattr(self, f.name) for f in fields_of(self) if f.name not in ("config", "log_decays")
         }
         values["dtypes"], values["notes"] = dict(self.dtypes), list(self.notes)
+        if own := self.config.architecture.fields:
+            values["fields"] = {name: getattr(self.config, name) for name in own}
         names = values.pop("quantile_names")
         rows = values.pop("bits_forgotten")
         return values | {"bits_forgotten_per_step": [dict(zip(names, row, strict=True)) for row in rows]}
 
     def fields(self) -> dict[str, object]:
         """Names and values for people."""
-        heads = (
-            {"heads": f"{self.heads} of size {self.head_size}"} if self.config.architecture.has_heads else {}
-        )
+        architecture = self.config.architecture
+        own = {name.replace("_", " "): getattr(self.config, name) for name in architecture.fields}
+        heads = {"heads": f"{self.heads} of size {self.head_size}"} if architecture.has_heads else {}
         return {
-            "version": f"RWKV-{self.version}",
+            "version": architecture.called,
             "layout": self.layout,
             "layers": self.layers,
             "width": self.width,
             **heads,
+            **own,
             "channel mix width": self.channel_mix_width,
             "vocabulary": self.vocabulary,
             "tokenizer": self.tokenizer,
@@ -141,9 +144,10 @@ def _inspection(
     def read(layer: int, name: str) -> torch.Tensor:
         return checkpoint.tensor(stored[f"model.blocks.{layer}.{name}"])
 
-    log_decays = tuple(
-        config.architecture.log_decay(partial(read, layer)) for layer in range(config.num_hidden_layers)
-    )
+    log_decay = config.architecture.log_decay
+    log_decays: tuple[torch.Tensor, ...] = ()
+    if log_decay is not None:
+        log_decays = tuple(log_decay(partial(read, layer)) for layer in range(config.num_hidden_layers))
     return Inspection(
         source=source,
         layout=layout,

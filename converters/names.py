@@ -12,8 +12,11 @@ Which names there are each generation says itself (:mod:`rwkv_rev.architectures`
 
 from dataclasses import dataclass
 
+import torch
+
 from rwkv_rev.architectures.architecture import Row
 from rwkv_rev.architectures.registry import generations
+from rwkv_rev.cells.block import Block
 from rwkv_rev.configuration import RwkvRevConfig
 
 
@@ -42,16 +45,21 @@ class TensorNames:
     transposed: bool = False
 
 
-def tensor_table(config: RwkvRevConfig, layout: str) -> tuple[TensorNames, ...]:
+def tensor_table(config: RwkvRevConfig, layout: str | None = None) -> tuple[TensorNames, ...]:
     """Every tensor of a model, in the order of the original trainer, with its name and shape in ``layout``.
+
+    None is the original trainer's own, or where there is no other tool, ours.
 
     Raises:
         ValueError: if ``layout`` cannot hold the version (``transformers`` is RWKV-4 only, ``v5-hub`` RWKV-5
             only).
     """
+    architecture = config.architecture
+    if layout is None and not architecture.layouts:
+        return _own_table(config)
+    layout = architecture.own_layout if layout is None else layout
     if layout not in layouts():
         raise ValueError(f"layout {layout!r} must be one of {', '.join(layouts())}")
-    architecture = config.architecture
     column = architecture.column(layout)
     table: list[TensorNames] = []
 
@@ -84,3 +92,17 @@ def tensor_table(config: RwkvRevConfig, layout: str) -> tuple[TensorNames, ...]:
     for row in architecture.after:
         add(row)
     return tuple(table)
+
+
+def _own_table(config: RwkvRevConfig) -> tuple[TensorNames, ...]:
+    """Of an architecture that no other tool has: what its blocks hold, and what is around them."""
+    architecture = config.architecture
+    shapes = {row.ours: architecture.shape(row.shape, config) for row in architecture.outside}
+    for i in range(config.num_hidden_layers):
+        with torch.device("meta"):
+            block = Block(config, i)
+        shapes |= {f"model.blocks.{i}.{name}": tuple(p.shape) for name, p in block.named_parameters()}
+        if config.has_initial_state:
+            shapes[f"model.initial_wkv.{i}"] = architecture.memory_shape(config)
+    shapes |= {row.ours: architecture.shape(row.shape, config) for row in architecture.after}
+    return tuple(TensorNames(name, shape, name, shape) for name, shape in shapes.items())

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rwkv_rev.errors import VerificationFailed as VerificationFailed
     from rwkv_rev.folders.publish import publish as publish
     from rwkv_rev.foreign_code import position_wise as position_wise
+    from rwkv_rev.fresh import init as init
     from rwkv_rev.modeling import RwkvRevForCausalLM as RwkvRevForCausalLM
     from rwkv_rev.state import RwkvRevState as RwkvRevState
     from rwkv_rev.training.evaluate import evaluate_directory as evaluate  # noqa: F401
@@ -60,6 +61,7 @@ _PLACES = {
     "export": ("rwkv_rev.converters.export", "export"),
     "finetune": ("rwkv_rev.training.finetune", "finetune"),
     "generate": ("rwkv_rev.continuation", "generate"),
+    "init": ("rwkv_rev.fresh", "init"),
     "inspect": ("rwkv_rev.converters.inspection", "inspect_source"),
     "position_wise": ("rwkv_rev.foreign_code", "position_wise"),
     "publish": ("rwkv_rev.folders.publish", "publish"),

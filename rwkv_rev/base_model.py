@@ -51,13 +51,11 @@ class RwkvRevPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012 (declared so by the base class)
-    # decays act through a double exponential: half precision would change them
-    _keep_in_fp32_modules_strict = ["time_decay", "bonus"]  # noqa: RUF012
 
     def post_init(self) -> None:
         """Called when all modules are there: those that loading keeps in float32 are made so in the first place."""
-        if self.config.has_initial_state:
-            self._keep_in_fp32_modules_strict = [*self._keep_in_fp32_modules_strict, "initial_wkv"]
+        tuned = ("initial_wkv",) if self.config.has_initial_state else ()
+        self._keep_in_fp32_modules_strict = [*self.config.architecture.float32, *tuned]
         for name, parameter in self.named_parameters():
             narrow = parameter.dtype in (torch.float16, torch.bfloat16)
             if narrow and not set(self._keep_in_fp32_modules_strict).isdisjoint(name.split(".")):

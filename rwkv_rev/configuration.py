@@ -34,13 +34,14 @@ class RwkvRevConfig(PreTrainedConfig):
     Further arguments are those that the architecture declares.
 
     Args:
-        rwkv_version: generation of the time mix.
+        rwkv_version: the architecture's name: a generation of RWKV, or another of
+            :data:`~rwkv_rev.architectures.registry.ARCHITECTURES`.
         vocab_size: V, entries of the vocabulary.
         hidden_size: D, width of the residual stream.
         num_hidden_layers: L, blocks.
         num_attention_heads: H, heads of the RWKV-5 time mix; 1 for RWKV-4, which has none.
         head_size: N, so that ``D = H * N``; D for RWKV-4.
-        intermediate_size: F, width of the channel mix.
+        intermediate_size: F, width of the channel mix, or of what another architecture has in its place.
         layer_norm_epsilon: eps of every LayerNorm.
         group_norm_epsilon: eps of the GroupNorm after the RWKV-5 recurrence. Published models divide by
             ``head_size_divisor = 8`` before a GroupNorm of eps 1e-5, which is 64e-5 without the division.
@@ -80,7 +81,7 @@ class RwkvRevConfig(PreTrainedConfig):
             )
         if self.has_initial_state and not self.architecture.tunes_state:
             raise ValueError(
-                f"has_initial_state = True needs {with_tuned_state()}: RWKV-{self.rwkv_version} has no state of "
+                f"has_initial_state = True needs {with_tuned_state()}: {self.architecture.called} has no state of "
                 "matrices"
             )
         self._take_own(kwargs)

@@ -102,7 +102,7 @@ def forecast_memory(
 
     Args:
         config: of the model.
-        log_decays: per layer log w, of the stored shape.
+        log_decays: per layer log w, of the stored shape; empty where a decay is no constant.
         parameters: number of weights.
         context_length: T, tokens.
         batch_size: B, rows.
@@ -227,8 +227,11 @@ def _record_bytes(
     """What one chunk puts on the tape: tensors of all layers, each rounded up to the tape's alignment."""
     cost, shift = config.architecture.cost, NUMBER * batch * config.hidden_size
     total = 0
-    for log_decay in log_decays:
+    layers: Sequence[Tensor | None] = log_decays or [None] * config.num_hidden_layers
+    for log_decay in layers:
         whole = name == "checkpoint"
         memory = cost.whole(config, batch) if whole else cost.remnant(config, log_decay, batch, length)
-        total += sum(math.ceil(nbytes / ALIGNMENT) * ALIGNMENT for nbytes in (shift, shift, *memory))
+        total += sum(
+            math.ceil(nbytes / ALIGNMENT) * ALIGNMENT for nbytes in (*[shift] * cost.shifts, *memory)
+        )
     return total

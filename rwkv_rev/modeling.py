@@ -121,7 +121,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
             ValueError: for a generation whose initial state cannot be tuned.
         """
         if not self.config.architecture.tunes_state:
-            raise ValueError(f"RWKV-{self.config.rwkv_version} has no state of matrices to tune")
+            raise ValueError(f"{self.config.architecture.called} has no state of matrices to tune")
         if self.model.initial_wkv is None:
             weight = self.model.ln0.weight
             self.model.initial_wkv = initial_states(self.config).to(weight.device, wide(weight.dtype))

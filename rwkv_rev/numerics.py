@@ -51,7 +51,7 @@ def bits_forgotten_per_step(log_decay: Tensor) -> Tensor:
     Returns:
         Same shape, float64, in bits per step (0 keeps everything).
     """
-    return -log_decay.double() / math.log(2.0)
+    return -log_decay.double() / math.log(2.0) + 0.0  # 0, not -0
 
 
 def bits_forgotten(log_decay: Tensor, length: int) -> Tensor:

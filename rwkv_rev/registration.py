@@ -81,31 +81,35 @@ def register_tokenizers() -> None:
 
 
 def register_target_modules() -> None:
-    """Let peft know which layers its methods adapt unless ``target_modules`` says so: the linear maps of both cells.
+    """Let peft know which layers its methods adapt unless ``target_modules`` says so: what the architectures name.
 
-    Methods that need maps of one shape get those that map D to D.
+    peft looks them up by the kind of the configuration, which is the same for all of these.
     """
     from rwkv_rev.architectures.registry import architectures
 
-    maps = list(dict.fromkeys(target for known in architectures() for target in known.lora_targets))
+    known = architectures()
+
+    def of_all(*each: tuple[str, ...]) -> list[str]:
+        return list(dict.fromkeys(target for targets in each for target in targets))
+
     constants = sys.modules[_TARGETS]
     for name, targets in vars(constants).items():
         method = name.removeprefix("TRANSFORMERS_MODELS_TO_").removesuffix("_TARGET_MODULES_MAPPING")
         if not isinstance(targets, dict) or f"TRANSFORMERS_MODELS_TO_{method}_TARGET_MODULES_MAPPING" != name:
             continue
         if method == "LNTUNING":
-            layers = ["ln1", "ln2"]
+            layers = of_all(*(one.targets.norms for one in known))
         elif method in ("VERA", "PVERA", "FROD"):
-            layers = ["receptance", "output"]
+            layers = of_all(*(one.targets.square for one in known))
         elif method == "BEFT":  # of biases, which there are none of
             continue
         elif method == "IA3":  # keys, values, and what goes into the map out of the channel mix
-            layers = ["time_mix.key", "time_mix.value", "channel_mix.value"]
+            layers = of_all(*(one.targets.scaled for one in known))
         else:
-            layers = list(maps)
+            layers = of_all(*(one.lora_targets for one in known))
         targets.setdefault(MODEL_TYPE, layers)
     feedforward = getattr(constants, "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING", {})
-    feedforward.setdefault(MODEL_TYPE, ["channel_mix.value"])
+    feedforward.setdefault(MODEL_TYPE, of_all(*(one.targets.scaled_inputs for one in known)))
 
 
 class _RegisterAfterImport(MetaPathFinder):

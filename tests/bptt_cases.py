@@ -93,13 +93,13 @@ def random_state(
     tokens = random_tokens(23, batch, model.config.vocab_size, seed)
     with torch.no_grad():
         state = model(tokens).state
-    return RwkvRevState(*(tensor.detach().clone().requires_grad_(learned) for tensor in state.tensors()))
+    return state.each(lambda tensor: tensor.detach().clone().requires_grad_(learned))
 
 
 def random_like(state: RwkvRevState, seed: int = 3) -> RwkvRevState:
     """Random values in the shapes of ``state``."""
     generator = torch.Generator().manual_seed(seed)
-    return RwkvRevState(*(torch.randn(t.shape, generator=generator).to(t.dtype) for t in state.tensors()))
+    return state.each(lambda t: torch.randn(t.shape, generator=generator).to(t.dtype))
 
 
 @dataclass

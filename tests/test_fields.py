@@ -19,7 +19,7 @@ SIZES: dict[str, Any] = {
     "hidden_size": 24,
     "num_hidden_layers": 3,
     "vocab_size": 40,
-    **TOY.published_sizes(24),
+    **TOY.sizes(24),
 }
 
 

@@ -3,8 +3,7 @@
 Plain linear attention, ``y_t = q_t (S + sum_{j<=t} k_j^T v_j)``: its memory only adds, so nothing of it is forgotten.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,42 +17,19 @@ from rwkv_rev.bptt.layers import run_layers
 from rwkv_rev.bptt.strategy import LossInputs
 from rwkv_rev.cells.block import ResidualBlock
 from rwkv_rev.cells.contract import Advanced, Replay, ReversibleCell, leaves
+from rwkv_rev.cells.exact_sums import ExactSums
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.errors import ReversalMismatchError
 from rwkv_rev.loss import next_token_targets
 from rwkv_rev.reversal.additive import Additive, NoRemnant
 from rwkv_rev.reversal.fingerprint import checksum
+from rwkv_rev.state import ModelState
 
 SIZE, LAYERS, CHUNK = 16, 3, 8
 
 
 class SumValues(NamedTuple):
     memory: Tensor
-
-
-@dataclass(frozen=True)
-class ExactSum:
-    memory: Additive
-
-    def tensors(self) -> list[Tensor]:
-        return self.memory.tensors()
-
-    def computed(self) -> list[Tensor]:
-        return self.memory.computed()
-
-    def like(self, tensors: list[Tensor]) -> "ExactSum":
-        return ExactSum(self.memory.like(tensors))
-
-    of_computed = like
-
-    def fingerprint(self) -> Tensor:
-        return self.memory.fingerprint()
-
-    def coarse(self) -> Tensor:
-        return self.memory.coarse()
-
-    def remnant(self, tensors: list[Tensor]) -> NoRemnant:
-        return NoRemnant()
 
 
 @position_wise
@@ -67,11 +43,11 @@ class SumCell(ReversibleCell):
     def plan(self, length: int) -> None:
         return None
 
-    def exact(self, state: SumValues) -> ExactSum:
-        return ExactSum(Additive.of(state.memory, bits=64, exponent=-30))
+    def exact(self, state: SumValues) -> ExactSums:
+        return ExactSums((Additive.of(state.memory, bits=64, exponent=-30),))
 
-    def values(self, state: ExactSum) -> SumValues:
-        return SumValues(state.memory.value(self.query.weight.dtype))
+    def values(self, state: ExactSums) -> SumValues:
+        return SumValues(state.memories[0].value(self.query.weight.dtype))
 
     def step(self, state: SumValues, x: Tensor, mask: ChunkMask | None = None) -> tuple[Tensor, SumValues]:
         key, value = self.pair(x, mask)
@@ -86,16 +62,16 @@ class SumCell(ReversibleCell):
 
     @torch.no_grad()
     def advance(
-        self, state: ExactSum, x: Tensor, mask: Any = None, plan: Any = None, *, output: bool = True
+        self, state: ExactSums, x: Tensor, mask: Any = None, plan: Any = None, *, output: bool = True
     ) -> Advanced:
         out, _ = self.step(self.values(state), x, mask)
         key, value = self.pair(x, mask)
         update = key.mT @ value
-        after, remnant = state.memory.advance(update)
-        return Advanced(ExactSum(after), out, remnant, checksum(update)[None])
+        after, remnant = state.memories[0].advance(update)
+        return Advanced(ExactSums((after,)), out, remnant, checksum(update)[None])
 
     def replay(
-        self, state: ExactSum, x: Tensor, mask: Any = None, plan: Any = None, after: Any = None
+        self, state: ExactSums, x: Tensor, mask: Any = None, plan: Any = None, after: Any = None
     ) -> Replay:
         start = leaves(self.values(state))
         out, end = self.step(start, x, mask)
@@ -104,15 +80,15 @@ class SumCell(ReversibleCell):
             update = key.mT @ value
             same = None
             if after is not None:
-                same = (state.memory.advance(update)[0].fingerprint() == after.fingerprint()).all()
+                same = (state.memories[0].advance(update)[0].fingerprint() == after.fingerprint()).all()
         return Replay(state, out, start, end, checksum(update)[None], same)
 
     def retreat(
-        self, state: ExactSum, x: Tensor, mask: Any, remnant: NoRemnant, plan: Any = None, after: Any = None
+        self, state: ExactSums, x: Tensor, mask: Any, remnant: NoRemnant, plan: Any = None, after: Any = None
     ) -> Replay:
         with torch.no_grad():
             key, value = self.pair(x, mask)
-            before = ExactSum(state.memory.retreat(key.mT @ value))
+            before = ExactSums((state.memories[0].retreat(key.mT @ value),))
         return self.replay(before, x, mask, plan, after)
 
 
@@ -127,25 +103,10 @@ class SumBlock(ResidualBlock):
 
 
 @dataclass(frozen=True)
-class SumState:
+class SumState(ModelState):
     memory: Tensor  # [L, B, N, N]
 
-    def layer(self, index: int) -> tuple[SumValues]:
-        return (SumValues(self.memory[index]),)
-
-    @classmethod
-    def stack(cls, layers: Sequence[tuple[SumValues]]) -> "SumState":
-        return cls(torch.stack([values.memory for (values,) in layers]))
-
-    @classmethod
-    def like(cls, layers: list[list[Tensor]]) -> "SumState":
-        return cls(torch.stack([memory for (memory,) in layers]))
-
-    def tensors(self) -> list[Tensor]:
-        return [getattr(self, field.name) for field in fields(self)]
-
-    def detach(self) -> "SumState":
-        return SumState(self.memory.detach())
+    cells = ((SumValues, ("memory",)),)
 
 
 class SumModel(nn.Module):

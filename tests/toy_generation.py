@@ -96,13 +96,12 @@ def _rows(*names: tuple[str, str, str]) -> tuple[Row, ...]:
 
 TOY = Architecture(
     version="toy",
-    has_heads=False,
     state_kind=RwkvRevState,
     state=classic.SHIFTS | {"wkv": Part("D", wide=True)},
     memory="wkv",
     keys="D",
     lora_targets=("key", "value"),
-    published_sizes=lambda width: {
+    sizes=lambda width: {
         "num_attention_heads": 1, "head_size": width, "intermediate_size": 2 * width,
     },
     cells=lambda config, layer: {
@@ -110,6 +109,7 @@ TOY = Architecture(
         "channel_mix": ChannelMix(config.hidden_size, config.intermediate_size),
     },
     initialization={TimeMixToy: _initialize, ChannelMix: classic.initialize_channel_mix},
+    tunes_state=True,
     log_decay=lambda read: torch.zeros(read("time_mix.mix").shape),
     layouts=(Layout("toy-pth", "", "blocks."), Layout("toy-hub", "rwkv.", "rwkv.blocks.")),
     outside=classic.OUTSIDE,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_rev.architectures.fields import Field
+from rwkv_rev.architectures.scan import Scan
 from rwkv_rev.cells.contract import ReversibleCell
 from rwkv_rev.state import ModelState
 
@@ -118,7 +119,8 @@ class Cost:
         states: numbers that the graph of a layer keeps of the recurrence's states, by (config, B, C, fused).
         whole: bytes of each tensor of a memory on the tape where it is kept whole, by (config, B).
         remnant: bytes of each tensor that one chunk puts there otherwise, fingerprints too but no token shifts, by
-            (config, log w of the stored shape, B, C).
+            (config, log w of the stored shape or None, B, C).
+        shifts: how many token shifts of D numbers it puts there besides.
     """
 
     vectors: int
@@ -126,79 +128,114 @@ class Cost:
     mixes: int
     states: Callable[["RwkvRevConfig", int, int, bool], int]
     whole: Callable[["RwkvRevConfig", int], list[int]]
-    remnant: Callable[["RwkvRevConfig", Tensor, int, int], list[int]]
+    remnant: Callable[["RwkvRevConfig", Tensor | None, int, int], list[int]]
+    shifts: int = 2
+
+
+OUTSIDE = (
+    Row("model.embeddings.weight", "V D"),
+    Row("model.ln0.weight", "D"),
+    Row("model.ln0.bias", "D"),
+)
+AFTER = (Row("model.ln_out.weight", "D"), Row("model.ln_out.bias", "D"), Row("head.weight", "V D"))
+
+
+@dataclass(frozen=True)
+class AdapterTargets:
+    """Which modules peft's methods adapt unless somebody says otherwise, by the last parts of their names.
+
+    Attributes:
+        square: linear maps of one shape, for methods that need that.
+        scaled: whose outputs are scaled (IA3). scaled_inputs: those of them whose inputs are.
+        norms: LayerNorms.
+    """
+
+    square: tuple[str, ...] = ()
+    scaled: tuple[str, ...] = ()
+    scaled_inputs: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ("ln1", "ln2")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One generation.
+    """A generation of RWKV, or another recurrent model.
 
     Attributes:
         version: its name, as ``RwkvRevConfig.rwkv_version`` has it.
-        has_heads: whether the memory is a matrix per head, with a GroupNorm behind it.
+        title: what people call it; RWKV and the version when None.
+        has_heads: whether the memory is a matrix per head. has_group_norm: whether there is a GroupNorm behind it.
         state_kind: of a model.
         state: the tensors of a layer's, by the names of ``state_kind``.
         memory: the name of that which the forecast counts and state tuning tunes.
         keys: letters of one token's keys, by which a kernel is chosen.
         lora_targets: last names of the linear maps that low-rank additions go to unless somebody says otherwise.
-        published_sizes: fields of the configuration that published models of width D have.
-
-        cells: of a block, by the names of its attributes, in the order in which they are computed; from the
-            configuration and the number of the layer.
-        initialization: what fills a cell by its class and the depth of its layer, for training from scratch.
-        log_decay: log w of the stored shape, float32, from what gives a tensor of a block by our name.
-
-        layouts: other tools'; the first is the trainer's own ``.pth``, the second that of Hugging Face repositories.
-        outside: tensors before the blocks.
-        block: tensors of every block, in the order of the original trainer.
-        after: tensors after the blocks.
+        targets: the same of other methods of peft.
+        float32: parameters that stay float32 in a model of half precision, by their last names.
+        sizes: fields of the configuration that models of width D have as a rule.
         fields: of the configuration, that other architectures do not have, by their names.
         letters: further ones, as :data:`LETTERS`.
         check: raises ValueError for a configuration whose fields do not fit each other.
 
+        cells: of a block, by the names of its attributes, in the order in which they are computed; from the
+            configuration and the number of the layer.
+        initialization: what fills a cell by its class and the depth of its layer, for training from scratch.
+        log_decay: log w of the stored shape, float32, from what gives a tensor of a block by our name; None for a
+            memory whose decay is no constant.
+        tunes_state: whether the initial :attr:`memory` can be tuned.
+        scan: the same model as a plain loop; None for that of RWKV-4 and 5.
+        cost: of training.
+
+        layouts: other tools'; the first is the trainer's own ``.pth``, the second that of Hugging Face repositories.
+            Without any, nothing can be converted or exported, and none of the following is needed.
+        outside: tensors before the blocks.
+        block: tensors of every block, in the order of the original trainer.
+        after: tensors after the blocks.
         initial_state: a tuned initial memory of each block, whose number its own name ends with; None where no other
-            tool reads one: then it cannot be tuned.
+            tool reads one.
         sign: our name of a tensor of blocks, which every file of this kind has.
         told_by: fields of the configuration that a file tells; None where it is of another kind, which may be an older
             one: generations are asked from the newest to the oldest. Raises ValueError where sizes do not fit.
         hub_config: what ``config.json`` of a Hugging Face repository says besides what all say.
         lost: what the first layout cannot say of a model, for people; None where nothing is lost.
-        cost: of training.
     """
 
     version: str
-    has_heads: bool
     state_kind: type[ModelState]
     state: Mapping[str, Part]
     memory: str
     keys: str
     lora_targets: tuple[str, ...]
-    published_sizes: Callable[[int], dict[str, Any]]
-
+    sizes: Callable[[int], dict[str, Any]]
     cells: Callable[["RwkvRevConfig", int], Mapping[str, ReversibleCell]]
     initialization: Mapping[type[nn.Module], Callable[[Any, "RwkvRevConfig"], None]]
-    log_decay: Callable[[Callable[[str], Tensor]], Tensor]
-
-    layouts: tuple[Layout, ...]
-    outside: tuple[Row, ...]
-    block: tuple[Row, ...]
-    after: tuple[Row, ...]
-    sign: str
-    told_by: Callable[[Stored], dict[str, Any] | None]
-    hub_config: Callable[["RwkvRevConfig"], dict[str, Any]]
     cost: Cost
 
+    title: str | None = None
+    has_heads: bool = False
+    has_group_norm: bool = False
+    targets: AdapterTargets = AdapterTargets()
+    float32: tuple[str, ...] = ()
     fields: Mapping[str, Field] = field(default_factory=dict)
     letters: Mapping[str, str] = field(default_factory=dict)
     check: Callable[["RwkvRevConfig"], None] = _nothing
+    log_decay: Callable[[Callable[[str], Tensor]], Tensor] | None = None
+    tunes_state: bool = False
+    scan: Callable[["RwkvRevConfig"], Scan] | None = None
 
+    layouts: tuple[Layout, ...] = ()
+    outside: tuple[Row, ...] = OUTSIDE
+    block: tuple[Row, ...] = ()
+    after: tuple[Row, ...] = AFTER
     initial_state: Row | None = None
+    sign: str = ""
+    told_by: Callable[[Stored], dict[str, Any] | None] = _nothing
+    hub_config: Callable[["RwkvRevConfig"], dict[str, Any]] = lambda config: {}
     lost: Callable[["RwkvRevConfig"], str | None] = _nothing
 
     @property
-    def tunes_state(self) -> bool:
-        """Whether the initial memory can be tuned."""
-        return self.initial_state is not None
+    def called(self) -> str:
+        """``RWKV-5.2``, or its title."""
+        return f"RWKV-{self.version}" if self.title is None else self.title
 
     @property
     def own_layout(self) -> str:
@@ -214,14 +251,22 @@ class Architecture:
         """The place of a layout in :attr:`Row.foreign`.
 
         Raises:
-            ValueError: if the generation has no such layout.
+            ValueError: if the architecture has no such layout.
         """
         names = [known.name for known in self.layouts]
         if layout not in names:
-            raise ValueError(
-                f"the layout {layout!r} does not exist for RWKV-{self.version}; use {self.hub_layout!r}"
-            )
+            instead = f"; use {self.hub_layout!r}" if names else ""
+            raise ValueError(f"the layout {layout!r} does not exist for {self.called}{instead}")
         return names.index(layout)
+
+    def facts(self, config: "RwkvRevConfig") -> dict[str, object]:
+        """What people are told of a configuration besides what all have."""
+        found: dict[str, object] = {}
+        if self.has_heads:
+            found["heads"] = f"{config.num_attention_heads} of size {config.head_size}"
+        if self.has_group_norm:
+            found["GroupNorm eps"] = f"{config.group_norm_epsilon:g}"
+        return found | {name.replace("_", " "): getattr(config, name) for name in self.fields}
 
     def shape(self, letters: str, config: "RwkvRevConfig") -> tuple[int, ...]:
         """The sizes that letters stand for."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import initialization as init
 
-from rwkv_rev.architectures.architecture import Part, Row
+from rwkv_rev.architectures.architecture import AdapterTargets, Part, Row
 from rwkv_rev.cells.channel_mix import ChannelMix
 from rwkv_rev.cells.time_mix_rwkv4 import TimeMixRwkv4
 from rwkv_rev.cells.time_mix_rwkv5 import TimeMixRwkv5
@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from rwkv_rev.configuration import RwkvRevConfig
 
 LORA_TARGETS = ("receptance", "key", "value", "gate", "output")
+TARGETS = AdapterTargets(
+    square=("receptance", "output"),
+    scaled=("time_mix.key", "time_mix.value", "channel_mix.value"),
+    scaled_inputs=("channel_mix.value",),
+)
+FLOAT32 = ("time_decay", "bonus")
+"""Decays act through a double exponential: half precision would change them."""
 SIGN = "time_mix.time_decay"
 MIX = "1 1 D"
 SHIFTS = {"time_shift": Part("D"), "channel_shift": Part("D")}

@@ -50,7 +50,8 @@ class Field:
             raise ValueError(
                 f"{name} = {shortened(repr(value))} must be one of {', '.join(map(str, self.among))}"
             )
-        if self.kind in (int, float) and not (math.isfinite(value) and self.least <= value <= self.most):
+        number: Any = value if self.kind in (int, float) else None
+        if number is not None and not (math.isfinite(number) and self.least <= number <= self.most):
             raise ValueError(f"{name} = {value} must be {self._range()}")
         return value
 

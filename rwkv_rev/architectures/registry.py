@@ -17,6 +17,7 @@ ARCHITECTURES: "dict[str, str | Architecture]" = {
     "5.0": "rwkv5.RWKV5_0",
     "5.1": "rwkv5.RWKV5_1",
     "5.2": "rwkv5.RWKV5_2",
+    "linear-attention": "linear_attention.LINEAR_ATTENTION",
 }
 """By the name that ``rwkv_version`` of a configuration has: the module of this package, and what it calls it. The
 generations of RWKV stand from the oldest to the newest."""

@@ -48,7 +48,7 @@ def _begin(memory: Tensor) -> None:
     memory[..., 2, :] = EMPTY_EXPONENT  # of (a, b, m)
 
 
-def _published_sizes(width: int) -> dict[str, Any]:
+def _sizes(width: int) -> dict[str, Any]:
     return {"num_attention_heads": 1, "head_size": width, "intermediate_size": 4 * width}
 
 
@@ -73,19 +73,20 @@ def _whole(config: "RwkvRevConfig", batch: int) -> list[int]:
     return [NUMBER * batch * 3 * config.hidden_size]
 
 
-def _remnant(config: "RwkvRevConfig", log_decay: Tensor, batch: int, length: int) -> list[int]:
+def _remnant(config: "RwkvRevConfig", log_decay: Tensor | None, batch: int, length: int) -> list[int]:
     return [8, *_whole(config, batch)]  # a fingerprint, and the state itself
 
 
 RWKV4 = Architecture(
     version="4",
-    has_heads=False,
     state_kind=RwkvRevState,
     state=classic.SHIFTS | {"wkv": Part("3 D", wide=True, begin=_begin)},
     memory="wkv",
     keys="D",
     lora_targets=classic.LORA_TARGETS,
-    published_sizes=_published_sizes,
+    targets=classic.TARGETS,
+    float32=classic.FLOAT32,
+    sizes=_sizes,
     cells=_cells,
     initialization={TimeMixRwkv4: _initialize_time_mix, ChannelMix: classic.initialize_channel_mix},
     log_decay=classic.log_decay,

@@ -85,10 +85,11 @@ def _initialize_time_mix(cell: TimeMixRwkv5, config: "RwkvRevConfig") -> None:
     init.zeros_(cell.output.weight)
 
 
-def _published_sizes(width: int, *, gated: bool) -> dict[str, Any]:
+def _sizes(width: int, *, gated: bool) -> dict[str, Any]:
+    size = math.gcd(width, _HEAD_SIZE)
     return {
-        "num_attention_heads": width // _HEAD_SIZE,
-        "head_size": _HEAD_SIZE,
+        "num_attention_heads": width // size,
+        "head_size": size,
         "intermediate_size": int(3.5 * width) // 32 * 32 if gated else 4 * width,
     }
 
@@ -154,7 +155,8 @@ def _whole(config: "RwkvRevConfig", batch: int) -> list[int]:
     return [matrices, NUMBER * batch * config.num_attention_heads]  # and the exponents of their grids
 
 
-def _remnant(config: "RwkvRevConfig", log_decay: Tensor, batch: int, length: int) -> list[int]:
+def _remnant(config: "RwkvRevConfig", log_decay: Tensor | None, batch: int, length: int) -> list[int]:
+    assert log_decay is not None
     heads, size = config.num_attention_heads, config.head_size
     per_channel = log_decay.reshape(heads, -1).expand(heads, size)
     return [
@@ -168,15 +170,19 @@ def _version(version: str, *, gated: bool, per_channel: bool) -> Architecture:
     return Architecture(
         version=version,
         has_heads=True,
+        has_group_norm=True,
         state_kind=RwkvRevState,
         state=classic.SHIFTS | {"wkv": Part("H N N", wide=True)},
         memory="wkv",
         keys="H N",
         lora_targets=classic.LORA_TARGETS,
-        published_sizes=partial(_published_sizes, gated=gated),
+        targets=classic.TARGETS,
+        float32=classic.FLOAT32,
+        sizes=partial(_sizes, gated=gated),
         cells=partial(_cells, gated=gated, per_channel=per_channel),
         initialization={TimeMixRwkv5: _initialize_time_mix, ChannelMix: classic.initialize_channel_mix},
         log_decay=classic.log_decay,
+        tunes_state=True,
         layouts=(Layout("blinkdl", "", "blocks."), Layout("v5-hub", "rwkv.", "rwkv.blocks.")),
         outside=classic.OUTSIDE,
         block=(

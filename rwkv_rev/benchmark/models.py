@@ -40,7 +40,7 @@ def shape_config(name: str) -> RwkvRevConfig:
         vocab_size=int(shape["vocab"]),
         hidden_size=width,
         num_hidden_layers=int(shape["layers"]),
-        **architecture(version).published_sizes(width),
+        **architecture(version).sizes(width),
     )
 
 

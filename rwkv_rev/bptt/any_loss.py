@@ -110,7 +110,7 @@ class _Reading:
         with torch.no_grad(), unchanged(self._model, self._watched), uncached(sweep.device):
             self._last = forward_sweep(sweep, self._runner)
             end = sweep.read_last(self._last)
-        warn_of_coarse_heads(sweep.coarse)
+        warn_of_coarse_heads(sweep)
         assert sweep.hidden is not None
         hidden, sweep.hidden = torch.cat(sweep.hidden, dim=1), None
         return (hidden, *type(self._inputs.state).stack(end).tensors())

@@ -164,7 +164,8 @@ class Recordings:
         if not all(plan.holds(other) for plan, other in zip(old, new, strict=True)):
             return False
         tensors, others = ([tensor for plan in plans for tensor in plan.tensors()] for plans in (old, new))
-        torch._foreach_copy_(tensors, others)
+        if tensors:
+            torch._foreach_copy_(tensors, others)
         sweep.plans[length] = self._plans
         return True
 
@@ -258,5 +259,5 @@ class LastingRunner(Runner):
 
 
 def _each(plans: list[Plans]) -> list[Any]:
-    """Every cell's plan."""
-    return [plan for layer in plans for plan in layer]
+    """The plans of all cells that have one."""
+    return [plan for layer in plans for plan in layer if plan is not None]

@@ -110,5 +110,6 @@ def fingerprints(states: ExactStates) -> list[Tensor]:
 
 def coarse(states: Sequence[ExactStates]) -> Tensor | None:
     """[L, B, H] bool, parts of memories less precise than they should be; None where that cannot happen."""
-    found = [part for layer in states for state in layer if (part := state.coarse()) is not None]
+    each = [[part for state in layer if (part := state.coarse()) is not None] for layer in states]
+    found = [torch.cat(parts, dim=1) if len(parts) > 1 else parts[0] for parts in each if parts]
     return torch.stack(found) if found else None

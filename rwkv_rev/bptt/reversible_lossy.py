@@ -2,11 +2,11 @@
 
 Every step back multiplies the state's rounding errors by 1/w. The strategy refuses a context over which the fastest
 channel would lose more bits than float64 has, and names ``reversible``. Otherwise it reports its drift: at some
-boundaries (at most :data:`ANCHORS`) the state is kept, and the rebuilt one compared with it. RWKV-5 only: RWKV-4
-forgets whole states within a few tokens.
+boundaries (at most :data:`ANCHORS`) the state is kept, and the rebuilt one compared with it. For memories that decay
+elementwise by constants, and such as forget nothing: RWKV-4 forgets whole states within a few tokens.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from rwkv_rev.bptt.strategy import LanguageModel, LossInputs
 from rwkv_rev.bptt.sweeps import TwoSweeps
 from rwkv_rev.cells.block import BlockAdvanced, BlockAgain, BlockReplay, ExactStates, Plans
 from rwkv_rev.errors import StrategyError
-from rwkv_rev.reversal.division import FLOAT64_BITS, LossyState, predicted_bits_lost
+from rwkv_rev.reversal.division import FLOAT64_BITS, predicted_bits_lost
 from rwkv_rev.reversal.memory import Remnant
 
 ANCHORS = 8
@@ -34,18 +34,11 @@ class ReversibleLossy(TwoSweeps):
     exact = False
 
     def begin(self, model: LanguageModel, inputs: LossInputs) -> None:
-        decays: list[Tensor] = []
-        for layer, block in enumerate(model.blocks):
-            for cell, values in zip(block.cells, inputs.state.layer(layer), strict=True):
-                if values.memory is None:
-                    continue
-                if not cell.inverts_memory:
-                    raise StrategyError(
-                        "reversible-lossy needs RWKV-5: an RWKV-4 state is forgotten within a few tokens; use "
-                        "'reversible'"
-                    )
-                decays.append(cell.log_decay().detach())
-        self._bits = predicted_bits_lost(torch.stack(decays), inputs.length)
+        self._cells = [block.cells for block in model.blocks]
+        decays = [cell.log_decay() for cells in self._cells for cell in cells]
+        flat = [decay.detach().flatten() for decay in decays if decay is not None]
+        self._bits = predicted_bits_lost(torch.cat(flat), inputs.length) if flat else 0.0
+        self._divided([block.exact(inputs.state.layer(layer)) for layer, block in enumerate(model.blocks)])
         if self._bits > FLOAT64_BITS:
             raise StrategyError(
                 f"reversible-lossy would lose {self._bits:.0f} bits over {inputs.length} tokens, float64 has "
@@ -57,36 +50,48 @@ class ReversibleLossy(TwoSweeps):
         self._drifts: list[Tensor] = []
 
     def prepare(self, states: list[ExactStates]) -> list[ExactStates]:
-        return [tuple(_divided(state) for state in layer) for layer in states]
+        return self._divided(states)
 
     def keep(self, before: list[ExactStates], advanced: list[BlockAdvanced]) -> list[list[Remnant]]:
         anchored = self._recorded % self._every == 0
         self._recorded += 1
         return [
             [
-                _Anchored(remnant, state.memory.tensors() if anchored and state.memory is not None else [])
-                for state, remnant in zip(states, layer.remnants, strict=True)
+                _Anchored(remnant, state.tensors()[cell.shifts :] if anchored else [])
+                for cell, state, remnant in zip(cells, states, layer.remnants, strict=True)
             ]
-            for states, layer in zip(before, advanced, strict=True)
+            for cells, states, layer in zip(self._cells, before, advanced, strict=True)
         ]
 
     def recover(self, after: ExactStates, record: LayerRecord, plans: Plans) -> BlockAgain:
-        remnants = tuple(state.remnant(kept[:1]) for state, kept in zip(after, record.cells, strict=True))
+        cells = self._cells[
+            0
+        ]  # all blocks have cells of the same kinds; without a remnant their shifts are left
+        kept = zip(cells, after, record.cells, strict=True)
+        remnants = tuple(state.remnant(tensors[: cell.shifts]) for cell, state, tensors in kept)
         return BlockAgain(after, plans, remnants)
 
     def recovered(self, replay: BlockReplay, record: LayerRecord) -> None:
-        for state, (_, *anchors) in zip(replay.states, record.cells, strict=True):
-            for anchor in anchors:
-                rebuilt = state.memory.value(anchor.dtype)
-                self._drifts.append((rebuilt - anchor).norm() / anchor.norm().clamp(min=1e-300))
+        for cell, state, kept in zip(self._cells[0], replay.states, record.cells, strict=True):
+            for rebuilt, anchor in zip(state.tensors()[cell.shifts :], kept[cell.shifts :], strict=False):
+                error = (rebuilt.double() - anchor.double()).norm()
+                self._drifts.append(error / anchor.double().norm().clamp(min=1e-300))
+
+    def _divided(self, states: list[ExactStates]) -> list[ExactStates]:
+        divided = [
+            tuple(cell.lossy(state) for cell, state in zip(cells, layer, strict=True))
+            for cells, layer in zip(self._cells, states, strict=True)
+        ]
+        if any(state is None for layer in divided for state in layer):
+            raise StrategyError(
+                "reversible-lossy needs RWKV-5, or another memory that decays by constant factors: this one (RWKV-4's, "
+                "say, which is forgotten within a few tokens) cannot be divided back; use 'reversible'"
+            )
+        return divided
 
     def finish(self, outcome: dict[str, Any]) -> None:
         outcome["predicted_bits_lost"] = self._bits
         outcome["drift"] = float(torch.stack(self._drifts).max()) if self._drifts else 0.0
-
-
-def _divided(state: Any) -> Any:
-    return state if state.memory is None else replace(state, memory=LossyState.of(state.memory))
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ class TwoSweeps(Strategy):
             to_end = None if given is None else by_layer(given, model.blocks)
             result = backward_sweep(sweep, runner, last, to_end)
             self.finish(outcome)
-        warn_of_coarse_heads(sweep.coarse)
+        warn_of_coarse_heads(sweep)
         wanted = sweep.parameters.tensors
         return result.loss, tuple(result.end.tensors()), in_order(leaves, roles(inputs, wanted, result))
 
@@ -170,15 +170,15 @@ def choose_runner(sweep: Sweep) -> Runner:
     return lasting.NotingRunner(sweep)
 
 
-def warn_of_coarse_heads(coarse: Tensor | None) -> None:
-    """Warn where parts of memories [L, B, H] were coarse at a border."""
+def warn_of_coarse_heads(sweep: Sweep) -> None:
+    """Warn where parts of memories were coarse at a border."""
+    coarse = sweep.coarse  # [L, B, H]
     if coarse is None or not bool(coarse.any()):
         return
     layer, _, head = coarse.nonzero()[0].tolist()
+    means = next(state.when_coarse for state in sweep.first[layer] if state.coarse() is not None)
     warnings.warn(
-        f"the state of layer {layer}, head {head} ({int(coarse.any(1).sum())} heads in all) has been many thousand "
-        "times larger earlier in this context, and its grid stays as coarse as that needed: gradients through it "
-        "are off by more than 1e-4. bptt='checkpoint' has the same grid; 'full' has none",
+        f"the state of layer {layer}, head {head} ({int(coarse.any(1).sum())} heads in all) {means}",
         stacklevel=2,
     )
 

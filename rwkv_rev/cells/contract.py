@@ -65,8 +65,29 @@ class Exact(Protocol):
         """[B, H] bool, parts that have become less precise than they should be; None where that cannot happen."""
         ...
 
+    @property
+    def when_coarse(self) -> str:
+        """What that means, as the end of a sentence that begins with the part (:class:`~.memory.Memory`)."""
+        ...
+
     def remnant(self, tensors: list[Tensor]) -> Any:
         """The remnant of the chunk before this state, from what :meth:`~.memory.Remnant.tensors` kept."""
+        ...
+
+
+class Plan(Protocol):
+    """What a cell computes of its weights once per sweep."""
+
+    def tensors(self) -> list[Tensor]:
+        """All that it is made of, on the device: a recording that lasts is given those of the next sweep."""
+        ...
+
+    def prepare(self) -> None:
+        """Make now what is made at its first use, on the host: where launches are recorded, that is too late."""
+        ...
+
+    def holds(self, other: Any) -> bool:
+        """Whether chunks planned as ``other`` can be run by this plan, once it has the other's tensors."""
         ...
 
 
@@ -125,6 +146,7 @@ class ReversibleCell(nn.Module, ABC):
     for all layers above. One that :attr:`reads_beside` is handed a tuple, once there is such a tensor.
 
     Attributes:
+        shifts: how many of the state's parts, and of a remnant's tensors, are token shifts; they stand first.
         reads_beside: whether its input is the whole stream, not the residual alone.
         layer: index of the block the cell is in; only its initialisation and messages depend on it.
         inverts_memory: whether :meth:`retreat` computes the memory before a chunk from the one after it, so that the
@@ -132,12 +154,16 @@ class ReversibleCell(nn.Module, ABC):
     """
 
     layer: int = 0
+    shifts: int = 0
     reads_beside: bool = False
     inverts_memory: bool = False
 
     @abstractmethod
     def plan(self, length: int) -> Any:
-        """What chunks of C = ``length`` tokens need of the weights beyond themselves, computed once per sweep."""
+        """What chunks of C = ``length`` tokens need of the weights beyond themselves, computed once per sweep.
+
+        None, or a :class:`Plan`.
+        """
 
     @abstractmethod
     def exact(self, state: Any) -> Any:
@@ -169,9 +195,13 @@ class ReversibleCell(nn.Module, ABC):
     ) -> Replay:
         """A chunk whose exact state *after* it is known: rebuild the one before, then compute with graph."""
 
-    def log_decay(self) -> Tensor:
-        """log w of a memory that decays elementwise, one per row of it, natural logarithm."""
-        raise NotImplementedError(f"{type(self).__name__} has no such memory")
+    def log_decay(self) -> Tensor | None:
+        """log w of a memory that decays elementwise by constants, one per row of it, natural logarithm; else None."""
+        return None
+
+    def lossy(self, state: Any) -> Any | None:
+        """An exact state in a form that runs back without a remnant, approximately; None where there is none."""
+        return None
 
     def check_plan(self, plan: Any) -> None:
         """Called before every chunk; refuses weights that are not those of the plan any more."""

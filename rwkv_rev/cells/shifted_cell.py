@@ -84,6 +84,10 @@ class ExactShiftedState:
     def coarse(self) -> Tensor | None:
         return None if self.memory is None else self.memory.coarse()
 
+    @property
+    def when_coarse(self) -> str:
+        return "" if self.memory is None else self.memory.when_coarse
+
     def remnant(self, tensors: list[Tensor]) -> "ShiftedRemnant":
         carried, *rest = tensors
         return ShiftedRemnant(carried, None if self.memory is None else self.memory.remnant(rest))
@@ -130,6 +134,8 @@ class CellPlan(NamedTuple):
 
 class ShiftedCell(ReversibleCell):
     """A reversible cell with a token shift of constant mixes."""
+
+    shifts = 1
 
     # --- what a cell fills in ---------------------------------------------------------------------------------
 
@@ -228,6 +234,9 @@ class ShiftedCell(ReversibleCell):
         memory = None if state.memory is None else self.exact_memory(state.memory.detach())
         return ExactShiftedState(state.shift.detach(), memory)
 
+    def lossy(self, state: ExactShiftedState) -> ExactShiftedState | None:
+        return state if state.memory is None else None
+
     def values(self, state: ExactShiftedState) -> ShiftedState:
         """The values that outputs read from an exact state."""
         return ShiftedState(
@@ -277,9 +286,7 @@ class ShiftedCell(ReversibleCell):
             _print(contribution, shift),
         )
 
-    def _projection(
-        self, stream: Stream, shift: Tensor, mask: ChunkMask | None
-    ) -> tuple[Any, Tensor | None]:
+    def _projection(self, stream: Stream, shift: Tensor, mask: ChunkMask | None) -> tuple[Any, Tensor | None]:
         """The projection of x [B, C, D], differentiable, for which no mix is kept; the last token where it is there."""
         mixes, x = self.mixes(), residual(stream)
         mixed, last = mixes_and_last(x, shift, mask, mixes)

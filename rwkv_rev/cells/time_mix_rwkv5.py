@@ -10,6 +10,7 @@ The matrix is reversed exactly in fixed point (:mod:`rwkv_rev.reversal.fixed_poi
 ``log2(1/w)`` bits per step and element.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 
 from rwkv_rev.cells.gates import norm_and_gate
 from rwkv_rev.cells.mask import ChunkMask
-from rwkv_rev.cells.shifted_cell import ShiftedCell
+from rwkv_rev.cells.shifted_cell import ExactShiftedState, ShiftedCell
 from rwkv_rev.cells.time_mix_rwkv4 import log_decay_of, wide
+from rwkv_rev.reversal.division import LossyState
 from rwkv_rev.reversal.fixed_point import DecayPlan, FixedPoint, MemoryRemnant, decay_plan
 from rwkv_rev.wkv import Wkv5Work, decayed, wkv5, wkv5_contribution, wkv5_plan
 
@@ -161,6 +163,11 @@ class TimeMixRwkv5(ShiftedCell):
         self, memory: FixedPoint, contribution: Tensor, mask: ChunkMask | None, plan: MemoryPlan
     ) -> tuple[FixedPoint, MemoryRemnant]:
         return memory.advance(contribution, None if mask is None else mask.count, plan.reversal)
+
+    def lossy(self, state: ExactShiftedState) -> ExactShiftedState:
+        """With a memory in float64 that is divided back."""
+        assert state.memory is not None
+        return replace(state, memory=LossyState.of(state.memory))
 
     def retreat_memory(
         self,

@@ -6,6 +6,7 @@ than float32 rounds is still found in its own block. The distance is relative, r
 grow with depth.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -57,6 +58,7 @@ def first_divergence(
     scan = residual_streams(
         original.tensors,
         tokens,
+        scan=original.scan,
         group_norm_epsilon=original.group_norm_epsilon,
         layer_norm_epsilon=original.layer_norm_epsilon,
     )
@@ -70,12 +72,15 @@ def first_divergence(
     return None
 
 
-def place_of(name: str) -> str:
-    """The place a tensor of a converted model acts on, in the words of :class:`Divergence`."""
+def place_of(name: str, cells: Sequence[tuple[str, str]]) -> str:
+    """The place a tensor of a converted model acts on, in the words of :class:`Divergence`.
+
+    ``cells``: the names of a block's (norm, cell).
+    """
     parts = name.split(".")
     if parts[:2] == ["model", "blocks"]:
-        time_mix = parts[3] in ("ln1", "time_mix")
-        return f"block {parts[2]} {'time mix' if time_mix else 'channel mix'}"
+        cell = next(cell for norm, cell in cells if parts[3] in (norm, cell))
+        return f"block {parts[2]} {cell.replace('_', ' ')}"
     if parts[1] in ("embeddings", "ln0"):
         return "embeddings"
     return parts[1] if parts[0] == "model" else "head"

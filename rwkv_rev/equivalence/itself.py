@@ -1,19 +1,19 @@
 """A model that has no other original (a fine-tuned one, say) as its own: what ``export`` would write, not written.
 
 Its values are its own, so there is nothing to compare them with; but the original implementations run them, and must
-compute what the model computes.
+compute what the model computes. Of an architecture that nobody else implements there is the plain loop alone.
 """
 
 from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.converters.names import tensor_table
-from rwkv_rev.equivalence.original import Original, RenamedTensors, known_to_transformers
+from rwkv_rev.equivalence.original import Original, RenamedTensors, known_to_transformers, scan_of
 
 
 def as_original(model: ConvertedModel) -> Original:
     """The open model under the names of the other layouts; readable as long as ``model`` is open."""
     config = model.config
 
-    def renamed(layout: str) -> RenamedTensors:
+    def renamed(layout: str | None = None) -> RenamedTensors:
         table = tensor_table(config, layout)
         return RenamedTensors(
             model,
@@ -21,9 +21,9 @@ def as_original(model: ConvertedModel) -> Original:
             {row.foreign for row in table if row.transposed},
         )
 
-    own = tensor_table(config, config.architecture.own_layout)
+    own = tensor_table(config)
     return Original(
-        tensors=renamed(config.architecture.own_layout),
+        tensors=renamed(),
         label=f"its own values ({model.directory})",
         tensors_are_own=True,
         group_norm_epsilon=config.group_norm_epsilon,
@@ -31,4 +31,5 @@ def as_original(model: ConvertedModel) -> Original:
         transformers_tensors=renamed("transformers") if known_to_transformers(config) else None,
         own_tensors=RenamedTensors(model, {row.name: (row.name, row.shape) for row in own}),
         config=config,
+        scan=scan_of(config),
     )

@@ -8,6 +8,8 @@ with w = exp(-exp(time_decay)) and every projection reading ``mu * x_t + (1 - mu
 post-LayerNorm vector (Peng et al. 2023, "RWKV: Reinventing RNNs for the Transformer Era", section 3; Peng
 et al. 2024, "Eagle and Finch", section 4.1).
 
+Those are RWKV-4 and 5; what another architecture computes it says itself (:mod:`rwkv_rev.architectures.scan`).
+
 It shares no code with ``modeling.py``, ``cells/`` or ``wkv/`` and reads the tensors under BlinkDL's own
 names, the one exception to the rule that only ``converters/`` knows them: an oracle that went through our
 renaming would not notice a mistake in it. Works layer by layer over all tokens, so that only one layer's
@@ -18,9 +20,12 @@ its own order would be off by.
 """
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from rwkv_rev.architectures.scan import Scan, SubLayer
 
 PUBLISHED_GROUP_NORM_EPSILON = 64e-5
 LAYER_NORM_EPSILON = 1e-5
@@ -30,6 +35,7 @@ def residual_streams(
     tensors: Mapping[str, Tensor],
     tokens: Tensor,
     *,
+    scan: Scan | None = None,
     group_norm_epsilon: float = PUBLISHED_GROUP_NORM_EPSILON,
     layer_norm_epsilon: float = LAYER_NORM_EPSILON,
     dtype: torch.dtype = torch.float64,
@@ -37,8 +43,9 @@ def residual_streams(
     """The residual stream after every sub-layer, in order.
 
     Args:
-        tensors: BlinkDL state dict; read one layer at a time, any floating dtype.
+        tensors: BlinkDL state dict, or what ``scan`` goes through; read one layer at a time, any floating dtype.
         tokens: token ids ``[T]``.
+        scan: of the architecture; None for RWKV-4 and 5.
         group_norm_epsilon: eps of the GroupNorm of RWKV-5, as if there were no division by 8 before it.
         layer_norm_epsilon: eps of every LayerNorm.
         dtype: of all arithmetic.
@@ -48,28 +55,30 @@ def residual_streams(
         ``blocks.{i}.time_mix``, ``blocks.{i}.channel_mix``, ``ln_out``. The last one is what the head
         reads.
     """
+    scan = CLASSIC if scan is None else scan
 
     def normed(x: Tensor, name: str) -> Tensor:
         scaled = _standardised(x, layer_norm_epsilon)
         return scaled * tensors[f"{name}.weight"].to(dtype) + tensors[f"{name}.bias"].to(dtype)
 
-    x = normed(tensors["emb.weight"][tokens].to(dtype), "blocks.0.ln0")  # [T, D]
+    x = normed(tensors[scan.embeddings][tokens].to(dtype), scan.first_norm)  # [T, D]
     yield "ln0", x
-    layer = 0
-    while f"blocks.{layer}.ln1.weight" in tensors:
-        block = f"blocks.{layer}"
-        x = x + _time_mix(normed(x, f"{block}.ln1"), tensors, f"{block}.att", group_norm_epsilon)
-        yield f"{block}.time_mix", x
-        x = x + _channel_mix(normed(x, f"{block}.ln2"), tensors, f"{block}.ffn")
-        yield f"{block}.channel_mix", x
-        layer += 1
-    yield "ln_out", normed(x, "ln_out")
+    left: dict[str, Any] = {}
+    for layer in range(scan.layers(tensors)):
+        block = f"{scan.block}{layer}."
+        for cell in scan.cells:
+            initial = None if scan.initial is None else f"{scan.initial}{layer}"
+            own = _Below(tensors, f"{block}{cell.prefix}.", initial)
+            x = x + cell.compute(normed(x, block + cell.norm), own, group_norm_epsilon, left)
+            yield f"blocks.{layer}.{cell.name}", x
+    yield "ln_out", normed(x, scan.last_norm)
 
 
 def naive_logits(
     tensors: Mapping[str, Tensor],
     tokens: Tensor,
     *,
+    scan: Scan | None = None,
     group_norm_epsilon: float = PUBLISHED_GROUP_NORM_EPSILON,
     layer_norm_epsilon: float = LAYER_NORM_EPSILON,
     dtype: torch.dtype = torch.float64,
@@ -80,12 +89,13 @@ def naive_logits(
     for _, stream in residual_streams(
         tensors,
         tokens,
+        scan=scan,
         group_norm_epsilon=group_norm_epsilon,
         layer_norm_epsilon=layer_norm_epsilon,
         dtype=dtype,
     ):
         hidden = stream  # the last is what the head reads
-    head = tensors["head.weight"].to(dtype)  # [V, D]
+    head = tensors[(CLASSIC if scan is None else scan).head].to(dtype)  # [V, D]
     for rows in hidden.split(piece):
         yield rows @ head.T
 
@@ -96,9 +106,31 @@ def _standardised(x: Tensor, epsilon: float) -> Tensor:
     return centred / (centred.square().mean(-1, keepdim=True) + epsilon).sqrt()
 
 
-def _mixed(x: Tensor, tensors: Mapping[str, Tensor], prefix: str, letter: str) -> Tensor:
+class _Below(Mapping[str, Tensor]):
+    """The tensors whose names begin with a prefix, without it; and one called ``initial``."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], prefix: str, initial: str | None) -> None:
+        self._tensors, self._prefix, self._initial = tensors, prefix, initial
+
+    def _stored(self, name: object) -> str:
+        return self._initial if name == "initial" and self._initial is not None else f"{self._prefix}{name}"
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._stored(name)]
+
+    def __contains__(self, name: object) -> bool:
+        return self._stored(name) in self._tensors  # Mapping's own would read the tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return (name[len(self._prefix) :] for name in self._tensors if name.startswith(self._prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _mixed(x: Tensor, tensors: Mapping[str, Tensor], letter: str) -> Tensor:
     """``mu * x_t + (1 - mu) * x_{t-1}``, zero before the first token."""
-    mu = tensors[f"{prefix}.time_mix_{letter}"].to(x.dtype).flatten()
+    mu = tensors[f"time_mix_{letter}"].to(x.dtype).flatten()
     before = torch.cat([torch.zeros_like(x[:1]), x[:-1]])
     return mu * x + (1 - mu) * before
 
@@ -107,33 +139,35 @@ def _linear(x: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
     return x @ tensors[f"{name}.weight"].to(x.dtype).T
 
 
-def _channel_mix(x: Tensor, tensors: Mapping[str, Tensor], ffn: str) -> Tensor:
-    key = _linear(_mixed(x, tensors, ffn, "k"), tensors, f"{ffn}.key")
-    receptance = _linear(_mixed(x, tensors, ffn, "r"), tensors, f"{ffn}.receptance")
-    return torch.sigmoid(receptance) * _linear(torch.relu(key).square(), tensors, f"{ffn}.value")
+def _channel_mix(x: Tensor, tensors: Mapping[str, Tensor], _: float, __: dict[str, Any]) -> Tensor:
+    key = _linear(_mixed(x, tensors, "k"), tensors, "key")
+    receptance = _linear(_mixed(x, tensors, "r"), tensors, "receptance")
+    return torch.sigmoid(receptance) * _linear(torch.relu(key).square(), tensors, "value")
 
 
-def _time_mix(x: Tensor, tensors: Mapping[str, Tensor], att: str, group_norm_epsilon: float) -> Tensor:
+def _time_mix(
+    x: Tensor, tensors: Mapping[str, Tensor], group_norm_epsilon: float, _: dict[str, Any]
+) -> Tensor:
     r, k, v = (
-        _linear(_mixed(x, tensors, att, letter), tensors, f"{att}.{name}")
+        _linear(_mixed(x, tensors, letter), tensors, name)
         for letter, name in (("r", "receptance"), ("k", "key"), ("v", "value"))
     )
-    decay = torch.exp(-torch.exp(tensors[f"{att}.time_decay"].to(x.dtype)))  # w
-    exponential = f"{att}.time_first" in tensors
-    stored_bonus = tensors[f"{att}.time_first" if exponential else f"{att}.time_faaaa"].to(x.dtype)
-    if f"{att}.ln_x.weight" not in tensors:
+    decay = torch.exp(-torch.exp(tensors["time_decay"].to(x.dtype)))  # w
+    exponential = "time_first" in tensors
+    stored_bonus = tensors["time_first" if exponential else "time_faaaa"].to(x.dtype)
+    if "ln_x.weight" not in tensors:
         out = torch.sigmoid(r) * _wkv4(k, v, decay.flatten(), stored_bonus.flatten())
-        return _linear(out, tensors, f"{att}.output")
+        return _linear(out, tensors, "output")
     heads = decay.shape[0]
     u = stored_bonus.exp() if exponential else stored_bonus
-    start = tensors[f"{att}.time_state"].to(x.dtype).mT if f"{att}.time_state" in tensors else None
+    start = tensors["time_state"].to(x.dtype).mT if "time_state" in tensors else None
     y = _wkv5(r, k, v, decay.reshape(heads, -1, 1), u.reshape(heads, -1, 1), start)  # [T, H, N]
     y = _standardised(y, group_norm_epsilon).flatten(1)
-    y = y * tensors[f"{att}.ln_x.weight"].to(x.dtype) + tensors[f"{att}.ln_x.bias"].to(x.dtype)
-    if f"{att}.gate.weight" in tensors:
-        gate = _linear(_mixed(x, tensors, att, "g"), tensors, f"{att}.gate")
+    y = y * tensors["ln_x.weight"].to(x.dtype) + tensors["ln_x.bias"].to(x.dtype)
+    if "gate.weight" in tensors:
+        gate = _linear(_mixed(x, tensors, "g"), tensors, "gate")
         y = y * gate * torch.sigmoid(gate)
-    return _linear(y, tensors, f"{att}.output")
+    return _linear(y, tensors, "output")
 
 
 def _wkv4(k: Tensor, v: Tensor, decay: Tensor, bonus: Tensor) -> Tensor:
@@ -161,3 +195,14 @@ def _wkv5(r: Tensor, k: Tensor, v: Tensor, decay: Tensor, u: Tensor, start: Tens
         out[t] = (r[t, :, None, :] @ (state + u * kv)).squeeze(1)
         state = decay * state + kv
     return out
+
+
+CLASSIC = Scan(
+    (SubLayer("time_mix", "ln1", "att", _time_mix), SubLayer("channel_mix", "ln2", "ffn", _channel_mix)),
+    embeddings="emb.weight",
+    first_norm="blocks.0.ln0",
+    block="blocks.",
+    last_norm="ln_out",
+    initial=None,  # it is among the tensors of the time mix
+)
+"""RWKV-4 and 5."""

@@ -70,6 +70,10 @@ def rwkv_package(original: Original, tokens: Tensor, dtype: torch.dtype = torch.
     Raises:
         OracleUnavailable: package missing, not enough room, other GroupNorm eps, or it failed.
     """
+    if not original.is_known:
+        assert original.config is not None
+        called = original.config.architecture.called
+        raise OracleUnavailable(f"the rwkv package knows no {called}", "use --oracle naive")
     try:
         importlib.metadata.version("rwkv")
     except importlib.metadata.PackageNotFoundError:
@@ -240,6 +244,7 @@ def naive(original: Original, tokens: Tensor, dtype: torch.dtype = torch.float64
     yield from naive_logits(
         original.tensors,
         tokens,
+        scan=original.scan,
         group_norm_epsilon=original.group_norm_epsilon,
         layer_norm_epsilon=original.layer_norm_epsilon,
         dtype=dtype,

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rwkv_rev.architectures.scan import Scan
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.converters.detection import detect
 from rwkv_rev.converters.names import EMBEDDINGS, HEAD, tensor_table
 from rwkv_rev.converters.reading import Checkpoint, open_checkpoint
 from rwkv_rev.equivalence.expected import expected_path
-from rwkv_rev.equivalence.naive_model import LAYER_NORM_EPSILON, PUBLISHED_GROUP_NORM_EPSILON
+from rwkv_rev.equivalence.naive_model import CLASSIC, LAYER_NORM_EPSILON, PUBLISHED_GROUP_NORM_EPSILON
 from rwkv_rev.errors import SourceError
 from rwkv_rev.folders.hub import resolve
 from rwkv_rev.folders.source import Source, parse_source
@@ -41,6 +42,7 @@ class Original:
         expected: a ``*.expected.json`` beside the checkpoint, if there is one.
         config: what the tensors say the model is; None where only tensors are known.
         tensors_are_own: whether they are the converted model's (itself.py).
+        scan: how a plain loop goes through ``tensors``.
     """
 
     tensors: Mapping[str, Tensor]
@@ -52,24 +54,34 @@ class Original:
     expected: Path | None = None
     config: RwkvRevConfig | None = None
     tensors_are_own: bool = False
+    scan: Scan = CLASSIC
 
     @property
     def num_layers(self) -> int:
         """L, counted in the tensors."""
-        layers = 0
-        while f"blocks.{layers}.ln1.weight" in self.tensors:
-            layers += 1
-        return layers
+        return self.scan.layers(self.tensors)
 
     @property
     def has_group_norm(self) -> bool:
         """Whether there is a GroupNorm behind the recurrence, whose eps no tensor tells."""
-        return "blocks.0.att.ln_x.weight" in self.tensors
+        return f"{self.scan.block}0.{self.scan.cells[0].prefix}.ln_x.weight" in self.tensors
+
+    @property
+    def is_known(self) -> bool:
+        """Whether other implementations of this architecture exist."""
+        return self.config is None or bool(self.config.architecture.layouts)
 
 
 def known_to_transformers(config: RwkvRevConfig) -> bool:
     """Whether transformers itself has a class for such models."""
-    return config.architecture.hub_layout == "transformers"
+    known = config.architecture
+    return bool(known.layouts) and known.hub_layout == "transformers"
+
+
+def scan_of(config: RwkvRevConfig) -> Scan:
+    """How a plain loop goes through the tensors of a model."""
+    scan = config.architecture.scan
+    return CLASSIC if scan is None else scan(config)
 
 
 class RenamedTensors(Mapping[str, Tensor]):
@@ -205,4 +217,5 @@ def open_original(
             ),
             expected=expected_path(local.files[0]),
             config=config,
+            scan=scan_of(config),
         )

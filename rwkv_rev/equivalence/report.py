@@ -99,6 +99,7 @@ class Report:
         reversal: whether states come back to the bit; None if not asked for.
         gradients: every strategy against float64; None if not asked for.
         own_values: whether the original's values are the converted model's.
+        others: whether anybody else implements the architecture.
     """
 
     directory: str
@@ -113,6 +114,7 @@ class Report:
     reversal: ReversalCheck | None = None
     gradients: GradientCheck | None = None
     own_values: bool = False
+    others: bool = True
 
     @property
     def equal(self) -> bool:
@@ -129,7 +131,8 @@ class Report:
     def summary(self) -> str:
         """One line: the verdict, and on FAIL what failed and where."""
         if self.own_values and self.equal:
-            found = f"{self.directory} computes what the original implementations make of its own values"
+            who = "the original implementations make" if self.others else "a plain loop makes"
+            found = f"{self.directory} computes what {who} of its own values"
             return found if self.passed else f"{found}, but {'; '.join(self._broken_checks())}"
         if self.passed:
             rounded = self.weights.rounded_to

@@ -25,8 +25,8 @@ from rwkv_rev.bptt.layers import LayerGraph, advance_layers, replay_layers
 from rwkv_rev.bptt.records import fingerprints, layer_record, make_record
 from rwkv_rev.bptt.reversible import Reversible
 from rwkv_rev.bptt.strategy import LossInputs
-from rwkv_rev.cells.block import BlockAgain, ExactStates, Plans
-from rwkv_rev.cells.contract import parts_of
+from rwkv_rev.cells.block import Block, BlockAgain, ExactStates, Plans
+from rwkv_rev.cells.contract import parts_of, tensors_of
 from rwkv_rev.modeling import RwkvRevForCausalLM
 from rwkv_rev.numerics import bits_forgotten
 from rwkv_rev.reversal.drift import division_drift
@@ -58,7 +58,8 @@ class ReversalCheck:
         context: T, tokens. chunk: C, tokens per chunk. boundaries: how many states were rebuilt, per layer.
         mismatch: the first state that did not come back to the bit, in words; None when all did.
         counted: tokens of all chunks but the first, to which the following belong.
-        used_bits: of memory remnants on the tape. theory_bits: what the decays destroyed.
+        used_bits: of memory remnants on the tape. theory_bits: what the decays destroyed; None where a decay is no
+            constant.
         whole_bits: of whole float32 memories at the same boundaries.
         shift_bytes: of carried token shifts. tape_bytes: all that lay on the tape, fingerprints too.
         drift: plain division in float32 and float64 on the model's decays.
@@ -70,7 +71,7 @@ class ReversalCheck:
     mismatch: str | None
     counted: int
     used_bits: int
-    theory_bits: float
+    theory_bits: float | None
     whole_bits: int
     shift_bytes: int
     tape_bytes: int
@@ -115,15 +116,23 @@ class ReversalCheck:
         verdict = f"bit-exact at all {self.boundaries} boundaries: yes"
         if self.mismatch is not None:
             verdict = f"bit-exact at all {self.boundaries} boundaries: NO, {self.mismatch}"
-        used, theory = (100 * bits / max(1, self.whole_bits) for bits in (self.used_bits, self.theory_bits))
+        used = 100 * self.used_bits / max(1, self.whole_bits)
+        theory = ""
+        if self.theory_bits is not None:
+            theory = f" (theory {100 * self.theory_bits / max(1, self.whole_bits):.1f} %)"
         shifts = self.shift_bytes / max(1, self.counted)
         prose = [
             f"reversal over {self.context} tokens in chunks of {self.chunk}",
             verdict,
             f"tape: {self.bytes_per_token:,.0f} bytes per token; memory remnants {used:.1f} % of whole float32 "
-            f"states (theory {theory:.1f} %), token shifts {shifts:,.0f} bytes per token",
-            "without remnants, by plain division (relative error in the median channel; channels with nothing left):",
+            f"states{theory}, token shifts {shifts:,.0f} bytes per token",
         ]
+        lines = [line for text in prose for line in wrapped(text)]
+        if not self.drift:
+            return lines
+        lines += wrapped(
+            "without remnants, by plain division (relative error in the median channel; channels with nothing left):"
+        )
         dtypes = list(dict.fromkeys(row.dtype for row in self.drift))
         header = ["steps back", *(cell for name in dtypes for cell in (name, "lost"))]
         by_step: dict[int, list[str]] = {}
@@ -131,7 +140,6 @@ class ReversalCheck:
             by_step.setdefault(row.steps, [str(row.steps)]).extend(
                 (f"{row.median:.1e}", f"{100 * row.lost:.0f} %")
             )
-        lines = [line for text in prose for line in wrapped(text)]
         return [*lines, *aligned(header, list(by_step.values()))]
 
 
@@ -172,8 +180,11 @@ def check_reversal(
     strategy = Reversible(chunk)
     states = [block.exact(inputs.state.layer(i)) for i, block in enumerate(blocks)]
     stored: list[list[LayerGraph]] = []
+    cells = [cell for block in blocks for cell in block.cells]
+    decays = [cell.log_decay() for cell in cells]
     used = whole = shifts = nbytes = 0
     theory = 0.0
+    known = True
     with Tape("host", ids.device) as tape:
         for part in chunks:
             x, plan = part.embed(model), plans[part.length]
@@ -188,13 +199,17 @@ def check_reversal(
                 continue
             nbytes += tape.nbytes - start
             of_cells = [remnant for layer in advanced for remnant in layer.remnants]
-            kept = [remnant.tensors(_on_host(remnant.size)) for remnant in of_cells]
-            used += 8 * sum(tensor.nbytes for _, *memory in kept for tensor in memory)
-            shifts += sum(carried.nbytes for carried, *_ in kept)
-            for (time, _), decays in zip(states_before, _log_decays(model), strict=True):
-                elements = time.memory.tensors()[0].numel()
+            exact = [state for layer in states_before for state in layer]
+            for cell, remnant, state, decay in zip(cells, of_cells, exact, decays, strict=True):
+                sizes = [tensor.nbytes for tensor in remnant.tensors(_on_host(remnant.size))]
+                shifts += sum(sizes[: cell.shifts])
+                used += 8 * sum(sizes[cell.shifts :])
+                elements = sum(value.numel() for value in tensors_of(cell.values(state))[cell.shifts :])
                 whole += 32 * elements
-                theory += float(bits_forgotten(decays, part.length).sum()) * elements / decays.numel()
+                if decay is not None:
+                    theory += float(bits_forgotten(decay, part.length).sum()) * elements / decay.numel()
+                elif elements:
+                    known = False
         mismatch = None
         for part in reversed(chunks):
             record_back = tape.pop()
@@ -211,14 +226,14 @@ def check_reversal(
                 )
 
             rebuilt = replay_layers(blocks, part.embed(model), ask, None)
-            for number, (found, known) in enumerate(zip(rebuilt, expected, strict=True)):
+            for number, (found, first) in enumerate(zip(rebuilt, expected, strict=True)):
                 compared = layer_record(record_back, number, len(states[number])).compared
                 prints = [found.replay.print, *fingerprints(found.replay.states)]
                 if not _equal(prints, compared):
                     mismatch = f"the fingerprint of layer {number} before chunk {part.index} differs"
                     break
-                different = _first_difference(found.replay.states, known.replay.states) or (
-                    None if _equal(parts_of(found.out), parts_of(known.out)) else "the output"
+                different = _first_difference(blocks[number], found.replay.states, first.replay.states) or (
+                    None if _equal(parts_of(found.out), parts_of(first.out)) else "the output"
                 )
                 if different:
                     mismatch = f"{different} of layer {number} differs before chunk {part.index}"
@@ -233,11 +248,11 @@ def check_reversal(
         mismatch=mismatch,
         counted=context - chunks[0].length,
         used_bits=used,
-        theory_bits=theory,
+        theory_bits=theory if known else None,
         whole_bits=whole,
         shift_bytes=shifts,
         tape_bytes=nbytes,
-        drift=_drift(torch.cat([decays.flatten() for decays in _log_decays(model)]), drift_steps),
+        drift=_drift([decay.detach().flatten() for decay in decays if decay is not None], drift_steps),
     )
 
 
@@ -249,12 +264,10 @@ def _on_host(size: Tensor | None) -> Tensor | None:
     return None if size is None else size.cpu()
 
 
-def _log_decays(model: RwkvRevForCausalLM) -> list[Tensor]:
-    """log w of every layer, one per row of its memory."""
-    return [block.time_mix.log_decay().detach() for block in model.blocks]
-
-
-def _drift(log_decay: Tensor, steps: tuple[int, ...]) -> tuple[DriftRow, ...]:
+def _drift(log_decays: list[Tensor], steps: tuple[int, ...]) -> tuple[DriftRow, ...]:
+    if not log_decays:
+        return ()
+    log_decay = torch.cat(log_decays)
     errors = {dtype: division_drift(log_decay, steps, dtype) for dtype in (torch.float32, torch.float64)}
     return tuple(
         DriftRow(
@@ -272,12 +285,11 @@ def _equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     return all(torch.equal(one, other) for one, other in zip(some, others, strict=True))
 
 
-def _first_difference(rebuilt: ExactStates, expected: ExactStates) -> str | None:
+def _first_difference(block: Block, rebuilt: ExactStates, expected: ExactStates) -> str | None:
     """What differs between two exact states of a block, or None."""
-    for name, one, other in zip(("time mix", "channel mix"), rebuilt, expected, strict=True):
-        (shift, *memory), (known_shift, *known_memory) = one.tensors(), other.tensors()
-        if not torch.equal(shift, known_shift):
-            return f"the token shift of the {name}"
-        if not _equal(memory, known_memory):
-            return f"the memory of the {name}"
+    for (_, name), cell, one, other in zip(block.names, block.cells, rebuilt, expected, strict=True):
+        for index, (found, known) in enumerate(zip(one.tensors(), other.tensors(), strict=True)):
+            if not torch.equal(found, known):
+                what = "token shift" if index < cell.shifts else "memory"
+                return f"the {what} of the {name.replace('_', ' ')}"
     return None

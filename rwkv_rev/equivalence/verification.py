@@ -81,7 +81,8 @@ def verify_directory(
     Args:
         directory: what ``convert`` wrote.
         original: SOURCE to compare with; None for the one the conversion remembers. ``directory`` itself, and None for
-            a fine-tuned model: its own values, run by the original implementations.
+            a fine-tuned model and a fresh one: its own values, run by the original implementations, or by a plain loop
+            where there is none.
         file: which checkpoint of a repository or folder, with ``original``.
         revision: branch, tag or commit of a Hub repository, with ``original``.
         oracle: ``auto`` (every oracle that can run), ``rwkv``, ``transformers`` or ``naive``.
@@ -144,7 +145,8 @@ def verify_directory(
                     f"of {name} reads; use at most {read - 1}, or a longer context and text"
                 )
         opening: AbstractContextManager[Original]
-        own = _is(directory, original) or (original is None and bool(record.get("finetuned")))
+        alone = not config.architecture.layouts or bool(record.get("finetuned")) or "initialised" in record
+        own = _is(directory, original) or (original is None and alone)
         if own and (file, revision) == (None, None):
             opening = nullcontext(as_original(converted))
         else:
@@ -217,6 +219,7 @@ class _Verification:
             divergence=divergence,
             notes=tuple(notes),
             own_values=self.original.tensors_are_own,
+            others=self.original.is_known,
         )
 
     def _oracle_rows(self, oracle: str, logits: Tensor) -> tuple[list[Row], dict[str, str]]:
@@ -306,7 +309,7 @@ class _Verification:
         if found is not None:
             return str(found)
         if self.weights.different:  # of a token that the text lacks
-            return place_of(self.weights.different[0].name)
+            return place_of(self.weights.different[0].name, self.model.blocks[0].names)
         return "in no layer: in float64 the model is the scan of the original's tensors"
 
     def _expected_row(self, expected: ExpectedLogits) -> Row:
@@ -351,6 +354,7 @@ def _refuse_other_architecture(directory: Path, config: RwkvRevConfig, original:
         "intermediate_size",
         "vocab_size",
         "bonus_is_exponential",
+        *config.architecture.fields,
     )
     for name in fields:
         here, there = getattr(config, name), getattr(original.config, name)
@@ -381,6 +385,6 @@ def _logits(model: RwkvRevForCausalLM, tokens: Tensor) -> Tensor:
 
 def _describe(config: RwkvRevConfig) -> str:
     return (
-        f"RWKV-{config.rwkv_version}, {config.num_hidden_layers} layers of {config.hidden_size}, "
+        f"{config.architecture.called}, {config.num_hidden_layers} layers of {config.hidden_size}, "
         f"vocabulary {config.vocab_size}"
     )

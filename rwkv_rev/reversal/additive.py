@@ -64,6 +64,14 @@ class Additive:
         largest = torch.iinfo(self.mantissa.dtype).max
         return (self.mantissa.flatten(1).abs() > largest // 2).any(1, keepdim=True)
 
+    @property
+    def when_coarse(self) -> str:
+        bits = self.mantissa.dtype.itemsize * 8
+        return (
+            f"has come within a factor of two of the largest number that its integers of {bits} bits hold on the grid "
+            f"2^{self.exponent}, beyond which it wraps around and is wrong: take more bits or a coarser grid"
+        )
+
     def remnant(self, tensors: list[Tensor]) -> "NoRemnant":
         return NoRemnant()
 

@@ -56,6 +56,8 @@ class LossyState:
         """Checksum, int64 [1]."""
         return fingerprint(self.state)[None]
 
+    when_coarse = ""
+
     def coarse(self) -> None:
         return None
 

@@ -139,6 +139,11 @@ class FixedPoint:
         mantissa = self.undecayed(contribution, decay, rho, plan.packing.whole.view_as(plan.decay))
         return remnant.kept_heads(FixedPoint(mantissa, self.exponent))
 
+    when_coarse = (
+        "has been many thousand times larger earlier in this context, and its grid stays as coarse as that needed: "
+        "gradients through it are off by more than 1e-4. bptt='checkpoint' has the same grid; 'full' has none"
+    )
+
     def coarse(self) -> Tensor:
         """Heads [B, H] bool whose largest number has fewer than :data:`COARSE_BITS` bits on the grid that they got."""
         if self.found_coarse is not None:

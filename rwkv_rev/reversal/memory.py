@@ -61,6 +61,11 @@ class Memory(Protocol):
         """[B, H] bool, parts that have become less precise than they should be; None where that cannot happen."""
         ...
 
+    @property
+    def when_coarse(self) -> str:
+        """What it means that a part is coarse, as the end of a sentence that begins with the part."""
+        ...
+
     def remnant(self, tensors: list[Tensor]) -> Any:
         """The remnant of the chunk before this memory, from what :meth:`Remnant.tensors` kept."""
         ...

@@ -35,6 +35,8 @@ class Whole:
         """Checksum, int64 [1]."""
         return fingerprint(self.state)[None]
 
+    when_coarse = ""
+
     def coarse(self) -> None:
         return None
 

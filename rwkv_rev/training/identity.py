@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rwkv_rev.architectures.registry import architecture
 from rwkv_rev.errors import CheckpointError
 from rwkv_rev.training.checkpoints import RUN_NAME
 
@@ -22,7 +23,9 @@ def model_fingerprint(directory: Path) -> str:
     """
     digest = hashlib.sha256()
     config = json.loads((directory / "config.json").read_text("utf-8"))
-    for name in ("rwkv_version", "hidden_size", "num_hidden_layers", "vocab_size", "group_norm_epsilon"):
+    own = architecture(config.get("rwkv_version", "5.2")).fields
+    general = ("rwkv_version", "hidden_size", "num_hidden_layers", "vocab_size", "group_norm_epsilon")
+    for name in (*general, *own):
         digest.update(f"{name}={config.get(name)}\n".encode())
     for path in sorted(directory.glob("*.safetensors")):
         size = path.stat().st_size

@@ -71,7 +71,7 @@ class Plan:
         statistics["warnings"] = list(statistics["warnings"])
         return {
             "settings": self.settings,
-            "model": f"RWKV-{self.model_config.rwkv_version}, {self.model_config.num_hidden_layers} layers of "
+            "model": f"{self.model_config.architecture.called}, {self.model_config.num_hidden_layers} layers of "
             f"{self.model_config.hidden_size}",
             "processes": self.world_size,
             "data": statistics,

@@ -47,12 +47,10 @@ def apply_tuning(model: "RwkvRevForCausalLM", config: "FinetuneConfig") -> nn.Mo
 
 
 def refuse_state_tuning(version: str) -> None:
-    """Raise StrategyError for a version without a loadable initial state."""
-    if not architecture(version).tunes_state:
-        raise StrategyError(
-            f"tune = state needs {with_tuned_state()}: the rwkv package loads no initial state for RWKV-{version}; "
-            "use tune = lora"
-        )
+    """Raise StrategyError for an architecture whose initial state cannot be tuned."""
+    if not (known := architecture(version)).tunes_state:
+        why = "the rwkv package loads no initial state for" if known.layouts else "there is no such tensor of"
+        raise StrategyError(f"tune = state needs {with_tuned_state()}: {why} {known.called}; use tune = lora")
 
 
 def merged(model: nn.Module, stored: Callable[[str], torch.Tensor | None]) -> "RwkvRevForCausalLM":

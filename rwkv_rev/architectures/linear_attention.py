@@ -1,0 +1,161 @@
+"""A small language model of plain linear attention (:mod:`rwkv_rev.cells.linear_attention`) and feed-forward nets.
+
+No other tool has models of this kind: there is no checkpoint to convert and no layout to export to. Models are made
+fresh (``rwkv-rev init --architecture linear-attention``).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import initialization as init
+
+from rwkv_rev.architectures.architecture import AdapterTargets, Architecture, Cost, Part
+from rwkv_rev.architectures.fields import Field
+from rwkv_rev.architectures.scan import Scan, SubLayer
+from rwkv_rev.cells.contract import ReversibleCell
+from rwkv_rev.cells.feed_forward import FeedForward
+from rwkv_rev.cells.linear_attention import PIECE, LinearAttention, Sums
+from rwkv_rev.cells.stateless import NoState
+from rwkv_rev.state import ModelState
+
+if TYPE_CHECKING:
+    from rwkv_rev.configuration import RwkvRevConfig
+
+_HEAD_SIZE = 32
+
+
+@dataclass(frozen=True)
+class LinearAttentionState(ModelState):
+    """State after some tokens.
+
+    Attributes:
+        memory: float32 or wider, [L, B, H, N, N], key index first.
+    """
+
+    memory: Tensor
+
+    cells = ((Sums, ("memory",)), (NoState, ()))
+
+
+def _sizes(width: int) -> dict[str, Any]:
+    size = math.gcd(width, _HEAD_SIZE)
+    return {"num_attention_heads": width // size, "head_size": size, "intermediate_size": 4 * width}
+
+
+def _cells(config: "RwkvRevConfig", layer: int) -> dict[str, ReversibleCell]:
+    attention = LinearAttention(
+        config.num_attention_heads,
+        config.head_size,
+        bits=config.memory_bits,
+        exponent=config.memory_exponent,
+        group_norm_epsilon=config.group_norm_epsilon,
+    )
+    return {
+        "attention": attention,
+        "feed_forward": FeedForward(config.hidden_size, config.intermediate_size),
+    }
+
+
+def _initialize_attention(cell: LinearAttention, config: "RwkvRevConfig") -> None:
+    """Queries and keys so small that a product of them is of order one; every block the identity at first."""
+    for linear in (cell.query, cell.key, cell.value):
+        init.orthogonal_(linear.weight)
+    init.zeros_(cell.output.weight)
+    init.ones_(cell.ln_x.weight)
+    init.zeros_(cell.ln_x.bias)
+
+
+def _initialize_feed_forward(cell: FeedForward, config: "RwkvRevConfig") -> None:
+    init.orthogonal_(cell.key.weight, gain=math.sqrt(max(1, config.intermediate_size / config.hidden_size)))
+    init.zeros_(cell.value.weight)
+
+
+# --- the same as a plain loop ---------------------------------------------------------------------------------------
+
+
+def _scan_attention(
+    heads: int, x: Tensor, tensors: Mapping[str, Tensor], epsilon: float, _: dict[str, Any]
+) -> Tensor:
+    q, k, v = (x @ tensors[f"{name}.weight"].to(x.dtype).T for name in ("query", "key", "value"))
+    q, k, v = (tensor.unflatten(-1, (heads, -1)) for tensor in (q, k, v))  # [T, H, N]
+    state = x.new_zeros(heads, k.shape[-1], k.shape[-1])
+    if "initial" in tensors:
+        state = tensors["initial"].to(x.dtype)
+    y = torch.empty_like(v)
+    for t in range(len(x)):
+        state = state + k[t, :, :, None] * v[t, :, None, :]
+        y[t] = (q[t, :, None, :] @ state).squeeze(1)
+    centred = y - y.mean(-1, keepdim=True)
+    y = (centred / (centred.square().mean(-1, keepdim=True) + epsilon).sqrt()).flatten(1)
+    y = y * tensors["ln_x.weight"].to(x.dtype) + tensors["ln_x.bias"].to(x.dtype)
+    return y @ tensors["output.weight"].to(x.dtype).T
+
+
+def _scan_feed_forward(x: Tensor, tensors: Mapping[str, Tensor], _: float, __: dict[str, Any]) -> Tensor:
+    hidden = torch.relu(x @ tensors["key.weight"].to(x.dtype).T).square()
+    return hidden @ tensors["value.weight"].to(x.dtype).T
+
+
+def _scan(config: "RwkvRevConfig") -> Scan:
+    attention = partial(_scan_attention, config.num_attention_heads)
+    return Scan(
+        (
+            SubLayer("attention", "ln1", "attention", attention),
+            SubLayer("feed_forward", "ln2", "feed_forward", _scan_feed_forward),
+        )
+    )
+
+
+# --- what training takes --------------------------------------------------------------------------------------------
+
+
+def _states(config: "RwkvRevConfig", batch: int, length: int, fused: bool) -> int:
+    """A matrix before and in each piece of tokens, and two beside them; the products of a piece's queries and keys."""
+    piece = min(PIECE, length)
+    pieces = -(-length // piece)
+    matrices = (3 * pieces + 2) * config.hidden_size * config.head_size
+    return batch * (matrices + pieces * piece * piece * config.num_attention_heads)
+
+
+def _whole(config: "RwkvRevConfig", batch: int) -> list[int]:
+    return [config.memory_bits // 8 * batch * config.hidden_size * config.head_size]
+
+
+def _remnant(config: "RwkvRevConfig", log_decay: Tensor | None, batch: int, length: int) -> list[int]:
+    return [8]  # a fingerprint
+
+
+LINEAR_ATTENTION = Architecture(
+    version="linear-attention",
+    title="linear attention",
+    has_heads=True,
+    has_group_norm=True,
+    state_kind=LinearAttentionState,
+    state={"memory": Part("H N N", wide=True)},
+    memory="memory",
+    keys="H N",
+    lora_targets=("query", "key", "value", "output"),
+    targets=AdapterTargets(
+        square=("query", "output"),
+        scaled=("attention.key", "attention.value", "feed_forward.value"),
+        scaled_inputs=("feed_forward.value",),
+    ),
+    sizes=_sizes,
+    fields={
+        "memory_bits": Field(int, 64, "bits of an integer of the memory", among=(16, 32, 64)),
+        "memory_exponent": Field(int, -40, "e of the memory's grid 2^e", least=-1000, most=1000),
+    },
+    cells=_cells,
+    initialization={LinearAttention: _initialize_attention, FeedForward: _initialize_feed_forward},
+    log_decay=lambda read: torch.zeros(len(read("attention.key.weight"))),
+    tunes_state=True,
+    scan=_scan,
+    cost=Cost(
+        vectors=16, fused_vectors=16, mixes=0, shifts=0, states=_states, whole=_whole, remnant=_remnant
+    ),
+)
