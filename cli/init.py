@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from rwkv_rev.architectures.registry import ARCHITECTURES
 from rwkv_rev.arguments import expanded
 from rwkv_rev.cli import output as out
 from rwkv_rev.cli.stopping import telling_if_stopped
@@ -12,7 +13,7 @@ from rwkv_rev.printable import printable
 
 
 def init(
-    architecture: Annotated[str, typer.Option(metavar="NAME", help="4, 5.0, 5.1, 5.2 or linear-attention.")],
+    architecture: Annotated[str, typer.Option(metavar="NAME", help=f"One of {', '.join(ARCHITECTURES)}.")],
     output: Annotated[Path, typer.Option(help="Folder to make.")],
     set_: Annotated[
         list[str] | None,

@@ -107,7 +107,7 @@ def test_nobody_knows_a_kind_by_its_name() -> None:
 
 
 def test_kinds_are_found() -> None:
-    assert kinds() == {
+    assert kinds() >= {
         *("TimeMixRwkv4", "TimeMixRwkv5", "ChannelMix", "LinearAttention", "FeedForward"),
         *("Whole", "FixedPoint", "Additive", "LossyState"),
     }
