@@ -94,7 +94,7 @@ def test_refused(given: dict[str, Any], message: str) -> None:
 def test_letters() -> None:
     config = ranked(rank=3)
     assert RANKED.shape("5 R D", config) == (5, 3, 24)
-    assert RANKED.shape("D 5R", config) == (24, 15)
+    assert RANKED.shape("D 5*R", config) == (24, 15)
 
 
 def test_other_architectures_have_no_such_field() -> None:

@@ -1,11 +1,11 @@
 """All that an architecture has to say of itself: data and functions, nothing else knows one by its name.
 
-Shapes are written in letters, ``"H N"``: those of :data:`LETTERS`, the architecture's own, numbers, and a number before
-a letter for so many times its size (``"D 5R"``). A new one, a generation of RWKV or another recurrent model, is a file
-that makes an :class:`Architecture`, its cells, and a line in :mod:`rwkv_rev.architectures.registry`.
+Shapes are written in letters, ``"H N"``: those of :data:`LETTERS`, the architecture's own, numbers, and products of
+these (``"D 5*R"``). A new one, a generation of RWKV or another recurrent model, is a file that makes an
+:class:`Architecture`, its cells, and a line in :mod:`rwkv_rev.architectures.registry`.
 """
 
-import re
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,6 @@ LETTERS = {
     "F": "intermediate_size",
 }
 """Of which field of the configuration a letter of a shape is the size."""
-_SIZE = re.compile(r"(\d*)([A-Za-z]*)")
 
 
 def _nothing(_: Any) -> None:
@@ -271,10 +270,11 @@ class Architecture:
     def shape(self, letters: str, config: "RwkvRevConfig") -> tuple[int, ...]:
         """The sizes that letters stand for."""
         known = LETTERS | dict(self.letters)
-        sizes = []
-        for times, letter in (_SIZE.fullmatch(size).groups() for size in letters.split()):  # type: ignore[union-attr]
-            sizes.append(int(times or 1) * (getattr(config, known[letter]) if letter else 1))
-        return tuple(sizes)
+
+        def size(factor: str) -> int:
+            return int(factor) if factor.isdigit() else getattr(config, known[factor])
+
+        return tuple(math.prod(map(size, product.split("*"))) for product in letters.split())
 
     def memory_shape(self, config: "RwkvRevConfig") -> tuple[int, ...]:
         """Of a layer's :attr:`memory`, without rows."""

@@ -1,0 +1,86 @@
+"""An architecture from outside of the package, with two memories in a cell, through every part that takes one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from bptt_cases import differentiate, random_like, random_state, random_tokens, relative_errors
+from contract_laws import LAWS, Trial, chunks
+from finetune_cases import counting_text, finetune, settings
+from test_linear_attention import filled
+from toy_architecture import TWO_SUMS, Two, TwoState, TwoSums
+
+import rwkv_rev
+from rwkv_rev.architectures import registry
+from rwkv_rev.fresh import init
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "ARCHITECTURES", dict(registry.ARCHITECTURES))
+    registry.register(TWO_SUMS)
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_laws(law: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = Two(*(torch.randn(2, size, generator=generator, dtype=torch.float64) for size in (12, 36)))
+    LAWS[law](Trial(filled(TwoSums(12, 3)).double(), start, chunks(12, 2, 4)))
+
+
+def test_gradients() -> None:
+    model = rwkv_rev.RwkvRevForCausalLM(
+        rwkv_rev.RwkvRevConfig(
+            rwkv_version="two-sums", hidden_size=12, num_hidden_layers=3, vocab_size=32, times=3, **sizes()
+        )
+    )
+    model = filled(model).double().train()
+    ids, mask = random_tokens(60, batch=2), torch.ones(2, 60, dtype=torch.long)
+    mask[0, :9], mask[1, 20:41] = 0, 0
+    state = random_state(model, 2)
+    assert isinstance(state, TwoState) and state.broad.shape == (3, 2, 36)
+    given = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "state": state,
+        "final_state_gradient": random_like(state),
+    }
+    full = differentiate(model, "full", **given)
+    for strategy in ("reversible", "checkpoint", "reversible-lossy"):
+        if strategy == "reversible-lossy":
+            with pytest.raises(rwkv_rev.StrategyError, match="cannot be divided back; use 'reversible'"):
+                differentiate(model, strategy, 8, **given)
+            continue
+        found = differentiate(model, strategy, 8, **given)
+        assert max(relative_errors(found.gradients, full.gradients).values()) < 1e-10
+
+
+def sizes() -> dict[str, int]:
+    return TWO_SUMS.sizes(12)
+
+
+def test_commands(tmp_path: Path) -> None:
+    text = counting_text(tmp_path / "data.txt")
+    init("two-sums", tmp_path / "model", settings={"hidden_size": 12, "num_hidden_layers": 2, "times": 3})
+    found = rwkv_rev.inspect(tmp_path / "model")
+    assert found.bits_forgotten == () and found.to_dict()["fields"] == {"times": 3}
+    assert found.fields()["version"] == "two sums" and found.fields()["times"] == 3
+    for tune in ("full", "lora", "state"):
+        changes = {"tune": tune, "carry_state": tune == "full", "save_every": 2 if tune == "full" else 0}
+        finetune(settings(tmp_path / "model", text, tmp_path / tune, **changes))
+        report = rwkv_rev.verify(
+            tmp_path / tune, tokens=60, reversal=True, gradients=True, context=100, chunk=20
+        )
+        assert report.passed, report.table()
+        assert report.reversal.theory_bits is None and "theory" not in "".join(report.reversal.lines())
+    assert rwkv_rev.evaluate(tmp_path / "full", [text], context_length=128).total.bits_per_byte < 9
+    assert rwkv_rev.generate(tmp_path / "state", "7 sq", max_new_tokens=3, seed=0).startswith("7 sq")
+    with pytest.raises(rwkv_rev.OutputError, match="no other tool reads models of two sums"):
+        rwkv_rev.export(tmp_path / "full", tmp_path / "x.pth")
+
+
+def test_without_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    init("two-sums", tmp_path / "model", settings={"hidden_size": 12, "num_hidden_layers": 1})
+    monkeypatch.delitem(registry.ARCHITECTURES, "two-sums")
+    with pytest.raises(rwkv_rev.CheckpointError, match=r"rwkv_version = 'two-sums' must be one of 4, 5\.0"):
+        rwkv_rev.inspect(tmp_path / "model")
