@@ -27,7 +27,7 @@ def init(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only the folder's path.")] = False,
 ) -> None:
-    """Make a freshly initialised model, to be trained from scratch.
+    r"""Make a freshly initialised model, to be trained from scratch.
 
     Of every architecture that there is; sizes follow from hidden_size, the vocabulary from the tokenizer. The folder
     is like a converted one: finetune, eval, generate, inspect and verify take it.
@@ -36,7 +36,8 @@ def init(
 
       rwkv-rev init --architecture linear-attention --output my-model
 
-      rwkv-rev init --architecture 5.2 --set hidden_size=256 --set num_hidden_layers=6 --output my-model
+      rwkv-rev init --architecture 5.2 --output my-model \
+        --set hidden_size=256 --set num_hidden_layers=6
     """
     from rwkv_rev.fresh import init as run
     from rwkv_rev.training.plain_yaml import parse_yaml

@@ -44,7 +44,7 @@ def test_hub_source() -> None:
         f"| SHA-256 of RWKV-5-World-0.4B-v2.pth | {'ab' * 32} |",
         "| rwkv-rev version | 1.2.3 |",
         "| version | RWKV-5.2 |",
-        "| heads | 32 of 64 |",
+        "| heads | 32 of size 64 |",
         "| GroupNorm eps | 1e-05 |",
         "exactly those of the source",
         "Not verified at conversion",
