@@ -23,6 +23,7 @@ from rwkv_rev.cells.linear_attention import LinearAttention, Sums, contribution,
 from rwkv_rev.cells.stateless import NoState
 from rwkv_rev.equivalence.reversal import check_reversal
 from rwkv_rev.errors import ReversalMismatchError
+from rwkv_rev.forecast import graph_bytes
 from rwkv_rev.reversal.additive import Additive
 from rwkv_rev.wkv import use_kernel
 
@@ -130,6 +131,23 @@ def test_gradients_in_float32() -> None:
         assert max(relative_errors(found.gradients, truth.gradients).values()) < 1e-5
 
 
+def test_autocast() -> None:
+    """Sums and their gradients stay float32; both exact strategies give the same bits, near those of ``full``."""
+    model = model_of(torch.float32)
+    given = {"input_ids": random_tokens(LENGTH, batch=2)}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        full, *chunked = (
+            differentiate(model, name, CHUNK, **given) for name in ("full", "reversible", "checkpoint")
+        )
+    assert_same_bits(*chunked)
+    assert max(relative_errors(chunked[0].gradients, full.gradients).values()) < 0.05
+    exact = differentiate(model_of(), "full", **given)
+    ours, theirs = (
+        sorted(relative_errors(found.gradients, exact.gradients).values()) for found in (chunked[0], full)
+    )
+    assert ours[len(ours) // 2] < 1.5 * theirs[len(theirs) // 2]
+
+
 def test_truncated_is_another_gradient() -> None:
     model = model_of()
     full = differentiate(model, "full", **arguments(model))
@@ -230,3 +248,23 @@ def test_another_arithmetic_on_the_way_back_is_found(monkeypatch: pytest.MonkeyP
     model = model_of(torch.float32)
     with pytest.raises(ReversalMismatchError):
         differentiate(model, "reversible", CHUNK, input_ids=random_tokens(LENGTH))
+
+
+@pytest.mark.parametrize("length", [128, 300])
+def test_the_forecast_counts_what_the_graph_keeps(length: int) -> None:
+    sizes = {"hidden_size": 128, "num_attention_heads": 4, "head_size": 32, "intermediate_size": 512}
+    model = model_of(torch.float32, **sizes, num_hidden_layers=2)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model.model(random_tokens(length)).last_hidden_state
+    found = sum(storage.nbytes() for storage in kept.values())
+    assert hidden.requires_grad
+    assert abs(graph_bytes(model.config, 1, length) / found - 1) < 0.05

@@ -19,7 +19,7 @@ from rwkv_rev.architectures.fields import Field
 from rwkv_rev.architectures.scan import Scan, SubLayer
 from rwkv_rev.cells.contract import ReversibleCell
 from rwkv_rev.cells.feed_forward import FeedForward
-from rwkv_rev.cells.linear_attention import PIECE, LinearAttention, Sums
+from rwkv_rev.cells.linear_attention import LinearAttention, Sums
 from rwkv_rev.cells.stateless import NoState
 from rwkv_rev.state import ModelState
 
@@ -115,11 +115,8 @@ def _scan(config: "RwkvRevConfig") -> Scan:
 
 
 def _states(config: "RwkvRevConfig", batch: int, length: int, fused: bool) -> int:
-    """A matrix before and in each piece of tokens, and two beside them; the products of a piece's queries and keys."""
-    piece = min(PIECE, length)
-    pieces = -(-length // piece)
-    matrices = (3 * pieces + 2) * config.hidden_size * config.head_size
-    return batch * (matrices + pieces * piece * piece * config.num_attention_heads)
+    """The memory before the chunk and after it: what is between is made again."""
+    return 2 * batch * config.hidden_size * config.head_size
 
 
 def _whole(config: "RwkvRevConfig", batch: int) -> list[int]:
@@ -156,6 +153,6 @@ LINEAR_ATTENTION = Architecture(
     tunes_state=True,
     scan=_scan,
     cost=Cost(
-        vectors=16, fused_vectors=16, mixes=0, shifts=0, states=_states, whole=_whole, remnant=_remnant
+        vectors=10, fused_vectors=10, mixes=0, shifts=0, states=_states, whole=_whole, remnant=_remnant
     ),
 )

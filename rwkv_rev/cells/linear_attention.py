@@ -11,7 +11,7 @@ Limits: a sum of T tokens grows with T, up to sqrt(T) or T times one token's sha
 hold values up to 2^(b - 1 + e); beyond they wrap around, of which a warning tells before it happens.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from rwkv_rev.cells.contract import Advanced, Replay, ReversibleCell, leaves
 from rwkv_rev.cells.exact_sums import ExactSums
 from rwkv_rev.cells.gates import norm_and_gate
 from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.first_order import first_order, refuse_transforms
 from rwkv_rev.reversal.additive import Additive, NoRemnant
 from rwkv_rev.reversal.fingerprint import checksum
 from rwkv_rev.wkv.dispatch import choose_kernel
@@ -166,13 +167,9 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, memory: Tensor) 
     """
     if choose_kernel(None, query) == "naive":
         return naive_linear_attention(query, key, value, memory)
-    length = query.shape[1]
-    q, k, v = (_pieces(tensor) for tensor in (query, key, value))  # [B, H, P, c, N]
-    updates = k.mT @ v  # [B, H, P, N, N]
-    update = updates.sum(2)
-    before = updates.cumsum(2) - updates if updates.shape[2] > 1 else torch.zeros_like(updates)
-    y = (q @ k.mT).tril() @ v + q @ (memory[:, :, None] + before)
-    return y.flatten(2, 3)[:, :, :length].transpose(1, 2), update
+    refuse_transforms((query, key, value, memory))
+    y, update = _Chunk.apply(query, key, value, memory)
+    return y, update
 
 
 def contribution(key: Tensor, value: Tensor) -> Tensor:
@@ -182,8 +179,44 @@ def contribution(key: Tensor, value: Tensor) -> Tensor:
         for k, v in zip(key.unbind(1), value.unbind(1), strict=True):
             update = update + k[..., :, None] * v[..., None, :]
         return update
-    k, v = _pieces(key), _pieces(value)
-    return (k.mT @ v).sum(2)
+    with torch.autocast(key.device.type, enabled=False):
+        return (_pieces(key).mT @ _pieces(value)).sum(2)
+
+
+class _Chunk(torch.autograd.Function):
+    """In pieces; keeps its inputs alone. Its gradient is in their precision, whatever autocast says around it."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(query, key, value, memory)
+        with torch.autocast(query.device.type, enabled=False):
+            q, k, v = map(_pieces, (query, key, value))  # [B, H, P, c, N]
+            updates = k.mT @ v  # [B, H, P, N, N]
+            y = (q @ k.mT).tril() @ v + q @ _before(updates, memory)
+            return _whole(y, query), updates.sum(2)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, to_y: Tensor, to_update: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, memory = ctx.saved_tensors
+        with torch.autocast(query.device.type, enabled=False):
+            q, k, v, to_y = map(_pieces, (query, key, value, to_y))
+            before = _before(k.mT @ v, memory)
+            to_scores, scores = (to_y @ v.mT).tril(), (q @ k.mT).tril()
+            to_before = q.mT @ to_y  # [B, H, P, N, N]
+            later = to_before.flip(2).cumsum(2).flip(2) - to_before  # of pieces behind
+            to_updates = to_update[:, :, None] + later
+            return (
+                _whole(to_scores @ k + to_y @ before.mT, query),
+                _whole(to_scores.mT @ q + v @ to_updates.mT, key),
+                _whole(scores.mT @ to_y + k @ to_updates, value),
+                to_before.sum(2),
+            )
+
+
+def _before(updates: Tensor, memory: Tensor) -> Tensor:
+    """The memory before each piece, [B, H, P, N, N]."""
+    return memory[:, :, None] + (updates.cumsum(2) - updates)
 
 
 def naive_linear_attention(
@@ -206,3 +239,8 @@ def _pieces(tensor: Tensor) -> Tensor:
     piece = min(PIECE, tensor.shape[1])
     padded = F.pad(tensor, (0, 0, 0, 0, 0, -tensor.shape[1] % piece))
     return padded.transpose(1, 2).unflatten(2, (-1, piece))
+
+
+def _whole(pieces: Tensor, like: Tensor) -> Tensor:
+    """[B, C, H, N] of :func:`_pieces`."""
+    return pieces.flatten(2, 3)[:, :, : like.shape[1]].transpose(1, 2)
