@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from rwkv_rev.bptt_settings import AUTO
 from rwkv_rev.cli import output as out
-from rwkv_rev.cli.counts import counts, whole
+from rwkv_rev.cli.counts import counts, length, whole
 from rwkv_rev.cli.options import refuse_meaningless
 
 COLUMNS = {
@@ -61,7 +62,9 @@ def bench(
     lengths: Annotated[
         str | None, typer.Option(help="Context lengths in tokens, comma-separated; 16k is 16384.")
     ] = None,
-    chunk_length: Annotated[str | None, typer.Option(help="Tokens per chunk, comma-separated.")] = None,
+    chunk_length: Annotated[
+        str | None, typer.Option(help="Tokens per chunk or auto, comma-separated.")
+    ] = None,
     strategies: Annotated[
         str, typer.Option(help="full, checkpoint, reversible, reversible-lossy, truncated; comma-separated.")
     ] = "full,reversible",
@@ -147,7 +150,9 @@ def bench(
                 ("bfloat16" if cuda or what == "convert" else "float32") if dtype == "auto" else dtype
             ],
             lengths=counts(lengths or _default_lengths(what, cuda, quick), "--lengths"),
-            chunk_lengths=counts(chunk_length or ("4096" if cuda and not quick else "512"), "--chunk-length"),
+            chunk_lengths=counts(
+                chunk_length or (AUTO if cuda and not quick else "512"), "--chunk-length", length
+            ),
             strategies=tuple(strategies.split(",")),
             tapes=tuple((tape or ("disk" if what == "memory" and not cuda else "host")).split(",")),
             repeats=repeats or (1 if quick else 3),

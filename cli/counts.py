@@ -2,10 +2,14 @@
 
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import typer
 
 from rwkv_rev import counts as plain
+from rwkv_rev.bptt_settings import AUTO
+
+T = TypeVar("T")
 
 
 def count(text: str | int) -> int:
@@ -20,14 +24,28 @@ def count(text: str | int) -> int:
         raise typer.BadParameter(str(error)) from None
 
 
-def counts(text: str, option: str) -> tuple[int, ...]:
+def length(text: str | int) -> int | str:
+    """A chunk length: :func:`count`, or ``auto``.
+
+    Raises:
+        typer.BadParameter: for what is neither.
+    """
+    if text == AUTO:
+        return AUTO
+    try:
+        return plain.tokens(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}, or auto") from None
+
+
+def counts(text: str, option: str, kind: Callable[[str], T] = count) -> tuple[T, ...]:
     """Several, separated by commas.
 
     Raises:
         typer.BadParameter: naming ``option``.
     """
     try:
-        return tuple(count(part) for part in text.split(","))
+        return tuple(kind(part) for part in text.split(","))
     except typer.BadParameter as error:
         raise typer.BadParameter(error.message, param_hint=option) from None
 

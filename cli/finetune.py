@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from rwkv_rev.cli import output as out
-from rwkv_rev.cli.counts import count, number, whole
+from rwkv_rev.cli.counts import count, length, number, whole
 from rwkv_rev.cli.options import refuse_both_prints
 from rwkv_rev.cli.stopping import tell
 from rwkv_rev.folders.folder import refuse_no_model
@@ -38,7 +38,10 @@ def finetune(
         ),
     ] = None,
     chunk_length: Annotated[
-        Number, typer.Option(parser=count, metavar="C", help="Tokens per chunk.  [1024]")
+        Any,
+        typer.Option(
+            parser=length, metavar="C", help="Tokens per chunk; auto: the most that fit, up to 16k.  [auto]"
+        ),
     ] = None,
     bptt: Annotated[
         Text, typer.Option(help="auto, full, checkpoint, reversible, truncated, ...  [auto]")
@@ -225,16 +228,26 @@ def _print_plan(planned: Any, as_json: bool) -> None:
         {
             "steps": f"{values['steps']:,}",
             "tokens per step": f"{values['tokens_per_step']:,.0f}",
+            "chunk length": f"{values['settings']['chunk_length']:,} ({values['chunk_length_is']})",
             "gradient": f"{memory['strategy']}, {memory['tokens_at_once']:,} tokens at once",
             **{
                 name: out.human_bytes(memory[name]) for name in ("weights", "gradients", "optimizer", "graph")
             },
             "memory": f"{out.human_bytes(memory['device'])} of tensors {BEYOND}{kept}",
+            **_recordings(memory),
             "tape": _tape(memory["tape"]),
         },
     )
     for text in values["notes"]:
         out.note(f"warning: {text}")
+
+
+def _recordings(memory: dict[str, Any]) -> dict[str, str]:
+    """What a GPU must have where recordings of launches are kept."""
+    if not memory["recordings"]:
+        return {}
+    held, most = (out.human_bytes(memory[name]) for name in ("recordings", "reserved"))
+    return {"with recordings": f"{most}; {held} of it are kept between steps"}
 
 
 def _print_result(result: Any) -> None:

@@ -1,12 +1,13 @@
 """``rwkv-rev inspect``: what a checkpoint is, without loading its weights whole."""
 
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import typer
 
-from rwkv_rev.bptt_settings import CHUNK_LENGTH
+from rwkv_rev.bptt_settings import AUTO
 from rwkv_rev.cli import output
-from rwkv_rev.cli.counts import count, whole
+from rwkv_rev.cli.counts import count, length, whole
 from rwkv_rev.cli.options import refuse_meaningless
 from rwkv_rev.folders.source import parse_source
 
@@ -33,8 +34,13 @@ def inspect(
     ] = None,
     batch_size: Annotated[int, typer.Option(parser=whole(1), metavar="B", help="Rows of the forecast.")] = 1,
     chunk_length: Annotated[
-        int, typer.Option(parser=count, metavar="C", help="Its chunk length.")
-    ] = CHUNK_LENGTH,
+        Any,
+        typer.Option(
+            parser=length,
+            metavar="C",
+            help="Its chunk length; auto: as in training with AdamW, by the memory that is free here.",
+        ),
+    ] = AUTO,
     device: Annotated[
         str, typer.Option(help="Of the forecast: cpu, cuda; auto is cuda if there is a GPU.")
     ] = "auto",
@@ -79,18 +85,26 @@ def inspect(
         output.note(f"note: {note}")
     forecasts, limits = None, None
     if context_length is not None:
-        from rwkv_rev.forecast import forecast_memory
+        from rwkv_rev.forecast import STRATEGIES, forecast_memory
 
         on_gpu = kind == "cuda"
-        forecasts = forecast_memory(
-            found.config,
-            found.log_decays,
-            found.parameters,
-            context_length=context_length,
-            batch_size=batch_size,
-            chunk_length=chunk_length,
-            fused=on_gpu,
-        )
+
+        def forecast(context: int, chunk: int, names: Sequence[str] = STRATEGIES) -> tuple[Any, ...]:
+            return forecast_memory(
+                found.config,
+                found.log_decays,
+                found.parameters,
+                context_length=context,
+                batch_size=batch_size,
+                chunk_length=chunk,
+                fused=on_gpu,
+                recorded=on_gpu,
+                strategies=names,
+            )
+
+        if chunk_length == AUTO:
+            chunk_length = _chosen(kind, found.parameters, forecast)
+        forecasts = forecast(context_length, chunk_length)
     if numerics and not found.log_decays:
         raise RwkvRevError(
             f"--numerics is about decays that are constants: {found.fields()['version']} has none"
@@ -121,11 +135,17 @@ def inspect(
         output.print_table(
             f"Memory of a gradient: {context_length:,} tokens x {batch_size}, chunks of {chunk:,}, float32, "
             + ("CUDA kernels" if on_gpu else "CPU"),
-            ["strategy", ">weights", ">gradients", ">graph", ">states", ">device peak", ">tape"],
+            [
+                *("strategy", ">weights", ">gradients", ">graph", ">states", ">device peak"),
+                *([">with recordings"] if on_gpu else []),
+                ">tape",
+            ],
             [
                 [
                     f.strategy,
-                    *(size(n) for n in (f.parameters, f.gradients, f.graph, f.states, f.device, f.tape)),
+                    *(size(n) for n in (f.parameters, f.gradients, f.graph, f.states, f.device)),
+                    *([size(f.reserved)] if on_gpu else []),
+                    size(f.tape),
                 ]
                 for f in forecasts
             ],
@@ -163,6 +183,23 @@ def inspect(
             ],
         )
         output.print_prose("formula: bits / 2, divided by what the channel forgets per step.")
+
+
+def _chosen(kind: str, parameters: int, forecast: Callable[..., tuple[Any, ...]]) -> int:
+    """What ``auto`` would be in training with AdamW on this machine."""
+    import torch
+
+    from rwkv_rev.bptt_settings import CHUNK_LENGTH
+    from rwkv_rev.chunk_length import choose
+
+    if kind == "cuda" and not torch.cuda.is_available():
+        return CHUNK_LENGTH
+
+    def need(chunk: int) -> int:
+        each = (*forecast(chunk, chunk, ("full",)), *forecast(2 * chunk, chunk, ("reversible",)))
+        return max(one.reserved for one in each) + 8 * parameters
+
+    return choose("auto", torch.device(kind), need).tokens
 
 
 def _steps(measured: float) -> str:

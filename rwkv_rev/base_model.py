@@ -30,6 +30,7 @@ from rwkv_rev.bptt_settings import BpttSettings
 from rwkv_rev.cache import Piece, RwkvRevCache, handed_over
 from rwkv_rev.cells.block import Block
 from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.chunk_length import AutoLength
 from rwkv_rev.configuration import MOST_SIZE, RwkvRevConfig
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.exporting import exportable
@@ -124,6 +125,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
     def __init__(self, config: RwkvRevConfig) -> None:
         super().__init__(config)
         self.bptt = BpttSettings()
+        self.auto_length = AutoLength()
         self.embeddings: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.ln0 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
@@ -190,7 +192,8 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
             past_key_values, cache: the same as ``state``; a :class:`RwkvRevCache` is brought up to date.
             croppable: tokens at the end that a recording cache may be asked to forget (0: all).
 
-        With gradients disabled, contexts longer than ``set_bptt``'s ``chunk_length`` run chunk by chunk.
+        With gradients disabled, contexts longer than ``set_bptt``'s ``chunk_length`` run chunk by chunk, of 1,024
+        tokens under ``auto``. What :meth:`RwkvRevForCausalLM.set_bptt` says of ``hidden_states`` is of the output.
         """
         output_hidden_states, return_dict = self._by_config(output_hidden_states, return_dict)
         batch, length, device = rows_and_tokens(input_ids, inputs_embeds)
@@ -208,15 +211,16 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         if (
             updated is None
             and not output_hidden_states
-            and self.goes_in_sweeps(length, inputs_embeds, *state.tensors())
+            and self.goes_in_sweeps(batch, length, device, inputs_embeds, *state.tensors())
         ):
             read = self._in_sweeps(input_ids, inputs_embeds, valid, state)
             if read is not None:
                 output = RwkvRevOutput(last_hidden_state=read[0], state=exportable(read[1]))
                 return output if return_dict else output.to_tuple()
         # chunk by chunk without gradients; at once where code inside the model might look at positions
-        whole = torch.is_grad_enabled() or length <= self.bptt.chunk_length or strangers(self).unknown
-        starts = set(range(0, length, length if whole else self.bptt.chunk_length))
+        size = self.bptt.read_length
+        whole = torch.is_grad_enabled() or length <= size or strangers(self).unknown
+        starts = set(range(0, length, length if whole else size))
         if updated is not None and updated.is_croppable:
             if croppable > length:
                 raise ValueError(
@@ -242,8 +246,11 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
             hidden.append(self.ln_out(x))
             streams.append(collected)
         last = _joined(hidden)
-        if self.training and last.requires_grad:
-            _tell_of_whole_graph(self.bptt, length)
+        if last.requires_grad:
+            if self.training and self._would_be_cut(batch, length, device):
+                _tell_of_whole_graph(self.bptt)
+            if self.bptt.hidden_states == "host":
+                last = last.to("cpu")
         output = RwkvRevOutput(
             last_hidden_state=last,
             state=exportable(state),
@@ -253,15 +260,31 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         )
         return output if return_dict else output.to_tuple()
 
-    def goes_in_sweeps(self, length: int, *given: Tensor | None) -> bool:
+    def chunk_length(self, rows: int, length: int, device: torch.device, *, handed_out: bool = False) -> int:
+        """C of a batch [rows, length]: what was set, or what ``auto`` comes to (:mod:`rwkv_rev.chunk_length`).
+
+        ``handed_out``: whether hidden states go to a loss of somebody else's.
+        """
+        if not isinstance(self.bptt.chunk_length, str) or not torch.is_grad_enabled():
+            return self.bptt.read_length
+        return self.auto_length.of(self, rows, length, device, handed_out=handed_out)
+
+    def goes_in_sweeps(self, rows: int, length: int, device: torch.device, *given: Tensor | None) -> bool:
         """Whether the gradient of a loss that somebody else computes is to be had chunk by chunk, too.
 
         ``given``: what else than the parameters may require one.
         """
-        long = torch.is_grad_enabled() and length > self.bptt.chunk_length
-        if not long or self.bptt.strategy not in ("auto", "reversible", "checkpoint"):
+        if not torch.is_grad_enabled() or self.bptt.strategy not in ("auto", "reversible", "checkpoint"):
             return False
-        return any(tensor is not None and tensor.requires_grad for tensor in (*self.parameters(), *given))
+        if not any(tensor is not None and tensor.requires_grad for tensor in (*self.parameters(), *given)):
+            return False
+        return length > self.chunk_length(rows, length, device, handed_out=True)
+
+    def _would_be_cut(self, rows: int, length: int, device: torch.device) -> bool:
+        """Whether the model's own loss would have cut a context into chunks."""
+        if self.bptt.strategy == "full" or torch.compiler.is_compiling():
+            return False
+        return length > self.chunk_length(rows, length, device, handed_out=True)
 
     @torch.compiler.disable  # as the loss
     def _in_sweeps(
@@ -285,9 +308,9 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
             divisor=1.0,
             state=state,
         )
-        bptt = self.bptt
+        bptt, size = self.bptt, self.chunk_length(batch, length, device, handed_out=True)
         strategy = choose_strategy(
-            bptt.strategy, length, chunk_length=bptt.chunk_length, tape=bptt.tape, tape_dir=bptt.tape_dir
+            bptt.strategy, length, chunk_length=size, tape=bptt.tape, tape_dir=bptt.tape_dir
         )
         assert isinstance(strategy, TwoSweeps)
         model = cast(LanguageModel, self)
@@ -298,7 +321,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
                 f"the graph of the whole context is stored, and its memory grows with it: {reason}"
             )
             return None
-        return hidden_states(strategy, model, inputs, found)
+        return hidden_states(strategy, model, inputs, found, on_host=bptt.hidden_states == "host")
 
     @property
     def checkpoints_blocks(self) -> bool:
@@ -335,10 +358,8 @@ def initial_states(config: RwkvRevConfig) -> nn.ParameterList:
     return nn.ParameterList(torch.zeros(shape) for _ in range(config.num_hidden_layers))
 
 
-def _tell_of_whole_graph(bptt: BpttSettings, length: int) -> None:
-    """Warn once where a context of ``length`` tokens would be cut into chunks, had the model computed the loss."""
-    if bptt.strategy == "full" or length <= bptt.chunk_length or torch.compiler.is_compiling():
-        return
+def _tell_of_whole_graph(bptt: BpttSettings) -> None:
+    """Warn once where a context would have been cut into chunks, had the model computed the loss."""
     logger.warning_once(
         f"the graph of a whole context is stored: bptt={bptt.strategy!r} was not taken for this loss on logits or "
         "hidden states. Such a gradient is exact, its memory grows with the context; bptt='reversible' keeps it flat "

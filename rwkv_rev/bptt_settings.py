@@ -14,8 +14,11 @@ from rwkv_rev.printable import shortened
 
 BPTT_STRATEGIES = ("auto", "full", "checkpoint", "reversible", "reversible-lossy", "truncated")
 TAPES = ("host", "device", "disk")
+HIDDEN_STATES = ("device", "host")
+AUTO = "auto"
+"""The chunk length that :mod:`rwkv_rev.chunk_length` chooses."""
 CHUNK_LENGTH = 1024
-"""Tokens per chunk where nothing else is asked for."""
+"""Tokens per chunk where none is asked for and none can be chosen, and of a reading without gradients then."""
 
 
 @named_fields
@@ -25,32 +28,45 @@ class BpttSettings:
 
     Attributes:
         strategy: ``auto`` is ``full`` up to one chunk and ``reversible`` above it.
-        chunk_length: C, tokens per chunk; without gradients, too, longer contexts are read in pieces of C.
+        chunk_length: C, tokens per chunk, or ``auto`` (:mod:`rwkv_rev.chunk_length`). Without gradients, too, longer
+            contexts are read in pieces of C, of :data:`CHUNK_LENGTH` under ``auto``.
         tape: where remnants are kept, ``host``, ``device`` or ``disk``.
         tape_dir: folder of the ``disk`` tape; the system's temporary folder when None.
+        hidden_states: where those are, and the gradient by them, that a loss of one's own is computed from: on the
+            ``device`` or in ``host`` memory.
 
     Raises:
         StrategyError: for a strategy, tape, length or folder that does not exist.
     """
 
     strategy: str = "auto"
-    chunk_length: int = CHUNK_LENGTH
+    chunk_length: int | str = AUTO
     tape: str = "host"
     tape_dir: str | None = None
+    hidden_states: str = "device"
 
     def __post_init__(self) -> None:
-        for field, value, known in (("bptt", self.strategy, BPTT_STRATEGIES), ("tape", self.tape, TAPES)):
+        for field, value, known in (
+            ("bptt", self.strategy, BPTT_STRATEGIES),
+            ("tape", self.tape, TAPES),
+            ("hidden_states", self.hidden_states, HIDDEN_STATES),
+        ):
             if value not in known:
                 raise StrategyError(f"{field} = {value!r} does not exist; use one of {', '.join(known)}")
         whole = isinstance(self.chunk_length, Integral) and not isinstance(self.chunk_length, bool)
-        if not (whole and 1 <= self.chunk_length <= MOST):
+        if not (whole and 1 <= int(self.chunk_length) <= MOST) and self.chunk_length != AUTO:
             raise StrategyError(
-                f"chunk_length = {shortened(repr(self.chunk_length))} must be a whole number from 1 to {MOST}"
+                f"chunk_length = {shortened(repr(self.chunk_length))} must be a whole number from 1 to {MOST}, or auto"
             )
         if self.tape_dir is not None and not self._is_writable():
             raise StrategyError(
                 f"tape_dir = {shortened(repr(self.tape_dir))} is no folder that can be written to"
             )
+
+    @property
+    def read_length(self) -> int:
+        """Tokens that are read at once without gradients: under ``auto`` as many on every device."""
+        return CHUNK_LENGTH if isinstance(self.chunk_length, str) else self.chunk_length
 
     def _is_writable(self) -> bool:
         assert self.tape_dir is not None

@@ -29,8 +29,18 @@ states are calibrated on the allocator's log (CPU, chunked kernels); tests hold 
 over several widths, depths and vocabularies. Optimizer states are not included (AdamW: 8 bytes per weight).
 
 Those are float32 weights and activations with every weight trained. Under autocast to 16 bits the graph of n tokens
-takes 2/3 of that (LayerNorms, residuals and states stay float32), and a copy of each matrix in 2 bytes. Of weights that
-are not trained there is no gradient.
+takes 2/3 of that (LayerNorms, residuals and states stay float32), and a copy of each matrix in 2 bytes. A model that is
+in 16 bits itself (*narrow*) takes 0.6 of it, and its gradients 2 bytes beside their sums of 4. Of weights that are not
+trained there is no gradient.
+
+Recordings that last over steps (:mod:`rwkv_rev.bptt.lasting`) keep their memory between steps, for nobody else's use:
+
+    sums of all gradients + 1.1 (loss or backward, without sums) + head gradient
+
+What the device must give then (*reserved*) is that, the weights, and the gradients that are handed out. The 1.1 is what
+the four recordings read and write, and gaps between their tensors: calibrated on an H100 (docs/h200.md, 1.58 billion
+parameters, C = 2,048, 4,096, 8,192: within 5 %). Without recordings an allocator that keeps freed blocks reserves 5 %
+more than tensors take at their peak.
 
 The tape's bytes are exact: remnant widths follow from the decays. Heads whose grid rises add a matrix each, once.
 """
@@ -55,6 +65,10 @@ _LAYER_SHARE = 0.4
 _STATE_COPIES = {"checkpoint": 6, "reversible": 8}
 _STATE_ARITHMETIC = 8
 _HALF_GRAPH = 2 / 3
+_NARROW_GRAPH = 0.6
+_RECORDED = ("checkpoint", "reversible")
+_RECORDED_SHARE = 1.1
+_RESERVED_SHARE = 1.05
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,8 @@ class StrategyForecast:
         states: boundary states besides the graph.
         device: the peak of all of it; less than the sum, since gradients grow as the graph is freed.
         tape: on the host, or where the tape lies.
+        recordings: what recordings of launches hold between steps, if they last.
+        reserved: what the device must have for all of it, with recordings if they last.
     """
 
     strategy: str
@@ -78,6 +94,8 @@ class StrategyForecast:
     states: int
     device: int
     tape: int
+    recordings: int
+    reserved: int
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -97,6 +115,9 @@ def forecast_memory(
     weight_bytes: int = NUMBER,
     checkpoint_blocks: bool = False,
     fused: bool = False,
+    narrow: bool = False,
+    recorded: bool = False,
+    strategies: Sequence[str] = STRATEGIES,
 ) -> tuple[StrategyForecast, ...]:
     """Forecast the memory of one loss and its gradient.
 
@@ -112,23 +133,29 @@ def forecast_memory(
         weight_bytes: of one weight.
         checkpoint_blocks: whether the graph keeps only the blocks' inputs (activation checkpointing).
         fused: whether the CUDA kernels run.
+        narrow: whether weights and activations are in 16 bits, without autocast.
+        recorded: whether recordings may last over steps (on CUDA, blocks not checkpointed).
+        strategies: those to tell of, of :data:`STRATEGIES`.
     """
     chunk = min(chunk_length, context_length)
     run = _Run(
         config=config,
         log_decays=log_decays,
         weights=weight_bytes * parameters,
-        gradients=NUMBER * (parameters if trained is None else trained),
+        trained=parameters if trained is None else trained,
         batch=batch_size,
         context=context_length,
         chunk=chunk,
         chunks=-(-context_length // chunk),
-        graph_share=_HALF_GRAPH if half else 1.0,
+        graph_share=_NARROW_GRAPH if narrow else _HALF_GRAPH if half else 1.0,
         half_copies=2 * (parameters - 2 * config.vocab_size * config.hidden_size) if half else 0,
         checkpoint_blocks=checkpoint_blocks,
         fused=fused,
+        half=half,
+        narrow=narrow,
+        recorded=recorded and not checkpoint_blocks,
     )
-    return tuple(_forecast(name, run) for name in STRATEGIES)
+    return tuple(_forecast(name, run) for name in strategies)
 
 
 @dataclass(frozen=True)
@@ -138,7 +165,7 @@ class _Run:
     config: RwkvRevConfig
     log_decays: Sequence[Tensor]
     weights: int
-    gradients: int
+    trained: int
     batch: int
     context: int
     chunk: int
@@ -147,10 +174,13 @@ class _Run:
     half_copies: int
     checkpoint_blocks: bool
     fused: bool
+    half: bool
+    narrow: bool
+    recorded: bool
 
 
 def _forecast(name: str, run: _Run) -> StrategyForecast:
-    config, batch, gradients = run.config, run.batch, run.gradients
+    config, batch, gradients = run.config, run.batch, (2 if run.narrow else NUMBER) * run.trained
     layers, width = config.num_hidden_layers, config.hidden_size
     at_once = run.context if name == "full" else run.chunk
     tokens = batch * at_once
@@ -160,18 +190,18 @@ def _forecast(name: str, run: _Run) -> StrategyForecast:
         at_once,
         checkpoint_blocks=run.checkpoint_blocks,
         fused=run.fused,
-        half=run.graph_share < 1,
+        half=run.half,
     )
     graph = round(run.graph_share * held) + run.half_copies
-    sums = 0 if name == "full" or run.chunks == 1 else gradients
+    sums = 0 if name == "full" or run.chunks == 1 else NUMBER * run.trained
     memory = NUMBER * batch * math.prod(config.architecture.memory_shape(config))
     copies = _STATE_COPIES.get(name)
     states = 0 if copies is None else (copies * layers + _STATE_ARITHMETIC) * memory
-    head = min(NUMBER * config.vocab_size * width, gradients)
+    head = NUMBER * min(config.vocab_size * width, run.trained)
     logits = NUMBER * min(tokens * config.vocab_size, LOGITS_AT_ONCE)
     layer = (gradients - 2 * head) / layers
     workspace = run.graph_share * NUMBER * tokens * (2 * config.intermediate_size + _BACKWARD_VECTORS * width)
-    terms = [graph + states + head + workspace + _LAYER_SHARE * max(0.0, layer), gradients + states]
+    terms = [graph + states + head + workspace + _LAYER_SHARE * max(0.0, layer)]
     if run.checkpoint_blocks:
         # no block's graph at the loss; the lowest block's comes when those above it are gradients already
         inputs = round(run.graph_share * NUMBER * tokens * width * (layers - 1))
@@ -179,7 +209,11 @@ def _forecast(name: str, run: _Run) -> StrategyForecast:
         terms.append(gradients - max(0.0, layer) - head + graph - inputs + states + workspace)
     else:
         terms.append(graph + states + _LOGIT_COPIES * logits + head)
-    peak = sums + max(terms)
+    device = run.weights + sums + round(max(*terms, gradients + states))
+    recordings, reserved = 0, _RESERVED_SHARE * device
+    if run.recorded and run.chunks > 1 and name in _RECORDED:
+        recordings = sums + round(_RECORDED_SHARE * max(terms)) + head
+        reserved = run.weights + recordings + gradients
     tape = 0
     if name in ("checkpoint", "reversible"):
         recorded = run.chunks - 2  # not what is before the first chunk and in the last
@@ -191,8 +225,10 @@ def _forecast(name: str, run: _Run) -> StrategyForecast:
         gradients=gradients + sums,
         graph=graph,
         states=states,
-        device=run.weights + round(peak),
+        device=device,
         tape=tape,
+        recordings=recordings,
+        reserved=round(reserved),
     )
 
 

@@ -19,10 +19,11 @@ from rwkv_rev.base_model import RwkvRevModel, RwkvRevPreTrainedModel, initial_st
 from rwkv_rev.bptt import choose_strategy
 from rwkv_rev.bptt.full import loss_in_one_graph
 from rwkv_rev.bptt.strategy import LossInputs
-from rwkv_rev.bptt_settings import BpttSettings
+from rwkv_rev.bptt_settings import AUTO, BpttSettings
 from rwkv_rev.cache import CACHE_NAME, RwkvRevCache, handed_over
 from rwkv_rev.cells.block import Block
 from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.chunk_length import AutoLength
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.first_order import refuse_transforms
@@ -81,7 +82,9 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
         )
         if streams is not None:
             streams.extend(output.hidden_states)
-        return output.last_hidden_state, output.state
+        # they may be handed out in host memory; a loss of ours reads them here
+        place = (input_ids if inputs_embeds is None else inputs_embeds).device  # type: ignore[union-attr]
+        return output.last_hidden_state.to(place), output.state
 
     @property
     def blocks(self) -> list[Block]:
@@ -139,22 +142,33 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
         self,
         strategy: str,
         *,
-        chunk_length: int | None = None,
+        chunk_length: int | str | None = None,
         tape: str | None = None,
         tape_dir: str | None = None,
+        hidden_states: str | None = None,
     ) -> "BpttSetting":
         """Choose the gradient strategy; also a context manager that puts the old one back.
 
         Args:
             strategy: ``auto``, ``full``, ``checkpoint``, ``reversible``, ``reversible-lossy`` or ``truncated``.
-            chunk_length: C, tokens per chunk; unchanged when None.
+            chunk_length: C, tokens per chunk, or ``auto``, which chooses when it is first needed and then keeps to it
+                (:mod:`rwkv_rev.chunk_length`); unchanged when None.
             tape: ``host``, ``device`` or ``disk``; unchanged when None.
             tape_dir: folder of the ``disk`` tape; unchanged when None.
+            hidden_states: ``device`` or ``host``, where the hidden states for a loss of your own are, and the gradient
+                by them; unchanged when None. Under ``host`` those of ``model.model`` are a CPU tensor wherever they
+                have a gradient: cut them with ``split``, and give the head one piece after another, on its device.
 
         Raises:
             StrategyError: for a name or length that does not exist.
         """
-        given = {"strategy": strategy, "chunk_length": chunk_length, "tape": tape, "tape_dir": tape_dir}
+        given = {
+            "strategy": strategy,
+            "chunk_length": chunk_length,
+            "tape": tape,
+            "tape_dir": tape_dir,
+            "hidden_states": hidden_states,
+        }
         chosen = {name: value for name, value in given.items() if value is not None}
         return BpttSetting(self.model, chosen)
 
@@ -236,7 +250,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
             )
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             output = RwkvRevCausalLMOutput(
-                logits=self.head(hidden.last_hidden_state[:, kept]),
+                logits=self.head(self._for_the_head(hidden.last_hidden_state, kept)),
                 state=hidden.state,
                 hidden_states=hidden.hidden_states,
             )
@@ -268,8 +282,27 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, state: ModelState | None
     ) -> bool:
         """Whether a gradient will be asked for which a cache, that nobody has asked for, would make costly."""
-        _, length, _ = rows_and_tokens(input_ids, inputs_embeds)
-        return self.model.goes_in_sweeps(length, inputs_embeds, *(() if state is None else state.tensors()))
+        batch = rows_and_tokens(input_ids, inputs_embeds)
+        return self.model.goes_in_sweeps(*batch, inputs_embeds, *(() if state is None else state.tensors()))
+
+    def _for_the_head(self, hidden: Tensor, kept: slice | Tensor) -> Tensor:
+        """The chosen positions of hidden states [B, T, D], where the head is.
+
+        Raises:
+            StrategyError: where hidden states are kept off the device, and more than a chunk of them would come back.
+        """
+        chosen = hidden[:, kept.to(hidden.device) if isinstance(kept, Tensor) else kept]
+        if self.bptt.hidden_states == "device" or not hidden.requires_grad:
+            return chosen
+        device = self.model.ln0.weight.device
+        most = self.model.chunk_length(*chosen.shape[:2], device, handed_out=True)
+        if chosen.shape[1] > most:
+            raise StrategyError(
+                f"hidden_states='host' keeps {chosen.shape[1]:,} tokens off the device, where their logits would be: "
+                f"ask for logits_to_keep of at most {most:,}, or split model.model(...).last_hidden_state and give "
+                "model.head one piece after another"
+            )
+        return chosen.to(device)
 
     @torch.compiler.disable  # two sweeps with a tape between them are no graph
     def _loss(
@@ -300,13 +333,15 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
             wide(self.model.ln0.weight.dtype),
         )
         length, evaluating = inputs.length, not (self.training or torch.is_grad_enabled())
+        bptt = self.bptt
+        size = self.model.chunk_length(*inputs.targets.shape, inputs.targets.device)
         if return_logits or output_hidden_states:
-            whole = self.bptt.strategy in ("full", "auto") and length <= self.bptt.chunk_length
+            whole = bptt.strategy in ("full", "auto") and length <= size
             if torch.is_grad_enabled() and not whole:
                 asked = "return_logits" if return_logits else "output_hidden_states beside a loss"
                 raise StrategyError(
-                    f"{asked} needs bptt='full' and a context of at most one chunk: {self.bptt.chunk_length} tokens "
-                    f"here, not {length} under {self.bptt.strategy!r}"
+                    f"{asked} needs bptt='full' and a context of at most one chunk: {size} tokens "
+                    f"here, not {length} under {bptt.strategy!r}"
                 )
             streams: list[Tensor] | None = [] if output_hidden_states else None
             loss, hidden, after = loss_in_one_graph(self, inputs, streams)
@@ -316,9 +351,8 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
                 state=after.detach(),
                 hidden_states=None if streams is None else tuple(streams),
             )
-        bptt = self.bptt
         strategy = choose_strategy(
-            bptt.strategy, length, chunk_length=bptt.chunk_length, tape=bptt.tape, tape_dir=bptt.tape_dir
+            bptt.strategy, length, chunk_length=size, tape=bptt.tape, tape_dir=bptt.tape_dir
         )
         result = strategy.loss(self, inputs)
         logits = self._deferred_logits(inputs, result.loss) if evaluating else None
@@ -362,6 +396,8 @@ class BpttSetting:
         self._model = model
         self._former = {name: getattr(model.bptt, name) for name in chosen}
         model.bptt = replace(model.bptt, **chosen)
+        if chosen.get("chunk_length") == AUTO:
+            model.auto_length = AutoLength()
 
     def __enter__(self) -> None:
         return None

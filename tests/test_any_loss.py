@@ -280,7 +280,9 @@ def test_the_cache_of_evaluation_does_not_stand_in_the_way(
     """``from_pretrained`` gives models in eval mode, whose outputs hold a cache: here only where nothing is learned."""
     read: list[Any] = []
     original = base_model.hidden_states
-    monkeypatch.setattr(base_model, "hidden_states", lambda *args: read.append(args) or original(*args))
+    monkeypatch.setattr(
+        base_model, "hidden_states", lambda *args, **more: read.append(args) or original(*args, **more)
+    )
     output = model.eval()(IDS)
     assert len(read) == 1 and output.get(CACHE_NAME) is None
     objective(output.logits).backward()

@@ -24,6 +24,7 @@ import torch
 
 from rwkv_rev.benchmark.settings import DTYPES, BenchSettings
 from rwkv_rev.benchmark.training import random_tokens, step
+from rwkv_rev.bptt_settings import AUTO
 from rwkv_rev.errors import RwkvRevError
 from rwkv_rev.modeling import RwkvRevForCausalLM
 
@@ -66,9 +67,9 @@ def cuda_point(
     device = next(model.parameters()).device
     found: dict[str, Any] = {"limit_bytes": torch.cuda.get_device_properties(device).total_memory}
     ids = random_tokens(model, batch_size, length)
-    warm = (
-        ids[:, : 3 * setting.get("chunk_length", length)] if setting["strategy"] != "full" else ids[:, :4096]
-    )
+    chunk = setting.get("chunk_length", length)
+    most = 4096 if setting["strategy"] == "full" else length if chunk == AUTO else 3 * chunk
+    warm = ids[:, :most]
     try:
         with model.set_bptt(**setting):
             step(model, warm)

@@ -10,10 +10,11 @@ import torch
 
 from rwkv_rev.arguments import check_kinds, named_fields
 from rwkv_rev.benchmark.models import SHAPES, benchmark_model
-from rwkv_rev.bptt_settings import BPTT_STRATEGIES, TAPES
+from rwkv_rev.bptt_settings import AUTO, BPTT_STRATEGIES, TAPES
 from rwkv_rev.errors import ConfigError, RwkvRevError, SourceError
 from rwkv_rev.loading import load_model
 from rwkv_rev.modeling import RwkvRevForCausalLM
+from rwkv_rev.printable import shortened
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU = torch.device("cpu")
@@ -30,7 +31,7 @@ class BenchSettings:
         device: what computes.
         dtype: of weights and activations.
         lengths: context lengths T, rising.
-        chunk_lengths: C, for every strategy but ``full``.
+        chunk_lengths: C or ``auto``, for every strategy but ``full``.
         strategies: gradient strategies.
         tapes: places of the tape, for the strategies that have one.
         repeats: timed runs of each point; the median is reported.
@@ -44,7 +45,7 @@ class BenchSettings:
     device: torch.device = CPU
     dtype: torch.dtype = torch.float32
     lengths: tuple[int, ...] = (1024, 4096)
-    chunk_lengths: tuple[int, ...] = (512,)
+    chunk_lengths: tuple[int | str, ...] = (512,)
     strategies: tuple[str, ...] = ("full", "reversible")
     tapes: tuple[str, ...] = ("host",)
     repeats: int = 3
@@ -64,7 +65,12 @@ class BenchSettings:
             raise RwkvRevError(f"no gradient strategy is called {unknown[0]!r}; there are {known}")
         if any(tape not in TAPES for tape in self.tapes):
             raise RwkvRevError(f"no tape is called {self.tapes!r}; there are {', '.join(TAPES)}")
-        if not self.lengths or min(self.lengths) < 2 or min(self.chunk_lengths, default=0) < 1:
+        chunks = [1 if length == AUTO else length for length in self.chunk_lengths]
+        if wrong := [length for length in chunks if isinstance(length, str)]:
+            raise ConfigError(
+                f"chunk_lengths: {shortened(repr(wrong[0]))} is neither a whole number nor auto"
+            )
+        if not self.lengths or min(self.lengths) < 2 or min(map(int, chunks), default=0) < 1:
             raise RwkvRevError("contexts need at least 2 tokens and chunks at least 1")
 
     def bptt(self) -> dict[str, dict[str, Any]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rwkv_rev.benchmark.models import matrix_parameters
 from rwkv_rev.benchmark.settings import BenchSettings
+from rwkv_rev.bptt_settings import AUTO
 from rwkv_rev.modeling import RwkvRevForCausalLM
 
 
@@ -139,9 +140,10 @@ def training_rows(
         found = compare(model, length, left, batch_size=settings.batch_size, repeats=settings.repeats)
         full = next((row for row in found if row["setting"] == "full" and "seconds" in row), None)
         for row in found:
-            row.update(
-                {name: left[row["setting"]].get(name) for name in ("strategy", "chunk_length", "tape")}
-            )
+            asked = left[row["setting"]]
+            row.update({name: asked.get(name) for name in ("strategy", "tape")})
+            if asked.get("chunk_length") != AUTO:  # else what it came to is there
+                row["chunk_length"] = asked.get("chunk_length")
             if "seconds" in row:
                 if settings.lora_rank:
                     row["model_flops"] *= 4 / 6

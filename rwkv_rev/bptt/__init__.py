@@ -9,6 +9,7 @@ from rwkv_rev.bptt.reversible import Reversible
 from rwkv_rev.bptt.reversible_lossy import ReversibleLossy
 from rwkv_rev.bptt.strategy import LossInputs, LossResult, Strategy
 from rwkv_rev.bptt.truncated import Truncated
+from rwkv_rev.bptt_settings import CHUNK_LENGTH
 from rwkv_rev.errors import StrategyError
 
 STRATEGIES: dict[str, type[Strategy]] = {
@@ -17,15 +18,17 @@ STRATEGIES: dict[str, type[Strategy]] = {
 
 
 def choose_strategy(
-    name: str, length: int, *, chunk_length: int, tape: str = "host", tape_dir: str | None = None
+    name: str, length: int, *, chunk_length: int | str, tape: str = "host", tape_dir: str | None = None
 ) -> Strategy:
     """The strategy called ``name`` for a context of ``length`` tokens.
 
-    ``auto`` is ``full`` up to one chunk and ``reversible`` above it.
+    ``auto`` is ``full`` up to one chunk and ``reversible`` above it. Of a model that is not known here, a
+    ``chunk_length`` of ``auto`` is :data:`~rwkv_rev.bptt_settings.CHUNK_LENGTH`.
 
     Raises:
         StrategyError: if there is no such strategy.
     """
+    chunk_length = CHUNK_LENGTH if isinstance(chunk_length, str) else chunk_length
     if name == "auto":
         name = "full" if length <= chunk_length else "reversible"
     if name not in STRATEGIES:

@@ -3,7 +3,8 @@
 Where somebody computes a loss of their own, from logits or hidden states, the model does not know it when the context
 is read. The forward pass is then the first sweep, which hands out the hidden states of every chunk [B, C, D]; the
 backward pass is the second one, given the gradient by each chunk's hidden states instead of computing a loss. Kept in
-between are the tape and the hidden states, O(T D) numbers, instead of a graph of some 30 T L D.
+between are the tape and the hidden states, O(T D) numbers, instead of a graph of some 30 T L D; by choice in host
+memory, as is then the gradient by them, of which each chunk's part comes to the device when its turn is.
 
 The backward pass runs under the forward's autocast, kernels and random draws, whatever thread autograd calls it in.
 """
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from rwkv_rev import adapters, random_state
 from rwkv_rev.bptt.backward_sweep import LIKELY_CAUSES, backward_sweep
 from rwkv_rev.bptt.forward_sweep import forward_sweep
+from rwkv_rev.bptt.hidden_states import HiddenStates
 from rwkv_rev.bptt.layers import by_layer
 from rwkv_rev.bptt.runner import Runner
 from rwkv_rev.bptt.strategy import (
@@ -43,16 +45,22 @@ from rwkv_rev.state import ModelState
 
 
 def hidden_states(
-    strategy: TwoSweeps, model: LanguageModel, inputs: LossInputs, found: Strangers
+    strategy: TwoSweeps,
+    model: LanguageModel,
+    inputs: LossInputs,
+    found: Strangers,
+    *,
+    on_host: bool = False,
 ) -> tuple[Tensor, ModelState]:
     """Normalised hidden states [B, T, D] of ``inputs`` and the state after them, both differentiable, once.
 
     Args:
         found: code of others inside the model, of which none may be unknown.
+        on_host: whether the hidden states are handed out in host memory.
     """
     parameters: list[Tensor] = list(model.parameters())
     leaves = trainable(parameters, inputs)
-    reading = _Reading(strategy, model, inputs, parameters, leaves, found)
+    reading = _Reading(strategy, model, inputs, parameters, leaves, found, on_host)
     hidden, *state = _HiddenStates.apply(reading, *leaves)
     return hidden, type(inputs.state)(*state)
 
@@ -88,6 +96,7 @@ class _Reading:
         parameters: list[Tensor],
         leaves: list[Tensor],
         found: Strangers,
+        on_host: bool,
     ) -> None:
         self._strategy, self._model, self._inputs = strategy, model, inputs
         self._leaves = leaves
@@ -100,7 +109,7 @@ class _Reading:
         tape = Tape(strategy.tape, inputs.targets.device, strategy.tape_dir)
         with uncached(inputs.targets.device):
             self._sweep = strategy.begin_sweep(model, inputs, parameters, found, tape)
-        self._sweep.hidden = []
+        self._sweep.hidden = HiddenStates(on_host=on_host)
         self._runner = Runner(self._sweep)
         self._last: list[Any] = []
 
@@ -112,7 +121,7 @@ class _Reading:
             end = sweep.read_last(self._last)
         warn_of_coarse_heads(sweep)
         assert sweep.hidden is not None
-        hidden, sweep.hidden = torch.cat(sweep.hidden, dim=1), None
+        hidden, sweep.hidden = sweep.hidden.whole(), None
         return (hidden, *type(self._inputs.state).stack(end).tensors())
 
     def backward(self, to_hidden: Tensor, to_state: list[Tensor]) -> list[Tensor | None]:
@@ -160,7 +169,7 @@ class _Given:
         outside: OutsideLeaves | None,
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         self._same.append(checksum(hidden) == self._prints[chunk.index])
-        to_hidden = self._to_hidden[:, chunk.start : chunk.stop]
+        to_hidden = self._to_hidden[:, chunk.start : chunk.stop].to(hidden.device, non_blocking=True)
         return torch.zeros((), device=hidden.device), to_hidden * loss_scale, []
 
     def compare(self) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rwkv_rev.bptt.chunk_gradients import Objective, Parameters, Replay, own_loss
+from rwkv_rev.bptt.hidden_states import HiddenStates
 from rwkv_rev.bptt.layers import LayerGraph, advance_layers, replay_layers
 from rwkv_rev.bptt.records import Record, fingerprints, layer_record, make_record
 from rwkv_rev.bptt.strategy import Chunk, LanguageModel, LossInputs
@@ -40,7 +41,7 @@ class Sweep:
             hidden states are handed out.
         random: the generators' states before each chunk.
         coarse: [L, B, H] bool, parts of memories that were coarse at any border.
-        hidden: collects each chunk's normalised hidden states [B, C, D] in the first sweep, if they are handed out.
+        hidden: collects the normalised hidden states in the first sweep, if they are handed out.
         hidden_prints: checksums of these, by chunk.
         objective: what the hidden states are for in the second sweep.
     """
@@ -60,7 +61,7 @@ class Sweep:
     prints: dict[int, list[Tensor]] = field(default_factory=dict)
     random: list[GeneratorStates] = field(default_factory=list)
     coarse: Tensor | None = None
-    hidden: list[Tensor] | None = None
+    hidden: HiddenStates | None = None
     hidden_prints: dict[int, Tensor] = field(default_factory=dict)
     objective: Objective = own_loss
 
@@ -101,8 +102,9 @@ class Sweep:
     def _hand_out(self, chunk: Chunk, out: Tensor) -> None:
         """The hidden states of the top layer's output [B, C, D]."""
         assert self.hidden is not None
-        self.hidden.append(self.model.normalize(out))
-        self.hidden_prints[chunk.index] = checksum(self.hidden[-1])
+        hidden = self.model.normalize(out)
+        self.hidden.take(chunk, hidden)
+        self.hidden_prints[chunk.index] = checksum(hidden)
 
     def note_coarse(self, coarse: Tensor | None) -> None:
         """Add to :attr:`coarse`."""

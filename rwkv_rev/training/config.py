@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rwkv_rev.arguments import expanded, is_name, named_fields
-from rwkv_rev.bptt_settings import BPTT_STRATEGIES, CHUNK_LENGTH, TAPES
+from rwkv_rev.bptt_settings import AUTO, BPTT_STRATEGIES, TAPES
 from rwkv_rev.counts import is_plain, number, tokens
 from rwkv_rev.errors import ConfigError
 from rwkv_rev.printable import shortened
@@ -60,7 +60,7 @@ class FinetuneConfig:
         pack: lay all documents end to end in one stream; state runs on from one into the next.
         carry_state: begin the next row of a long document with the state of the row before (gradient cut there).
         context_length: T, the most tokens that one gradient goes through.
-        chunk_length: C, tokens per chunk.
+        chunk_length: C, tokens per chunk; ``auto`` is chosen once, before the first step, by the memory that is free.
         bptt: gradient strategy; ``auto`` is exact at every length.
         tape: where remnants are kept, ``host``, ``device`` or ``disk``.
         tape_dir: folder of a tape on disk; the system's temporary one when None.
@@ -110,7 +110,7 @@ class FinetuneConfig:
     pack: bool = False
     carry_state: bool = False
     context_length: int = 16384
-    chunk_length: int = CHUNK_LENGTH
+    chunk_length: int | str = AUTO
     bptt: str = "auto"
     tape: str = "host"
     tape_dir: str | None = None
@@ -195,10 +195,12 @@ class FinetuneConfig:
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{name} = {value} must be a finite number")
         for name, most in _MOST.items():
-            if (number := getattr(self, name)) is not None and number > most:
+            number = getattr(self, name)
+            if number is not None and number != AUTO and number > most:
                 raise ConfigError(f"{name} = {number} must be at most {most}")
         for name, least in _LEAST.items():
-            if (number := getattr(self, name)) is not None and number < least:
+            number = getattr(self, name)
+            if number is not None and number != AUTO and number < least:
                 raise ConfigError(f"{name} = {number} must be at least {least}")
         for name in ("lr", "epochs", "lora_alpha"):
             if (number := getattr(self, name)) is not None and number <= 0:
@@ -369,10 +371,12 @@ def _typed(key: str, value: Any) -> Any:
             if isinstance(items, list | tuple) and all(isinstance(item, str) for item in items):
                 return list(items)
         elif kind is int and isinstance(value, str) and name in _LENGTHS:
+            if str in kinds and value == AUTO:
+                return value
             try:
                 return tokens(value)
             except ValueError as error:
-                raise ConfigError(f"{key} = {error}") from None
+                raise ConfigError(f"{key} = {error}{', or auto' if str in kinds else ''}") from None
         elif kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
             if not isinstance(value, str) or is_plain(value):
                 return number(value)  # YAML reads 1e-4, without a dot, as a string
@@ -388,6 +392,8 @@ def _typed(key: str, value: Any) -> Any:
 def _described(name: str) -> str:
     wanted = _TYPES[name]
     kinds = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    if name in _LENGTHS and str in kinds:
+        return f"a whole number or {AUTO}"
     return " or ".join(_KIND_NAMES.get(kind, "a list of texts") for kind in kinds)
 
 

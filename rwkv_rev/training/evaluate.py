@@ -287,7 +287,7 @@ def _add_batch(
     """Add the sums of some rows (document, first token, one past the last), read side by side."""
     longest = max(stop - start for _, start, stop in rows)
     state = lm.initial_state(len(rows))
-    size = lm.bptt.chunk_length
+    size = lm.bptt.read_length
     for at in range(0, longest - 1, size):
         ids, targets, mask = _slice(store, rows, at, min(size, longest - 1 - at))
         read = int(mask.sum())

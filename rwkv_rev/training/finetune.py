@@ -19,6 +19,8 @@ import torch.distributed as dist
 from transformers import set_seed
 
 from rwkv_rev.arguments import check_kinds, checked
+from rwkv_rev.bptt_settings import AUTO
+from rwkv_rev.chunk_length import shortest_of_all
 from rwkv_rev.folders.publish import publish
 from rwkv_rev.loading import load_model, load_tokenizer
 from rwkv_rev.training.callbacks import Bar, Log, NothingLeft, StopAtBadLoss, StopWhenNothingIsLeft, read_log
@@ -170,11 +172,20 @@ def run(config: FinetuneConfig, *, notify: Notify | None = None, quiet: bool = F
     notify = notify or (lambda text: None)
     planned = plan(config, progress=not quiet)
     work = config.work_directory
-    made = None if planned.made is None else FinetuneResult.from_dict(planned.made, Path(config.output))
+    asked, made = (
+        config.chunk_length,
+        None if planned.made is None else FinetuneResult.from_dict(planned.made, Path(config.output)),
+    )
     args = None if made else training_arguments(config, work, device=planned.device, dtype=planned.dtype)
+    if args is not None:  # by now the processes can talk to each other
+        config = planned.config = replace(
+            planned.config, chunk_length=shortest_of_all(planned.config.chunk_length, args.device)
+        )
     first = first_process()
     for note in planned.notes if first else ():
         notify(f"warning: {note}")
+    if first and made is None and asked == AUTO:
+        notify(f"chunks of {planned.config.chunk_length:,} tokens: {planned.length_is}")
     if first and config.resume == "auto" and made is None and planned.resume_from is None:
         notify("no checkpoint to go on from: the run begins with step 1")
     taken = lock(work) if first else None

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from rwkv_rev.architectures.architecture import NUMBER
-from rwkv_rev.bptt import choose_strategy
+from rwkv_rev.bptt import choose_strategy, cuda_graphs
+from rwkv_rev.chunk_length import ChosenLength, choose, free_bytes, runs_fused
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.forecast import StrategyForecast
 from rwkv_rev.forecast import forecast_memory as forecast_strategies
 from rwkv_rev.training.config import FinetuneConfig
-from rwkv_rev.wkv.dispatch import choose_kernel
 
 LEAST_SHARE = 0.6
 """Of a forecast that a run takes at least: frozen weights let the graph drop inputs that are counted."""
@@ -48,6 +48,11 @@ class MemoryForecast:
         """The peak of all that lies in the memory of the device."""
         return self.gradient.device + self.optimizer + self.kept_gradients + self.tape_beside
 
+    @property
+    def reserved(self) -> int:
+        """What the device must have, with recordings of launches if they last."""
+        return self.gradient.reserved + self.optimizer + self.kept_gradients
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
@@ -58,6 +63,8 @@ class MemoryForecast:
             "optimizer": self.optimizer,
             "graph": self.gradient.graph,
             "device": self.device,
+            "recordings": self.gradient.recordings,
+            "reserved": self.reserved,
             "tape": self.gradient.tape,
         }
 
@@ -74,7 +81,7 @@ def forecast_memory(
     dtype: str,
     world_size: int = 1,
 ) -> MemoryForecast:
-    """What a run will take.
+    """What a run will take whose chunk length is a number.
 
     Args:
         model: of the model. log_decays: per layer log w.
@@ -84,7 +91,8 @@ def forecast_memory(
         device, dtype: of the arithmetic.
         world_size: number of processes.
     """
-    chunk = config.chunk_length
+    assert not isinstance(config.chunk_length, str)
+    chunk, place = config.chunk_length, torch.device(device)
     name = choose_strategy(config.bptt, longest, chunk_length=chunk).name
     half = dtype != "float32"
     forecasts = forecast_strategies(
@@ -98,7 +106,8 @@ def forecast_memory(
         half=half,
         weight_bytes=NUMBER if config.tune == "full" or not half else 2,
         checkpoint_blocks=config.checkpoint_blocks,
-        fused=choose_kernel(None, torch.empty(_shape_of_keys(model), device=device)) == "triton",
+        fused=runs_fused(model, place),
+        recorded=dtype != "float16" and cuda_graphs.possible(place),
     )
     # reversible-lossy takes a little less tape than reversible, and the same device memory
     like = "reversible" if name == "reversible-lossy" else name
@@ -116,9 +125,23 @@ def forecast_memory(
     )
 
 
-def _shape_of_keys(model: RwkvRevConfig) -> tuple[int, ...]:
-    """Of no tokens: what the choice of a kernel depends on."""
-    return (0, 0, *model.architecture.shape(model.architecture.keys, model))
+def choose_length(
+    config: FinetuneConfig, device: torch.device, forecast: Callable[[int, int], MemoryForecast], longest: int
+) -> ChosenLength:
+    """What ``chunk_length = auto`` is for a run.
+
+    Args:
+        forecast: of chunks and a longest row of so many tokens, before the model is on the device.
+        longest: tokens of the longest row.
+    """
+
+    def need(chunk: int) -> int:
+        # rows of one chunk are stored whole under ``auto``
+        each = [forecast(chunk, min(longest, chunk)), forecast(chunk, max(longest, 2 * chunk))]
+        tape = each[1].gradient.tape if config.tape == "device" else 0
+        return max(one.reserved for one in each) + tape
+
+    return choose(config.bptt, device, None if config.tune == "lora" else need)
 
 
 def refuse_too_large(forecast: MemoryForecast, device: torch.device, config: FinetuneConfig) -> list[str]:
@@ -200,7 +223,7 @@ def _resident_peak() -> int:
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can still be had on ``device``; None if the system does not say."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        return free_bytes(device)
     limits = [value for value in (_host_available(), _cgroup_available()) if value is not None]
     return min(limits) if limits else None
 

@@ -4,13 +4,16 @@ Empty data, token ids that the model has not, a chunk that does not fit into mem
 checkpoint: each is one line. Nothing is written but the cache of tokenised data.
 """
 
+import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rwkv_rev.bptt_settings import AUTO, CHUNK_LENGTH
+from rwkv_rev.chunk_length import ChosenLength
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.converters.inspection import inspect_source
@@ -20,12 +23,13 @@ from rwkv_rev.folders.publish import refuse_unpublishable
 from rwkv_rev.loading import load_tokenizer
 from rwkv_rev.training.batches import BatchOrder
 from rwkv_rev.training.callbacks import refuse_missing_reporter
+from rwkv_rev.training.checkpoints import RUN_NAME
 from rwkv_rev.training.config import FinetuneConfig
 from rwkv_rev.training.documents import Fields
 from rwkv_rev.training.identity import model_fingerprint, refuse_other_run
 from rwkv_rev.training.launch import choose_dtype, own_device, refuse_launch, training_device
 from rwkv_rev.training.lora_targets import refuse_lora_targets
-from rwkv_rev.training.memory import MemoryForecast, forecast_memory, refuse_too_large
+from rwkv_rev.training.memory import MemoryForecast, choose_length, forecast_memory, refuse_too_large
 from rwkv_rev.training.overlap import shared_documents
 from rwkv_rev.training.rows import RowDataset, RowStatistics
 from rwkv_rev.training.sources import find_sources
@@ -39,8 +43,9 @@ from rwkv_rev.training.working_folder import finished_run, may_be_finished, refu
 class Plan:
     """What a run will do: ``steps`` of the optimizer, ``tokens_per_step`` without masked ones, on average.
 
-    ``identity`` is what a checkpoint must agree with to be resumed, and an output to be this run's; ``made`` is the
-    outcome where this very run has been finished before.
+    ``config`` has the chunk length that was chosen, if it was, and ``length_is`` says why. ``identity`` is what a
+    checkpoint must agree with to be resumed, and an output to be this run's; ``made`` is the outcome where this very
+    run has been finished before.
     """
 
     config: FinetuneConfig
@@ -52,6 +57,7 @@ class Plan:
     steps: int
     tokens_per_step: float
     memory: MemoryForecast
+    length_is: str
     resume_from: Path | None
     notes: tuple[str, ...]
     order: BatchOrder = field(repr=False)
@@ -77,6 +83,7 @@ class Plan:
             "data": statistics,
             "steps": self.steps,
             "tokens_per_step": self.tokens_per_step,
+            "chunk_length_is": self.length_is,
             "memory": self.memory.to_dict(),
             "finished": self.made is not None,
             "resume_from": None if self.resume_from is None else str(self.resume_from),
@@ -137,18 +144,34 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
     per_epoch = -(-len(order) // config.grad_accum)
     steps = config.max_steps or max(1, int(-(-config.epochs * per_epoch // 1)))
     identity = _identity(config, order, steps, dtype)
-    facts = inspect_source(config.model)
-    memory = forecast_memory(
-        model_config,
-        facts.log_decays,
-        config,
-        parameters=facts.parameters,
-        trained=count_trained(config, model_config, shapes),
-        longest=int(rows.lengths().max()),
-        device=str(own_device(device)),
-        dtype=dtype,
-        world_size=world_size,
-    )
+    made, went_on, passed_over = None, None, list[str]()
+    if finished:
+        chosen = {"lr": config.learning_rate, "device": device, "dtype": dtype}
+        made = finished_run(config, identity, config.to_dict() | chosen)
+        if made is None:
+            refuse_output(config)
+    if made is None:  # else whatever a kill has left of its checkpoints
+        went_on, passed_over = resume_from(config)
+        if went_on is not None:
+            refuse_other_run(went_on, identity)
+    facts, longest = inspect_source(config.model), int(rows.lengths().max())
+
+    def forecast(chunk: int, longest: int) -> MemoryForecast:
+        return forecast_memory(
+            model_config,
+            facts.log_decays,
+            replace(config, chunk_length=chunk),
+            parameters=facts.parameters,
+            trained=count_trained(config, model_config, shapes),
+            longest=longest,
+            device=str(own_device(device)),
+            dtype=dtype,
+            world_size=world_size,
+        )
+
+    length = _chunk_length(config, went_on) or choose_length(config, own_device(device), forecast, longest)
+    config = replace(config, chunk_length=length.tokens)
+    memory = forecast(length.tokens, longest)
     notes += refuse_too_large(memory, own_device(device), config)
     if config.shard_optimizer and world_size == 1:
         notes.append("shard_optimizer needs several processes; this one keeps the whole state")
@@ -159,7 +182,7 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
         )
     if config.bptt == "truncated":
         notes.append("bptt = truncated is not the gradient of the context; reversible is exact")
-    planned = Plan(
+    return Plan(
         config,
         model_config,
         device,
@@ -169,23 +192,24 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
         steps,
         float(rows.lengths().sum()) / max(1, per_epoch),
         memory,
-        None,
-        (*statistics.warnings, *notes),
+        length.why,
+        went_on,
+        (*statistics.warnings, *notes, *passed_over),
         order,
         held_out,
         identity,
-        None,
+        made,
     )
-    if finished:
-        planned.made = finished_run(config, identity, planned.settings)
-        if planned.made is not None:
-            return planned  # whatever a kill has left of its checkpoints
-        refuse_output(config)
-    planned.resume_from, passed_over = resume_from(config)
-    if planned.resume_from is not None:
-        refuse_other_run(planned.resume_from, identity)
-    planned.notes += tuple(passed_over)
-    return planned
+
+
+def _chunk_length(config: FinetuneConfig, checkpoint: Path | None) -> ChosenLength | None:
+    """The chunk length that was set, or that a run began with which goes on; None where it is to be chosen."""
+    if not isinstance(config.chunk_length, str):
+        return ChosenLength(config.chunk_length, "as set")
+    if checkpoint is None:
+        return None
+    began = json.loads((checkpoint / RUN_NAME).read_text("utf-8"))["config"]["chunk_length"]
+    return ChosenLength(int(began), f"what {checkpoint.name} was trained with")
 
 
 def _identity(config: FinetuneConfig, order: BatchOrder, steps: int, dtype: str) -> dict[str, Any]:
@@ -206,7 +230,8 @@ def _identity(config: FinetuneConfig, order: BatchOrder, steps: int, dtype: str)
         "truncated",
         "reversible-lossy",
     ):  # exact strategies give the same gradient, whatever the chunks
-        identity |= {"bptt": config.bptt, "chunk_length": config.chunk_length}
+        length = CHUNK_LENGTH if config.chunk_length == AUTO else config.chunk_length
+        identity |= {"bptt": config.bptt, "chunk_length": length}
     return identity
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from rwkv_rev.bptt_settings import AUTO
 from rwkv_rev.errors import CheckpointError, OutputError
 from rwkv_rev.folders.safe_output import check_output
 from rwkv_rev.printable import shortened
@@ -83,7 +84,9 @@ def finished_run(
     there, mine = summary["plan"].get("settings"), public({"settings": settings})["settings"]
     if not isinstance(there, dict):
         return None
-    for name in _OTHERWISE_COMPARED:
+    # what is chosen by the memory that is free may have been chosen otherwise
+    chosen = ("chunk_length",) if settings["chunk_length"] == AUTO else ()
+    for name in (*_OTHERWISE_COMPARED, *chosen):
         there.pop(name, None)
         mine.pop(name, None)
     return summary["result"] if there == mine else None
