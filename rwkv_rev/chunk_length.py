@@ -152,7 +152,7 @@ class AutoLength:
         elif length <= LENGTHS[0] and not together:
             return LENGTHS[0]
         need = None
-        if all_known(model):  # type: ignore[arg-type]
+        if device.type in FORECAST_ON and all_known(model):  # type: ignore[arg-type]
             need = _need(model, rows, length, device, handed_out)
         chosen = choose(model.bptt.strategy, device, need)
         if device.type in FORECAST_ON:

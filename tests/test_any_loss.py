@@ -316,3 +316,93 @@ def test_nothing_to_train_keeps_no_tape(model: RwkvRevForCausalLM) -> None:
     output = model(IDS)
     assert not output.logits.requires_grad
     assert isinstance(output.state, RwkvRevState)
+
+
+def test_hidden_states_on_the_host_give_the_same_bits() -> None:
+    """The loss is computed in pieces of them; T D numbers less are on the device, two times."""
+    model = tiny_model("5.2")
+    state = random_state(model, 2, learned=True)
+    targets = random_tokens(27, batch=2, seed=5)
+    found = []
+    for place in ("device", "host"):
+        with model.set_bptt("reversible", chunk_length=CHUNK, hidden_states=place):
+            output = model.model(IDS, state=state)
+            hidden = output.last_hidden_state
+            assert hidden.device.type == "cpu" and hidden.requires_grad
+            losses = [
+                torch.nn.functional.cross_entropy(model.head(piece).flatten(0, 1), target.flatten())
+                for piece, target in zip(hidden.split(5, dim=1), targets.split(5, dim=1), strict=True)
+            ]
+            loss = torch.stack(losses).sum() + random_like(output.state).inner(output.state) / 100
+            found.append([loss.detach(), *torch.autograd.grad(loss, [*model.parameters(), *state.tensors()])])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "full", "truncated"])
+def test_hidden_states_on_the_host_change_no_loss_of_the_models_own(strategy: str) -> None:
+    model = tiny_model("5.2")
+    found = []
+    for place in ("device", "host"):
+        with model.set_bptt(strategy, chunk_length=CHUNK, hidden_states=place):
+            found.append(torch.autograd.grad(model(IDS, labels=IDS).loss, list(model.parameters())))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_logits_of_hidden_states_on_the_host(model: RwkvRevForCausalLM) -> None:
+    """Of a chunk at most; all of them are refused, and what the message names works."""
+    with model.set_bptt("reversible", hidden_states="host"):
+        with pytest.raises(
+            StrategyError, match=r"logits_to_keep of at most 8, or split model\.model"
+        ) as error:
+            model(IDS)
+        assert "\n" not in str(error.value)
+        for kept in (CHUNK, torch.tensor([3, 20, 26])):
+            logits = model(IDS, logits_to_keep=kept).logits
+            found = torch.autograd.grad(objective(logits.repeat(1, 3, 1)), list(model.parameters()))
+            with model.set_bptt("reversible", hidden_states="device"):
+                logits = model(IDS, logits_to_keep=kept).logits
+                expected = torch.autograd.grad(objective(logits.repeat(1, 3, 1)), list(model.parameters()))
+            for one, other in zip(found, expected, strict=True):
+                assert torch.equal(one, other)
+        assert model(IDS[:, :CHUNK]).logits.shape[1] == CHUNK
+        with torch.no_grad():
+            assert model(IDS).logits.shape[:2] == IDS.shape
+    with pytest.raises(
+        StrategyError, match=r"hidden_states = 'disk' does not exist; use one of device, host"
+    ):
+        model.set_bptt("reversible", hidden_states="disk")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_hidden_states_beside_a_gpu(autocast: bool) -> None:
+    """A CPU tensor, page-locked; the gradient's bits are those of the device's, and T D numbers leave the device."""
+    width, chunk, length = 256, 256, 64 * 256
+    model = tiny_model("5.2", hidden_size=width, head_size=64, intermediate_size=512).cuda()
+    ids = random_tokens(length).cuda()
+    found: list[list[Tensor]] = []
+    peaks = []
+    for place in ("device", "host"):
+        with model.set_bptt("reversible", chunk_length=chunk, hidden_states=place):
+            for _ in range(2):  # the first compiles
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                model.zero_grad()
+                with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+                    hidden = model.model(ids).last_hidden_state
+                    assert hidden.device.type == ("cpu" if place == "host" else "cuda")
+                    assert hidden.is_pinned() == (place == "host")
+                    pieces = [piece.detach().requires_grad_() for piece in hidden.split(chunk, dim=1)]
+                    for piece in pieces:
+                        model.head(piece.cuda()).float().logsumexp(-1).square().mean().backward()
+                hidden.backward(torch.cat([piece.grad for piece in pieces], dim=1))
+                del hidden, pieces
+        peaks.append(torch.cuda.max_memory_allocated())
+        found.append([parameter.grad.clone() for parameter in model.parameters()])
+        model.zero_grad()
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    assert peaks[0] - peaks[1] >= 1.5 * length * width * (2 if autocast else 4)
