@@ -10,7 +10,7 @@ import typer
 
 from rwkv_rev.bptt_settings import AUTO
 from rwkv_rev.cli import output as out
-from rwkv_rev.cli.counts import counts, length, whole
+from rwkv_rev.cli.counts import count, counts, length, whole
 from rwkv_rev.cli.options import refuse_meaningless
 
 COLUMNS = {
@@ -149,7 +149,7 @@ def bench(
             dtype=DTYPES[
                 ("bfloat16" if cuda or what == "convert" else "float32") if dtype == "auto" else dtype
             ],
-            lengths=counts(lengths or _default_lengths(what, cuda, quick), "--lengths"),
+            lengths=counts(lengths or _default_lengths(what, cuda, quick), "--lengths", count),
             chunk_lengths=counts(
                 chunk_length or (AUTO if cuda and not quick else "512"), "--chunk-length", length
             ),

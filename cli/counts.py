@@ -38,8 +38,8 @@ def length(text: str | int) -> int | str:
         raise typer.BadParameter(f"{error}, or auto") from None
 
 
-def counts(text: str, option: str, kind: Callable[[str], T] = count) -> tuple[T, ...]:
-    """Several, separated by commas.
+def counts(text: str, option: str, kind: Callable[[str], T]) -> tuple[T, ...]:
+    """Several of what ``kind`` reads, separated by commas.
 
     Raises:
         typer.BadParameter: naming ``option``.

@@ -178,7 +178,7 @@ def run(config: FinetuneConfig, *, notify: Notify | None = None, quiet: bool = F
     )
     args = None if made else training_arguments(config, work, device=planned.device, dtype=planned.dtype)
     if args is not None:  # by now the processes can talk to each other
-        length = shortest_of_all(planned.config.chunk_length, args.device)
+        length = shortest_of_all(int(planned.config.chunk_length), args.device)
         if length != planned.config.chunk_length:
             planned.length_is = "the shortest of all processes"
         config = planned.config = replace(planned.config, chunk_length=length)
