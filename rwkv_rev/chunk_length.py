@@ -12,8 +12,9 @@ depends on it and must not depend on the machine.
 
 A model chooses once, in the first loss over more than ``LENGTHS[0]`` tokens that has a gradient, and then keeps to it:
 another length rounds otherwise. It chooses anew, and says so if that changes the length, for a batch of more rows, more
-trained weights, another device, and when ``auto`` is set again. Several processes choose together, in the first loss of
-all whatever its length, take the shortest, and choose anew only when ``auto`` is set again.
+trained weights, adapters that came or went, another device, and when ``auto`` is set again. Several processes choose
+together, in the first loss of all whatever its length, take the shortest, and choose anew only when ``auto`` is set
+again.
 """
 
 from collections.abc import Callable, Iterable
@@ -131,7 +132,7 @@ class AutoLength:
 
     def __init__(self) -> None:
         self._chosen: ChosenLength | None = None
-        self._for: tuple[torch.device, int, int] | None = None
+        self._for: tuple[torch.device, int, int, int] | None = None
 
     @torch.compiler.disable
     def of(
@@ -141,13 +142,17 @@ class AutoLength:
 
         ``handed_out``: whether hidden states go to a loss of somebody else's.
         """
-        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        if model.bptt.strategy in _WITHOUT_CHOICE:
+            return CHUNK_LENGTH
+        parameters = list(model.parameters())
+        tensors, trained = len(parameters), sum(one.numel() for one in parameters if one.requires_grad)
         together, before = several_processes(), self._chosen
         if before is not None and self._for is not None:
-            there, most_rows, most_trained = self._for
-            if together or (device == there and rows <= most_rows and trained <= most_trained):
+            there, most_rows, most_trained, known = self._for
+            same = device == there and tensors == known
+            if together or (same and rows <= most_rows and trained <= most_trained):
                 return before.tokens
-            if device == there:
+            if same:
                 rows, trained = max(rows, most_rows), max(trained, most_trained)
         elif length <= LENGTHS[0] and not together:
             return LENGTHS[0]
@@ -157,7 +162,7 @@ class AutoLength:
         chosen = choose(model.bptt.strategy, device, need)
         if device.type in FORECAST_ON:
             chosen = ChosenLength(shortest_of_all(chosen.tokens, device), chosen.why)
-        self._chosen, self._for = chosen, (device, rows, trained)
+        self._chosen, self._for = chosen, (device, rows, trained, tensors)
         if before is None:
             logger.info(f"chunk_length='auto' is {chosen.tokens:,} tokens: {chosen.why}")
         elif before.tokens != chosen.tokens:

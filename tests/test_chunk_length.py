@@ -114,6 +114,16 @@ def test_chosen_once(free: Callable[[int], None], told: list[str]) -> None:
     assert len(told) == 1
 
 
+def test_what_is_cut_does_not_depend_on_what_was_chosen(free: Callable[[int], None]) -> None:
+    model = tiny_model("5.2")
+    ids = random_tokens(CHUNK_LENGTH + 10)
+    for _ in range(2):
+        with model.set_bptt("reversible"):
+            assert report(model, ids) == ("reversible", LENGTHS[-1])
+        with model.set_bptt("truncated"):
+            assert report(model, ids) == ("truncated", CHUNK_LENGTH)
+
+
 def test_more_trained_weights_choose_anew(free: Callable[[int], None], told: list[str]) -> None:
     model = tiny_model("5.2")
     model.head.requires_grad_(False)
@@ -156,6 +166,7 @@ def adapted(model: RwkvRevForCausalLM) -> Any:
 def test_what_cannot_be_forecast(kind: Callable[[RwkvRevForCausalLM], Any], free: Any) -> None:
     model = tiny_model("5.2")
     model.set_bptt("reversible")
+    assert kind is declared or report(model)[1] == LENGTHS[-1]  # adapters that come later are seen, too
     changed = kind(model)
     assert changed(input_ids=IDS, labels=IDS).report["chunk_length"] == CHUNK_LENGTH
 
