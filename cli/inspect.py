@@ -135,17 +135,11 @@ def inspect(
         output.print_table(
             f"Memory of a gradient: {context_length:,} tokens x {batch_size}, chunks of {chunk:,}, float32, "
             + ("CUDA kernels" if on_gpu else "CPU"),
-            [
-                *("strategy", ">weights", ">gradients", ">graph", ">states", ">device peak"),
-                *([">with recordings"] if on_gpu else []),
-                ">tape",
-            ],
+            ["strategy", ">weights", ">gradients", ">graph", ">states", ">device peak", ">tape"],
             [
                 [
                     f.strategy,
-                    *(size(n) for n in (f.parameters, f.gradients, f.graph, f.states, f.device)),
-                    *([size(f.reserved)] if on_gpu else []),
-                    size(f.tape),
+                    *(size(n) for n in (f.parameters, f.gradients, f.graph, f.states, f.device, f.tape)),
                 ]
                 for f in forecasts
             ],
@@ -155,6 +149,12 @@ def inspect(
             "where --tape of finetune says, in host memory unless told otherwise. The optimizer is not included "
             f"(AdamW: {size(8 * found.parameters)})."
         )
+        recorded = [f"{size(f.reserved)} ({f.strategy})" for f in forecasts if f.recordings]
+        if recorded:
+            output.print_prose(
+                f"With recordings of launches, which are kept over steps where there is room, a GPU must have "
+                f"{' or '.join(recorded)}."
+            )
     if limits is not None:
         output.print_table(
             "States that only grow: additions until half of the mantissa is gone",
