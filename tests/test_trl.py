@@ -358,7 +358,9 @@ def test_whose_loss_it_is(
     told: list[str] = []
     original, read = Reversible.loss, base_model.hidden_states
     monkeypatch.setattr(Reversible, "loss", lambda self, *args: own.append(1) or original(self, *args))
-    monkeypatch.setattr(base_model, "hidden_states", lambda *args: others.append(1) or read(*args))
+    monkeypatch.setattr(
+        base_model, "hidden_states", lambda *args, **more: others.append(1) or read(*args, **more)
+    )
     monkeypatch.setattr(logging.get_logger("rwkv_rev.modeling"), "warning_once", told.append)
     sft(trainer, model, tokenizer, tmp_path, max_steps=1)
     assert (bool(own), bool(others)) == (trainer is OwnLossTrainer, trainer is SFTTrainer)
