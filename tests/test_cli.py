@@ -300,7 +300,15 @@ def test_push_uploads_the_folder_without_local_paths(
 
 
 def test_a_refused_upload_keeps_the_folder(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    """What is known beforehand is refused before; no right to write is known to the Hub alone."""
+
+    class Hub:
+        def create_repo(self, name: str, exist_ok: bool) -> str:
+            raise OSError("403: no right to write")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_me")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     code, out, err = cli("convert", "bundled:rwkv-4", "--no-verify", "--push-to-hub", "me/model")
     assert (code, out) == (1, "")
     assert err.startswith("error: the Hub did not take me/model") and err.count("\n") == 1
