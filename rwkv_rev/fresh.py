@@ -41,6 +41,7 @@ SETTABLE = (
     *("layer_norm_epsilon", "group_norm_epsilon", "bonus_is_exponential", "tie_word_embeddings"),
 )
 """Fields of the configuration that all architectures have."""
+EPSILONS = ("layer_norm_epsilon", "group_norm_epsilon")
 MOST_SEED = (1 << 63) - 1
 SHARD_SIZE = "5GB"
 
@@ -146,6 +147,14 @@ def _config(known: Architecture, given: dict[str, Any]) -> RwkvRevConfig:
             sizes["head_size"] = width // max(1, _whole(given["num_attention_heads"]))
         if "head_size" in given and "num_attention_heads" not in given:
             sizes["num_attention_heads"] = width // max(1, _whole(given["head_size"]))
+    given = {
+        name: float(value) if name in EPSILONS and type(value) is int else value
+        for name, value in given.items()
+    }
+    if sizes.get("intermediate_size") == 0 and "intermediate_size" not in given:
+        raise ConfigError(
+            f"hidden_size = {width} is too small for {known.called}: no channel mix comes of it; use more"
+        )
     try:
         return RwkvRevConfig(
             rwkv_version=known.version,

@@ -48,7 +48,7 @@ class OutsideLeaves:
                 raise StrategyError(
                     f"a tensor of shape {list(leaf.shape)} that requires a gradient takes part in the model but is "
                     "not among its parameters, so it would get none: register it as an nn.Parameter of one of the "
-                    "model's modules"
+                    "model's modules (for a loss of your own: of model.model, which computes the hidden states)"
                 )
 
 

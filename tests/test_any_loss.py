@@ -9,6 +9,7 @@ import pytest
 import torch
 from bptt_cases import (
     VERSIONS,
+    differentiate,
     english,
     load,
     random_like,
@@ -406,3 +407,90 @@ def test_hidden_states_beside_a_gpu(autocast: bool) -> None:
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
     assert peaks[0] - peaks[1] >= 1.5 * length * width * (2 if autocast else 4)
+
+
+GRID = 1e-6
+"""Of a gradient in float64 through states on RWKV-5's grid, which holds some 27 bits."""
+
+
+def by_loss(model: RwkvRevForCausalLM, strategy: str, between: Any = lambda model: None) -> dict[str, Tensor]:
+    """Gradients of a loss of one's own; ``between`` is called before they are taken."""
+    model.zero_grad()
+    with model.set_bptt(strategy, chunk_length=CHUNK):
+        loss = objective(model(IDS).logits)
+    between(model)
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("version", ["4", "5.2"])
+@pytest.mark.parametrize("which", ["key.weight", "", "ln_out", "embeddings"])
+def test_parameters_of_one_call_get_its_gradient(version: str, which: str) -> None:
+    """``functional_call``, whose gradient is taken when the model holds its own parameters again."""
+    model = tiny_model(version, dtype=torch.float64)
+    found = {}
+    for strategy in ("full", "reversible"):
+        given = {
+            name: (1.01 * parameter.detach()).requires_grad_()
+            for name, parameter in model.named_parameters()
+            if which in name
+        }
+        own = list(model.parameters())
+        with model.set_bptt(strategy, chunk_length=CHUNK):
+            loss = objective(torch.func.functional_call(model, given, (IDS,)).logits)
+        loss.backward()
+        found[strategy] = [tensor.grad for tensor in given.values()]
+        assert all(one is other for one, other in zip(model.parameters(), own, strict=True))
+    agree(found["reversible"], found["full"], GRID)
+    assert found["full"] and all(gradient is not None for gradient in found["full"])
+
+
+def test_a_part_frozen_in_between_is_what_it_was() -> None:
+    model = tiny_model("5.2", dtype=torch.float64)
+
+    def freeze(model: RwkvRevForCausalLM) -> None:
+        model.model.blocks[1].requires_grad_(False)
+
+    expected = by_loss(model, "full", freeze)
+    model.requires_grad_(True)
+    found = by_loss(model, "reversible", freeze)
+    assert not any(parameter.requires_grad for parameter in model.model.blocks[1].parameters())
+    assert found.keys() == expected.keys()
+    agree(list(found.values()), list(expected.values()), GRID)
+
+
+def test_a_gradient_in_inference_mode() -> None:
+    model = tiny_model("5.2", dtype=torch.float64)
+    expected = by_loss(model, "full")
+    model.zero_grad()
+    with model.set_bptt("reversible", chunk_length=CHUNK):
+        loss = objective(model(IDS).logits)
+    with torch.inference_mode():
+        loss.backward()
+    for name, parameter in model.named_parameters():
+        assert relative_error(parameter.grad, expected[name]) <= GRID, name
+
+
+@pytest.mark.parametrize("own_loss", [True, False])
+@pytest.mark.parametrize("strategy", ["reversible", "checkpoint"])
+@pytest.mark.parametrize("shared", ["final norm", "first norm", "embeddings and a mix"])
+def test_what_a_block_shares_with_the_rest(shared: str, strategy: str, own_loss: bool) -> None:
+    """A tensor used inside a block and beside the blocks gets the sum of both gradients."""
+    model = tiny_model("5.2", dtype=torch.float64)
+    base = model.model
+    if shared == "final norm":
+        base.ln_out = base.blocks[0].ln1
+    elif shared == "first norm":
+        base.ln0.weight = base.blocks[1].ln2.weight
+    else:
+        base.blocks[1].ln1.bias = base.ln0.bias
+        base.blocks[0].ln2.bias = base.ln_out.bias
+
+    def gradients_by(strategy: str) -> dict[str, Tensor]:
+        if own_loss:
+            return by_loss(model, strategy)
+        return differentiate(model, strategy, CHUNK, input_ids=IDS).gradients
+
+    expected, found = gradients_by("full"), gradients_by(strategy)
+    assert found.keys() == expected.keys()
+    agree(list(found.values()), list(expected.values()), GRID)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from finetune_cases import counting_text, finetune, losses, settings
 from safetensors.torch import load_file
 
 import rwkv_rev
+from rwkv_rev.architectures import registry
 from rwkv_rev.architectures.registry import ARCHITECTURES
 from rwkv_rev.architectures.registry import architecture as find
 from rwkv_rev.errors import CheckpointError, ConfigError, OutputError
@@ -180,3 +182,19 @@ def test_a_vocabulary_that_is_too_small(tmp_path: Path) -> None:
 def test_what_is_no_pair(cli: Cli, pair: str) -> None:
     code, _, err = cli("init", "--architecture", "4", "--output", "model", "--set", pair)
     assert code in (1, 2) and pair.split("=")[0] in err
+
+
+def test_whole_numbers_and_small_widths(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"layer_norm_epsilon = 0\.0 must be above 0"):
+        rwkv_rev.init("5.2", tmp_path / "a", settings={"layer_norm_epsilon": 0})
+    with pytest.raises(ConfigError, match="hidden_size = 1 is too small"):
+        rwkv_rev.init("5.1", tmp_path / "a", settings={"hidden_size": 1})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_of_architectures() -> None:
+    registry.register(registry.architecture("4"))
+    with pytest.raises(ValueError, match="needs a name"):
+        registry.register(replace(registry.architecture("4"), version=""))
+    with pytest.raises(ValueError, match="already"):
+        registry.register(replace(registry.architecture("4"), state={}))

@@ -33,9 +33,12 @@ def register(architecture: "Architecture") -> None:
     """Add an architecture from outside of this package, for as long as the program runs.
 
     Raises:
-        ValueError: if there is another one of its name.
+        ValueError: if there is another one of its name, or it has none.
     """
-    if ARCHITECTURES.setdefault(architecture.version, architecture) is not architecture:
+    if not architecture.version:
+        raise ValueError("an architecture needs a name: its version is empty")
+    known = ARCHITECTURES.setdefault(architecture.version, architecture)
+    if (_loaded(known) if isinstance(known, str) else known) is not architecture:
         raise ValueError(
             f"there is an architecture called {architecture.version!r} already: choose another name"
         )

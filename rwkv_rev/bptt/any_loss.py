@@ -81,7 +81,9 @@ class _HiddenStates(torch.autograd.Function):
                 "the model again, or use bptt='full', whose graph can be kept"
             )
         reading, ctx.reading = ctx.reading, None
-        found = reading.context.run(reading.backward, to_hidden, list(to_state))
+        with torch.inference_mode(False):  # whose tensors no graph may hold
+            given = [g.clone() if g.is_inference() else g for g in (to_hidden, *to_state)]
+            found = reading.context.run(reading.backward, given[0], given[1:])
         return (None, *(g if g is None else g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True)))
 
 
@@ -105,6 +107,7 @@ class _Reading:
         self._versions = [tensor._version for tensor in self._watched]
         self._wanted = [parameter for parameter in parameters if parameter.requires_grad]
         self._autocast = _autocast_now(inputs.targets.device)
+        self._as_it_was = _parameters_now(cast(nn.Module, model))
         self.context = contextvars.copy_context()  # autograd's thread of a device has another
         tape = Tape(strategy.tape, inputs.targets.device, strategy.tape_dir)
         with uncached(inputs.targets.device):
@@ -140,6 +143,7 @@ class _Reading:
             with (
                 torch.no_grad(),
                 self._autocast(),
+                self._as_it_was(),
                 hooks_withheld(self._leaves),
                 unchanged(self._model, self._watched),
                 uncached(sweep.device),
@@ -182,6 +186,40 @@ class _Given:
             raise ReversalMismatchError(
                 f"the final norm computed other numbers in the second sweep than in the first. {LIKELY_CAUSES}"
             )
+
+
+def _parameters_now(model: nn.Module) -> Any:
+    """A function that gives a context in which each module has the parameters that it has now, trained or frozen.
+
+    ``torch.func.functional_call`` gives others for one call; somebody freezes a part between two losses.
+    """
+    held = [
+        (module._parameters, name, tensor, tensor.requires_grad)
+        for module in model.modules()
+        for name, tensor in module._parameters.items()
+        if tensor is not None
+    ]
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        replaced = [(owner, dict(owner)) for owner in {id(owner): owner for owner, *_ in held}.values()]
+        toggled = [
+            (t, t.requires_grad) for _, _, t, trained in held if t.is_leaf and t.requires_grad != trained
+        ]
+        try:
+            for owner, name, tensor, trained in held:
+                owner[name] = tensor
+                if tensor.is_leaf:
+                    tensor.requires_grad_(trained)
+            yield
+        finally:
+            for tensor, trained in toggled:
+                tensor.requires_grad_(trained)
+            for owner, now in replaced:
+                owner.clear()
+                owner.update(now)
+
+    return again
 
 
 def _autocast_now(device: torch.device) -> Any:

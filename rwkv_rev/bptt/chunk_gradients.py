@@ -18,7 +18,7 @@ from rwkv_rev.bptt.weight_products import adding, plain_maps
 from rwkv_rev.cells.block import ExactStates, FloatStates, flat
 from rwkv_rev.cells.contract import detached, parts_of, residual
 from rwkv_rev.loss import scaled, wide
-from rwkv_rev.outside_leaves import OutsideLeaves
+from rwkv_rev.outside_leaves import OutsideLeaves, leaves_of
 
 Replay = Callable[[Tensor], tuple[list[LayerGraph], Tensor | None]]
 """From a chunk's embedded input [B, C, D] to its layers computed again, and [L] bool, which are as they were before."""
@@ -54,15 +54,17 @@ class Parameters:
         everything = range(len(self.tensors))
         places = {id(tensor): index for index, tensor in enumerate(self.tensors)}
         self.of_layer: list[Sequence[int]] = []
-        inside: set[int] = set()
         for block in model.blocks:
             own = {places[id(tensor)] for tensor in block.parameters() if id(tensor) in places}
-            inside |= own
             self.of_layer.append(everything if foreign else sorted(own))
-        self.beside: Sequence[int] = everything if foreign else [i for i in everything if i not in inside]
-        """Of the embedding, the norms beside it, and the final norm."""
         self.maps = [] if foreign or not isinstance(model, nn.Module) else plain_maps(model, places)
         """Linear maps that add their weights' gradients themselves, and the indices of these."""
+
+    def reached(self, *outputs: Tensor) -> list[int]:
+        """Indices of those that outputs of a small graph depend on: embeddings, norms, what blocks share with them."""
+        computed = [tensor for tensor in self.tensors if not tensor.is_leaf]
+        found = {id(leaf) for leaf in leaves_of(outputs, computed)}
+        return [index for index, tensor in enumerate(self.tensors) if id(tensor) in found]
 
     def replaced(self, tensors: Sequence[Tensor]) -> "Parameters":
         """The same with other tensors in the places of these."""
@@ -163,13 +165,14 @@ def _gradients(
     states = [layer.replay.states for layer in layers]
     end = [tuple(detached(values) for values in layer.replay.end) for layer in layers]
     loss = torch.zeros((), device=hidden.device, dtype=wide(hidden.dtype))
-    beside = [parameters.tensors[index] for index in parameters.beside]
+    indices = parameters.reached(bottom, hidden)
+    beside = [parameters.tensors[index] for index in indices]
     to_top: Tensor | None = None
     if chunk.predicts:
         loss, to_hidden, of_head = objective(model, chunk, hidden, parameters.tensors, scale, outside)
         take(range(len(of_head)), of_head)
         *of_norm, to_top = vjp([(hidden, to_hidden)], [*beside, top])
-        take(parameters.beside, of_norm)
+        take(indices, of_norm)
     if to_end is not None and scale != 1.0:
         to_end = [[gradient * scale for gradient in layer] for layer in to_end]
     to_bottom, to_start = pull_back(layers, parameters.tensors, parameters.of_layer, to_top, to_end, take)
@@ -177,7 +180,7 @@ def _gradients(
     if to_bottom is not None:
         made = [] if embeds is None else [embeds]
         found = vjp([(bottom, to_bottom)], [*beside, *made])
-        take(parameters.beside, found[: len(beside)])
+        take(indices, found[: len(beside)])
         to_embeds = found[-1] if made else None
     if embeds is not None and to_embeds is None:
         to_embeds = torch.zeros_like(embeds)
