@@ -23,13 +23,7 @@ import torch.multiprocessing
 from finetune_cases import environment
 
 START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
-PRELOADED = [
-    "rwkv_rev.training.finetune",
-    "rwkv_rev.modeling",
-    "rwkv_rev.cli",
-    "peft",
-    "torch.distributed.fsdp",
-]
+HERE = str(Path(__file__).parent)
 
 
 def in_ranks(work: Callable[[int], Any], world: int, folder: Path) -> list[Any]:
@@ -94,9 +88,10 @@ def _context() -> Any:
         from multiprocessing import forkserver
 
         former = dict(os.environ)
-        os.environ.update(environment())
+        path = os.pathsep.join([HERE, *filter(None, [os.environ.get("PYTHONPATH")])])
+        os.environ.update(environment(PYTHONPATH=path))
         try:
-            forkserver.set_forkserver_preload(PRELOADED)
+            forkserver.set_forkserver_preload(["preloaded"])
             forkserver.ensure_running()
         finally:
             os.environ.clear()
@@ -118,6 +113,7 @@ def _one_rank(rank: int, work: Callable[[int], Any], world: int, folder: str) ->
 
 
 def _command(arguments: list[str], streams: str, env: dict[str, str]) -> None:
+    assert START_METHOD == "spawn" or "preloaded" in sys.modules, "the server swallows an ImportError"
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the tests were started by ignores
     os.environ.clear()
     os.environ.update(env)

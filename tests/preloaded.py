@@ -1,0 +1,24 @@
+"""What the server of :mod:`processes` imports before it forks: every library that a command imports sooner or later.
+
+Imports alone. Whatever computes may start threads, which do not live on in what is forked.
+"""
+# ruff: noqa: F401
+
+import gc
+
+import accelerate
+import datasets
+import matplotlib.backends.backend_agg
+import matplotlib.figure
+import peft
+import PIL.Image
+import pydantic
+import torch.distributed.fsdp
+import torch.distributed.run
+
+import rwkv_rev.cli
+import rwkv_rev.modeling
+import rwkv_rev.training.finetune
+
+PIL.Image.init()  # imports its file formats
+gc.freeze()  # what is forked need not look here for garbage
