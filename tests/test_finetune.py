@@ -90,31 +90,31 @@ def test_the_output_is_a_normal_model_folder(bundled: dict[str, Path], tmp_path:
 
 @pytest.mark.parametrize(("version", "tune"), [("5.2", "full"), ("4", "lora")])
 def test_a_finetuned_model_runs_elsewhere(
-    bundled: dict[str, Path], tmp_path: Path, version: str, tune: str
+    shallow: dict[str, Path], tmp_path: Path, version: str, tune: str
 ) -> None:
     """``verify`` hands its values to the rwkv package, transformers (RWKV-4) and the float64 scan."""
     data = counting_text(tmp_path / "data.txt")
-    finetune(settings(bundled[version], data, tmp_path / "out", tune=tune, lr=3e-3))
+    finetune(settings(shallow[version], data, tmp_path / "out", tune=tune, lr=3e-3))
     report = rwkv_rev.verify(tmp_path / "out", tokens=96)
     assert report.passed, report.table()
     assert {row.oracle for row in report.rows} >= {"rwkv", "naive"} | (
         {"transformers"} if version == "4" else set()
     )
-    original = rwkv_rev.verify(tmp_path / "out", original=f"bundled:rwkv-{version}", tokens=64)
+    original = rwkv_rev.verify(tmp_path / "out", original=f"{shallow[version]}.pth", tokens=64)
     assert not original.passed, "the values are no longer the original's"
 
 
 @pytest.mark.parametrize(("version", "tune"), [("5.2", "full"), ("5.2", "lora"), ("4", "full")])
 def test_the_rwkv_package_loads_the_export(
-    bundled: dict[str, Path], tmp_path: Path, version: str, tune: str
+    shallow: dict[str, Path], tmp_path: Path, version: str, tune: str
 ) -> None:
     """``export --to blinkdl``: the package reads the file itself and computes the fine-tuned model's logits."""
     data = counting_text(tmp_path / "data.txt")
-    finetune(settings(bundled[version], data, tmp_path / "out", tune=tune, lr=3e-3))
+    finetune(settings(shallow[version], data, tmp_path / "out", tune=tune, lr=3e-3))
     rwkv_rev.export(tmp_path / "out", tmp_path / "out.pth", to="blinkdl")
     found = rwkv_rev.verify(tmp_path / "out", original=str(tmp_path / "out.pth"), oracle="rwkv", tokens=96)
     assert found.passed and [row.oracle for row in found.rows] == ["rwkv"], found.table()
-    rwkv_rev.export(bundled[version], tmp_path / "before.pth", to="blinkdl")
+    rwkv_rev.export(shallow[version], tmp_path / "before.pth", to="blinkdl")
     before = rwkv_rev.verify(
         tmp_path / "out", original=str(tmp_path / "before.pth"), oracle="rwkv", tokens=16
     )
@@ -123,7 +123,7 @@ def test_the_rwkv_package_loads_the_export(
 
 @pytest.mark.parametrize(("steps", "warmup", "shares"), [(1, 0.03, [1.0]), (4, 3, [1 / 3, 2 / 3, 1.0, 1.0])])
 def test_the_first_step_trains(
-    bundled: dict[str, Path], tmp_path: Path, steps: int, warmup: float, shares: list[float]
+    shallow: dict[str, Path], tmp_path: Path, steps: int, warmup: float, shares: list[float]
 ) -> None:
     """Warmup begins with the first step's share: with a rate of 0 a run of one step would train nothing."""
     data = counting_text(tmp_path / "data.txt", 100)
@@ -134,23 +134,23 @@ def test_the_first_step_trains(
         "lr": 1e-3,
         "context_length": 128,
     }
-    finetune(settings(bundled["4"], data, tmp_path / "out", **values))
+    finetune(settings(shallow["4"], data, tmp_path / "out", **values))
     rates = [
         row["learning_rate"] for row in read_log(tmp_path / "out" / "training" / "log.jsonl") if "loss" in row
     ]
     assert rates == pytest.approx([1e-3 * share for share in shares])
-    before, after = weights(bundled["4"]), weights(tmp_path / "out")
+    before, after = weights(shallow["4"]), weights(tmp_path / "out")
     assert any(not torch.equal(before[name].float(), after[name].float()) for name in before)
 
 
 def test_nothing_is_trained_after_the_last_step(
-    bundled: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shallow: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped between its last checkpoint and its output, a run has nothing left to train when it is resumed."""
     data = counting_text(tmp_path / "data.txt", 200)
     values = {"max_steps": 4, "save_every": 2, "lr_schedule": "constant", "context_length": 128}
-    finetune(settings(bundled["4"], data, tmp_path / "whole", **values))
-    config = settings(bundled["4"], data, tmp_path / "cut", **values)
+    finetune(settings(shallow["4"], data, tmp_path / "whole", **values))
+    config = settings(shallow["4"], data, tmp_path / "cut", **values)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr("rwkv_rev.training.finetune.save_finetuned", lambda *_: 1 / 0)
         finetune(config)
@@ -162,9 +162,9 @@ def test_nothing_is_trained_after_the_last_step(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_run_in_progress_is_not_emptied_by_force(bundled: dict[str, Path], tmp_path: Path) -> None:
+def test_a_run_in_progress_is_not_emptied_by_force(shallow: dict[str, Path], tmp_path: Path) -> None:
     data = counting_text(tmp_path / "data.txt")
-    config = settings(bundled["5.2"], data, tmp_path / "out", force=True, max_steps=1)
+    config = settings(shallow["5.2"], data, tmp_path / "out", force=True, max_steps=1)
     kept = config.work_directory / "checkpoint-2" / "model.safetensors"
     kept.parent.mkdir(parents=True)
     kept.write_text("of the other run")
@@ -178,8 +178,8 @@ def test_a_run_in_progress_is_not_emptied_by_force(bundled: dict[str, Path], tmp
     assert (tmp_path / "out").is_dir() and not config.work_directory.exists()
 
 
-def test_an_output_in_use_is_refused(bundled: dict[str, Path], tmp_path: Path) -> None:
-    config = settings(bundled["5.2"], counting_text(tmp_path / "data.txt"), tmp_path / "out")
+def test_an_output_in_use_is_refused(shallow: dict[str, Path], tmp_path: Path) -> None:
+    config = settings(shallow["5.2"], counting_text(tmp_path / "data.txt"), tmp_path / "out")
     config.work_directory.mkdir()
     with (
         FileLock(config.work_directory / ".lock"),
@@ -189,11 +189,11 @@ def test_an_output_in_use_is_refused(bundled: dict[str, Path], tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
-def test_export_to_transformers(bundled: dict[str, Path], tmp_path: Path) -> None:
+def test_export_to_transformers(shallow: dict[str, Path], tmp_path: Path) -> None:
     from transformers import RwkvForCausalLM
 
     data = counting_text(tmp_path / "data.txt")
-    finetune(settings(bundled["4"], data, tmp_path / "out", max_steps=2))
+    finetune(settings(shallow["4"], data, tmp_path / "out", max_steps=2))
     rwkv_rev.export(tmp_path / "out", tmp_path / "hf", to="hf")
     theirs = RwkvForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32, rescale_every=0).eval()
     ours = RwkvRevForCausalLM.from_pretrained(str(tmp_path / "out"), dtype=torch.float32).eval()
@@ -241,7 +241,7 @@ class Interrupted(Exception):
     ids=["full", "lora-dropout-accumulated", "state-carried"],
 )
 def test_a_resumed_run_is_the_same_run(
-    bundled: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+    shallow: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
     """Interrupted after its fourth step and resumed from the checkpoint of the third, into the second epoch."""
     data = tmp_path / "data.jsonl"
@@ -255,9 +255,9 @@ def test_a_resumed_run_is_the_same_run(
         "save_every": 3,
         "keep": 1,
     } | changes
-    whole = settings(bundled["5.2"], data, tmp_path / "whole", **common)
+    whole = settings(shallow["5.2"], data, tmp_path / "whole", **common)
     finetune(whole)
-    config = settings(bundled["5.2"], data, tmp_path / "cut", **common)
+    config = settings(shallow["5.2"], data, tmp_path / "cut", **common)
 
     def stop(self: Any, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.global_step == 4:
@@ -278,9 +278,9 @@ def test_a_resumed_run_is_the_same_run(
         assert torch.equal(tensor, weights(tmp_path / "cut")[name]), name
 
 
-def test_refuses_a_checkpoint_of_another_run(bundled: dict[str, Path], tmp_path: Path) -> None:
+def test_refuses_a_checkpoint_of_another_run(shallow: dict[str, Path], tmp_path: Path) -> None:
     data = counting_text(tmp_path / "data.txt", 100)
-    config = settings(bundled["5.2"], data, tmp_path / "out", save_every=1, max_steps=2, context_length=256)
+    config = settings(shallow["5.2"], data, tmp_path / "out", save_every=1, max_steps=2, context_length=256)
     config.work_directory.mkdir()
     kept = tmp_path / "kept"
     finetune(config)
@@ -321,22 +321,22 @@ def test_refuses_a_checkpoint_of_another_run(bundled: dict[str, Path], tmp_path:
 
 
 def test_refuses_what_cannot_work(
-    bundled: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shallow: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rwkv_rev.training.callbacks.find_spec", lambda name: None)
     data, empty = counting_text(tmp_path / "data.txt"), tmp_path / "empty.txt"
     empty.write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "config.json").write_text("{}")
-    good = settings(bundled["5.2"], data, tmp_path / "out")
+    good = settings(shallow["5.2"], data, tmp_path / "out")
     for changes, message in (
         ({"data": [str(empty)]}, "holds no text at all"),
         ({"data": [str(tmp_path / "absent.txt")]}, "no such file or folder"),
         ({"model": str(tmp_path)}, "is not a converted model"),
         ({"output": str(tmp_path / "full")}, "already exists; pass force=True"),
-        ({"output": str(bundled["5.2"]), "force": True}, "holds the model that is fine-tuned"),
+        ({"output": str(shallow["5.2"]), "force": True}, "holds the model that is fine-tuned"),
         ({"chunk_length": 1 << 32, "context_length": 1 << 32, "batch_size": 1 << 20}, "GB are free: use"),
-        ({"tune": "state", "model": str(bundled["4"])}, "tune = state needs RWKV-5"),
+        ({"tune": "state", "model": str(shallow["4"])}, "tune = state needs RWKV-5"),
         ({"tune": "lora", "lora_targets": ["query"]}, "no linear map is called 'query'; there are gate, key"),
         ({"device": "tpu"}, "device = 'tpu' is not known"),
         ({"dtype": "float16"}, "float16 needs a GPU"),
@@ -348,16 +348,16 @@ def test_refuses_what_cannot_work(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_loss_that_is_no_number_stops_the_run(bundled: dict[str, Path], tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_stops_the_run(shallow: dict[str, Path], tmp_path: Path) -> None:
     data = counting_text(tmp_path / "data.txt", 100)
     with pytest.raises(RwkvRevError, match=r"the loss is (nan|inf) at step|not finite|NaN"):
-        finetune(settings(bundled["5.2"], data, tmp_path / "out", lr=1e9, warmup=0, max_grad_norm=0.0))
+        finetune(settings(shallow["5.2"], data, tmp_path / "out", lr=1e9, warmup=0, max_grad_norm=0.0))
     assert not (tmp_path / "out").exists()
 
 
-def test_plan_tells_and_touches_nothing(bundled: dict[str, Path], tmp_path: Path) -> None:
+def test_plan_tells_and_touches_nothing(shallow: dict[str, Path], tmp_path: Path) -> None:
     data = counting_text(tmp_path / "data.txt", 100)
-    config = settings(bundled["5.2"], data, tmp_path / "out", context_length=100_000, max_steps=None)
+    config = settings(shallow["5.2"], data, tmp_path / "out", context_length=100_000, max_steps=None)
     planned = plan(config).to_dict()
     assert not (tmp_path / "out").exists() and not config.work_directory.exists()
     assert planned["steps"] == 1 and planned["data"]["documents"] == 1

@@ -61,11 +61,11 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
 def test_same_losses_as_one_process(
-    bundled: dict[str, Path], data: Path, tmp_path: Path, launcher: str
+    shallow: dict[str, Path], data: Path, tmp_path: Path, launcher: str
 ) -> None:
     cache = tmp_path / "cache"
     arguments = [
-        *options(bundled["5.2"], data, tmp_path / "two", cache),
+        *options(shallow["5.2"], data, tmp_path / "two", cache),
         *("--batch-size", 1, "--grad-accum", 2, "--eval-data", data, "--json"),
     ]
     done = two_processes(*arguments, launcher=launcher)
@@ -73,7 +73,7 @@ def test_same_losses_as_one_process(
     assert "Warning" not in done.stderr and "deprecated" not in done.stderr, done.stderr
     result = json.loads(done.stdout)
     config = settings(
-        bundled["5.2"],
+        shallow["5.2"],
         data,
         tmp_path / "one",
         cache_dir=str(cache),
@@ -99,12 +99,12 @@ def test_same_losses_as_one_process(
     ids=["lora", "state", "carried"],
 )
 def test_other_ways_of_tuning(
-    bundled: dict[str, Path], data: Path, tmp_path: Path, more: list[object]
+    shallow: dict[str, Path], data: Path, tmp_path: Path, more: list[object]
 ) -> None:
-    arguments = options(bundled["5.2"], data, tmp_path / "two", tmp_path / "cache")
+    arguments = options(shallow["5.2"], data, tmp_path / "two", tmp_path / "cache")
     done = run_command("finetune", *arguments, *more, "--batch-size", 1, world=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    arguments = options(bundled["5.2"], data, tmp_path / "one", tmp_path / "cache")
+    arguments = options(shallow["5.2"], data, tmp_path / "one", tmp_path / "cache")
     done = run_command("finetune", *arguments, *more, "--batch-size", 2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-5)
@@ -125,7 +125,7 @@ def test_other_ways_of_tuning(
         ),
     ],
 )
-def test_sharded_optimizer(bundled: dict[str, Path], data: Path, tmp_path: Path, device: str) -> None:
+def test_sharded_optimizer(shallow: dict[str, Path], data: Path, tmp_path: Path, device: str) -> None:
     """Half the state in each process, the same losses; killed, it goes on sharded, and unsharded in one process."""
     cache, steps = tmp_path / "cache", 8
     rest = ["--weight-decay", 0.1, "--max-steps", steps, "--json", "--resume", "auto"]
@@ -133,7 +133,7 @@ def test_sharded_optimizer(bundled: dict[str, Path], data: Path, tmp_path: Path,
     env = environment() if device == "cpu" else dict(os.environ)
 
     def arguments(output: str, batch: int) -> list[object]:
-        return [*options(bundled["5.2"], data, tmp_path / output, cache), *rest, "--batch-size", batch]
+        return [*options(shallow["5.2"], data, tmp_path / output, cache), *rest, "--batch-size", batch]
 
     def run(output: str, world: int, *more: str) -> subprocess.CompletedProcess[str]:
         done = run_command("finetune", *arguments(output, 2 // world), *more, world=world, env=env)
@@ -172,8 +172,8 @@ def kill_at_a_checkpoint(arguments: list[object], work: Path, env: dict[str, str
 
 
 @pytest.mark.slow
-def test_accelerate_configured_for_fsdp(bundled: dict[str, Path], data: Path, tmp_path: Path) -> None:
-    arguments = options(bundled["5.2"], data, tmp_path / "out", tmp_path / "cache")
+def test_accelerate_configured_for_fsdp(shallow: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    arguments = options(shallow["5.2"], data, tmp_path / "out", tmp_path / "cache")
     done = two_processes(*arguments, launcher="accelerate", options=("--use_fsdp", "--fsdp_version", "2"))
     assert done.returncode != 0
     errors = {line for line in done.stderr.splitlines() if line.startswith("error: ")}
@@ -182,11 +182,11 @@ def test_accelerate_configured_for_fsdp(bundled: dict[str, Path], data: Path, tm
 
 
 @pytest.mark.slow
-def test_refusals_end_every_process(bundled: dict[str, Path], data: Path, tmp_path: Path) -> None:
+def test_refusals_end_every_process(shallow: dict[str, Path], data: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("{}")
     done = run_command(
-        "finetune", *options(bundled["5.2"], data, tmp_path / "out", tmp_path / "cache"), world=2
+        "finetune", *options(shallow["5.2"], data, tmp_path / "out", tmp_path / "cache"), world=2
     )
     assert done.returncode != 0
     assert "already exists; pass --force" in done.stderr

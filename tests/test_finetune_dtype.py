@@ -52,8 +52,8 @@ def compare(
 @pytest.mark.parametrize(
     ("version", "tune"), [("5.2", "full"), ("5.2", "lora"), ("5.2", "state"), ("4", "full")]
 )
-def test_bfloat16_on_the_cpu(bundled: dict[str, Path], tmp_path: Path, version: str, tune: str) -> None:
-    compare(bundled[version], tmp_path, "cpu", "bfloat16", tune)
+def test_bfloat16_on_the_cpu(shallow: dict[str, Path], tmp_path: Path, version: str, tune: str) -> None:
+    compare(shallow[version], tmp_path, "cpu", "bfloat16", tune)
 
 
 @pytest.mark.parametrize("tune", ["lora", "state"])

@@ -48,10 +48,10 @@ class Undisturbed(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(bundled: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+def undisturbed(shallow: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     folder = tmp_path_factory.mktemp("undisturbed")
     data = counting_text(folder / "data.txt", 300)
-    command = finetune(bundled["5.2"], data, folder / "out")
+    command = finetune(shallow["5.2"], data, folder / "out")
     began = time.monotonic()
     process = start_command(command, folder / "streams", environment())
     last = _wait_for_the_end(process, folder / "out")
@@ -59,7 +59,7 @@ def undisturbed(bundled: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     ended = time.monotonic()
     assert process.exitcode == 0, (folder / "streams.err").read_text()[-3000:]
     rows, weights = outcome(folder / "out")
-    return Undisturbed(bundled["5.2"], data, rows, weights, ended - began, ended - last)
+    return Undisturbed(shallow["5.2"], data, rows, weights, ended - began, ended - last)
 
 
 def outcome(output: Path) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
@@ -109,12 +109,12 @@ def test_killed_and_resumed(undisturbed: Undisturbed, tmp_path: Path, name: str,
 
 
 def test_stopped_by_a_person(
-    bundled: dict[str, Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    shallow: dict[str, Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Ctrl-C: one line that says what is kept and how to go on."""
     data = counting_text(tmp_path / "data.txt", 300)
     streams = tmp_path_factory.mktemp("streams") / "run"
-    process = start_command(finetune(bundled["5.2"], data, tmp_path / "out"), streams, environment())
+    process = start_command(finetune(shallow["5.2"], data, tmp_path / "out"), streams, environment())
     _wait_for_progress(process, tmp_path / "out.training" / "log.jsonl", 0)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGINT)
