@@ -455,7 +455,7 @@ def test_a_newline_in_a_name_ends_no_line(cli: Cli) -> None:
     assert code == 0 and "wrote a\\nb/c" in out, err
     code, out, err = cli("export", "a\nb/c", "--output", "a\nb/e.pth")
     assert code == 0 and out.startswith("a\\nb/e.pth: ") and out.count("\n") == 1, err
-    code, out, err = cli("verify", "a\nb/c", "--tokens", 8, "--oracle", "naive")
+    code, out, err = cli("verify", "a\nb/c", "--tokens", 8, "--context", 24, "--oracle", "naive")
     assert code == 0 and "a\nb" not in out, err
 
 
@@ -481,10 +481,13 @@ def test_the_home_folder(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("export", "~/c", "--output", "~/e.pth"),
         ("inspect", "~/e.pth"),
         ("inspect", "~/c"),
-        ("verify", "~/c", "--original", "~/e.pth", "--tokens", 8, "--oracle", "naive"),
+        ("verify", "~/c", "--original", "~/e.pth", "--tokens", 8, "--context", 24, "--oracle", "naive"),
         ("generate", "~/c", "--prompt", "~/c", "--max-new-tokens", 1),
         ("eval", "~/c", "--data", "~/book.txt", "--device", "cpu"),
-        ("finetune", "~/c", "--data", "~/book.txt", "--output", "~/f", "--max-steps", 1, "--device", "cpu"),
+        (
+            *("finetune", "~/c", "--data", "~/book.txt", "--output", "~/f", "--device", "cpu"),
+            *("--max-steps", 1, "--context-length", 64, "--chunk-length", 32),
+        ),
     ):
         code, out, err = cli(*arguments)
         assert code == 0, err
