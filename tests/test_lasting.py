@@ -14,7 +14,7 @@ from rwkv_rev.bptt import cuda_graphs, lasting, recordings
 from rwkv_rev.reversal.fixed_point import DecayPlan
 from rwkv_rev.wkv import use_kernel
 
-CHUNK = 8
+CHUNK = 4
 
 
 @pytest.fixture(autouse=True)
@@ -68,14 +68,14 @@ def train(version: str, strategy: str, batches: list[dict[str, Any]], lr: float)
 def batches(kind: str) -> list[dict[str, Any]]:
     model = tiny_model("5.2")
     found: list[dict[str, Any]] = []
-    for step, length in enumerate((64, 64, 64, 40, 61, 16, 64)):
+    for step, length in enumerate((32, 32, 32, 20, 31, 8, 32)):
         ids = random_tokens(length, 2, seed=step)
         batch: dict[str, Any] = {"input_ids": ids, "labels": ids.clone()}
         if kind == "labels":  # another divisor at each step, chunks that predict nothing
-            batch["labels"][:, : 8 * step] = -100
+            batch["labels"][:, : CHUNK * step] = -100
         elif kind == "holes" and step in (2, 4):
             batch["attention_mask"] = torch.ones_like(ids)
-            batch["attention_mask"][0, 9:21] = 0
+            batch["attention_mask"][0, 5:11] = 0
         elif kind == "states" and step > 0:
             state = random_state(model, 2, seed=step)
             batch |= {"state": state, "final_state_gradient": random_like(state, step)}
@@ -118,7 +118,7 @@ def step(model: RwkvRevForCausalLM, ids: Tensor) -> dict[str, Tensor]:
 def test_other_work_is_not_run_by_old_recordings(
     played: Callable[[bool], None], lasted: list[int], change: str
 ) -> None:
-    ids, model = random_tokens(64), tiny_model("4")
+    ids, model = random_tokens(32), tiny_model("4")
     played(True)
     for _ in range(3):
         step(model, ids)
@@ -139,7 +139,7 @@ def test_other_work_is_not_run_by_old_recordings(
         elif change == "eval":
             one.eval()
     if change == "rows":
-        ids = random_tokens(64, 3)
+        ids = random_tokens(32, 3)
     with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
         found = step(model, ids)
         played(False)
@@ -156,12 +156,12 @@ def test_gradients_outlive_the_next_step(played: Callable[[bool], None]) -> None
     played(True)
     kept = []
     for seed in range(4):
-        gradients = step(model, random_tokens(64, seed=seed))
+        gradients = step(model, random_tokens(32, seed=seed))
         kept.append((gradients, {name: g.clone() for name, g in gradients.items()}))
         handed_out = {name: p.grad for name, p in model.named_parameters()}
         copies = {name: g.clone() for name, g in handed_out.items() if g is not None}
         model.zero_grad(set_to_none=True)
-        step(model, random_tokens(64, seed=9))
+        step(model, random_tokens(32, seed=9))
         for name, gradient in handed_out.items():
             if gradient is not None:
                 assert torch.equal(gradient, copies[name]), name
@@ -176,5 +176,5 @@ def test_little_memory_drops_them(
     played(True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 100))
     for _ in range(5):
-        step(model, random_tokens(64))
+        step(model, random_tokens(32))
     assert len(lasted) == 1
