@@ -2,8 +2,9 @@
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -36,12 +37,16 @@ def targets(model: RwkvRevForCausalLM) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
-def calls(model: RwkvRevForCausalLM, name: str, strategy: str, inputs: dict[str, Any]) -> int:
-    """How often the module is called in one loss."""
-    heard: list[None] = []
-    with hooked(model, name, lambda module, given, output: heard.append(None)):
+def calls(model: RwkvRevForCausalLM, names: list[str], strategy: str, inputs: dict[str, Any]) -> Counter[str]:
+    """How often each module is called in one loss."""
+    heard: Counter[str] = Counter()
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(
+                hooked(model, name, lambda module, given, output, name=name: heard.update([name]))
+            )
         differentiate(model, strategy, CHUNK, **inputs)
-    return len(heard)
+    return heard
 
 
 @contextmanager
@@ -90,8 +95,8 @@ def test_every_fault_is_found(version: str, strategy: str, chunks: int) -> None:
     inputs = {"input_ids": random_tokens(CHUNK * chunks, batch=2)}
     clean = differentiate(model, strategy, CHUNK, **inputs)
     found = missed = 0
-    for name in targets(model):
-        for number in range(calls(model, name, strategy, inputs)):
+    for name, count in calls(model, targets(model), strategy, inputs).items():
+        for number in range(count):
             with hooked(model, name, fault(number)):
                 try:
                     faulty = differentiate(model, strategy, CHUNK, **inputs)
@@ -166,7 +171,7 @@ def test_every_fault_in_checkpointed_blocks_is_found(version: str, strategy: str
     name = "model.blocks.0.time_mix.key"
     clean = differentiate(model, strategy, CHUNK, **inputs)
     found = []
-    for number in range(calls(model, name, strategy, inputs)):
+    for number in range(calls(model, [name], strategy, inputs)[name]):
         with hooked(model, name, fault(number)):
             try:
                 outcome = differentiate(model, strategy, CHUNK, **inputs)
