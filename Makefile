@@ -47,8 +47,12 @@ lock: $(VENV)/.installed
 demo: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(bin)/python examples/demo.py demo-out
 
-test: lint
-	$(bin)/python -m pytest $(PYTEST) -m 'not timing'
+# mypy keeps one core busy, so `lint` runs beside the tests; what it found is told after them.
+test: $(VENV)/.installed
+	@$(MAKE) --no-print-directory lint > $(VENV)/lint.log 2>&1 & lint=$$!; \
+	$(bin)/python -m pytest $(PYTEST) -m 'not timing'; tests=$$?; \
+	wait $$lint || { cat $(VENV)/lint.log; echo 'make lint failed'; exit 1; }; \
+	exit $$tests
 
 # Both leave the lock aside and resolve anew at every call, in an environment of their own.
 test-newest: VENV = .venv-newest

@@ -16,18 +16,23 @@ import rwkv_rev
 collect_ignore = ["peers"]  # `make test-peers` has settings of its own
 BUNDLED = {"4": "rwkv-4", "5.2": "rwkv-5.2"}
 LONGEST = (
-    "test_finetune_dist",
-    "test_finetune",
-    "test_finetune_kill",
     "test_bptt",
-    "test_bench",
+    "test_finetune_dist",
+    "test_peft_methods",
+    "test_oracle_table",
+    "test_finetune",
     "test_forecast",
-    "test_finetune_dtype",
+    "test_memory_flat",
+    "test_trl",
+    "test_faults",
+    "test_foreign_code",
+    "test_bench",
     "test_cells",
     "test_bptt_integration",
-    "test_cuda_graphs",
+    "test_trl_long",
+    "test_lasting",
 )
-"""Files of more than 20 s, longest first."""
+"""Files of more than 15 s, longest first."""
 
 
 def pytest_collectstart() -> None:

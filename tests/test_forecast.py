@@ -40,7 +40,7 @@ WIDE = {
 
 def peak_bytes(work: Callable[[], object]) -> int:
     """Most bytes allocated on the CPU at once during ``work``, by the allocator's own log."""
-    with profile(profile_memory=True) as log:  # torch.profiler.profile would make 50,000 Python objects of its log
+    with profile(profile_memory=True) as log:  # torch.profiler's makes Python objects of the whole log
         work()
     assert log.kineto_results is not None
     events = [e for e in log.kineto_results.events() if e.name() == "[memory]"]
