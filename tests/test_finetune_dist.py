@@ -42,10 +42,13 @@ def two_processes(
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
 
 
-def options(model: Path, data: Path, output: Path, cache: Path) -> list[object]:
+def options(
+    model: Path, data: Path, output: Path, cache: Path, *, steps: int = 4, device: str = "cpu"
+) -> list[object]:
     return [
-        *(model, "--data", data, "--output", output, "--cache-dir", cache, "--device", "cpu"),
-        *("--context-length", 256, "--chunk-length", 100, "--max-steps", 4, "--warmup", 1, "--save-every", 2),
+        *(model, "--data", data, "--output", output, "--cache-dir", cache, "--device", device),
+        *("--context-length", 256, "--chunk-length", 100, "--max-steps", steps),
+        *("--warmup", 1, "--save-every", 2),
     ]
 
 
@@ -128,12 +131,12 @@ def test_other_ways_of_tuning(
 def test_sharded_optimizer(shallow: dict[str, Path], data: Path, tmp_path: Path, device: str) -> None:
     """Half the state in each process, the same losses; killed, it goes on sharded, and unsharded in one process."""
     cache, steps = tmp_path / "cache", 8
-    rest = ["--weight-decay", 0.1, "--max-steps", steps, "--json", "--resume", "auto"]
-    rest += ["--device", device, "--dtype", "float32"]
+    rest = ["--weight-decay", 0.1, "--json", "--resume", "auto", "--dtype", "float32"]
     env = environment() if device == "cpu" else dict(os.environ)
 
     def arguments(output: str, batch: int) -> list[object]:
-        return [*options(shallow["5.2"], data, tmp_path / output, cache), *rest, "--batch-size", batch]
+        common = options(shallow["5.2"], data, tmp_path / output, cache, steps=steps, device=device)
+        return [*common, *rest, "--batch-size", batch]
 
     def run(output: str, world: int, *more: str) -> subprocess.CompletedProcess[str]:
         done = run_command("finetune", *arguments(output, 2 // world), *more, world=world, env=env)
