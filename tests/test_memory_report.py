@@ -49,6 +49,8 @@ def test_both_say_what_they_count(cli: Cli, bundled: dict[str, Path], tmp_path: 
         "--max-steps",
         1,
     )
-    planned, done = (" ".join(cli(*common, *more)[1].split()) for more in (["--dry-run"], []))  # lines are folded
+    planned, done = (
+        " ".join(cli(*common, *more)[1].split()) for more in (["--dry-run"], [])
+    )  # lines are folded
     assert "MB of tensors beyond the loaded program" in planned and "allocator keeps freed blocks" in planned
     assert "MB beyond the loaded program" in done and "of host memory with it" in done
