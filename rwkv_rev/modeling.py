@@ -12,13 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rwkv_rev import unmade
 from rwkv_rev.adapters import refuse_carried_state
 from rwkv_rev.arguments import named
 from rwkv_rev.base_model import RwkvRevModel, RwkvRevPreTrainedModel, initial_states
 from rwkv_rev.bptt import choose_strategy
 from rwkv_rev.bptt.full import loss_in_one_graph
-from rwkv_rev.bptt.strategy import LossInputs
 from rwkv_rev.bptt_settings import AUTO, BpttSettings
 from rwkv_rev.cache import CACHE_NAME, RwkvRevCache, handed_over
 from rwkv_rev.cells.block import Block
@@ -30,12 +28,10 @@ from rwkv_rev.first_order import refuse_transforms
 from rwkv_rev.generation import RwkvRevGenerationMixin
 from rwkv_rev.inputs import loss_inputs, rows_and_tokens
 from rwkv_rev.keywords import refuse_packed_rows, refuse_replica, refuse_unknown_keywords
-from rwkv_rev.loss import sum_cross_entropy, wide
+from rwkv_rev.loss import wide
 from rwkv_rev.outputs import RwkvRevCausalLMOutput
 from rwkv_rev.state import ModelState
-
-LIKE_THE_LOSS = {True: 5e-3, False: 1e-5}
-"""How far the loss of logits made afterwards may be from the one they stand beside, by rounding: in 16 bits, or not."""
+from rwkv_rev.unmade import deferred_logits
 
 
 class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
@@ -355,38 +351,8 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
             bptt.strategy, length, chunk_length=size, tape=bptt.tape, tape_dir=bptt.tape_dir
         )
         result = strategy.loss(self, inputs)
-        logits = self._deferred_logits(inputs, result.loss) if evaluating else None
+        logits = deferred_logits(self, inputs, result.loss) if evaluating else None
         return RwkvRevCausalLMOutput(result.loss, logits, result.state, report=result.report)
-
-    def _deferred_logits(self, inputs: LossInputs, loss: Tensor) -> Any:
-        """What makes the logits beside ``loss`` if somebody asks for them: at the precision of this call."""
-        kind, dtype = inputs.targets.device.type, wide(self.model.ln0.weight.dtype)
-        autocast = torch.autocast(
-            kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)
-        )
-        state = inputs.state.each(Tensor.clone)
-        ids = None if inputs.input_ids is None else inputs.input_ids.clone()  # which are often a buffer
-
-        @torch.no_grad()
-        def make() -> Tensor:
-            with autocast:
-                hidden, _ = self.read(ids, inputs.valid, inputs.inputs_embeds, state)
-                logits = self.head(hidden).to(dtype)
-            again = sum_cross_entropy(
-                logits, nn.Identity(), inputs.targets, scale=1 / inputs.divisor, vocab_size=logits.shape[-1]
-            )
-            # adapters that were switched, hooks that draw: no tensor tells of them, but the loss does
-            near = LIKE_THE_LOSS[autocast._enabled or self.model.ln0.weight.dtype.itemsize < 4]
-            if not torch.isclose(again, loss, rtol=near, atol=near, equal_nan=True):
-                raise StrategyError(unmade.HAS_CHANGED)
-            return logits
-
-        def depends_on() -> list[Tensor]:
-            given = [] if inputs.inputs_embeds is None else [inputs.inputs_embeds]
-            return [*self.parameters(), *self.buffers(), *given]
-
-        shape = (*inputs.targets.shape, self.config.vocab_size)
-        return unmade.Deferred(make, shape, dtype, inputs.targets.device, depends_on)
 
 
 class BpttSetting:

@@ -6,13 +6,21 @@ without a gradient, they are made by whoever uses them first, by reading the con
 """
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from rwkv_rev.errors import StrategyError
+from rwkv_rev.loss import sum_cross_entropy, wide
+
+if TYPE_CHECKING:
+    from rwkv_rev.bptt.strategy import LossInputs
+    from rwkv_rev.modeling import RwkvRevForCausalLM
+
+LIKE_THE_LOSS = {True: 5e-3, False: 1e-5}
+"""How far the loss of logits made afterwards may be from the one they stand beside, by rounding: in 16 bits, or not."""
 
 
 def _refuse(*_: Any, **__: Any) -> NoReturn:
@@ -107,6 +115,37 @@ class Deferred(Tensor):
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return "logits not made yet" if self._before is not None else repr(self._made())
+
+
+def deferred_logits(model: "RwkvRevForCausalLM", inputs: "LossInputs", loss: Tensor) -> Deferred:
+    """What makes the logits beside ``loss`` if somebody asks for them: at the precision of this call."""
+    kind, dtype = inputs.targets.device.type, wide(model.model.ln0.weight.dtype)
+    autocast = torch.autocast(
+        kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)
+    )
+    state = inputs.state.each(Tensor.clone)
+    ids = None if inputs.input_ids is None else inputs.input_ids.clone()  # which are often a buffer
+
+    @torch.no_grad()
+    def make() -> Tensor:
+        with autocast:
+            hidden, _ = model.read(ids, inputs.valid, inputs.inputs_embeds, state)
+            logits = model.head(hidden).to(dtype)
+        again = sum_cross_entropy(
+            logits, nn.Identity(), inputs.targets, scale=1 / inputs.divisor, vocab_size=logits.shape[-1]
+        )
+        # adapters that were switched, hooks that draw: no tensor tells of them, but the loss does
+        near = LIKE_THE_LOSS[autocast._enabled or model.model.ln0.weight.dtype.itemsize < 4]
+        if not torch.isclose(again, loss, rtol=near, atol=near, equal_nan=True):
+            raise StrategyError(HAS_CHANGED)
+        return logits
+
+    def depends_on() -> list[Tensor]:
+        given = [] if inputs.inputs_embeds is None else [inputs.inputs_embeds]
+        return [*model.parameters(), *model.buffers(), *given]
+
+    shape = (*inputs.targets.shape, model.config.vocab_size)
+    return Deferred(make, shape, dtype, inputs.targets.device, depends_on)
 
 
 def _marks(tensors: list[Tensor]) -> list[tuple[int, int, int]]:

@@ -7,21 +7,19 @@ options, but not twice. A key that does not exist is an error that names the nea
 import dataclasses
 import difflib
 import math
-import reprlib
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from rwkv_rev.arguments import expanded, is_name, named_fields
+from rwkv_rev.arguments import expanded, named_fields
 from rwkv_rev.bptt_settings import AUTO, BPTT_STRATEGIES, TAPES
-from rwkv_rev.counts import is_plain, number, tokens
 from rwkv_rev.errors import ConfigError
 from rwkv_rev.printable import shortened
 from rwkv_rev.training.plain_yaml import NotPlain, parse_yaml, read_yaml
+from rwkv_rev.training.setting_types import as_type, described
 
 TUNE = ("full", "lora", "state")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -171,7 +169,9 @@ class FinetuneConfig:
         for name, value in vars(self).items():
             typed = _typed(name, value)
             if typed != value and typed == typed:  # from Python: a text that in a file would be a number
-                raise ConfigError(f"{name} = {value!r} must be {_described(name)}")
+                raise ConfigError(
+                    f"{name} = {value!r} must be {described(_TYPES[name], length=name in _LENGTHS)}"
+                )
         for name, allowed in (
             ("tune", TUNE),
             ("dtype", DTYPES),
@@ -286,8 +286,6 @@ _LENGTHS = ("context_length", "chunk_length", "eval_tokens")
 """Taken as ``16k`` or ``1m``, too."""
 _PATHS = ("model", "output", "tape_dir", "cache_dir", "resume")
 _DEFAULTS = FinetuneConfig()
-_REPR = reprlib.Repr()
-_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 80, 80
 _TYPES = typing.get_type_hints(FinetuneConfig)
 
 
@@ -339,11 +337,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _quoted(value: Any) -> str:
-    """A value as Python writes it, at most two levels of it."""
-    return shortened(_REPR.repr(value))
-
-
 def _known(key: Any) -> str:
     """``key`` itself if it is a setting; dashes are as good as underscores."""
     name = str(key).replace("-", "_")
@@ -354,53 +347,6 @@ def _known(key: Any) -> str:
 
 
 def _typed(key: str, value: Any) -> Any:
-    """``value`` as its field's type, without guessing across kinds."""
+    """``value`` as the type of the field ``key``."""
     name = _known(key)
-    wanted = _TYPES[name]
-    if isinstance(value, int) and abs(value) >= 1 << 63:
-        raise ConfigError(f"{key} is a number of more than 63 bits")
-    for text in value if isinstance(value, list) else [value]:
-        if isinstance(text, str) and not is_name(text):
-            raise ConfigError(f"{key} = {_quoted(text)} is no text: it holds half a character")
-    kinds = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
-    if value is None and type(None) in kinds:
-        return None
-    for kind in kinds:
-        if typing.get_origin(kind) is list:
-            items = [value] if isinstance(value, str) else value
-            if isinstance(items, list | tuple) and all(isinstance(item, str) for item in items):
-                return list(items)
-        elif kind is int and isinstance(value, str) and name in _LENGTHS:
-            if str in kinds and value == AUTO:
-                return value
-            try:
-                return tokens(value)
-            except ValueError as error:
-                raise ConfigError(f"{key} = {error}{', or auto' if str in kinds else ''}") from None
-        elif kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-            if not isinstance(value, str) or is_plain(value):
-                return number(value)  # YAML reads 1e-4, without a dot, as a string
-        elif (
-            isinstance(kind, type)
-            and isinstance(value, kind)
-            and not (kind is int and isinstance(value, bool))
-        ):
-            return value
-    raise ConfigError(f"{shortened(key)} = {_quoted(value)} must be {_described(name)}")
-
-
-def _described(name: str) -> str:
-    wanted = _TYPES[name]
-    kinds = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
-    if name in _LENGTHS and str in kinds:
-        return f"a whole number or {AUTO}"
-    return " or ".join(_KIND_NAMES.get(kind, "a list of texts") for kind in kinds)
-
-
-_KIND_NAMES: Mapping[Any, Literal["a text", "a whole number", "a number", "true or false", "null"]] = {
-    str: "a text",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    type(None): "null",
-}
+    return as_type(key, value, _TYPES[name], length=name in _LENGTHS)
