@@ -1,5 +1,6 @@
 """An architecture from outside of the package, with two memories in a cell, through every part that takes one."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,21 @@ def test_without_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delitem(registry.ARCHITECTURES, "two-sums")
     with pytest.raises(rwkv_rev.CheckpointError, match=r"rwkv_version = 'two-sums' must be one of 4, 5\.0"):
         rwkv_rev.inspect(tmp_path / "model")
+
+
+def test_without_a_scan_what_needs_none_is_verified(tmp_path: Path) -> None:
+    registry.register(replace(TWO_SUMS, version="silent", title="silent sums", scan=None))
+    init("silent", tmp_path / "model", settings={"hidden_size": 12, "num_hidden_layers": 1})
+    nothing = (
+        r"silent sums has no `scan`, the plain loop that .* compared with; give it one, or .*reversal=True"
+    )
+    for asked in ({}, {"oracle": "naive", "reversal": True}):
+        with pytest.raises(rwkv_rev.RwkvRevError, match=nothing):
+            rwkv_rev.verify(tmp_path / "model", tokens=20, **asked)
+    report = rwkv_rev.verify(tmp_path / "model", tokens=20, reversal=True, context=60, chunk=20)
+    assert report.passed and report.to_dict()["oracles"] == []
+    assert report.summary.endswith(
+        "model: its states come back to the bit; its logits were compared with nothing"
+    )
+    assert "has no `scan`" in report.table().replace("\n", " ") and report.table().endswith("PASS")
+    assert not replace(report, reversal=None).passed

@@ -181,7 +181,8 @@ class Architecture:
         log_decay: log w of the stored shape, float32, from what gives a tensor of a block by our name; None for a
             memory whose decay is no constant.
         tunes_state: whether the initial :attr:`memory` can be tuned.
-        scan: the same model as a plain loop; None for that of RWKV-4 and 5.
+        scan: the same model as a plain loop, which logits are compared with. None is that of RWKV-4 and 5 where there
+            are :attr:`layouts`, and else none: then reversal and gradients alone can be verified.
         cost: of training.
 
         layouts: other tools'; the first is the trainer's own ``.pth``, the second that of Hugging Face repositories.

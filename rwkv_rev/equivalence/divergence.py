@@ -55,6 +55,7 @@ def first_divergence(
     Returns:
         None where the models are the same.
     """
+    assert original.scan is not None  # without one there is no row that could fail
     scan = residual_streams(
         original.tensors,
         tokens,

@@ -241,6 +241,13 @@ def transformers_rwkv4(
 
 def naive(original: Original, tokens: Tensor, dtype: torch.dtype = torch.float64) -> Iterator[Tensor]:
     """Logits of the scan, the truth in float64."""
+    if original.scan is None:
+        assert original.config is not None
+        called = original.config.architecture.called
+        raise OracleUnavailable(
+            f"the architecture of {called} has no `scan`, the plain loop that logits are compared with",
+            "give it one, or check what needs none: --reversal, --gradients",
+        )
     yield from naive_logits(
         original.tensors,
         tokens,

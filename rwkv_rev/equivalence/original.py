@@ -42,7 +42,7 @@ class Original:
         expected: a ``*.expected.json`` beside the checkpoint, if there is one.
         config: what the tensors say the model is; None where only tensors are known.
         tensors_are_own: whether they are the converted model's (itself.py).
-        scan: how a plain loop goes through ``tensors``.
+        scan: how a plain loop goes through ``tensors``; None where the architecture does not say it.
     """
 
     tensors: Mapping[str, Tensor]
@@ -54,16 +54,18 @@ class Original:
     expected: Path | None = None
     config: RwkvRevConfig | None = None
     tensors_are_own: bool = False
-    scan: Scan = CLASSIC
+    scan: Scan | None = CLASSIC
 
     @property
     def num_layers(self) -> int:
         """L, counted in the tensors."""
+        assert self.scan is not None
         return self.scan.layers(self.tensors)
 
     @property
     def has_group_norm(self) -> bool:
         """Whether there is a GroupNorm behind the recurrence, whose eps no tensor tells."""
+        assert self.scan is not None
         return f"{self.scan.block}0.{self.scan.cells[0].prefix}.ln_x.weight" in self.tensors
 
     @property
@@ -78,10 +80,12 @@ def known_to_transformers(config: RwkvRevConfig) -> bool:
     return bool(known.layouts) and known.hub_layout == "transformers"
 
 
-def scan_of(config: RwkvRevConfig) -> Scan:
-    """How a plain loop goes through the tensors of a model."""
-    scan = config.architecture.scan
-    return CLASSIC if scan is None else scan(config)
+def scan_of(config: RwkvRevConfig) -> Scan | None:
+    """How a plain loop goes through the tensors of a model; None where its architecture, which is no RWKV, has none."""
+    known = config.architecture
+    if known.scan is not None:
+        return known.scan(config)
+    return CLASSIC if known.layouts else None
 
 
 class RenamedTensors(Mapping[str, Tensor]):
