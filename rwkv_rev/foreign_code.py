@@ -4,7 +4,8 @@ A chunk is computed without the tokens before it; all that it takes from them is
 somebody put into the model is therefore right in chunks only if it is *position-wise*: what it does to a token
 depends on that token's vector alone, not on where the token stands or what else is there. That cannot be seen from
 outside. PyTorch's own position-wise layers and adapters that were tested (:mod:`rwkv_rev.adapters`) are known;
-everything else has to be declared with :func:`position_wise`, and is refused by name until it is.
+everything else has to be declared with :func:`position_wise`, and is refused by name until it is. Cells and blocks of
+one's own need no declaration: their contract (:mod:`rwkv_rev.cells.contract`) says what they do with a chunk.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from torch.nn.modules import module as module_globals
 from torch.nn.utils import parametrize
 
 from rwkv_rev import adapters
+from rwkv_rev.cells.block import ResidualBlock
+from rwkv_rev.cells.contract import ReversibleCell
 from rwkv_rev.errors import StrategyError
 
 MARK = "_rwkv_rev_position_wise"
@@ -74,7 +77,7 @@ class Strangers(NamedTuple):
 
     Attributes:
         unknown: what is not right in chunks, or not known to be.
-        declared: what was declared to be position-wise, in words.
+        declared: what was declared to be position-wise, in words; cells and blocks of others, by their contract.
         brings_tensors: whether anything might make the model depend on a tensor beside its parameters.
         buffers: of all modules.
     """
@@ -245,8 +248,16 @@ def _is_marked(code: Any) -> bool:
     return MARK in getattr(code, "__dict__", {}) or MARK in vars(layer)
 
 
+def _keeps_the_contract(code: Any) -> bool:
+    """Whether it is a cell or a block of somebody's own, called by the contract's own ``forward``."""
+    return any(
+        isinstance(code, base) and getattr(_class(code), "forward", None) is base.forward
+        for base in (ReversibleCell, ResidualBlock)
+    )
+
+
 def _sort(code: Any, where: str, found: Strangers, objection: str | None) -> None:
-    if _is_marked(code):
+    if _is_marked(code) or (objection == adapters.UNKNOWN and _keeps_the_contract(code)):
         found.declared.append(where)
     elif objection is not None:
         found.unknown.append(Stranger(where, objection))

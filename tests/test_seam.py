@@ -20,6 +20,7 @@ from rwkv_rev.cells.contract import Advanced, Replay, ReversibleCell, leaves
 from rwkv_rev.cells.exact_sums import ExactSums
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.errors import ReversalMismatchError
+from rwkv_rev.foreign_code import strangers
 from rwkv_rev.loss import next_token_targets
 from rwkv_rev.reversal.additive import Additive, NoRemnant
 from rwkv_rev.reversal.fingerprint import checksum
@@ -32,7 +33,6 @@ class SumValues(NamedTuple):
     memory: Tensor
 
 
-@position_wise
 class SumCell(ReversibleCell):
     inverts_memory = True
 
@@ -92,7 +92,6 @@ class SumCell(ReversibleCell):
         return self.replay(before, x, mask, plan, after)
 
 
-@position_wise
 class SumBlock(ResidualBlock):
     def __init__(self) -> None:
         super().__init__()
@@ -201,3 +200,15 @@ def test_another_arithmetic_on_the_way_back_is_found(
     )
     with pytest.raises(ReversalMismatchError):
         gradients(model, "reversible", inputs())
+
+
+def test_a_forward_of_its_own_is_refused_by_name() -> None:
+    class Meddling(SumBlock):
+        def forward(self, x: Any, states: Any, mask: ChunkMask | None = None) -> Any:
+            out, after = super().forward(x, states, mask)
+            return out if out is None else out - out.mean(1, keepdim=True), after
+
+    assert not strangers(SumModel()).unknown
+    model = SumModel()
+    model.blocks[1] = Meddling()
+    assert [found.where for found in strangers(model).unknown] == ["Meddling at blocks.1"]

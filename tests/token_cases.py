@@ -77,7 +77,6 @@ def token_trials(kind: str) -> st.SearchStrategy[Trial]:
 # --- a language model ------------------------------------------------------------------------------------------------
 
 
-@position_wise
 class OneCellBlock(ResidualBlock):
     def __init__(self, width: int, cell: TokenCell) -> None:
         super().__init__()

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rwkv_rev import position_wise
 from rwkv_rev.architectures.architecture import Architecture, Cost, Part
 from rwkv_rev.architectures.fields import Field
 from rwkv_rev.architectures.scan import Scan, SubLayer
@@ -39,7 +38,6 @@ class TwoState(ModelState):
     cells = ((Two, ("narrow", "broad")),)
 
 
-@position_wise
 class TwoSums(ReversibleCell):
     inverts_memory = True
 
@@ -113,7 +111,8 @@ def _initialize(cell: TwoSums, config: RwkvRevConfig) -> None:
         nn.init.orthogonal_(linear.weight)
 
 
-def _loop(x: Tensor, tensors: Mapping[str, Tensor], _: float, __: dict[str, Any]) -> Tensor:
+def loop(x: Tensor, tensors: Mapping[str, Tensor], _: float, __: dict[str, Any]) -> Tensor:
+    """The cell as a plain loop, which ``verify`` compares with."""
     narrow, broad, output = (tensors[f"{name}.weight"].to(x.dtype) for name in ("narrow", "broad", "output"))
     a, b = torch.zeros(len(narrow), dtype=x.dtype), torch.zeros(len(broad), dtype=x.dtype)
     if "initial" in tensors:
@@ -139,7 +138,7 @@ TWO_SUMS = Architecture(
     cells=lambda config, layer: {"sums": TwoSums(config.hidden_size, config.times)},
     initialization={TwoSums: _initialize},
     tunes_state=True,
-    scan=lambda config: Scan((SubLayer("sums", "ln1", "sums", _loop),)),
+    scan=lambda config: Scan((SubLayer("sums", "ln1", "sums", loop),)),
     cost=Cost(
         vectors=10,
         fused_vectors=10,

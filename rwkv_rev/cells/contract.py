@@ -16,7 +16,9 @@ Nothing here knows of RWKV. A state has two forms: *values*, a NamedTuple of dif
 declares, and an *exact* one (:class:`Exact`), which comes back to the bit. Whatever runs a cell calls it as a module,
 ``cell(x, state, mask)``, so that hooks and wrappers of other tools are heard in every sweep alike. What ``state`` is
 says what is to be done: values are stepped, a :class:`Forwards` is advanced, an :class:`Again` computed again with
-graph.
+graph. A cell that leaves ``forward`` as it is needs no declaration; a module inside of it which is neither PyTorch's
+nor ours, a gate say, is right in chunks only if it treats each position by itself, and is declared with
+:func:`rwkv_rev.position_wise`.
 """
 
 from abc import ABC, abstractmethod
