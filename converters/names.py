@@ -101,7 +101,8 @@ def _own_table(config: RwkvRevConfig) -> tuple[TensorNames, ...]:
     for i in range(config.num_hidden_layers):
         with torch.device("meta"):
             block = Block(config, i)
-        shapes |= {f"model.blocks.{i}.{name}": tuple(p.shape) for name, p in block.named_parameters()}
+        # persistent buffers too: they are part of the model
+        shapes |= {f"model.blocks.{i}.{name}": tuple(t.shape) for name, t in block.state_dict().items()}
         if config.has_initial_state:
             shapes[f"model.initial_wkv.{i}"] = architecture.memory_shape(config)
     shapes |= {row.ours: architecture.shape(row.shape, config) for row in architecture.after}

@@ -36,7 +36,7 @@ from rwkv_rev.errors import StrategyError
 from rwkv_rev.exporting import exportable
 from rwkv_rev.first_order import transforms_of
 from rwkv_rev.foreign_code import strangers
-from rwkv_rev.initialization import initialize_head
+from rwkv_rev.initialization import initialize_head, remake, unstored_buffers
 from rwkv_rev.inputs import masked_embeds, refuse_other_kind, rows_and_tokens, valid_tokens
 from rwkv_rev.keywords import refuse_packed_rows, refuse_unknown_keywords
 from rwkv_rev.outputs import RwkvRevOutput
@@ -105,6 +105,11 @@ class RwkvRevPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # transformers visits every module that owns parameters, children first
+        if unstored := unstored_buffers(module):
+            blocks: Any = self.base_model.blocks
+            for layer, block in enumerate(blocks):
+                for name in (name for _, name in block.names if getattr(block, name) is module):
+                    remake(unstored, lambda: self.config.architecture.cells(self.config, layer)[name])  # noqa: B023
         if (initialize := self.config.architecture.initialization.get(type(module))) is not None:
             initialize(module, self.config)
         elif isinstance(module, nn.ParameterList):

@@ -1,18 +1,24 @@
 """An architecture from outside of the package, with two memories in a cell, through every part that takes one."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from bptt_cases import differentiate, random_like, random_state, random_tokens, relative_errors
 from contract_laws import LAWS, Trial, chunks
 from finetune_cases import counting_text, finetune, settings
+from safetensors.torch import load_file
 from test_linear_attention import filled
-from toy_architecture import TWO_SUMS, Two, TwoState, TwoSums
+from torch import Tensor
+from toy_architecture import TWO_SUMS, Two, TwoState, TwoSums, loop
 
 import rwkv_rev
 from rwkv_rev.architectures import registry
+from rwkv_rev.architectures.scan import Scan, SubLayer
+from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.fresh import init
 
 
@@ -103,3 +109,53 @@ def test_without_a_scan_what_needs_none_is_verified(tmp_path: Path) -> None:
     )
     assert "has no `scan`" in report.table().replace("\n", " ") and report.table().endswith("PASS")
     assert not replace(report, reversal=None).passed
+
+
+class RatedSums(TwoSums):
+    """A constant that is stored with the model, not trained: a persistent buffer."""
+
+    def __init__(self, width: int, times: int) -> None:
+        super().__init__(width, times)
+        self.register_buffer("rate", torch.ones(width))
+        self.register_buffer("scale", torch.full((), 0.5), persistent=False)
+
+    def sums(self, x: Tensor, mask: ChunkMask | None) -> tuple[Tensor, Tensor]:
+        return super().sums(x * (self.rate * self.scale).to(x.dtype), mask)
+
+
+def rated(x: Tensor, tensors: Mapping[str, Tensor], epsilon: float, left: dict[str, Any]) -> Tensor:
+    """With ``rate`` on the inputs instead: the sums are the same."""
+    scaled = {
+        name: 0.5 * tensors["rate"].double() * tensors[name].double()
+        for name in ("narrow.weight", "broad.weight")
+    }
+    return loop(x, {"output.weight": tensors["output.weight"]} | scaled, epsilon, left)
+
+
+def test_persistent_buffers_are_part_of_the_model(tmp_path: Path) -> None:
+    def begin(cell: RatedSums, config: rwkv_rev.RwkvRevConfig) -> None:
+        TWO_SUMS.initialization[TwoSums](cell, config)
+        torch.nn.init.uniform_(cell.rate, 0.5, 0.9)
+
+    registry.register(
+        replace(
+            TWO_SUMS,
+            version="rated",
+            cells=lambda config, layer: {"sums": RatedSums(config.hidden_size, config.times)},
+            initialization={RatedSums: begin},
+            tunes_state=False,
+            scan=lambda config: Scan((SubLayer("sums", "ln1", "sums", rated),)),
+        )
+    )
+    made, text = tmp_path / "model", counting_text(tmp_path / "data.txt")
+    init("rated", made, settings={"hidden_size": 12, "num_hidden_layers": 2})
+    found = rwkv_rev.inspect(made)
+    finetune(settings(made, text, tmp_path / "tuned", save_every=0))
+    first, tuned = (load_file(folder / "model.safetensors") for folder in (made, tmp_path / "tuned"))
+    assert found.parameters == sum(tensor.numel() for tensor in first.values())
+    rate = first["model.blocks.1.sums.rate"]
+    assert rate.min() > 0.5 and rate.max() < 0.9 and torch.equal(rate, tuned["model.blocks.1.sums.rate"])
+    assert not torch.equal(first["head.weight"], tuned["head.weight"])
+    for folder in (made, tmp_path / "tuned"):
+        report = rwkv_rev.verify(folder, tokens=60, reversal=True, gradients=True, context=100, chunk=20)
+        assert report.passed, report.table()

@@ -32,7 +32,8 @@ def float64_streams(
 
     def call(name: str, *arguments: object) -> object:
         module = model.get_submodule(name)
-        values = {key: stored.tensor(f"{name}.{key}").double() for key, _ in module.named_parameters()}
+        values = {key: _wide(stored.tensor(f"{name}.{key}")) for key in module.state_dict()}
+        values |= {key: _wide(value) for key, value in module.named_buffers() if key not in values}
         return functional_call(module, values, arguments)
 
     x = call("model.ln0", stored.tensor("model.embeddings.weight")[tokens].double()[None])  # [1, T, D]
@@ -67,6 +68,10 @@ def float64_logits(model: RwkvRevForCausalLM, stored: ConvertedModel, tokens: Te
     head = stored.tensor("head.weight").double()
     for rows in hidden.split(PIECE):
         yield rows @ head.T
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _row(x: object) -> Tensor:

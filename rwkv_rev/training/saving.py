@@ -103,7 +103,7 @@ def _write_weights(
             return torch.float32
         if name in known and torch.equal(before.tensor(name).float(), tensors[name].float()):
             return before.dtype(name)
-        return changed_dtype
+        return changed_dtype if tensors[name].is_floating_point() else tensors[name].dtype
 
     entries = [Entry(name, name, tuple(tensors[name].shape), stored_dtype(name)) for name in tensors]
     write_shards(plan_shards(entries, SHARD_SIZE), folder, lambda name: tensors[name])
