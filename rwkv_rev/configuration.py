@@ -39,8 +39,8 @@ class RwkvRevConfig(PreTrainedConfig):
         vocab_size: V, entries of the vocabulary.
         hidden_size: D, width of the residual stream.
         num_hidden_layers: L, blocks.
-        num_attention_heads: H, heads of the RWKV-5 time mix; 1 for RWKV-4, which has none.
-        head_size: N, so that ``D = H * N``; D for RWKV-4.
+        num_attention_heads: H, heads of the RWKV-5 time mix; 1 by itself for RWKV-4 and whatever has none.
+        head_size: N, so that ``D = H * N``; then D.
         intermediate_size: F, width of the channel mix, or of what another architecture has in its place.
         layer_norm_epsilon: eps of every LayerNorm.
         group_norm_epsilon: eps of the GroupNorm after the RWKV-5 recurrence. Published models divide by
@@ -74,6 +74,9 @@ class RwkvRevConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: object) -> None:
         self._refuse_impossible(kwargs)
+        unsaid = (RwkvRevConfig.num_attention_heads, RwkvRevConfig.head_size)
+        if not self.architecture.has_heads and (self.num_attention_heads, self.head_size) == unsaid:
+            self.num_attention_heads, self.head_size = 1, self.hidden_size
         if self.num_attention_heads * self.head_size != self.hidden_size:
             raise ValueError(
                 f"num_attention_heads * head_size = {self.num_attention_heads} * {self.head_size} "

@@ -159,3 +159,12 @@ def test_persistent_buffers_are_part_of_the_model(tmp_path: Path) -> None:
     for folder in (made, tmp_path / "tuned"):
         report = rwkv_rev.verify(folder, tokens=60, reversal=True, gradients=True, context=100, chunk=20)
         assert report.passed, report.table()
+
+
+@pytest.mark.parametrize("width", [12, 2048])
+def test_without_heads_their_sizes_follow(width: int) -> None:
+    registry.register(replace(TWO_SUMS, version="headless", sizes=lambda width: {}))
+    config = rwkv_rev.RwkvRevConfig(rwkv_version="headless", hidden_size=width, vocab_size=8)
+    assert (config.num_attention_heads, config.head_size) == (1, width)
+    with pytest.raises(ValueError, match="must equal hidden_size"):
+        rwkv_rev.RwkvRevConfig(rwkv_version="headless", hidden_size=width, num_attention_heads=5, head_size=3)
