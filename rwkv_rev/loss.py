@@ -63,7 +63,7 @@ def sum_cross_entropy(
     total = torch.zeros((), dtype=wide(hidden.dtype), device=hidden.device)
     with torch.no_grad():
         for part, target in _sub_chunks(hidden, targets, vocab_size):
-            total += _cross_entropy(head(part), target)
+            total += cross_entropy(head(part), target)
     return total * like(scale, total)
 
 
@@ -97,7 +97,7 @@ def cross_entropy_gradients(
     for number, (part, target) in enumerate(_sub_chunks(hidden.detach(), targets, vocab_size)):
         part = part.requires_grad_()
         with torch.enable_grad():
-            loss = _cross_entropy(head(part), target) * scale
+            loss = cross_entropy(head(part), target) * scale
             if number == 0:
                 leaves = leaves_of([loss], parameters)
                 known = {id(leaf) for leaf in leaves}
@@ -276,8 +276,9 @@ def hooks_withheld(tensors: Sequence[Tensor]) -> Iterator[None]:
             hooks.update(kept)
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.to(wide(logits.dtype)), targets, ignore_index=IGNORE, reduction="sum")
+def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "sum") -> Tensor:
+    """Nats of predictions, logits [n, V] of targets [n], in float32 at least: their sum, or [n] with ``none``."""
+    return F.cross_entropy(logits.to(wide(logits.dtype)), targets, ignore_index=IGNORE, reduction=reduction)
 
 
 def _sub_chunks(hidden: Tensor, targets: Tensor, vocab_size: int) -> list[tuple[Tensor, Tensor]]:

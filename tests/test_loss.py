@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bptt_cases import differentiate, random_tokens, relative_error, tiny_model
+from test_imports import sources
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -185,3 +186,9 @@ def test_targets_are_those_of_the_compacted_row() -> None:
         expected = torch.cat([kept[1:], torch.tensor([IGNORE])])[: len(kept)]
         assert torch.equal(found[row][valid[row]], expected)
         assert (found[row][~valid[row]] == IGNORE).all()
+
+
+def test_there_is_one_cross_entropy() -> None:
+    """Its precision and what it ignores are said once."""
+    found = {module for module, path in sources().items() if ".cross_entropy(" in path.read_text("utf-8")}
+    assert found == {"rwkv_rev.loss"}

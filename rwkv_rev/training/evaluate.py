@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_rev.arguments import checked
@@ -27,7 +26,7 @@ from rwkv_rev.counts import MOST
 from rwkv_rev.device import choose_device
 from rwkv_rev.errors import ConfigError, DataError
 from rwkv_rev.loading import load_model, load_tokenizer
-from rwkv_rev.loss import IGNORE, LOGITS_AT_ONCE
+from rwkv_rev.loss import IGNORE, LOGITS_AT_ONCE, cross_entropy
 from rwkv_rev.progress import Progress
 from rwkv_rev.training.config import refuse_half_named
 from rwkv_rev.training.documents import Fields
@@ -302,8 +301,7 @@ def _add_batch(
             piece = slice(part, part + step)
             keep = wanted[piece] != IGNORE
             predicted, bucket = wanted[piece][keep], where[piece][keep]
-            logits = lm.head(hidden[piece][keep]).float()
-            nats = F.cross_entropy(logits, predicted, reduction="none").double()
+            nats = cross_entropy(lm.head(hidden[piece][keep]), predicted, reduction="none").double()
             sums[0].index_add_(0, bucket, torch.ones_like(nats))
             sums[1].index_add_(0, bucket, nats)
             sums[2].index_add_(0, bucket, token_bytes[predicted].double())
