@@ -191,15 +191,16 @@ def _chosen(kind: str, parameters: int, forecast: Callable[..., tuple[Any, ...]]
 
     from rwkv_rev.bptt_settings import CHUNK_LENGTH
     from rwkv_rev.chunk_length import choose
+    from rwkv_rev.device import is_here
 
-    if kind == "cuda" and not torch.cuda.is_available():
+    if not is_here(device := torch.device(kind)):
         return CHUNK_LENGTH
 
     def need(chunk: int) -> int:
         each = (*forecast(chunk, chunk, ("full",)), *forecast(2 * chunk, chunk, ("reversible",)))
         return max(one.reserved for one in each) + 8 * parameters
 
-    return choose("auto", torch.device(kind), need).tokens
+    return choose("auto", device, need).tokens
 
 
 def _steps(measured: float) -> str:

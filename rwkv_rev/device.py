@@ -13,7 +13,7 @@ def named_device(name: str) -> torch.device:
             any CPU but the first, and for ``meta``, which holds no values.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if is_here(torch.device("cuda")) else "cpu"
     try:
         device = torch.device(name)
         if str(device) != name or device.type == "meta" or (device.type == "cpu" and device.index):
@@ -30,19 +30,26 @@ def choose_device(name: str) -> torch.device:
         RwkvRevError: for a device that is not there, too.
     """
     device = named_device(name)
-    if device.type == "cuda":  # nothing is put on a GPU, where each process that did would keep memory
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        there, seen = (device.index or 0) < count, f"{count or 'no'} GPU{'s' if count > 1 else ''}"
-    else:
-        there, seen = _holds_values(device), "no such device"
-    if not there:
+    if not is_here(device):
+        seen = (
+            f"{(n := _gpus()) or 'no'} GPU{'s' if n > 1 else ''}"
+            if device.type == "cuda"
+            else "no such device"
+        )
         raise RwkvRevError(f"device = {name}, but PyTorch sees {seen} here; use device = cpu")
     return device
 
 
-def _holds_values(device: torch.device) -> bool:
+def is_here(device: torch.device) -> bool:
+    """Whether PyTorch can compute on it on this machine."""
+    if device.type == "cuda":  # nothing is put on a GPU, where each process that did would keep memory
+        return (device.index or 0) < _gpus()
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ImportError):
         return False
     return True
+
+
+def _gpus() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_imports import sources
 
 import rwkv_rev
 from rwkv_rev.benchmark.settings import BenchSettings
@@ -166,3 +167,8 @@ def test_functions_refuse_what_is_no_device(bundled: dict[str, Path], tmp_path: 
             call()
     with pytest.raises(RwkvRevError, match="device = "):
         rwkv_rev.bench("kernels", BenchSettings(device=torch.device(device)))
+
+
+def test_one_rule_says_what_is_here() -> None:
+    found = {module for module, path in sources().items() if "cuda.is_available" in path.read_text("utf-8")}
+    assert found == {"rwkv_rev.device"}

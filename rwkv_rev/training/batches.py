@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from rwkv_rev.device import is_here
 from rwkv_rev.errors import DataError
 from rwkv_rev.training.rows import EMPTY_ROW, IGNORED, RowDataset, RowStatistics, permutation
 
@@ -225,7 +226,7 @@ class RowLoader(DataLoader):
             batch_sampler=order,
             collate_fn=collate,
             num_workers=num_workers,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=is_here(torch.device("cuda")),
         )
         self.order = order
 
