@@ -8,7 +8,7 @@ each for the residual and what flows beside it), so the cut changes no bit of it
 Blocks are called as modules: hooks of users and of other tools are heard.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -61,6 +61,22 @@ def run_layers(
         if streams is not None:
             streams.append(residual(stream))
     return residual(stream), after
+
+
+def each_layer(
+    blocks: Sequence[ResidualBlock],
+    x: Tensor,
+    states: Sequence[FloatStates],
+    call: Callable[[ResidualBlock, Stream, FloatStates], Stream],
+) -> Iterator[Tensor]:
+    """The residual [B, C, D] after each layer, which ``call`` computes when it is asked for: for checks.
+
+    One stream is kept, where :func:`run_layers` collects all.
+    """
+    stream: Stream = x
+    for block, state in zip(blocks, states, strict=True):
+        stream = call(block, stream, state)
+        yield residual(stream)
 
 
 def advance_layers(

@@ -6,12 +6,15 @@ the models; a difference that is there in float32 only is rounding. Memory: one 
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rwkv_rev.cells.contract import residual
+from rwkv_rev.bptt.layers import each_layer
+from rwkv_rev.cells.block import FloatStates, ResidualBlock
+from rwkv_rev.cells.contract import Stream
 from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.equivalence.logits import PIECE
 from rwkv_rev.modeling import RwkvRevForCausalLM
@@ -30,7 +33,7 @@ def float64_streams(
         tokens: ids [T].
     """
 
-    def call(name: str, *arguments: object) -> object:
+    def call(name: str, *arguments: object) -> Any:
         module = model.get_submodule(name)
         values = {key: _wide(stored.tensor(f"{name}.{key}")) for key in module.state_dict()}
         values |= {key: _wide(value) for key, value in module.named_buffers() if key not in values}
@@ -42,21 +45,27 @@ def float64_streams(
     if model.config.has_initial_state:
         tuned = [stored.tensor(f"model.initial_wkv.{i}").double()[None] for i in range(len(model.blocks))]
         state = replace(state, **{model.config.architecture.memory: torch.stack(tuned)})
-    for i, block in enumerate(model.blocks):
-        between: list[Tensor] = []
+    between: list[Tensor] = []  # the residual before each cell of a block but the first
 
-        def keep(module: nn.Module, arguments: tuple[Tensor, ...], into: list[Tensor] = between) -> None:
-            into.append(arguments[0])
+    def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        between.append(arguments[0])
 
+    def widened(block: ResidualBlock, stream: Stream, values: FloatStates) -> Stream:
+        between.clear()
         handles = [norm.register_forward_pre_hook(keep) for norm, _ in block.parts()[1:]]
         try:
-            x, _ = call(f"model.blocks.{i}", x, state.layer(i))  # type: ignore[misc]
+            return call(names[block], stream, values)[0]
         finally:
             for handle in handles:
                 handle.remove()
-        for (_, cell), stream in zip(block.names, [*between, residual(x)], strict=True):  # type: ignore[arg-type]
-            yield f"blocks.{i}.{cell}", _row(stream)
-    yield "ln_out", _row(call("model.ln_out", residual(x)))  # type: ignore[arg-type]
+
+    names: dict[nn.Module, str] = {block: f"model.blocks.{i}" for i, block in enumerate(model.blocks)}
+    states = [state.layer(i) for i in range(len(model.blocks))]
+    last = x
+    for block, last in zip(model.blocks, each_layer(model.blocks, x, states, widened), strict=True):
+        for (_, cell), stream in zip(block.names, [*between, last], strict=True):
+            yield f"{names[block].removeprefix('model.')}.{cell}", _row(stream)
+    yield "ln_out", _row(call("model.ln_out", last))
 
 
 @torch.no_grad()
@@ -74,6 +83,5 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def _row(x: object) -> Tensor:
-    assert isinstance(x, Tensor)
+def _row(x: Tensor) -> Tensor:
     return x[0]
