@@ -43,13 +43,13 @@ class ZipRecords:
         self._checked: set[str] = set()
         try:
             with zipfile.ZipFile(path) as archive:
-                self._read(archive)
+                self._index(archive)
         except CheckpointError:
             raise
         except Exception as error:  # a damaged zip may raise anything
             raise CheckpointError(f"{path} is truncated or damaged: {shortened(error)}") from error
 
-    def _read(self, archive: zipfile.ZipFile) -> None:
+    def _index(self, archive: zipfile.ZipFile) -> None:
         infos = archive.infolist()
         names = [info.filename for info in infos]
         pickles = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]

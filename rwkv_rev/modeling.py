@@ -62,25 +62,35 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
         valid: Tensor | None,
         inputs_embeds: Tensor | None,
         state: ModelState,
-        streams: list[Tensor] | None = None,
     ) -> tuple[Tensor, ModelState]:
-        """Normalised hidden states [B, T, D] and the state after them, by the base model, called as a module.
+        """Normalised hidden states [B, T, D] and the state after them, by the base model, called as a module."""
+        return self._read(input_ids, valid, inputs_embeds, state, streams=False)[:2]
 
-        ``streams`` collects the residual stream before block 0 and after every block.
-        """
+    def read_streams(
+        self,
+        input_ids: Tensor | None,
+        valid: Tensor | None,
+        inputs_embeds: Tensor | None,
+        state: ModelState,
+    ) -> tuple[Tensor, ModelState, tuple[Tensor, ...]]:
+        """:meth:`read`, and the residual stream before block 0 and after every block."""
+        return self._read(input_ids, valid, inputs_embeds, state, streams=True)
+
+    def _read(
+        self,
+        input_ids: Tensor | None,
+        valid: Tensor | None,
+        inputs_embeds: Tensor | None,
+        state: ModelState,
+        *,
+        streams: bool,
+    ) -> tuple[Tensor, ModelState, tuple[Tensor, ...]]:
         output = self.model(
-            input_ids,
-            valid,
-            inputs_embeds,
-            state,
-            output_hidden_states=streams is not None,
-            return_dict=True,
+            input_ids, valid, inputs_embeds, state, output_hidden_states=streams, return_dict=True
         )
-        if streams is not None:
-            streams.extend(output.hidden_states)
         # they may be handed out in host memory; a loss of ours reads them here
         place = (input_ids if inputs_embeds is None else inputs_embeds).device  # type: ignore[union-attr]
-        return output.last_hidden_state.to(place), output.state
+        return output.last_hidden_state.to(place), output.state, output.hidden_states
 
     @property
     def blocks(self) -> list[Block]:
@@ -339,13 +349,13 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
                     f"{asked} needs bptt='full' and a context of at most one chunk: {size} tokens "
                     f"here, not {length} under {bptt.strategy!r}"
                 )
-            streams: list[Tensor] | None = [] if output_hidden_states else None
-            loss, hidden, after = loss_in_one_graph(self, inputs, streams)
+            read = self.read_streams if output_hidden_states else self.read
+            loss, hidden, after, *streams = loss_in_one_graph(self, inputs, read)
             return RwkvRevCausalLMOutput(
                 loss=loss,
                 logits=self.head(hidden) if return_logits or evaluating else None,
                 state=after.detach(),
-                hidden_states=None if streams is None else tuple(streams),
+                hidden_states=streams[0] if streams else None,
             )
         strategy = choose_strategy(
             bptt.strategy, length, chunk_length=size, tape=bptt.tape, tape_dir=bptt.tape_dir

@@ -140,7 +140,6 @@ class SumModel(nn.Module):
         valid: Tensor | None,
         inputs_embeds: None,
         state: SumState,
-        streams: list[Tensor] | None = None,
     ) -> Any:
         x, after = self.run(
             self.embed(input_ids, None), state, None if valid is None else ChunkMask.of(valid)

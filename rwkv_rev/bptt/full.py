@@ -3,7 +3,9 @@
 Memory grows by some 30 L D numbers per token. What every other strategy is compared with.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +20,6 @@ from rwkv_rev.bptt.strategy import (
     refuse_offloaded,
 )
 from rwkv_rev.loss import linear_cross_entropy
-from rwkv_rev.state import ModelState
 
 
 class Full(Strategy):
@@ -34,17 +35,17 @@ class Full(Strategy):
             # one chunk: the same graph, differentiated with a loss scale
             result = Checkpoint(inputs.length, self.tape, self.tape_dir).loss(model, inputs)
             return replace(result, report={"strategy": self.name, "chunk_length": inputs.length})
-        loss, _, state = loss_in_one_graph(model, inputs)
+        loss, _, state = loss_in_one_graph(model, inputs, model.read)
         return LossResult(loss, state.detach(), {"strategy": self.name, "chunk_length": inputs.length})
 
 
 def loss_in_one_graph(
-    model: LanguageModel, inputs: LossInputs, streams: list[Tensor] | None = None
-) -> tuple[Tensor, Tensor, ModelState]:
+    model: LanguageModel, inputs: LossInputs, read: Callable[..., tuple[Any, ...]]
+) -> tuple[Any, ...]:
     """Loss, normalised hidden states [B, T, D] and the state after them, in the graph of the whole context.
 
     Args:
-        streams: collects the residual stream before block 0 and after every block.
+        read: the model's, by which it is called; what it gives beside hidden states and state comes behind these.
 
     Raises:
         StrategyError: where gradients are taken of a model of which a part is offloaded.
@@ -52,7 +53,7 @@ def loss_in_one_graph(
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if torch.is_grad_enabled():
         refuse_offloaded(wanted)
-    hidden, state = model.read(inputs.input_ids, inputs.valid, inputs.inputs_embeds, inputs.state, streams)
+    hidden, state, *further = read(inputs.input_ids, inputs.valid, inputs.inputs_embeds, inputs.state)
     loss = linear_cross_entropy(
         hidden,
         model.head,
@@ -62,6 +63,6 @@ def loss_in_one_graph(
         parameters=wanted,
     )
     if inputs.final_state_gradient is not None:
-        further = state.inner(inputs.final_state_gradient)
-        loss = loss + (further - further.detach())  # its gradient, not its value
-    return loss, hidden, state
+        added = state.inner(inputs.final_state_gradient)
+        loss = loss + (added - added.detach())  # its gradient, not its value
+    return loss, hidden, state, *further
