@@ -246,7 +246,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
             x, after = self.run(embedded, state, mask, collected if output_hidden_states else None)
             if updated is not None:
                 again = partial(self._read_first, embedded, flags, state)
-                updated.advance(after, Piece(state, stop - start, again))
+                updated.take(after, Piece(state, stop - start, again))
             state = after
             hidden.append(self.ln_out(x))
             streams.append(collected)

@@ -54,7 +54,7 @@ class RwkvRevCache(Cache):
         self._length = 0 if self.state is None else 1
         self._pieces = None
 
-    def advance(self, state: ModelState, piece: Piece) -> None:
+    def take(self, state: ModelState, piece: Piece) -> None:
         """Take the state after ``piece``."""
         self.state = state
         self._length += piece.length

@@ -32,7 +32,7 @@ from rwkv_rev.converters.names import tensor_table
 from rwkv_rev.converters.reading import Checkpoint, open_checkpoint
 from rwkv_rev.converters.rewriter import Entry, Shard, parse_size, plan_shards, write_shards
 from rwkv_rev.errors import CheckpointError, ConfigError, OutputError, VerificationFailed
-from rwkv_rev.folders.hub import LocalCheckpoint, Plan, plan, resolve
+from rwkv_rev.folders.hub import Expected, LocalCheckpoint, expected_files, resolve
 from rwkv_rev.folders.safe_output import check_output, check_place, require_space, whole_directory
 from rwkv_rev.folders.source import Source, parse_source
 from rwkv_rev.folders.whereabouts import remember
@@ -152,7 +152,7 @@ def convert(
     parsed = source if isinstance(source, Source) else parse_source(str(source), file=file, revision=revision)
     if output is not None and not dry_run:  # refuse before anything is downloaded
         check_output(Path(output).absolute(), force=force, directory=True)
-    expected = plan(parsed)
+    expected = expected_files(parsed)
     directory = Path(output) if output is not None else Path(default_name(parsed, expected))
     if not dry_run:
         check_output(directory.absolute(), force=force, directory=True)
@@ -189,7 +189,7 @@ def convert(
     )
 
 
-def default_name(source: Source, expected: Plan) -> str:
+def default_name(source: Source, expected: Expected) -> str:
     """Folder name made from a source: its ``.pth`` file's name or the repository's, with ``-rev`` added."""
     if source.kind == "bundled":
         name = source.location
@@ -203,7 +203,7 @@ def default_name(source: Source, expected: Plan) -> str:
     return f"{name}-rev"
 
 
-def _is_here(source: Source, expected: Plan) -> bool:
+def _is_here(source: Source, expected: Expected) -> bool:
     """Whether reading the source would download nothing."""
     return source.kind != "hub" or all(
         isinstance(try_to_load_from_cache(source.location, name, revision=expected.commit), str)

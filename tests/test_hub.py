@@ -12,7 +12,7 @@ from hub_server import HubServer, Repository, commit_id, use_hub
 from huggingface_hub.utils import enable_progress_bars
 
 from rwkv_rev.errors import CheckpointError, SourceError
-from rwkv_rev.folders.hub import plan, resolve
+from rwkv_rev.folders.hub import expected_files, resolve
 from rwkv_rev.folders.source import parse_source
 
 BIG = bytes(range(256)) * 400  # 102,400 bytes: behind the redirect
@@ -77,7 +77,7 @@ class TestLocal:
         local = resolve(parse_source(str(path)))
         assert local.files == (path,)
         assert (local.directory, local.commit, local.index) == (None, None, None)
-        assert plan(local.source).files == (("model.pth", len(BIG)),)
+        assert expected_files(local.source).files == (("model.pth", len(BIG)),)
 
     @pytest.mark.parametrize("name", ["rwkv-4", "rwkv-5.2"])
     def test_bundled(self, name: str) -> None:
@@ -117,7 +117,7 @@ class TestLocal:
         local = resolve(parse_source(str(tmp_path)))
         assert [path.name for path in local.files] == [second, first]
         assert local.index == tmp_path / f"{form}.index.json"
-        assert plan(local.source).files == ((second, 2), (first, 1))
+        assert expected_files(local.source).files == ((second, 2), (first, 1))
 
     def test_several_lists_names_and_sizes(self, tmp_path: Path) -> None:
         write(tmp_path, WORLD)
@@ -212,7 +212,9 @@ class TestHub:
 
     def test_shards(self, hub: HubServer) -> None:
         source = parse_source("RWKV/sharded")
-        assert plan(source).files == tuple((f"model-0000{i}-of-00002.safetensors", len(BIG)) for i in (1, 2))
+        assert expected_files(source).files == tuple(
+            (f"model-0000{i}-of-00002.safetensors", len(BIG)) for i in (1, 2)
+        )
         assert not any("/cdn/" in request.path for request in hub.requests)
         local = resolve(source)
         assert [path.read_bytes() for path in local.files] == [BIG, OTHER]
@@ -233,7 +235,7 @@ class TestHub:
         assert hub.downloads() == []
 
     def test_plan_downloads_nothing(self, hub: HubServer) -> None:
-        planned = plan(parse_source("BlinkDL/rwkv-5-world", file="*3B*"))
+        planned = expected_files(parse_source("BlinkDL/rwkv-5-world", file="*3B*"))
         assert planned.files == (("RWKV-5-World-3B-v2.pth", 2 * len(BIG)),)
         assert planned.commit == commit_id(WORLD)
         assert hub.downloads() == []

@@ -67,7 +67,7 @@ class LocalCheckpoint:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Expected:
     """What converting a source would read: path and size in bytes of each file, and the commit."""
 
     files: tuple[tuple[str, int | None], ...]
@@ -110,7 +110,7 @@ def resolve(source: Source, *, progress: bool = True) -> LocalCheckpoint:
     return LocalCheckpoint(source, files, directory, place.commit, index, chosen)
 
 
-def plan(source: Source) -> Plan:
+def expected_files(source: Source) -> Expected:
     """What :func:`resolve` would read, downloading nothing but a shard index.
 
     Raises:
@@ -119,12 +119,12 @@ def plan(source: Source) -> Plan:
     if source.kind in ("file", "bundled"):
         if not source.path.is_file():
             raise SourceError(f"{source} does not exist any more")
-        return Plan(((source.path.name, source.path.stat().st_size),))
+        return Expected(((source.path.name, source.path.stat().st_size),))
     with _hub_errors(source), _progress_bars(False):
         place = _open_place(source)
         chosen = choose_weights(place.files, source.file, str(source))
         names, _ = _weights(place, source, chosen, None)
-    return Plan(tuple((name, place.files[name]) for name in names), place.commit)
+    return Expected(tuple((name, place.files[name]) for name in names), place.commit)
 
 
 def _root(path: Path, name: str) -> Path:

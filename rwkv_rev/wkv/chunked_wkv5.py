@@ -29,7 +29,7 @@ from rwkv_rev.wkv import naive
 from rwkv_rev.wkv.compaction import Compaction
 from rwkv_rev.wkv.naive import LOWEST_LOG_DECAY, arithmetic_dtype
 from rwkv_rev.wkv.sub_chunks import SUB_CHUNK as SUB_CHUNK
-from rwkv_rev.wkv.sub_chunks import Level, Plan
+from rwkv_rev.wkv.sub_chunks import Level, SubChunks
 
 
 class _Written(NamedTuple):
@@ -41,7 +41,7 @@ class _Written(NamedTuple):
     contribution: Tensor  # [B, H, N, N]
 
     @classmethod
-    def of(cls, plan: Plan, k: Tensor, v: Tensor) -> "_Written":
+    def of(cls, plan: SubChunks, k: Tensor, v: Tensor) -> "_Written":
         ks, vs = plan.split(k), plan.split(v)
         return cls(ks, vs, *plan.prefixes(ks, vs))
 
@@ -82,7 +82,7 @@ def _pairs(level: Level, square: Tensor) -> Tensor:
     return blocks[:, :, :, :, 1, :, :, 0].diagonal(dim1=3, dim2=5).movedim(-1, 3)
 
 
-def _attention(plan: Plan, r: Tensor, k: Tensor, bonus: Tensor) -> Tensor:
+def _attention(plan: SubChunks, r: Tensor, k: Tensor, bonus: Tensor) -> Tensor:
     """A with the bonus on its diagonal, [J, B, H, c, c]."""
     square = None if plan.levels[0].diagonal else r.new_zeros(*r.shape[:-1], plan.c)
     for level in plan.levels:
@@ -102,7 +102,7 @@ def _attention(plan: Plan, r: Tensor, k: Tensor, bonus: Tensor) -> Tensor:
 
 
 def _attention_backward(
-    plan: Plan, grad: Tensor, r: Tensor, k: Tensor, bonus: Tensor, dr: Tensor, dk: Tensor
+    plan: SubChunks, grad: Tensor, r: Tensor, k: Tensor, bonus: Tensor, dr: Tensor, dk: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Adds to dr and dk in place; returns d log_decay and d bonus, [H, N]."""
     d_log_decay = torch.zeros_like(bonus)
@@ -135,10 +135,10 @@ class _Wkv5(torch.autograd.Function):
         bonus: Tensor,
         state: Tensor,
         counts: Tensor | None,
-        plan: Plan | None,
+        plan: SubChunks | None,
         written: _Written | None,
     ) -> tuple[Tensor, Tensor]:
-        plan = plan or Plan(log_decay, k.shape[1], counts)
+        plan = plan or SubChunks(log_decay, k.shape[1], counts)
         rs = plan.split(r)
         ks, vs, starts, contribution = written or _Written.of(plan, k, v)
         ctx.save_for_backward(r, k, v, log_decay, bonus, state, counts, starts)
@@ -158,7 +158,7 @@ class _Wkv5(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, grad_contribution: Tensor) -> tuple[Tensor | None, ...]:
         r, k, v, log_decay, bonus, state, counts, starts = ctx.saved_tensors
         with torch.autocast(k.device.type, enabled=False):
-            plan = ctx.plan or Plan(log_decay, k.shape[1], counts)
+            plan = ctx.plan or SubChunks(log_decay, k.shape[1], counts)
             rs, ks, vs, go = plan.split(r), plan.split(k), plan.split(v), plan.split(grad_out)
             before = plan.before_powers
 
@@ -208,14 +208,14 @@ class _Wkv5Contribution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, k: Tensor, v: Tensor, log_decay: Tensor, counts: Tensor | None) -> Tensor:
         ctx.save_for_backward(k, v, log_decay, counts)
-        return _Written.of(Plan(log_decay, k.shape[1], counts), k, v).contribution
+        return _Written.of(SubChunks(log_decay, k.shape[1], counts), k, v).contribution
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         k, v, log_decay, counts = ctx.saved_tensors
         with torch.autocast(k.device.type, enabled=False):
-            plan = Plan(log_decay, k.shape[1], counts)
+            plan = SubChunks(log_decay, k.shape[1], counts)
             ks, vs = plan.split(k), plan.split(v)
             starts, _ = plan.prefixes(ks, vs)
             ends = plan.prefix_gradients(None, grad.to(plan.dtype))
@@ -234,7 +234,7 @@ def wkv5(
     bonus: Tensor,
     state: Tensor,
     mask: Tensor | None = None,
-    plan: Plan | None = None,
+    plan: SubChunks | None = None,
     work: Work | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RWKV-5; arguments and results as in :func:`rwkv_rev.wkv.wkv5`."""
@@ -257,7 +257,7 @@ def wkv5_contribution(
     v: Tensor,
     log_decay: Tensor,
     mask: Tensor | None = None,
-    plan: Plan | None = None,
+    plan: SubChunks | None = None,
     work: Work | None = None,
 ) -> Tensor:
     """Second result of :func:`wkv5`, to the bit; as :func:`rwkv_rev.wkv.wkv5_contribution`."""
@@ -277,11 +277,11 @@ def wkv5_contribution(
     return _Wkv5Contribution.apply(compaction.pack(k), compaction.pack(v), log_decay, compaction.counts)
 
 
-def wkv5_plan(log_decay: Tensor, tokens: int) -> Plan:
+def wkv5_plan(log_decay: Tensor, tokens: int) -> SubChunks:
     """The plan for chunks of ``tokens`` unmasked tokens; as :func:`rwkv_rev.wkv.wkv5_plan`."""
-    return Plan(log_decay.detach().clamp(min=LOWEST_LOG_DECAY), tokens, None)
+    return SubChunks(log_decay.detach().clamp(min=LOWEST_LOG_DECAY), tokens, None)
 
 
-def _fitting(plan: Plan | None, k: Tensor) -> Plan | None:
+def _fitting(plan: SubChunks | None, k: Tensor) -> SubChunks | None:
     fits = plan is not None and plan.tokens == k.shape[1] and plan.dtype == arithmetic_dtype(k)
     return plan if fits else None

@@ -30,7 +30,7 @@ class Level(NamedTuple):
     lag: Tensor  # [size, size], t - 1 - s, zero where t <= s in a diagonal block
 
 
-class Plan:
+class SubChunks:
     """Sizes and powers of w, for the forward and the backward pass: J sub-chunks of c tokens each.
 
     Args:
