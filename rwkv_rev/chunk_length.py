@@ -4,7 +4,7 @@ Longer chunks are faster and take more memory. On a CUDA device ``auto`` is the 
 forecast (:mod:`rwkv_rev.forecast`) fits into :data:`USABLE` of the memory that is free: what the driver says, and what
 the allocator keeps and does not use. Counted are the gradient with recordings that last, AdamW's moments and a further
 copy of the gradients, whether or not there will be any: a shorter chunk costs less than a run that ends. On a CPU it is
-:data:`ON_CPU`, as measured (docs/benchmarks.md).
+:data:`ON_CPU`, which measured within 6 % of the fastest at half the memory (docs/benchmarks.md).
 
 It is :data:`~rwkv_rev.bptt_settings.CHUNK_LENGTH` where nothing can be forecast (adapters, code of others, other
 devices), for ``full``, which cuts nothing, and for ``truncated`` and ``reversible-lossy``, whose gradient itself
@@ -72,7 +72,7 @@ def choose(strategy: str, device: torch.device, need: Callable[[int], int] | Non
         return ChosenLength(CHUNK_LENGTH, _WITHOUT_CHOICE[strategy])
     if device.type not in FORECAST_ON:
         if device.type == "cpu":
-            return ChosenLength(ON_CPU, "what measured fastest on a CPU, or nearly so")
+            return ChosenLength(ON_CPU, "what measured within 6 % of the fastest on a CPU")
         return ChosenLength(CHUNK_LENGTH, f"the memory of {device.type} devices is not forecast")
     if need is None:
         return ChosenLength(CHUNK_LENGTH, "what adapters and code of others keep is not forecast")
