@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from rwkv_rev.cells.contract import Exact, Plan
 from rwkv_rev.reversal.additive import Additive
 from rwkv_rev.reversal.division import LossyState
-from rwkv_rev.reversal.fixed_point import FixedPoint, decay_plan
+from rwkv_rev.reversal.fixed_point import DecayPlan, FixedPoint, decay_plan
 from rwkv_rev.reversal.integer import Integer
 from rwkv_rev.reversal.whole import Whole
 
@@ -95,3 +96,21 @@ def test_additive_memories_come_back(bits: int) -> None:
     assert bool(large.coarse().all())
     wrapped = large.advance(large.value(torch.float64))[0]
     assert torch.equal(wrapped.retreat(large.value(torch.float64)).mantissa, large.mantissa)
+
+
+def test_what_is_a_cells_state_and_plan_by_itself() -> None:
+    """A cell with one memory and no token shift needs no wrapper around either."""
+
+    def asked(protocol: type) -> set[str]:
+        return {name for name in vars(protocol) if not name.startswith("_")}
+
+    for kind in (FixedPoint, Additive, Whole):
+        assert asked(Exact) <= set(dir(kind)), kind
+    assert asked(Plan) <= set(dir(DecayPlan))
+    log_decay = -torch.rand(2, 3, dtype=torch.float64)
+    made = decay_plan(log_decay, 5)
+    made.prepare()
+    assert [tensor.shape for tensor in made.tensors()] == [(2, 3), (1, 2, 3, 1)]
+    memory = FixedPoint.of(torch.randn(1, 2, 3, 3))
+    again = memory.of_computed([tensor.clone() for tensor in memory.computed()])
+    assert torch.equal(again.mantissa, memory.mantissa) and torch.equal(again.value(), memory.value())

@@ -41,10 +41,10 @@ class MemoryPlan(NamedTuple):
     recurrence: Any  # of the kernel
 
     def tensors(self) -> list[Tensor]:
-        return [self.reversal.log_decay, self.reversal.decay]
+        return self.reversal.tensors()
 
     def prepare(self) -> None:
-        _ = self.reversal.planes if self.reversal.kernels else self.reversal.packing
+        self.reversal.prepare()
 
     def holds(self, other: "MemoryPlan") -> bool:
         """Where the kernel has a plan of its own, only its own sweep."""

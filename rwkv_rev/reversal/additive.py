@@ -55,6 +55,8 @@ class Additive:
     def like(self, tensors: list[Tensor]) -> "Additive":
         return Additive(tensors[0], self.exponent)
 
+    of_computed = like  # by itself it is a cell's exact state, too
+
     def fingerprint(self) -> Tensor:
         """Checksum, int64 [1]."""
         return fingerprint(self.mantissa)[None]

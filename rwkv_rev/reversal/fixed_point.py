@@ -161,6 +161,8 @@ class FixedPoint:
     def like(self, tensors: list[Tensor]) -> "FixedPoint":
         return FixedPoint(*tensors)
 
+    of_computed = like  # by itself it is a cell's exact state, too
+
     def remnant(self, tensors: list[Tensor]) -> "MemoryRemnant":
         """What :meth:`MemoryRemnant.tensors` kept, of the chunk before this state."""
         return MemoryRemnant.restore(tensors, self)
@@ -289,6 +291,14 @@ class DecayPlan:
         from rwkv_rev.reversal.triton_fixed_point import PlaneLayout
 
         return PlaneLayout.of(self.widths(), self.log_decay.shape[1], self.log_decay.device)
+
+    def tensors(self) -> list[Tensor]:
+        """All that it is made of, on the device."""
+        return [self.log_decay, self.decay]
+
+    def prepare(self) -> None:
+        """Make the layout now, on the host: where launches are recorded, its first use is too late."""
+        _ = self.planes if self.kernels else self.packing
 
     def holds(self, other: "DecayPlan") -> bool:
         """Whether the remnants of other decays fit into this layout; looks at the host alone."""
