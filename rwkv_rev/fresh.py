@@ -6,6 +6,7 @@ PyTorch. The folder appears whole or not at all, as every output.
 
 import json
 import platform
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,14 +112,14 @@ def init(
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in shared}
     record = {
         "initialised": {"architecture": known.version, "seed": seed},
-        "dtypes": {"float32": len(tensors)},
+        "dtypes": dict(Counter(str(t.dtype).removeprefix("torch.") for t in tensors.values())),
         "versions": {
             "rwkv-rev": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
     }
-    entries = [Entry(name, name, tuple(tensor.shape), torch.float32) for name, tensor in tensors.items()]
+    entries = [Entry(name, name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
     shards = plan_shards(entries, SHARD_SIZE)
     require_space(directory.parent, sum(shard.nbytes for shard in shards))
     with whole_directory(directory, force=force) as folder:

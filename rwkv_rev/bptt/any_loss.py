@@ -121,7 +121,7 @@ class _Reading:
         sweep = self._sweep
         with torch.no_grad(), unchanged(self._model, self._watched), uncached(sweep.device):
             self._last = forward_sweep(sweep, self._runner)
-            end = sweep.read_last(self._last)
+            end = sweep.advance_last(self._last)
         warn_of_coarse_heads(sweep)
         assert sweep.hidden is not None
         hidden, sweep.hidden = sweep.hidden.whole(), None

@@ -90,7 +90,7 @@ class Sweep:
         kept = self.strategy.keep(states, advanced)
         return advanced, make_record(states, advanced, kept, exact=self.strategy.exact)
 
-    def read_last(self, states: list[ExactStates]) -> list[FloatStates]:
+    def advance_last(self, states: list[ExactStates]) -> list[FloatStates]:
         """The last chunk forwards, from the exact states before it; values after it, as the second sweep gets them."""
         chunk = self.chunks[-1]
         layers, _ = self.replayer(chunk, states, None)(chunk.embed(self.model, chunk.embeds()))
