@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import initialization as init
 
 from rwkv_rev.architectures.architecture import AdapterTargets, Architecture, Cost, Part
+from rwkv_rev.architectures.feed_forward import FEED_FORWARD, initialize_feed_forward
 from rwkv_rev.architectures.fields import Field
 from rwkv_rev.architectures.scan import Scan, SubLayer
 from rwkv_rev.cells.contract import ReversibleCell
@@ -70,11 +71,6 @@ def _initialize_attention(cell: LinearAttention, config: "RwkvRevConfig") -> Non
     init.zeros_(cell.ln_x.bias)
 
 
-def _initialize_feed_forward(cell: FeedForward, config: "RwkvRevConfig") -> None:
-    init.orthogonal_(cell.key.weight, gain=math.sqrt(max(1, config.intermediate_size / config.hidden_size)))
-    init.zeros_(cell.value.weight)
-
-
 # --- the same as a plain loop ---------------------------------------------------------------------------------------
 
 
@@ -96,17 +92,12 @@ def _scan_attention(
     return y @ tensors["output.weight"].to(x.dtype).T
 
 
-def _scan_feed_forward(x: Tensor, tensors: Mapping[str, Tensor], _: float, __: dict[str, Any]) -> Tensor:
-    hidden = torch.relu(x @ tensors["key.weight"].to(x.dtype).T).square()
-    return hidden @ tensors["value.weight"].to(x.dtype).T
-
-
 def _scan(config: "RwkvRevConfig") -> Scan:
     attention = partial(_scan_attention, config.num_attention_heads)
     return Scan(
         (
             SubLayer("attention", "ln1", "attention", attention),
-            SubLayer("feed_forward", "ln2", "feed_forward", _scan_feed_forward),
+            FEED_FORWARD,
         )
     )
 
@@ -148,7 +139,7 @@ LINEAR_ATTENTION = Architecture(
         "memory_exponent": Field(int, -40, "e of the memory's grid 2^e", least=-1000, most=1000),
     },
     cells=_cells,
-    initialization={LinearAttention: _initialize_attention, FeedForward: _initialize_feed_forward},
+    initialization={LinearAttention: _initialize_attention, FeedForward: initialize_feed_forward},
     log_decay=lambda read: torch.zeros(len(read("attention.key.weight"))),
     tunes_state=True,
     scan=_scan,

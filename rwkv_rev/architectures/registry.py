@@ -18,6 +18,9 @@ ARCHITECTURES: "dict[str, str | Architecture]" = {
     "5.1": "rwkv5.RWKV5_1",
     "5.2": "rwkv5.RWKV5_2",
     "linear-attention": "linear_attention.LINEAR_ATTENTION",
+    "coupled": "coupled.COUPLED",
+    "reversible-gru": "reversible_gru.REVERSIBLE_GRU",
+    "reversible-lstm": "reversible_lstm.REVERSIBLE_LSTM",
 }
 """By the name that ``rwkv_version`` of a configuration has: the module of this package, and what it calls it. The
 generations of RWKV stand from the oldest to the newest."""

@@ -93,6 +93,10 @@ class CoupledCell(TokenCell):
         self.second = second or TanhGate(size, width)
         self.reader = reader or LinearReader(size, width)
 
+    def log_decay(self) -> Tensor:
+        """log w of the memory [2 M]: 0, nothing is forgotten."""
+        return torch.zeros(2 * self.size, device=next(self.parameters()).device)
+
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         first, second = (getattr(gate, "share", _all)(x) for gate in (self.first, self.second))
         return first, second

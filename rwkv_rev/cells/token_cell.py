@@ -205,10 +205,10 @@ class TokenCell(ReversibleCell):
         before = ExactTokenState(remnant.completed(rebuilt, state.memory))
         return self._again(before, inputs, x, mask, after)
 
-    def log_decay(self) -> Tensor:
+    def lossy(self, state: ExactTokenState) -> None:
         raise StrategyError(
-            f"reversible-lossy divides a whole chunk's decay out of a memory, and a {type(self).__name__} forgets by "
-            "what it reads: use 'reversible', which is exact"
+            f"reversible-lossy divides a whole chunk's decay out of a memory, and a {type(self).__name__} is stepped "
+            "token by token: use 'reversible', which is exact"
         )
 
     def _again(

@@ -21,6 +21,7 @@ Limits: the grid is fixed. A finite number beyond :attr:`Stepped.largest` ends t
 51 bits (in int64) float64, and float32 where range and precision matter more than what a state takes.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -187,6 +188,11 @@ def least(target: Tensor, decay: Tensor, largest: int) -> Tensor:
 def ideal_bits(decays: Tensor) -> Tensor:
     """``log2(1/z)`` of factors z, float64: what a step must forget; at most 32 bits, all that there are."""
     return (-decays.double().log2()).clamp(max=32.0)
+
+
+def most_bits(limit: float) -> int:
+    """Bits that a step of a number takes at most where z is ``2**-limit`` or more: of the integers that one may be."""
+    return math.ceil(math.log2(math.floor(2.0**limit) + 1))
 
 
 @dataclass(frozen=True)

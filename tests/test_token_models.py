@@ -1,0 +1,220 @@
+"""Small language models of cells that are stepped token by token: gradients, tape, forecast, refusals."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bptt_cases import (
+    assert_same_bits,
+    differentiate,
+    random_like,
+    random_state,
+    random_tokens,
+    relative_errors,
+)
+from test_linear_attention import filled
+
+from rwkv_rev import RwkvRevConfig, RwkvRevForCausalLM
+from rwkv_rev.architectures.registry import architecture
+from rwkv_rev.architectures.token_models import TokenCellState
+from rwkv_rev.equivalence.naive_model import residual_streams
+from rwkv_rev.equivalence.reversal import check_reversal
+from rwkv_rev.errors import ConfigError, StrategyError
+from rwkv_rev.forecast import forecast_memory, graph_bytes
+from rwkv_rev.fresh import init
+from rwkv_rev.reversal.stepped import GridOverflowError
+
+NAMES = ("coupled", "reversible-gru", "reversible-lstm")
+WIDTH, LENGTH, CHUNK = 12, 40, 8
+
+
+def model_of(name: str, dtype: torch.dtype = torch.float64, **config: Any) -> RwkvRevForCausalLM:
+    width = config.get("hidden_size", WIDTH)
+    settings = {
+        "hidden_size": width,
+        "num_hidden_layers": 2,
+        "vocab_size": 32,
+        **architecture(name).sizes(width),
+    }
+    model = RwkvRevForCausalLM(RwkvRevConfig(rwkv_version=name, **(settings | config)))
+    return filled(model).to(dtype).train()
+
+
+def arguments(model: RwkvRevForCausalLM) -> dict[str, Any]:
+    ids, mask = random_tokens(LENGTH, batch=2), torch.ones(2, LENGTH, dtype=torch.long)
+    mask[0, :9], mask[1, 20:27] = 0, 0
+    state = random_state(model, 2)
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "state": state,
+        "final_state_gradient": random_like(state),
+    }
+
+
+def by_the_plain_loop(model: RwkvRevForCausalLM, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Gradients of the mean loss by autograd through :attr:`Architecture.scan`, which shares no code with the cells."""
+    tensors = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
+    losses = []
+    for row in ids:
+        *_, (_, hidden) = residual_streams(
+            tensors,
+            row,
+            scan=model.config.architecture.scan(model.config),
+            layer_norm_epsilon=model.config.layer_norm_epsilon,
+            group_norm_epsilon=model.config.group_norm_epsilon,
+        )
+        losses.append(torch.nn.functional.cross_entropy(hidden[:-1] @ tensors["head.weight"].T, row[1:]))
+    torch.stack(losses).mean().backward()
+    return {name: tensor.grad for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("limit", [False, True], ids=["", "limited"])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_those_of_the_plain_loop(
+    name: str, limit: bool, dtype: torch.dtype, tolerance: float
+) -> None:
+    if limit and name == "coupled":
+        pytest.skip("forgets nothing")
+    ids, limits = random_tokens(LENGTH, batch=2), {"forget_limit": 2.0} if limit else {}
+    wide = {} if name == "coupled" else {"wide": True}
+    model = model_of(name, dtype, magnitude=6, **limits, **wide)
+    expected = by_the_plain_loop(model, ids)
+    for strategy in ("reversible", "checkpoint", "full"):
+        found = differentiate(model, strategy, CHUNK, input_ids=ids).gradients
+        assert max(relative_errors(found, expected).values()) < tolerance
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_states_and_masks(name: str) -> None:
+    model = model_of(name, magnitude=6)
+    given = arguments(model)
+    full, *chunked = (differentiate(model, s, CHUNK, **given) for s in ("full", "reversible", "checkpoint"))
+    assert_same_bits(*chunked)
+    assert max(relative_errors(chunked[0].gradients, full.gradients).values()) < 1e-10
+    assert isinstance(full.state, TokenCellState)
+    assert full.state.memory.shape == (2, 2, 4 if name == "reversible-lstm" else 2, 6)
+    cut = differentiate(model, "truncated", CHUNK, **given)
+    torch.testing.assert_close(cut.loss, full.loss, rtol=1e-9, atol=0)
+    assert max(relative_errors(cut.gradients, full.gradients).values()) > 0.01
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_plain_division_is_refused_by_name(name: str) -> None:
+    model = model_of(name, torch.float32)
+    words = "reversible-lossy divides .* is stepped token by token: use 'reversible', which is exact"
+    with pytest.raises(StrategyError, match=words):
+        differentiate(model, "reversible-lossy", CHUNK, input_ids=random_tokens(LENGTH))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_initial_state_is_tuned(name: str) -> None:
+    model = model_of(name, torch.float32)
+    model.add_initial_state()
+    for number, memory in enumerate(model.model.initial_wkv):
+        memory.data.fill_(0.1 * (number + 1))
+    ids = random_tokens(LENGTH, batch=2)
+    full, chunked = (differentiate(model, s, CHUNK, input_ids=ids) for s in ("full", "reversible"))
+    assert all(float(full.gradients[f"model.initial_wkv.{layer}"].norm()) > 0 for layer in range(2))
+    assert max(relative_errors(chunked.gradients, full.gradients).values()) < 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_way_back_is_measured(name: str) -> None:
+    model = model_of(name, torch.float32).eval()
+    check = check_reversal(model, random_tokens(32)[0], chunk=4, drift_steps=(4,))
+    assert check.passed and check.theory_bits == (0 if name == "coupled" else None)
+    assert (check.used_bits == 0) == (name == "coupled")
+
+
+def test_nothing_of_a_coupled_state_is_on_the_tape() -> None:
+    """A layer's inner chunk: prints of its input and of the state, 16 bytes, and a fingerprint, 8, laid out by 16."""
+    for width, batch in ((12, 1), (24, 3)):
+        model = model_of("coupled", torch.float32, hidden_size=width)
+        ids = random_tokens(8 * CHUNK, batch=batch)
+        found = differentiate(model, "reversible", CHUNK, input_ids=ids)
+        assert found.report["tape_bytes"] == (8 - 2) * 2 * (16 + 16)
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_a_limit_bounds_the_tape_as_forecast(name: str) -> None:
+    """A limit of one bit, a chunk of four tokens: less than the state, and never more than the forecast says."""
+    ids, tapes = random_tokens(64, batch=2), []
+    for limit in (0.0, 1.0):
+        model = model_of(name, torch.float32, forget_limit=limit, hidden_size=64)
+        tapes.append(differentiate(model, "reversible", 4, input_ids=ids).report["tape_bytes"])
+        (forecast,) = forecast_memory(
+            model.config,
+            (),
+            model.num_parameters(),
+            context_length=64,
+            chunk_length=4,
+            batch_size=2,
+            strategies=("reversible",),
+        )
+        prints = 16 * 2 * (16 - 2)
+        assert 0.5 * tapes[-1] < forecast.tape + prints
+        assert tapes[-1] <= forecast.tape + prints
+    assert tapes[1] < 0.7 * tapes[0]
+
+
+@pytest.mark.parametrize("size", [64, 32])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_forecast_counts_what_the_graph_keeps(name: str, size: int) -> None:
+    model = model_of(name, torch.float32, hidden_size=128, cell_size=size)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model.model(random_tokens(128)).last_hidden_state
+    found = sum(storage.nbytes() for storage in kept.values())
+    assert hidden.requires_grad
+    assert abs(graph_bytes(model.config, 1, 128) / found - 1) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("coupled", {"forget_limit": 2.0}, "coupled additive cells has no field 'forget_limit'; there are"),
+        ("reversible-gru", {"forget_limit": -1.0}, "forget_limit = -1.0 must be from 0 to 32"),
+        ("reversible-lstm", {"wide": 1}, "wide = 1 must be true or false"),
+        ("reversible-lstm", {"magnitude": 80}, "magnitude = 80 must be from -40 to 40"),
+    ],
+)
+def test_refused(tmp_path: Path, name: str, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        init(name, tmp_path / "model", settings=given)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_that_leaves_its_grid_is_named(name: str) -> None:
+    model = model_of(name, torch.float32, magnitude=-6)
+    with pytest.raises(
+        GridOverflowError, match=r"layer 0 \(\w+\) has left its grid: .* magnitude=-3 or more"
+    ):
+        differentiate(model, "reversible", CHUNK, input_ids=random_tokens(LENGTH))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_fresh_model_begins_as_no_more_than_its_embeddings(name: str) -> None:
+    """Blocks are the identity at first, and the recurrence learns from the first step on."""
+    settings = {"hidden_size": 12, "num_hidden_layers": 1, "vocab_size": 32, **architecture(name).sizes(12)}
+    model = RwkvRevForCausalLM(RwkvRevConfig(rwkv_version=name, **settings))
+    ids = random_tokens(32)
+    found = differentiate(model, "full", input_ids=ids)
+    assert math.isclose(float(found.loss), math.log(32), rel_tol=0.2)
+    outs = [
+        v
+        for n, v in found.gradients.items()
+        if n.endswith(("recurrence.output.weight", "reader.of_state.weight"))
+    ]
+    assert len(outs) == 1 and float(outs[0].norm()) > 0
