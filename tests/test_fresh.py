@@ -59,24 +59,25 @@ def test_the_seed_decides(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("architecture", OTHERS)
 def test_every_command(cli: Cli, tmp_path: Path, architecture: str) -> None:
-    text = counting_text(tmp_path / "data.txt")
+    text = counting_text(tmp_path / "data.txt", lines=120)
+    short = {"context_length": 128, "chunk_length": 32}
     code, out, _ = cli(
         *("init", "--architecture", architecture, "--output", "model", "--seed", 1, "--json"),
         *("--set", "hidden_size=16", "--set", "num_hidden_layers=2"),
     )
     assert code == 0 and json.loads(out)["architecture"] == architecture
 
-    finetune(settings(tmp_path / "model", text, tmp_path / "trained", max_steps=6, lr=3e-3))
+    finetune(settings(tmp_path / "model", text, tmp_path / "trained", max_steps=6, lr=3e-3, **short))
     assert losses(tmp_path / "trained")[-1] < losses(tmp_path / "trained")[0] - 0.02
     tunings = ("lora", "state") if find(architecture).tunes_state else ("lora",)
     for tune in tunings:
-        finetune(settings(tmp_path / "trained", text, tmp_path / tune, tune=tune, max_steps=2))
+        finetune(settings(tmp_path / "trained", text, tmp_path / tune, tune=tune, max_steps=2, **short))
     if "state" in tunings:
         before, after = values(tmp_path / "trained"), values(tmp_path / "state")
         assert all(torch.equal(before[name], after[name]) for name in before)
         assert any(float(tensor.abs().max()) > 0 for name, tensor in after.items() if name not in before)
 
-    code, out, _ = cli("eval", tunings[-1], "--data", text, "--context-length", 256, "--json")
+    code, out, _ = cli("eval", tunings[-1], "--data", text, "--context-length", 128, "--json")
     assert code == 0 and 0 < json.loads(out)["total"]["bits_per_byte"] < 9
     code, out, _ = cli("generate", "trained", "--prompt", "7 squared", "--max-new-tokens", 4, "--seed", 1)
     assert code == 0 and out.startswith("7 squared")
@@ -84,13 +85,13 @@ def test_every_command(cli: Cli, tmp_path: Path, architecture: str) -> None:
     assert code == 0 and "reversible" in out
     for folder in ("model", "trained", *tunings):
         code, out, err = cli(
-            *("verify", folder, "--reversal", "--gradients", "--context", 200, "--chunk", 40, "--tokens", 100)
+            *("verify", folder, "--reversal", "--gradients", "--context", 80, "--chunk", 16, "--tokens", 50)
         )
         assert code == 0, out + err
         assert "bit-exact at all 5 boundaries: yes" in out
         assert "rwkv: not run, the rwkv package knows no" in out
         assert "its own; another original there is none of" in out
-    code, out, _ = cli("verify", "trained", "--json", "--tokens", 50)
+    code, out, _ = cli("verify", "trained", "--json", "--tokens", 30)
     assert [row["oracle"] for row in json.loads(out)["oracles"]] == ["naive"]
     for target in ("blinkdl", "hf"):
         code, _, err = cli("export", "trained", "--output", "out", "--to", target)

@@ -17,14 +17,15 @@ from contract_laws import LAWS, Trial, chunks
 from torch import nn
 
 from rwkv_rev import RwkvRevConfig, RwkvRevForCausalLM
-from rwkv_rev.architectures.linear_attention import LinearAttentionState
+from rwkv_rev.architectures.linear_attention import EXPONENTS, LinearAttentionState
 from rwkv_rev.cells.feed_forward import FeedForward
 from rwkv_rev.cells.linear_attention import LinearAttention, Sums, contribution, linear_attention
 from rwkv_rev.cells.stateless import NoState
 from rwkv_rev.equivalence.reversal import check_reversal
 from rwkv_rev.errors import ReversalMismatchError
 from rwkv_rev.forecast import graph_bytes
-from rwkv_rev.reversal.additive import Additive
+from rwkv_rev.reversal.integer import FORMATS, Integer, capacity
+from rwkv_rev.reversal.stepped import GridOverflowError
 from rwkv_rev.wkv import use_kernel
 
 WIDTH, HEADS, LENGTH, CHUNK = 16, 2, 150, 16
@@ -72,7 +73,7 @@ def arguments(model: RwkvRevForCausalLM) -> dict[str, Any]:
 def test_laws(law: str, dtype: torch.dtype, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     start = Sums(torch.randn(2, HEADS, WIDTH // HEADS, WIDTH // HEADS, generator=generator, dtype=dtype))
-    cell = LinearAttention(HEADS, WIDTH // HEADS, bits=64, exponent=-40, group_norm_epsilon=1e-3)
+    cell = LinearAttention(HEADS, WIDTH // HEADS, format="int64", exponent=-40, group_norm_epsilon=1e-3)
     values = 1e-10 if dtype == torch.float64 else 2e-5
     LAWS[law](Trial(filled(cell).to(dtype), start, chunks(WIDTH, 2, seed, dtype=dtype), values=values))
 
@@ -228,23 +229,72 @@ def test_another_models_state_is_refused() -> None:
             model(ids, **given)
 
 
-def test_integers_that_come_near_their_end_are_told_of() -> None:
-    """16 bits on a grid of 2^-8 hold sums up to 128, half of which is soon reached."""
+@pytest.mark.parametrize("strategy", ["reversible", "checkpoint"])
+def test_a_memory_that_is_full_is_named(strategy: str) -> None:
+    """16 bits on a grid of 2^-8 hold sums below 128, which are soon reached."""
     model, ids = model_of(torch.float32, memory_bits=16, memory_exponent=-8), random_tokens(256, batch=2)
-    model.model.blocks[1].attention.value.weight.data *= 4
-    with pytest.warns(
-        UserWarning, match=r"the state of layer \d, head 0 .* integers of 16 bits hold on the grid 2\^-8"
+    model.model.blocks[1].attention.value.weight.data *= 8
+    with pytest.raises(
+        GridOverflowError,
+        match=r"the memory of layer 1, linear attention: the sum of row .* int16 holds 15 bits",
     ):
-        differentiate(model, "reversible", CHUNK, input_ids=ids)
+        differentiate(model, strategy, CHUNK, input_ids=ids)
+
+
+NUMBERS = {"int": "integer", "float": "float"}
+
+
+def settings_of(format: str) -> dict[str, Any]:
+    return {"memory_bits": int(format[-2:]), "memory_numbers": NUMBERS[format[:-2]]}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_comes_back_to_the_bit(format: str) -> None:
+    """The same gradient from both exact strategies, as near to the unrounded one as the grid is fine."""
+    model = model_of(torch.float32, **settings_of(format))
+    exponent = model.config.memory_exponent
+    assert exponent == EXPONENTS[format]
+    ids = random_tokens(LENGTH, batch=2)
+    full, *chunked = (
+        differentiate(model, s, CHUNK, input_ids=ids) for s in ("full", "reversible", "checkpoint")
+    )
+    assert_same_bits(*chunked)
+    errors = relative_errors(chunked[0].gradients, full.gradients)
+    assert max(errors.values()) < 1e-5 + 4 * 2.0**exponent, errors
+    assert check_reversal(model.eval(), ids[0], chunk=CHUNK, drift_steps=(16,)).passed
+
+
+def test_sixteen_bits_of_float_there_are_none() -> None:
+    with pytest.raises(ValueError, match="memory_numbers = 'float' needs memory_bits = 32 or 64, not 16"):
+        model_of(memory_bits=16, memory_numbers="float")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_capacity_of_the_cell(format: str) -> None:
+    """Updates of half of the bits: as many as :func:`capacity` says are held, and the next one is refused."""
+    bits, (_, whole) = FORMATS[format][1] // 2, FORMATS[format]
+    cell = LinearAttention(1, 1, format=format, exponent=0, group_norm_epsilon=1e-3).double()
+    held, largest, tokens = capacity(format, bits), 2.0**bits - 1, 50
+    for linear in (cell.query, cell.key, cell.value):
+        torch.nn.init.ones_(linear.weight)
+    # token by token near the end; what was before is one number
+    before = largest * (held - tokens)
+    state = cell.exact(Sums(torch.full((1, 1, 1, 1), before, dtype=torch.float64)))
+    token = torch.full((1, 1, 1), largest**0.5, dtype=torch.float64)
+    for _ in range(tokens):
+        state = cell.advance(state, token, output=False).state
+    assert int(state.memories[0].units) <= (1 << whole) - 1
+    with pytest.raises(GridOverflowError, match=f"{format} holds {whole} bits"):
+        cell.advance(state, token, output=False)
 
 
 def test_another_arithmetic_on_the_way_back_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = Additive.retreat
+    honest = Integer.retreat
 
-    def dishonest(self: Additive, change: torch.Tensor) -> Additive:
-        return Additive(honest(self, change).mantissa + 1, self.exponent)
+    def dishonest(self: Integer, change: torch.Tensor) -> Integer:
+        return Integer(honest(self, change).units + 1, self.exponent)
 
-    monkeypatch.setattr(Additive, "retreat", dishonest)
+    monkeypatch.setattr(Integer, "retreat", dishonest)
     model = model_of(torch.float32)
     with pytest.raises(ReversalMismatchError):
         differentiate(model, "reversible", CHUNK, input_ids=random_tokens(LENGTH))

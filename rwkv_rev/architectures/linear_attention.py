@@ -22,12 +22,15 @@ from rwkv_rev.cells.contract import ReversibleCell
 from rwkv_rev.cells.feed_forward import FeedForward
 from rwkv_rev.cells.linear_attention import LinearAttention, Sums
 from rwkv_rev.cells.stateless import NoState
+from rwkv_rev.reversal.integer import FORMATS
 from rwkv_rev.state import ModelState
 
 if TYPE_CHECKING:
     from rwkv_rev.configuration import RwkvRevConfig
 
 _HEAD_SIZE = 32
+EXPONENTS = {"int16": -6, "int32": -16, "int64": -40, "float32": -10, "float64": -32}
+"""Of the grid, by the format of the memory, where nobody says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,28 @@ def _sizes(width: int) -> dict[str, Any]:
     return {"num_attention_heads": width // size, "head_size": size, "intermediate_size": 4 * width}
 
 
+def _format(config: "RwkvRevConfig") -> str:
+    """Of :data:`~rwkv_rev.reversal.integer.FORMATS`."""
+    return f"{'int' if config.memory_numbers == 'integer' else 'float'}{config.memory_bits}"
+
+
+def _check(config: "RwkvRevConfig") -> None:
+    if _format(config) not in FORMATS:
+        raise ValueError(
+            f"memory_numbers = {config.memory_numbers!r} needs memory_bits = 32 or 64, not {config.memory_bits}"
+        )
+
+
+def _exponent(config: "RwkvRevConfig") -> int:
+    """Room for numbers up to some 2^9 in 16 bits, 2^14 in 32 and 2^22 in 64."""
+    return EXPONENTS.get(_format(config), 0)
+
+
 def _cells(config: "RwkvRevConfig", layer: int) -> dict[str, ReversibleCell]:
     attention = LinearAttention(
         config.num_attention_heads,
         config.head_size,
-        bits=config.memory_bits,
+        format=_format(config),
         exponent=config.memory_exponent,
         group_norm_epsilon=config.group_norm_epsilon,
     )
@@ -135,9 +155,13 @@ LINEAR_ATTENTION = Architecture(
     ),
     sizes=_sizes,
     fields={
-        "memory_bits": Field(int, 64, "bits of an integer of the memory", among=(16, 32, 64)),
-        "memory_exponent": Field(int, -40, "e of the memory's grid 2^e", least=-1000, most=1000),
+        "memory_bits": Field(int, 64, "bits of a number of the memory", among=(16, 32, 64)),
+        "memory_numbers": Field(
+            str, "integer", "integers, or floats of a restricted mantissa", among=("integer", "float")
+        ),
+        "memory_exponent": Field(int, _exponent, "e of the memory's grid 2^e", least=-1000, most=1000),
     },
+    check=_check,
     cells=_cells,
     initialization={LinearAttention: _initialize_attention, FeedForward: initialize_feed_forward},
     log_decay=lambda read: torch.zeros(len(read("attention.key.weight"))),

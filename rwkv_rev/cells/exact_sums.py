@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from rwkv_rev.reversal.additive import Additive, NoRemnant
+from rwkv_rev.reversal.integer import Integer
 
 
 @dataclass(frozen=True)
 class ExactSums:
     """Any number of memories of one tensor each."""
 
-    memories: tuple[Additive, ...] = ()
+    memories: tuple[Additive | Integer, ...] = ()
 
     def tensors(self) -> list[Tensor]:
         return [tensor for memory in self.memories for tensor in memory.tensors()]
@@ -33,7 +34,8 @@ class ExactSums:
         return torch.cat([memory.fingerprint() for memory in self.memories]) if self.memories else None
 
     def coarse(self) -> Tensor | None:
-        return torch.cat([memory.coarse() for memory in self.memories], dim=1) if self.memories else None
+        found = [coarse for memory in self.memories if (coarse := memory.coarse()) is not None]
+        return torch.cat(found, dim=1) if found else None
 
     @property
     def when_coarse(self) -> str:

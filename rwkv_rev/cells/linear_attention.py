@@ -4,13 +4,16 @@ feature map and denominator).
     S <- S + m k_t^T v_t,   y_t = q_t S        (write first, then read; m is 0 for a masked token)
 
 per head, then GroupNorm over the H heads, which takes the place of the denominator, and Wo. The memory only adds, on
-a grid of integers (:mod:`rwkv_rev.reversal.additive`): subtraction undoes a chunk to the bit, nothing is forgotten, and
-nothing but fingerprints goes on the tape. Cost of a chunk: C N (c + 2 N) products per head, in pieces of c tokens.
+a grid (:mod:`rwkv_rev.reversal.integer`): subtraction undoes a chunk to the bit, nothing is forgotten, and nothing but
+fingerprints goes on the tape. Cost of a chunk: C N (c + 2 N) products per head, in pieces of c tokens.
 
-Limits: a sum of T tokens grows with T, up to sqrt(T) or T times one token's share. Integers of b bits on the grid 2^e
-hold values up to 2^(b - 1 + e); beyond they wrap around, of which a warning tells before it happens.
+Limits: a sum of T tokens grows with T, by sqrt(T) to T times one token's share. A format with b bits beside the sign on
+the grid 2^e holds values below 2^(b + e); one beyond ends the step with a
+:class:`~rwkv_rev.reversal.stepped.GridOverflowError` that names the layer.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +25,10 @@ from rwkv_rev.cells.exact_sums import ExactSums
 from rwkv_rev.cells.gates import norm_and_gate
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.first_order import first_order, refuse_transforms
-from rwkv_rev.reversal.additive import Additive, NoRemnant
+from rwkv_rev.reversal.additive import NoRemnant
 from rwkv_rev.reversal.fingerprint import checksum
+from rwkv_rev.reversal.integer import Integer
+from rwkv_rev.reversal.stepped import GridOverflowError
 from rwkv_rev.wkv.dispatch import choose_kernel
 
 PIECE = 64
@@ -48,7 +53,7 @@ class LinearAttention(ReversibleCell):
     Args:
         num_heads: H.
         head_size: N.
-        bits: of an integer of the memory: 16, 32 or 64.
+        format: of the memory's numbers, of :data:`~rwkv_rev.reversal.integer.FORMATS`.
         exponent: e, of the grid 2^e.
         group_norm_epsilon: eps of the GroupNorm.
     """
@@ -56,11 +61,11 @@ class LinearAttention(ReversibleCell):
     inverts_memory = True
 
     def __init__(
-        self, num_heads: int, head_size: int, *, bits: int, exponent: int, group_norm_epsilon: float
+        self, num_heads: int, head_size: int, *, format: str, exponent: int, group_norm_epsilon: float
     ) -> None:
         super().__init__()
         width = num_heads * head_size
-        self.num_heads, self.head_size, self.bits, self.exponent = num_heads, head_size, bits, exponent
+        self.num_heads, self.head_size, self.format, self.exponent = num_heads, head_size, format, exponent
         self.query = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
@@ -75,7 +80,14 @@ class LinearAttention(ReversibleCell):
         return torch.zeros(self.num_heads, self.head_size, device=self.key.weight.device)
 
     def exact(self, state: Sums) -> ExactSums:
-        return ExactSums((Additive.of(state.memory.detach(), bits=self.bits, exponent=self.exponent),))
+        """The exact state nearest to values.
+
+        Raises:
+            GridOverflowError: if one does not fit the format.
+        """
+        with self._named():
+            memory = Integer.of(state.memory.detach(), format=self.format, exponent=self.exponent)
+        return ExactSums((memory,))
 
     def values(self, state: ExactSums) -> Sums:
         return Sums(state.memories[0].value(_wide(self.key.weight)))
@@ -105,7 +117,8 @@ class LinearAttention(ReversibleCell):
         if output:
             y, _ = linear_attention(*projection, self.values(state).memory)
             out = self._out(y, x)
-        after, remnant = state.memories[0].advance(update)
+        with self._named():
+            after, remnant = state.memories[0].advance(update)
         return Advanced(ExactSums((after,)), out, remnant, checksum(update)[None])
 
     def replay(
@@ -137,10 +150,19 @@ class LinearAttention(ReversibleCell):
         y, update = linear_attention(*projection, start.memory)
         handed_on = None
         if after is not None:
-            left, _ = state.memories[0].advance(update.detach())
+            with self._named():
+                left, _ = state.memories[0].advance(update.detach())
             handed_on = (left.fingerprint() == after.memories[0].fingerprint()).all()
         end = Sums(start.memory + update)
         return Replay(state, self._out(y, x), start, end, checksum(update)[None], handed_on)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Says of an overflow inside in which layer it was."""
+        try:
+            yield
+        except GridOverflowError as error:
+            raise GridOverflowError(f"the memory of layer {self.layer}, linear attention: {error}") from None
 
     def _project(self, x: Tensor, mask: ChunkMask | None) -> Projection:
         heads, dtype = (*x.shape[:2], self.num_heads, self.head_size), _wide(x)

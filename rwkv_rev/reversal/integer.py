@@ -130,6 +130,10 @@ class Integer:
     def coarse(self) -> None:
         return None
 
+    @property
+    def when_coarse(self) -> str:
+        return ""
+
     def remnant(self, tensors: list[Tensor]) -> NoRemnant:
         return NoRemnant()
 
