@@ -102,9 +102,13 @@ class RwkvRevPreTrainedModel(PreTrainedModel):
             bool(config.return_dict if return_dict is None else return_dict),
         )
 
+    def _initialize_weights(self, module: nn.Module, *_: Any, **__: Any) -> None:
+        # of code outside of transformers it leaves out modules without parameters of their own: cells of linear maps
+        super()._initialize_weights(module)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # transformers visits every module that owns parameters, children first
+        # transformers visits every module, children first
         if unstored := unstored_buffers(module):
             blocks: Any = self.base_model.blocks
             for layer, block in enumerate(blocks):

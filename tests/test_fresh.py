@@ -199,3 +199,14 @@ def test_names_of_architectures() -> None:
         registry.register(replace(registry.architecture("4"), version=""))
     with pytest.raises(ValueError, match="already"):
         registry.register(replace(registry.architecture("4"), state={}))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_blocks_are_the_identity_at_first(tmp_path: Path, architecture: str) -> None:
+    """By the architecture's own initialisation, of cells too that own no parameter but through linear maps."""
+    init(architecture, tmp_path / "model", settings=TINY)
+    model = load_model(tmp_path / "model", "cpu", "auto")
+    ids = torch.arange(7)[None]
+    with torch.no_grad():
+        found, embedded = model.model(ids).last_hidden_state, model.model.embed(ids, None)
+        assert torch.equal(found, model.model.ln_out(embedded))
