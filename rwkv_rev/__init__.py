@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from rwkv_rev.foreign_code import position_wise as position_wise
     from rwkv_rev.fresh import init as init
     from rwkv_rev.modeling import RwkvRevForCausalLM as RwkvRevForCausalLM
+    from rwkv_rev.rewriting import rewrite as rewrite
     from rwkv_rev.state import RwkvRevState as RwkvRevState
     from rwkv_rev.training.evaluate import evaluate_directory as evaluate  # noqa: F401
     from rwkv_rev.training.finetune import finetune as finetune
@@ -65,6 +66,7 @@ _PLACES = {
     "inspect": ("rwkv_rev.converters.inspection", "inspect_source"),
     "position_wise": ("rwkv_rev.foreign_code", "position_wise"),
     "publish": ("rwkv_rev.folders.publish", "publish"),
+    "rewrite": ("rwkv_rev.rewriting", "rewrite"),
     "verify": ("rwkv_rev.equivalence.verification", "verify_directory"),
     **{name: ("rwkv_rev.errors", name) for name in _ERRORS},
 }

@@ -19,6 +19,8 @@ ARCHITECTURES: "dict[str, str | Architecture]" = {
     "5.2": "rwkv5.RWKV5_2",
     "linear-attention": "linear_attention.LINEAR_ATTENTION",
     "coupled": "coupled.COUPLED",
+    "coupled-4": "coupled_feedback.COUPLED_4",
+    "coupled-5.2": "coupled_feedback.COUPLED_5_2",
     "reversible-gru": "reversible_gru.REVERSIBLE_GRU",
     "reversible-lstm": "reversible_lstm.REVERSIBLE_LSTM",
 }

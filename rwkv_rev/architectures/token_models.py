@@ -90,8 +90,9 @@ def cells(
     }
 
 
-def initialize_map(linear: nn.Linear, scale: float = 1.0) -> None:
-    """``scale / sqrt(inputs)`` at most, biases 0."""
+def initialize_map(linear: nn.Module, scale: float = 1.0) -> None:
+    """A linear map: ``scale / sqrt(inputs)`` at most, biases 0."""
+    assert isinstance(linear, nn.Linear)
     bound = scale / math.sqrt(linear.in_features)
     init.uniform_(linear.weight, a=-bound, b=bound)
     if linear.bias is not None:

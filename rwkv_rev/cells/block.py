@@ -119,6 +119,7 @@ class ResidualBlock(nn.Module):
             return advanced.out, advanced
         if isinstance(states, BlockAgain):
             again = states.checkpointed and self.recompute is not None
+            again = again and all(cell.steps_exactly for cell in self.cells)
             replay = (self._checkpointed if again else self._replay)(x, states, mask)
             return replay.out, replay
         after = []

@@ -153,12 +153,15 @@ class ReversibleCell(nn.Module, ABC):
         layer: index of the block the cell is in; only its initialisation and messages depend on it.
         inverts_memory: whether :meth:`retreat` computes the memory before a chunk from the one after it, so that the
             former's fingerprint vouches for the latter; else it takes it from the remnant.
+        steps_exactly: whether :meth:`step` gives the bits of :meth:`replay` from the same state. A block of cells that
+            do not is not computed once more to save its graph (activation checkpointing): a chunk's graph is kept.
     """
 
     layer: int = 0
     shifts: int = 0
     reads_beside: bool = False
     inverts_memory: bool = False
+    steps_exactly: bool = True
 
     @abstractmethod
     def plan(self, length: int) -> Any:

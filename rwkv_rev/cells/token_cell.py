@@ -96,6 +96,7 @@ class TokenCell(ReversibleCell):
     """
 
     inverts_memory = True
+    steps_exactly = False  # not on the grid
     halves: ClassVar[tuple[tuple[int, ...], ...]]
 
     def __init__(self, size: int, magnitude: int, wide: bool | None = None) -> None:

@@ -1,0 +1,72 @@
+"""A model with one part of its cells replaced, and all other parameters kept."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from rwkv_rev.architectures.registry import ARCHITECTURES
+from rwkv_rev.arguments import checked
+from rwkv_rev.configuration import RwkvRevConfig
+from rwkv_rev.errors import ConfigError
+from rwkv_rev.random_state import capture, restore
+
+if TYPE_CHECKING:
+    from rwkv_rev.modeling import RwkvRevForCausalLM
+
+TOKEN_SHIFTS = ("coupled",)
+
+
+@checked
+def rewrite(model: nn.Module, *, token_shift: str = "coupled", seed: int = 0) -> "RwkvRevForCausalLM":
+    """A new model whose token shifts are another cell of the same footprint, D numbers of state.
+
+    The new cells begin with what gives zeros, where the old ones gave the token before: the model computes something
+    else until it is trained on (``examples/coupled_feedback``). Parameters are copies, of the same dtype on the same
+    device; how gradients are made is as the model had it.
+
+    Args:
+        model: of RWKV-4 or 5.2, without adapters.
+        token_shift: ``coupled``, a coupled additive cell (:mod:`rwkv_rev.cells.coupled_feedback`).
+        seed: of the new cells' gates.
+
+    Raises:
+        ConfigError: for another token shift, and for a model that has none or is of another kind.
+    """
+    from rwkv_rev.modeling import RwkvRevForCausalLM
+
+    if token_shift not in TOKEN_SHIFTS:
+        raise ConfigError(f"token_shift = {token_shift!r} must be one of {', '.join(TOKEN_SHIFTS)}")
+    if type(model) is not RwkvRevForCausalLM:
+        raise ConfigError(
+            f"rewrite takes a RwkvRevForCausalLM, not a {type(model).__name__}: merge adapters first, if it has any"
+        )
+    known, version = model.config.architecture, f"{token_shift}-{model.config.rwkv_version}"
+    if version not in ARCHITECTURES:
+        there = [
+            name.removeprefix(f"{token_shift}-")
+            for name in ARCHITECTURES
+            if name.startswith(f"{token_shift}-")
+        ]
+        raise ConfigError(
+            f"token_shift = {token_shift!r} takes the place of the token shift of RWKV-{' or '.join(there)}, not of "
+            f"{known.called}"
+        )
+    before = capture(())
+    torch.manual_seed(seed)
+    try:
+        found = RwkvRevForCausalLM(RwkvRevConfig(**(model.config.to_dict() | {"rwkv_version": version})))
+    finally:
+        restore(before)
+    weight, kept = model.model.ln0.weight, dict(model.named_parameters())
+    found.to(weight.device)
+    for name, parameter in found.named_parameters():
+        like = kept.get(name, weight)
+        parameter.data = parameter.data.to(like.dtype)
+        parameter.requires_grad_(like.requires_grad)
+    loaded = found.load_state_dict(model.state_dict(), strict=False)
+    strange = [name for name in loaded.missing_keys if ".feedback." not in name] + loaded.unexpected_keys
+    if strange:
+        raise ConfigError(f"this model has other parameters than {known.called}: {', '.join(strange[:3])}")
+    found.model.bptt = model.model.bptt
+    return found.train(model.training)
