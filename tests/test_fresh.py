@@ -85,7 +85,7 @@ def test_every_command(cli: Cli, tmp_path: Path, architecture: str) -> None:
     assert code == 0 and "reversible" in out
     for folder in ("model", "trained", *tunings):
         code, out, err = cli(
-            *("verify", folder, "--reversal", "--gradients", "--context", 80, "--chunk", 16, "--tokens", 50)
+            *("verify", folder, "--reversal", "--gradients", "--context", 40, "--chunk", 8, "--tokens", 30)
         )
         assert code == 0, out + err
         assert "bit-exact at all 5 boundaries: yes" in out

@@ -128,7 +128,8 @@ def cost(
         """No more than the limit allows, and no more than the state; a fingerprint, and the sizes of rows."""
         if not forgetting:
             return [8]
-        bits = most_bits(config.forget_limit) if config.forget_limit else math.inf
+        limit = getattr(config, "forget_limit", 0.0)
+        bits = most_bits(limit) if limit else math.inf
         forgotten = batch * config.cell_size * forgetting * length * bits / 8
         return [8, 4 * batch, math.ceil(min(*whole(config, batch), forgotten))]
 
