@@ -1,0 +1,231 @@
+"""A reversible LSTM over contexts that double: memory, tokens per CPU second, and what division makes of its states.
+
+    python examples/infinite_lstm/infinite_lstm.py [--most 16] [--json FILE] [--plot FILE] ...
+
+For T = 2^12, 2^13, ... tokens one step of training on Python's own reference manual, the gradient of the whole context,
+in chunks, with the tape on a disk. Then the states of the trained cell are run back from the end in two ways: exactly,
+from the bits that were kept, and as the equation says, by division through the gates.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv_rev import RwkvRevConfig, RwkvRevForCausalLM
+from rwkv_rev.architectures.registry import architecture
+from rwkv_rev.cells.token_cell import TokenCell
+from rwkv_rev.equivalence.text import default_text
+
+MEGABYTE = 1 << 20
+BACK = (1, 2, 4, 8, 16, 32, 64, 128)
+"""Tokens over which states are divided back."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A step over one context.
+
+    Attributes:
+        loss: nats per token, before the step.
+        tokens_per_second: of processor time, so that other programs do not count.
+        memory: peak of the process so far, beyond what it was before the first step; None where nothing tells it.
+        tape: bytes on the disk for a token of a row.
+    """
+
+    context: int
+    loss: float
+    tokens_per_second: float
+    memory: int | None
+    tape: float
+
+
+@dataclass(frozen=True)
+class Drift:
+    """States divided back over some tokens: relative error, None where nothing is left of them; of exact reversal the
+    share of numbers that are others."""
+
+    tokens: int
+    float32: float | None
+    float64: float | None
+    exact: float
+
+
+def peak_memory() -> int | None:
+    """Of this process, bytes."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def rows_of(text: Tensor, rows: int, length: int) -> Tensor:
+    """Token ids [rows, length], each row from another place, around the text's end as often as it takes."""
+    starts = torch.arange(rows)[:, None] * (len(text) // rows)
+    return text[(starts + torch.arange(length)) % len(text)]
+
+
+def train(model: Any, text: Tensor, arguments: argparse.Namespace) -> list[Row]:
+    """A step for each context."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate)
+    found = []
+    warm_up = rows_of(text, arguments.batch_size, 2 * arguments.chunk_length)
+    model(warm_up, labels=warm_up).loss.backward()
+    before = peak_memory()
+    for power in range(arguments.least, arguments.most + 1):
+        ids = rows_of(text, arguments.batch_size, 1 << power)
+        start = time.process_time()
+        output = model(ids, labels=ids)
+        output.loss.backward()
+        spent = time.process_time() - start
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        peak = peak_memory()
+        memory = None if peak is None or before is None else peak - before
+        tape = output.report["tape_bytes"] / ids.numel()
+        found.append(Row(1 << power, float(output.loss.detach()), ids.numel() / spent, memory, tape))
+        print(line_of(found[-1]), flush=True)
+    return found
+
+
+def line_of(row: Row) -> str:
+    memory = "" if row.memory is None else f"{row.memory / MEGABYTE:.0f}"
+    return f"| {row.context:,} | {row.tokens_per_second:,.0f} | {memory} | {row.tape:.1f} | {row.loss:.3f} |"
+
+
+def walked(
+    cell: TokenCell, parts: list[Tensor], inputs: list[tuple[Tensor, ...]], back: bool
+) -> list[Tensor]:
+    """The parts of a state after tokens, or by division before them."""
+    parts = list(parts)
+    for token in reversed(inputs) if back else inputs:
+        for half in reversed(range(2)) if back else range(2):
+            gates = cell.gates(half, token, parts)
+            for part in reversed(cell.halves[half]) if back else cell.halves[half]:
+                z, c = cell.update(part, gates, parts)
+                assert z is not None
+                parts[part] = (parts[part] - c) / z if back else z * parts[part] + c
+    return parts
+
+
+@torch.no_grad()
+def drifts(model: Any, text: Tensor) -> list[Drift]:
+    """Of the lowest layer's cell, in the state after 512 tokens."""
+    block, found = model.blocks[0], []
+    ids = text[None, : 512 + max(BACK)]
+    x = block.ln1(model.model.embed(ids, None))
+    cell = block.recurrence
+    start = cell.advance(cell.exact(cell.empty(1)), x[:, :512], output=False).state
+    for tokens in BACK:
+        part = x[:, 512 : 512 + tokens]
+        after, tape = start, []
+        for token in part.split(1, dim=1):
+            advanced = cell.advance(after, token, output=False)
+            kept = advanced.remnant.tensors(advanced.remnant.size)
+            tape.append((token, kept))
+            after = advanced.state
+        for token, kept in reversed(tape):
+            after = cell.retreat(after, token, None, after.remnant(kept)).state
+        exact = float((after.memory.mantissa != start.memory.mantissa).double().mean())
+        errors = []
+        for dtype in (torch.float32, torch.float64):
+            cell.to(dtype)
+            inputs = list(zip(*(given.unbind(1) for given in cell.project(part.to(dtype))), strict=True))
+            first = [value.to(dtype) for value in cell.values(start).memory.unbind(1)]
+            last = walked(cell, walked(cell, first, inputs, back=False), inputs, back=True)
+            error = torch.stack(last).double() - torch.stack(first).double()
+            relative = float(error.norm() / torch.stack(first).double().norm())
+            errors.append(relative if relative < 1 else None)
+        cell.float()
+        found.append(Drift(tokens, *errors, exact))
+    return found
+
+
+def plot(rows: list[Row], found: list[Drift], path: Path) -> None:
+    """Tokens/s and memory by context; errors by tokens back."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    contexts = [row.context for row in rows]
+    left.plot(contexts, [row.tokens_per_second for row in rows], marker="o", label="tokens per CPU second")
+    if rows[0].memory is not None:
+        left.plot(contexts, [(row.memory or 0) / MEGABYTE for row in rows], marker="s", label="memory, MiB")
+    left.set_xscale("log", base=2)
+    left.set_ylim(bottom=0)
+    left.set_xlabel("tokens of context")
+    left.legend()
+    for name in ("float32", "float64"):
+        errors = [(row.tokens, error) for row in found if (error := getattr(row, name)) is not None]
+        right.plot(*zip(*errors, strict=True), marker="o", label=f"division in {name}")
+    right.axhline(1e-17, color="black", label="exact reversal: 0")
+    right.set_xscale("log", base=2)
+    right.set_yscale("log")
+    right.set_xlabel("tokens back")
+    right.set_ylabel("relative error of the state")
+    right.legend()
+    figure.savefig(path, dpi=110)
+
+
+def parse(given: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--least", type=int, default=12, help="log2 of the shortest context")
+    parser.add_argument("--most", type=int, default=16, help="log2 of the longest")
+    parser.add_argument("--chunk-length", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="where the figures go, too")
+    parser.add_argument("--plot", type=Path)
+    return parser.parse_args(given)
+
+
+def main(given: list[str] | None = None) -> tuple[list[Row], list[Drift]]:
+    """Print both tables."""
+    arguments = parse(given)
+    torch.manual_seed(arguments.seed)
+    sizes = architecture("reversible-lstm").sizes(arguments.width)
+    model = RwkvRevForCausalLM(
+        RwkvRevConfig(
+            rwkv_version="reversible-lstm",
+            vocab_size=256,
+            hidden_size=arguments.width,
+            num_hidden_layers=arguments.layers,
+            **sizes,
+        )
+    ).train()
+    model.set_bptt("reversible", chunk_length=arguments.chunk_length, tape="disk")
+    text = torch.frombuffer(bytearray(default_text().encode()), dtype=torch.uint8).long()
+    print("| context | tokens per CPU second | memory, MiB | tape, bytes/token | loss |", flush=True)
+    print("|---|---|---|---|---|", flush=True)
+    rows = train(model, text, arguments)
+    found = drifts(model, text)
+    print("\n| tokens back | division, float32 | division, float64 | exact reversal |\n|---|---|---|---|")
+    for row in found:
+        errors = ["nothing left" if error is None else f"{error:.1e}" for error in (row.float32, row.float64)]
+        print(f"| {row.tokens} | {' | '.join(errors)} | {row.exact:g} |")
+    if arguments.json:
+        figures = {
+            "torch": torch.__version__,
+            "rows": [asdict(r) for r in rows],
+            "drift": [asdict(d) for d in found],
+        }
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    if arguments.plot:
+        plot(rows, found, arguments.plot)
+    return rows, found
+
+
+if __name__ == "__main__":
+    main()
