@@ -58,7 +58,7 @@ def check_mixes(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None
 
     batch, length, heads, size = shape
     width = heads * size
-    for count in (2, 3, 4):
+    for count in (1, 2, 3, 4, 6):
         x, shift, *mus = drawn(
             (batch, length, width), (batch, width), *[(width,)] * count, dtype=dtype, device=device
         )

@@ -82,11 +82,13 @@ class ReversibleLossy(TwoSweeps):
             tuple(cell.lossy(state) for cell, state in zip(cells, layer, strict=True))
             for cells, layer in zip(self._cells, states, strict=True)
         ]
-        if any(state is None for layer in divided for state in layer):
-            raise StrategyError(
-                "reversible-lossy needs RWKV-5, or another memory that decays by constant factors: this one (RWKV-4's, "
-                "say, which is forgotten within a few tokens) cannot be divided back; use 'reversible'"
-            )
+        for cells, layer in zip(self._cells, divided, strict=True):
+            for cell, state in zip(cells, layer, strict=True):
+                if state is None:
+                    raise StrategyError(
+                        "reversible-lossy needs RWKV-5, or another memory that decays by constant factors: "
+                        f"{cell.undividable} cannot be divided back; use 'reversible'"
+                    )
         return divided
 
     def finish(self, outcome: dict[str, Any]) -> None:

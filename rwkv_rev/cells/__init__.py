@@ -4,18 +4,22 @@ Terms: ``docs/terms.md``.
 """
 
 from rwkv_rev.cells.channel_mix import ChannelMix
+from rwkv_rev.cells.channel_mix_rwkv7 import ChannelMixRwkv7
 from rwkv_rev.cells.contract import Replay, ReversibleCell
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.shifted_cell import ShiftedCell
 from rwkv_rev.cells.time_mix_rwkv4 import TimeMixRwkv4
 from rwkv_rev.cells.time_mix_rwkv5 import TimeMixRwkv5
+from rwkv_rev.cells.time_mix_rwkv7 import TimeMixRwkv7
 
 __all__ = [
     "ChannelMix",
+    "ChannelMixRwkv7",
     "ChunkMask",
     "Replay",
     "ReversibleCell",
     "ShiftedCell",
     "TimeMixRwkv4",
     "TimeMixRwkv5",
+    "TimeMixRwkv7",
 ]

@@ -151,6 +151,7 @@ class ReversibleCell(nn.Module, ABC):
         shifts: how many of the state's parts, and of a remnant's tensors, are token shifts; they stand first.
         reads_beside: whether its input is the whole stream, not the residual alone.
         layer: index of the block the cell is in; only its initialisation and messages depend on it.
+        undividable: why a memory has no form that :meth:`lossy` could give, in words for people.
         inverts_memory: whether :meth:`retreat` computes the memory before a chunk from the one after it, so that the
             former's fingerprint vouches for the latter; else it takes it from the remnant.
         steps_exactly: whether :meth:`step` gives the bits of :meth:`replay` from the same state. A block of cells that
@@ -160,6 +161,7 @@ class ReversibleCell(nn.Module, ABC):
     layer: int = 0
     shifts: int = 0
     reads_beside: bool = False
+    undividable: str = "this one (RWKV-4's, say, which is forgotten within a few tokens)"
     inverts_memory: bool = False
     steps_exactly: bool = True
 

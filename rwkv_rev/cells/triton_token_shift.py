@@ -1,8 +1,9 @@
 """Every mix of a token with the one before on a CUDA device: one Triton launch each way instead of some forty.
 
 The formulas of :func:`rwkv_rev.cells.token_shift.mix`, in float32, rounded once; for chunks without a mask. The
-gradients of the coefficients are summed block by block and then over the blocks, always in the same order. The carried
-y (:class:`rwkv_rev.cells.token_shift.Border`) is computed in float64, one launch each way.
+gradients of the coefficients are summed block by block and then over the blocks, always in the same order. More than
+:data:`MOST_MIXES` take several launches. The carried y (:class:`rwkv_rev.cells.token_shift.Border`) is computed in
+float64, one launch each way.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -60,7 +61,8 @@ def _forward_kernel(
     now = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
     before = _before(x, shift, token, channel, here, row, T, D)
     tl.store(out0 + at, _mixed(now, before, _mu(mu0, x, channel, D)[None, :]), mask=here)
-    tl.store(out1 + at, _mixed(now, before, _mu(mu1, x, channel, D)[None, :]), mask=here)
+    if MIXES > 1:
+        tl.store(out1 + at, _mixed(now, before, _mu(mu1, x, channel, D)[None, :]), mask=here)
     if MIXES > 2:
         tl.store(out2 + at, _mixed(now, before, _mu(mu2, x, channel, D)[None, :]), mask=here)
     if MIXES > 3:
@@ -128,8 +130,9 @@ def _backward_kernel(
         d_now = tl.zeros((BT, BD), tl.float32)
         d_now, part = _pull_back(g0, x, mu0, change, d_now, at, channel, token, here, T, D)
         total0 += part
-        d_now, part = _pull_back(g1, x, mu1, change, d_now, at, channel, token, here, T, D)
-        total1 += part
+        if MIXES > 1:
+            d_now, part = _pull_back(g1, x, mu1, change, d_now, at, channel, token, here, T, D)
+            total1 += part
         if MIXES > 2:
             d_now, part = _pull_back(g2, x, mu2, change, d_now, at, channel, token, here, T, D)
             total2 += part
@@ -143,9 +146,9 @@ def _backward_kernel(
             )
         tl.store(d_x + at, d_now, mask=here)
     if start == 0:
-        first = _through_first(g0, x, mu0, row, channel, T, D) + _through_first(
-            g1, x, mu1, row, channel, T, D
-        )
+        first = _through_first(g0, x, mu0, row, channel, T, D)
+        if MIXES > 1:
+            first += _through_first(g1, x, mu1, row, channel, T, D)
         if MIXES > 2:
             first += _through_first(g2, x, mu2, row, channel, T, D)
         if MIXES > 3:
@@ -153,7 +156,8 @@ def _backward_kernel(
         tl.store(d_shift + row * D + channel, first, mask=channel < D)
     partial = d_mu + tl.program_id(0).to(tl.int64) * MIXES * D + channel
     tl.store(partial, tl.sum(total0, 0), mask=channel < D)
-    tl.store(partial + D, tl.sum(total1, 0), mask=channel < D)
+    if MIXES > 1:
+        tl.store(partial + D, tl.sum(total1, 0), mask=channel < D)
     if MIXES > 2:
         tl.store(partial + 2 * D, tl.sum(total2, 0), mask=channel < D)
     if MIXES > 3:
@@ -203,17 +207,27 @@ def _padded(tensors: tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
 
 
 def token_mixes(x: Tensor, shift: Tensor, mus: list[Tensor]) -> tuple[Tensor, ...]:
-    """As :func:`rwkv_rev.cells.token_shift.token_mixes` for 2 to 4 coefficients and no mask.
+    """As :func:`rwkv_rev.cells.token_shift.token_mixes` without a mask.
 
     x [B, C, D] in bfloat16, float16 or float32 on a CUDA device.
     """
-    return _Mixes.apply(False, x.contiguous(), shift.contiguous(), *(mu.contiguous() for mu in mus))
+    x, shift = x.contiguous(), shift.contiguous()
+    return tuple(mix for some in _launches(mus) for mix in _Mixes.apply(False, x, shift, *some))
 
 
 def mixes_and_last(x: Tensor, shift: Tensor, mus: list[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
-    """:func:`token_mixes`, and the last token [B, D]."""
-    *mixes, last = _Mixes.apply(True, x.contiguous(), shift.contiguous(), *(mu.contiguous() for mu in mus))
-    return tuple(mixes), last
+    """:func:`token_mixes`, and the last token [B, D], which comes of the first launch."""
+    x, shift = x.contiguous(), shift.contiguous()
+    first, *others = _launches(mus)
+    *mixes, last = _Mixes.apply(True, x, shift, *first)
+    further = [mix for some in others for mix in _Mixes.apply(False, x, shift, *some)]
+    return (*mixes, *further), last
+
+
+def _launches(mus: list[Tensor]) -> list[list[Tensor]]:
+    """The coefficients in order, in as few and as even groups of at most :data:`MOST_MIXES` as there can be."""
+    size = triton.cdiv(len(mus), triton.cdiv(len(mus), MOST_MIXES))
+    return [[mu.contiguous() for mu in mus[start : start + size]] for start in range(0, len(mus), size)]
 
 
 def carry(shift: Tensor, first: Tensor, mu: Tensor) -> Tensor:
