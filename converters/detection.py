@@ -49,6 +49,10 @@ _LEFTOVERS = (
     (r"pos_emb_", "position embeddings"),
     (r"^(head_[qk]\.|copy_mask)", "a copying head"),
     (r"\.ffnPre\.", "a channel mix in the place of the first time mix"),
+    (
+        r"\.attn\.x_x$",
+        "flash-linear-attention's first version, whose later ones load it, and save x_r, x_w and so on",
+    ),
     (r"\.time_state$", "a tuned initial state of RWKV-4 or in this layout"),
 )
 
@@ -204,7 +208,8 @@ def _sizes(where: str, checkpoint: Checkpoint) -> Detected:
             there.append(known)
     layout = candidates[0].layout
     if not there:
-        sign = candidates[0].name(candidates[0].architecture.sign)
+        oldest = candidates[-1]
+        sign = oldest.name(oldest.architecture.sign)
         raise CheckpointError(
             f"{where} is not an RWKV model: no {layout.block}0.{sign} but {some(names)}; {SUPPORTED}"
         )
@@ -254,7 +259,12 @@ def _sizes(where: str, checkpoint: Checkpoint) -> Detected:
     else:
         raise CheckpointError(f"{where} is an RWKV model of another kind; {SUPPORTED}")
     _refuse_impossible_sizes(where, checkpoint.config)
-    layer_norm_epsilon, group_norm_epsilon = _epsilons(where, checkpoint.config)
+    try:
+        layer_norm_epsilon, group_norm_epsilon = known.architecture.epsilons(
+            checkpoint.config, known.layout.name, told["head_size"]
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from None
     tied = known.column > 0 and checkpoint.config.get("tie_word_embeddings") is True and head not in names
     return Detected(
         version=known.architecture.version,
@@ -290,22 +300,6 @@ def _refuse_impossible_sizes(where: str, config: dict[str, Any]) -> None:
             continue
         if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= most:
             raise CheckpointError(f"{where}: config.json is damaged: {name} = {shortened(repr(size))}")
-
-
-def _epsilons(where: str, config: dict[str, Any]) -> tuple[float, float]:
-    """eps of LayerNorm, and of GroupNorm without the division by ``head_size_divisor``."""
-    found = []
-    for name, usual, least, most in (("layer_norm_epsilon", 1e-5, 0, 1), ("head_size_divisor", 8, 0.01, 100)):
-        value = config.get(name)
-        number = usual if value is None else value
-        if isinstance(number, bool) or not isinstance(number, int | float) or not least < number < most:
-            raise CheckpointError(
-                f"{where}: config.json says {name} = {shortened(repr(value))}; "
-                f"it must be above {least} and below {most}"
-            )
-        found.append(float(number))
-    epsilon, divisor = found
-    return epsilon, 64e-5 if divisor == 8 else 1e-5 * divisor**2
 
 
 def _compare_names(where: str, architecture: Detected, expected: set[str], checkpoint: Checkpoint) -> None:

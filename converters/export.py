@@ -121,9 +121,8 @@ def export(
             with whole_directory(output, force=force) as folder:
                 write_shards(plan_shards(entries, max_shard_size or SHARD_SIZE), folder, model.tensor)
                 _write_companions(model, folder)
-        if to == "blinkdl":
-            note = architecture.lost(model.config)
-        elif (note := missing_tokenizer(directory)) is not None:
+        note = architecture.lost(model.config, layout)
+        if note is None and to == "hf" and (note := missing_tokenizer(directory)) is not None:
             note = f"{note}, and export again: the folder has none either"
         return Export(output, layout, len(table), nbytes, note)
 

@@ -4,7 +4,8 @@ Layouts:
     ``blinkdl``       the trainer's own ``.pth`` (https://github.com/BlinkDL/RWKV-LM), all versions;
     ``transformers``  ``RwkvForCausalLM`` of transformers, RWKV-4 only;
     ``v5-hub``        the published RWKV-5 repositories with remote code (``RWKV/v5-Eagle-7B-HF``), which
-                      extend the names of ``transformers``.
+                      extend the names of ``transformers``;
+    ``fla``           flash-linear-attention's classes and the repositories that need them, RWKV-7.
 
 Which names there are each generation says itself (:mod:`rwkv_rev.architectures`). A tuned initial state exists in
 ``blinkdl`` alone. Shapes are written in the letters B, T, D, H, N, F, V of the README.
@@ -67,7 +68,7 @@ def tensor_table(config: RwkvRevConfig, layout: str | None = None) -> tuple[Tens
         foreign = row.foreign[column]
         if foreign is None or (row.only is not None and getattr(config, row.only[0]) != row.only[1]):
             return
-        if layer < row.lowest:
+        if not row.is_in(layer):
             return
         shape = architecture.shape(row.shape, config)
         table.append(
@@ -75,9 +76,9 @@ def tensor_table(config: RwkvRevConfig, layout: str | None = None) -> tuple[Tens
                 name=ours or row.ours,
                 shape=shape,
                 foreign=prefix + foreign,
-                foreign_shape=architecture.shape(row.foreign_shape or row.shape, config),
+                foreign_shape=architecture.shape(row.foreign_letters(column), config),
                 squeezable=row.squeezable or len(shape) == 1,
-                transposed=row.transposed,
+                transposed=row.is_transposed(column),
             )
         )
 

@@ -3,12 +3,14 @@
 ``torch.compile``, DistributedDataParallel, FSDP, DeepSpeed, Lightning and peft save a model's tensors under their own
 attribute's name, one before the other in any order: ``module._orig_mod.blocks.0.ln1.weight`` is
 ``blocks.0.ln1.weight``. Names that no layout has inside (``_orig_mod``, of a compiled block) are taken from any place,
-common words (``model``, ``module``) from the front only.
+common words (``model``, ``module``) from the front only, and not where a layout itself begins with one
+(``model.layers.0.attn.r_proj.weight``).
 """
 
 from collections.abc import Iterable
 from pathlib import Path
 
+from rwkv_rev.architectures.registry import generations
 from rwkv_rev.errors import CheckpointError
 from rwkv_rev.printable import shortened
 
@@ -24,8 +26,12 @@ def plain_names(where: Path, names: Iterable[str]) -> tuple[dict[str, str], tupl
     """
     plain: dict[str, str] = {}
     wrappers: dict[str, None] = {}
-    for name in names:
-        short, taken = _unwrap(name)
+    found = [(name, *_unwrap(name)) for name in names]
+    own = _own_fronts([short for _, short, _ in found])
+    for name, short, taken in found:
+        front = own.get(short.split(".")[0], "")
+        if front and taken.endswith(front):
+            short, taken = front + short, taken.removesuffix(front)
         if short in plain:
             both = f"{shortened(plain[short])} and {shortened(name)}"
             raise CheckpointError(
@@ -54,3 +60,15 @@ def _unwrap(name: str) -> tuple[str, str]:
     inside = [part for part in parts[front:-1] if part in ANYWHERE]
     kept = [part for part in parts[front:-1] if part not in ANYWHERE]
     return ".".join([*kept, parts[-1]]), "".join(f"{part}." for part in [*parts[:front], *inside])
+
+
+def _own_fronts(names: list[str]) -> dict[str, str]:
+    """What looks like a wrapper's prefix and is the layout's own, by what stands behind: ``{"layers": "model."}``."""
+    for layout, column in ((known, place) for known in generations() for place in range(len(known.layouts))):
+        block = layout.layouts[column].block
+        short, front = _unwrap(block + "0.x")
+        if front and any(name.startswith(short.removesuffix("0.x")) for name in names):
+            rows = [str(row.foreign[column]) for row in (*layout.outside, *layout.after)]
+            fronts = dict(_unwrap(name) for name in (block, *rows))
+            return {short.split(".")[0]: front for short, front in fronts.items() if front}
+    return {}

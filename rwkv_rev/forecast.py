@@ -30,8 +30,8 @@ over several widths, depths and vocabularies. Optimizer states are not included 
 
 Those are float32 weights and activations with every weight trained. Under autocast to 16 bits the graph of n tokens
 takes 2/3 of that (LayerNorms, residuals and states stay float32), and a copy of each matrix in 2 bytes. A model that is
-in 16 bits itself (*narrow*) takes 0.6 of it, and its gradients 2 bytes beside their sums of 4. Of weights that are not
-trained there is no gradient.
+in 16 bits itself (*narrow*) takes 0.6 of it, and its gradients 2 bytes beside their sums of 4. RWKV-7, whose recurrence
+keeps more in float32, has shares of its own. Of weights that are not trained there is no gradient.
 
 Recordings that last over steps (:mod:`rwkv_rev.bptt.lasting`) keep their memory between steps, for nobody else's use:
 
@@ -64,8 +64,6 @@ _BACKWARD_VECTORS = 5
 _LAYER_SHARE = 0.4
 _STATE_COPIES = {"checkpoint": 6, "reversible": 8}
 _STATE_ARITHMETIC = 8
-_HALF_GRAPH = 2 / 3
-_NARROW_GRAPH = 0.6
 _RECORDED = ("checkpoint", "reversible")
 _RECORDED_SHARE = 1.1
 _RESERVED_SHARE = 1.05
@@ -137,7 +135,7 @@ def forecast_memory(
         recorded: whether recordings may last over steps (on CUDA, blocks not checkpointed).
         strategies: those to tell of, of :data:`STRATEGIES`.
     """
-    chunk = min(chunk_length, context_length)
+    chunk, cost = min(chunk_length, context_length), config.architecture.cost
     run = _Run(
         config=config,
         log_decays=log_decays,
@@ -147,7 +145,7 @@ def forecast_memory(
         context=context_length,
         chunk=chunk,
         chunks=-(-context_length // chunk),
-        graph_share=_NARROW_GRAPH if narrow else _HALF_GRAPH if half else 1.0,
+        graph_share=cost.narrow if narrow else cost.half if half else 1.0,
         half_copies=2 * (parameters - 2 * config.vocab_size * config.hidden_size) if half else 0,
         checkpoint_blocks=checkpoint_blocks,
         fused=fused,

@@ -18,7 +18,8 @@ from torch import Tensor
 from rwkv_rev import RwkvRevConfig, RwkvRevForCausalLM, RwkvRevState
 from rwkv_rev.wkv import naive, use_kernel
 
-VERSIONS = ("4", "5.0", "5.1", "5.2")
+VERSIONS = ("4", "5.0", "5.1", "5.2", "7")
+RANKS = {"decay_rank": 5, "rate_rank": 6, "residual_rank": 7, "gate_rank": 9}
 
 AGREE = 1e-5
 """Relative RMS error, per parameter, between float32 gradients of strategies that must agree."""
@@ -37,6 +38,7 @@ def tiny_model(
     bptt, chunk_length = config.pop("bptt", "auto"), config.pop("chunk_length", None)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 32, "intermediate_size": 32} | config
     head_size = sizes["hidden_size"] if version == "4" else sizes.pop("head_size", 8)
+    sizes = (RANKS if version == "7" else {}) | sizes
     model = RwkvRevForCausalLM(
         RwkvRevConfig(
             rwkv_version=version,
@@ -60,6 +62,10 @@ def tiny_model(
                 value = 0.5 + 0.5 * noise
             elif "bonus" in name:
                 value = 0.5 * noise
+            elif name.endswith("_base"):  # what a sigmoid is taken of
+                value = 1.5 * noise - (3.0 if "decay" in name else 0.0)
+            elif name.endswith("_scale"):
+                value = 1 + 0.3 * noise
             elif parameter.dim() == 2:
                 value = noise / parameter.shape[1] ** 0.5
             else:
@@ -152,7 +158,7 @@ def naive_recomputed() -> Iterator[None]:
     all else. Without masks.
     """
     with use_kernel("naive"), pytest.MonkeyPatch.context() as patch:
-        for name in ("wkv4", "wkv5"):
+        for name in ("wkv4", "wkv5", "wkv7"):
             patch.setattr(naive, name, partial(_Recomputed.apply, getattr(naive, name)))
         yield
 

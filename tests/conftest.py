@@ -14,7 +14,7 @@ import pytest
 import rwkv_rev
 
 collect_ignore = ["peers"]  # `make test-peers` has settings of its own
-BUNDLED = {"4": "rwkv-4", "5.2": "rwkv-5.2"}
+BUNDLED = {"4": "rwkv-4", "5.2": "rwkv-5.2", "7": "rwkv-7"}
 LONGEST = (
     "test_bptt",
     "test_finetune_dist",
@@ -83,7 +83,7 @@ def same_random_numbers() -> None:
 
 @pytest.fixture(scope="session")
 def bundled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of the converted bundled checkpoints, by version; both take 0.1 s."""
+    """Folders of the converted bundled checkpoints, by version; all take 0.2 s."""
     root = tmp_path_factory.mktemp("bundled")
     for name in BUNDLED.values():
         rwkv_rev.convert(f"bundled:{name}", root / name)

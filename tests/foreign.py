@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of all four versions in the layouts that other tools publish.
+"""Tiny random checkpoints of all versions in the layouts that other tools publish.
 
 Written independently of ``converters/names.py``, so that a mistake in those tables shows. Decays, bonuses and
 mixes vary by channel and layer as in trained models (mixes leave [0, 1] on both sides); nothing is zero or
@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-VERSIONS = ("4", "5.0", "5.1", "5.2")
+VERSIONS = ("4", "5.0", "5.1", "5.2", "7")
+RANKS = {"w": 5, "a": 6, "v": 7, "g": 9}
+"""Of RWKV-7's low-rank maps."""
 
 
 def blinkdl_state_dict(
@@ -25,13 +27,17 @@ def blinkdl_state_dict(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     bonus: str = "time_faaaa",
+    unused: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """State dict as BlinkDL's trainer saves it; ``bonus`` names the bonus of 5.0 (the others have one)."""
+    """State dict as BlinkDL's trainer saves it; ``bonus`` names the bonus of 5.0 (the others have one).
+
+    ``unused``: layer 0 of RWKV-7 holds v0, v1 and v2, too.
+    """
     if version not in VERSIONS:
         raise ValueError(f"no version {version!r}")
     generator = torch.Generator().manual_seed(seed)
     heads = D // head_size
-    channel_mix = 4 * D if version in ("4", "5.0") else int(3.5 * D) // 32 * 32
+    channel_mix = 4 * D if version in ("4", "5.0", "7") else int(3.5 * D) // 32 * 32
 
     def normal(*shape: int, mean: float = 0.0, std: float = 1.0) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).mul_(std).add_(mean).to(dtype)
@@ -59,6 +65,26 @@ def blinkdl_state_dict(
             state |= norm(f"{block}.ln0")
         state |= norm(f"{block}.ln1")
         state |= norm(f"{block}.ln2")
+        if version == "7":
+            for letter in "rwkvag":
+                state[f"{att}.x_{letter}"] = mix(i)
+            for letter, mean in (("w", -3.0), ("a", 0.0), ("v", 0.5), ("g", 0.0)):
+                if letter == "v" and i == 0 and not unused:
+                    continue
+                if letter != "g":
+                    state[f"{att}.{letter}0"] = normal(1, 1, D, mean=mean, std=2.0)
+                state[f"{att}.{letter}1"] = normal(D, RANKS[letter], std=D**-0.5)
+                state[f"{att}.{letter}2"] = normal(RANKS[letter], D, std=RANKS[letter] ** -0.5)
+            state[f"{att}.k_k"] = normal(1, 1, D, mean=0.8, std=0.2)
+            state[f"{att}.k_a"] = normal(1, 1, D, mean=1.0, std=0.2)
+            state[f"{att}.r_k"] = normal(heads, head_size, std=0.2)
+            for name in ("receptance", "key", "value", "output"):
+                state[f"{att}.{name}.weight"] = matrix(D, D)
+            state |= norm(f"{att}.ln_x")
+            state[f"{ffn}.x_k"] = mix(i)
+            state[f"{ffn}.key.weight"] = matrix(channel_mix, D)
+            state[f"{ffn}.value.weight"] = matrix(D, channel_mix, gain=0.5)
+            continue
         if version == "4":
             state[f"{att}.time_decay"] = decay(D, i, -5.0, 3.0)
             state[f"{att}.time_first"] = normal(D, mean=-1.2, std=0.5)
@@ -110,8 +136,44 @@ def hf_name(name: str) -> str:
     return name if name == "head.weight" else f"rwkv.{name}"
 
 
+_FLA_NAMES = {
+    "blocks.0.ln0.": "blocks.0.pre_norm.",
+    "blocks.": "model.layers.",
+    ".ln1.": ".attn_norm.",
+    ".ln2.": ".ffn_norm.",
+    ".att.": ".attn.",
+    "emb.": "model.embeddings.",
+    "ln_out.": "model.norm.",
+    "head.": "lm_head.",
+    ".attn.receptance.": ".attn.r_proj.",
+    ".attn.key.": ".attn.k_proj.",
+    ".attn.value.": ".attn.v_proj.",
+    ".attn.output.": ".attn.o_proj.",
+    ".attn.ln_x.": ".attn.g_norm.",
+}
+_FLA_LINEAR = {"0": "2.bias", "1": "0.weight", "2": "2.weight"}
+
+
+def fla_state_dict(**kwargs: Any) -> dict[str, torch.Tensor]:
+    """The same values as :func:`blinkdl_state_dict` of RWKV-7, as flash-linear-attention's class holds them."""
+    found = {}
+    for name, tensor in blinkdl_state_dict("7", **kwargs).items():
+        for old, new in _FLA_NAMES.items():
+            name = name.replace(old, new)
+        stem, _, last = name.rpartition(".")
+        if last in ("k_k", "k_a", "w0", "a0", "v0") or name.endswith("ffn.x_k"):
+            tensor = tensor.flatten()
+        if last[0] in RANKS and last[1:] in _FLA_LINEAR:
+            tensor = tensor.mT.contiguous() if last[1] in "12" else tensor
+            name = f"{stem}.{last[0]}_lora.lora.{_FLA_LINEAR[last[1]]}"
+        found[name] = tensor
+    return found
+
+
 def hf_state_dict(version: str, **kwargs: Any) -> dict[str, torch.Tensor]:
-    """The same values as :func:`blinkdl_state_dict` as transformers (4) and the v5 repositories name them."""
+    """The same values as :func:`blinkdl_state_dict` as transformers (4) and the v5 and v7 repositories name them."""
+    if version == "7":
+        return fla_state_dict(**kwargs)
     return {hf_name(name): tensor for name, tensor in blinkdl_state_dict(version, **kwargs).items()}
 
 
@@ -138,6 +200,15 @@ def hf_config(
             "context_length": 1024,
             "intermediate_size": 4 * D,
             "model_type": "rwkv",
+        }
+    if version == "7":
+        return common | {
+            "architectures": ["RWKV7ForCausalLM"],
+            "attn": None,
+            "head_dim": head_size,
+            "hidden_act": "sqrelu",
+            "model_type": "rwkv7",
+            "norm_eps": 1e-5,  # and N times that the GroupNorm's
         }
     return common | {
         "architectures": ["Rwkv5ForCausalLM"],

@@ -1,15 +1,19 @@
-"""RWKV-4, 5.0, 5.1 and 5.2 token by token in float64, straight from the papers: what losses and gradients are held to.
+"""RWKV-4, 5 and 7 token by token in float64, straight from the papers: what losses and gradients are held to.
 
     time mix, RWKV-4    wkv_t = (A + e^{u+k_t} v_t) / (B + e^{u+k_t}),   A <- w A + e^{k_t} v_t,   B <- w B + e^{k_t}
                         Wo (sigmoid(r) * wkv)
     time mix, RWKV-5    y_t = r_t (S + diag(u) k_t^T v_t),    S <- diag(w) S + k_t^T v_t
                         Wo (silu(g) * GroupNorm(y / 8)), in 5.0 without g
     channel mix         sigmoid(r) * Wv relu(k)^2
+    time mix, RWKV-7    S <- (diag(w_t) - (a_t kappa_t)^T kappa_t) S + k_t^T v_t,   y_t = r_t S
+                        Wo (g (GroupNorm(y / 8) + (r k r_k) v))
+    channel mix         Wv relu(k)^2
 
 (Peng et al. 2023, "RWKV: Reinventing RNNs for the Transformer Era", section 3.1; Peng et al. 2024, "Eagle and Finch",
-section 4.1) with w = exp(-exp(time_decay)), every projection of ``mu x_t + (1 - mu) x_{t-1}`` after the LayerNorm, and
-ln0 once on the embedding. Autograd differentiates the lines below; nothing is in chunks, blocked, rounded or rescaled,
-and A and B are the plain sums (float64 holds e^{700}).
+section 4.1; Peng et al. 2025, "RWKV-7 Goose", section 4) with w = exp(-exp(time_decay)) in RWKV-4 and 5, every
+projection of ``mu x_t + (1 - mu) x_{t-1}`` after the LayerNorm, and ln0 once on the embedding. Autograd differentiates
+the lines below; nothing is in chunks, blocked, rounded or rescaled, and A and B are the plain sums (float64 holds
+e^{700}).
 
 Nothing here knows the package that it judges. Tensors have the names that the original trainer gave them. The rule for
 masks is the meaning of a mask, not an implementation of one: masked tokens are taken out of their row, and each
@@ -18,6 +22,7 @@ remaining token predicts the label of the next one that remains.
 Cost: one Python step per token and layer. Tests import it as ``from oracle import Case, solve``.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -191,10 +196,14 @@ def _token(
     """Logits [B, V] and state after one token, whose embedding is x [B, D]."""
     x = _layer_norm(w, "blocks.0.ln0", x)
     after = []
+    first: list[Tensor] = []  # of RWKV-7: the values of layer 0
     for layer, (time_shift, channel_shift, memory) in enumerate(state):
         block = f"blocks.{layer}"
         to_time = _layer_norm(w, f"{block}.ln1", x)
-        mixed, memory = _time_mix(w, f"{block}.att", to_time, time_shift, memory, group_norm)
+        if f"{block}.att.r_k" in w:
+            mixed, memory = _time_mix_7(w, f"{block}.att.", to_time, time_shift, memory, group_norm, first)
+        else:
+            mixed, memory = _time_mix(w, f"{block}.att", to_time, time_shift, memory, group_norm)
         x = x + mixed
         to_channel = _layer_norm(w, f"{block}.ln2", x)
         x = x + _channel_mix(w, f"{block}.ffn", to_channel, channel_shift)
@@ -204,7 +213,11 @@ def _token(
 
 def _derived(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors, mixes as [D], and what is the same for every token: ``w`` and ``u`` of each time mix."""
-    w = {name: tensor.flatten() if ".time_mix_" in name else tensor for name, tensor in weights.items()}
+    vectors = (".time_mix_", ".x_", ".w0", ".a0", ".v0", ".k_k", ".k_a")
+    w = {
+        name: tensor.flatten() if any(part in name for part in vectors) else tensor
+        for name, tensor in weights.items()
+    }
     for name in weights:
         if name.endswith(".time_decay"):
             att = name.removesuffix(".time_decay")
@@ -247,6 +260,47 @@ def _time_mix(
     return y @ w[f"{att}.output.weight"].T, memory
 
 
+def _time_mix_7(
+    w: dict[str, Tensor],
+    att: str,
+    now: Tensor,
+    before: Tensor,
+    memory: Tensor,
+    group_norm: tuple[float, float],
+    first: list[Tensor],
+) -> tuple[Tensor, Tensor]:
+    def mixed(letter: str) -> Tensor:
+        share = w[f"{att}x_{letter}"]
+        return (1 - share) * now + share * before
+
+    def low_rank(letter: str, x: Tensor) -> Tensor:
+        return x @ w[f"{att}{letter}1"] @ w[f"{att}{letter}2"]
+
+    shape = w[f"{att}r_k"].shape
+    r, k, v = (
+        mixed(letter) @ w[f"{att}{name}.weight"].T
+        for letter, name in (("r", "receptance"), ("k", "key"), ("v", "value"))
+    )
+    hidden = torch.tanh(mixed("w") @ w[f"{att}w1"])
+    decay = torch.exp(-math.exp(-0.5) * torch.sigmoid(w[f"{att}w0"] + hidden @ w[f"{att}w2"]))
+    a = torch.sigmoid(w[f"{att}a0"] + low_rank("a", mixed("a")))
+    g = torch.sigmoid(mixed("g") @ w[f"{att}g1"]) @ w[f"{att}g2"]
+    kappa = F.normalize((k * w[f"{att}k_k"]).unflatten(-1, shape), dim=-1)
+    k = k + k * (a - 1) * w[f"{att}k_a"]
+    if first:
+        v = torch.lerp(v, first[0], torch.sigmoid(w[f"{att}v0"] + low_rank("v", mixed("v"))))
+    else:
+        first.append(v)
+    r, k, v, a, decay = (part.unflatten(-1, shape) for part in (r, k, v, a, decay))  # [B, H, N]
+    found = kappa[..., None, :] @ memory
+    memory = decay[..., None] * memory - (a * kappa)[..., None] * found + k[..., None] * v[..., None, :]
+    epsilon, divisor = group_norm
+    y = (r[..., None, :] @ memory).flatten(1) / divisor
+    y = F.group_norm(y, shape[0], w[f"{att}ln_x.weight"], w[f"{att}ln_x.bias"], epsilon)
+    y = y + ((r * k * w[f"{att}r_k"]).sum(-1, keepdim=True) * v).flatten(1)
+    return (y * g) @ w[f"{att}output.weight"].T, memory
+
+
 def _wkv4(k: Tensor, v: Tensor, decay: Tensor, u: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
     """wkv [B, D], and (a, b, m) after the token, whose m is the largest exponent so far, decayed."""
     a, b, m = memory.unbind(1)
@@ -262,6 +316,9 @@ def _wkv4(k: Tensor, v: Tensor, decay: Tensor, u: Tensor, memory: Tensor) -> tup
 
 
 def _channel_mix(w: dict[str, Tensor], ffn: str, now: Tensor, before: Tensor) -> Tensor:
+    if f"{ffn}.x_k" in w:  # RWKV-7
+        key = (now + (before - now) * w[f"{ffn}.x_k"]) @ w[f"{ffn}.key.weight"].T
+        return torch.relu(key).square() @ w[f"{ffn}.value.weight"].T
     mu_k, mu_r = w[f"{ffn}.time_mix_k"], w[f"{ffn}.time_mix_r"]
     key = (mu_k * now + (1 - mu_k) * before) @ w[f"{ffn}.key.weight"].T
     receptance = (mu_r * now + (1 - mu_r) * before) @ w[f"{ffn}.receptance.weight"].T
@@ -304,7 +361,7 @@ def _empty(w: dict[str, Tensor], batch: int) -> State:
     width, dtype = w["emb.weight"].shape[1], w["emb.weight"].dtype
     shift = torch.zeros(layers, batch, width, dtype=dtype)
     if "blocks.0.att.ln_x.weight" in w:
-        heads = w["blocks.0.att.time_decay"].shape[0]
+        heads = w["blocks.0.att.r_k" if "blocks.0.att.r_k" in w else "blocks.0.att.time_decay"].shape[0]
         size = width // heads
         return State(shift, shift.clone(), torch.zeros(layers, batch, heads, size, size, dtype=dtype))
     memory = torch.zeros(layers, batch, 3, width, dtype=dtype)

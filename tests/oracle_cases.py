@@ -19,6 +19,15 @@ import rwkv_rev
 from rwkv_rev import RwkvRevForCausalLM, RwkvRevState
 
 ROWS, LENGTH = 3, 22
+MAPS_OF_7 = {"decay": "w", "rate": "a", "residual": "v", "gate": "g"}
+OF_7 = {
+    **{f".mix_before_{name}": f".x_{name[0]}" for name in ("receptance", "key", "value", "gate")},
+    **{".mix_before_decay": ".x_w", ".mix_before_rate": ".x_a", ".bonus": ".r_k"},
+    **{".removal_scale": ".k_k", ".rate_scale": ".k_a"},
+    **{f".{name}_{part}": f".{letter}{place}" for name, letter in MAPS_OF_7.items()
+       for part, place in (("base", 0), ("down.weight", 1), ("up.weight", 2))},
+}  # fmt: skip
+"""Ours in RWKV-7's blocks, and what the original calls them."""
 MASKS = ("none", "left", "right", "holes", "documents", "empty row")
 LABELS = ("all", "prompt", "scattered", "one", "trailing")
 STATES = ("none", "given", "given, with objective")
@@ -65,7 +74,8 @@ def bundled_path(version: str) -> Path:
 
 
 def peer_path(version: str) -> Path:
-    name = {"4": "tiny-rwkv-4v0-660K.pth", "5.2": "tiny-rwkv-5v2-730K.pth"}[version]
+    names = {"4": "tiny-rwkv-4v0-660K.pth", "5.2": "tiny-rwkv-5v2-730K.pth", "7": "tiny-rwkv-7v0-834K.pth"}
+    name = names[version]
     path = Path(__file__).parents[2] / "shared" / "peer" / name
     if not path.exists():
         pytest.skip("needs the peers' checkpoints")
@@ -76,6 +86,10 @@ def original_name(model: RwkvRevForCausalLM, name: str) -> str:
     """What the original calls the parameter that the model calls ``name``."""
     name = name.replace("model.ln0.", "blocks.0.ln0.").replace("model.embeddings.", "emb.")
     name = name.removeprefix("model.").replace(".time_mix.", ".att.").replace(".channel_mix.", ".ffn.")
+    if model.config.rwkv_version == "7":
+        for ours, theirs in OF_7.items():
+            name = name.replace(ours, theirs)
+        return name
     for mix in ("key", "value", "receptance", "gate"):
         name = name.replace(f".mix_{mix}", f".time_mix_{mix[0]}")
     exponential = model.config.rwkv_version == "4" or model.config.bonus_is_exponential
@@ -249,7 +263,7 @@ LOSSY = Bounds(1e-6, 1e-6, overall=2e-6, each=2e-5)
 
 
 def float64_bounds(name: str, strategy: str) -> Bounds:
-    on_grid = strategy in ("checkpoint", "reversible", "auto") and not name.endswith("4")
+    on_grid = strategy in ("checkpoint", "reversible", "auto") and not name.endswith(("4", "7"))
     return GRID if on_grid else FLOAT64
 
 
@@ -283,7 +297,13 @@ def ask(model: RwkvRevForCausalLM, case: Case, strategy: str, chunk: int) -> Ans
     return Answer(
         output.loss.item(),
         State(*output.state.tensors()),
-        {original_name(model, name): gradient(p) for name, p in model.named_parameters()},
+        {
+            # low-rank maps lie transposed
+            original_name(model, name): gradient(p).mT
+            if name.endswith(("_down.weight", "_up.weight"))
+            else gradient(p)
+            for name, p in model.named_parameters()
+        },
         {} if given is None else dict(zip(PARTS, map(gradient, given.tensors()), strict=True)),
         None if embeds is None else gradient(embeds),
     )

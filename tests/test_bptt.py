@@ -20,10 +20,12 @@ from bptt_cases import (
     random_state,
     random_tokens,
     relative_error,
+    relative_errors,
     tiny_model,
 )
 
 from rwkv_rev import RwkvRevForCausalLM, RwkvRevState
+from rwkv_rev.equivalence.tolerance import NOISE_FACTOR
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.loss import IGNORE
 from rwkv_rev.wkv import use_kernel
@@ -31,7 +33,9 @@ from rwkv_rev.wkv import use_kernel
 EXACT = ("full", "checkpoint", "reversible")
 TWO_SWEEPS = ("checkpoint", "reversible")
 LENGTHS = [512, pytest.param(4096, marks=pytest.mark.slow)]
-BUNDLED = ("4", "5.2")
+BUNDLED = ("4", "5.2", "7")
+WHOLE = ("4", "7")
+"""Whose states are kept whole by either strategy."""
 
 
 # --- bundled checkpoints on real text ---------------------------------------------------------------------------
@@ -76,12 +80,17 @@ def test_bundled_checkpoints_on_real_text(
     assert_same_bits(reversible, checkpoint)
     assert_agree(reversible, full)
     least = grouped_errors(full.gradients, truth.gradients)
-    for group, error in grouped_errors(reversible.gradients, truth.gradients).items():
-        assert error <= AS_CLOSE * least[group], (group, error, least[group])
+    found = grouped_errors(reversible.gradients, truth.gradients)
+    farther = {group for group, error in found.items() if not error <= AS_CLOSE * least[group]}
+    if version == "7" and farther and "all" not in farther:  # rounding of a few numbers, if float64 says so
+        wide = differentiate(load(bundled[version], torch.float64), "reversible", chunk, input_ids=tokens)
+        assert max(relative_errors(wide.gradients, truth.gradients).values()) <= 1e-9
+        farther = {group for group in farther if not found[group] <= NOISE_FACTOR * least[group]}
+    assert not farther, {group: (found[group], least[group]) for group in farther}
     assert abs(reversible.loss.item() - truth.loss.item()) <= 1e-6 * truth.loss.item()
     assert (
         reversible.report["tape_bytes"] == 0
-        or version == "4"
+        or version in WHOLE
         or (reversible.report["tape_bytes"] < checkpoint.report["tape_bytes"])
     )
 
@@ -459,6 +468,10 @@ def test_lossy_refuses_what_would_be_noise() -> None:
         differentiate(model, "reversible-lossy", 16, input_ids=tokens)
     with pytest.raises(StrategyError, match=r"RWKV-5.*'reversible'"):
         differentiate(tiny_model("4"), "reversible-lossy", 16, input_ids=tokens)
+    with pytest.raises(
+        StrategyError, match=r"RWKV-7, whose transition is not elementwise and can be singular"
+    ):
+        differentiate(tiny_model("7"), "reversible-lossy", 16, input_ids=tokens)
 
 
 def test_lossy_on_the_bundled_checkpoint_refuses(bundled: dict[str, Path]) -> None:

@@ -144,9 +144,9 @@ def test_the_bounds_of_what_the_kernel_is_told() -> None:
         projection = cell.project(*[torch.randn(1, 50, 16).bfloat16() * 30] * 6)
     assert projection.log_decay.dtype == projection.removal.dtype == torch.float32
     assert (
-        -FASTEST_DECAY - 1e-7 <= float(projection.log_decay.min()) and float(projection.log_decay.max()) <= 0
+        float(projection.log_decay.min()) >= -FASTEST_DECAY - 1e-7 and float(projection.log_decay.max()) <= 0
     )
-    assert 0 <= float(projection.rate.min()) and float(projection.rate.max()) <= 1
+    assert float(projection.rate.min()) >= 0 and float(projection.rate.max()) <= 1
     torch.testing.assert_close(projection.removal.norm(dim=-1), torch.ones(1, 50, 2))
 
 

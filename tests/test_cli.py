@@ -79,7 +79,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         ("rewritten", "original .pth"),
     ),
     "rwkv-6": (lambda p: save(p, rename_att), ("RWKV-6", "5.2")),
-    "rwkv-7": (lambda p: save(p, lambda s: s.update({"blocks.0.att.x_r": torch.ones(32)})), ("RWKV-7",)),
+    "rwkv-8": (lambda p: save(p, lambda s: s.update({"blocks.0.rosa.x_q": torch.ones(32)})), ("RWKV-8",)),
 }
 
 
@@ -101,7 +101,7 @@ def test_bad_files(cli: Cli, tmp_path: Path, kind: str) -> None:
     ("arguments", "code", "words"),
     [
         (("convert", "nothing.pth"), 1, ("nothing.pth", "does not exist")),
-        (("convert", "bundled:rwkv-7"), 1, ("bundled:rwkv-4",)),
+        (("convert", "bundled:rwkv-3"), 1, ("bundled:rwkv-4",)),
         (("convert", "https://huggingface.co/BlinkDL/rwkv-4-pile-169m"), 1, ("URL", "owner/name")),
         (("convert", "bundled:rwkv-4", "--revision", "main"), 1, ("--revision",)),
         (("convert", "bundled:rwkv-4", "--output", "taken"), 1, ("taken already exists", "--force")),

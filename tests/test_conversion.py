@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig
 
+from rwkv_rev.bundled import BUNDLED
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.conversion import ConversionDiffers, convert
 from rwkv_rev.converters.converted import ConvertedModel
@@ -49,9 +50,14 @@ def test_folder_is_complete_and_holds_the_values(tmp_path: Path, version: str) -
     }
     weights = load_file(tmp_path / "model" / "model.safetensors")
     assert len(weights) == len(state)
-    key = "blocks.1.att.time_decay"
-    assert torch.equal(weights["model.blocks.1.time_mix.time_decay"], state[key])
-    assert torch.equal(weights["model.blocks.1.time_mix.mix_key"], state["blocks.1.att.time_mix_k"].flatten())
+    names = {"time_decay": "time_decay", "mix_key": "time_mix_k"}
+    if version == "7":
+        names = {"decay_base": "w0", "mix_before_key": "x_k"}
+        down = weights["model.blocks.1.time_mix.decay_down.weight"]
+        assert torch.equal(down, state["blocks.1.att.w1"].mT)
+    for ours, theirs in names.items():
+        found, stored = weights[f"model.blocks.1.time_mix.{ours}"], state[f"blocks.1.att.{theirs}"]
+        assert torch.equal(found, stored if ours == "time_decay" else stored.flatten())
     config = RwkvRevConfig.from_pretrained(tmp_path / "model")
     assert config.rwkv_version == version
     assert config.architectures == ["RwkvRevForCausalLM"]
@@ -264,7 +270,7 @@ def test_the_folder_appears_only_if_verification_passes(
     assert seen == [256]
 
 
-@pytest.mark.parametrize("name", ["rwkv-4", "rwkv-5.2"])
+@pytest.mark.parametrize("name", BUNDLED)
 def test_bundled_checkpoints_verify(tmp_path: Path, name: str) -> None:
     result = convert(f"bundled:{name}", tmp_path / "model", verify=True)
     assert result.verification.passed

@@ -11,6 +11,7 @@ import torch
 from foreign import VERSIONS, blinkdl_state_dict, hf_config, hf_state_dict
 from safetensors.torch import save_file
 
+from rwkv_rev.architectures.registry import architecture
 from rwkv_rev.converters.detection import Detected, detect
 from rwkv_rev.converters.reading import open_checkpoint
 from rwkv_rev.errors import CheckpointError
@@ -58,12 +59,14 @@ def test_every_version(look: Any, version: str, layers: int, hugging_face: bool)
     found = look(dict(items), hf_config(version, layers=99, D=640, vocab=7) if hugging_face else None)
     assert found.version == version
     heads = (1, 32) if version == "4" else (4, 8)
-    assert sizes(found) == (layers, 32, *heads, 128 if version in ("4", "5.0") else 96, 64)
-    assert found.layout == (("transformers" if version == "4" else "v5-hub") if hugging_face else "blinkdl")
+    assert sizes(found) == (layers, 32, *heads, 128 if version in ("4", "5.0", "7") else 96, 64)
+    known = architecture(version)
+    assert found.layout == (known.hub_layout if hugging_face else known.own_layout)
     assert not found.bonus_is_exponential
     assert found.unusual_shapes == {}
     config = found.to_config()
-    assert (config.rwkv_version, config.group_norm_epsilon) == (version, 64e-5)
+    eps = 8e-5 if version == "7" and hugging_face else 64e-5  # N times the LayerNorm's there
+    assert (config.rwkv_version, config.group_norm_epsilon) == (version, pytest.approx(eps, rel=1e-12))
     assert {entry.foreign for entry in found.tensors()} == {name for name, _ in items}
 
 
@@ -148,6 +151,11 @@ def test_impossible_numbers_of_the_configuration(look: Any, config: dict[str, An
         ("5.2", "blocks.0.att.time_decay", (4, 8, 1)),
         ("5.2", "blocks.1.att.time_faaaa", (4, 8, 1)),
         ("5.2", "blocks.1.att.time_mix_g", (32,)),
+        ("7", "blocks.1.att.x_g", (32,)),
+        ("7", "blocks.0.att.w0", (32,)),
+        ("7", "blocks.1.att.v0", (1, 32)),
+        ("7", "blocks.0.att.k_a", (32,)),
+        ("7", "blocks.1.ffn.x_k", (32,)),
     ],
 )
 def test_vectors_with_other_dimensions_of_size_one(
@@ -212,10 +220,14 @@ def test_any_wrong_shape_is_named(look: Any, version: str) -> None:
     for name, tensor in state.items():
         if name.endswith("ffn.key.weight") and name.startswith("blocks.0"):
             continue  # defines F: the others are blamed
+        if version == "7" and name.endswith(("0.att.w1", "0.att.a1", "1.att.v1", "0.att.g1")):
+            continue  # defines a rank
         wrong = torch.zeros(*tensor.shape[:-1], tensor.shape[-1] + 1)
         message = refused(look, state | {name: wrong})
-        if name == "blocks.0.att.time_decay" and version != "4":
-            assert f"time_decay has the shape {list(wrong.shape)}" in message or "wrong shapes" in message
+        told = {"time_decay": version != "4", "r_k": True}.get(name.removeprefix("blocks.0.att."))
+        if told:
+            last = name.rpartition(".")[2]
+            assert f"{last} has the shape {list(wrong.shape)}" in message or "wrong shapes" in message
         else:
             assert f"{name} is {list(wrong.shape)} instead of {list(tensor.shape)}" in message
 
@@ -264,10 +276,10 @@ def test_floating_dtypes(look: Any, dtype: torch.dtype) -> None:
     [
         ("blocks.0.att.time_maa_x", "is an RWKV-6 model"),
         ("rwkv.blocks.0.attention.time_maa_w1", "is an RWKV-6 model"),
-        ("blocks.0.att.x_r", "is an RWKV-7 model"),
-        ("blocks.3.att.r_k", "is an RWKV-7 model"),
-        ("blocks.0.att.w0", "is an RWKV-7 model"),
-        ("model.layers.0.attn.r_proj.weight", "is an RWKV-7 model"),
+        ("blocks.0.ffn.s_emb.weight", r"is an RWKV-7a or 7b \(deep embeddings\) model"),
+        ("blocks.0.ffn.s1", r"is an RWKV-7a or 7b \(deep embeddings\) model"),
+        ("blocks.0.rosa.x_q", "is an RWKV-8 model"),
+        ("blocks.0.ffn.enn.weight", "is an RWKV-8 model"),
         ("blocks.0.att.time_alpha", "is an RWKV-1 model"),
         ("blocks.0.att.key.lora_A", "adapter"),
         ("blocks.0.att.key.weight_mx", "quantised by the rwkv package"),
@@ -311,6 +323,55 @@ def test_initial_states(look: Any) -> None:
     assert "a tuned initial state of RWKV-4" in refused(look, blinkdl_state_dict("4") | states)
 
 
+def test_the_unused_tensors_of_layer_0(look: Any) -> None:
+    assert look(blinkdl_state_dict("7", unused=True)).own["unused_residual"]
+    assert not look(blinkdl_state_dict("7")).own["unused_residual"]
+    state = blinkdl_state_dict("7", unused=True)
+    del state["blocks.0.att.v1"]
+    assert "missing blocks.0.att.v1" in refused(look, state)
+    state = hf_state_dict("7") | {"model.layers.0.attn.v_lora.lora.2.bias": torch.zeros(32)}
+    assert "left over model.layers.0.attn.v_lora.lora.2.bias" in refused(look, state)
+
+
+@pytest.mark.parametrize("hugging_face", [False, True], ids=["blinkdl", "hf"])
+@pytest.mark.parametrize(("D", "head_size"), [(32, 8), (64, 64), (8, 4)])  # the last narrower than a rank
+def test_ranks(look: Any, D: int, head_size: int, hugging_face: bool) -> None:
+    make = hf_state_dict if hugging_face else blinkdl_state_dict
+    found = look(make("7", D=D, head_size=head_size))
+    assert {name: found.own[name] for name in found.own if name.endswith("rank")} == {
+        "decay_rank": 5, "rate_rank": 6, "residual_rank": 7, "gate_rank": 9,
+    }  # fmt: skip
+    assert (D, D // head_size, head_size) == (found.D, found.H, found.N)
+
+
+@pytest.mark.parametrize("wrapper", ["", "module.", "base_model.model.", "_orig_mod.module."])
+def test_a_layout_that_begins_as_a_wrapper_does(look: Any, wrapper: str) -> None:
+    """``model.`` is a part of flash-linear-attention's names, and of nobody else's."""
+    state = {wrapper + name: tensor for name, tensor in hf_state_dict("7").items()}
+    assert look(state, hf_config("7")).layout == "fla"
+    assert look({f"model.{name}": t for name, t in blinkdl_state_dict("7").items()}).layout == "blinkdl"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"attn": {"layers": [1]}}, r"attn = .*only None is understood"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu': only 'sqrelu' is understood"),
+        ({"norm_eps": 0}, "norm_eps = 0; it must be above 0"),
+    ],
+)
+def test_what_a_configuration_of_fla_says(look: Any, config: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        look(hf_state_dict("7"), hf_config("7") | config)
+    found = look(hf_state_dict("7"), hf_config("7") | {"norm_eps": 1e-6})
+    assert (found.layer_norm_epsilon, found.group_norm_epsilon) == (1e-6, 8e-6)
+
+
+def test_the_first_version_of_fla(look: Any) -> None:
+    state = hf_state_dict("7") | {"model.layers.0.attn.x_x": torch.zeros(6, 32)}
+    assert "flash-linear-attention's first version" in refused(look, state)
+
+
 def test_not_rwkv(look: Any) -> None:
     message = refused(look, {"model.layers.0.self_attn.q_proj.weight": torch.zeros(2, 2)})
     assert "is not an RWKV model" in message
@@ -323,7 +384,9 @@ def test_not_rwkv(look: Any) -> None:
         ("checkpoints/rwkv-4-docs-1.3M-ctx512.pth", ("4", 6, 128, 1, 128, 512, 256)),
         ("checkpoints/rwkv-5.2-docs-1.3M-ctx512.pth", ("5.2", 6, 128, 2, 64, 448, 256)),
         ("peer/tiny-rwkv-4v0-660K.pth", ("4", 4, 128, 1, 128, 256, 256)),
+        ("checkpoints/rwkv-7-docs-1.3M-ctx512.pth", ("7", 6, 128, 2, 64, 512, 256)),
         ("peer/tiny-rwkv-5v2-730K.pth", ("5.2", 12, 64, 8, 8, 256, 256)),
+        ("peer/tiny-rwkv-7v0-834K.pth", ("7", 12, 64, 1, 64, 256, 256)),
     ],
 )
 def test_trained_files(file: str, expected: tuple[Any, ...]) -> None:
@@ -334,7 +397,7 @@ def test_trained_files(file: str, expected: tuple[Any, ...]) -> None:
     assert (found.version, *sizes(found)) == expected
 
 
-@pytest.mark.parametrize(("name", "version"), [("rwkv-4", "4"), ("rwkv-5.2", "5.2")])
+@pytest.mark.parametrize(("name", "version"), [("rwkv-4", "4"), ("rwkv-5.2", "5.2"), ("rwkv-7", "7")])
 def test_bundled(name: str, version: str) -> None:
     with open_checkpoint(resolve(parse_source(f"bundled:{name}"))) as checkpoint:
         assert detect(checkpoint).version == version

@@ -10,10 +10,12 @@ import torch
 from foreign import VERSIONS, blinkdl_state_dict, hf_config, hf_state_dict
 from safetensors.torch import load_file, save_file
 
+from rwkv_rev.architectures.registry import architecture
 from rwkv_rev.bundled import BUNDLED, bundled_path
 from rwkv_rev.conversion import convert
 from rwkv_rev.converters.export import export
 from rwkv_rev.errors import CheckpointError, OutputError, SourceError
+from rwkv_rev.modeling import RwkvRevForCausalLM
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = {"vocab": 256, "D": 32, "head_size": 8}
@@ -75,9 +77,37 @@ def test_layouts_translate_into_each_other(tmp_path: Path, version: str) -> None
     export(tmp_path / "one", tmp_path / "hf", to="hf")
     same_bits(hf_state_dict(version, **SIZES), load_folder(tmp_path / "hf"))
     again = convert(tmp_path / "hf", tmp_path / "two")
-    assert again.record["layout"] == ("transformers" if version == "4" else "v5-hub")
+    assert again.record["layout"] == architecture(version).hub_layout
     export(tmp_path / "two", tmp_path / "b.pth")
     same_bits(blinkdl_state_dict(version, **SIZES), torch.load(tmp_path / "b.pth", weights_only=True))
+
+
+def test_the_unused_tensors_of_layer_0_come_back(tmp_path: Path) -> None:
+    """They are there, bit for bit, and no parameters; flash-linear-attention's layout has no place for them."""
+    original = blinkdl_state_dict("7", unused=True, **SIZES)
+    torch.save(original, tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "model", verify=True)
+    export(tmp_path / "model", tmp_path / "b.pth")
+    same_bits(original, torch.load(tmp_path / "b.pth", weights_only=True))
+    model = RwkvRevForCausalLM.from_pretrained(tmp_path / "model")
+    assert not [name for name, _ in model.named_parameters() if "unused" in name]
+    model.save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "b.pth", force=True)
+    same_bits(original, torch.load(tmp_path / "b.pth", weights_only=True))
+    model.config.group_norm_epsilon = 8e-5
+    model.save_pretrained(tmp_path / "model")
+    result = export(tmp_path / "model", tmp_path / "hf", to="hf")
+    assert result.note is not None and "v0, v1 and v2 of layer 0" in result.note
+    assert load_folder(tmp_path / "hf").keys() == hf_state_dict("7", **SIZES).keys()
+
+
+def test_an_eps_that_fla_does_not_compute_with_is_told_of(tmp_path: Path) -> None:
+    torch.save(blinkdl_state_dict("7", **SIZES), tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "model")
+    note = export(tmp_path / "model", tmp_path / "hf", to="hf").note
+    assert note is not None and "GroupNorm eps 0.00064" in note and "8e-05" in note
+    convert("bundled:rwkv-7", tmp_path / "other")  # N = 64, as in every published model
+    assert export(tmp_path / "other", tmp_path / "hf", to="hf", force=True).note is None
 
 
 def test_mixed_dtypes_stay_mixed(tmp_path: Path) -> None:

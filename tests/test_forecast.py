@@ -26,6 +26,15 @@ WIDE = {
         head_size=64,
         intermediate_size=1120,
     ),
+    "7": RwkvRevConfig(
+        rwkv_version="7",
+        vocab_size=1000,
+        hidden_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        head_size=64,
+        intermediate_size=1024,
+    ),
     "4": RwkvRevConfig(
         rwkv_version="4",
         vocab_size=2000,
@@ -75,9 +84,10 @@ def saved_bytes(model: RwkvRevForCausalLM, ids: torch.Tensor) -> int:
 def forecasts(
     model: RwkvRevForCausalLM, context: int, batch: int, chunk: int, **kind: Any
 ) -> dict[str, StrategyForecast]:
+    decays = [block.time_mix.log_decay() for block in model.model.blocks]
     found = forecast_memory(
         model.config,
-        [block.time_mix.log_decay().detach() for block in model.model.blocks],
+        [decay.detach() for decay in decays if decay is not None],
         sum(parameter.numel() for parameter in model.parameters()),
         context_length=context,
         batch_size=batch,
@@ -108,7 +118,9 @@ def measured(
     return peak + sum(parameter.nbytes for parameter in model.parameters()), report.get("tape_bytes", 0)
 
 
-@pytest.fixture(scope="module", params=["bundled 4", "bundled 5.2", "wide 4", "wide 5.2"])
+@pytest.fixture(
+    scope="module", params=["bundled 4", "bundled 5.2", "bundled 7", "wide 4", "wide 5.2", "wide 7"]
+)
 def model(request: pytest.FixtureRequest, bundled: dict[str, Path]) -> RwkvRevForCausalLM:
     kind, version = request.param.split()
     if kind == "bundled":

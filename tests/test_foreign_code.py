@@ -44,10 +44,10 @@ def direction(size: int) -> Tensor:
 
 
 def steer(module: nn.Module, given: Any, output: Any) -> Any:
-    """A steering vector, on a tensor or on the first of several outputs."""
+    """A steering vector, on a tensor or on the first of several outputs (a stream: the residual)."""
     if isinstance(output, Tensor):
         return output + direction(16)
-    return (output[0] + direction(16), *output[1:])
+    return (steer(module, given, output[0]), *output[1:])
 
 
 PLACES = [

@@ -10,7 +10,8 @@ from rwkv_rev.architectures.registry import architecture
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.names import layouts, tensor_table
 
-DECAYS = {"4": (32,), "5.0": (4,), "5.1": (4,), "5.2": (4, 8)}
+DECAYS = {"4": (32,), "5.0": (4,), "5.1": (4,), "5.2": (4, 8), "7": (32,)}
+OF_7 = {"decay_rank": 5, "rate_rank": 6, "residual_rank": 7, "gate_rank": 9}
 
 
 def hub_layout(version: str) -> str:
@@ -26,8 +27,9 @@ def config_of(version: str, *, layers: int = 2, exponential: bool = False) -> Rw
         num_hidden_layers=layers,
         num_attention_heads=heads,
         head_size=32 // heads,
-        intermediate_size=128 if version in ("4", "5.0") else 96,
+        intermediate_size=128 if version in ("4", "5.0", "7") else 96,
         bonus_is_exponential=exponential,
+        **(OF_7 if version == "7" else {}),
     )
 
 
@@ -76,13 +78,14 @@ def test_our_names_are_the_same_in_every_layout(version: str) -> None:
     names = [entry.name for entry in blinkdl]
     assert len(set(names)) == len(names)
     shapes = {entry.name: entry.shape for entry in blinkdl}
-    assert shapes["model.blocks.1.time_mix.time_decay"] == DECAYS[version]
-    assert shapes["model.blocks.0.time_mix.mix_key"] == (32,)
+    decay, mix = ("decay_base", "mix_before_key") if version == "7" else ("time_decay", "mix_key")
+    assert shapes[f"model.blocks.1.time_mix.{decay}"] == DECAYS[version]
+    assert shapes[f"model.blocks.0.time_mix.{mix}"] == (32,)
 
 
 @pytest.mark.parametrize(
     ("version", "layout"),
-    [("4", "v5-hub"), ("5.0", "transformers"), ("5.2", "transformers"), ("5.2", "gguf")],
+    [("4", "v5-hub"), ("5.0", "transformers"), ("5.2", "transformers"), ("5.2", "gguf"), ("7", "v5-hub")],
 )
 def test_impossible_layouts(version: str, layout: str) -> None:
     with pytest.raises(ValueError, match=f"{layout}|{layouts()[0]}"):

@@ -34,8 +34,8 @@ from oracle_cases import (
     peer_path,
 )
 
-RANDOM = ("4", "5.0", "5.0 time_faaaa", "5.1", "5.2")
-TRAINED = ("bundled 4", "bundled 5.2", "peer 4", "peer 5.2")
+RANDOM = ("4", "5.0", "5.0 time_faaaa", "5.1", "5.2", "7")
+TRAINED = ("bundled 4", "bundled 5.2", "bundled 7", "peer 4", "peer 5.2", "peer 7")
 CHUNKS = (7, 8, 16, LENGTH - 1, LENGTH, LENGTH + 1)
 
 
@@ -160,7 +160,7 @@ def test_the_oracle_knows_nothing_of_the_package() -> None:
     assert imported == {"collections.abc", "dataclasses", "torch", "torch.nn.functional"}
 
 
-@pytest.mark.parametrize("version", ["4", "5.2"])
+@pytest.mark.parametrize("version", ["4", "5.2", "7"])
 def test_the_oracle_gives_the_logits_of_others(subject: Callable[[str], Subject], version: str) -> None:
     """Logits that another implementation published for a trained model."""
     one = subject(f"peer {version}")

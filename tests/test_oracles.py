@@ -37,13 +37,13 @@ def original_of(version: str, **kwargs: object) -> Original:
     return Original(blinkdl_state_dict(version, **kwargs), "random", transformers_tensors=hf)
 
 
-@pytest.mark.parametrize("peer", ["tiny-rwkv-4v0-660K", "tiny-rwkv-5v2-730K"])
+@pytest.mark.parametrize("peer", ["tiny-rwkv-4v0-660K", "tiny-rwkv-5v2-730K", "tiny-rwkv-7v0-834K"])
 def test_naive_reproduces_the_expected_logits_of_other_peoples_models(peer: str) -> None:
     if not PEER.is_dir():
         pytest.skip("no ../shared/peer")
     expected = json.loads((PEER / f"{peer}.expected.json").read_text())
     tensors = torch.load(PEER / f"{peer}.pth", weights_only=True)
-    eps = expected["group_norm_eps"] or 64e-5
+    eps = expected.get("group_norm_eps") or 64e-5
     logits = torch.cat(
         list(naive_logits(tensors, torch.tensor(expected["prompt_bytes"]), group_norm_epsilon=eps))
     )
@@ -69,6 +69,8 @@ CASES = [
     ("5.0", {"layers": 1, "bonus": "time_first"}),
     ("5.1", {"layers": 1, "dtype": torch.bfloat16}),
     ("5.2", {"dtype": torch.float16}),
+    ("7", {"layers": 1}),
+    ("7", {"dtype": torch.bfloat16, "unused": True}),
 ]
 
 
@@ -94,6 +96,22 @@ def test_rwkv_package_in_float64(version: str, dtype: torch.dtype) -> None:
     found = torch.cat(list(oracles.rwkv_package(original, tokens, torch.float64)))
     assert found.dtype == torch.float64
     assert (found - naive(original, tokens)).abs().max() < 1e-12
+
+
+@needs_rwkv
+def test_rwkv_package_with_a_tuned_state_of_rwkv7() -> None:
+    """Which its class does not read by itself."""
+    states = {f"blocks.{i}.att.time_state": torch.randn(4, 8, 8) for i in range(2)}
+    original = Original(blinkdl_state_dict("7") | states, "random")
+    found = torch.cat(list(oracles.rwkv_package(original, TOKENS)))
+    assert (found - naive(original, TOKENS)).abs().max() < FLOAT32_NOISE
+    assert (found - naive(original_of("7"), TOKENS)).abs().max() > 0.1
+
+
+@needs_rwkv
+def test_rwkv_package_has_no_float64_of_rwkv7() -> None:
+    with pytest.raises(OracleUnavailable, match=r"0\.606531"):
+        next(oracles.rwkv_package(original_of("7"), TOKENS, torch.float64))
 
 
 def test_transformers_has_no_float64() -> None:
@@ -149,9 +167,9 @@ def test_rwkv_package_failure_is_one_line() -> None:
 def test_rwkv_package_answers_again_after_its_process_died() -> None:
     original = original_of("4")
     first = torch.cat(list(oracles.rwkv_package(original, TOKENS)))
-    worker = oracles._workers[os.getpid(), torch.float32]
+    worker = oracles._workers[os.getpid(), torch.float32, False]
     assert torch.equal(torch.cat(list(oracles.rwkv_package(original, TOKENS))), first)
-    assert oracles._workers[os.getpid(), torch.float32] is worker, "one process answers all"
+    assert oracles._workers[os.getpid(), torch.float32, False] is worker, "one process answers all"
     worker._process.kill()
     worker._process.wait()
     assert torch.equal(torch.cat(list(oracles.rwkv_package(original, TOKENS))), first)

@@ -61,7 +61,7 @@ def test_existing_path_wins_over_hub_id(here: Path) -> None:
     assert parse_source(str(source)).path.resolve() == source.path.resolve()
 
 
-@pytest.mark.parametrize("name", ["rwkv-4", "rwkv-5.2"])
+@pytest.mark.parametrize("name", ["rwkv-4", "rwkv-5.2", "rwkv-7"])
 def test_bundled(name: str) -> None:
     source = parse_source(f"bundled:{name}")
     assert (source.kind, source.location, str(source)) == ("bundled", name, f"bundled:{name}")
@@ -70,7 +70,16 @@ def test_bundled(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["BlinkDL/rwkv-4-pile-169m", "bundled:rwkv-4", "bundled:rwkv-5.2", "./d", "d", "d/m.pth"]
+    "text",
+    [
+        "BlinkDL/rwkv-4-pile-169m",
+        "bundled:rwkv-4",
+        "bundled:rwkv-5.2",
+        "bundled:rwkv-7",
+        "./d",
+        "d",
+        "d/m.pth",
+    ],
 )
 def test_text_round_trip(here: Path, text: str) -> None:
     (here / "d").mkdir()
@@ -92,7 +101,7 @@ def test_text_round_trip(here: Path, text: str) -> None:
         ("../nowhere", "does not exist"),
         ("a/b/c", "does not exist"),
         ("rwkv", "neither a path that exists nor a Hub id"),
-        ("bundled:rwkv-7", "bundled:rwkv-4, bundled:rwkv-5.2"),
+        ("bundled:rwkv-3", "bundled:rwkv-4, bundled:rwkv-5.2, bundled:rwkv-7"),
         ("bundled:", "bundled:rwkv-4"),
         ("https://huggingface.co/BlinkDL/rwkv-5-world", "owner/name"),
         ("x" * 5000, "cannot be looked at"),

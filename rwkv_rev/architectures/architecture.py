@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rwkv_rev.architectures.epsilons import by_divisor
 from rwkv_rev.architectures.fields import Field
 from rwkv_rev.architectures.scan import Scan
 from rwkv_rev.cells.contract import ReversibleCell
@@ -33,7 +34,7 @@ LETTERS = {
 """Of which field of the configuration a letter of a shape is the size."""
 
 
-def _nothing(_: Any) -> None:
+def _nothing(*_: Any) -> None:
     return None
 
 
@@ -60,21 +61,36 @@ class Row:
         ours: its name in a converted model.
         shape: its letters there.
         foreign: its name in each of :attr:`Architecture.layouts`, None where a layout has no place for it.
-        foreign_shape: its letters there, where they are others.
+        foreign_shape: its letters there, where they are others; a tuple has them for each layout.
         squeezable: whether files may hold it with more or fewer dimensions of size one (all vectors are so).
-        transposed: whether the last two dimensions are exchanged in the foreign layouts.
+        transposed: whether the last two dimensions are exchanged in the foreign layouts; a tuple tells of each.
         only: a field of the configuration and the value at which there is such a tensor; always when None.
-        lowest: the lowest block that has it.
+        lowest, highest: the blocks that have it; None for all that are above.
     """
 
     ours: str
     shape: str
     foreign: tuple[str | None, ...] = ()
-    foreign_shape: str | None = None
+    foreign_shape: str | tuple[str, ...] | None = None
     squeezable: bool = False
-    transposed: bool = False
+    transposed: bool | tuple[bool, ...] = False
     only: tuple[str, Any] | None = None
     lowest: int = 0
+    highest: int | None = None
+
+    def is_in(self, layer: int) -> bool:
+        """Whether block ``layer`` has it."""
+        return self.lowest <= layer and (self.highest is None or layer <= self.highest)
+
+    def foreign_letters(self, column: int) -> str:
+        """The letters of its shape in a layout."""
+        if isinstance(self.foreign_shape, tuple):
+            return self.foreign_shape[column]
+        return self.foreign_shape or self.shape
+
+    def is_transposed(self, column: int) -> bool:
+        """Whether the last two dimensions are exchanged in a layout."""
+        return self.transposed[column] if isinstance(self.transposed, tuple) else self.transposed
 
 
 @dataclass(frozen=True)
@@ -120,6 +136,7 @@ class Cost:
         remnant: bytes of each tensor that one chunk puts there otherwise, fingerprints too but no token shifts, by
             (config, log w of the stored shape or None, B, C).
         shifts: how many token shifts of D numbers it puts there besides.
+        half, narrow: what the graph takes of its float32 size under autocast to 16 bits, and in a model of 16 bits.
     """
 
     vectors: int
@@ -129,6 +146,8 @@ class Cost:
     whole: Callable[["RwkvRevConfig", int], list[int]]
     remnant: Callable[["RwkvRevConfig", Tensor | None, int, int], list[int]]
     shifts: int = 2
+    half: float = 2 / 3
+    narrow: float = 0.6
 
 
 OUTSIDE = (
@@ -181,8 +200,9 @@ class Architecture:
         log_decay: log w of the stored shape, float32, from what gives a tensor of a block by our name; None for a
             memory whose decay is no constant.
         tunes_state: whether the initial :attr:`memory` can be tuned.
-        scan: the same model as a plain loop, which logits are compared with. None is that of RWKV-4 and 5 where there
-            are :attr:`layouts`, and else none: then reversal and gradients alone can be verified.
+        scan: the same model as a plain loop, which logits are compared with. None for a generation of RWKV (which has
+            :attr:`layouts`), whose tensors' names tell it, and else for none: then reversal and gradients alone can be
+            verified.
         cost: of training.
 
         layouts: other tools'; the first is the trainer's own ``.pth``, the second that of Hugging Face repositories.
@@ -195,8 +215,10 @@ class Architecture:
         sign: our name of a tensor of blocks, which every file of this kind has.
         told_by: fields of the configuration that a file tells; None where it is of another kind, which may be an older
             one: generations are asked from the newest to the oldest. Raises ValueError where sizes do not fit.
+        epsilons: of LayerNorm and GroupNorm, from a file's ``config.json``, the name of its layout, and N. Raises
+            ValueError for what it does not understand.
         hub_config: what ``config.json`` of a Hugging Face repository says besides what all say.
-        lost: what the first layout cannot say of a model, for people; None where nothing is lost.
+        lost: what the layout of that name cannot say of a model, for people; None where nothing is lost.
     """
 
     version: str
@@ -229,8 +251,9 @@ class Architecture:
     initial_state: Row | None = None
     sign: str = ""
     told_by: Callable[[Stored], dict[str, Any] | None] = _nothing
+    epsilons: Callable[[Mapping[str, Any], str, int], tuple[float, float]] = by_divisor
     hub_config: Callable[["RwkvRevConfig"], dict[str, Any]] = lambda config: {}
-    lost: Callable[["RwkvRevConfig"], str | None] = _nothing
+    lost: Callable[["RwkvRevConfig", str], str | None] = _nothing
 
     @property
     def called(self) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import initialization as init
 
 from rwkv_rev.architectures.architecture import AdapterTargets, Part, Row
+from rwkv_rev.architectures.epsilons import GROUP_NORM
 from rwkv_rev.cells.channel_mix import ChannelMix
 from rwkv_rev.cells.time_mix_rwkv4 import TimeMixRwkv4
 from rwkv_rev.cells.time_mix_rwkv5 import TimeMixRwkv5
@@ -91,6 +92,16 @@ def bonus(shape: str, name: str, only: tuple[str, bool] | None = None) -> Row:
 def log_decay(read: Callable[[str], Tensor]) -> Tensor:
     """log w = -exp(time_decay)."""
     return -read("time_mix.time_decay").float().exp()
+
+
+def lost(config: "RwkvRevConfig", layout: str) -> str | None:
+    """What the rwkv package cannot know of a model with a GroupNorm."""
+    if layout != "blinkdl" or math.isclose(eps := config.group_norm_epsilon, GROUP_NORM):
+        return None
+    return (
+        f"this model needs GroupNorm eps {eps:g}, which a .pth cannot say: the rwkv package will use "
+        f"{GROUP_NORM:g} and compute something else"
+    )
 
 
 def set_values(parameter: Tensor, values: Tensor) -> None:

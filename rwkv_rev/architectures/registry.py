@@ -17,6 +17,7 @@ ARCHITECTURES: "dict[str, str | Architecture]" = {
     "5.0": "rwkv5.RWKV5_0",
     "5.1": "rwkv5.RWKV5_1",
     "5.2": "rwkv5.RWKV5_2",
+    "7": "rwkv7.RWKV7",
     "linear-attention": "linear_attention.LINEAR_ATTENTION",
     "coupled": "coupled.COUPLED",
     "coupled-4": "coupled_feedback.COUPLED_4",
@@ -28,7 +29,8 @@ ARCHITECTURES: "dict[str, str | Architecture]" = {
 generations of RWKV stand from the oldest to the newest."""
 UNKNOWN = {
     "6": r"\.att(ention)?\.time_maa_",
-    "7": r"\.att(ention)?\.(x_[rwkvag]|r_k|k_[ka]|[wav][012])$|\.attn\.r_proj",
+    "7a or 7b (deep embeddings)": r"\.ffn\.s(_emb|_emb_x|[012])(\.weight)?$",
+    "8": r"\.(rosa|qkv)\.|\.ffn\.enn\.",
     "1": r"\.att\.time_(w|alpha|beta|gamma)$",
 }
 """Other generations, by a pattern that one of their tensors' names fulfils: they are refused by name."""

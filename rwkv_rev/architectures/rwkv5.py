@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 REMOTE_CODE = "RWKV/v5-Eagle-7B-HF"
 """A published repository whose code ``config.json`` of an export refers to."""
-USUAL_EPSILON = 64e-5
-"""Of the GroupNorm: 1e-5 after a division by 8."""
 _FUSED_SUB_CHUNK = 64  # of wkv/triton_wkv5.py, which cannot be imported without triton
 _HEAD_SIZE = 64  # of all published models
 _MIX_GATE = classic.row("time_mix.mix_gate", "att.time_mix_g", "attention.time_mix_gate", "D", classic.MIX)
@@ -135,15 +133,6 @@ def _hub_config(config: "RwkvRevConfig") -> dict[str, Any]:
     }
 
 
-def _lost(config: "RwkvRevConfig") -> str | None:
-    if math.isclose(eps := config.group_norm_epsilon, USUAL_EPSILON):
-        return None
-    return (
-        f"this model needs GroupNorm eps {eps:g}, which a .pth cannot say: the rwkv package will use "
-        f"{USUAL_EPSILON:g} and compute something else"
-    )
-
-
 def _states(config: "RwkvRevConfig", batch: int, length: int, fused: bool) -> int:
     # one per sub-chunk, the scan's last, and the state before the chunk
     sub_chunk = _FUSED_SUB_CHUNK if fused else SUB_CHUNK
@@ -203,7 +192,7 @@ def _version(version: str, *, gated: bool, per_channel: bool) -> Architecture:
         sign=classic.SIGN,
         told_by=partial(_told_by, gated=gated, per_channel=per_channel),
         hub_config=_hub_config,
-        lost=_lost,
+        lost=classic.lost,
         cost=Cost(
             vectors=22 if gated else 18,
             fused_vectors=18 if gated else 15,

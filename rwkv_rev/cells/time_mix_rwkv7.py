@@ -1,4 +1,4 @@
-"""Time mix of RWKV-7 (Goose): a matrix per head that is edited under keys (Peng et al. 2025, "RWKV-7 Goose", section 4).
+"""Time mix of RWKV-7 (Peng et al. 2025, "RWKV-7 Goose", section 4): a matrix per head that is edited under keys.
 
     S <- (diag(w_t) - (a_t kappa_t)^T kappa_t) S + k_t^T v_t,      y_t = r_t S       (key index first, read after it)
 
@@ -67,8 +67,8 @@ class TimeMixRwkv7(ShiftedCell):
 
     reads_beside = True
     undividable = (
-        "the transition of RWKV-7, which is not elementwise and can be singular (a projection, where its in-context "
-        "rate and its decay are 1),"
+        "the state of RWKV-7, whose transition is not elementwise and can be singular (a projection where its "
+        "in-context rate and its decay are 1),"
     )
 
     def __init__(self, num_heads: int, head_size: int, ranks: Ranks, *, group_norm_epsilon: float) -> None:
@@ -160,7 +160,7 @@ class TimeMixRwkv7(ShiftedCell):
         y, after = wkv7(receptance, key, value, log_decay, removal, rate, memory, valid)
         if mask is not None:  # a product with the unit matrix would turn -0.0 into 0.0
             after = torch.where((mask.count > 0)[:, None, None, None], after, memory)
-        read = (receptance * key * self.bonus).sum(-1, keepdim=True) * value
+        read = (receptance * self.bonus * key).sum(-1, keepdim=True) * value
         out = norm_and_gate(self.ln_x, y, None, receptance.dtype) + read.flatten(2)
         return self.output((out * gate).to(receptance.dtype)), after
 

@@ -242,8 +242,8 @@ def group_of(name: str) -> str:
         return "initial state"
     if last.startswith("mix_"):
         return "mixes"
-    if last in ("time_decay", "bonus"):
-        return {"time_decay": "decay"}.get(last, last)
+    if last in ("time_decay", "decay_base", "bonus"):
+        return "bonus" if last == "bonus" else "decay"
     return "norms" if ".ln" in name else "projections"
 
 

@@ -6,7 +6,7 @@ compute what the model computes. Of an architecture that nobody else implements 
 
 from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.converters.names import tensor_table
-from rwkv_rev.equivalence.original import Original, RenamedTensors, known_to_transformers, scan_of
+from rwkv_rev.equivalence.original import Original, RenamedTensors, given_scan, known_to_transformers
 
 
 def as_original(model: ConvertedModel) -> Original:
@@ -31,5 +31,5 @@ def as_original(model: ConvertedModel) -> Original:
         transformers_tensors=renamed("transformers") if known_to_transformers(config) else None,
         own_tensors=RenamedTensors(model, {row.name: (row.name, row.shape) for row in own}),
         config=config,
-        scan=scan_of(config),
+        given_scan=given_scan(config),
     )

@@ -8,7 +8,8 @@ with w = exp(-exp(time_decay)) and every projection reading ``mu * x_t + (1 - mu
 post-LayerNorm vector (Peng et al. 2023, "RWKV: Reinventing RNNs for the Transformer Era", section 3; Peng
 et al. 2024, "Eagle and Finch", section 4.1).
 
-Those are RWKV-4 and 5; what another architecture computes it says itself (:mod:`rwkv_rev.architectures.scan`).
+Those are RWKV-4 and 5; what another architecture computes it says itself (:mod:`rwkv_rev.architectures.scan`). Without
+that the generation is told by names.
 
 It shares no code with ``modeling.py``, ``cells/`` or ``wkv/`` and reads the tensors under BlinkDL's own
 names, the one exception to the rule that only ``converters/`` knows them: an oracle that went through our
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rwkv_rev.architectures import rwkv7_scan
 from rwkv_rev.architectures.scan import Scan, SubLayer
 
 PUBLISHED_GROUP_NORM_EPSILON = 64e-5
@@ -45,7 +47,7 @@ def residual_streams(
     Args:
         tensors: BlinkDL state dict, or what ``scan`` goes through; read one layer at a time, any floating dtype.
         tokens: token ids ``[T]``.
-        scan: of the architecture; None for RWKV-4 and 5.
+        scan: of the architecture; None for a generation of RWKV, which the names tell.
         group_norm_epsilon: eps of the GroupNorm of RWKV-5, as if there were no division by 8 before it.
         layer_norm_epsilon: eps of every LayerNorm.
         dtype: of all arithmetic.
@@ -55,7 +57,7 @@ def residual_streams(
         ``blocks.{i}.time_mix``, ``blocks.{i}.channel_mix``, ``ln_out``. The last one is what the head
         reads.
     """
-    scan = CLASSIC if scan is None else scan
+    scan = scan_of(tensors) if scan is None else scan
 
     def normed(x: Tensor, name: str) -> Tensor:
         scaled = _standardised(x, layer_norm_epsilon)
@@ -95,7 +97,7 @@ def naive_logits(
         dtype=dtype,
     ):
         hidden = stream  # the last is what the head reads
-    head = tensors[(CLASSIC if scan is None else scan).head].to(dtype)  # [V, D]
+    head = tensors[(scan_of(tensors) if scan is None else scan).head].to(dtype)  # [V, D]
     for rows in hidden.split(piece):
         yield rows @ head.T
 
@@ -206,3 +208,8 @@ CLASSIC = Scan(
     initial=None,  # it is among the tensors of the time mix
 )
 """RWKV-4 and 5."""
+
+
+def scan_of(tensors: Mapping[str, Tensor]) -> Scan:
+    """That of a generation of RWKV."""
+    return rwkv7_scan.SCAN if rwkv7_scan.is_rwkv7(tensors) else CLASSIC

@@ -1,6 +1,6 @@
 """The original implementations, each as a function from tokens to logits; none runs our own model code.
 
-    rwkv          the ``rwkv`` package of RWKV's author, all of 4, 5.0, 5.1, 5.2, in a process of its own
+    rwkv          the ``rwkv`` package of RWKV's author, all of 4, 5.0, 5.1, 5.2, 7, in a process of its own
     transformers  ``RwkvForCausalLM``, RWKV-4 only
     naive         :mod:`.naive_model`, float64
 
@@ -17,7 +17,10 @@ so (the tests show the first three bite):
   pieces of 256 tokens with a copied state.
 - ``rwkv`` reads ``RWKV_*`` while it is imported, turns TF32 on and may print. It runs in a process without
   those variables but ``RWKV_JIT_ON=0``, its standard output discarded, which later calls find again.
-- ``rwkv`` knows no float64: there the worker gives its module a ``torch`` whose float32 is float64.
+- ``rwkv`` knows no float64: there the worker gives its module a ``torch`` whose float32 is float64. Of RWKV-7 it does
+  not compute what float64 would tell: its e^(-1/2) has six digits.
+- ``rwkv`` has another class for RWKV-7, which a variable asks for before it is imported: one process for it, one for
+  the others. That class reads no tuned initial state: the worker hands it over.
 - ``rwkv`` has GroupNorm eps 64e-5 written into its code: unavailable for an original of another eps.
 - ``transformers`` halves the residual stream every ``rescale_every`` layers and divides its weights in
   place to do so: ``rescale_every=0``, built from the original's tensors, dtype float32 said aloud, batch 1.
@@ -41,6 +44,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rwkv_rev.architectures.rwkv7_scan import is_rwkv7
 from rwkv_rev.equivalence.naive_model import LAYER_NORM_EPSILON, PUBLISHED_GROUP_NORM_EPSILON, naive_logits
 from rwkv_rev.equivalence.original import Original
 from rwkv_rev.errors import RwkvRevError
@@ -91,12 +95,15 @@ def rwkv_package(original: Original, tokens: Tensor, dtype: torch.dtype = torch.
             f"this model's is {original.layer_norm_epsilon:g}",
             "--oracle naive can check it",
         )
+    goose = is_rwkv7(original.tensors)
+    if goose and dtype == torch.float64:
+        raise OracleUnavailable("the rwkv package has e^(-1/2) of RWKV-7 as 0.606531", "use --oracle naive")
     with temporary_folder("verify") as folder:
         checkpoint, output = Path(folder, "original.pth"), Path(folder, "logits")
         vocabulary = original.tensors["head.weight"].shape[0]
         spare = len(tokens) * vocabulary * dtype.itemsize
         _write_checkpoint(original, checkpoint, dtype, spare=spare)
-        _run_worker(checkpoint.with_suffix(""), tokens, output, dtype)
+        _run_worker(checkpoint.with_suffix(""), tokens, output, dtype, goose=goose)
         # Not mapped: on some systems a folder with a mapped file in it cannot be removed.
         with output.open("rb") as stream:
             while chunk := stream.read(dtype.itemsize * vocabulary * 64):
@@ -124,20 +131,25 @@ def _write_checkpoint(original: Original, path: Path, dtype: torch.dtype, *, spa
     torch.save(tensors, path)
 
 
-def rwkv_process(script: Path, *arguments: object, jit: bool) -> dict[str, Any]:
-    """``args`` and ``env`` of a subprocess in which ``script`` uses the ``rwkv`` package on the CPU."""
+def rwkv_process(script: Path, *arguments: object, jit: bool, goose: bool = False) -> dict[str, Any]:
+    """``args`` and ``env`` of a subprocess in which ``script`` uses the ``rwkv`` package on the CPU.
+
+    ``goose``: for RWKV-7, whose class asks PyTorch itself whether to be compiled, which takes 20 s.
+    """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RWKV_")}
     environment |= {"RWKV_JIT_ON": str(int(jit)), "RWKV_CUDA_ON": "0"}
+    if goose:
+        environment |= {"RWKV_V7_ON": "1", "PYTORCH_JIT": str(int(jit))}
     return {"args": [sys.executable, "-P", str(script), *map(str, arguments)], "env": environment}
 
 
 class _Worker:
     """A process with the ``rwkv`` package in it, which answers one request after another: importing takes seconds."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, *, goose: bool) -> None:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         self._process = subprocess.Popen(
-            **rwkv_process(_WORKER, int(dtype == torch.float64), jit=False),
+            **rwkv_process(_WORKER, int(dtype == torch.float64), jit=False, goose=goose),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
@@ -177,16 +189,16 @@ class _Worker:
         self._said.close()
 
 
-_workers: dict[tuple[int, torch.dtype], _Worker] = {}
+_workers: dict[tuple[int, torch.dtype, bool], _Worker] = {}
 _one_request = threading.Lock()
 
 
-def _run_worker(model: Path, tokens: Tensor, output: Path, dtype: torch.dtype) -> None:
-    """Have logits written by this process's worker for ``dtype``, which a first call starts."""
+def _run_worker(model: Path, tokens: Tensor, output: Path, dtype: torch.dtype, *, goose: bool) -> None:
+    """Have logits written by this process's worker for ``dtype`` and generation, which a first call starts."""
     with _one_request:
-        key = os.getpid(), dtype  # not that of the process that this one was forked from
+        key = os.getpid(), dtype, goose  # not that of the process that this one was forked from
         if key not in _workers or not _workers[key].lives:
-            _workers[key] = _Worker(dtype)
+            _workers[key] = _Worker(dtype, goose=goose)
         try:
             _workers[key].run(
                 model=str(model),

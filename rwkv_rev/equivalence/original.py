@@ -16,7 +16,7 @@ from rwkv_rev.converters.detection import detect
 from rwkv_rev.converters.names import EMBEDDINGS, HEAD, tensor_table
 from rwkv_rev.converters.reading import Checkpoint, open_checkpoint
 from rwkv_rev.equivalence.expected import expected_path
-from rwkv_rev.equivalence.naive_model import CLASSIC, LAYER_NORM_EPSILON, PUBLISHED_GROUP_NORM_EPSILON
+from rwkv_rev.equivalence.naive_model import LAYER_NORM_EPSILON, PUBLISHED_GROUP_NORM_EPSILON, scan_of
 from rwkv_rev.errors import SourceError
 from rwkv_rev.folders.hub import resolve
 from rwkv_rev.folders.source import Source, parse_source
@@ -42,7 +42,7 @@ class Original:
         expected: a ``*.expected.json`` beside the checkpoint, if there is one.
         config: what the tensors say the model is; None where only tensors are known.
         tensors_are_own: whether they are the converted model's (itself.py).
-        scan: how a plain loop goes through ``tensors``; None where the architecture does not say it.
+        given_scan: how a plain loop goes through ``tensors``; None where their names tell it, or nobody.
     """
 
     tensors: Mapping[str, Tensor]
@@ -54,7 +54,14 @@ class Original:
     expected: Path | None = None
     config: RwkvRevConfig | None = None
     tensors_are_own: bool = False
-    scan: Scan | None = CLASSIC
+    given_scan: Scan | None = None
+
+    @property
+    def scan(self) -> Scan | None:
+        """How a plain loop goes through ``tensors``; None where an architecture that is no RWKV does not say it."""
+        if self.given_scan is None and self.config is not None and not self.config.architecture.layouts:
+            return None
+        return scan_of(self.tensors) if self.given_scan is None else self.given_scan
 
     @property
     def num_layers(self) -> int:
@@ -80,12 +87,10 @@ def known_to_transformers(config: RwkvRevConfig) -> bool:
     return bool(known.layouts) and known.hub_layout == "transformers"
 
 
-def scan_of(config: RwkvRevConfig) -> Scan | None:
-    """How a plain loop goes through the tensors of a model; None where its architecture, which is no RWKV, has none."""
-    known = config.architecture
-    if known.scan is not None:
-        return known.scan(config)
-    return CLASSIC if known.layouts else None
+def given_scan(config: RwkvRevConfig) -> Scan | None:
+    """How an architecture's own loop goes through the tensors of a model."""
+    own = config.architecture.scan
+    return None if own is None else own(config)
 
 
 class RenamedTensors(Mapping[str, Tensor]):
@@ -199,13 +204,12 @@ def open_original(
             home[HEAD] = home[EMBEDDINGS]
 
         def renamed(layout: str) -> RenamedTensors:
-            table = tensor_table(config, layout)
+            here = {row.name: row for row in stored}
+            table = [row for row in tensor_table(config, layout) if row.name in here]
             return RenamedTensors(
                 checkpoint,
-                {
-                    row.foreign: (home[here.name], row.foreign_shape)
-                    for row, here in zip(table, stored, strict=True)
-                },
+                {row.foreign: (home[row.name], row.foreign_shape) for row in table},
+                {row.foreign for row in table if row.transposed != here[row.name].transposed},
             )
 
         yield Original(
@@ -221,5 +225,5 @@ def open_original(
             ),
             expected=expected_path(local.files[0]),
             config=config,
-            scan=scan_of(config),
+            given_scan=given_scan(config),
         )

@@ -8,7 +8,8 @@ where WIDE is 1. Each gets a line in answer: empty, or what went wrong. The proc
 
 Not imported by anything: the package reads the environment while it is imported, prints, and changes global
 torch settings (TF32, cuDNN), so it never shares a process with us. Its import name, ``rwkv``, is why it
-runs with ``-P``.
+runs with ``-P``. Where ``RWKV_V7_ON`` is set it has RWKV-7's class, which takes no ``verbose`` and reads no
+``time_state``.
 """
 
 import copy
@@ -36,8 +37,14 @@ def compute(model: str, tokens: list[int], output: str, piece: int, threads: int
     import rwkv.model
 
     torch.set_num_threads(threads)
-    package = rwkv.model.RWKV(model=model, strategy="cpu fp32", verbose=False)
-    state = None
+    if os.environ.get("RWKV_V7_ON") == "1":
+        package = rwkv.model.RWKV(model=model, strategy="cpu fp32")
+        state = package.generate_zero_state()
+        for layer in range(package.n_layer):
+            if (tuned := package.z.get(f"blocks.{layer}.att.time_state")) is not None:
+                state[3 * layer + 1] = tuned.float()  # the value index first, as in the package
+    else:
+        package, state = rwkv.model.RWKV(model=model, strategy="cpu fp32", verbose=False), None
     with Path(output).open("wb") as stream:
         for start in range(0, len(tokens), piece):
             # forward() overwrites the entries of the list it is given: hand it a copy.
