@@ -13,7 +13,7 @@ import rwkv_rev
 from rwkv_rev.architectures import registry
 from rwkv_rev.architectures.linear_attention import EXPONENTS
 from rwkv_rev.numerics import nuhmc
-from rwkv_rev.reversal.integer import FORMATS, capacity
+from rwkv_rev.reversal.additive import FORMATS, capacity
 
 PAGE = Path(__file__).parents[1] / "docs" / "cells.md"
 

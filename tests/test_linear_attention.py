@@ -24,7 +24,7 @@ from rwkv_rev.cells.stateless import NoState
 from rwkv_rev.equivalence.reversal import check_reversal
 from rwkv_rev.errors import ReversalMismatchError
 from rwkv_rev.forecast import graph_bytes
-from rwkv_rev.reversal.integer import FORMATS, Integer, capacity
+from rwkv_rev.reversal.additive import FORMATS, Additive, capacity
 from rwkv_rev.reversal.stepped import GridOverflowError
 from rwkv_rev.wkv import use_kernel
 
@@ -289,12 +289,12 @@ def test_capacity_of_the_cell(format: str) -> None:
 
 
 def test_another_arithmetic_on_the_way_back_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = Integer.retreat
+    honest = Additive.retreat
 
-    def dishonest(self: Integer, change: torch.Tensor) -> Integer:
-        return Integer(honest(self, change).units + 1, self.exponent)
+    def dishonest(self: Additive, change: torch.Tensor) -> Additive:
+        return Additive(honest(self, change).units + 1, self.exponent)
 
-    monkeypatch.setattr(Integer, "retreat", dishonest)
+    monkeypatch.setattr(Additive, "retreat", dishonest)
     model = model_of(torch.float32)
     with pytest.raises(ReversalMismatchError):
         differentiate(model, "reversible", CHUNK, input_ids=random_tokens(LENGTH))

@@ -11,7 +11,6 @@ from rwkv_rev.cells.contract import Exact, Plan
 from rwkv_rev.reversal.additive import Additive
 from rwkv_rev.reversal.division import LossyState
 from rwkv_rev.reversal.fixed_point import DecayPlan, FixedPoint, decay_plan
-from rwkv_rev.reversal.integer import Integer
 from rwkv_rev.reversal.whole import Whole
 
 LENGTH = 4
@@ -22,7 +21,6 @@ KINDS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any, Tensor], Any]]] =
     "whole": (Whole, lambda memory, change: memory.advance(memory.state + change)),
     "decay": (FixedPoint.of, lambda memory, change: memory.advance(change, None, PLAN)),
     "additive": (Additive.of, lambda memory, change: memory.advance(change)),
-    "integer": (Integer.of, lambda memory, change: memory.advance(change)),
     "divided": (
         lambda value: LossyState.of(FixedPoint.of(value)),
         lambda memory, change: memory.advance(change, None, PLAN),
@@ -77,25 +75,7 @@ def test_remnants_go_through_a_tape(kind: str) -> None:
         size = again.size.cpu()
     for one, other in zip(again.tensors(size), kept, strict=True):
         assert torch.equal(one, other)
-    assert (kind in ("additive", "integer", "divided")) == (not kept)
-
-
-@pytest.mark.parametrize("bits", [16, 32, 64])
-def test_additive_memories_come_back(bits: int) -> None:
-    """To the bit, past the end of their range too, of which they tell before."""
-    memory = Additive.of(value(0) / 8, bits=bits, exponent=-12)
-    steps, states = [value(seed) / 8 for seed in range(1, 200)], [memory]
-    for change in steps:
-        states.append(states[-1].advance(change)[0])
-    back = states[-1]
-    for change, before in zip(steps[::-1], states[-2::-1], strict=True):
-        back = back.retreat(change)
-        assert torch.equal(back.mantissa, before.mantissa)
-    assert not bool(memory.coarse().any())
-    large = memory.like([torch.full_like(memory.mantissa, torch.iinfo(memory.mantissa.dtype).max // 2 + 1)])
-    assert bool(large.coarse().all())
-    wrapped = large.advance(large.value(torch.float64))[0]
-    assert torch.equal(wrapped.retreat(large.value(torch.float64)).mantissa, large.mantissa)
+    assert (kind in ("additive", "divided")) == (not kept)
 
 
 def test_what_is_a_cells_state_and_plan_by_itself() -> None:

@@ -44,7 +44,7 @@ class SumCell(ReversibleCell):
         return None
 
     def exact(self, state: SumValues) -> ExactSums:
-        return ExactSums((Additive.of(state.memory, bits=64, exponent=-30),))
+        return ExactSums((Additive.of(state.memory, format="int64", exponent=-30),))
 
     def values(self, state: ExactSums) -> SumValues:
         return SumValues(state.memories[0].value(self.query.weight.dtype))
@@ -195,7 +195,7 @@ def test_another_arithmetic_on_the_way_back_is_found(
     monkeypatch.setattr(
         Additive,
         "retreat",
-        lambda self, change: Additive(honest(self, change).mantissa + 1, self.exponent),
+        lambda self, change: Additive(honest(self, change).units + 1, self.exponent),
     )
     with pytest.raises(ReversalMismatchError):
         gradients(model, "reversible", inputs())

@@ -51,7 +51,7 @@ class TwoSums(ReversibleCell):
         return None
 
     def exact(self, state: Two) -> ExactSums:
-        return ExactSums(tuple(Additive.of(part.detach(), bits=64, exponent=-40) for part in state))
+        return ExactSums(tuple(Additive.of(part.detach(), format="int64", exponent=-40) for part in state))
 
     def values(self, state: ExactSums) -> Two:
         dtype = torch.promote_types(self.output.weight.dtype, torch.float32)

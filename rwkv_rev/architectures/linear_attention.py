@@ -22,7 +22,7 @@ from rwkv_rev.cells.contract import ReversibleCell
 from rwkv_rev.cells.feed_forward import FeedForward
 from rwkv_rev.cells.linear_attention import LinearAttention, Sums
 from rwkv_rev.cells.stateless import NoState
-from rwkv_rev.reversal.integer import FORMATS
+from rwkv_rev.reversal.additive import FORMATS
 from rwkv_rev.state import ModelState
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def _sizes(width: int) -> dict[str, Any]:
 
 
 def _format(config: "RwkvRevConfig") -> str:
-    """Of :data:`~rwkv_rev.reversal.integer.FORMATS`."""
+    """Of :data:`~rwkv_rev.reversal.additive.FORMATS`."""
     return f"{'int' if config.memory_numbers == 'integer' else 'float'}{config.memory_bits}"
 
 

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from rwkv_rev.reversal.additive import Additive, NoRemnant
-from rwkv_rev.reversal.integer import Integer
 
 
 @dataclass(frozen=True)
 class ExactSums:
     """Any number of memories of one tensor each."""
 
-    memories: tuple[Additive | Integer, ...] = ()
+    memories: tuple[Additive, ...] = ()
 
     def tensors(self) -> list[Tensor]:
         return [tensor for memory in self.memories for tensor in memory.tensors()]
@@ -33,9 +32,8 @@ class ExactSums:
         """int64 [n], one for each memory."""
         return torch.cat([memory.fingerprint() for memory in self.memories]) if self.memories else None
 
-    def coarse(self) -> Tensor | None:
-        found = [coarse for memory in self.memories if (coarse := memory.coarse()) is not None]
-        return torch.cat(found, dim=1) if found else None
+    def coarse(self) -> None:
+        return None
 
     @property
     def when_coarse(self) -> str:

@@ -4,7 +4,7 @@ feature map and denominator).
     S <- S + m k_t^T v_t,   y_t = q_t S        (write first, then read; m is 0 for a masked token)
 
 per head, then GroupNorm over the H heads, which takes the place of the denominator, and Wo. The memory only adds, on
-a grid (:mod:`rwkv_rev.reversal.integer`): subtraction undoes a chunk to the bit, nothing is forgotten, and nothing but
+a grid (:mod:`rwkv_rev.reversal.additive`): subtraction undoes a chunk to the bit, nothing is forgotten, and nothing but
 fingerprints goes on the tape. Cost of a chunk: C N (c + 2 N) products per head, in pieces of c tokens.
 
 Limits: a sum of T tokens grows with T, by sqrt(T) to T times one token's share. A format with b bits beside the sign on
@@ -25,9 +25,8 @@ from rwkv_rev.cells.exact_sums import ExactSums
 from rwkv_rev.cells.gates import norm_and_gate
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.first_order import first_order, refuse_transforms
-from rwkv_rev.reversal.additive import NoRemnant
+from rwkv_rev.reversal.additive import Additive, NoRemnant
 from rwkv_rev.reversal.fingerprint import checksum
-from rwkv_rev.reversal.integer import Integer
 from rwkv_rev.reversal.stepped import GridOverflowError
 from rwkv_rev.wkv.dispatch import choose_kernel
 
@@ -53,7 +52,7 @@ class LinearAttention(ReversibleCell):
     Args:
         num_heads: H.
         head_size: N.
-        format: of the memory's numbers, of :data:`~rwkv_rev.reversal.integer.FORMATS`.
+        format: of the memory's numbers, of :data:`~rwkv_rev.reversal.additive.FORMATS`.
         exponent: e, of the grid 2^e.
         group_norm_epsilon: eps of the GroupNorm.
     """
@@ -86,7 +85,7 @@ class LinearAttention(ReversibleCell):
             GridOverflowError: if one does not fit the format.
         """
         with self._named():
-            memory = Integer.of(state.memory.detach(), format=self.format, exponent=self.exponent)
+            memory = Additive.of(state.memory.detach(), format=self.format, exponent=self.exponent)
         return ExactSums((memory,))
 
     def values(self, state: ExactSums) -> Sums:

@@ -1,8 +1,17 @@
-"""A memory that only adds: integers on a grid of their own, so that subtraction undoes addition to the bit.
+"""A memory that only adds, in a number format of one's choice, and that says so when it is full.
 
-``S <- S + round(U / grid)`` modulo 2**bits. Nothing is forgotten, and nothing goes on the tape. Integers of a fixed
-width wrap around: reversal stays exact, the value does not, so :meth:`Additive.coarse` tells of parts that have come
-within a factor of two of the largest number, before any wraps that adds less than half the range at once.
+``S <- S + round(U / grid)``, with the grid ``2**exponent``. Nothing is forgotten, nothing goes on the tape, and
+subtraction undoes addition to the bit. A sum that leaves its format ends the step with a
+:class:`~rwkv_rev.reversal.stepped.GridOverflowError`. The formats (the "EBRT-Int" and "EBRT-Infinite" cells
+of the EBRT draft):
+
+* ``int16``, ``int32``, ``int64``: integers;
+* ``float32``, ``float64``: floating-point numbers with a *restricted mantissa*: what is added is rounded to the grid
+  first, so that sums below 2**24 (2**53) units are exact, and nothing is ever rounded away.
+
+An unrestricted sum loses half of its mantissa within NUHMC updates (:mod:`rwkv_rev.numerics`). A restricted one gives
+up bits of each update beforehand instead: with q bits for an update, b bits and a sign hold at least ``2**(b - q)`` of
+them (:func:`capacity`), all to the bit; the state of a context that is longer is named, not wrong.
 """
 
 from dataclasses import dataclass
@@ -10,75 +19,129 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rwkv_rev.errors import ConfigError
 from rwkv_rev.reversal.fingerprint import fingerprint
+from rwkv_rev.reversal.stepped import GridOverflowError, is_recorded
 
-_KINDS = {16: torch.int16, 32: torch.int32, 64: torch.int64}
+FORMATS = {
+    "int16": (torch.int16, 15),
+    "int32": (torch.int32, 31),
+    "int64": (torch.int64, 63),
+    "float32": (torch.float32, 24),
+    "float64": (torch.float64, 53),
+}
+"""Of each format the tensor's, and the bits that it has beside the sign."""
+_BITS = dict(FORMATS.values())
 
 
 @dataclass(frozen=True)
 class Additive:
-    """``mantissa * 2**exponent``.
+    """``units * 2**exponent``.
 
     Attributes:
-        mantissa: [B, ...] integers.
+        units: [B, ...] whole numbers, in a tensor of the chosen format.
         exponent: of the grid, the same for all.
     """
 
-    mantissa: Tensor
+    units: Tensor
     exponent: int
 
     @classmethod
-    def of(cls, value: Tensor, *, bits: int = 32, exponent: int = -20) -> "Additive":
-        """The memory nearest to ``value`` [B, ...], in integers of 16, 32 or 64 bits."""
-        return cls(torch.zeros(value.shape, dtype=_KINDS[bits], device=value.device), exponent).advance(
-            value
-        )[0]
+    def of(cls, value: Tensor, *, format: str = "int32", exponent: int = -20) -> "Additive":
+        """The memory nearest to ``value`` [B, ...].
+
+        Raises:
+            ConfigError: for a format that does not exist.
+            GridOverflowError: if a number does not fit.
+        """
+        if format not in FORMATS:
+            raise ConfigError(f"the format {format!r} of a state does not exist; use {', '.join(FORMATS)}")
+        empty = torch.zeros(value.shape, dtype=FORMATS[format][0], device=value.device)
+        return cls(empty, exponent).advance(value)[0]
+
+    @property
+    def bits(self) -> int:
+        """Beside the sign."""
+        return _BITS[self.units.dtype]
+
+    @property
+    def largest(self) -> int:
+        """The largest number of units."""
+        return (1 << self.bits) - 1
 
     def value(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The memory as floats, rounded once."""
-        return (self.mantissa.double() * 2.0**self.exponent).to(dtype)
+        units = self.units.double()
+        if not self.units.is_floating_point():
+            units = torch.where(self.units == self._lost, torch.nan, units)
+        return (units * 2.0**self.exponent).to(dtype)
 
     def advance(self, contribution: Tensor) -> tuple["Additive", "NoRemnant"]:
-        """One chunk forwards: the memory after ``contribution`` [B, ...] was added."""
-        return Additive(self.mantissa + self._units(contribution), self.exponent), NoRemnant()
+        """One chunk forwards: the memory after ``contribution`` [B, ...] was added; inf and NaN make it NaN for good.
+
+        Raises:
+            GridOverflowError: if a number does not fit. Where a CUDA graph is recorded nobody can look: it is NaN then.
+        """
+        change = torch.round(contribution.double() * 2.0**-self.exponent)
+        if self.units.is_floating_point():
+            after = self.units.double() + change
+            beyond = (after.abs() > self.largest) & after.isfinite()
+            kept = torch.where(beyond, torch.nan, after)
+        else:
+            lost = ~change.isfinite() | (self.units == self._lost)
+            outside = change.abs() >= 2.0**63
+            change = torch.where(lost | outside, 0.0, change).to(torch.int64)
+            before = self.units.to(torch.int64)
+            after = before + change  # modulo 2**64: wrong where both have the sign that the sum has not
+            wrapped = ((before ^ after) & (change ^ after)) < 0
+            beyond = ~lost & (outside | wrapped | (after > self.largest) | (after < -self.largest))
+            kept = torch.where(lost | beyond, self._lost, after)
+        if not is_recorded(beyond) and bool(beyond.any()):
+            row = int(beyond.flatten(1).any(1).nonzero()[0])
+            raise GridOverflowError(
+                f"the sum of row {row} has left its grid: a number beyond {self.largest * 2.0**self.exponent:g}; "
+                f"{str(self.units.dtype).removeprefix('torch.')} holds {self.bits} bits and a sign, in steps of "
+                f"2**{self.exponent}; take a wider format or a larger exponent"
+            )
+        return self.like([kept.to(self.units.dtype)]), NoRemnant()
 
     def retreat(self, contribution: Tensor) -> "Additive":
         """One chunk backwards, from the same contribution, bit for bit."""
-        return Additive(self.mantissa - self._units(contribution), self.exponent)
+        change = torch.round(contribution.double() * 2.0**-self.exponent)
+        if self.units.is_floating_point():
+            return self.like([(self.units.double() - change).to(self.units.dtype)])
+        whole = change.nan_to_num(0.0, 0.0, 0.0).to(torch.int64)
+        return self.like([(self.units.to(torch.int64) - whole).to(self.units.dtype)])
 
     def tensors(self) -> list[Tensor]:
-        return [self.mantissa]
+        return [self.units]
 
     def computed(self) -> list[Tensor]:
-        return [self.mantissa]
+        return [self.units]
 
     def like(self, tensors: list[Tensor]) -> "Additive":
         return Additive(tensors[0], self.exponent)
 
-    of_computed = like  # by itself it is a cell's exact state, too
+    of_computed = like
 
     def fingerprint(self) -> Tensor:
         """Checksum, int64 [1]."""
-        return fingerprint(self.mantissa)[None]
+        return fingerprint(self.units)[None]
 
-    def coarse(self) -> Tensor:
-        """[B, 1] bool, rows with a number beyond half the range: the next additions may wrap around."""
-        largest = torch.iinfo(self.mantissa.dtype).max
-        return (self.mantissa.flatten(1).abs() > largest // 2).any(1, keepdim=True)
+    def coarse(self) -> None:
+        return None
 
     @property
     def when_coarse(self) -> str:
-        bits = self.mantissa.dtype.itemsize * 8
-        return (
-            f"has come within a factor of two of the largest number that its integers of {bits} bits hold on the grid "
-            f"2^{self.exponent}, beyond which it wraps around and is wrong: take more bits or a coarser grid"
-        )
+        return ""
 
     def remnant(self, tensors: list[Tensor]) -> "NoRemnant":
         return NoRemnant()
 
-    def _units(self, contribution: Tensor) -> Tensor:
-        return torch.round(contribution.double() * 2.0**-self.exponent).to(self.mantissa.dtype)
+    @property
+    def _lost(self) -> int:
+        """The integer that stands for NaN: one that no sum has."""
+        return -(1 << self.bits)
 
 
 @dataclass(frozen=True)
@@ -89,3 +152,12 @@ class NoRemnant:
 
     def tensors(self, size: Tensor | None) -> list[Tensor]:
         return []
+
+
+def capacity(format: str, update_bits: int) -> int:
+    """Updates of up to ``2**update_bits - 1`` units that a sum from 0 holds for certain.
+
+    Half of the format's bits for an update, as NUHMC counts: int16 258, int32 65,538, int64 4,294,967,298, float32
+    4,097, float64 134,217,730.
+    """
+    return ((1 << FORMATS[format][1]) - 1) // ((1 << update_bits) - 1)
