@@ -8,6 +8,7 @@ import typer
 from rwkv_rev.architectures.registry import ARCHITECTURES
 from rwkv_rev.arguments import expanded
 from rwkv_rev.cli import output as out
+from rwkv_rev.cli.counts import whole
 from rwkv_rev.cli.stopping import telling_if_stopped
 from rwkv_rev.printable import printable
 
@@ -20,7 +21,7 @@ def init(
         typer.Option("--set", metavar="FIELD=VALUE", help="A field of the configuration; may be repeated."),
     ] = None,
     tokenizer: Annotated[str, typer.Option(help="byte, world, neox, a path or a Hub id.")] = "byte",
-    seed: Annotated[int, typer.Option(min=0, help="Of the weights.")] = 0,
+    seed: Annotated[int, typer.Option(parser=whole(0), metavar="N", help="Of the weights.")] = 0,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an existing model folder, only when all is done.")
     ] = False,
