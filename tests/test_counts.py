@@ -18,7 +18,7 @@ def test_units() -> None:
         1 << 20,
         512,
     ]
-    assert counts("4096,16k", "--lengths") == (4096, 16384)
+    assert counts("4096,16k", "--lengths", count) == (4096, 16384)
 
 
 @pytest.mark.parametrize("text", ["", "k", "0", "-3", "1.5k", "16kb", "١٦", "1e3"])

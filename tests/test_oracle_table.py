@@ -157,7 +157,7 @@ def test_the_oracle_knows_nothing_of_the_package() -> None:
             imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module)
-    assert imported == {"collections.abc", "dataclasses", "torch", "torch.nn.functional"}
+    assert imported == {"collections.abc", "dataclasses", "math", "torch", "torch.nn.functional"}
 
 
 @pytest.mark.parametrize("version", ["4", "5.2", "7"])

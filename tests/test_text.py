@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_rev.equivalence import text
-from rwkv_rev.errors import DataError, SourceError
+from rwkv_rev.errors import CheckpointError, DataError
 
 
 def test_default_text_is_long_english_and_always_the_same() -> None:
@@ -47,7 +47,7 @@ def test_tokenizer_of_another_vocabulary_is_an_error(tmp_path: Path, monkeypatch
 
 def test_damaged_tokenizer_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(SourceError, match="no tokenizer can be loaded") as caught:
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json is damaged: no valid JSON") as caught:
         text.encode_text("ab", tmp_path, vocabulary=256, tokens=4)
     assert "\n" not in str(caught.value)
 

@@ -5,7 +5,6 @@ look here does not make it import a model.
 """
 
 from collections.abc import Iterable
-from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -60,7 +59,9 @@ def architecture(version: str) -> "Architecture":
     known = ARCHITECTURES.get(version)
     if known is None:
         raise ValueError(f"rwkv_version = {version!r} must be one of {', '.join(ARCHITECTURES)}")
-    return _loaded(known) if isinstance(known, str) else known
+    if isinstance(known, str):
+        known = ARCHITECTURES[version] = _loaded(known)
+    return known
 
 
 def architectures() -> "tuple[Architecture, ...]":
@@ -90,7 +91,6 @@ def with_tuned_state() -> str:
     return families(known for known in generations() if known.tunes_state)
 
 
-@cache
 def _loaded(place: str) -> "Architecture":
     module, name = place.split(".")
     found: Architecture = getattr(import_module(f"rwkv_rev.architectures.{module}"), name)

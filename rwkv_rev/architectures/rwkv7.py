@@ -272,10 +272,14 @@ def _lost(config: "RwkvRevConfig", layout: str) -> str | None:
 
 
 def _states(config: "RwkvRevConfig", batch: int, length: int, fused: bool) -> int:
-    # of each sub-chunk five matrices of a state's size, and four of pairs of its tokens
+    # of each sub-chunk five matrices of a state's size, and four of pairs of its tokens; half of the vectors are those
+    # of whole sub-chunks, and two are copies where the last one is not
     matrix = config.hidden_size * config.head_size
     pairs = config.num_attention_heads * SUB_CHUNK**2
-    return batch * (math.ceil(length / SUB_CHUNK) * (5 * matrix + 4 * pairs) + 2 * matrix)
+    pieces = math.ceil(length / SUB_CHUNK)
+    missing = pieces * SUB_CHUNK - length
+    further = 31 * missing + 2 * (length + missing) if missing else 0
+    return batch * (pieces * (5 * matrix + 4 * pairs) + 2 * matrix + config.hidden_size * further)
 
 
 def _whole(config: "RwkvRevConfig", batch: int) -> list[int]:

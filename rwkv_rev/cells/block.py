@@ -202,7 +202,10 @@ class ResidualBlock(nn.Module):
 def _input(norm: nn.Module, cell: ReversibleCell, stream: Stream) -> Stream:
     """What a cell is handed of a stream."""
     x = norm(residual(stream))
-    return joined(x, beside(stream)) if cell.reads_beside else x
+    reads = next(
+        part.reads_beside for part in cell.modules() if isinstance(part, ReversibleCell)
+    )  # adapters wrap it
+    return joined(x, beside(stream)) if reads else x
 
 
 def _added(stream: Stream, out: Stream) -> Stream:
