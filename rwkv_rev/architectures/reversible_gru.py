@@ -1,7 +1,6 @@
 """A small language model of reversible GRUs (:mod:`rwkv_rev.cells.reversible_gru`) and feed-forward nets."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,17 +8,10 @@ from torch import Tensor
 from transformers import initialization as init
 
 from rwkv_rev.architectures import token_models
-from rwkv_rev.architectures.architecture import AdapterTargets, Architecture, Part
-from rwkv_rev.architectures.feed_forward import initialize_feed_forward
-from rwkv_rev.cells.feed_forward import FeedForward
 from rwkv_rev.cells.reversible_gru import ReversibleGru
 
 if TYPE_CHECKING:
     from rwkv_rev.configuration import RwkvRevConfig
-
-
-def _cell(config: "RwkvRevConfig") -> ReversibleGru:
-    return ReversibleGru(config.hidden_size, **token_models.arguments(config))
 
 
 def _initialize(cell: ReversibleGru, config: "RwkvRevConfig") -> None:
@@ -53,25 +45,14 @@ def _scan(
     return out
 
 
-REVERSIBLE_GRU = Architecture(
-    version="reversible-gru",
-    title="reversible GRU",
-    state_kind=token_models.TokenCellState,
-    state={"memory": Part("2 M", wide=True)},
-    memory="memory",
-    keys="M",
-    lora_targets=("input", "output"),
-    targets=AdapterTargets(
-        square=("output",),
-        scaled=("recurrence.input", "feed_forward.value"),
-        scaled_inputs=("feed_forward.value",),
-    ),
-    sizes=token_models.sizes,
-    fields=token_models.fields(magnitude=2, wide=False),
-    letters=token_models.LETTERS,
-    cells=partial(token_models.cells, _cell),
-    initialization={ReversibleGru: _initialize, FeedForward: initialize_feed_forward},
-    tunes_state=True,
-    scan=partial(token_models.scan, _scan),
-    cost=token_models.cost(2, per_number=14, per_channel=4, forgetting=2),
+REVERSIBLE_GRU = token_models.gated(
+    "reversible-gru",
+    "reversible GRU",
+    ReversibleGru,
+    _initialize,
+    _scan,
+    parts=2,
+    per_number=14,
+    magnitude=2,
+    wide=False,
 )

@@ -5,7 +5,6 @@ to 2**16, z and p at 0.05, inputs of 0.3.
 """
 
 from collections.abc import Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +12,6 @@ from torch import Tensor
 from transformers import initialization as init
 
 from rwkv_rev.architectures import token_models
-from rwkv_rev.architectures.architecture import AdapterTargets, Architecture, Part
-from rwkv_rev.architectures.feed_forward import initialize_feed_forward
-from rwkv_rev.cells.feed_forward import FeedForward
 from rwkv_rev.cells.reversible_lstm import ReversibleLstm
 
 if TYPE_CHECKING:
@@ -24,10 +20,6 @@ if TYPE_CHECKING:
 FORGET_BIAS = -3.0
 """Of z and p. Where they begin at 1/2 some sums run away within hundreds of tokens, and hold the gates that read them
 where they are."""
-
-
-def _cell(config: "RwkvRevConfig") -> ReversibleLstm:
-    return ReversibleLstm(config.hidden_size, **token_models.arguments(config))
 
 
 def _initialize(cell: ReversibleLstm, config: "RwkvRevConfig") -> None:
@@ -63,25 +55,14 @@ def _scan(
     return out
 
 
-REVERSIBLE_LSTM = Architecture(
-    version="reversible-lstm",
-    title="reversible LSTM",
-    state_kind=token_models.TokenCellState,
-    state={"memory": Part("4 M", wide=True)},
-    memory="memory",
-    keys="M",
-    lora_targets=("input", "output"),
-    targets=AdapterTargets(
-        square=("output",),
-        scaled=("recurrence.input", "feed_forward.value"),
-        scaled_inputs=("feed_forward.value",),
-    ),
-    sizes=token_models.sizes,
-    fields=token_models.fields(magnitude=16, wide=True),
-    letters=token_models.LETTERS,
-    cells=partial(token_models.cells, _cell),
-    initialization={ReversibleLstm: _initialize, FeedForward: initialize_feed_forward},
-    tunes_state=True,
-    scan=partial(token_models.scan, _scan),
-    cost=token_models.cost(4, per_number=18, per_channel=4, forgetting=4),
+REVERSIBLE_LSTM = token_models.gated(
+    "reversible-lstm",
+    "reversible LSTM",
+    ReversibleLstm,
+    _initialize,
+    _scan,
+    parts=4,
+    per_number=18,
+    magnitude=16,
+    wide=True,
 )

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from rwkv_rev.architectures.architecture import Cost
-from rwkv_rev.architectures.feed_forward import FEED_FORWARD
+from rwkv_rev.architectures.architecture import AdapterTargets, Architecture, Cost, Part
+from rwkv_rev.architectures.feed_forward import FEED_FORWARD, initialize_feed_forward
 from rwkv_rev.architectures.fields import Field
 from rwkv_rev.architectures.scan import Scan, SubLayer
 from rwkv_rev.cells.contract import ReversibleCell
@@ -148,3 +148,48 @@ def plain_state(like: Tensor, tensors: Any, parts: int, size: int) -> list[Tenso
     """The parts [M] before the first token, for a plain loop."""
     start = tensors["initial"].to(like.dtype) if "initial" in tensors else like.new_zeros(parts, size)
     return list(torch.unbind(start))
+
+
+def gated(
+    version: str,
+    title: str,
+    kind: type[Any],
+    initialize: Callable[[Any, "RwkvRevConfig"], None],
+    compute: Callable[..., Tensor],
+    *,
+    parts: int,
+    per_number: int,
+    magnitude: int,
+    wide: bool,
+) -> Architecture:
+    """The architecture of a gated cell, whose parts all forget.
+
+    Args:
+        kind: the cell's class; takes D and :func:`arguments`.
+        initialize: what fills it.
+        compute: as of :func:`scan`.
+        parts, per_number: as of :func:`cost`.
+        magnitude, wide: as of :func:`fields`.
+    """
+    return Architecture(
+        version=version,
+        title=title,
+        state_kind=TokenCellState,
+        state={"memory": Part(f"{parts} M", wide=True)},
+        memory="memory",
+        keys="M",
+        lora_targets=("input", "output"),
+        targets=AdapterTargets(
+            square=("output",),
+            scaled=("recurrence.input", "feed_forward.value"),
+            scaled_inputs=("feed_forward.value",),
+        ),
+        sizes=sizes,
+        fields=fields(magnitude=magnitude, wide=wide),
+        letters=LETTERS,
+        cells=partial(cells, lambda config: kind(config.hidden_size, **arguments(config))),
+        initialization={kind: initialize, FeedForward: initialize_feed_forward},
+        tunes_state=True,
+        scan=partial(scan, compute),
+        cost=cost(parts, per_number=per_number, per_channel=4, forgetting=parts),
+    )

@@ -11,15 +11,14 @@ per channel to the token shift's one. Whole storage costs ``12 D`` bytes per chu
 and channel at C = 8 and 0.02 at C = 512, next to some 30 D numbers per token that back-propagation would keep.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rwkv_rev.cells.gates import sigmoid_product
 from rwkv_rev.cells.mask import ChunkMask
-from rwkv_rev.cells.shifted_cell import ShiftedCell
-from rwkv_rev.reversal.whole import Whole, WholeRemnant
+from rwkv_rev.cells.whole_memory import WholeMemoryCell
 from rwkv_rev.wkv import wkv4
 
 LARGEST_TIME_DECAY = 69.0
@@ -32,7 +31,7 @@ class TimeProjection(NamedTuple):
     value: Tensor  # [B, C, D]
 
 
-class TimeMixRwkv4(ShiftedCell):
+class TimeMixRwkv4(WholeMemoryCell):
     """The recurrent half of an RWKV-4 block; memory [B, 3, D] = (a, b, m), float32 or wider."""
 
     def __init__(self, hidden_size: int) -> None:
@@ -70,29 +69,6 @@ class TimeMixRwkv4(ShiftedCell):
             key, value, self.log_decay(), wide(self.bonus), memory, None if mask is None else mask.valid
         )
         return self.output(sigmoid_product(receptance, wkv)), after
-
-    def update(
-        self, memory: Tensor | None, projection: Any, contribution: Tensor, mask: ChunkMask | None
-    ) -> Tensor:
-        return contribution
-
-    def exact_memory(self, memory: Tensor) -> Whole:
-        return Whole(memory)
-
-    def advance_memory(
-        self, memory: Whole, contribution: Tensor, mask: ChunkMask | None, plan: None
-    ) -> tuple[Whole, WholeRemnant]:
-        return memory.advance(contribution)
-
-    def retreat_memory(
-        self,
-        memory: Whole,
-        projection: TimeProjection,
-        mask: ChunkMask | None,
-        remnant: WholeRemnant,
-        plan: None,
-    ) -> Whole:
-        return Whole(remnant.before)
 
 
 def wide(parameter: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ factor, so that there is no fixed point to divide in, and it can be singular: wi
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,8 @@ from torch import Tensor, nn
 
 from rwkv_rev.cells.gates import norm_and_gate
 from rwkv_rev.cells.mask import ChunkMask
-from rwkv_rev.cells.shifted_cell import ShiftedCell
 from rwkv_rev.cells.time_mix_rwkv4 import wide
-from rwkv_rev.reversal.whole import Whole, WholeRemnant
+from rwkv_rev.cells.whole_memory import WholeMemoryCell
 from rwkv_rev.wkv import wkv7
 
 FASTEST_DECAY = math.exp(-0.5)
@@ -55,7 +54,7 @@ class TimeProjection(NamedTuple):
     gate: Tensor  # [B, C, D]
 
 
-class TimeMixRwkv7(ShiftedCell):
+class TimeMixRwkv7(WholeMemoryCell):
     """The recurrent half of an RWKV-7 block; memory [B, H, N, N] (key index first), float32 or wider.
 
     Args:
@@ -163,26 +162,3 @@ class TimeMixRwkv7(ShiftedCell):
         read = (receptance * self.bonus * key).sum(-1, keepdim=True) * value
         out = norm_and_gate(self.ln_x, y, None, receptance.dtype) + read.flatten(2)
         return self.output((out * gate).to(receptance.dtype)), after
-
-    def update(
-        self, memory: Tensor | None, projection: Any, contribution: Tensor, mask: ChunkMask | None
-    ) -> Tensor:
-        return contribution
-
-    def exact_memory(self, memory: Tensor) -> Whole:
-        return Whole(memory)
-
-    def advance_memory(
-        self, memory: Whole, contribution: Tensor, mask: ChunkMask | None, plan: None
-    ) -> tuple[Whole, WholeRemnant]:
-        return memory.advance(contribution)
-
-    def retreat_memory(
-        self,
-        memory: Whole,
-        projection: TimeProjection,
-        mask: ChunkMask | None,
-        remnant: WholeRemnant,
-        plan: None,
-    ) -> Whole:
-        return Whole(remnant.before)
