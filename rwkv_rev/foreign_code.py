@@ -80,18 +80,22 @@ class Strangers(NamedTuple):
         declared: what was declared to be position-wise, in words; cells and blocks of others, by their contract.
         brings_tensors: whether anything might make the model depend on a tensor beside its parameters.
         buffers: of all modules.
+        adapters: layers of peft that are known.
+        more: whether there is other code than theirs, known or not, so that ``adapters`` do not say all.
     """
 
     unknown: list[Stranger]
     declared: list[str]
     brings_tensors: bool
     buffers: list[Tensor]
+    adapters: list[nn.Module]
+    more: bool
 
 
 def strangers(model: nn.Module) -> Strangers:
     """Code of others below ``model``; what is hooked to ``model`` itself sees whole contexts and does not count."""
-    found = Strangers([], [], False, [])
-    brings_tensors = False
+    found = Strangers([], [], False, [], [], False)
+    more = False
     norms: set[int] = set()
     for kind in _HOOK_KINDS:
         for hook in getattr(module_globals, f"_global_{kind}", {}).values():
@@ -113,17 +117,19 @@ def strangers(model: nn.Module) -> Strangers:
         is_base = module is getattr(model, "base_model", None)  # whose forward the sweeps do not call
         for kind in _HOOK_KINDS:
             hooks = getattr(module, f"_{kind}")
-            brings_tensors |= bool(hooks)
+            more |= bool(hooks)
             for hook in hooks.values():
                 words = f"the hook {_name(hook)} on {path}"
                 if is_base:
                     found.unknown.append(Stranger(words, adapters.UNKNOWN))
                 else:
                     _sort(hook, words, found, _hook_objection(hook))
-        own = _is_own(layer) or layer is nn.GroupNorm
-        brings_tensors |= not own or type(module) is not layer
+        if adapters.is_of_peft(layer):
+            found.adapters.append(module)
+        elif not (_is_own(layer) or layer is nn.GroupNorm):
+            more = True
         beside = [*vars(module).values(), *module._buffers.values()]
-        brings_tensors |= any(map(_is_trainable, beside))
+        more |= type(module) is not layer or any(map(_is_trainable, beside))
         if "forward" in vars(module):
             _sort(
                 vars(module)["forward"], f"the replaced forward of {path}", found, _forward_objection(module)
@@ -132,7 +138,8 @@ def strangers(model: nn.Module) -> Strangers:
             _sort(vars(module)[name], f"the replaced {name} of {path}", found, adapters.UNKNOWN)
         if getattr(module, "_compiled_call_impl", None) is not None:
             found.unknown.append(Stranger(f"the compiled call of {path}", adapters.UNKNOWN))
-    return found._replace(brings_tensors=brings_tensors or bool(found.unknown or found.declared))
+    more |= bool(found.unknown or found.declared)
+    return found._replace(brings_tensors=more or bool(found.adapters), more=more)
 
 
 def all_known(model: nn.Module) -> bool:

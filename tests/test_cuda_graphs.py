@@ -14,7 +14,7 @@ import torch
 from bptt_cases import differentiate, random_like, random_state, random_tokens, tiny_model
 from torch import Tensor
 
-from rwkv_rev.bptt import cuda_graphs, recordings
+from rwkv_rev.bptt import cuda_graphs, lasting, recordings
 from rwkv_rev.bptt.backward_sweep import Sums
 from rwkv_rev.bptt.chunk_gradients import Parameters
 from rwkv_rev.bptt.strategy import LossInputs
@@ -104,6 +104,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
         Played.replays = 0
 
     monkeypatch.setattr(recordings, "_record", record)
+    monkeypatch.setattr(lasting, "_can_last", lambda sweep: False)
     monkeypatch.setattr(cuda_graphs, "Pace", Idle)
     monkeypatch.setattr(cuda_graphs, "_failures", [])
     return switch

@@ -1,5 +1,7 @@
 """Recordings that last over steps, on any machine: they are played by running the work again (``test_cuda_graphs``)."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -150,6 +152,47 @@ def test_other_work_is_not_run_by_old_recordings(
         assert torch.equal(found[name], gradient), name
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters(played: Callable[[bool], None], lasted: list[int]) -> None:
+    """LoRA's recordings last, are those of the weights of the day, and not of another scale, mode or adapter."""
+    peft = pytest.importorskip("peft")
+    found: list[dict[str, Tensor]] = []
+    counts: list[int] = []
+    for on in (True, False):
+        played(on)
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, target_modules=["receptance", "key"], init_lora_weights=False)
+        model = peft.get_peft_model(tiny_model("4"), config)
+        lasted.clear()
+        for number in range(8):
+            layer = model.base_model.model.blocks[0].time_mix.key
+            if number == 3:
+                layer.scaling["default"] *= 2
+            elif number == 5:
+                layer.lora_dropout["default"] = torch.nn.Dropout(0.5)
+            elif number == 6:
+                model.eval()
+            elif number == 7:
+                layer.merge()
+            gradients = step(model, random_tokens(32, seed=number))
+            found.append(gradients)
+            counts.append(len(lasted))
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if name in gradients:
+                        parameter.sub_(0.01 * gradients[name])
+    steps = len(found) // 2
+    assert counts[:steps] == [0, 1, 2, 2, 3, 3, 3, 3] and counts[steps:] == [0] * steps
+    for one, other in zip(found[:steps], found[steps:], strict=True):
+        assert one.keys() == other.keys() and one
+        for name, gradient in one.items():
+            assert torch.equal(gradient, other[name]), name
+    gone = weakref.ref(model.base_model.model)
+    del model, layer
+    gc.collect()
+    assert gone() is None
+
+
 def test_gradients_outlive_the_next_step(played: Callable[[bool], None]) -> None:
     """What was handed out is not written to by recordings that run again."""
     model = tiny_model("4")
@@ -167,6 +210,24 @@ def test_gradients_outlive_the_next_step(played: Callable[[bool], None]) -> None
                 assert torch.equal(gradient, copies[name]), name
     for gradients, copies in kept:
         assert all(torch.equal(g, copies[name]) for name, g in gradients.items())
+
+
+@pytest.mark.parametrize("free", [100, 10**9])
+def test_made_by_the_first_step_where_an_optimizer_has_room(
+    played: Callable[[bool], None], lasted: list[int], monkeypatch: pytest.MonkeyPatch, free: int
+) -> None:
+    """So that the second one only replays; else at its begin. What the first step hands out stays as it is."""
+    model, ids = tiny_model("4"), random_tokens(32)
+    played(True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 100))
+    first = step(model, ids)
+    assert (lasting._kept[model].recordings is not None) == (free > 100)
+    replays, handed_out = Played.replays, {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    second = step(model, ids)
+    assert len(lasted) == 1 and Played.replays > replays + 10
+    for name, gradient in first.items():
+        assert torch.equal(gradient, second[name]) and torch.equal(gradient, handed_out[name]), name
 
 
 def test_little_memory_drops_them(

@@ -2,22 +2,25 @@
 
 Weights are updated in place, so a recording sees the new ones; what the sweeps compute of them once, the plan, is
 copied into the recorded one. Four recordings share one memory: a chunk of the first sweep, and the last, an inner and
-the first chunk of the second. They are made in the second step of a kind (the first one compiles and loads every
-kernel, and its last chunk shows whether the device waits for the host), kept for one kind of work per model, and
-dropped where the device has little memory left beside them.
+the first chunk of the second. They are made at the end of the first step of a kind, which has compiled and loaded
+every kernel, and whose last chunk shows whether the device waits for the host; at the begin of the second where an
+optimizer may want the memory in between. They are kept for one kind of work per model, and dropped where the device
+has little memory left beside them.
 
 A kind of work is all that a launch may depend on but the numbers: shapes, strategy, precision, which parameters are
-trained and where they lie. Models with code of others in them are never run so: it may do another thing at each call.
+trained and where they lie, what adapters of peft go by. Models with other code of others in them are never run so: it
+may do another thing at each call.
 """
 
 import weakref
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from rwkv_rev import random_state
+from rwkv_rev import adapters, random_state
 from rwkv_rev.bptt import cuda_graphs
 from rwkv_rev.bptt.backward_sweep import Sums, differentiate
 from rwkv_rev.bptt.cuda_graphs import RecordingRunner
@@ -34,6 +37,9 @@ if TYPE_CHECKING:
 
 LEAST_FREE = 0.05
 """Share of the device's memory that must be free beside recordings, for what comes between two losses."""
+
+OPTIMIZER_ROOM = 4
+"""Bytes, by those of the trained parameters, that a first optimizer step may want: gradients, AdamW's two, one more."""
 
 
 class Kept:
@@ -78,12 +84,26 @@ def recordings_for(sweep: "Sweep") -> "Recordings | None":
     return kept.recordings
 
 
-def note(sweep: "Sweep", *, waits: bool) -> None:
-    """After a step without lasting recordings: what was done, and whether the device waited for the host."""
+def note(sweep: "Sweep", sums: Sums, *, waits: bool) -> None:
+    """After a step without lasting recordings: keep what was done, and whether the device waited for the host.
+
+    If it did, recordings are made now where there is room for them, and take over the step's ``sums``.
+    """
     model: Any = sweep.model
     kind, before = kind_of(sweep), _kept.get(model)
-    if before is None or before.kind != kind or not before.refused:
-        _kept[model] = Kept(kind, wanted=waits)
+    if before is not None and before.kind == kind and before.refused:
+        return
+    kept = _kept[model] = Kept(kind, wanted=waits)
+    if not waits or kind is None:
+        return
+    trained = sum(tensor.nbytes for tensor in sweep.parameters.tensors)
+    with suppress(torch.OutOfMemoryError):  # then the next step tries it, with nothing in the way
+        made = cuda_graphs.attempt(lambda: Recordings(sweep, sums.parameters), memory_is_a_reason=False)
+        if made is not None and made.leaves(OPTIMIZER_ROOM * trained):
+            made.hand_over(sweep, sums)
+            kept.recordings = made
+            return
+    kept.holds_memory = True
 
 
 def drop(sweep: "Sweep") -> None:
@@ -112,12 +132,13 @@ def kind_of(sweep: "Sweep") -> Any:
         torch.are_deterministic_algorithms_enabled(),
         torch.get_float32_matmul_precision(),
         choose_kernel(None, tensors[0]),
+        adapters.settings(sweep.strangers.adapters),
     )
 
 
 def _can_last(sweep: "Sweep") -> bool:
     length = sweep.strategy.chunk_length
-    if sweep.strangers.brings_tensors or sweep.inputs.input_ids is None:
+    if sweep.strangers.more or sweep.inputs.input_ids is None:
         return False
     if sum(chunk.length == length for chunk in sweep.chunks) < 2:
         return False
@@ -127,19 +148,23 @@ def _can_last(sweep: "Sweep") -> bool:
 class Recordings:
     """The four recordings of one kind of work, and the sums that a step's chunks add to.
 
+    Args:
+        sums: memory of these from a step that has ended; their own when None.
+
     Attributes:
         reserved: bytes of the memory that they run in.
     """
 
-    def __init__(self, sweep: "Sweep") -> None:
+    def __init__(self, sweep: "Sweep", sums: list[Tensor | None] | None = None) -> None:
         length = sweep.strategy.chunk_length
         self._plans = sweep.plans[length]
         for plan in _each(self._plans):
             plan.prepare()
         tensors = sweep.parameters.tensors
-        self._sums: list[Tensor | None] = [None] * len(tensors)
+        self._sums: list[Tensor | None] = [None] * len(tensors) if sums is None else sums.copy()
+        self._device = sweep.device
         self._loss = torch.zeros((), dtype=torch.float32, device=sweep.device)
-        sums = Sums(self._sums, None, loss=self._loss)  # type: ignore[arg-type]
+        of_recordings = Sums(self._sums, None, loss=self._loss)  # type: ignore[arg-type]
         torch.cuda.empty_cache()
         others = torch.cuda.memory_reserved(sweep.device)
         pool = torch.cuda.graph_pool_handle()
@@ -151,10 +176,12 @@ class Recordings:
         # shapes alone count here: nothing has run, and the numbers in these tensors are whatever was there
         sweep.prints[0] = [print_.clone() for print_ in self.forward.prints]
         several = replace(sweep, chunks=[first, inner, last])
-        self.last = BackwardRecording(several, sums, last, self.forward.after, None, to_end, pool)
+        self.last = BackwardRecording(several, of_recordings, last, self.forward.after, None, to_end, pool)
         after, gradient = self.last.states, self.last.to_start
-        self.inner = BackwardRecording(several, sums, inner, after, self.forward.record, gradient, pool)
-        self.first = BackwardRecording(several, sums, first, self.inner.states, None, gradient, pool)
+        self.inner = BackwardRecording(
+            several, of_recordings, inner, after, self.forward.record, gradient, pool
+        )
+        self.first = BackwardRecording(several, of_recordings, first, self.inner.states, None, gradient, pool)
         self.reserved = torch.cuda.memory_reserved(sweep.device) - others
 
     def take_plan(self, sweep: "Sweep") -> bool:
@@ -179,26 +206,40 @@ class Recordings:
         sums.loss = self._loss
 
     def finish(self, sweep: "Sweep", sums: Sums) -> None:
-        """Hand a step's sums over: what could be written to by the next step is copied."""
+        """Hand the sums of a step that was run so over: without those that nothing was added to."""
         each = (self.last.touched, self.inner.touched, self.first.touched)
         known = [any(flags) for flags in zip(*each, strict=True)]
+        for index, total in enumerate(sums.parameters):
+            if total is self._sums[index] and not known[index]:
+                sums.parameters[index] = None
+        self.hand_over(sweep, sums)
+        assert sums.loss is not None
+        sums.loss = sums.loss.clone()
+
+    def hand_over(self, sweep: "Sweep", sums: Sums) -> None:
+        """Copy what of a step's sums could be written to by the next one."""
         for index, (total, parameter) in enumerate(
             zip(sums.parameters, sweep.parameters.tensors, strict=True)
         ):
-            if total is not None and total is self._sums[index]:
-                if not known[index]:
-                    sums.parameters[index] = None
-                elif total.dtype == parameter.dtype or parameter.dtype == torch.float16:
-                    sums.parameters[index] = total.clone()
-        assert sums.loss is not None
-        sums.loss = sums.loss.clone()
+            handed_out = parameter.dtype == torch.float16 or (
+                total is not None and total.dtype == parameter.dtype
+            )
+            if total is not None and total is self._sums[index] and handed_out:
+                sums.parameters[index] = total.clone()
+
+    def leaves(self, room: int = 0) -> bool:
+        """Whether the device has memory left beside them, and ``room`` bytes more."""
+        free, total = torch.cuda.mem_get_info(self._device)
+        # what the allocator has and does not use is free as well, but for what recordings run in
+        idle = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        return free + idle - self.reserved >= LEAST_FREE * total + room
 
 
 class NotingRunner(RecordingRunner):
     """Runs a step by recordings of its own, and notes what it did for the next one."""
 
     def finish(self, sums: Sums) -> None:
-        note(self.sweep, waits=self.waits)
+        note(self.sweep, sums, waits=self.waits)
 
 
 class LastingRunner(Runner):
@@ -247,11 +288,7 @@ class LastingRunner(Runner):
 
     def finish(self, sums: Sums) -> None:
         self._recordings.finish(self.sweep, sums)
-        device = self.sweep.device
-        free, total = torch.cuda.mem_get_info(device)
-        # what the allocator has and does not use is free as well, but for what recordings run in
-        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        if free + idle - self._recordings.reserved < LEAST_FREE * total:
+        if not self._recordings.leaves():
             drop(self.sweep)
 
     def _same(self, chunk: Chunk) -> bool:
