@@ -197,10 +197,17 @@ def refuse_carried_state(model: nn.Module) -> None:
                 )
 
 
+_MACHINERY = vars(nn.Module()).keys() - {"training", "_parameters", "_buffers", "_modules"}
+"""What every module has beside that; hooks are looked for elsewhere."""
+
+
 def settings(layers: Sequence[nn.Module]) -> list[Any]:
     """All that layers, and those inside them, go by beside their weights: equal as long as they do the same."""
     inside = {module: None for layer in layers for module in layer.modules()}
-    return [_plain(vars(module)) for module in inside]
+    kept = [
+        {name: value for name, value in vars(module).items() if name not in _MACHINERY} for module in inside
+    ]
+    return [_plain(own) for own in kept]
 
 
 def _plain(value: Any) -> Any:

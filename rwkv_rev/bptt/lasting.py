@@ -248,6 +248,7 @@ class LastingRunner(Runner):
     def __init__(self, sweep: "Sweep", recordings: Recordings) -> None:
         super().__init__(sweep)
         self._recordings = recordings
+        sweep.first = cloned(sweep.first)  # with all that is computed of them, which three runs ask for
 
     def advance(self, chunk: Chunk, states: list[ExactStates]) -> list[ExactStates]:
         if not self._same(chunk):
