@@ -39,11 +39,19 @@ from torch import Tensor
 
 from rwkv_rev.first_order import first_order
 from rwkv_rev.wkv.dispatch import KernelError
+from rwkv_rev.wkv.triton_blocks import (
+    PRECISIONS,
+    chunk_tokens,
+    dot,
+    launch_place,
+    load_rows,
+    matrix_at,
+    store_rows,
+)
 from rwkv_rev.wkv.triton_decay import take_out
 
 LEVELS = 6
 CHUNK = 1 << LEVELS
-PRECISIONS = {torch.float32: "tf32x3", torch.float16: "bf16x3", torch.bfloat16: "bf16x3"}
 # Change tiles only with the gpu tests at hand: for VALUE_TILE = 32 or KEY_TILE = 16 the ptxas of CUDA 12.8 (Triton
 # 3.6) reads uniform registers before it writes them, and the kernel leaves its shared memory.
 OUTER_WARPS = 4
@@ -57,68 +65,9 @@ _MAX_EXPONENT = tl.constexpr(40.0)  # base 2; float32 rounds such an exponent, a
 
 
 @triton.jit
-def _program(H, chunks, TILES: tl.constexpr):
-    """The launch's flat index as (head, value tile, chunk, row); heads are neighbours in memory."""
-    program = tl.program_id(0)
-    head = program % H
-    program = program // H
-    tile = program % TILES
-    program = program // TILES
-    return head, tile, program % chunks, program // chunks
-
-
-@triton.jit
-def _tokens(index, counts, row, chunk, T, BT: tl.constexpr, MASKED: tl.constexpr):
-    """Where a chunk's tokens are in [B * T], which of them exist, and how many of those are valid."""
-    t = chunk * BT + tl.arange(0, BT)
-    exists = t < T
-    total = T
-    position = t
-    if MASKED:
-        total = tl.load(counts + row)
-        position = tl.load(index + row.to(tl.int64) * T + t, mask=exists, other=0)
-    count = tl.minimum((chunk + 1) * BT, total) - tl.minimum(chunk * BT, total)
-    return row.to(tl.int64) * T + position, exists, count
-
-
-@triton.jit
 def _log2_decay(log_decay, head, channel, N: tl.constexpr):
     value = tl.load(log_decay + head * N + channel, mask=channel < N, other=0.0)
     return tl.where(value < _MIN_LOG_DECAY, _MIN_LOG_DECAY, value) * _LOG2_E  # tl.maximum passes over NaN
-
-
-@triton.jit
-def _load(x, token, valid, head, channel, H, N: tl.constexpr):
-    """Rows of [B * T, H, N]; rows that are not valid and channels beyond N are zero."""
-    at = x + (token[:, None] * H + head) * N + channel[None, :]
-    return tl.load(at, mask=valid[:, None] & (channel[None, :] < N), other=0.0)
-
-
-@triton.jit
-def _store(x, value, token, exists, head, channel, H, N: tl.constexpr):
-    at = x + (token[:, None] * H + head) * N + channel[None, :]
-    tl.store(at, value.to(x.dtype.element_ty), mask=exists[:, None] & (channel[None, :] < N))
-
-
-@triton.jit
-def _matrix(x, slot, i, c, N: tl.constexpr):
-    """Pointers into the [N, N] matrix number ``slot`` and the mask of what exists there."""
-    at = x + slot * N * N + i[:, None] * N + c[None, :]
-    return at, (i[:, None] < N) & (c[None, :] < N)
-
-
-@triton.jit
-def _dot(a, b, total, PRECISION: tl.constexpr):
-    """total + a b. In "bf16x3" a float32 operand is the sum of two bfloat16; the lowest product is left out."""
-    if PRECISION != "bf16x3":
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
-    a_high = a.to(tl.bfloat16)
-    b_high = b.to(tl.bfloat16)
-    if a.dtype != tl.bfloat16:
-        total = tl.dot((a - a_high.to(tl.float32)).to(tl.bfloat16), b_high, total)
-    if b.dtype != tl.bfloat16:
-        total = tl.dot(a_high, (b - b_high.to(tl.float32)).to(tl.bfloat16), total)
-    return tl.dot(a_high, b_high, total)
 
 
 @triton.jit
@@ -157,19 +106,19 @@ def _outer_kernel(
 ):  # fmt: skip
     """products[b, j, h] = sum_s (w^e keys_s)^T values_s, e counted to the chunk's end or from its start."""
     BT: tl.constexpr = 1 << LEVELS
-    head, tile, chunk, row = _program(H, chunks, TILES)
-    token, _exists, count = _tokens(index, counts, row, chunk, T, BT, MASKED)
+    head, tile, chunk, row = launch_place(H, chunks, TILES)
+    token, _exists, count = chunk_tokens(index, counts, row, chunk, T, BT, MASKED)
     t = tl.arange(0, BT)
     i = tl.arange(0, BN)
     c = tile * BV + tl.arange(0, BV)
     valid = t < count
     log2_decay = _log2_decay(log_decay, head, i, N)
     exponent = t if FROM_START else tl.maximum(count - 1 - t, 0)
-    key = _load(keys, token, valid, head, i, H, N).to(tl.float32)
+    key = load_rows(keys, token, valid, head, i, H, N).to(tl.float32)
     key *= tl.exp2(exponent.to(tl.float32)[:, None] * log2_decay[None, :])
-    value = _load(values, token, valid, head, c, H, N)
-    at, inside = _matrix(products, (row.to(tl.int64) * chunks + chunk) * H + head, i, c, N)
-    product = _dot(tl.trans(key), value, tl.zeros([BN, BV], tl.float32), PRECISION)
+    value = load_rows(values, token, valid, head, c, H, N)
+    at, inside = matrix_at(products, (row.to(tl.int64) * chunks + chunk) * H + head, i, c, N)
+    product = dot(tl.trans(key), value, tl.zeros([BN, BV], tl.float32), PRECISION)
     tl.store(at, product, mask=inside)
 
 
@@ -221,9 +170,9 @@ def _scores(
         left = receptance * tl.exp2(r_exponent[:, None] * log2_decay[None, :])
         right = key * tl.exp2(k_exponent[:, None] * log2_decay[None, :])
         if TRANSPOSED:
-            scores += tl.where(pairs, _dot(right, tl.trans(left), nothing, PRECISION), 0.0)
+            scores += tl.where(pairs, dot(right, tl.trans(left), nothing, PRECISION), 0.0)
         else:
-            scores += tl.where(pairs, _dot(left, tl.trans(right), nothing, PRECISION), 0.0)
+            scores += tl.where(pairs, dot(left, tl.trans(right), nothing, PRECISION), 0.0)
     return scores
 
 
@@ -235,31 +184,31 @@ def _value_kernel(
 ):  # fmt: skip
     """out = (w^t r) S + A v; transposed, d_v = (w^{n-1-s} k) dS + A^T d_y."""
     BT: tl.constexpr = 1 << LEVELS
-    head, tile, chunk, row = _program(H, chunks, TILES)
-    token, exists, count = _tokens(index, counts, row, chunk, T, BT, MASKED)
+    head, tile, chunk, row = launch_place(H, chunks, TILES)
+    token, exists, count = chunk_tokens(index, counts, row, chunk, T, BT, MASKED)
     t = tl.arange(0, BT)
     i = tl.arange(0, BN)
     c = tile * BV + tl.arange(0, BV)
     valid = t < count
     log2_decay = _log2_decay(log_decay, head, i, N)
     u = tl.load(bonus + head * N + i, mask=i < N, other=0.0)
-    receptance = _load(r, token, valid, head, i, H, N).to(tl.float32)
-    key = _load(k, token, valid, head, i, H, N).to(tl.float32)
+    receptance = load_rows(r, token, valid, head, i, H, N).to(tl.float32)
+    key = load_rows(k, token, valid, head, i, H, N).to(tl.float32)
     diagonal = tl.sum(receptance * key * u[None, :], 1)
     scores = _scores(receptance, key, log2_decay, TRANSPOSED, LEVELS, PRECISION)
-    value = _load(values, token, valid, head, c, H, N)
-    result = _dot(scores, value, diagonal[:, None] * value.to(tl.float32), PRECISION)
+    value = load_rows(values, token, valid, head, c, H, N)
+    result = dot(scores, value, diagonal[:, None] * value.to(tl.float32), PRECISION)
     if TRANSPOSED:
         exponent = tl.maximum(count - 1 - t, 0)
         reader = key
     else:
         exponent = t
         reader = receptance
-    at, inside = _matrix(states, (row.to(tl.int64) * chunks + chunk) * H + head, i, c, N)
+    at, inside = matrix_at(states, (row.to(tl.int64) * chunks + chunk) * H + head, i, c, N)
     state = tl.load(at, mask=inside, other=0.0)
     reader *= tl.exp2(exponent.to(tl.float32)[:, None] * log2_decay[None, :])
-    result = _dot(reader, state, result, PRECISION)
-    _store(out, result, token, exists, head, c, H, N)
+    result = dot(reader, state, result, PRECISION)
+    store_rows(out, result, token, exists, head, c, H, N)
 
 
 @triton.jit(do_not_specialize=["T", "H", "chunks"])
@@ -271,8 +220,8 @@ def _key_gradient_kernel(
 ):  # fmt: skip
     """Gradients of one tile of key channels, given the states before the chunk and the gradients after it."""
     BT: tl.constexpr = 1 << LEVELS
-    head, key_tile, chunk, row = _program(H, chunks, KEY_TILES)
-    token, exists, count = _tokens(index, counts, row, chunk, T, BT, MASKED)
+    head, key_tile, chunk, row = launch_place(H, chunks, KEY_TILES)
+    token, exists, count = chunk_tokens(index, counts, row, chunk, T, BT, MASKED)
     t = tl.arange(0, BT)
     i = key_tile * BK + tl.arange(0, BK)
     valid = t < count
@@ -285,17 +234,17 @@ def _key_gradient_kernel(
     carried = tl.zeros([BK], tl.float32)
     for tile in range(TILES):
         c = tile * BV + tl.arange(0, BV)
-        value = _load(v, token, valid, head, c, H, N)
-        d_y = _load(d_out, token, valid, head, c, H, N)
-        at, inside = _matrix(states, slot, i, c, N)
+        value = load_rows(v, token, valid, head, c, H, N)
+        d_y = load_rows(d_out, token, valid, head, c, H, N)
+        at, inside = matrix_at(states, slot, i, c, N)
         state = tl.load(at, mask=inside, other=0.0)
-        at, inside = _matrix(d_states, slot, i, c, N)
+        at, inside = matrix_at(d_states, slot, i, c, N)
         d_state = tl.load(at, mask=inside, other=0.0)
         carried += tl.sum(state * d_state, 1)
         d_diagonal += tl.sum(d_y * value.to(tl.float32), 1)
-        d_scores = _dot(d_y, tl.trans(value), d_scores, PRECISION)
-        d_receptance = _dot(d_y, tl.trans(state), d_receptance, PRECISION)
-        d_key = _dot(value, tl.trans(d_state), d_key, PRECISION)
+        d_scores = dot(d_y, tl.trans(value), d_scores, PRECISION)
+        d_receptance = dot(d_y, tl.trans(state), d_receptance, PRECISION)
+        d_key = dot(value, tl.trans(d_state), d_key, PRECISION)
 
     log2_decay = _log2_decay(log_decay, head, i, N)
     every = tl.arange(0, BN)
@@ -303,8 +252,8 @@ def _key_gradient_kernel(
     to_end = tl.maximum(count - 1 - t, 0).to(tl.float32)
     from_start = t.to(tl.float32)
     whole = count.to(tl.float32)
-    receptance = _load(r, token, valid, head, i, H, N).to(tl.float32)
-    key = _load(k, token, valid, head, i, H, N).to(tl.float32)
+    receptance = load_rows(r, token, valid, head, i, H, N).to(tl.float32)
+    key = load_rows(k, token, valid, head, i, H, N).to(tl.float32)
     d_receptance *= tl.exp2(from_start[:, None] * log2_decay[None, :])
     d_key *= tl.exp2(to_end[:, None] * log2_decay[None, :])
     d_decay = carried * whole * tl.exp2(log2_decay * whole)
@@ -316,16 +265,16 @@ def _key_gradient_kernel(
         d_pairs = tl.where(pairs, d_scores, 0.0)
         r_factor = tl.exp2(r_exponent[:, None] * log2_decay[None, :])
         k_factor = tl.exp2(k_exponent[:, None] * log2_decay[None, :])
-        change = _dot(d_pairs, key * k_factor, nothing, PRECISION) * r_factor
+        change = dot(d_pairs, key * k_factor, nothing, PRECISION) * r_factor
         d_receptance += change
         weighted = r_exponent[:, None] * (receptance * change)
-        change = _dot(tl.trans(d_pairs), receptance * r_factor, nothing, PRECISION) * k_factor
+        change = dot(tl.trans(d_pairs), receptance * r_factor, nothing, PRECISION) * k_factor
         d_key += change
         d_decay += tl.sum(weighted + k_exponent[:, None] * (key * change), 0)
 
     u = tl.load(bonus + head * N + i, mask=i < N, other=0.0)
-    _store(d_r, d_receptance + d_diagonal[:, None] * u[None, :] * key, token, exists, head, i, H, N)
-    _store(d_k, d_key + d_diagonal[:, None] * u[None, :] * receptance, token, exists, head, i, H, N)
+    store_rows(d_r, d_receptance + d_diagonal[:, None] * u[None, :] * key, token, exists, head, i, H, N)
+    store_rows(d_k, d_key + d_diagonal[:, None] * u[None, :] * receptance, token, exists, head, i, H, N)
     partial = slot * N + i
     tl.store(d_bonus + partial, tl.sum(d_diagonal[:, None] * receptance * key, 0), mask=i < N)
     tl.store(d_log_decay + partial, d_decay, mask=i < N)
