@@ -140,10 +140,10 @@ def test_conversion_rows(tmp_path: Path) -> None:
 
 
 def test_kernel_rows() -> None:
-    shapes = [("wkv5", (1, 40, 2, 8), torch.float32), ("wkv4", (2, 40, 16), torch.float32)]
-    rows = kernel_rows(CPU, shapes=shapes)
-    assert [row["kernel"] for row in rows] == ["chunked"] * 6
-    assert all(row["forward_backward_ms"] > 0 for row in rows[:2])
+    heads = [(function, (1, 40, 2, 8), torch.float32) for function in ("wkv5", "wkv6")]
+    rows = kernel_rows(CPU, shapes=[*heads, ("wkv4", (2, 40, 16), torch.float32)])
+    assert [row["kernel"] for row in rows] == ["chunked"] * 9
+    assert all(row["forward_backward_ms"] > 0 for row in rows[:3])
     assert all(
         float(error) < 1e-4
         for row in rows

@@ -3,7 +3,7 @@
 For each shape: the first call (compilation included), then medians of forward and of forward + backward (on a CUDA
 device of queued calls, by CUDA events), the least memory traffic any implementation has (every input read, every
 output written, once per direction), and the relative RMS errors of results and gradients against the naive float64
-recurrence, on the keys, values and decays of the first layer of the bundled checkpoints.
+recurrence, on the keys, values and decays of the first layer of the bundled checkpoints; for RWKV-6 on drawn ones.
 """
 
 import statistics
@@ -24,12 +24,16 @@ SHAPES: list[tuple[str, tuple[int, ...], torch.dtype]] = [
     ("wkv5", (1, 32768, 32, 64), torch.bfloat16),
     ("wkv5", (1, 4096, 32, 64), torch.bfloat16),
     ("wkv5", (8, 4096, 32, 64), torch.float32),
+    ("wkv6", (8, 4096, 32, 64), torch.bfloat16),
+    ("wkv6", (1, 32768, 32, 64), torch.bfloat16),
+    ("wkv6", (8, 4096, 32, 64), torch.float32),
     ("wkv4", (8, 4096, 2048), torch.float32),
     ("wkv4", (1, 32768, 2048), torch.float32),
     ("wkv4", (1, 4096, 2048), torch.float32),
 ]
 CPU_SHAPES: list[tuple[str, tuple[int, ...], torch.dtype]] = [
     ("wkv5", (1, 4096, 8, 64), torch.float32),
+    ("wkv6", (1, 4096, 8, 64), torch.float32),
     ("wkv4", (1, 4096, 512), torch.float32),
 ]
 REPEATS = 20
@@ -44,7 +48,7 @@ def kernel_rows(
     profile: bool = False,
     on_row: Callable[[dict[str, Any]], object] = lambda row: None,
 ) -> list[dict[str, Any]]:
-    """Times of each shape, then errors of both recurrences in float32 and bfloat16.
+    """Times of each shape, then errors of their recurrences in float32 and bfloat16.
 
     Args:
         device: CUDA or CPU.
@@ -57,12 +61,13 @@ def kernel_rows(
     cuda = device.type == "cuda"
     kernel = choose_kernel(kernel, torch.empty(0, device=device))
     rows: list[dict[str, Any]] = []
-    for function, shape, dtype in shapes or (SHAPES if cuda else CPU_SHAPES):
+    shapes = shapes or (SHAPES if cuda else CPU_SHAPES)
+    for function, shape, dtype in shapes:
         rows.append(measure(function, shape, dtype, kernel, profile and cuda, device))
         on_row(rows[-1])
         if cuda:
             torch.cuda.empty_cache()
-    for function in ("wkv5", "wkv4"):
+    for function in dict.fromkeys(function for function, *_ in shapes):
         for dtype in (torch.float32, torch.bfloat16):
             rows.append(errors(function, dtype, kernel, device))
             on_row(rows[-1])
@@ -72,19 +77,33 @@ def kernel_rows(
 def inputs(
     function: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Random arguments with decays as in the official initialisation, and the gradients arriving at the results."""
+    """Random arguments with decays as in the official initialisation, and the gradients arriving at the results.
+
+    Those of RWKV-6 are drawn around it, for each token.
+    """
     batch, _, *width = shape
     channels = width[-1] if function == "wkv4" else width[0] * width[1]
     place = torch.arange(channels, device=device) / (channels - 1)
-    log_decay = -torch.exp(-6 + 5 * place**0.9).view(*width)
+    time_decay = (-6 + 5 * place**0.9).view(*width)
+    if function == "wkv6":
+        time_decay = time_decay + 0.5 * torch.randn(*shape, device=device)
+    log_decay = -torch.exp(time_decay)
     bonus = torch.randn(*width, device=device)
-    tokens = [torch.randn(*shape, device=device).to(dtype) for _ in range(3 if function == "wkv5" else 2)]
+    tokens = [torch.randn(*shape, device=device).to(dtype) for _ in range(_token_tensors(function))]
     state = torch.zeros(batch, *width, width[-1], device=device)
     if function == "wkv4":
         state = torch.zeros(batch, 3, *width, device=device)
         state[:, 2] = EMPTY_EXPONENT
     arguments = [x.requires_grad_() for x in (*tokens, log_decay, bonus, state)]
-    return arguments, [torch.randn(*shape, device=device), torch.randn_like(state)]
+    arriving = [torch.randn(*shape, device=device), torch.randn_like(state)]
+    if function == "wkv6":
+        arriving.append(torch.randn_like(state[..., 0], dtype=torch.float64))
+    return arguments, arriving
+
+
+def _token_tensors(function: str) -> int:
+    """How many of the first arguments are in the dtype asked for."""
+    return 2 if function == "wkv4" else 3
 
 
 def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
@@ -155,7 +174,7 @@ def measure(
 
 def least_traffic(function: str, arguments: list[Tensor]) -> float:
     """Bytes: forward reads the tokens and writes float32 outputs; backward reads both kinds, writes gradients."""
-    tokens = arguments[: 3 if function == "wkv5" else 2]
+    tokens = arguments[: _token_tensors(function) + (function == "wkv6")]
     read = sum(x.numel() * x.element_size() for x in tokens)
     return 3 * read + 2 * 4 * tokens[0].numel()
 
@@ -211,17 +230,22 @@ def errors(
     function: str, dtype: torch.dtype, kernel: str, device: torch.device, tokens: int = 1024
 ) -> dict[str, Any]:
     """Relative RMS errors against float64; gradients of tokens include their rounding to ``dtype``."""
-    arguments, arriving = trained_inputs(function, tokens, dtype, device)
+    if function == "wkv6":
+        arguments, arriving = inputs(function, (2, tokens, 2, 64), dtype, device)
+        arguments[-1].data.normal_()
+    else:
+        arguments, arriving = trained_inputs(function, tokens, dtype, device)
 
     def run(call: Callable[..., Any], values: list[Tensor], **options: Any) -> list[Tensor]:
         values = [x.detach().requires_grad_() for x in values]
         results = call(*values, **options)
-        gradients = torch.autograd.grad(results, values, [x.to(results[0].dtype) for x in arriving])
+        pulls = [x.to(result.dtype) for x, result in zip(arriving, results, strict=True)]
+        gradients = torch.autograd.grad(results, values, pulls)
         return [results[0], *gradients]
 
     actual = run(getattr(wkv, function), arguments, kernel=kernel)
     expected = run(getattr(naive, function), [x.double() for x in arguments])
-    tokens_in = ["d_r", "d_k", "d_v"] if function == "wkv5" else ["d_k", "d_v"]
+    tokens_in = ["d_r", "d_k", "d_v"][-_token_tensors(function) :]
     names = ["out", *tokens_in, "d_log_decay", "d_bonus", "d_state"]
     relative = {
         name: f"{((x.double() - y).norm() / y.norm().clamp(min=1e-30)).item():.1e}"
