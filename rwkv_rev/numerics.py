@@ -20,6 +20,7 @@ steps, :func:`division_nuhmc`, our own extension of the measure; a channel that 
 float64 after 260 tokens, not after 67 million. Both are measured too, by adding up and by running back.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +70,7 @@ def nuhmc(dtype: torch.dtype) -> int:
     return 1 << (mantissa_bits(dtype) // 2)
 
 
+@functools.cache
 def counted_nuhmc(dtype: torch.dtype) -> int:
     """The same, counted: additions of one number to zero until the sum's grid is 2^floor(p/2) times the number's.
 

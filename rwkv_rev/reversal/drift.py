@@ -5,7 +5,7 @@
 in one floating-point format, one token at a time, with known u: the recurrence that RWKV-4 and RWKV-5 share, element
 by element, and the literal recipe of a reversible timestep cell. Each step back multiplies the errors made so far by
 1/w, so that after n steps ``n log2(1/w)`` bits of the format are noise. The updates here are standard normal numbers
-from a fixed seed: the drift is a matter of the decay and the format, not of the text.
+from a fixed seed, the same for every decay: the drift is a matter of the decay and the format, not of the text.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 COLUMNS = 8
-"""Independent states per decay; their root mean square is reported."""
+"""Independent states of each decay; their root mean square is reported."""
 
 
 def division_drift(log_decay: Tensor, steps: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -32,9 +32,9 @@ def division_drift(log_decay: Tensor, steps: Sequence[int], dtype: torch.dtype) 
     decay = torch.exp(log_decay.detach().double().cpu()).to(dtype).flatten()[:, None]  # [R, 1]
     length = max(steps)
     generator = torch.Generator().manual_seed(0)
-    shape = (len(decay), COLUMNS)
-    updates = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(length)]
-    state = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    drawn = torch.randn(length + 1, COLUMNS, generator=generator, dtype=torch.float64).to(dtype)
+    *updates, first = drawn.unbind()
+    state = first.expand(len(decay), COLUMNS)
     wanted = {length - back for back in steps}
     kept = {}
     for step, update in enumerate(updates):
