@@ -75,9 +75,12 @@ def tiny_model(
     return model.to(dtype).train()
 
 
-def load(directory: Path, dtype: torch.dtype = torch.float32) -> RwkvRevForCausalLM:
-    """A converted model in training mode."""
-    return RwkvRevForCausalLM.from_pretrained(directory, dtype=dtype).train()
+def load(
+    directory: Path, dtype: torch.dtype = torch.float32, layers: int | None = None
+) -> RwkvRevForCausalLM:
+    """A converted model in training mode, all of it or its lowest layers."""
+    depth = {} if layers is None else {"num_hidden_layers": layers}
+    return RwkvRevForCausalLM.from_pretrained(directory, dtype=dtype, **depth).train()
 
 
 def english(length: int, batch: int = 1) -> Tensor:
