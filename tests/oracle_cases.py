@@ -45,6 +45,13 @@ class Subject:
     float64: RwkvRevForCausalLM
     group_norm: tuple[float, float]
 
+    @cached_property
+    def given(self) -> State:
+        """The state after some text, the same in all cases, in values that float32 holds."""
+        before = english(20, batch=ROWS)
+        state = solve(self.tensors, Case(before, before, group_norm=self.group_norm)).state
+        return State(*(part.float() for part in state.tensors()))
+
 
 def make(name: str, folder: Path) -> Subject:
     """``VERSION [BONUS]`` is random; ``bundled``, ``lower`` (its lowest layers) and ``peer VERSION`` are trained."""
@@ -147,8 +154,7 @@ def case_of(
     length: int = LENGTH,
 ) -> Case:
     """A case in values that float32 holds."""
-    text = english(length + 20, batch=ROWS)
-    before, tokens = text[:, :20], text[:, 20:]
+    tokens = english(length + 20, batch=ROWS)[:, 20:]
     valid = mask_of(mask, length)
     case = Case(labels_of(labels, tokens, valid), tokens, valid=valid, group_norm=subject.group_norm)
     if embedded:
@@ -156,10 +162,11 @@ def case_of(
         embeds += 0.1 * embeds.std() * torch.randn(embeds.shape, generator=seeded(3))
         case = replace(case, tokens=None, embeds=embeds)
     if state != "none":
-        given = solve(subject.tensors, Case(before, before, group_norm=subject.group_norm)).state
-        case = replace(case, state=State(*(part.float() for part in given.tensors())))
+        case = replace(case, state=subject.given)
         if state == "given, with objective":
-            arriving = [0.1 * torch.randn(part.shape, generator=seeded(4)) for part in given.tensors()]
+            arriving = [
+                0.1 * torch.randn(part.shape, generator=seeded(4)) for part in subject.given.tensors()
+            ]
             case = replace(case, final_objective=State(*arriving))
     return replace(case, divisor=divisor)
 
