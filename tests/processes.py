@@ -7,6 +7,7 @@ forked from a server that has imported all of it and computed nothing; elsewhere
 import multiprocessing
 import multiprocessing.process
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -36,10 +37,10 @@ def in_ranks(work: Callable[[int], Any], world: int, folder: Path) -> list[Any]:
 
 
 def start_command(
-    arguments: Sequence[object], streams: Path, env: dict[str, str]
+    arguments: Sequence[object], streams: Path, env: dict[str, str], module: str = "rwkv_rev.cli"
 ) -> multiprocessing.process.BaseProcess:
-    """``rwkv-rev`` as a process of its own, which writes to ``streams``.out and ``streams``.err."""
-    process = _context().Process(target=_command, args=([*map(str, arguments)], str(streams), env))
+    """``python -m MODULE`` as a process of its own, which writes to ``streams``.out and ``streams``.err."""
+    process = _context().Process(target=_command, args=([*map(str, arguments)], str(streams), env, module))
     process.start()
     return process
 
@@ -61,14 +62,21 @@ def start_command_in_ranks(
 
 
 def run_command(
-    *arguments: object, world: int = 1, env: dict[str, str] | None = None, timeout: float = 300
+    *arguments: object,
+    world: int = 1,
+    env: dict[str, str] | None = None,
+    timeout: float = 300,
+    module: str = "rwkv_rev.cli",
 ) -> subprocess.CompletedProcess[str]:
-    """Wait for ``rwkv-rev``, in one process or several: rank 0's output, everybody's errors, the largest exit code."""
+    """Wait for ``rwkv-rev``, in one process or several: rank 0's output, everybody's errors, the largest exit code.
+
+    Or for another ``module``, in one process.
+    """
     env = environment() if env is None else env
     with tempfile.TemporaryDirectory() as folder:
         streams = Path(folder) / "rank"
         if world == 1:
-            started = [start_command(arguments, Path(f"{streams}.0"), env)]
+            started = [start_command(arguments, Path(f"{streams}.0"), env, module)]
         else:
             started = start_command_in_ranks(arguments, world, streams, env)
         for process in started:
@@ -112,7 +120,7 @@ def _one_rank(rank: int, work: Callable[[int], Any], world: int, folder: str) ->
     torch.distributed.destroy_process_group()
 
 
-def _command(arguments: list[str], streams: str, env: dict[str, str]) -> None:
+def _command(arguments: list[str], streams: str, env: dict[str, str], module: str) -> None:
     assert START_METHOD == "spawn" or "preloaded" in sys.modules, "the server swallows an ImportError"
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the tests were started by ignores
     os.environ.clear()
@@ -122,6 +130,11 @@ def _command(arguments: list[str], streams: str, env: dict[str, str]) -> None:
         os.dup2(file, number)
         os.close(file)
     torch.set_num_threads(1)
-    from rwkv_rev.cli import main
+    if module == "rwkv_rev.cli":
+        from rwkv_rev.cli import main
 
-    main(arguments)
+        main(arguments)
+    else:
+        sys.argv = [module, *arguments]
+        sys.modules.pop(module, None)  # imported by the server
+        runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -17,6 +17,7 @@ from finetune_cases import counting_text, environment, finetune, losses, setting
 from processes import run_command, start_command_in_ranks
 
 from rwkv_rev.training.checkpoints import CHECKSUMS, checkpoints, damage
+from rwkv_rev.training.finetune import FinetuneResult
 
 pytestmark = pytest.mark.dist
 
@@ -35,11 +36,14 @@ def two_processes(
     launcher: str = "torchrun",
     options: Sequence[str] = ("--multi_gpu",),
 ) -> subprocess.CompletedProcess[str]:
-    """``torchrun`` or ``accelerate launch``, then ``-m rwkv_rev.cli finetune ...``, on the CPU with gloo."""
-    launch = ["-m", *LAUNCHERS[launcher], *(options if launcher == "accelerate" else ())]
-    command = [sys.executable, *launch, "-m", "rwkv_rev.cli", "finetune", *map(str, arguments)]
+    """``torchrun`` or ``accelerate launch``, then ``-m rwkv_rev.cli finetune ...``, on the CPU with gloo.
+
+    What they start are fresh interpreters.
+    """
+    module, *launch = [*LAUNCHERS[launcher], *(options if launcher == "accelerate" else ())]
+    command = [*launch, "-m", "rwkv_rev.cli", "finetune", *arguments]
     env = environment(HF_HOME=tempfile.gettempdir())  # nobody's accelerate configuration
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    return run_command(*command, env=env, module=module)
 
 
 def options(
@@ -54,32 +58,27 @@ def options(
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Documents of different lengths: the processes' batches differ in shape, and one process's last is empty."""
-    text = counting_text(tmp_path / "text.txt", 160).read_text()
+    return documents(tmp_path)
+
+
+def documents(folder: Path) -> Path:
+    """Of different lengths: the processes' batches differ in shape, and one process's last is empty."""
+    text = counting_text(folder / "text.txt", 160).read_text()
     pieces = [text[:700], text[700:1100], text[1100:1130], text[1130:2400], text[2400:]]
-    path = tmp_path / "data.jsonl"
+    path = folder / "data.jsonl"
     path.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces))
     return path
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
-def test_same_losses_as_one_process(
-    shallow: dict[str, Path], data: Path, tmp_path: Path, launcher: str
-) -> None:
-    cache = tmp_path / "cache"
-    arguments = [
-        *options(shallow["5.2"], data, tmp_path / "two", cache),
-        *("--batch-size", 1, "--grad-accum", 2, "--eval-data", data, "--json"),
-    ]
-    done = two_processes(*arguments, launcher=launcher)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Warning" not in done.stderr and "deprecated" not in done.stderr, done.stderr
-    result = json.loads(done.stdout)
+@pytest.fixture(scope="module")
+def alone(shallow: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[FinetuneResult, Path]:
+    """One process with the doubled batch, and its output."""
+    folder = tmp_path_factory.mktemp("alone")
+    data = documents(folder)
     config = settings(
         shallow["5.2"],
         data,
-        tmp_path / "one",
-        cache_dir=str(cache),
+        folder / "one",
         context_length=256,
         chunk_length=100,
         max_steps=4,
@@ -87,11 +86,26 @@ def test_same_losses_as_one_process(
         grad_accum=2,
         eval_data=[str(data)],
     )
-    alone = finetune(config)
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-5)
-    assert result["tokens"] == alone.tokens and result["steps"] == 4
-    assert alone.held_out is not None
-    assert result["held_out"]["after"] == pytest.approx(alone.held_out[1], rel=1e-4)
+    return finetune(config), folder / "one"
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
+def test_same_losses_as_one_process(
+    shallow: dict[str, Path], alone: tuple[FinetuneResult, Path], data: Path, tmp_path: Path, launcher: str
+) -> None:
+    arguments = [
+        *options(shallow["5.2"], data, tmp_path / "two", tmp_path / "cache"),
+        *("--batch-size", 1, "--grad-accum", 2, "--eval-data", data, "--json"),
+    ]
+    done = two_processes(*arguments, launcher=launcher)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Warning" not in done.stderr and "deprecated" not in done.stderr, done.stderr
+    result = json.loads(done.stdout)
+    one, output = alone
+    assert losses(tmp_path / "two") == pytest.approx(losses(output), rel=2e-5)
+    assert result["tokens"] == one.tokens and result["steps"] == 4
+    assert one.held_out is not None
+    assert result["held_out"]["after"] == pytest.approx(one.held_out[1], rel=1e-4)
     assert not (tmp_path / "two.training").exists()
 
 
