@@ -52,11 +52,20 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["answer"].shape[1] > names["question_ids"].shape[1]
 
 
-def test_python_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = run("docs/python.md", tmp_path, monkeypatch)
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """What docs/python.md leaves behind, and the folder in which it ran."""
+    folder = tmp_path_factory.mktemp("page")
+    with pytest.MonkeyPatch.context() as patch:
+        return run("docs/python.md", folder, patch), folder
+
+
+def test_python_page(page: tuple[dict[str, Any], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    names, place = page
+    monkeypatch.chdir(place)
     assert names["ids"].shape[1] > 2 * 128
     assert names["error"] < 1e-5
-    assert names["merged"].config.vocab_size == 256 and (tmp_path / "merged" / "model.safetensors").exists()
+    assert names["merged"].config.vocab_size == 256 and Path("merged/model.safetensors").exists()
     assert names["state"].wkv.grad.any()
     assert names["found"]["eval_accuracy"] > 0.3
     for folder in ("merged", "tuned", "trained", "chat"):  # model folders like any other
@@ -74,10 +83,11 @@ def test_python_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_false_declaration_is_found_by_the_comparison(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: tuple[dict[str, Any], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the page says: more than 0.1, and no error."""
-    names = run("docs/python.md", tmp_path, monkeypatch)
+    names, place = page
+    monkeypatch.chdir(place)
     names["model"] = names["load"]()
     hook = names["rwkv_rev"].position_wise(
         lambda module, args, output: (output[0] + output[0].mean(1, keepdim=True), *output[1:])

@@ -32,7 +32,7 @@ def compare(
             tune=tune,
             lr=RATES[tune],
             max_steps=STEPS,
-            **{"context_length": 512, "chunk_length": 128} | changes,
+            **{"context_length": 256, "chunk_length": 64} | changes,
         )
         finetune(config)
         found[name] = losses(folder / name)
