@@ -1,6 +1,7 @@
 """trl's trainers: SFTTrainer and DPOTrainer against loops written out on logits, and what they may not ask for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +69,15 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def model(bundled: dict[str, Path]) -> RwkvRevForCausalLM:
-    model = RwkvRevForCausalLM.from_pretrained(bundled["5.2"], dtype=torch.float32).train()
+def model(shallow: dict[str, Path]) -> RwkvRevForCausalLM:
+    model = RwkvRevForCausalLM.from_pretrained(shallow["5.2"], dtype=torch.float32).train()
     model.set_bptt("reversible", chunk_length=CHUNK)
     return model
 
 
 @pytest.fixture
-def tokenizer(bundled: dict[str, Path]) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(bundled["5.2"])
+def tokenizer(shallow: dict[str, Path]) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(shallow["5.2"])
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
@@ -144,7 +145,7 @@ def losses(made: Trainer) -> list[float]:
     return [entry["loss"] for entry in made.state.log_history if "loss" in entry]
 
 
-def padded(rows: list[list[int]], value: int) -> Tensor:
+def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value)
 
 
@@ -158,6 +159,9 @@ def dynamic(logits: Tensor, labels: Tensor) -> Tensor:
     return (terms * (-terms).exp().detach()).sum() / (labels[:, 1:] != -100).sum()
 
 
+Rows = tuple[tuple[int, ...], ...]
+
+
 def loop(
     folder: Path,
     ids: list[list[int]],
@@ -165,7 +169,17 @@ def loop(
     loss_of: Loss = mean_nll,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[list[float], list[dict[str, Tensor]]]:
-    """The same steps written out, on logits of whole contexts; with bfloat16 for dtype by autocast in float32."""
+    """The same steps written out, on logits of whole contexts; with bfloat16 for dtype by autocast in float32.
+
+    Equal arguments are answered once.
+    """
+    return _loop(folder, tuple(map(tuple, ids)), tuple(map(tuple, labels)), loss_of, dtype)
+
+
+@cache
+def _loop(
+    folder: Path, ids: Rows, labels: Rows, loss_of: Loss, dtype: torch.dtype
+) -> tuple[list[float], list[dict[str, Tensor]]]:
     bf16 = dtype == torch.bfloat16
     model = RwkvRevForCausalLM.from_pretrained(folder, dtype=torch.float32 if bf16 else dtype).train()
     model.set_bptt("full")
@@ -230,7 +244,7 @@ def test_sft(
     kind: str,
     model: RwkvRevForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    bundled: dict[str, Path],
+    shallow: dict[str, Path],
     tmp_path: Path,
 ) -> None:
     """Losses and gradients of three steps, with activation checkpointing, which trl switches on."""
@@ -242,7 +256,7 @@ def test_sft(
         trainer, model, tokenizer, tmp_path, rows, max_steps=count, assistant_only_loss=kind == "assistant"
     )
     assert model.model.gradient_checkpointing
-    expected, wanted = loop(bundled["5.2"], ids, labels)
+    expected, wanted = loop(shallow["5.2"], ids, labels)
     assert losses(made) == pytest.approx(expected[:count], rel=1e-5)
     assert expected[-1] < expected[0] and len(steps) == count
     assert_same_steps(steps, wanted)
@@ -259,21 +273,21 @@ def test_who_speaks_is_not_known(
 
 
 def test_accumulation(
-    model: RwkvRevForCausalLM, tokenizer: PreTrainedTokenizerBase, bundled: dict[str, Path], tmp_path: Path
+    model: RwkvRevForCausalLM, tokenizer: PreTrainedTokenizerBase, shallow: dict[str, Path], tmp_path: Path
 ) -> None:
     """Rows of unequal length in two pieces count by their tokens."""
     ids = columns("text", tokenizer)[1]
     pieces = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 1}
     _, steps = sft(SFTTrainer, model, tokenizer, tmp_path, **pieces)
-    assert_same_steps(steps, loop(bundled["5.2"], ids, ids)[1])
+    assert_same_steps(steps, loop(shallow["5.2"], ids, ids)[1])
 
 
 def test_dynamic_fine_tuning(
-    model: RwkvRevForCausalLM, tokenizer: PreTrainedTokenizerBase, bundled: dict[str, Path], tmp_path: Path
+    model: RwkvRevForCausalLM, tokenizer: PreTrainedTokenizerBase, shallow: dict[str, Path], tmp_path: Path
 ) -> None:
     ids = columns("text", tokenizer)[1]
     made, steps = sft(SFTTrainer, model, tokenizer, tmp_path, loss_type="dft")
-    expected, wanted = loop(bundled["5.2"], ids, ids, dynamic)
+    expected, wanted = loop(shallow["5.2"], ids, ids, dynamic)
     assert losses(made) == pytest.approx(expected, rel=1e-5)
     assert_same_steps(steps, wanted)
 
@@ -283,7 +297,7 @@ def test_wrapped_packing_is_one_context(
     trainer: type[SFTTrainer],
     model: RwkvRevForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    bundled: dict[str, Path],
+    shallow: dict[str, Path],
     tmp_path: Path,
 ) -> None:
     """Texts one after another, cut every 128 tokens: one state runs through each row."""
@@ -299,7 +313,7 @@ def test_wrapped_packing_is_one_context(
         max_length=128,
         max_steps=1,
     )
-    expected, wanted = loop(bundled["5.2"], rows, rows)
+    expected, wanted = loop(shallow["5.2"], rows, rows)
     assert losses(made) == pytest.approx(expected[:1], rel=1e-5)
     assert_same_steps(steps, wanted)
 
@@ -367,11 +381,11 @@ def test_whose_loss_it_is(
     assert not told
 
 
-def test_lora(tokenizer: PreTrainedTokenizerBase, bundled: dict[str, Path], tmp_path: Path) -> None:
+def test_lora(tokenizer: PreTrainedTokenizerBase, shallow: dict[str, Path], tmp_path: Path) -> None:
     """A peft_config, with a head that is saved: the sweeps train as the whole graph does."""
     found = []
     for strategy in ("reversible", "full"):
-        fresh = RwkvRevForCausalLM.from_pretrained(bundled["5.2"], dtype=torch.float32)
+        fresh = RwkvRevForCausalLM.from_pretrained(shallow["5.2"], dtype=torch.float32)
         fresh.set_bptt(strategy, chunk_length=CHUNK)
         config = LoraConfig(r=4, target_modules=["key", "value"], modules_to_save=["head"])
         made, steps = sft(SFTTrainer, fresh, tokenizer, tmp_path, peft_config=config, max_steps=2)
@@ -402,17 +416,17 @@ def test_peft_methods_that_are_refused(
 
 
 def test_noise_in_embeddings(
-    model: RwkvRevForCausalLM, tokenizer: PreTrainedTokenizerBase, bundled: dict[str, Path], tmp_path: Path
+    model: RwkvRevForCausalLM, tokenizer: PreTrainedTokenizerBase, shallow: dict[str, Path], tmp_path: Path
 ) -> None:
     """NEFTune: both sweeps draw the same, so the bits are those of ``checkpoint``."""
-    other = RwkvRevForCausalLM.from_pretrained(bundled["5.2"], dtype=torch.float32)
+    other = RwkvRevForCausalLM.from_pretrained(shallow["5.2"], dtype=torch.float32)
     other.set_bptt("checkpoint", chunk_length=CHUNK)
     options = {"neftune_noise_alpha": 5.0, "max_steps": 1}
     ids = columns("text", tokenizer)[1]
     made, steps = sft(SFTTrainer, model, tokenizer, tmp_path, **options)
     _, wanted = sft(SFTTrainer, other, tokenizer, tmp_path, **options)
     assert all(torch.equal(steps[0][name], gradient) for name, gradient in wanted[0].items())
-    assert losses(made)[0] > 1.2 * loop(bundled["5.2"], ids, ids)[0][0], "noise is drawn"
+    assert losses(made)[0] > 1.2 * loop(shallow["5.2"], ids, ids)[0][0], "noise is drawn"
 
 
 @TRAINERS
@@ -420,26 +434,26 @@ def test_default_precision(
     trainer: type[SFTTrainer],
     model: RwkvRevForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    bundled: dict[str, Path],
+    shallow: dict[str, Path],
     tmp_path: Path,
 ) -> None:
     """bfloat16 by autocast, as trl has it by default, also without a GPU."""
     ids = columns("text", tokenizer)[1]
     made, steps = sft(trainer, model, tokenizer, tmp_path, bf16=None, max_steps=1)
     assert made.args.bf16
-    expected, wanted = loop(bundled["5.2"], ids, ids, dtype=torch.bfloat16)
+    expected, wanted = loop(shallow["5.2"], ids, ids, dtype=torch.bfloat16)
     assert losses(made) == pytest.approx(expected[:1], rel=2e-3)
     for name, gradient in wanted[0].items():
         assert relative_error(steps[0][name], gradient) < 0.05, name
 
 
 def test_a_model_by_its_path(
-    tokenizer: PreTrainedTokenizerBase, bundled: dict[str, Path], tmp_path: Path
+    tokenizer: PreTrainedTokenizerBase, shallow: dict[str, Path], tmp_path: Path
 ) -> None:
-    made, steps = sft(SFTTrainer, str(bundled["5.2"]), tokenizer, tmp_path, max_steps=1)
+    made, steps = sft(SFTTrainer, str(shallow["5.2"]), tokenizer, tmp_path, max_steps=1)
     assert isinstance(made.model, RwkvRevForCausalLM)
     ids = columns("text", tokenizer)[1]
-    assert_same_steps(steps, loop(bundled["5.2"], ids, ids)[1])
+    assert_same_steps(steps, loop(shallow["5.2"], ids, ids)[1])
 
 
 # --- preferences ------------------------------------------------------------------------------------------------
@@ -463,7 +477,7 @@ def preference(beta: float, reference: RwkvRevForCausalLM, ids: Tensor, mask: Te
 
 
 def test_dpo(
-    model: RwkvRevForCausalLM, tokenizer: PreTrainedTokenizerBase, bundled: dict[str, Path], tmp_path: Path
+    model: RwkvRevForCausalLM, tokenizer: PreTrainedTokenizerBase, shallow: dict[str, Path], tmp_path: Path
 ) -> None:
     """Losses and gradients of three steps; the reference is loaded by its path, as trl does."""
     chosen, rejected = texts()[:2], texts()[2:]
@@ -484,9 +498,9 @@ def test_dpo(
     answers = [row[key].encode() + b"\0" for key in ("chosen", "rejected") for row in rows]
     ids = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
     labels = [[-100] * len(prompt) + [*answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    reference = RwkvRevForCausalLM.from_pretrained(bundled["5.2"], dtype=torch.float64)
+    reference = RwkvRevForCausalLM.from_pretrained(shallow["5.2"], dtype=torch.float64)
     mask = padded([[1] * len(row) for row in ids], 0)
-    expected, wanted = loop(bundled["5.2"], ids, labels, preference(0.1, reference, padded(ids, 0), mask))
+    expected, wanted = loop(shallow["5.2"], ids, labels, preference(0.1, reference, padded(ids, 0), mask))
     assert losses(made) == pytest.approx(expected, rel=1e-5)
     assert expected[-1] < expected[0]
     assert_same_steps(seen.steps, wanted)
