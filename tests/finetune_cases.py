@@ -52,8 +52,12 @@ def settings(model: Path, data: Path, output: Path, **changes: Any) -> FinetuneC
     return FinetuneConfig(**(values | changes))
 
 
-def finetune(config: FinetuneConfig) -> FinetuneResult:
-    return run(config, quiet=True)
+def finetune(config: FinetuneConfig, *, curve: bool = False) -> FinetuneResult:
+    """Of the curve of losses, whose drawing would take as long as a step, only where it is looked at."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not curve:
+            patch.setattr("rwkv_rev.training.saving.has_matplotlib", lambda: False)
+        return run(config, quiet=True)
 
 
 def losses(output: Path) -> list[float]:

@@ -1,6 +1,8 @@
 """Runs of a few steps: what gets better, what is written, what is refused, and that a resumed run is the same run."""
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,8 @@ def test_held_out_text_gets_better(bundled: dict[str, Path], tmp_path: Path, tun
 
 def test_the_output_is_a_normal_model_folder(bundled: dict[str, Path], tmp_path: Path) -> None:
     data, output = counting_text(tmp_path / "data.txt"), tmp_path / "out"
-    result = finetune(settings(bundled["5.2"], data, output, eval_data=[str(data)], eval_tokens=600))
+    config = settings(bundled["5.2"], data, output, eval_data=[str(data)], eval_tokens=600)
+    result = finetune(config, curve=True)
     assert result.steps == 3 and result.last_loss < result.first_loss
     assert result.tape_bytes > 0 and result.memory_bytes > 0 and result.tokens == 3 * 2 * 256
     assert {path.name for path in tmp_path.iterdir()} == {"data.txt", "out", "cache"}, (
@@ -88,36 +91,46 @@ def test_the_output_is_a_normal_model_folder(bundled: dict[str, Path], tmp_path:
     assert len(json.loads((tmp_path / "twice" / "conversion.json").read_text())["finetuned"]) == 2
 
 
+@pytest.fixture(scope="module")
+def tuned(shallow: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """The output of a run of three steps by version and kind of tuning, made once."""
+
+    @cache
+    def get(version: str, tune: str) -> Path:
+        folder = tmp_path_factory.mktemp("tuned")
+        data = counting_text(folder / "data.txt")
+        finetune(settings(shallow[version], data, folder / "out", tune=tune, lr=3e-3))
+        return folder / "out"
+
+    return get
+
+
 @pytest.mark.parametrize(("version", "tune"), [("5.2", "full"), ("4", "lora")])
 def test_a_finetuned_model_runs_elsewhere(
-    shallow: dict[str, Path], tmp_path: Path, version: str, tune: str
+    shallow: dict[str, Path], tuned: Callable[[str, str], Path], version: str, tune: str
 ) -> None:
     """``verify`` hands its values to the rwkv package, transformers (RWKV-4) and the float64 scan."""
-    data = counting_text(tmp_path / "data.txt")
-    finetune(settings(shallow[version], data, tmp_path / "out", tune=tune, lr=3e-3))
-    report = rwkv_rev.verify(tmp_path / "out", tokens=96)
+    output = tuned(version, tune)
+    report = rwkv_rev.verify(output, tokens=96)
     assert report.passed, report.table()
     assert {row.oracle for row in report.rows} >= {"rwkv", "naive"} | (
         {"transformers"} if version == "4" else set()
     )
-    original = rwkv_rev.verify(tmp_path / "out", original=f"{shallow[version]}.pth", tokens=64)
+    original = rwkv_rev.verify(output, original=f"{shallow[version]}.pth", tokens=64)
     assert not original.passed, "the values are no longer the original's"
 
 
 @pytest.mark.parametrize(("version", "tune"), [("5.2", "full"), ("5.2", "lora"), ("4", "full")])
 def test_the_rwkv_package_loads_the_export(
-    shallow: dict[str, Path], tmp_path: Path, version: str, tune: str
+    shallow: dict[str, Path], tuned: Callable[[str, str], Path], tmp_path: Path, version: str, tune: str
 ) -> None:
     """``export --to blinkdl``: the package reads the file itself and computes the fine-tuned model's logits."""
-    data = counting_text(tmp_path / "data.txt")
-    finetune(settings(shallow[version], data, tmp_path / "out", tune=tune, lr=3e-3))
-    rwkv_rev.export(tmp_path / "out", tmp_path / "out.pth", to="blinkdl")
-    found = rwkv_rev.verify(tmp_path / "out", original=str(tmp_path / "out.pth"), oracle="rwkv", tokens=96)
+    output = tuned(version, tune)
+    rwkv_rev.export(output, tmp_path / "out.pth", to="blinkdl")
+    found = rwkv_rev.verify(output, original=str(tmp_path / "out.pth"), oracle="rwkv", tokens=96)
     assert found.passed and [row.oracle for row in found.rows] == ["rwkv"], found.table()
     rwkv_rev.export(shallow[version], tmp_path / "before.pth", to="blinkdl")
-    before = rwkv_rev.verify(
-        tmp_path / "out", original=str(tmp_path / "before.pth"), oracle="rwkv", tokens=16
-    )
+    before = rwkv_rev.verify(output, original=str(tmp_path / "before.pth"), oracle="rwkv", tokens=16)
     assert not before.rows[0].passed, "the package must have read what training changed"
 
 
@@ -189,23 +202,22 @@ def test_an_output_in_use_is_refused(shallow: dict[str, Path], tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
-def test_export_to_transformers(shallow: dict[str, Path], tmp_path: Path) -> None:
+def test_export_to_transformers(tuned: Callable[[str, str], Path], tmp_path: Path) -> None:
     from transformers import RwkvForCausalLM
 
-    data = counting_text(tmp_path / "data.txt")
-    finetune(settings(shallow["4"], data, tmp_path / "out", max_steps=2))
-    rwkv_rev.export(tmp_path / "out", tmp_path / "hf", to="hf")
+    output = tuned("4", "full")
+    rwkv_rev.export(output, tmp_path / "hf", to="hf")
     theirs = RwkvForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32, rescale_every=0).eval()
-    ours = RwkvRevForCausalLM.from_pretrained(str(tmp_path / "out"), dtype=torch.float32).eval()
+    ours = RwkvRevForCausalLM.from_pretrained(str(output), dtype=torch.float32).eval()
     ids = torch.tensor([list(b"12 squared is 144\n13 squared is ")])
     with torch.no_grad():
         torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_adapters_lie_beside_the_merged_weights(bundled: dict[str, Path], tmp_path: Path) -> None:
+def test_adapters_lie_beside_the_merged_weights(shallow: dict[str, Path], tmp_path: Path) -> None:
     data = counting_text(tmp_path / "data.txt")
     config = settings(
-        bundled["5.2"],
+        shallow["5.2"],
         data,
         tmp_path / "out",
         tune="lora",
@@ -215,11 +227,11 @@ def test_adapters_lie_beside_the_merged_weights(bundled: dict[str, Path], tmp_pa
     )
     finetune(config)
     adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
-    assert len(adapter) == 2 * 6
-    before, after = weights(bundled["5.2"]), weights(tmp_path / "out")
+    assert len(adapter) == 2 * 2
+    before, after = weights(shallow["5.2"]), weights(tmp_path / "out")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {f"model.blocks.{i}.time_mix.key.weight" for i in range(6)}
-    name = "model.blocks.3.time_mix.key"
+    assert changed == {f"model.blocks.{i}.time_mix.key.weight" for i in range(2)}
+    name = "model.blocks.1.time_mix.key"
     a = next(t for n, t in adapter.items() if f"{name}.lora_A" in n)
     b = next(t for n, t in adapter.items() if f"{name}.lora_B" in n)
     torch.testing.assert_close(after[f"{name}.weight"] - before[f"{name}.weight"].float(), 2.0 * b @ a)
