@@ -38,6 +38,7 @@ def test_held_out_text_gets_better(bundled: dict[str, Path], tmp_path: Path, tun
             lr=RATES[tune],
             max_steps=8,
             context_length=512,
+            chunk_length=128,
             eval_data=[str(held_out)],
             eval_tokens=4096,
         )
