@@ -16,14 +16,13 @@ import rwkv_rev
 collect_ignore = ["peers"]  # `make test-peers` has settings of its own
 BUNDLED = {"4": "rwkv-4", "5.2": "rwkv-5.2", "7": "rwkv-7"}
 LONGEST = (
-    "test_bptt",
     "test_finetune_dist",
-    "test_peft_methods",
     "test_oracle_table",
+    "test_bptt",
+    "test_peft_methods",
     "test_finetune",
     "test_forecast",
     "test_memory_flat",
-    "test_trl",
     "test_faults",
     "test_foreign_code",
     "test_bench",
