@@ -35,6 +35,7 @@ from rwkv_rev.configuration import MOST_SIZE, RwkvRevConfig
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.exporting import exportable
 from rwkv_rev.first_order import transforms_of
+from rwkv_rev.forecast import SMALL_CHUNK, tokens_at_once
 from rwkv_rev.foreign_code import strangers
 from rwkv_rev.initialization import initialize_head, remake, unstored_buffers
 from rwkv_rev.inputs import masked_embeds, refuse_other_kind, rows_and_tokens, valid_tokens
@@ -278,6 +279,13 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
             return self.bptt.read_length
         return self.auto_length.of(self, rows, length, device, handed_out=handed_out)
 
+    def tokens_at_once(self, chunk: int, rows: int, length: int) -> int:
+        """Tokens that chunks of ``chunk`` are run in of a batch [rows, length]; see there (:mod:`rwkv_rev.forecast`)."""
+        if chunk > SMALL_CHUNK:
+            return chunk
+        weights = sum(parameter.nbytes for parameter in self.parameters())
+        return tokens_at_once(self.config, weights, rows, length, chunk)
+
     def goes_in_sweeps(self, rows: int, length: int, device: torch.device, *given: Tensor | None) -> bool:
         """Whether the gradient of a loss that somebody else computes is to be had chunk by chunk, too.
 
@@ -319,7 +327,12 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         )
         bptt, size = self.bptt, self.chunk_length(batch, length, device, handed_out=True)
         strategy = choose_strategy(
-            bptt.strategy, length, chunk_length=size, tape=bptt.tape, tape_dir=bptt.tape_dir
+            bptt.strategy,
+            length,
+            chunk_length=size,
+            tape=bptt.tape,
+            tape_dir=bptt.tape_dir,
+            at_once=self.tokens_at_once(size, batch, length),
         )
         assert isinstance(strategy, TwoSweeps)
         model = cast(LanguageModel, self)

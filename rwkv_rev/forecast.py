@@ -42,12 +42,14 @@ the four recordings read and write, and gaps between their tensors: calibrated o
 parameters, C = 2,048, 4,096, 8,192: within 5 %). Without recordings an allocator that keeps freed blocks reserves 5 %
 more than tensors take at their peak.
 
+Chunks of up to 4 tokens are run several at once (:func:`tokens_at_once`), and forecast so.
+
 The tape's bytes are exact: remnant widths follow from the decays. Heads whose grid rises add a matrix each, once.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -67,6 +69,12 @@ _STATE_ARITHMETIC = 8
 _RECORDED = ("checkpoint", "reversible")
 _RECORDED_SHARE = 1.1
 _RESERVED_SHARE = 1.05
+SMALL_CHUNK = 4
+"""Tokens of the longest chunk that is run together with others."""
+_MOST_AT_ONCE = 64
+_FEWEST_GROUPS = 16
+_SMALL_GRAPH = 2**29
+_GROUPING = ("checkpoint", "reversible")
 
 
 @dataclass(frozen=True)
@@ -153,7 +161,9 @@ def forecast_memory(
         narrow=narrow,
         recorded=recorded and not checkpoint_blocks,
     )
-    return tuple(_forecast(name, run) for name in strategies)
+    joined = tokens_at_once(config, run.weights, batch_size, context_length, chunk)
+    grouped = replace(run, chunk=joined, chunks=-(-context_length // joined))
+    return tuple(_forecast(name, grouped if name in _GROUPING else run) for name in strategies)
 
 
 @dataclass(frozen=True)
@@ -192,9 +202,7 @@ def _forecast(name: str, run: _Run) -> StrategyForecast:
     )
     graph = round(run.graph_share * held) + run.half_copies
     sums = 0 if name == "full" or run.chunks == 1 else NUMBER * run.trained
-    memory = NUMBER * batch * math.prod(config.architecture.memory_shape(config))
-    copies = _STATE_COPIES.get(name)
-    states = 0 if copies is None else (copies * layers + _STATE_ARITHMETIC) * memory
+    states = _state_bytes(name, config, batch)
     head = NUMBER * min(config.vocab_size * width, run.trained)
     logits = NUMBER * min(tokens * config.vocab_size, LOGITS_AT_ONCE)
     layer = (gradients - 2 * head) / layers
@@ -253,6 +261,40 @@ def graph_bytes(
     vectors = vectors * width + (1 if again else 2) * config.intermediate_size
     inputs = config.num_hidden_layers * width if checkpoint_blocks else 0
     return NUMBER * (batch * length * (layers * vectors + 2 * width + inputs) + layers * state)
+
+
+def tokens_at_once(config: RwkvRevConfig, weights: int, batch: int, length: int, chunk: int) -> int:
+    """Tokens that strategies whose gradient does not depend on it run at once of chunks of ``chunk`` tokens.
+
+    What surrounds a chunk (its graph, launches, checks, and passes over whole states) costs as much for one token as for
+    64. So chunks of up to :data:`SMALL_CHUNK` tokens are doubled up to 64 tokens: as long as that is no more than a
+    sixteenth of the context, and its graph takes no more than the weights, than states take anyway, or than 512 MiB,
+    whichever is the most. The gradient of the whole context is the same, and so are the numbers of a run whose chunks
+    are that long.
+
+    Args:
+        weights: bytes.
+        batch: B, rows.
+        length: T, tokens.
+        chunk: C, tokens.
+    """
+    if chunk > SMALL_CHUNK:
+        return chunk
+    room = max(_SMALL_GRAPH, weights, _state_bytes("reversible", config, batch))
+    while (
+        2 * chunk <= _MOST_AT_ONCE
+        and 2 * chunk * _FEWEST_GROUPS <= length
+        and graph_bytes(config, batch, 2 * chunk) <= room
+    ):
+        chunk *= 2
+    return chunk
+
+
+def _state_bytes(name: str, config: RwkvRevConfig, batch: int) -> int:
+    """What a strategy keeps of memories beside the graph."""
+    memory = NUMBER * batch * math.prod(config.architecture.memory_shape(config))
+    copies = _STATE_COPIES.get(name)
+    return 0 if copies is None else (copies * config.num_hidden_layers + _STATE_ARITHMETIC) * memory
 
 
 def _record_bytes(

@@ -358,7 +358,12 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
                 hidden_states=streams[0] if streams else None,
             )
         strategy = choose_strategy(
-            bptt.strategy, length, chunk_length=size, tape=bptt.tape, tape_dir=bptt.tape_dir
+            bptt.strategy,
+            length,
+            chunk_length=size,
+            tape=bptt.tape,
+            tape_dir=bptt.tape_dir,
+            at_once=self.model.tokens_at_once(size, *inputs.targets.shape),
         )
         result = strategy.loss(self, inputs)
         logits = deferred_logits(self, inputs, result.loss) if evaluating else None

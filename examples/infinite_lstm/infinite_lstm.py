@@ -35,15 +35,18 @@ class Row:
     Attributes:
         loss: nats per token, before the step.
         tokens_per_second: of processor time, so that other programs do not count.
-        memory: peak of the process so far, beyond what it was before the first step; None where nothing tells it.
-        tape: bytes on the disk for a token of a row.
+        memory: peak of the process so far, bytes beyond what it was before the first step and beyond ``given``; None
+            where nothing tells it.
+        given: bytes of the token ids and of what they predict, which are there whole.
+        tape: bytes on the disk.
     """
 
     context: int
     loss: float
     tokens_per_second: float
     memory: int | None
-    tape: float
+    given: int
+    tape: int
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,12 @@ def peak_memory() -> int | None:
 
 def rows_of(text: Tensor, rows: int, length: int) -> Tensor:
     """Token ids [rows, length], each row from another place, around the text's end as often as it takes."""
-    starts = torch.arange(rows)[:, None] * (len(text) // rows)
-    return text[(starts + torch.arange(length)) % len(text)]
+    ids = torch.empty(rows, length, dtype=torch.int64)
+    for row in range(rows):
+        turned = text.roll(-row * (len(text) // rows))
+        for part in ids[row].split(len(text)):
+            part.copy_(turned[: len(part)])
+    return ids
 
 
 def train(model: Any, text: Tensor, arguments: argparse.Namespace) -> list[Row]:
@@ -80,7 +87,7 @@ def train(model: Any, text: Tensor, arguments: argparse.Namespace) -> list[Row]:
     warm_up = rows_of(text, arguments.batch_size, 2 * arguments.chunk_length)
     model(warm_up, labels=warm_up).loss.backward()
     before = peak_memory()
-    for power in range(arguments.least, arguments.most + 1):
+    for power in range(arguments.least, arguments.most + 1, arguments.stride):
         ids = rows_of(text, arguments.batch_size, 1 << power)
         start = time.process_time()
         output = model(ids, labels=ids)
@@ -90,16 +97,19 @@ def train(model: Any, text: Tensor, arguments: argparse.Namespace) -> list[Row]:
         optimizer.step()
         optimizer.zero_grad()
         peak = peak_memory()
-        memory = None if peak is None or before is None else peak - before
-        tape = output.report["tape_bytes"] / ids.numel()
-        found.append(Row(1 << power, float(output.loss.detach()), ids.numel() / spent, memory, tape))
+        given = 2 * ids.nbytes
+        memory = None if peak is None or before is None else peak - before - given
+        rate, tape = ids.numel() / spent, output.report["tape_bytes"]
+        found.append(Row(1 << power, float(output.loss.detach()), rate, memory, given, tape))
         print(line_of(found[-1]), flush=True)
+        del ids
     return found
 
 
 def line_of(row: Row) -> str:
-    memory = "" if row.memory is None else f"{row.memory / MEGABYTE:.0f}"
-    return f"| {row.context:,} | {row.tokens_per_second:,.0f} | {memory} | {row.tape:.1f} | {row.loss:.3f} |"
+    memory = "" if row.memory is None else f"{row.memory / MEGABYTE:.1f}"
+    sizes = f"{memory} | {row.given / MEGABYTE:.1f} | {row.tape / MEGABYTE:,.0f}"
+    return f"| {row.context:,} | {row.tokens_per_second:,.0f} | {sizes} | {row.loss:.3f} |"
 
 
 def walked(
@@ -180,12 +190,14 @@ def parse(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--least", type=int, default=12, help="log2 of the shortest context")
     parser.add_argument("--most", type=int, default=16, help="log2 of the longest")
+    parser.add_argument("--stride", type=int, default=1, help="of log2")
     parser.add_argument("--chunk-length", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch; a second one has nothing to do")
     parser.add_argument("--json", type=Path, help="where the figures go, too")
     parser.add_argument("--plot", type=Path)
     return parser.parse_args(given)
@@ -194,6 +206,7 @@ def parse(given: list[str] | None) -> argparse.Namespace:
 def main(given: list[str] | None = None) -> tuple[list[Row], list[Drift]]:
     """Print both tables."""
     arguments = parse(given)
+    torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     sizes = architecture("reversible-lstm").sizes(arguments.width)
     model = RwkvRevForCausalLM(
@@ -207,8 +220,10 @@ def main(given: list[str] | None = None) -> tuple[list[Row], list[Drift]]:
     ).train()
     model.set_bptt("reversible", chunk_length=arguments.chunk_length, tape="disk")
     text = torch.frombuffer(bytearray(default_text().encode()), dtype=torch.uint8).long()
-    print("| context | tokens per CPU second | memory, MiB | tape, bytes/token | loss |", flush=True)
-    print("|---|---|---|---|---|", flush=True)
+    print(
+        "| context | tokens per CPU second | memory, MiB | ids, MiB | tape on disk, MiB | loss |", flush=True
+    )
+    print("|---|---|---|---|---|---|", flush=True)
     rows = train(model, text, arguments)
     found = drifts(model, text)
     print("\n| tokens back | division, float32 | division, float64 | exact reversal |\n|---|---|---|---|")

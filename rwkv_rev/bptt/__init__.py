@@ -18,12 +18,19 @@ STRATEGIES: dict[str, type[Strategy]] = {
 
 
 def choose_strategy(
-    name: str, length: int, *, chunk_length: int | str, tape: str = "host", tape_dir: str | None = None
+    name: str,
+    length: int,
+    *,
+    chunk_length: int | str,
+    tape: str = "host",
+    tape_dir: str | None = None,
+    at_once: int | None = None,
 ) -> Strategy:
     """The strategy called ``name`` for a context of ``length`` tokens.
 
     ``auto`` is ``full`` up to one chunk and ``reversible`` above it. Of a model that is not known here, a
-    ``chunk_length`` of ``auto`` is :data:`~rwkv_rev.bptt_settings.CHUNK_LENGTH`.
+    ``chunk_length`` of ``auto`` is :data:`~rwkv_rev.bptt_settings.CHUNK_LENGTH`. ``at_once``: tokens that several chunks
+    are run in where that gives the same gradient (:func:`rwkv_rev.forecast.tokens_at_once`); None for one by one.
 
     Raises:
         StrategyError: if there is no such strategy.
@@ -33,7 +40,8 @@ def choose_strategy(
         name = "full" if length <= chunk_length else "reversible"
     if name not in STRATEGIES:
         raise StrategyError(f"bptt = {name!r} does not exist; use auto, {', '.join(STRATEGIES)}")
-    return STRATEGIES[name](chunk_length, tape, tape_dir)
+    kind = STRATEGIES[name]
+    return kind(at_once if at_once and kind.joins_chunks else chunk_length, tape, tape_dir)
 
 
 __all__ = ["STRATEGIES", "LossInputs", "LossResult", "Strategy", "choose_strategy"]

@@ -20,6 +20,7 @@ class Checkpoint(TwoSweeps):
 
     name = "checkpoint"
     repeatable = True
+    joins_chunks = True
 
     def keep(self, before: list[ExactStates], advanced: list[BlockAdvanced]) -> list[list[Remnant]]:
         return [[_WholeState(state) for state in layer] for layer in before]

@@ -1,5 +1,6 @@
 """The first sweep: exact states forward, and what is needed to come back onto the tape."""
 
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,7 @@ def forward_sweep(sweep: "Sweep", runner: "Runner") -> list[ExactStates]:
     states = sweep.first
     sweep.whole_output = bool(sweep.strangers.declared)  # a hook hears the top layer too
     sweep.random.append(random_state.capture(sweep.places))
-    for chunk in sweep.chunks[:-1]:
+    for chunk in islice(sweep.chunks, len(sweep.chunks) - 1):
         states = runner.advance(chunk, states)
         now, before = random_state.capture(sweep.places), sweep.random[-1]
         unchanged = now.same(before)

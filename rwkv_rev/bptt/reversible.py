@@ -17,6 +17,7 @@ class Reversible(TwoSweeps):
 
     name = "reversible"
     repeatable = True
+    joins_chunks = True
 
     def keep(self, before: list[ExactStates], advanced: list[BlockAdvanced]) -> list[list[Remnant]]:
         return [list(layer.remnants) for layer in advanced]

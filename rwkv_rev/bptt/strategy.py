@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import Protocol, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -78,23 +78,9 @@ class LossInputs:
     def length(self) -> int:
         return self.targets.shape[1]
 
-    def chunks(self, length: int) -> "list[Chunk]":
+    def chunks(self, length: int) -> "Chunks":
         """The batch in chunks of ``length`` tokens; the last may be shorter."""
-        stops = [min(start + length, self.length) for start in range(0, self.length, length)]
-        starts = range(0, self.length, length)
-        # one transfer each, so that no chunk waits for the device later
-        predicts = [bool(n) for n in _any_per_chunk(self.targets != IGNORE, length)]
-        # a batch without any target: zero gradients, as ``full`` gives, since data-parallel reduction waits for them
-        predicts[-1] |= not any(predicts)
-        full = (
-            [True] * len(stops)
-            if self.valid is None
-            else [not n for n in _any_per_chunk(~self.valid, length)]
-        )
-        return [
-            Chunk(self, index, start, stop, predicts[index], full[index])
-            for index, (start, stop) in enumerate(zip(starts, stops, strict=True))
-        ]
+        return Chunks(self, length)
 
 
 @dataclass(frozen=True)
@@ -157,11 +143,40 @@ class Chunk:
         return None if ids is None else ids[:, self.start : self.stop]
 
 
+class Chunks(Sequence[Chunk]):
+    """A batch in chunks of ``length`` tokens, each made when it is looked at: two bytes stand for a chunk."""
+
+    def __init__(self, inputs: LossInputs, length: int) -> None:
+        self._inputs, self._length = inputs, length
+        # one transfer each, so that no chunk waits for the device later
+        self._predicts = _any_per_chunk(inputs.targets != IGNORE, length)
+        if not any(self._predicts):
+            # a batch without any target: zero gradients, as ``full`` gives, since data-parallel reduction waits for them
+            self._predicts[-1] = 1
+        self._masked = None if inputs.valid is None else _any_per_chunk(~inputs.valid, length)
+
+    def __len__(self) -> int:
+        return len(self._predicts)
+
+    @overload
+    def __getitem__(self, index: int) -> Chunk: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Chunk]: ...
+    def __getitem__(self, index: int | slice) -> Chunk | list[Chunk]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(len(self))[index]]
+        index = range(len(self))[index]
+        start = index * self._length
+        stop = min(start + self._length, self._inputs.length)
+        full = self._masked is None or not self._masked[index]
+        return Chunk(self._inputs, index, start, stop, bool(self._predicts[index]), full)
+
+
 @dataclass(frozen=True)
 class LossResult:
     """A loss ready for ``backward()``, the state after the last token (without graph), and what it took.
 
-    ``report`` holds ``strategy``, ``chunk_length``, and where they apply ``tape_bytes`` (most at once),
+    ``report`` holds ``strategy``, ``chunk_length`` (tokens run at once, of small chunks several), and where they apply ``tape_bytes`` (most at once),
     ``drift`` and others a strategy documents.
     """
 
@@ -177,9 +192,13 @@ class Strategy(ABC):
         chunk_length: C, tokens per chunk.
         tape: ``host``, ``device`` or ``disk``; only strategies that keep something between chunks use it.
         tape_dir: folder of the ``disk`` tape.
+
+    Attributes:
+        joins_chunks: whether small chunks may be run several at once: the gradient is the same.
     """
 
     name: str
+    joins_chunks = False
 
     def __init__(self, chunk_length: int, tape: str = "host", tape_dir: str | None = None) -> None:
         self.chunk_length = chunk_length
@@ -352,6 +371,7 @@ def in_order(leaves: list[Tensor], roles: list[tuple[Tensor, Tensor | None]]) ->
     return [by_tensor[id(leaf)] for leaf in leaves]
 
 
-def _any_per_chunk(flags: Tensor, length: int) -> list[int]:
+def _any_per_chunk(flags: Tensor, length: int) -> bytearray:
+    """1 for chunks of ``length`` tokens in which one of the flags [B, T] is set."""
     padded = torch.nn.functional.pad(flags.any(dim=0), (0, -flags.shape[1] % length))
-    return padded.view(-1, length).any(dim=1).tolist()
+    return bytearray(padded.view(-1, length).any(dim=1).byte().cpu().numpy().tobytes())

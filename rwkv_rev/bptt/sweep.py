@@ -1,5 +1,6 @@
 """What both sweeps go through: one loss, its chunks, and how a chunk is run forwards and computed again."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,7 @@ class Sweep:
     strategy: "TwoSweeps"
     model: LanguageModel
     inputs: LossInputs
-    chunks: list[Chunk]
+    chunks: Sequence[Chunk]
     plans: dict[int, list[Plans]]
     first: list[ExactStates]
     tape: Tape

@@ -2,14 +2,17 @@
 
 Three places to keep it: ``host`` memory (pinned, copied on a stream of its own while the GPU computes), ``device``
 memory, or a memory-mapped file on ``disk``. The file has no name in the file system (or is deleted when the last
-handle closes, on Windows), so nothing stays behind when the process is killed. Records are popped last in, first
-out; the one below the top is fetched ahead.
+handle closes, on Windows), so nothing stays behind when the process is killed; one piece of it is mapped at a time. Records
+are popped last in, first out; the one below the top is fetched ahead.
+
+Beside the bytes of a record some 100 bytes of this process's memory say where they are, and what: no objects stay.
 """
 
 import math
 import mmap
 import os
 import tempfile
+from array import array
 from pathlib import Path
 from types import TracebackType
 from typing import IO, NamedTuple
@@ -22,6 +25,8 @@ from rwkv_rev.errors import StrategyError
 ALIGNMENT = 16
 _SMALLEST_SLAB = 2**22
 _LARGEST_SLAB = 2**28
+_LARGEST_PIECE = 2**22
+"""Of a file, that is mapped at once."""
 
 
 class _Layout(NamedTuple):
@@ -75,9 +80,13 @@ class Tape:
         self.device = device
         self.nbytes = 0
         self.peak_nbytes = 0
-        self._records: list[tuple[Tensor, list[list[_Layout]]]] = []
-        self._store = None if place == "device" else _Store(place, device, directory)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" and self._store else None
+        self._shapes = _Shapes()
+        self._records: list[bytes] = []
+        self._places = array("q")  # of each record, and its size
+        self._store: _Slabs | _Tensors = (
+            _Tensors(device) if place == "device" else _Slabs(place, device, directory)
+        )
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" and place != "device" else None
         self._ahead: tuple[Tensor, torch.cuda.Event] | None = None
 
     def __enter__(self) -> "Tape":
@@ -106,13 +115,15 @@ class Tape:
 
     def pop_flat(self) -> FlatRecord:
         """The same as one tensor."""
-        flat, layouts = self._records.pop()
-        self.nbytes -= flat.numel()
+        layouts = self._shapes.unpacked(self._records.pop())
+        size, place = self._places.pop(), self._places.pop()
+        flat = self._store.take(place, size)
+        self.nbytes -= size
         if self._stream is not None:
             fetched, event = self._ahead if self._ahead is not None else self._fetch(flat)
             torch.cuda.current_stream(self.device).wait_event(event)
             fetched.record_stream(torch.cuda.current_stream(self.device))
-            self._ahead = self._fetch(self._records[-1][0]) if self._records else None
+            self._ahead = self._fetch(self._store.at(*self._places[-2:])) if self._records else None
             flat = fetched
         return FlatRecord(flat, layouts)
 
@@ -121,31 +132,29 @@ class Tape:
         if self._stream is not None:
             self._stream.synchronize()
         self._records.clear()
+        self._places = array("q")
         self._ahead = None
         self.nbytes = 0
-        if self._store is not None:
-            self._store.close()
+        self._store.close()
 
     def _push(self, parts: list[tuple[int, Tensor]], size: int, layouts: list[list[_Layout]]) -> None:
-        self._records.append((self._keep(parts, size), layouts))
+        place, kept = self._store.allocate(size)
+        self._fill(kept, parts)
+        self._records.append(self._shapes.packed(layouts))
+        self._places.extend((place, size))
         self._ahead = None
         self.nbytes += size
         self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
 
-    def _keep(self, parts: list[tuple[int, Tensor]], size: int) -> Tensor:
-        if self._stream is None and self._store is not None:
-            flat = self._store.allocate(size)
-        else:
-            flat = torch.empty(size, dtype=torch.uint8, device=self.device)
-        _joined(parts, flat)
-        if self._stream is None or self._store is None:
-            return flat
-        kept = self._store.allocate(size)
+    def _fill(self, kept: Tensor, parts: list[tuple[int, Tensor]]) -> None:
+        if self._stream is None:
+            _joined(parts, kept)
+            return
+        flat = _joined(parts, torch.empty(kept.numel(), dtype=torch.uint8, device=self.device))
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             kept.copy_(flat, non_blocking=True)
         flat.record_stream(self._stream)
-        return kept
 
     def _fetch(self, kept: Tensor) -> tuple[Tensor, "torch.cuda.Event"]:
         assert self._stream is not None
@@ -167,8 +176,12 @@ def _lay_out(record: list[list[Tensor]]) -> tuple[list[list[_Layout]], list[tupl
             data = tensor.detach().contiguous()
             layouts[-1].append(_Layout(data.dtype, data.shape, end))
             parts.append((end, data.flatten().view(torch.uint8)))
-            end += math.ceil(data.nbytes / ALIGNMENT) * ALIGNMENT
+            end += _aligned(data.nbytes)
     return layouts, parts, end
+
+
+def _aligned(size: int) -> int:
+    return math.ceil(size / ALIGNMENT) * ALIGNMENT
 
 
 def _joined(parts: list[tuple[int, Tensor]], flat: Tensor) -> Tensor:
@@ -179,8 +192,72 @@ def _joined(parts: list[tuple[int, Tensor]], flat: Tensor) -> Tensor:
     return flat
 
 
-class _Store:
-    """Slabs of host or disk memory, each twice the last, that records are laid into."""
+class _Shapes:
+    """Layouts as a few bytes each: which kind (types and numbers of dimensions, of few kinds), and the dimensions."""
+
+    def __init__(self) -> None:
+        self._kinds: list[tuple[tuple[tuple[torch.dtype, int], ...], ...]] = []
+        self._last: tuple[list[list[_Layout]], bytes] = [], b""
+
+    def packed(self, layouts: list[list[_Layout]]) -> bytes:
+        """Those of a record; the same object as before where they are the same."""
+        known, last = self._last
+        if layouts == known and last:
+            return last
+        kind = tuple(tuple((one.dtype, len(one.shape)) for one in layer) for layer in layouts)
+        if kind not in self._kinds:
+            self._kinds.append(kind)
+        sizes = [size for layer in layouts for one in layer for size in one.shape]
+        self._last = layouts, array("q", [self._kinds.index(kind), *sizes]).tobytes()
+        return self._last[1]
+
+    def unpacked(self, packed: bytes) -> list[list[_Layout]]:
+        """What was packed."""
+        known, last = self._last
+        if packed is last:
+            return known
+        kind, *rest = array("q", packed)
+        sizes, end = iter(rest), 0
+        layouts: list[list[_Layout]] = []
+        for layer in self._kinds[kind]:
+            layouts.append([])
+            for dtype, dimensions in layer:
+                shape = torch.Size([next(sizes) for _ in range(dimensions)])
+                layouts[-1].append(_Layout(dtype, shape, end))
+                end += _aligned(shape.numel() * dtype.itemsize)
+        self._last = layouts, packed
+        return layouts
+
+
+class _Tensors:
+    """A tensor of its own for each record, on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._tensors: list[Tensor] = []
+
+    def allocate(self, size: int) -> tuple[int, Tensor]:
+        """The number of a place for the next record, and the place."""
+        self._tensors.append(torch.empty(size, dtype=torch.uint8, device=self._device))
+        return len(self._tensors) - 1, self._tensors[-1]
+
+    def at(self, place: int, size: int) -> Tensor:
+        """The record at a place."""
+        return self._tensors[place]
+
+    def take(self, place: int, size: int) -> Tensor:
+        """The newest record, whose place is given back."""
+        return self._tensors.pop()
+
+    def close(self) -> None:
+        self._tensors.clear()
+
+
+class _Slabs:
+    """Slabs of host memory or pieces of a file, each twice the last, that records are laid into.
+
+    Of a file one piece is mapped, that of the newest record: mapped pages count as the process's memory.
+    """
 
     def __init__(self, place: str, device: torch.device, directory: str | Path | None) -> None:
         self._pinned = place == "host" and device.type == "cuda"
@@ -193,39 +270,79 @@ class _Store:
                     f"no tape can be written in {str(directory)!r} ({error.strerror}); "
                     "name an existing, writable folder with tape_dir"
                 ) from error
-        self._slab = torch.empty(0, dtype=torch.uint8)
+        self._starts: list[int] = []  # of slabs, in bytes of all
+        self._sizes: list[int] = []
+        self._slabs: list[Tensor | None] = []  # None where nothing is mapped
         self._used = 0
-        self._size = _SMALLEST_SLAB
-        self._file_size = 0
+        self._end = 0
 
-    def allocate(self, size: int) -> Tensor:
-        if self._used + size > self._slab.numel():
-            self._size = min(2 * self._size, _LARGEST_SLAB)
-            self._slab = self._new_slab(max(self._size, size))
-            self._used = 0
-        self._used += size
-        return self._slab[self._used - size : self._used]
+    def allocate(self, size: int) -> tuple[int, Tensor]:
+        """A place for the next record, in bytes from the first slab's start, and what is there."""
+        room = max(size, ALIGNMENT)  # a place of its own for one without bytes, too
+        if not self._sizes or self._used + room > self._sizes[-1]:
+            self._add(room)
+        place = self._starts[-1] + self._used
+        self._used += room
+        return place, self.at(place, size)
+
+    def at(self, place: int, size: int) -> Tensor:
+        """The record at a place, in the last slab or the one before it."""
+        number = len(self._starts) - 1
+        while self._starts[number] > place:
+            number -= 1
+        slab = self._slabs[number]
+        if slab is None:
+            slab = self._slabs[number] = self._map(self._starts[number], self._sizes[number])
+        return slab[place - self._starts[number] :][:size]
+
+    def take(self, place: int, size: int) -> Tensor:
+        """The newest record; its slab is let go with its oldest one. Its place is not used again: it may be read."""
+        found = self.at(place, size)
+        if place == self._starts[-1]:
+            self._drop()
+        return found
 
     def close(self) -> None:
         # Regions are unmapped with the last tensor that views them: closing them here would leave it dangling.
-        self._slab = torch.empty(0, dtype=torch.uint8)
+        self._slabs.clear()
+        self._starts.clear()
+        self._sizes.clear()
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    def _new_slab(self, size: int) -> Tensor:
+    def _drop(self) -> None:
+        for each in (self._starts, self._sizes, self._slabs):
+            each.pop()
+        self._used = self._sizes[-1] if self._sizes else 0
+
+    def _add(self, least: int) -> None:
+        largest = _LARGEST_SLAB if self._file is None else min(_LARGEST_SLAB, _LARGEST_PIECE)
+        size = max(least, min(2 * self._sizes[-1], largest) if self._sizes else _SMALLEST_SLAB)
         if self._file is None:
-            return torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
-        size = math.ceil(size / mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+            slab = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
+        else:
+            size = math.ceil(size / mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+            slab = self._map(self._end, size, grow=True)
+            self._slabs = [None] * len(self._slabs)
+        self._starts.append(self._end)
+        self._sizes.append(size)
+        self._slabs.append(slab)
+        self._end += size
+        self._used = 0
+
+    def _map(self, start: int, size: int, *, grow: bool = False) -> Tensor:
+        """A piece of the file, which must be there or is added at its end."""
+        assert self._file is not None
         try:
-            _grow(self._file, self._file_size, size)
-            region = mmap.mmap(self._file.fileno(), size, offset=self._file_size)
+            if grow:
+                _grow(self._file, start, size)
+            region = mmap.mmap(self._file.fileno(), size, offset=start)
         except OSError as error:
             raise StrategyError(
                 f"the disk tape cannot grow by {size / 2**20:.0f} MiB ({error.strerror}); "
                 "choose a folder with more room with tape_dir"
             ) from error
-        self._file_size += size
         return torch.frombuffer(region, dtype=torch.uint8)
 
 
