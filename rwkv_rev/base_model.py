@@ -280,7 +280,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         return self.auto_length.of(self, rows, length, device, handed_out=handed_out)
 
     def tokens_at_once(self, chunk: int, rows: int, length: int) -> int:
-        """Tokens that chunks of ``chunk`` are run in of a batch [rows, length]; see there (:mod:`rwkv_rev.forecast`)."""
+        """Tokens in which chunks of ``chunk`` are run, of a batch [rows, length] (:func:`.forecast.tokens_at_once`)."""
         if chunk > SMALL_CHUNK:
             return chunk
         weights = sum(parameter.nbytes for parameter in self.parameters())

@@ -266,10 +266,10 @@ def graph_bytes(
 def tokens_at_once(config: RwkvRevConfig, weights: int, batch: int, length: int, chunk: int) -> int:
     """Tokens that strategies whose gradient does not depend on it run at once of chunks of ``chunk`` tokens.
 
-    What surrounds a chunk (its graph, launches, checks, and passes over whole states) costs as much for one token as for
-    64. So chunks of up to :data:`SMALL_CHUNK` tokens are doubled up to 64 tokens: as long as that is no more than a
+    What surrounds a chunk (its graph, launches, checks, and passes over whole states) costs as much for one token as
+    for 64. So chunks of up to :data:`SMALL_CHUNK` tokens are doubled up to 64 tokens: as long as that is no more than a
     sixteenth of the context, and its graph takes no more than the weights, than states take anyway, or than 512 MiB,
-    whichever is the most. The gradient of the whole context is the same, and so are the numbers of a run whose chunks
+    whichever is the most. The gradient of the whole context is the same, and every bit is that of a run whose chunks
     are that long.
 
     Args:

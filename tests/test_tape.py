@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -268,3 +269,51 @@ def test_the_file_is_allocated_ahead(allocate: str, tmp_path: Path, monkeypatch:
         status = os.fstat(file.fileno())
         assert status.st_size == size + 8192
         assert status.st_blocks * 512 >= status.st_size
+
+
+# --- what it takes of the process's memory --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["host", "disk"])
+def test_a_record_leaves_some_bytes_and_no_objects(place: str, tmp_path: Path) -> None:
+    """Of records whose sizes depend on the data: a context of a million tokens has many."""
+    records = [[[torch.zeros(50 + n % 7), torch.zeros(2, 3)], [torch.zeros(n % 5)]] for n in range(500)]
+    with Tape(place, CPU, tmp_path) as tape:
+        tape.push(records[0])
+        tracemalloc.start()
+        for item in records:
+            tape.push(item)
+        left, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert left / len(records) < 160
+        for item in reversed(records):
+            assert_same(tape.pop(), item)
+
+
+def mapped_bytes(folder: Path) -> int:
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("needs /proc")
+    ranges = [line.split()[0].split("-") for line in maps.read_text().splitlines() if str(folder) in line]
+    return sum(int(end, 16) - int(start, 16) for start, end in ranges)
+
+
+def test_one_piece_of_the_file_is_mapped(tmp_path: Path) -> None:
+    block = torch.ones(2**20, dtype=torch.uint8)
+    with Tape("disk", CPU, tmp_path) as tape:
+        for number in range(20):
+            tape.push([[block * number]])
+            assert 0 < mapped_bytes(tmp_path) <= tape_module._LARGEST_PIECE
+        for number in reversed(range(20)):
+            assert_same(tape.pop(), [[block * number]])
+            assert mapped_bytes(tmp_path) <= tape_module._LARGEST_PIECE
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_records_without_bytes(place: str, tmp_path: Path) -> None:
+    with Tape(place, CPU, tmp_path) as tape:
+        records: list[Record] = [[[]], [[torch.empty(0)], []], [[torch.ones(3)]], [[]]]
+        for item in records:
+            tape.push(item)
+        for item in reversed(records):
+            assert_same(tape.pop(), item)

@@ -29,8 +29,8 @@ def choose_strategy(
     """The strategy called ``name`` for a context of ``length`` tokens.
 
     ``auto`` is ``full`` up to one chunk and ``reversible`` above it. Of a model that is not known here, a
-    ``chunk_length`` of ``auto`` is :data:`~rwkv_rev.bptt_settings.CHUNK_LENGTH`. ``at_once``: tokens that several chunks
-    are run in where that gives the same gradient (:func:`rwkv_rev.forecast.tokens_at_once`); None for one by one.
+    ``chunk_length`` of ``auto`` is :data:`~rwkv_rev.bptt_settings.CHUNK_LENGTH`. ``at_once``: tokens in which several
+    chunks are run where that gives the same gradient (:func:`rwkv_rev.forecast.tokens_at_once`); None for one by one.
 
     Raises:
         StrategyError: if there is no such strategy.

@@ -151,7 +151,7 @@ class Chunks(Sequence[Chunk]):
         # one transfer each, so that no chunk waits for the device later
         self._predicts = _any_per_chunk(inputs.targets != IGNORE, length)
         if not any(self._predicts):
-            # a batch without any target: zero gradients, as ``full`` gives, since data-parallel reduction waits for them
+            # zero gradients, as ``full`` gives: data-parallel reduction waits for them
             self._predicts[-1] = 1
         self._masked = None if inputs.valid is None else _any_per_chunk(~inputs.valid, length)
 
@@ -176,8 +176,8 @@ class Chunks(Sequence[Chunk]):
 class LossResult:
     """A loss ready for ``backward()``, the state after the last token (without graph), and what it took.
 
-    ``report`` holds ``strategy``, ``chunk_length`` (tokens run at once, of small chunks several), and where they apply ``tape_bytes`` (most at once),
-    ``drift`` and others a strategy documents.
+    ``report`` holds ``strategy``, ``chunk_length`` (tokens that were run at once: of small chunks several), and where
+    they apply ``tape_bytes`` (most at once), ``drift`` and others a strategy documents.
     """
 
     loss: Tensor

@@ -2,10 +2,10 @@
 
 Three places to keep it: ``host`` memory (pinned, copied on a stream of its own while the GPU computes), ``device``
 memory, or a memory-mapped file on ``disk``. The file has no name in the file system (or is deleted when the last
-handle closes, on Windows), so nothing stays behind when the process is killed; one piece of it is mapped at a time. Records
-are popped last in, first out; the one below the top is fetched ahead.
+handle closes, on Windows), so nothing stays behind when the process is killed; one piece of it is mapped at a time.
+Records are popped last in, first out; the one below the top is fetched ahead.
 
-Beside the bytes of a record some 100 bytes of this process's memory say where they are, and what: no objects stay.
+Some 120 bytes of this process's memory say of a record of few tensors where it is, and what it is made of.
 """
 
 import math

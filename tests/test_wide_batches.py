@@ -1,0 +1,26 @@
+"""The example that measures chunk lengths and batch sizes."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "wide_batches" / "wide_batches.py"
+
+
+def test_a_point(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    example = runpy.run_path(str(EXAMPLE))
+    for name in ("SHORTEST", "LONGEST"):
+        monkeypatch.setitem(example["length_for"].__globals__, name, 64)
+    example["main"](["--model", "bundled:rwkv-4", "--point", "1", "2"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["rows"], found["tokens"], found["chunk_length"], found["at_once"]) == (2, 64, 1, 4)
+    assert found["tokens_per_second"] > 0 and found["tape"] > 0
+    assert example["line_of"](found).startswith("| 2 | 1 | 4 |")
+
+
+def test_a_point_that_fails_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    example = runpy.run_path(str(EXAMPLE))
+    example["main"](["--model", "no-such-shape", "--chunk-lengths", "1", "--batch-sizes", "3"])
+    assert "| 3 | 1 | rwkv_rev.errors.SourceError" in capsys.readouterr().out
