@@ -103,12 +103,7 @@ def loss_inputs(
     if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
         raise ValueError(f"{name} are {given.dtype}: give token ids, int64")
     given = given.long()
-    wrong = (given != IGNORE) & ((given < 0) | (given >= model.config.vocab_size))
-    if bool(wrong.any()):
-        raise ValueError(
-            f"{name} hold {int(given[wrong][0])}, the vocabulary has ids 0 to {model.config.vocab_size - 1}, and "
-            f"{IGNORE} stands for no label"
-        )
+    _check_labels(given, model.config.vocab_size, name)
     _check_states(model, batch, state=state, final_state_gradient=final_state_gradient)
     valid = valid_tokens(attention_mask, length, batch)
     targets = (next_token_targets if shift_labels is None else given_targets)(given, valid)
@@ -123,9 +118,23 @@ def loss_inputs(
     )
 
 
+def _check_labels(labels: Tensor, vocab_size: int, name: str) -> None:
+    """Refuse ids that the vocabulary has not; without tensors of the context's length where no label is missing."""
+    least, most = torch.stack(labels.aminmax()).tolist() if labels.numel() else (0, 0)
+    if least >= 0 and most < vocab_size:
+        return
+    wrong = (labels != IGNORE) & ((labels < 0) | (labels >= vocab_size))
+    if bool(wrong.any()):
+        raise ValueError(
+            f"{name} hold {int(labels[wrong][0])}, the vocabulary has ids 0 to {vocab_size - 1}, and {IGNORE} stands "
+            "for no label"
+        )
+
+
 def _divisor(number: int | float | Tensor | None, targets: Tensor, dtype: torch.dtype) -> float | Tensor:
     if number is None:
-        return (targets != IGNORE).sum().clamp(min=1).to(dtype)
+        # not a sum, which would make int64 of the flags first
+        return torch.count_nonzero(targets != IGNORE).clamp(min=1).to(dtype)
     if isinstance(number, Tensor):
         if number.numel() != 1:
             raise ValueError(f"num_items_in_batch has {number.numel()} numbers: give one")

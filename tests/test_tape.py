@@ -277,7 +277,7 @@ def test_the_file_is_allocated_ahead(allocate: str, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("place", ["host", "disk"])
 def test_a_record_leaves_some_bytes_and_no_objects(place: str, tmp_path: Path) -> None:
     """Of records whose sizes depend on the data: a context of a million tokens has many."""
-    records = [[[torch.zeros(50 + n % 7), torch.zeros(2, 3)], [torch.zeros(n % 5)]] for n in range(500)]
+    records = [[[torch.zeros(50 + n % 7), torch.zeros(2, 3)], [torch.zeros(n % 5)]] for n in range(1000)]
     with Tape(place, CPU, tmp_path) as tape:
         tape.push(records[0])
         tracemalloc.start()
@@ -285,7 +285,7 @@ def test_a_record_leaves_some_bytes_and_no_objects(place: str, tmp_path: Path) -
             tape.push(item)
         left, _ = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        assert left / len(records) < 160
+        assert left < 300 * len(records)
         for item in reversed(records):
             assert_same(tape.pop(), item)
 
