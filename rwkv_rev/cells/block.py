@@ -15,6 +15,7 @@ from rwkv_rev import random_state
 from rwkv_rev.cells.contract import (
     Again,
     Forwards,
+    OnceMore,
     ReversibleCell,
     Stream,
     beside,
@@ -119,7 +120,6 @@ class ResidualBlock(nn.Module):
             return advanced.out, advanced
         if isinstance(states, BlockAgain):
             again = states.checkpointed and self.recompute is not None
-            again = again and all(cell.steps_exactly for cell in self.cells)
             replay = (self._checkpointed if again else self._replay)(x, states, mask)
             return replay.out, replay
         after = []
@@ -195,7 +195,8 @@ class ResidualBlock(nn.Module):
         random_state.restore(generators)
         start = tuple(leaves(values) for values in self.values(quiet.states))
         assert self.recompute is not None
-        out, end = checkpointed(self.recompute, self.forward, x, start, mask)
+        given = tuple(map(OnceMore, quiet.states, start))
+        out, end = checkpointed(self.recompute, self.forward, x, given, mask)
         return quiet._replace(out=out, start=start, end=end)
 
 

@@ -16,9 +16,9 @@ Nothing here knows of RWKV. A state has two forms: *values*, a NamedTuple of dif
 declares, and an *exact* one (:class:`Exact`), which comes back to the bit. Whatever runs a cell calls it as a module,
 ``cell(x, state, mask)``, so that hooks and wrappers of other tools are heard in every sweep alike. What ``state`` is
 says what is to be done: values are stepped, a :class:`Forwards` is advanced, an :class:`Again` computed again with
-graph. A cell that leaves ``forward`` as it is needs no declaration; a module inside of it which is neither PyTorch's
-nor ours, a gate say, is right in chunks only if it treats each position by itself, and is declared with
-:func:`rwkv_rev.position_wise`.
+graph, and those of a :class:`OnceMore` stepped as in there. A cell that leaves ``forward`` as it is needs no
+declaration; a module inside of it which is neither PyTorch's nor ours, a gate say, is right in chunks only if it treats
+each position by itself, and is declared with :func:`rwkv_rev.position_wise`.
 """
 
 from abc import ABC, abstractmethod
@@ -141,6 +141,13 @@ class Again:
     after: Any = None
 
 
+class OnceMore(NamedTuple):
+    """Step ``values``, the leaves of a replay that began with the exact ``state``: to the same bits as there."""
+
+    state: Any
+    values: Any
+
+
 class ReversibleCell(nn.Module, ABC):
     """Base of all cells. Inputs x are [B, C, D]; masks are :class:`ChunkMask` or None for all valid.
 
@@ -154,8 +161,6 @@ class ReversibleCell(nn.Module, ABC):
         undividable: why a memory has no form that :meth:`lossy` could give, in words for people.
         inverts_memory: whether :meth:`retreat` computes the memory before a chunk from the one after it, so that the
             former's fingerprint vouches for the latter; else it takes it from the remnant.
-        steps_exactly: whether :meth:`step` gives the bits of :meth:`replay` from the same state. A block of cells that
-            do not is not computed once more to save its graph (activation checkpointing): a chunk's graph is kept.
     """
 
     layer: int = 0
@@ -163,7 +168,6 @@ class ReversibleCell(nn.Module, ABC):
     reads_beside: bool = False
     undividable: str = "this one (RWKV-4's, say, which is forgotten within a few tokens)"
     inverts_memory: bool = False
-    steps_exactly: bool = True
 
     @abstractmethod
     def plan(self, length: int) -> Any:
@@ -183,6 +187,12 @@ class ReversibleCell(nn.Module, ABC):
     @abstractmethod
     def step(self, state: Any, x: Any, mask: ChunkMask | None = None) -> tuple[Stream, Any]:
         """Output and next values by plain differentiable arithmetic, no rounding to a grid."""
+
+    def step_again(
+        self, state: Any, values: Any, x: Any, mask: ChunkMask | None = None
+    ) -> tuple[Stream, Any]:
+        """:meth:`step` with the bits that :meth:`replay` has from the exact ``state`` of these ``values``."""
+        return self.step(values, x, mask)
 
     @abstractmethod
     def advance(
@@ -233,6 +243,8 @@ class ReversibleCell(nn.Module, ABC):
             else:
                 replay = self.retreat(state.state, x, mask, state.remnant, state.plan, state.after)
             return replay.out, replay
+        if isinstance(state, OnceMore):
+            return self.step_again(state.state, state.values, x, mask)
         return self.step(state, x, mask)
 
 

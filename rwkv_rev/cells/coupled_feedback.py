@@ -97,7 +97,6 @@ class CoupledFeedback(ShiftedCell):
     """
 
     shifts = 0
-    steps_exactly = False
 
     def __init__(self, feedback: CoupledCell, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
@@ -117,7 +116,18 @@ class CoupledFeedback(ShiftedCell):
     def step(  # type: ignore[override]
         self, state: FeedbackState, x: Tensor, mask: ChunkMask | None = None
     ) -> tuple[Tensor, FeedbackState]:
-        read, after = self.feedback.step(TokenState(state.feedback), x, mask)
+        return self._stepped(state, x, mask, self.feedback.step(TokenState(state.feedback), x, mask))
+
+    def step_again(  # type: ignore[override]
+        self, state: ExactFeedbackState, values: FeedbackState, x: Tensor, mask: ChunkMask | None = None
+    ) -> tuple[Tensor, FeedbackState]:
+        fed = self.feedback.step_again(state.feedback, TokenState(values.feedback), x, mask)
+        return self._stepped(values, x, mask, fed)
+
+    def _stepped(
+        self, state: FeedbackState, x: Tensor, mask: ChunkMask | None, fed: tuple[Tensor, TokenState]
+    ) -> tuple[Tensor, FeedbackState]:
+        read, after = fed
         projection = self._fed(x, read)
         out, contribution = self.compute(projection, state.memory, mask)
         return out, FeedbackState(after.memory, self.update(state.memory, projection, contribution, mask))

@@ -96,7 +96,6 @@ class TokenCell(ReversibleCell):
     """
 
     inverts_memory = True
-    steps_exactly = False  # not on the grid
     halves: ClassVar[tuple[tuple[int, ...], ...]]
 
     def __init__(self, size: int, magnitude: int, wide: bool | None = None) -> None:
@@ -150,6 +149,12 @@ class TokenCell(ReversibleCell):
     def step(self, state: TokenState, x: Tensor, mask: ChunkMask | None = None) -> tuple[Tensor, TokenState]:
         walk = Walk(self, self.project(x), list(state.memory.unbind(1)), x.dtype, mask)
         walk.forwards()
+        return self.read(walk.parts(), x), TokenState(torch.stack(walk.values, dim=1))
+
+    def step_again(
+        self, state: ExactTokenState, values: TokenState, x: Tensor, mask: ChunkMask | None = None
+    ) -> tuple[Tensor, TokenState]:
+        walk = self._walk(state, values, self.project(x), x, mask)
         return self.read(walk.parts(), x), TokenState(torch.stack(walk.values, dim=1))
 
     @torch.no_grad()

@@ -143,7 +143,8 @@ class OnGrid(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor | None, Tensor]:
-        if not ctx.saved_tensors:
+        saved = ctx.saved_tensors  # one look: activation checkpointing gives them once
+        if not saved:
             return None, gradient, None, gradient
-        value, decay = ctx.saved_tensors
+        value, decay = saved
         return None, gradient * decay, gradient * value, gradient
