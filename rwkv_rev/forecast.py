@@ -268,9 +268,9 @@ def tokens_at_once(config: RwkvRevConfig, weights: int, batch: int, length: int,
 
     What surrounds a chunk (its graph, launches, checks, and passes over whole states) costs as much for one token as
     for 64. So chunks of up to :data:`SMALL_CHUNK` tokens are doubled up to 64 tokens: as long as that is no more than a
-    sixteenth of the context, and its graph takes no more than the weights, than states take anyway, or than 512 MiB,
-    whichever is the most. The gradient of the whole context is the same, and every bit is that of a run whose chunks
-    are that long.
+    sixteenth of the context, and its graph takes no more beyond that of one chunk than the weights, than states take
+    anyway, or than 512 MiB, whichever is the most. The gradient of the whole context is the same, and every bit is that
+    of a run whose chunks are that long.
 
     Args:
         weights: bytes.
@@ -281,6 +281,7 @@ def tokens_at_once(config: RwkvRevConfig, weights: int, batch: int, length: int,
     if chunk > SMALL_CHUNK:
         return chunk
     room = max(_SMALL_GRAPH, weights, _state_bytes("reversible", config, batch))
+    room += graph_bytes(config, batch, chunk)
     while (
         2 * chunk <= _MOST_AT_ONCE
         and 2 * chunk * _FEWEST_GROUPS <= length

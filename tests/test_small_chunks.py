@@ -127,9 +127,10 @@ def test_a_graph_takes_no_more_than_512_mib_or_the_weights_or_the_states() -> No
         return tokens_at_once(config, weights, rows, 2**20, 1)
 
     assert joined(2**14) < joined(2**12) < joined(1) == 64
-    assert graph_bytes(config, 2**14, joined(2**14)) <= 2**29 < graph_bytes(config, 2**14, 2 * joined(2**14))
+    alone, most = (graph_bytes(config, 2**14, tokens) for tokens in (1, joined(2**14)))
+    assert most - alone <= 2**29 < graph_bytes(config, 2**14, 2 * joined(2**14)) - alone
     assert joined(2**14, 2**31) > joined(2**14)
-    assert joined(2**20) == 1
+    assert joined(2**24) <= 2
     large = tiny_model("5.2", hidden_size=64, head_size=64).config  # of 64 numbers
     assert tokens_at_once(large, 0, 2**16, 2**20, 1) >= 8
     assert graph_bytes(large, 2**16, 8) > 2**29

@@ -22,7 +22,7 @@ from rwkv_rev.benchmark.settings import measured_model
 from rwkv_rev.benchmark.training import random_tokens, step
 
 MEGABYTE = 1 << 20
-SHORTEST, LONGEST, TOKENS = 128, 1024, 2**15
+SHORTEST, LONGEST, TOKENS = 256, 1024, 2**15
 
 
 def length_for(rows: int) -> int:

@@ -12,7 +12,7 @@ numbers or retry with another loss scale run without a recording. ``RWKV_REV_CUD
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -46,12 +46,12 @@ def possible(device: torch.device) -> bool:
     return device.type == "cuda" and os.environ.get(SWITCH, "1") != "0" and not _failures
 
 
-def worthwhile(chunks: list[Chunk]) -> bool:
+def worthwhile(chunks: Sequence[Chunk]) -> bool:
     """Whether recordings for one sweep alone pay."""
     return sum(repeats(chunk, chunks) for chunk in chunks) >= FEWEST_CHUNKS
 
 
-def repeats(chunk: Chunk, chunks: list[Chunk]) -> bool:
+def repeats(chunk: Chunk, chunks: Sequence[Chunk]) -> bool:
     """Whether ``chunk`` does the same work as the other inner chunks."""
     inner = 0 < chunk.index < len(chunks) - 1
     return inner and chunk.is_full and chunk.predicts and chunk.inputs.input_ids is not None

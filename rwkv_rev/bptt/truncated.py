@@ -4,7 +4,7 @@ States run through the whole context, gradients do not: nothing before a chunk l
 the gradient of the context**, and no other strategy ever falls back to it. One pass, no tape, memory of one chunk.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ class Truncated(Strategy):
 def _sweep(
     model: LanguageModel,
     inputs: LossInputs,
-    chunks: list[Chunk],
+    chunks: Sequence[Chunk],
     parameters: list[Tensor],
     leaves: list[Tensor],
     strange: Strangers,

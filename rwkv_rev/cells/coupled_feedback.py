@@ -118,7 +118,7 @@ class CoupledFeedback(ShiftedCell):
     ) -> tuple[Tensor, FeedbackState]:
         return self._stepped(state, x, mask, self.feedback.step(TokenState(state.feedback), x, mask))
 
-    def step_again(  # type: ignore[override]
+    def step_again(
         self, state: ExactFeedbackState, values: FeedbackState, x: Tensor, mask: ChunkMask | None = None
     ) -> tuple[Tensor, FeedbackState]:
         fed = self.feedback.step_again(state.feedback, TokenState(values.feedback), x, mask)
