@@ -1,9 +1,9 @@
 """Write a converted model back in the layouts of other tools, bit for bit.
 
-``blinkdl`` is one ``.pth`` as the original trainer saves it, which the ``rwkv`` package loads. ``hf`` is a
-folder as transformers' RWKV-4 class reads it, or as the published RWKV-5 repositories are laid out. Every
-tensor keeps its dtype and its values; only names and the shape of the token-shift mixes ([D] to [1, 1, D])
-change. Tensors stay memory-mapped while they are written.
+``blinkdl`` is one ``.pth`` as the original trainer saves it, which the ``rwkv`` package loads. ``hf`` is a folder as
+transformers' RWKV-4 class reads it, as the published RWKV-5 and RWKV-6 repositories are laid out, or as
+flash-linear-attention's RWKV-7 reads it; ``fla`` is the last for RWKV-6, too. Every tensor keeps its dtype and its
+values; names, and the shapes and pieces that a layout has, change. Tensors stay memory-mapped while they are written.
 
 Limits: a ``.pth`` has no field for the GroupNorm eps, and the ``rwkv`` package always uses 64e-5
 (``Export.note`` says so where it matters). RWKV-5 needs the remote code of a published repository to run
@@ -15,6 +15,7 @@ import json
 import math
 import shutil
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ import torch
 from rwkv_rev.arguments import checked
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.converted import ConvertedModel
-from rwkv_rev.converters.names import TensorNames, tensor_table
+from rwkv_rev.converters.names import TensorNames, by_foreign, foreign_tensor, tensor_table
 from rwkv_rev.converters.rewriter import Entry, parse_size, plan_shards, write_shards
 from rwkv_rev.errors import ConfigError, OutputError
 from rwkv_rev.folders.folder import refuse_links, tokenizer_files
@@ -33,7 +34,7 @@ from rwkv_rev.loading import load_tokenizer, missing_tokenizer
 from rwkv_rev.printable import shortened
 from rwkv_rev.tokenization.fast import fast_tokenizer
 
-TARGETS = ("blinkdl", "hf")
+TARGETS = ("blinkdl", "hf", "fla")
 SHARD_SIZE = "5GB"
 _OUR_TOKENIZERS = ("RwkvByteTokenizer", "RwkvWorldTokenizer")
 
@@ -64,7 +65,7 @@ def export(
     directory: str | Path,
     output: str | Path,
     *,
-    to: Literal["blinkdl", "hf"] = "blinkdl",
+    to: Literal["blinkdl", "hf", "fla"] = "blinkdl",
     force: bool = False,
     max_shard_size: str | int | None = None,
 ) -> Export:
@@ -72,10 +73,10 @@ def export(
 
     Args:
         directory: a converted or fine-tuned model folder.
-        output: the ``.pth`` file (``blinkdl``) or the folder (``hf``) to make.
-        to: ``blinkdl`` or ``hf``.
+        output: the ``.pth`` file (``blinkdl``) or the folder (``hf``, ``fla``) to make.
+        to: ``blinkdl``, ``hf`` or ``fla``.
         force: replace an existing output, at the very end.
-        max_shard_size: largest file of the ``hf`` layout, ``"5GB"`` when None; ``blinkdl`` has one file.
+        max_shard_size: largest file of a folder, ``"5GB"`` when None; ``blinkdl`` has one file.
 
     Raises:
         SourceError, CheckpointError: if ``directory`` is not a whole converted model.
@@ -91,18 +92,18 @@ def export(
                 "it out, or export --to hf"
             )
     output = Path(output)
-    check_output(output.absolute(), force=force, directory=to == "hf")
+    check_output(output.absolute(), force=force, directory=to != "blinkdl")
     inside = Path(directory).resolve()
     if output.resolve() == inside or output.resolve() in inside.parents:
         raise OutputError(f"{output} holds the model itself; choose another --output")
     if inside in output.resolve().parents:
         raise OutputError(f"{output} is inside the model's folder; choose another --output")
-    if to == "hf":
+    if to != "blinkdl":
         refuse_links(directory)
     with ConvertedModel(directory) as model:
-        if to == "hf" and model.config.has_initial_state:
+        if to != "blinkdl" and model.config.has_initial_state:
             raise OutputError(
-                "the hf layout has no place for a tuned initial state; export with --to blinkdl instead"
+                f"the {to} layout has no place for a tuned initial state; export with --to blinkdl instead"
             )
         architecture = model.config.architecture
         if not architecture.layouts:
@@ -110,21 +111,31 @@ def export(
                 f"no other tool reads models of {architecture.called}: {directory} is its only form, which "
                 "transformers loads after import rwkv_rev"
             )
-        layout = architecture.own_layout if to == "blinkdl" else architecture.hub_layout
+        layout = {"blinkdl": architecture.own_layout, "hf": architecture.hub_layout}.get(to, to)
+        if layout not in (known.name for known in architecture.layouts):
+            raise OutputError(f"{architecture.called} has no layout {to!r}; export --to hf or blinkdl")
         table = _as_stored(tensor_table(model.config, layout), layout, model.record)
         nbytes = sum(model.nbytes(row.name) for row in table)
         require_space(output.parent, nbytes)
         if to == "blinkdl":
             _write_pth(model, table, output, force=force)
         else:
-            entries = [Entry(r.foreign, r.name, r.foreign_shape, model.dtype(r.name)) for r in table]
+            rows = by_foreign(table)
+            entries = [
+                Entry(name, parts[0].name, parts[0].foreign_shape, _dtype(model, parts))
+                for name, parts in rows.items()
+            ]
+
+            def read(entry: Entry) -> torch.Tensor:
+                return foreign_tensor(rows[entry.name], model.tensor)
+
             with whole_directory(output, force=force) as folder:
-                write_shards(plan_shards(entries, max_shard_size or SHARD_SIZE), folder, model.tensor)
-                _write_companions(model, folder)
+                write_shards(plan_shards(entries, max_shard_size or SHARD_SIZE), folder, read)
+                _write_companions(model, folder, layout)
         note = architecture.lost(model.config, layout)
-        if note is None and to == "hf" and (note := missing_tokenizer(directory)) is not None:
+        if note is None and to != "blinkdl" and (note := missing_tokenizer(directory)) is not None:
             note = f"{note}, and export again: the folder has none either"
-        return Export(output, layout, len(table), nbytes, note)
+        return Export(output, layout, len({row.foreign for row in table}), nbytes, note)
 
 
 def _as_stored(
@@ -134,19 +145,15 @@ def _as_stored(
     shapes = record.get("unusual_shapes", {}) if record.get("layout") == layout else {}
     return tuple(
         replace(row, foreign_shape=tuple(shapes[row.foreign]))
-        if math.prod(shapes.get(row.foreign, (0,))) == math.prod(row.shape)
+        if math.prod(shapes.get(row.foreign, (0,))) == math.prod(row.foreign_shape)
         else row
         for row in table
     )
 
 
 def _write_pth(model: ConvertedModel, table: tuple[TensorNames, ...], output: Path, *, force: bool) -> None:
-    state = {
-        row.foreign: model.tensor(row.name).transpose(-1, -2).contiguous()
-        if row.transposed
-        else model.tensor(row.name).reshape(row.foreign_shape)
-        for row in table
-    }
+    rows = by_foreign(table)
+    state = {name: foreign_tensor(parts, model.tensor).contiguous() for name, parts in rows.items()}
     # a file of Python's: torch's own tells of a full disk as of any other error
     with whole_file(output, force=force) as path, path.open("wb") as file:
         try:
@@ -157,8 +164,12 @@ def _write_pth(model: ConvertedModel, table: tuple[TensorNames, ...], output: Pa
             raise error.__context__ from None  # what broke the archive, a full disk or Ctrl-C; its end only failed too
 
 
-def _write_companions(model: ConvertedModel, folder: Path) -> None:
-    text = json.dumps(hugging_face_config(model.config), indent=2)
+def _dtype(model: ConvertedModel, rows: list[TensorNames]) -> torch.dtype:
+    return reduce(torch.promote_types, [model.dtype(row.name) for row in rows])
+
+
+def _write_companions(model: ConvertedModel, folder: Path, layout: str) -> None:
+    text = json.dumps(hugging_face_config(model.config, layout), indent=2)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     files = tokenizer_files(model.directory)
     if (generation := model.directory / "generation_config.json").is_file():
@@ -176,8 +187,8 @@ def _write_companions(model: ConvertedModel, folder: Path) -> None:
         path.write_text(text + "\n", encoding="utf-8")
 
 
-def hugging_face_config(config: RwkvRevConfig) -> dict[str, Any]:
-    """``config.json`` of the ``hf`` layout, with what the generation says besides."""
+def hugging_face_config(config: RwkvRevConfig, layout: str) -> dict[str, Any]:
+    """``config.json`` of a folder in that layout, with what the generation says besides."""
     fields: dict[str, Any] = {
         "architectures": ["RwkvForCausalLM"],
         "attention_hidden_size": config.hidden_size,
@@ -193,4 +204,4 @@ def hugging_face_config(config: RwkvRevConfig) -> dict[str, Any]:
         "use_cache": True,
         "vocab_size": config.vocab_size,
     }
-    return fields | config.architecture.hub_config(config)
+    return fields | config.architecture.hub_config(config, layout)

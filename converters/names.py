@@ -5,17 +5,20 @@ Layouts:
     ``transformers``  ``RwkvForCausalLM`` of transformers, RWKV-4 only;
     ``v5-hub``        the published RWKV-5 repositories with remote code (``RWKV/v5-Eagle-7B-HF``), which
                       extend the names of ``transformers``;
-    ``fla``           flash-linear-attention's classes and the repositories that need them, RWKV-7.
+    ``v6-hub``        the published RWKV-6 repositories with remote code (``RWKV/v6-Finch-1B6-HF``), likewise;
+    ``fla``           flash-linear-attention's classes and the repositories that need them, RWKV-6 and RWKV-7.
 
 Which names there are each generation says itself (:mod:`rwkv_rev.architectures`). A tuned initial state exists in
 ``blinkdl`` alone. Shapes are written in the letters B, T, D, H, N, F, V of the README.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from rwkv_rev.architectures.architecture import Row
+from rwkv_rev.architectures.architecture import Piece, Row
 from rwkv_rev.architectures.registry import generations
 from rwkv_rev.cells.block import Block
 from rwkv_rev.configuration import RwkvRevConfig
@@ -35,7 +38,7 @@ class TensorNames:
     """One tensor: its name and shape in a converted model, and in a foreign layout.
 
     ``squeezable``: files may hold it with more or fewer dimensions of size one. ``transposed``: the last two
-    dimensions are exchanged in the foreign layout.
+    dimensions are exchanged in the foreign layout. ``piece``: it is a part of the foreign tensor.
     """
 
     name: str
@@ -44,6 +47,40 @@ class TensorNames:
     foreign_shape: tuple[int, ...]
     squeezable: bool = False
     transposed: bool = False
+    piece: Piece | None = None
+
+    def of(self, foreign: Tensor) -> Tensor:
+        """The tensor as a converted model has it, from the foreign one."""
+        if self.piece is not None:
+            dim, number, of = self.piece.dim, self.piece.number, self.piece.of
+            foreign = foreign.narrow(dim, number * (size := foreign.shape[dim] // of), size)
+        return (foreign.mT if self.transposed else foreign).reshape(self.shape)
+
+    def back(self, tensor: Tensor) -> Tensor:
+        """The foreign tensor from the model's, or this row's piece of it."""
+        shape = list(self.foreign_shape)
+        if self.piece is not None:
+            shape[self.piece.dim] //= self.piece.of
+        return (tensor.mT if self.transposed else tensor).reshape(shape)
+
+
+def by_foreign(table: Iterable[TensorNames]) -> dict[str, list[TensorNames]]:
+    """The rows of each foreign tensor, its pieces in their order."""
+    found: dict[str, list[TensorNames]] = {}
+    for row in table:
+        found.setdefault(row.foreign, []).append(row)
+    return {name: sorted(rows, key=_place) for name, rows in found.items()}
+
+
+def foreign_tensor(rows: list[TensorNames], read: Callable[[str], Tensor]) -> Tensor:
+    """A tensor as its layout has it, from the model's tensors of :func:`by_foreign`; ``read`` gives one by our name."""
+    parts = [row.back(read(row.name)) for row in rows]
+    first = rows[0].piece
+    return parts[0] if first is None else torch.cat(parts, first.dim)
+
+
+def _place(row: TensorNames) -> int:
+    return 0 if row.piece is None else row.piece.number
 
 
 def tensor_table(config: RwkvRevConfig, layout: str | None = None) -> tuple[TensorNames, ...]:
@@ -52,8 +89,7 @@ def tensor_table(config: RwkvRevConfig, layout: str | None = None) -> tuple[Tens
     None is the original trainer's own, or where there is no other tool, ours.
 
     Raises:
-        ValueError: if ``layout`` cannot hold the version (``transformers`` is RWKV-4 only, ``v5-hub`` RWKV-5
-            only).
+        ValueError: if ``layout`` cannot hold the version (``transformers`` is RWKV-4 only, ``v5-hub`` RWKV-5 only).
     """
     architecture = config.architecture
     if layout is None and not architecture.layouts:
@@ -77,8 +113,9 @@ def tensor_table(config: RwkvRevConfig, layout: str | None = None) -> tuple[Tens
                 shape=shape,
                 foreign=prefix + foreign,
                 foreign_shape=architecture.shape(row.foreign_letters(column), config),
-                squeezable=row.squeezable or len(shape) == 1,
+                squeezable=row.piece(column) is None and (row.squeezable or len(shape) == 1),
                 transposed=row.is_transposed(column),
+                piece=row.piece(column),
             )
         )
 

@@ -97,7 +97,7 @@ def plan_shards(entries: Iterable[Entry], max_shard_size: str | int) -> list[Sha
 def write_shards(
     shards: list[Shard],
     folder: Path,
-    read: Callable[[str], torch.Tensor],
+    read: Callable[[Entry], torch.Tensor],
     on_bytes: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Write every shard into ``folder``, and the index if there are several.
@@ -105,7 +105,7 @@ def write_shards(
     Args:
         shards: from :func:`plan_shards`.
         folder: existing folder.
-        read: gives the source tensor of that source name; called once per tensor.
+        read: gives the tensor of an entry; called once per tensor.
         on_bytes: called with the number of bytes written, piece by piece.
 
     Raises:
@@ -124,7 +124,7 @@ def write_shards(
 def _write_shard(
     shard: Shard,
     folder: Path,
-    read: Callable[[str], torch.Tensor],
+    read: Callable[[Entry], torch.Tensor],
     on_bytes: Callable[[int], object],
 ) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -142,7 +142,7 @@ def _write_shard(
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for entry in shard.entries:
-            tensor = read(entry.source)
+            tensor = read(entry)
             if tensor.numel() != math.prod(entry.shape):
                 raise CheckpointError(
                     f"{entry.source} has shape {tuple(tensor.shape)}, which does not fit {entry.shape}"

@@ -28,7 +28,7 @@ from rwkv_rev.converters.card import model_card
 from rwkv_rev.converters.converted import RECORD_NAME
 from rwkv_rev.converters.detection import Detected, detect
 from rwkv_rev.converters.inspection import notes_on
-from rwkv_rev.converters.names import tensor_table
+from rwkv_rev.converters.names import by_foreign, tensor_table
 from rwkv_rev.converters.reading import Checkpoint, open_checkpoint
 from rwkv_rev.converters.rewriter import Entry, Shard, parse_size, plan_shards, write_shards
 from rwkv_rev.errors import CheckpointError, ConfigError, OutputError, VerificationFailed
@@ -237,11 +237,10 @@ def _fill(
         pad_token_id=config.pad_token_id if config.pad_token_id is not None else 0,
     ).save_pretrained(str(folder))
 
-    transposed = {row.foreign for row in tensor_table(config, record["layout"]) if row.transposed}
+    rows = {row.name: row for row in tensor_table(config, record["layout"])}
 
-    def read(name: str) -> torch.Tensor:
-        tensor = checkpoint.tensor(name)
-        return tensor.mT.contiguous() if name in transposed else tensor
+    def read(entry: Entry) -> torch.Tensor:
+        return rows[entry.name].of(checkpoint.tensor(entry.source))
 
     stop = threading.Event()
     # Hashing takes as long as writing and leaves the interpreter to others, so both run at once.
@@ -275,9 +274,10 @@ def _entries(
     checkpoint: Checkpoint, architecture: Detected, config: RwkvRevConfig, dtype: str
 ) -> Iterator[Entry]:
     """What to write, in the source's own order: reading touches every file of it once."""
-    rows = {row.foreign: row for row in tensor_table(config, architecture.layout)}
+    rows = by_foreign(tensor_table(config, architecture.layout))
     for name in checkpoint.names():
-        yield Entry(rows[name].name, name, rows[name].shape, DTYPES.get(dtype, checkpoint.dtype(name)))
+        for row in rows[name]:
+            yield Entry(row.name, name, row.shape, DTYPES.get(dtype, checkpoint.dtype(name)))
 
 
 def _config(checkpoint: Checkpoint, architecture: Detected, settings: _Settings) -> RwkvRevConfig:

@@ -126,7 +126,7 @@ def init(
         chosen.save_pretrained(str(folder))
         config.save_pretrained(str(folder))
         _save_generation(config, folder)
-        write_shards(shards, folder, lambda name: tensors[name])
+        write_shards(shards, folder, lambda entry: tensors[entry.name])
         (folder / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(fresh_card(config, directory.name, record), encoding="utf-8")
     return Fresh(directory, config, sum(tensor.numel() for tensor in tensors.values()), seed)

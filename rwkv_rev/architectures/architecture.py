@@ -54,6 +54,15 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Which part of a foreign tensor a tensor is: the one of ``number``, where ``dim`` is cut into ``of`` equal ones."""
+
+    dim: int
+    number: int
+    of: int
+
+
+@dataclass(frozen=True)
 class Row:
     """One tensor; of a block its names leave out the block's.
 
@@ -64,6 +73,8 @@ class Row:
         foreign_shape: its letters there, where they are others; a tuple has them for each layout.
         squeezable: whether files may hold it with more or fewer dimensions of size one (all vectors are so).
         transposed: whether the last two dimensions are exchanged in the foreign layouts; a tuple tells of each.
+        pieces: in each layout, where it is a part of a tensor there, whose shape ``foreign_shape`` is; None where it is
+            one by itself.
         only: a field of the configuration and the value at which there is such a tensor; always when None.
         lowest, highest: the blocks that have it; None for all that are above.
     """
@@ -74,6 +85,7 @@ class Row:
     foreign_shape: str | tuple[str, ...] | None = None
     squeezable: bool = False
     transposed: bool | tuple[bool, ...] = False
+    pieces: tuple[Piece | None, ...] = ()
     only: tuple[str, Any] | None = None
     lowest: int = 0
     highest: int | None = None
@@ -91,6 +103,10 @@ class Row:
     def is_transposed(self, column: int) -> bool:
         """Whether the last two dimensions are exchanged in a layout."""
         return self.transposed[column] if isinstance(self.transposed, tuple) else self.transposed
+
+    def piece(self, column: int) -> Piece | None:
+        """Which part of a tensor it is in a layout."""
+        return self.pieces[column] if self.pieces else None
 
 
 @dataclass(frozen=True)
@@ -217,7 +233,8 @@ class Architecture:
             one: generations are asked from the newest to the oldest. Raises ValueError where sizes do not fit.
         epsilons: of LayerNorm and GroupNorm, from a file's ``config.json``, the name of its layout, and N. Raises
             ValueError for what it does not understand.
-        hub_config: what ``config.json`` of a Hugging Face repository says besides what all say.
+        hub_config: what ``config.json`` of a Hugging Face repository in the layout of that name says besides what all
+            say.
         lost: what the layout of that name cannot say of a model, for people; None where nothing is lost.
     """
 
@@ -252,7 +269,7 @@ class Architecture:
     sign: str = ""
     told_by: Callable[[Stored], dict[str, Any] | None] = _nothing
     epsilons: Callable[[Mapping[str, Any], str, int], tuple[float, float]] = by_divisor
-    hub_config: Callable[["RwkvRevConfig"], dict[str, Any]] = lambda config: {}
+    hub_config: Callable[["RwkvRevConfig", str], dict[str, Any]] = lambda config, layout: {}
     lost: Callable[["RwkvRevConfig", str], str | None] = _nothing
 
     @property

@@ -20,6 +20,7 @@ from rwkv_rev.architectures.epsilons import GROUP_NORM
 from rwkv_rev.cells.channel_mix import ChannelMix
 from rwkv_rev.cells.time_mix_rwkv4 import TimeMixRwkv4
 from rwkv_rev.cells.time_mix_rwkv5 import TimeMixRwkv5
+from rwkv_rev.cells.time_mix_rwkv6 import TimeMixRwkv6
 
 if TYPE_CHECKING:
     from rwkv_rev.configuration import RwkvRevConfig
@@ -132,11 +133,43 @@ def initialize_mixes(cell: TimeMixRwkv4 | TimeMixRwkv5, config: "RwkvRevConfig")
     set_values(cell.mix_receptance, ramp(config) ** (0.5 * height))
 
 
+def initialize_decay_and_bonus(
+    decay: Tensor, bonus: Tensor, depth: float, *, exponential: bool = False
+) -> None:
+    """log(-log w) and u of RWKV-5 and 6, of any shape; ``exponential``: u is the exponential of the bonus."""
+    count = decay.numel()
+    each = torch.arange(count, dtype=torch.float64)
+    set_values(decay, -6 + 5 * (each / max(1, count - 1)) ** (0.7 + 1.3 * depth))
+    u = depth * (1 - each / max(1, count - 1)) + 0.1 * ((each + 1) % 3 - 1)
+    set_values(bonus, u.clamp(min=1e-3).log() if exponential else u)
+
+
+def initialize_maps_and_norm(cell: TimeMixRwkv5 | TimeMixRwkv6, config: "RwkvRevConfig") -> None:
+    """The maps and the GroupNorm of a time mix of RWKV-5 or 6.
+
+    The key and the gate start small, not at zero: there is no sigmoid on r and no running mean as in RWKV-4, and a zero
+    key, gate and output would have no gradient and stay zero for good.
+    """
+    init.constant_(cell.ln_x.weight, ((1 + cell.layer) / config.num_hidden_layers) ** 0.7)
+    init.zeros_(cell.ln_x.bias)
+    init.orthogonal_(cell.receptance.weight)
+    init.orthogonal_(cell.key.weight, gain=0.1)
+    if cell.gate is not None:
+        init.orthogonal_(cell.gate.weight, gain=0.1)
+    init.orthogonal_(cell.value.weight)
+    init.zeros_(cell.output.weight)
+
+
 def initialize_channel_mix(cell: ChannelMix, config: "RwkvRevConfig") -> None:
     """Mixes and maps of a channel mix, by the depth of its layer."""
     height = height_of(cell.layer, config)
     set_values(cell.mix_key, ramp(config) ** height)
     set_values(cell.mix_receptance, ramp(config) ** height)
+    initialize_channel_maps(cell, config)
+
+
+def initialize_channel_maps(cell: ChannelMix, config: "RwkvRevConfig") -> None:
+    """The maps of a channel mix with a receptance."""
     gain = math.sqrt(max(1, config.intermediate_size / config.hidden_size))
     init.orthogonal_(cell.key.weight, gain=gain)
     init.zeros_(cell.receptance.weight)

@@ -4,6 +4,7 @@ RWKV-4 and 5 divide by ``head_size_divisor`` before a GroupNorm of eps 1e-5, the
 without the division.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,25 @@ def number(config: Mapping[str, Any], name: str, usual: float, *, least: float, 
             f"config.json says {name} = {shortened(repr(value))}; it must be above {least} and below {most}"
         )
     return float(found)
+
+
+def understood(config: Mapping[str, Any], **usual: Any) -> None:
+    """Refuse a ``config.json`` that says something else than these.
+
+    Raises:
+        ValueError: if it does.
+    """
+    for name, value in usual.items():
+        if config.get(name, value) != value:
+            raise ValueError(
+                f"config.json says {name} = {shortened(repr(config[name]))}: only {value!r} is understood"
+            )
+
+
+def divisor_of(group_norm_epsilon: float) -> float:
+    """The ``head_size_divisor`` before a GroupNorm of eps 1e-5 that is this eps without it."""
+    divisor = math.sqrt(group_norm_epsilon / 1e-5)
+    return round(divisor) if math.isclose(divisor, round(divisor), rel_tol=1e-6) else divisor
 
 
 def by_divisor(config: Mapping[str, Any], layout: str, head_size: int) -> tuple[float, float]:

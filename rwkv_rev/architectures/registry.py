@@ -16,6 +16,7 @@ ARCHITECTURES: "dict[str, str | Architecture]" = {
     "5.0": "rwkv5.RWKV5_0",
     "5.1": "rwkv5.RWKV5_1",
     "5.2": "rwkv5.RWKV5_2",
+    "6": "rwkv6.RWKV6",
     "7": "rwkv7.RWKV7",
     "linear-attention": "linear_attention.LINEAR_ATTENTION",
     "coupled": "coupled.COUPLED",
@@ -27,7 +28,9 @@ ARCHITECTURES: "dict[str, str | Architecture]" = {
 """By the name that ``rwkv_version`` of a configuration has: the module of this package, and what it calls it. The
 generations of RWKV stand from the oldest to the newest."""
 UNKNOWN = {
-    "6": r"\.att(ention)?\.time_maa_",
+    "6a (x060a, a low-rank gate)": r"\.att\.gate_w[12]$",
+    "6b or 6c (x060b, x060c, no gate)": r"\.att\.time_maa_rkvw_",
+    "6 in a Qwen (QRWKV6)": r"\.self_attn\.time_maa_",
     "7a or 7b (deep embeddings)": r"\.ffn\.s(_emb|_emb_x|[012])(\.weight)?$",
     "8": r"\.(rosa|qkv)\.|\.ffn\.enn\.",
     "1": r"\.att\.time_(w|alpha|beta|gamma)$",

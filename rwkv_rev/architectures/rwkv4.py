@@ -56,7 +56,7 @@ def _told_by(stored: Stored) -> dict[str, Any]:
     return {"num_attention_heads": 1, "head_size": stored.width}
 
 
-def _hub_config(config: "RwkvRevConfig") -> dict[str, Any]:
+def _hub_config(config: "RwkvRevConfig", layout: str) -> dict[str, Any]:
     return {"model_type": "rwkv", "context_length": 1024}
 
 

@@ -13,12 +13,11 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
-from transformers import initialization as init
 
 from rwkv_rev.architectures import classic
 from rwkv_rev.architectures.architecture import NUMBER, Architecture, Cost, Layout, Part, Row, Stored
+from rwkv_rev.architectures.epsilons import divisor_of
 from rwkv_rev.cells.channel_mix import ChannelMix
 from rwkv_rev.cells.contract import ReversibleCell
 from rwkv_rev.cells.time_mix_rwkv5 import TimeMixRwkv5
@@ -60,27 +59,16 @@ def _cells(
 
 
 def _initialize_time_mix(cell: TimeMixRwkv5, config: "RwkvRevConfig") -> None:
-    """The key and the gate start small, not at zero: there is no sigmoid on r and no running mean as in RWKV-4, and a
-    zero key, gate and output would have no gradient and stay zero for good."""
     depth = classic.depth_of(cell.layer, config)
     classic.initialize_mixes(cell, config)
     if cell.mix_gate is not None:
         classic.set_values(
             cell.mix_gate, classic.ramp(config) ** (0.5 * classic.height_of(cell.layer, config))
         )
-    count = cell.time_decay.numel()
-    each = torch.arange(count, dtype=torch.float64)
-    classic.set_values(cell.time_decay, -6 + 5 * (each / max(1, count - 1)) ** (0.7 + 1.3 * depth))
-    u = depth * (1 - each / max(1, count - 1)) + 0.1 * ((each + 1) % 3 - 1)
-    classic.set_values(cell.bonus, u.clamp(min=1e-3).log() if cell.bonus_is_exponential else u)
-    init.constant_(cell.ln_x.weight, ((1 + cell.layer) / config.num_hidden_layers) ** 0.7)
-    init.zeros_(cell.ln_x.bias)
-    init.orthogonal_(cell.receptance.weight)
-    init.orthogonal_(cell.key.weight, gain=0.1)
-    if cell.gate is not None:
-        init.orthogonal_(cell.gate.weight, gain=0.1)
-    init.orthogonal_(cell.value.weight)
-    init.zeros_(cell.output.weight)
+    classic.initialize_decay_and_bonus(
+        cell.time_decay, cell.bonus, depth, exponential=cell.bonus_is_exponential
+    )
+    classic.initialize_maps_and_norm(cell, config)
 
 
 def _sizes(width: int, *, gated: bool) -> dict[str, Any]:
@@ -114,11 +102,7 @@ def _told_by(stored: Stored, *, gated: bool, per_channel: bool) -> dict[str, Any
     }
 
 
-def _hub_config(config: "RwkvRevConfig") -> dict[str, Any]:
-    divisor = math.sqrt(
-        config.group_norm_epsilon / 1e-5
-    )  # eps 1e-5 after a division by it is our eps without
-    whole = math.isclose(divisor, round(divisor), rel_tol=1e-6)
+def _hub_config(config: "RwkvRevConfig", layout: str) -> dict[str, Any]:
     return {
         "architectures": ["Rwkv5ForCausalLM"],
         "auto_map": {
@@ -128,7 +112,7 @@ def _hub_config(config: "RwkvRevConfig") -> dict[str, Any]:
         "model_type": "rwkv5",
         "model_version": config.rwkv_version.replace(".", "_"),
         "head_size": config.head_size,
-        "head_size_divisor": round(divisor) if whole else divisor,
+        "head_size_divisor": divisor_of(config.group_norm_epsilon),
         "num_attention_heads": config.head_size,  # published configs call the head size so
     }
 

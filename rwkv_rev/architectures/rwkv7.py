@@ -17,12 +17,11 @@ from transformers import initialization as init
 
 from rwkv_rev.architectures import classic
 from rwkv_rev.architectures.architecture import NUMBER, Architecture, Cost, Layout, Part, Row, Stored
-from rwkv_rev.architectures.epsilons import GROUP_NORM, LAYER_NORM, number
+from rwkv_rev.architectures.epsilons import GROUP_NORM, LAYER_NORM, number, understood
 from rwkv_rev.architectures.fields import Field
 from rwkv_rev.cells.channel_mix_rwkv7 import ChannelMixRwkv7
 from rwkv_rev.cells.contract import ReversibleCell
 from rwkv_rev.cells.time_mix_rwkv7 import Ranks, TimeMixRwkv7
-from rwkv_rev.printable import shortened
 from rwkv_rev.state import RwkvRevState
 from rwkv_rev.wkv.chunked_wkv7 import SUB_CHUNK
 
@@ -223,16 +222,12 @@ def _epsilons(config: Mapping[str, Any], layout: str, head_size: int) -> tuple[f
     """flash-linear-attention's GroupNorm has N times the eps of its LayerNorms."""
     if layout != FLA:
         return LAYER_NORM, GROUP_NORM
-    for name, understood in (("hidden_act", "sqrelu"), ("attn", None)):
-        if config.get(name, understood) != understood:
-            raise ValueError(
-                f"config.json says {name} = {shortened(repr(config[name]))}: only {understood!r} is understood"
-            )
+    understood(config, hidden_act="sqrelu", attn=None)
     epsilon = number(config, "norm_eps", LAYER_NORM, least=0, most=1)
     return epsilon, head_size * epsilon
 
 
-def _hub_config(config: "RwkvRevConfig") -> dict[str, Any]:
+def _hub_config(config: "RwkvRevConfig", layout: str) -> dict[str, Any]:
     return {
         "architectures": ["RWKV7ForCausalLM"],
         "model_type": "rwkv7",

@@ -1,4 +1,4 @@
-"""Channel mix of RWKV-4 and RWKV-5: ``sigmoid(r) * Wv(relu(k)^2)`` (RWKV paper, section 3.1; unchanged in Eagle).
+"""Channel mix of RWKV-4 to RWKV-6: ``sigmoid(r) * Wv(relu(k)^2)`` (RWKV paper, section 3.1; unchanged in Eagle, Finch).
 
 Its only state is the token shift: the remnant of a chunk is the carried y alone.
 """
@@ -29,11 +29,15 @@ class ChannelMix(ShiftedCell):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.mix_key = nn.Parameter(torch.empty(hidden_size))
-        self.mix_receptance = nn.Parameter(torch.empty(hidden_size))
+        self.make_mixes(hidden_size)
         self.key = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.receptance = nn.Linear(hidden_size, hidden_size, bias=False)
         self.value = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def make_mixes(self, hidden_size: int) -> None:
+        """The parameters that mixes are made of."""
+        self.mix_key = nn.Parameter(torch.empty(hidden_size))
+        self.mix_receptance = nn.Parameter(torch.empty(hidden_size))
 
     def mixes(self) -> list[Tensor]:
         return [self.mix_key, self.mix_receptance]

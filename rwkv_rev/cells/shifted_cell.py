@@ -154,7 +154,10 @@ class ShiftedCell(ReversibleCell):
     def compute(
         self, projection: Any, memory: Tensor | None, mask: ChunkMask | None, plan: Any = None
     ) -> tuple[Tensor, Any]:
-        """Output [B, C, D] and the chunk's contribution to the memory; ``plan`` saves time, where there is one."""
+        """Output [B, C, D] and the chunk's contribution to the memory, a tensor or a tuple of them.
+
+        ``plan`` saves time, where there is one.
+        """
 
     def handed_up(self, projection: Any) -> tuple[Tensor, ...]:
         """What is to flow beside the residual from here on, [B, C, ...] each; nothing new when empty."""
@@ -362,7 +365,7 @@ class ShiftedCell(ReversibleCell):
         shift = last_token(x, start.shift, mask) if last is None else last
         handed_on = None
         if after is not None:
-            update = None if vouched or contribution is None else contribution.detach()
+            update = None if vouched or contribution is None else _detached(contribution)
             handed_on = self._handed_on(state.memory, update, shift.detach(), after, mask, plan)
         end, stream = ShiftedState(shift, memory), joined(out, self.handed_up(projection))
         return Replay(state, stream, start, end, _print(contribution, shift), handed_on)
@@ -371,7 +374,7 @@ class ShiftedCell(ReversibleCell):
     def _handed_on(
         self,
         memory: Any,
-        contribution: Tensor | None,
+        contribution: Any,
         shift: Tensor,
         after: ExactShiftedState,
         mask: ChunkMask | None,
@@ -386,8 +389,15 @@ class ShiftedCell(ReversibleCell):
         return same
 
 
-def _print(contribution: Tensor | None, shift: Tensor) -> Tensor:
-    """Checksums, int64 [2], of the shift after a chunk and of its contribution to the memory; [1] without one."""
+def _detached(contribution: Any) -> Any:
+    if isinstance(contribution, tuple):
+        return tuple(part.detach() for part in contribution)
+    return contribution.detach()
+
+
+def _print(contribution: Any, shift: Tensor) -> Tensor:
+    """Checksums, int64, of the shift after a chunk and of every part of its contribution to the memory."""
     if contribution is None:
         return checksum(shift)[None]
-    return torch.stack([checksum(shift), checksum(contribution)])
+    parts = contribution if isinstance(contribution, tuple) else (contribution,)
+    return torch.stack([checksum(shift), *map(checksum, parts)])

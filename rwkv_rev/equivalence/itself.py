@@ -6,22 +6,16 @@ compute what the model computes. Of an architecture that nobody else implements 
 
 from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.converters.names import tensor_table
-from rwkv_rev.equivalence.original import Original, RenamedTensors, given_scan, known_to_transformers
+from rwkv_rev.equivalence.original import Original, ReadTensors, given_scan, known_to_transformers
 
 
 def as_original(model: ConvertedModel) -> Original:
     """The open model under the names of the other layouts; readable as long as ``model`` is open."""
     config = model.config
 
-    def renamed(layout: str | None = None) -> RenamedTensors:
-        table = tensor_table(config, layout)
-        return RenamedTensors(
-            model,
-            {row.foreign: (row.name, row.foreign_shape) for row in table},
-            {row.foreign for row in table if row.transposed},
-        )
+    def renamed(layout: str | None = None) -> ReadTensors:
+        return ReadTensors.in_layout(tensor_table(config, layout), model.tensor)
 
-    own = tensor_table(config)
     return Original(
         tensors=renamed(),
         label=f"its own values ({model.directory})",
@@ -29,7 +23,7 @@ def as_original(model: ConvertedModel) -> Original:
         group_norm_epsilon=config.group_norm_epsilon,
         layer_norm_epsilon=config.layer_norm_epsilon,
         transformers_tensors=renamed("transformers") if known_to_transformers(config) else None,
-        own_tensors=RenamedTensors(model, {row.name: (row.name, row.shape) for row in own}),
+        own_tensors=ReadTensors([row.name for row in tensor_table(config)], model.tensor),
         config=config,
         given_scan=given_scan(config),
     )

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_rev.architectures import rwkv7_scan
+from rwkv_rev.architectures import rwkv6_scan, rwkv7_scan
 from rwkv_rev.architectures.scan import Scan, SubLayer
 
 PUBLISHED_GROUP_NORM_EPSILON = 64e-5
@@ -212,4 +212,6 @@ CLASSIC = Scan(
 
 def scan_of(tensors: Mapping[str, Tensor]) -> Scan:
     """That of a generation of RWKV."""
-    return rwkv7_scan.SCAN if rwkv7_scan.is_rwkv7(tensors) else CLASSIC
+    if rwkv7_scan.is_rwkv7(tensors):
+        return rwkv7_scan.SCAN
+    return rwkv6_scan.SCAN if rwkv6_scan.is_rwkv6(tensors) else CLASSIC

@@ -1,6 +1,6 @@
 """The original implementations, each as a function from tokens to logits; none runs our own model code.
 
-    rwkv          the ``rwkv`` package of RWKV's author, all of 4, 5.0, 5.1, 5.2, 7, in a process of its own
+    rwkv          the ``rwkv`` package of RWKV's author, all of 4, 5.0, 5.1, 5.2, 6, 7, in a process of its own
     transformers  ``RwkvForCausalLM``, RWKV-4 only
     naive         :mod:`.naive_model`, float64
 

@@ -1,8 +1,8 @@
 """The original model as the oracles see it: tensors under BlinkDL's names, whatever file they came from."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,16 @@ from torch import Tensor
 
 from rwkv_rev.architectures.scan import Scan
 from rwkv_rev.configuration import RwkvRevConfig
-from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.converters.detection import detect
-from rwkv_rev.converters.names import EMBEDDINGS, HEAD, tensor_table
-from rwkv_rev.converters.reading import Checkpoint, open_checkpoint
+from rwkv_rev.converters.names import (
+    EMBEDDINGS,
+    HEAD,
+    TensorNames,
+    by_foreign,
+    foreign_tensor,
+    tensor_table,
+)
+from rwkv_rev.converters.reading import open_checkpoint
 from rwkv_rev.equivalence.expected import expected_path
 from rwkv_rev.equivalence.naive_model import LAYER_NORM_EPSILON, PUBLISHED_GROUP_NORM_EPSILON, scan_of
 from rwkv_rev.errors import SourceError
@@ -93,23 +99,23 @@ def given_scan(config: RwkvRevConfig) -> Scan | None:
     return None if own is None else own(config)
 
 
-class RenamedTensors(Mapping[str, Tensor]):
-    """The tensors of an open checkpoint under other names and shapes, each read when it is asked for."""
+class ReadTensors(Mapping[str, Tensor]):
+    """Tensors by name, each made by ``read`` when it is asked for."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint | ConvertedModel,
-        names: Mapping[str, tuple[str, tuple[int, ...]]],
-        transposed: Collection[str] = (),
-    ) -> None:
-        self._checkpoint = checkpoint
-        self._names = names  # wanted name -> (name in the checkpoint, wanted shape)
-        self._transposed = transposed  # wanted names whose last two dimensions are exchanged
+    def __init__(self, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
+        self._names = dict.fromkeys(names)
+        self._read = read
+
+    @classmethod
+    def in_layout(cls, table: Iterable[TensorNames], read: Callable[[str], Tensor]) -> "ReadTensors":
+        """The tensors of a table under their foreign names; ``read`` gives one by our name."""
+        rows = by_foreign(table)
+        return cls(rows, lambda name: foreign_tensor(rows[name], read))
 
     def __getitem__(self, name: str) -> Tensor:
-        stored, shape = self._names[name]
-        tensor = self._checkpoint.tensor(stored)
-        return (tensor.mT if name in self._transposed else tensor).reshape(shape)
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self._names  # Mapping's own would read the tensor
@@ -198,18 +204,16 @@ def open_original(
     with open_checkpoint(local) as checkpoint:
         architecture = detect(checkpoint)
         config = architecture.to_config()
-        stored = tensor_table(config, architecture.layout)
-        home = {row.name: row.foreign for row in stored}
+        here = {row.name: row for row in tensor_table(config, architecture.layout)}
         if architecture.tied:
-            home[HEAD] = home[EMBEDDINGS]
+            here[HEAD] = replace(here[EMBEDDINGS], name=HEAD)
 
-        def renamed(layout: str) -> RenamedTensors:
-            here = {row.name: row for row in stored}
-            table = [row for row in tensor_table(config, layout) if row.name in here]
-            return RenamedTensors(
-                checkpoint,
-                {row.foreign: (home[row.name], row.foreign_shape) for row in table},
-                {row.foreign for row in table if row.transposed != here[row.name].transposed},
+        def own(name: str) -> Tensor:
+            return here[name].of(checkpoint.tensor(here[name].foreign))
+
+        def renamed(layout: str) -> ReadTensors:
+            return ReadTensors.in_layout(
+                [row for row in tensor_table(config, layout) if row.name in here], own
             )
 
         yield Original(
@@ -218,11 +222,7 @@ def open_original(
             group_norm_epsilon=group_norm_epsilon or config.group_norm_epsilon,
             layer_norm_epsilon=config.layer_norm_epsilon,
             transformers_tensors=renamed("transformers") if known_to_transformers(config) else None,
-            own_tensors=RenamedTensors(
-                checkpoint,
-                {row.name: (home[row.name], row.shape) for row in stored},
-                {row.name for row in stored if row.transposed},
-            ),
+            own_tensors=ReadTensors(here, own),
             expected=expected_path(local.files[0]),
             config=config,
             given_scan=given_scan(config),

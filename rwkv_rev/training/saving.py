@@ -106,7 +106,7 @@ def _write_weights(
         return changed_dtype if tensors[name].is_floating_point() else tensors[name].dtype
 
     entries = [Entry(name, name, tuple(tensors[name].shape), stored_dtype(name)) for name in tensors]
-    write_shards(plan_shards(entries, SHARD_SIZE), folder, lambda name: tensors[name])
+    write_shards(plan_shards(entries, SHARD_SIZE), folder, lambda entry: tensors[entry.name])
     return functools.reduce(torch.promote_types, (entry.dtype for entry in entries))
 
 
