@@ -19,8 +19,11 @@ from torch import Tensor
 from rwkv_rev import RwkvRevConfig, RwkvRevForCausalLM, RwkvRevState
 from rwkv_rev.wkv import naive, use_kernel
 
-VERSIONS = ("4", "5.0", "5.1", "5.2", "7")
-RANKS = {"decay_rank": 5, "rate_rank": 6, "residual_rank": 7, "gate_rank": 9}
+VERSIONS = ("4", "5.0", "5.1", "5.2", "6", "7")
+RANKS = {
+    "6": {"mix_rank": 6, "decay_rank": 5},
+    "7": {"decay_rank": 5, "rate_rank": 6, "residual_rank": 7, "gate_rank": 9},
+}
 
 AGREE = 1e-5
 """Relative RMS error, per parameter, between float32 gradients of strategies that must agree."""
@@ -50,7 +53,7 @@ def _tiny_model(version: str, seed: int, config: tuple[tuple[str, Any], ...]) ->
         config
     )
     head_size = sizes["hidden_size"] if version == "4" else sizes.pop("head_size", 8)
-    sizes = (RANKS if version == "7" else {}) | sizes
+    sizes = RANKS.get(version, {}) | sizes
     model = RwkvRevForCausalLM(
         RwkvRevConfig(
             rwkv_version=version,
@@ -70,7 +73,7 @@ def _tiny_model(version: str, seed: int, config: tuple[tuple[str, Any], ...]) ->
             noise = normal(parameter)
             if "time_decay" in name:
                 value = -2.5 + 1.5 * noise
-            elif "mix_" in name:
+            elif "mix_" in name and parameter.dim() == 1:
                 value = 0.5 + 0.5 * noise
             elif "bonus" in name:
                 value = 0.5 * noise
@@ -172,7 +175,7 @@ def naive_recomputed() -> Iterator[None]:
     all else. Without masks.
     """
     with use_kernel("naive"), pytest.MonkeyPatch.context() as patch:
-        for name in ("wkv4", "wkv5", "wkv7"):
+        for name in ("wkv4", "wkv5", "wkv6", "wkv7"):
             patch.setattr(naive, name, partial(_Recomputed.apply, getattr(naive, name)))
         yield
 

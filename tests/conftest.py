@@ -14,7 +14,7 @@ import pytest
 import rwkv_rev
 
 collect_ignore = ["peers"]  # `make test-peers` has settings of its own
-BUNDLED = {"4": "rwkv-4", "5.2": "rwkv-5.2", "7": "rwkv-7"}
+BUNDLED = {"4": "rwkv-4", "5.2": "rwkv-5.2", "6": "rwkv-6", "7": "rwkv-7"}
 LONGEST = (
     "test_finetune_dist",
     "test_oracle_table",

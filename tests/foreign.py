@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
-VERSIONS = ("4", "5.0", "5.1", "5.2", "7")
+VERSIONS = ("4", "5.0", "5.1", "5.2", "6", "7")
 RANKS = {"w": 5, "a": 6, "v": 7, "g": 9}
 """Of RWKV-7's low-rank maps."""
+MIX_RANK, DECAY_RANK = 6, 5
+"""Of RWKV-6's."""
 
 
 def blinkdl_state_dict(
@@ -83,6 +85,24 @@ def blinkdl_state_dict(
             state |= norm(f"{att}.ln_x")
             state[f"{ffn}.x_k"] = mix(i)
             state[f"{ffn}.key.weight"] = matrix(channel_mix, D)
+            state[f"{ffn}.value.weight"] = matrix(D, channel_mix, gain=0.5)
+            continue
+        if version == "6":
+            for letter in "xwkvrg":
+                state[f"{att}.time_maa_{letter}"] = mix(i)
+            state[f"{att}.time_maa_w1"] = normal(D, 5 * MIX_RANK, std=D**-0.5)
+            state[f"{att}.time_maa_w2"] = normal(5, MIX_RANK, D, std=0.5 * MIX_RANK**-0.5)
+            state[f"{att}.time_decay"] = decay(D, i, -6.0, 0.5).reshape(1, 1, D)
+            state[f"{att}.time_decay_w1"] = normal(D, DECAY_RANK, std=D**-0.5)
+            state[f"{att}.time_decay_w2"] = normal(DECAY_RANK, D, std=DECAY_RANK**-0.5)
+            state[f"{att}.time_faaaa"] = normal(heads, head_size, mean=0.3, std=0.4)
+            for name in ("receptance", "key", "value", "output", "gate"):
+                state[f"{att}.{name}.weight"] = matrix(D, D)
+            state |= norm(f"{att}.ln_x")
+            state[f"{ffn}.time_maa_k"] = mix(i)
+            state[f"{ffn}.time_maa_r"] = mix(i)
+            state[f"{ffn}.key.weight"] = matrix(channel_mix, D)
+            state[f"{ffn}.receptance.weight"] = matrix(D, D)
             state[f"{ffn}.value.weight"] = matrix(D, channel_mix, gain=0.5)
             continue
         if version == "4":
@@ -170,8 +190,54 @@ def fla_state_dict(**kwargs: Any) -> dict[str, torch.Tensor]:
     return found
 
 
+_FLA_OF_6 = {
+    "att.time_maa_x": "attn.x_proj.0.mu",
+    "att.time_decay": "attn.w_proj.linear.lora.2.bias",
+    "att.time_decay_w1": "attn.w_proj.linear.lora.0.weight",
+    "att.time_decay_w2": "attn.w_proj.linear.lora.2.weight",
+    "att.time_faaaa": "attn.bonus",
+    **{f"att.{name}.weight": f"attn.{name[0]}_proj.linear.weight" for name in ("receptance", "key", "value", "gate")},
+    "ffn.key.weight": "ffn.key.linear.weight",
+    "ffn.receptance.weight": "ffn.receptance.linear.weight",
+    "ffn.time_maa_k": "ffn.key.mu",
+    "ffn.time_maa_r": "ffn.receptance.mu",
+}
+
+
+def fla_state_dict_of_6(**kwargs: Any) -> dict[str, torch.Tensor]:
+    """The same values as :func:`blinkdl_state_dict` of RWKV-6, as flash-linear-attention's class holds them.
+
+    Its five mixes are those of r, w, k, v, g, in one tensor; the trainer's low-rank maps those of w, k, v, r, g.
+    """
+    found = {}
+    state = blinkdl_state_dict("6", **kwargs)
+    for name, tensor in state.items():
+        block, _, last = name.partition(".att.")
+        stem = ".".join(name.split(".")[2:])
+        place = f"model.layers.{name.split('.')[1]}."
+        if last == "time_maa_w1":
+            w, k, v, r, g = tensor.chunk(5, 1)
+            found[f"{place}attn.x_proj.0.linear.weight"] = torch.cat((r, w, k, v, g), 1).mT.contiguous()
+        elif last == "time_maa_w2":
+            w, k, v, r, g = tensor.unbind(0)
+            found[f"{place}attn.x_proj.2.weight"] = torch.cat((r, w, k, v, g), 0).mT.contiguous()
+        elif last == "time_maa_w":
+            parts = [state[f"{block}.att.time_maa_{letter}"].flatten() for letter in "rwkvg"]
+            found[f"{place}attn.x_bias"] = torch.stack(parts)
+        elif last in ("time_maa_k", "time_maa_v", "time_maa_r", "time_maa_g"):
+            continue
+        elif stem in _FLA_OF_6:
+            tensor = tensor.mT.contiguous() if last.startswith("time_decay_w") else tensor
+            found[place + _FLA_OF_6[stem]] = tensor.flatten() if tensor.dim() == 3 else tensor
+        else:
+            for old, new in _FLA_NAMES.items():
+                name = name.replace(old, new)
+            found[name] = tensor
+    return found
+
+
 def hf_state_dict(version: str, **kwargs: Any) -> dict[str, torch.Tensor]:
-    """The same values as :func:`blinkdl_state_dict` as transformers (4) and the v5 and v7 repositories name them."""
+    """The same values as :func:`blinkdl_state_dict` as transformers (4) and the repositories of v5, v6, v7 name them."""
     if version == "7":
         return fla_state_dict(**kwargs)
     return {hf_name(name): tensor for name, tensor in blinkdl_state_dict(version, **kwargs).items()}
@@ -200,6 +266,19 @@ def hf_config(
             "context_length": 1024,
             "intermediate_size": 4 * D,
             "model_type": "rwkv",
+        }
+    if version == "6":
+        return common | {
+            "architectures": ["Rwkv6ForCausalLM"],
+            "auto_map": {
+                "AutoConfig": "configuration_rwkv6.Rwkv6Config",
+                "AutoModelForCausalLM": "modeling_rwkv6.Rwkv6ForCausalLM",
+            },
+            "head_size": head_size,
+            "head_size_divisor": 8,
+            "intermediate_size": None,
+            "model_type": "rwkv6",
+            "num_attention_heads": head_size,
         }
     if version == "7":
         return common | {

@@ -1,16 +1,17 @@
-"""RWKV-4, 5 and 7 token by token in float64, straight from the papers: what losses and gradients are held to.
+"""RWKV-4 to 7 token by token in float64, straight from the papers: what losses and gradients are held to.
 
     time mix, RWKV-4    wkv_t = (A + e^{u+k_t} v_t) / (B + e^{u+k_t}),   A <- w A + e^{k_t} v_t,   B <- w B + e^{k_t}
                         Wo (sigmoid(r) * wkv)
     time mix, RWKV-5    y_t = r_t (S + diag(u) k_t^T v_t),    S <- diag(w) S + k_t^T v_t
                         Wo (silu(g) * GroupNorm(y / 8)), in 5.0 without g
     channel mix         sigmoid(r) * Wv relu(k)^2
+    time mix, RWKV-6    RWKV-5's with a w_t of each token, and mixes that depend on it and the one before
     time mix, RWKV-7    S <- (diag(w_t) - (a_t kappa_t)^T kappa_t) S + k_t^T v_t,   y_t = r_t S
                         Wo (g (GroupNorm(y / 8) + (r k r_k) v))
     channel mix         Wv relu(k)^2
 
 (Peng et al. 2023, "RWKV: Reinventing RNNs for the Transformer Era", section 3.1; Peng et al. 2024, "Eagle and Finch",
-section 4.1; Peng et al. 2025, "RWKV-7 Goose", section 4) with w = exp(-exp(time_decay)) in RWKV-4 and 5, every
+sections 4.1 and 4.2; Peng et al. 2025, "RWKV-7 Goose", section 4) with w = exp(-exp(time_decay)) in RWKV-4 and 5, every
 projection of ``mu x_t + (1 - mu) x_{t-1}`` after the LayerNorm, and ln0 once on the embedding. Autograd differentiates
 the lines below; nothing is in chunks, blocked, rounded or rescaled, and A and B are the plain sums (float64 holds
 e^{700}).
@@ -202,6 +203,8 @@ def _token(
         to_time = _layer_norm(w, f"{block}.ln1", x)
         if f"{block}.att.r_k" in w:
             mixed, memory = _time_mix_7(w, f"{block}.att.", to_time, time_shift, memory, group_norm, first)
+        elif f"{block}.att.time_maa_x" in w:
+            mixed, memory = _time_mix_6(w, f"{block}.att.", to_time, time_shift, memory, group_norm)
         else:
             mixed, memory = _time_mix(w, f"{block}.att", to_time, time_shift, memory, group_norm)
         x = x + mixed
@@ -215,11 +218,11 @@ def _derived(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors, mixes as [D], and what is the same for every token: ``w`` and ``u`` of each time mix."""
     vectors = (".time_mix_", ".x_", ".w0", ".a0", ".v0", ".k_k", ".k_a")
     w = {
-        name: tensor.flatten() if any(part in name for part in vectors) else tensor
+        name: tensor.flatten() if any(part in name for part in vectors) or tensor.shape[:2] == (1, 1) else tensor
         for name, tensor in weights.items()
     }
     for name in weights:
-        if name.endswith(".time_decay"):
+        if name.endswith(".time_decay") and f"{name.removesuffix('decay')}maa_x" not in w:
             att = name.removesuffix(".time_decay")
             decay = torch.exp(-torch.exp(w[name]))
             bonus = w[f"{att}.time_first" if f"{att}.time_first" in w else f"{att}.time_faaaa"]
@@ -258,6 +261,35 @@ def _time_mix(
     if f"{att}.gate.weight" in w:
         y = y * F.silu(projected("g", "gate"))
     return y @ w[f"{att}.output.weight"].T, memory
+
+
+def _time_mix_6(
+    w: dict[str, Tensor],
+    att: str,
+    now: Tensor,
+    before: Tensor,
+    memory: Tensor,
+    group_norm: tuple[float, float],
+) -> tuple[Tensor, Tensor]:
+    change = before - now
+    hidden = torch.tanh((now + change * w[f"{att}time_maa_x"]) @ w[f"{att}time_maa_w1"]).chunk(5, -1)
+    mixed = {
+        letter: now + change * (w[f"{att}time_maa_{letter}"] + part @ up)
+        for letter, part, up in zip("wkvrg", hidden, w[f"{att}time_maa_w2"], strict=True)
+    }
+    shape = w[f"{att}time_faaaa"].shape
+    r, k, v, g = (
+        mixed[name[0]] @ w[f"{att}{name}.weight"].T for name in ("receptance", "key", "value", "gate")
+    )
+    low_rank = torch.tanh(mixed["w"] @ w[f"{att}time_decay_w1"]) @ w[f"{att}time_decay_w2"]
+    decay = torch.exp(-torch.exp(w[f"{att}time_decay"] + low_rank))
+    r, k, v, decay = (part.unflatten(-1, shape) for part in (r, k, v, decay))  # [B, H, N]
+    product = k[..., :, None] * v[..., None, :]
+    y = (r[..., None, :] @ (memory + w[f"{att}time_faaaa"][..., None] * product)).flatten(1)
+    memory = decay[..., None] * memory + product
+    epsilon, divisor = group_norm
+    y = F.group_norm(y / divisor, shape[0], w[f"{att}ln_x.weight"], w[f"{att}ln_x.bias"], epsilon)
+    return (y * F.silu(g)) @ w[f"{att}output.weight"].T, memory
 
 
 def _time_mix_7(
@@ -319,7 +351,10 @@ def _channel_mix(w: dict[str, Tensor], ffn: str, now: Tensor, before: Tensor) ->
     if f"{ffn}.x_k" in w:  # RWKV-7
         key = (now + (before - now) * w[f"{ffn}.x_k"]) @ w[f"{ffn}.key.weight"].T
         return torch.relu(key).square() @ w[f"{ffn}.value.weight"].T
-    mu_k, mu_r = w[f"{ffn}.time_mix_k"], w[f"{ffn}.time_mix_r"]
+    if f"{ffn}.time_maa_k" in w:  # RWKV-6
+        mu_k, mu_r = 1 - w[f"{ffn}.time_maa_k"], 1 - w[f"{ffn}.time_maa_r"]
+    else:
+        mu_k, mu_r = w[f"{ffn}.time_mix_k"], w[f"{ffn}.time_mix_r"]
     key = (mu_k * now + (1 - mu_k) * before) @ w[f"{ffn}.key.weight"].T
     receptance = (mu_r * now + (1 - mu_r) * before) @ w[f"{ffn}.receptance.weight"].T
     return torch.sigmoid(receptance) * (torch.relu(key).square() @ w[f"{ffn}.value.weight"].T)
@@ -361,7 +396,9 @@ def _empty(w: dict[str, Tensor], batch: int) -> State:
     width, dtype = w["emb.weight"].shape[1], w["emb.weight"].dtype
     shift = torch.zeros(layers, batch, width, dtype=dtype)
     if "blocks.0.att.ln_x.weight" in w:
-        heads = w["blocks.0.att.r_k" if "blocks.0.att.r_k" in w else "blocks.0.att.time_decay"].shape[0]
+        att = "blocks.0.att."
+        heads_first = "r_k" if att + "r_k" in w else "time_faaaa" if att + "time_maa_x" in w else "time_decay"
+        heads = w[att + heads_first].shape[0]
         size = width // heads
         return State(shift, shift.clone(), torch.zeros(layers, batch, heads, size, size, dtype=dtype))
     memory = torch.zeros(layers, batch, 3, width, dtype=dtype)

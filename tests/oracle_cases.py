@@ -28,6 +28,14 @@ OF_7 = {
        for part, place in (("base", 0), ("down.weight", 1), ("up.weight", 2))},
 }  # fmt: skip
 """Ours in RWKV-7's blocks, and what the original calls them."""
+MIXES_OF_6 = ("decay", "key", "value", "receptance", "gate")
+OF_6 = {
+    ".mix_before_input": ".time_maa_x",
+    **{f".mix_before_{name}": f".time_maa_{'w' if name == 'decay' else name[0]}" for name in MIXES_OF_6},
+    **{".decay_base": ".time_decay", ".decay_down.weight": ".time_decay_w1", ".decay_up.weight": ".time_decay_w2"},
+    ".bonus": ".time_faaaa",
+}
+"""The same of RWKV-6, but for the low-rank maps of its mixes, which lie in one tensor."""
 MASKS = ("none", "left", "right", "holes", "documents", "empty row")
 LABELS = ("all", "prompt", "scattered", "one", "trailing")
 STATES = ("none", "given", "given, with objective")
@@ -93,8 +101,8 @@ def original_name(model: RwkvRevForCausalLM, name: str) -> str:
     """What the original calls the parameter that the model calls ``name``."""
     name = name.replace("model.ln0.", "blocks.0.ln0.").replace("model.embeddings.", "emb.")
     name = name.removeprefix("model.").replace(".time_mix.", ".att.").replace(".channel_mix.", ".ffn.")
-    if model.config.rwkv_version == "7":
-        for ours, theirs in OF_7.items():
+    if model.config.rwkv_version in ("6", "7"):
+        for ours, theirs in (OF_6 if model.config.rwkv_version == "6" else OF_7).items():
             name = name.replace(ours, theirs)
         return name
     for mix in ("key", "value", "receptance", "gate"):
@@ -301,19 +309,29 @@ def ask(model: RwkvRevForCausalLM, case: Case, strategy: str, chunk: int) -> Ans
     def gradient(tensor: Tensor) -> Tensor:
         return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
 
+    gradients = {
+        # low-rank maps lie transposed
+        original_name(model, name): gradient(p).mT
+        if name.endswith(("_down.weight", "_up.weight"))
+        else gradient(p)
+        for name, p in model.named_parameters()
+    }
     return Answer(
         output.loss.item(),
         State(*output.state.tensors()),
-        {
-            # low-rank maps lie transposed
-            original_name(model, name): gradient(p).mT
-            if name.endswith(("_down.weight", "_up.weight"))
-            else gradient(p)
-            for name, p in model.named_parameters()
-        },
+        joined_of_6(gradients) if model.config.rwkv_version == "6" else gradients,
         {} if given is None else dict(zip(PARTS, map(gradient, given.tensors()), strict=True)),
         None if embeds is None else gradient(embeds),
     )
+
+
+def joined_of_6(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With the low-rank maps of the mixes in one tensor, as the original has them."""
+    for att in sorted({name.split(".att.")[0] + ".att" for name in found if "_mix_down" in name}):
+        down = [found.pop(f"{att}.{name}_mix_down.weight") for name in MIXES_OF_6]
+        up = [found.pop(f"{att}.{name}_mix_up.weight") for name in MIXES_OF_6]
+        found[f"{att}.time_maa_w1"], found[f"{att}.time_maa_w2"] = torch.cat(down, 1), torch.stack(up)
+    return found
 
 
 def nudged(tensors: dict[str, Tensor], seed: int) -> dict[str, Tensor]:

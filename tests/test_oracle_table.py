@@ -34,8 +34,8 @@ from oracle_cases import (
     peer_path,
 )
 
-RANDOM = ("4", "5.0", "5.0 time_faaaa", "5.1", "5.2", "7")
-TRAINED = ("bundled 4", "bundled 5.2", "bundled 7", "peer 4", "peer 5.2", "peer 7")
+RANDOM = ("4", "5.0", "5.0 time_faaaa", "5.1", "5.2", "6", "7")
+TRAINED = ("bundled 4", "bundled 5.2", "bundled 6", "bundled 7", "peer 4", "peer 5.2", "peer 7")
 CHUNKS = (7, 8, 16, LENGTH - 1, LENGTH, LENGTH + 1)
 
 

@@ -1,9 +1,10 @@
 """``reversible-lossy``: the literal EBRT recipe, states divided back in float64 without a remnant. Approximate.
 
 Every step back multiplies the state's rounding errors by 1/w. The strategy refuses a context over which the fastest
-channel would lose more bits than float64 has, and names ``reversible``. Otherwise it reports its drift: at some
-boundaries (at most :data:`ANCHORS`) the state is kept, and the rebuilt one compared with it. For memories that decay
-elementwise by constants, and such as forget nothing: RWKV-4 forgets whole states within a few tokens.
+channel would lose more bits than float64 has, and names ``reversible``: beforehand where decays are constants, and
+where they depend on the data between the sweeps. Otherwise it reports its drift: at some boundaries (at most
+:data:`ANCHORS`) the state is kept, and the rebuilt one compared with it. For memories that decay elementwise, and such
+as forget nothing: RWKV-4 forgets whole states within a few tokens, RWKV-7's transition is no division.
 """
 
 from dataclasses import dataclass
@@ -39,11 +40,9 @@ class ReversibleLossy(TwoSweeps):
         flat = [decay.detach().flatten() for decay in decays if decay is not None]
         self._bits = predicted_bits_lost(torch.cat(flat), inputs.length) if flat else 0.0
         self._divided([block.exact(inputs.state.layer(layer)) for layer, block in enumerate(model.blocks)])
-        if self._bits > FLOAT64_BITS:
-            raise StrategyError(
-                f"reversible-lossy would lose {self._bits:.0f} bits over {inputs.length} tokens, float64 has "
-                f"{FLOAT64_BITS}; use 'reversible', which is exact"
-            )
+        self._length = inputs.length
+        self._refuse_noise()
+        self._forgotten: dict[tuple[int, int], Tensor] = {}
         chunks = -(-inputs.length // self.chunk_length)
         self._every = max(1, chunks // ANCHORS)
         self._recorded = 0
@@ -54,6 +53,8 @@ class ReversibleLossy(TwoSweeps):
 
     def keep(self, before: list[ExactStates], advanced: list[BlockAdvanced]) -> list[list[Remnant]]:
         anchored = self._recorded % self._every == 0
+        if self._recorded:  # what is before the first chunk is given
+            self._note_factors(advanced)
         self._recorded += 1
         return [
             [
@@ -64,6 +65,10 @@ class ReversibleLossy(TwoSweeps):
         ]
 
     def recover(self, after: ExactStates, record: LayerRecord, plans: Plans) -> BlockAgain:
+        if self._forgotten:
+            self._bits = max(self._bits, *(float(bits.max()) for bits in self._forgotten.values()))
+            self._forgotten.clear()
+            self._refuse_noise()
         cells = self._cells[
             0
         ]  # all blocks have cells of the same kinds; without a remnant their shifts are left
@@ -77,6 +82,22 @@ class ReversibleLossy(TwoSweeps):
                 error = (rebuilt.double() - anchor.double()).norm()
                 self._drifts.append(error / anchor.double().norm().clamp(min=1e-300))
 
+    def _note_factors(self, advanced: list[BlockAdvanced]) -> None:
+        """Add what a chunk's factors forget of each channel, in bits, where they depend on the data."""
+        for layer, (cells, block) in enumerate(zip(self._cells, advanced, strict=True)):
+            for place, (cell, remnant) in enumerate(zip(cells, block.remnants, strict=True)):
+                if (factor := cell.divided_by(remnant)) is not None:
+                    bits = -torch.log2(factor)
+                    former = self._forgotten.get((layer, place))
+                    self._forgotten[layer, place] = bits if former is None else former + bits
+
+    def _refuse_noise(self) -> None:
+        if self._bits > FLOAT64_BITS:
+            raise StrategyError(
+                f"reversible-lossy would lose {self._bits:.0f} bits over {self._length} tokens, float64 has "
+                f"{FLOAT64_BITS}; use 'reversible', which is exact"
+            )
+
     def _divided(self, states: list[ExactStates]) -> list[ExactStates]:
         divided = [
             tuple(cell.lossy(state) for cell, state in zip(cells, layer, strict=True))
@@ -86,7 +107,7 @@ class ReversibleLossy(TwoSweeps):
             for cell, state in zip(cells, layer, strict=True):
                 if state is None:
                     raise StrategyError(
-                        "reversible-lossy needs RWKV-5, or another memory that decays by constant factors: "
+                        "reversible-lossy needs RWKV-5 or 6, or another memory that decays elementwise: "
                         f"{cell.undividable} cannot be divided back; use 'reversible'"
                     )
         return divided

@@ -220,6 +220,10 @@ class ReversibleCell(nn.Module, ABC):
         """An exact state in a form that runs back without a remnant, approximately; None where there is none."""
         return None
 
+    def divided_by(self, remnant: Any) -> Tensor | None:
+        """Factors by which a state of :meth:`lossy` decayed in the chunk of ``remnant``, if they are no constants."""
+        return None
+
     def check_plan(self, plan: Any) -> None:
         """Called before every chunk; refuses weights that are not those of the plan any more."""
 

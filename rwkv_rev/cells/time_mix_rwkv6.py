@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from rwkv_rev.cells.gates import norm_and_gate
 from rwkv_rev.cells.mask import ChunkMask
-from rwkv_rev.cells.shifted_cell import ExactShiftedState, ShiftedCell
+from rwkv_rev.cells.shifted_cell import ExactShiftedState, ShiftedCell, ShiftedRemnant
 from rwkv_rev.cells.time_mix_rwkv4 import wide
 from rwkv_rev.reversal.data_decay import ChunkDecay, DataDecayed, DataRemnant, KeptRemnant
 from rwkv_rev.reversal.division import LossyState
@@ -158,6 +158,10 @@ class TimeMixRwkv6(ShiftedCell):
         """With a memory in float64 that is divided back."""
         assert state.memory is not None
         return replace(state, memory=LossyState.of(state.memory))
+
+    def divided_by(self, remnant: ShiftedRemnant) -> Tensor | None:
+        decay: Tensor | None = remnant.memory.decay
+        return decay
 
     def retreat_memory(
         self,

@@ -5,16 +5,31 @@ n steps ``n log2(1/w)`` of float64's 52 bits are noise. :func:`predicted_bits_lo
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from rwkv_rev.reversal.additive import NoRemnant
 from rwkv_rev.reversal.fingerprint import fingerprint
-from rwkv_rev.reversal.fixed_point import DecayPlan
 from rwkv_rev.reversal.memory import Memory
 
 FLOAT64_BITS = 52
+
+
+class Decays(Protocol):
+    """What a chunk multiplies a memory by: a plan of constant decays, or one chunk's own factors."""
+
+    def decay_of(self, count: Tensor | None) -> Tensor:
+        """Lambda, float64, for rows of ``count`` [B] valid tokens."""
+        ...
+
+
+@dataclass(frozen=True)
+class Divided(NoRemnant):
+    """No remnant, but what is to be divided by: Lambda [1 or B, H, N, 1]."""
+
+    decay: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -32,13 +47,14 @@ class LossyState:
         return self.state.to(dtype)
 
     def advance(
-        self, contribution: Tensor, count: Tensor | None, plan: DecayPlan
-    ) -> tuple["LossyState", NoRemnant]:
+        self, contribution: Tensor, count: Tensor | None, plan: Decays
+    ) -> tuple["LossyState", Divided]:
         """One chunk forwards; there is no remnant."""
-        return LossyState(plan.decay_of(count) * self.state + contribution.double()), NoRemnant()
+        decay = plan.decay_of(count)
+        return LossyState(decay * self.state + contribution.double()), Divided(decay=decay)
 
     def retreat(
-        self, contribution: Tensor, count: Tensor | None, remnant: NoRemnant, plan: DecayPlan
+        self, contribution: Tensor, count: Tensor | None, remnant: NoRemnant, plan: Decays
     ) -> "LossyState":
         """One chunk backwards, up to rounding errors that grow by 1/Lambda."""
         return LossyState((self.state - contribution.double()) / plan.decay_of(count))
