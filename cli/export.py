@@ -16,15 +16,16 @@ from rwkv_rev.printable import printable
 
 def export(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A converted or fine-tuned model folder.")],
-    output: Annotated[Path, typer.Option(help="The .pth file (blinkdl) or the folder (hf) to make.")],
+    output: Annotated[Path, typer.Option(help="The .pth file (blinkdl) or the folder (hf, fla) to make.")],
     to: Annotated[
-        Literal["blinkdl", "hf"],
+        Literal["blinkdl", "hf", "fla"],
         typer.Option(
-            help="blinkdl: one .pth for the rwkv package. hf: transformers' RWKV-4 or v5 repository."
+            help="blinkdl: one .pth for the rwkv package. hf: transformers' RWKV-4, the published v5 and v6 "
+            "repositories, or flash-linear-attention's RWKV-7. fla: flash-linear-attention's, of RWKV-6 and 7."
         ),
     ] = "blinkdl",
     max_shard_size: Annotated[
-        str | None, typer.Option(help="Largest file of the hf layout.  [5GB]", callback=shard_size)
+        str | None, typer.Option(help="Largest file of a folder.  [5GB]", callback=shard_size)
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output, at the end.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -44,7 +45,7 @@ def export(
     refuse_both_prints(as_json, quiet)
     output = expanded(output)
     refuse_no_model(directory)  # before anything heavy is imported
-    check_output(output.absolute(), force=force, directory=to == "hf")
+    check_output(output.absolute(), force=force, directory=to != "blinkdl")
     from rwkv_rev.converters.export import export as run
 
     with telling_if_stopped(output):

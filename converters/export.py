@@ -113,7 +113,7 @@ def export(
             )
         layout = {"blinkdl": architecture.own_layout, "hf": architecture.hub_layout}.get(to, to)
         if layout not in (known.name for known in architecture.layouts):
-            raise OutputError(f"{architecture.called} has no layout {to!r}; export --to hf or blinkdl")
+            raise OutputError(f"{architecture.called} has no layout {to!r}; use --to hf or --to blinkdl")
         table = _as_stored(tensor_table(model.config, layout), layout, model.record)
         nbytes = sum(model.nbytes(row.name) for row in table)
         require_space(output.parent, nbytes)

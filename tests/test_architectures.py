@@ -139,9 +139,10 @@ def test_the_search_finds(text: str, expected: set[str]) -> None:
 def test_registry() -> None:
     assert tuple(known.version for known in generations()) == VERSIONS
     assert [architecture(version).version for version in VERSIONS] == list(VERSIONS)
-    assert supported() == "RWKV-4, 5.0, 5.1, 5.2 and 7"
-    assert families(generations()) == "RWKV-4 or 5 or 7" and registry.with_tuned_state() == "RWKV-5 or 7"
-    with pytest.raises(ValueError, match=r"rwkv_version = '9' must be one of 4, 5\.0, 5\.1, 5\.2, 7"):
+    assert supported() == "RWKV-4, 5.0, 5.1, 5.2, 6 and 7"
+    assert families(generations()) == "RWKV-4 or 5 or 6 or 7"
+    assert registry.with_tuned_state() == "RWKV-5 or 6 or 7"
+    with pytest.raises(ValueError, match=r"rwkv_version = '9' must be one of 4, 5\.0, 5\.1, 5\.2, 6, 7"):
         RwkvRevConfig(rwkv_version="9")
 
 
@@ -165,7 +166,7 @@ def test_a_generation_agrees_with_its_cells(version: str) -> None:
     decay = cells["time_mix"].log_decay()
     assert (decay is None) == (known.log_decay is None)  # no constant
     assert decay is None or decay.numel() == math.prod(known.shape(known.keys, config))
-    assert len(config.architecture.layouts) == 2
+    assert len(config.architecture.layouts) == (3 if version == "6" else 2)
     with pytest.raises(
         ValueError, match=f"'none' does not exist for RWKV-{version}; use '{known.hub_layout}'"
     ):

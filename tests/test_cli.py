@@ -226,10 +226,10 @@ def test_a_failed_verification_exits_3_and_leaves_nothing(
 
     write_shards = conversion.write_shards
 
-    def flip_one(shards: Any, folder: Path, read: Callable[[str], torch.Tensor], on_bytes: Any) -> None:
-        def changed(name: str) -> torch.Tensor:
-            tensor = read(name)
-            return tensor.flip(-1) if name == "blocks.3.ffn.receptance.weight" else tensor
+    def flip_one(shards: Any, folder: Path, read: Callable[[Any], torch.Tensor], on_bytes: Any) -> None:
+        def changed(entry: Any) -> torch.Tensor:
+            tensor = read(entry)
+            return tensor.flip(-1) if entry.source == "blocks.3.ffn.receptance.weight" else tensor
 
         write_shards(shards, folder, changed, on_bytes)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from foreign import VERSIONS, blinkdl_state_dict, hf_config, hf_state_dict
+from foreign import VERSIONS, blinkdl_state_dict, fla_state_dict_of_6, hf_config, hf_state_dict
 from safetensors.torch import save_file
 
 from rwkv_rev.architectures.registry import architecture
@@ -151,6 +151,10 @@ def test_impossible_numbers_of_the_configuration(look: Any, config: dict[str, An
         ("5.2", "blocks.0.att.time_decay", (4, 8, 1)),
         ("5.2", "blocks.1.att.time_faaaa", (4, 8, 1)),
         ("5.2", "blocks.1.att.time_mix_g", (32,)),
+        ("6", "blocks.1.att.time_maa_g", (32,)),
+        ("6", "blocks.0.att.time_maa_x", (1, 32)),
+        ("6", "blocks.0.att.time_decay", (32,)),
+        ("6", "blocks.1.ffn.time_maa_k", (32,)),
         ("7", "blocks.1.att.x_g", (32,)),
         ("7", "blocks.0.att.w0", (32,)),
         ("7", "blocks.1.att.v0", (1, 32)),
@@ -222,9 +226,11 @@ def test_any_wrong_shape_is_named(look: Any, version: str) -> None:
             continue  # defines F: the others are blamed
         if version == "7" and name.endswith(("0.att.w1", "0.att.a1", "1.att.v1", "0.att.g1")):
             continue  # defines a rank
+        if version == "6" and name.endswith("0.att.time_decay_w1"):
+            continue  # likewise
         wrong = torch.zeros(*tensor.shape[:-1], tensor.shape[-1] + 1)
         message = refused(look, state | {name: wrong})
-        told = {"time_decay": version != "4", "r_k": True}.get(name.removeprefix("blocks.0.att."))
+        told = {"time_decay": version != "4", "time_faaaa": version == "6", "r_k": True}.get(name.removeprefix("blocks.0.att."))
         if told:
             last = name.rpartition(".")[2]
             assert f"{last} has the shape {list(wrong.shape)}" in message or "wrong shapes" in message
@@ -274,8 +280,9 @@ def test_floating_dtypes(look: Any, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("blocks.0.att.time_maa_x", "is an RWKV-6 model"),
-        ("rwkv.blocks.0.attention.time_maa_w1", "is an RWKV-6 model"),
+        ("blocks.0.att.gate_w1", r"is an RWKV-6a \(x060a, a low-rank gate\) model"),
+        ("blocks.0.att.time_maa_rkvw_w1", r"is an RWKV-6b or 6c \(x060b, x060c, no gate\) model"),
+        ("model.layers.0.self_attn.time_maa_w1", r"is an RWKV-6 in a Qwen \(QRWKV6\) model"),
         ("blocks.0.ffn.s_emb.weight", r"is an RWKV-7a or 7b \(deep embeddings\) model"),
         ("blocks.0.ffn.s1", r"is an RWKV-7a or 7b \(deep embeddings\) model"),
         ("blocks.0.rosa.x_q", "is an RWKV-8 model"),
@@ -367,6 +374,47 @@ def test_what_a_configuration_of_fla_says(look: Any, config: dict[str, Any], mes
     assert (found.layer_norm_epsilon, found.group_norm_epsilon) == (1e-6, 8e-6)
 
 
+def test_rwkv6_in_the_layout_of_fla(look: Any) -> None:
+    found = look(fla_state_dict_of_6(), {"model_type": "rwkv6", "norm_eps": 1e-6})
+    assert (found.version, found.layout, found.own) == ("6", "fla", {"mix_rank": 6, "decay_rank": 5})
+    assert (found.layer_norm_epsilon, found.group_norm_epsilon) == (1e-6, 1e-6)  # what that library computes
+    found = look(fla_state_dict_of_6(), {"norm_eps": 1e-5, "head_size_divisor": 8})  # what our exports say
+    assert (found.layer_norm_epsilon, found.group_norm_epsilon) == (1e-5, 64e-5)
+    for name in list(fla_state_dict_of_6()):
+        without = {key: tensor for key, tensor in fla_state_dict_of_6().items() if key != name}
+        assert f"missing {name}" in refused(look, without)
+    halved = fla_state_dict_of_6() | {"model.layers.0.attn.k_proj.linear.weight": torch.zeros(16, 32)}
+    assert "k_proj.linear.weight is [16, 32] instead of [32, 32]" in refused(look, halved)  # expand_k = 0.5
+    with pytest.raises(CheckpointError, match=r"attn = .*only None is understood"):
+        look(fla_state_dict_of_6(), {"attn": {"layers": [1]}})
+
+
+@pytest.mark.parametrize(("D", "head_size"), [(32, 8), (64, 64), (16, 4)])
+def test_ranks_of_rwkv6(look: Any, D: int, head_size: int) -> None:
+    for make in (blinkdl_state_dict, hf_state_dict, lambda _, **sizes: fla_state_dict_of_6(**sizes)):
+        found = look(make("6", D=D, head_size=head_size))
+        assert found.own == {"mix_rank": 6, "decay_rank": 5}
+        assert (D, D // head_size, head_size) == (found.D, found.H, found.N)
+
+
+@pytest.mark.parametrize(
+    ("gone", "added"),
+    [
+        (("gate.weight",), ("gate_w1", "gate_w2")),
+        (("gate.weight", "time_maa_g", "time_maa_w1"), ("time_maa_rkvw_w1", "time_maa_rkvw_w2")),
+        (("gate.weight", "time_decay"), ()),
+    ],
+    ids=["x060a", "x060c", "x060b of others"],
+)
+def test_variants_of_x060(look: Any, gone: tuple[str, ...], added: tuple[str, ...]) -> None:
+    """Other models that a trainer calls x060 and something: refused, in one line."""
+    state = {
+        name: tensor for name, tensor in blinkdl_state_dict("6").items() if not name.endswith(gone)
+    } | {f"blocks.{i}.att.{name}": torch.zeros(32, 8) for i in range(2) for name in added}
+    message = refused(look, state)
+    assert "RWKV-6" in message and ("model" in message or "missing" in message)
+
+
 def test_the_first_version_of_fla(look: Any) -> None:
     state = hf_state_dict("7") | {"model.layers.0.attn.x_x": torch.zeros(6, 32)}
     assert "flash-linear-attention's first version" in refused(look, state)
@@ -384,6 +432,7 @@ def test_not_rwkv(look: Any) -> None:
         ("checkpoints/rwkv-4-docs-1.3M-ctx512.pth", ("4", 6, 128, 1, 128, 512, 256)),
         ("checkpoints/rwkv-5.2-docs-1.3M-ctx512.pth", ("5.2", 6, 128, 2, 64, 448, 256)),
         ("peer/tiny-rwkv-4v0-660K.pth", ("4", 4, 128, 1, 128, 256, 256)),
+        ("checkpoints/rwkv-6-docs-1.3M-ctx512.pth", ("6", 6, 128, 2, 64, 448, 256)),
         ("checkpoints/rwkv-7-docs-1.3M-ctx512.pth", ("7", 6, 128, 2, 64, 512, 256)),
         ("peer/tiny-rwkv-5v2-730K.pth", ("5.2", 12, 64, 8, 8, 256, 256)),
         ("peer/tiny-rwkv-7v0-834K.pth", ("7", 12, 64, 1, 64, 256, 256)),
@@ -397,7 +446,7 @@ def test_trained_files(file: str, expected: tuple[Any, ...]) -> None:
     assert (found.version, *sizes(found)) == expected
 
 
-@pytest.mark.parametrize(("name", "version"), [("rwkv-4", "4"), ("rwkv-5.2", "5.2"), ("rwkv-7", "7")])
+@pytest.mark.parametrize(("name", "version"), [(f"rwkv-{version}", version) for version in ("4", "5.2", "6", "7")])
 def test_bundled(name: str, version: str) -> None:
     with open_checkpoint(resolve(parse_source(f"bundled:{name}"))) as checkpoint:
         assert detect(checkpoint).version == version

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from foreign import VERSIONS, blinkdl_state_dict, hf_config, hf_state_dict
+from foreign import VERSIONS, blinkdl_state_dict, fla_state_dict_of_6, hf_config, hf_state_dict
 from safetensors.torch import load_file, save_file
 
 from rwkv_rev.architectures.registry import architecture
@@ -80,6 +80,44 @@ def test_layouts_translate_into_each_other(tmp_path: Path, version: str) -> None
     assert again.record["layout"] == architecture(version).hub_layout
     export(tmp_path / "two", tmp_path / "b.pth")
     same_bits(blinkdl_state_dict(version, **SIZES), torch.load(tmp_path / "b.pth", weights_only=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rwkv6_in_the_layout_of_fla_comes_back(tmp_path: Path, dtype: torch.dtype) -> None:
+    """To it and from it, and what its config.json says of the eps comes back, too."""
+    torch.save(blinkdl_state_dict("6", dtype=dtype, **SIZES), tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "one")
+    result = export(tmp_path / "one", tmp_path / "fla", to="fla", max_shard_size="20KB")
+    assert result.note is not None and "GroupNorm eps 0.00064" in result.note and "1e-05" in result.note
+    state = load_folder(tmp_path / "fla")
+    assert result.tensors == len(state)
+    same_bits(fla_state_dict_of_6(dtype=dtype, **SIZES), state)
+    config = json.loads((tmp_path / "fla" / "config.json").read_text())
+    expected = {"model_type": "rwkv6", "proj_low_rank_dim": 6, "gate_low_rank_dim": 5, "expand_k": 1.0}
+    assert config | expected == config and "auto_map" not in config
+    again = convert(tmp_path / "fla", tmp_path / "two", verify=dtype == torch.float32)
+    assert again.record["layout"] == "fla" and again.config is not None
+    assert again.config.group_norm_epsilon == pytest.approx(64e-5)
+    export(tmp_path / "two", tmp_path / "b.pth")
+    same_bits(blinkdl_state_dict("6", dtype=dtype, **SIZES), torch.load(tmp_path / "b.pth", weights_only=True))
+    export(tmp_path / "two", tmp_path / "hub", to="hf")
+    same_bits(hf_state_dict("6", dtype=dtype, **SIZES), load_folder(tmp_path / "hub"))
+
+
+def test_a_layout_that_a_generation_has_not(tmp_path: Path) -> None:
+    torch.save(blinkdl_state_dict("5.2", **SIZES), tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "model")
+    with pytest.raises(OutputError, match=r"RWKV-5\.2 has no layout 'fla'; use to='hf' or to='blinkdl'"):
+        export(tmp_path / "model", tmp_path / "fla", to="fla")
+
+
+def test_ranks_that_the_code_of_a_repository_does_not_know_are_told_of(tmp_path: Path) -> None:
+    torch.save(blinkdl_state_dict("6", **SIZES), tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "model")
+    note = export(tmp_path / "model", tmp_path / "hf", to="hf").note
+    assert note is not None and "ranks 6 and 5" in note and "32 and 64" in note
+    convert("bundled:rwkv-6", tmp_path / "other")
+    assert export(tmp_path / "other", tmp_path / "hf", to="hf", force=True).note is None
 
 
 def test_the_unused_tensors_of_layer_0_come_back(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ CHUNKS = (96, 512)
 GRADIENTS = 1e-6
 """Relative, on the same machine: sums may be taken in another order."""
 ELSEWHERE = 1e-4
-SOURCES = {"4": "bundled:rwkv-4", "5.2": "bundled:rwkv-5.2", "7": "bundled:rwkv-7"}
+SOURCES = {"4": "bundled:rwkv-4", "5.2": "bundled:rwkv-5.2", "6": "bundled:rwkv-6", "7": "bundled:rwkv-7"}
 
 
 def machine() -> str:

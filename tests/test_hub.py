@@ -79,7 +79,7 @@ class TestLocal:
         assert (local.directory, local.commit, local.index) == (None, None, None)
         assert expected_files(local.source).files == (("model.pth", len(BIG)),)
 
-    @pytest.mark.parametrize("name", ["rwkv-4", "rwkv-5.2", "rwkv-7"])
+    @pytest.mark.parametrize("name", ["rwkv-4", "rwkv-5.2", "rwkv-6", "rwkv-7"])
     def test_bundled(self, name: str) -> None:
         (path,) = resolve(parse_source(f"bundled:{name}")).files
         assert path.name == f"{name}.pth"

@@ -128,7 +128,7 @@ def wheel(checkout: Path) -> Path:
 def test_wheel_holds_the_whole_package(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert installed_names() <= names
-    assert {f"rwkv_rev/bundled/rwkv-{version}.pth" for version in ("4", "5.2", "7")} <= names
+    assert {f"rwkv_rev/bundled/rwkv-{version}.pth" for version in ("4", "5.2", "6", "7")} <= names
     assert {name.split("/")[0] for name in names} == {"rwkv_rev", wheel.name.split("-py3")[0] + ".dist-info"}
 
 

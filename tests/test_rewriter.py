@@ -51,7 +51,7 @@ def test_a_tensor_longer_than_a_piece(tmp_path: Path) -> None:
     write_shards(
         plan_shards([Entry("big", "x", (1, PIECE + 17), torch.bfloat16)], "5GB"),
         tmp_path,
-        lambda name: {"x": big}[name],
+        lambda entry: {"x": big}[entry.source],
         counted.append,
     )
     assert torch.equal(load_file(tmp_path / "model.safetensors")["big"], big.bfloat16()[None])

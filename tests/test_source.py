@@ -61,7 +61,7 @@ def test_existing_path_wins_over_hub_id(here: Path) -> None:
     assert parse_source(str(source)).path.resolve() == source.path.resolve()
 
 
-@pytest.mark.parametrize("name", ["rwkv-4", "rwkv-5.2", "rwkv-7"])
+@pytest.mark.parametrize("name", ["rwkv-4", "rwkv-5.2", "rwkv-6", "rwkv-7"])
 def test_bundled(name: str) -> None:
     source = parse_source(f"bundled:{name}")
     assert (source.kind, source.location, str(source)) == ("bundled", name, f"bundled:{name}")
@@ -75,6 +75,7 @@ def test_bundled(name: str) -> None:
         "BlinkDL/rwkv-4-pile-169m",
         "bundled:rwkv-4",
         "bundled:rwkv-5.2",
+        "bundled:rwkv-6",
         "bundled:rwkv-7",
         "./d",
         "d",
@@ -101,7 +102,7 @@ def test_text_round_trip(here: Path, text: str) -> None:
         ("../nowhere", "does not exist"),
         ("a/b/c", "does not exist"),
         ("rwkv", "neither a path that exists nor a Hub id"),
-        ("bundled:rwkv-3", "bundled:rwkv-4, bundled:rwkv-5.2, bundled:rwkv-7"),
+        ("bundled:rwkv-3", "bundled:rwkv-4, bundled:rwkv-5.2, bundled:rwkv-6, bundled:rwkv-7"),
         ("bundled:", "bundled:rwkv-4"),
         ("https://huggingface.co/BlinkDL/rwkv-5-world", "owner/name"),
         ("x" * 5000, "cannot be looked at"),

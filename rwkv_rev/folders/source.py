@@ -3,7 +3,8 @@
     SOURCE := owner/name                    a repository of the Hugging Face Hub
             | path/to/file                  a .pth, .bin or .safetensors file on disk
             | path/to/directory             a directory in Hugging Face layout, or holding .pth files
-            | bundled:rwkv-4 | bundled:rwkv-5.2 | bundled:rwkv-7   the checkpoints that ship with this package
+            | bundled:rwkv-4 | bundled:rwkv-5.2 | bundled:rwkv-6 | bundled:rwkv-7
+                                            the checkpoints that ship with this package
 
 A path that exists wins over a Hub id of the same spelling. Where a repository or directory holds several
 checkpoints, ``file`` (a name or a glob) chooses one; ``revision`` (branch, tag or commit) goes with Hub ids
