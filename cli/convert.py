@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def convert(
     source: Annotated[
         str,
-        typer.Argument(metavar="SOURCE", help="Hub id, .pth file, folder, bundled:rwkv-4, -5.2 or -7."),
+        typer.Argument(metavar="SOURCE", help="Hub id, .pth file, folder, bundled:rwkv-4, -5.2, -6 or -7."),
     ],
     output: Annotated[
         Path | None, typer.Option(help="Folder to make (default: the source's name with -rev).")

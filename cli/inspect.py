@@ -16,7 +16,7 @@ def inspect(
     ctx: typer.Context,
     source: Annotated[
         str,
-        typer.Argument(metavar="SOURCE", help="Hub id, .pth file, folder, bundled:rwkv-4, -5.2 or -7."),
+        typer.Argument(metavar="SOURCE", help="Hub id, .pth file, folder, bundled:rwkv-4, -5.2, -6 or -7."),
     ],
     file: Annotated[
         str | None, typer.Option(help="Which .pth of a repository that holds several: a name or a glob.")
