@@ -35,7 +35,7 @@ TWO_SWEEPS = ("checkpoint", "reversible")
 LENGTHS = [512, pytest.param(4096, marks=pytest.mark.slow)]
 LAYERS = {512: 6, 4096: 2}
 """Of the trained models, the lowest, by the length of the text: all of them, or a long text."""
-BUNDLED = ("4", "5.2", "7")
+BUNDLED = ("4", "5.2", "6", "7")
 WHOLE = ("4", "7")
 """Whose states are kept whole by either strategy."""
 
@@ -443,19 +443,26 @@ def test_truncated_is_another_gradient_and_says_so(version: str) -> None:
 def slow_decay(model: RwkvRevForCausalLM, log_bits: float) -> RwkvRevForCausalLM:
     """Set every decay so that a step forgets 2**log_bits bits."""
     with torch.no_grad():
-        for block in model.blocks:
+        for cell in (block.time_mix for block in model.blocks):
             # bits = exp(time_decay) / log 2
-            block.time_mix.time_decay.fill_((2**log_bits * torch.log(torch.tensor(2.0))).log().item())
+            value = (2**log_bits * torch.log(torch.tensor(2.0))).log().item()
+            if model.config.rwkv_version == "6":
+                cell.decay_up.weight.zero_()
+                cell.decay_base.fill_(value)
+            else:
+                cell.time_decay.fill_(value)
     return model
 
 
-@pytest.mark.parametrize("version", ["5.0", "5.1", "5.2"])
+@pytest.mark.parametrize("version", ["5.0", "5.1", "5.2", "6"])
 def test_lossy_reports_its_drift(version: str) -> None:
     """On decays slow enough plain division works, nearly; its drift stands in the report."""
     model, tokens = slow_decay(tiny_model(version), -4), random_tokens(256)
     full = differentiate(model, "full", input_ids=tokens)
     lossy = differentiate(model, "reversible-lossy", 16, input_ids=tokens)
-    assert lossy.report["predicted_bits_lost"] == pytest.approx(16, rel=1e-4)
+    # where decays are none of the weights', of the chunks that are divided back
+    bits = 14 if version == "6" else 16
+    assert lossy.report["predicted_bits_lost"] == pytest.approx(bits, rel=1e-4)
     assert 0 < lossy.report["drift"] < 1e-9
     assert_agree(lossy, full)
     drifts = []
@@ -470,6 +477,8 @@ def test_lossy_refuses_what_would_be_noise() -> None:
     model, tokens = slow_decay(tiny_model("5.2"), -2), random_tokens(256)
     with pytest.raises(StrategyError, match=r"64 bits over 256 tokens.*'reversible'"):
         differentiate(model, "reversible-lossy", 16, input_ids=tokens)
+    with pytest.raises(StrategyError, match=r"56 bits over 256 tokens.*'reversible'"):
+        differentiate(slow_decay(tiny_model("6"), -2), "reversible-lossy", 16, input_ids=tokens)
     with pytest.raises(StrategyError, match=r"RWKV-5.*'reversible'"):
         differentiate(tiny_model("4"), "reversible-lossy", 16, input_ids=tokens)
     with pytest.raises(
@@ -478,7 +487,8 @@ def test_lossy_refuses_what_would_be_noise() -> None:
         differentiate(tiny_model("7"), "reversible-lossy", 16, input_ids=tokens)
 
 
-def test_lossy_on_the_bundled_checkpoint_refuses(bundled: dict[str, Path]) -> None:
+@pytest.mark.parametrize("version", ["5.2", "6"])
+def test_lossy_on_the_bundled_checkpoint_refuses(bundled: dict[str, Path], version: str) -> None:
     """A trained model forgets more than float64 holds within a few hundred tokens."""
     with pytest.raises(StrategyError, match="'reversible'"):
-        differentiate(load(bundled["5.2"]), "reversible-lossy", 64, input_ids=english(512))
+        differentiate(load(bundled[version]), "reversible-lossy", 64, input_ids=english(512))
