@@ -294,8 +294,13 @@ def _lost(config: "RwkvRevConfig", layout: str) -> str | None:
 
 
 def _states(config: "RwkvRevConfig", batch: int, length: int, fused: bool) -> int:
-    pieces = math.ceil(length / SUB_CHUNK)
-    return batch * (pieces * 5 + 4) * config.hidden_size * config.head_size
+    # of each sub-chunk three matrices of a state's size, and products of pairs of its tokens; of each token the hidden
+    # layers of the low-rank maps; where the last sub-chunk is not whole, vectors of what is missing, and a copy
+    matrices = (3 * math.ceil(length / SUB_CHUNK) + 2) * config.hidden_size * config.head_size
+    hidden = 5 * config.mix_rank + config.decay_rank + config.num_attention_heads * SUB_CHUNK // 2
+    missing = -length % SUB_CHUNK
+    further = 20 * missing + length + missing if missing else 0
+    return batch * (matrices + length * hidden + config.hidden_size * further)
 
 
 def _whole(config: "RwkvRevConfig", batch: int) -> list[int]:
@@ -344,5 +349,15 @@ RWKV6 = Architecture(
     epsilons=_epsilons,
     hub_config=_hub_config,
     lost=_lost,
-    cost=Cost(vectors=60, fused_vectors=60, mixes=7, states=_states, whole=_whole, remnant=_remnant),
+    # the recurrence keeps its inputs in float32, and its decays in float64, whatever the model's precision
+    cost=Cost(
+        vectors=66,
+        fused_vectors=66,
+        mixes=2,
+        states=_states,
+        whole=_whole,
+        remnant=_remnant,
+        half=0.9,
+        narrow=0.83,
+    ),
 )
