@@ -196,7 +196,10 @@ _FLA_OF_6 = {
     "att.time_decay_w1": "attn.w_proj.linear.lora.0.weight",
     "att.time_decay_w2": "attn.w_proj.linear.lora.2.weight",
     "att.time_faaaa": "attn.bonus",
-    **{f"att.{name}.weight": f"attn.{name[0]}_proj.linear.weight" for name in ("receptance", "key", "value", "gate")},
+    **{
+        f"att.{name}.weight": f"attn.{name[0]}_proj.linear.weight"
+        for name in ("receptance", "key", "value", "gate")
+    },
     "ffn.key.weight": "ffn.key.linear.weight",
     "ffn.receptance.weight": "ffn.receptance.linear.weight",
     "ffn.time_maa_k": "ffn.key.mu",

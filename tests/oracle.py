@@ -218,7 +218,9 @@ def _derived(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors, mixes as [D], and what is the same for every token: ``w`` and ``u`` of each time mix."""
     vectors = (".time_mix_", ".x_", ".w0", ".a0", ".v0", ".k_k", ".k_a")
     w = {
-        name: tensor.flatten() if any(part in name for part in vectors) or tensor.shape[:2] == (1, 1) else tensor
+        name: tensor.flatten()
+        if any(part in name for part in vectors) or tensor.shape[:2] == (1, 1)
+        else tensor
         for name, tensor in weights.items()
     }
     for name in weights:

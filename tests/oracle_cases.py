@@ -32,7 +32,11 @@ MIXES_OF_6 = ("decay", "key", "value", "receptance", "gate")
 OF_6 = {
     ".mix_before_input": ".time_maa_x",
     **{f".mix_before_{name}": f".time_maa_{'w' if name == 'decay' else name[0]}" for name in MIXES_OF_6},
-    **{".decay_base": ".time_decay", ".decay_down.weight": ".time_decay_w1", ".decay_up.weight": ".time_decay_w2"},
+    **{
+        ".decay_base": ".time_decay",
+        ".decay_down.weight": ".time_decay_w1",
+        ".decay_up.weight": ".time_decay_w2",
+    },
     ".bonus": ".time_faaaa",
 }
 """The same of RWKV-6, but for the low-rank maps of its mixes, which lie in one tensor."""

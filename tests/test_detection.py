@@ -230,7 +230,9 @@ def test_any_wrong_shape_is_named(look: Any, version: str) -> None:
             continue  # likewise
         wrong = torch.zeros(*tensor.shape[:-1], tensor.shape[-1] + 1)
         message = refused(look, state | {name: wrong})
-        told = {"time_decay": version != "4", "time_faaaa": version == "6", "r_k": True}.get(name.removeprefix("blocks.0.att."))
+        told = {"time_decay": version != "4", "time_faaaa": version == "6", "r_k": True}.get(
+            name.removeprefix("blocks.0.att.")
+        )
         if told:
             last = name.rpartition(".")[2]
             assert f"{last} has the shape {list(wrong.shape)}" in message or "wrong shapes" in message
@@ -408,9 +410,9 @@ def test_ranks_of_rwkv6(look: Any, D: int, head_size: int) -> None:
 )
 def test_variants_of_x060(look: Any, gone: tuple[str, ...], added: tuple[str, ...]) -> None:
     """Other models that a trainer calls x060 and something: refused, in one line."""
-    state = {
-        name: tensor for name, tensor in blinkdl_state_dict("6").items() if not name.endswith(gone)
-    } | {f"blocks.{i}.att.{name}": torch.zeros(32, 8) for i in range(2) for name in added}
+    state = {name: tensor for name, tensor in blinkdl_state_dict("6").items() if not name.endswith(gone)} | {
+        f"blocks.{i}.att.{name}": torch.zeros(32, 8) for i in range(2) for name in added
+    }
     message = refused(look, state)
     assert "RWKV-6" in message and ("model" in message or "missing" in message)
 
@@ -446,7 +448,9 @@ def test_trained_files(file: str, expected: tuple[Any, ...]) -> None:
     assert (found.version, *sizes(found)) == expected
 
 
-@pytest.mark.parametrize(("name", "version"), [(f"rwkv-{version}", version) for version in ("4", "5.2", "6", "7")])
+@pytest.mark.parametrize(
+    ("name", "version"), [(f"rwkv-{version}", version) for version in ("4", "5.2", "6", "7")]
+)
 def test_bundled(name: str, version: str) -> None:
     with open_checkpoint(resolve(parse_source(f"bundled:{name}"))) as checkpoint:
         assert detect(checkpoint).version == version

@@ -99,7 +99,9 @@ def test_rwkv6_in_the_layout_of_fla_comes_back(tmp_path: Path, dtype: torch.dtyp
     assert again.record["layout"] == "fla" and again.config is not None
     assert again.config.group_norm_epsilon == pytest.approx(64e-5)
     export(tmp_path / "two", tmp_path / "b.pth")
-    same_bits(blinkdl_state_dict("6", dtype=dtype, **SIZES), torch.load(tmp_path / "b.pth", weights_only=True))
+    same_bits(
+        blinkdl_state_dict("6", dtype=dtype, **SIZES), torch.load(tmp_path / "b.pth", weights_only=True)
+    )
     export(tmp_path / "two", tmp_path / "hub", to="hf")
     same_bits(hf_state_dict("6", dtype=dtype, **SIZES), load_folder(tmp_path / "hub"))
 

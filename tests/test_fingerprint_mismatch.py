@@ -81,7 +81,11 @@ def test_an_unreliable_kernel_rwkv4(monkeypatch: pytest.MonkeyPatch, layer: int,
 def test_a_kernel_that_never_gives_the_same(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     """Noise in every call, outputs and states alike."""
     model, tokens = tiny_model(version), random_tokens(CHUNK * CHUNKS)
-    own_kernels = {"4": (time_mix_rwkv4, "wkv4"), "6": (time_mix_rwkv6, "wkv6"), "7": (time_mix_rwkv7, "wkv7")}
+    own_kernels = {
+        "4": (time_mix_rwkv4, "wkv4"),
+        "6": (time_mix_rwkv6, "wkv6"),
+        "7": (time_mix_rwkv7, "wkv7"),
+    }
     module, name = own_kernels.get(version, (time_mix_rwkv5, "wkv5"))
     kernel, own = getattr(module, name), torch.Generator()
 

@@ -109,7 +109,14 @@ def test_our_names_are_the_same_in_every_layout(version: str) -> None:
 
 @pytest.mark.parametrize(
     ("version", "layout"),
-    [("4", "v5-hub"), ("5.0", "transformers"), ("5.2", "transformers"), ("5.2", "gguf"), ("6", "v5-hub"), ("7", "v6-hub")],
+    [
+        ("4", "v5-hub"),
+        ("5.0", "transformers"),
+        ("5.2", "transformers"),
+        ("5.2", "gguf"),
+        ("6", "v5-hub"),
+        ("7", "v6-hub"),
+    ],
 )
 def test_impossible_layouts(version: str, layout: str) -> None:
     with pytest.raises(ValueError, match=f"{layout}|{layouts()[0]}"):

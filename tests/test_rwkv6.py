@@ -34,7 +34,13 @@ def test_every_tuning_and_every_command(cli: Cli, tmp_path: Path) -> None:
     }
     pairs = [*(f"{name}_mix" for name in MIXED), "decay"]
     maps = {f"{name}_{part}" for name in pairs for part in ("down", "up")}
-    assert {name.split(".")[-2] for name in changed} == maps | {"receptance", "key", "value", "gate", "output"}
+    assert {name.split(".")[-2] for name in changed} == maps | {
+        "receptance",
+        "key",
+        "value",
+        "gate",
+        "output",
+    }
     tuned = load_file(tmp_path / "state/model.safetensors")
     assert all(torch.equal(tuned[name], tensor.float()) for name, tensor in before.items())
     assert float(tuned["model.initial_wkv.1"].abs().max()) > 0
@@ -47,7 +53,9 @@ def test_every_tuning_and_every_command(cli: Cli, tmp_path: Path) -> None:
     assert code == 0 and "reversible" in out and "RWKV-6" in out
     code, _, err = cli("export", "state", "--output", "back.pth")
     assert code == 0, err
-    code, out, err = cli("verify", "state", "--tokens", 64)  # its tuned state too, by the rwkv package and the scan
+    code, out, err = cli(
+        "verify", "state", "--tokens", 64
+    )  # its tuned state too, by the rwkv package and the scan
     assert code == 0, out + err
     code, out, err = cli("verify", "state", "--original", "back.pth", "--oracle", "naive", "--tokens", 64)
     assert code == 0, out + err

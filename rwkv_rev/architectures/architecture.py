@@ -55,7 +55,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Piece:
-    """Which part of a foreign tensor a tensor is: the one of ``number``, where ``dim`` is cut into ``of`` equal ones."""
+    """Which part of a foreign tensor a tensor is: that of ``number``, where ``dim`` is cut into ``of`` equal ones."""
 
     dim: int
     number: int

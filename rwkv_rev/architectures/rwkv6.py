@@ -2,9 +2,9 @@
 
 Told by ``time_maa_x``. Published are the trainer's ``.pth`` (x060), repositories with remote code
 (``RWKV/v6-Finch-1B6-HF``), whose names extend those of RWKV-5's, and repositories in the layout of
-flash-linear-attention (https://github.com/fla-org). In the files the low-rank maps of the five mixes lie in one tensor,
-and in flash-linear-attention's the mixes themselves, each of them in an order of its own (w, k, v, r, g; r, w, k, v, g);
-here every one is a tensor. Ranks are read from shapes.
+flash-linear-attention (https://github.com/fla-org). The low-rank maps of the five mixes lie in one tensor there, and in
+flash-linear-attention's the mixes themselves, too, each in an order of its own (w, k, v, r, g; r, w, k, v, g); here
+every one is a tensor. Ranks are read from shapes.
 
 flash-linear-attention computes its GroupNorm with the eps of the LayerNorms, 1e-5, whatever the model was trained with
 (64e-5, elsewhere). Such a folder is taken at its word, unless its ``config.json`` has the ``head_size_divisor`` of the
@@ -17,7 +17,6 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from transformers import initialization as init
 
@@ -32,7 +31,7 @@ from rwkv_rev.architectures.architecture import (
     Row,
     Stored,
 )
-from rwkv_rev.architectures.epsilons import GROUP_NORM, by_divisor, divisor_of, number, understood
+from rwkv_rev.architectures.epsilons import by_divisor, divisor_of, number, understood
 from rwkv_rev.architectures.fields import Field
 from rwkv_rev.cells.channel_mix_rwkv6 import ChannelMixRwkv6
 from rwkv_rev.cells.contract import ReversibleCell
@@ -145,7 +144,9 @@ def _mix(name: str) -> tuple[Row, Row, Row]:
 
 def _decay_map(ours: str, name: str, fla: str, shape: str, foreign: str) -> Row:
     names = (f"att.{name}", f"attention.{name}", f"attn.w_proj.linear.lora.{fla}.weight")
-    return Row(f"time_mix.{ours}.weight", shape, names, (foreign, foreign, shape), transposed=(True, True, False))
+    return Row(
+        f"time_mix.{ours}.weight", shape, names, (foreign, foreign, shape), transposed=(True, True, False)
+    )
 
 
 def _map(name: str) -> Row:
@@ -163,7 +164,9 @@ _BLOCK = (
     *(share for share, _, _ in _MIXES),
     *(down for _, down, _ in _MIXES),
     *(up for _, _, up in _MIXES),
-    _vector("time_mix.decay_base", "att.time_decay", "attention.time_decay", "attn.w_proj.linear.lora.2.bias"),
+    _vector(
+        "time_mix.decay_base", "att.time_decay", "attention.time_decay", "attn.w_proj.linear.lora.2.bias"
+    ),
     _decay_map("decay_down", "time_decay_w1", "0", "Rw D", "D Rw"),
     _decay_map("decay_up", "time_decay_w2", "2", "D Rw", "Rw D"),
     _row("time_mix.bonus", "att.time_faaaa", "attention.time_faaaa", "attn.bonus", "H N"),
@@ -184,7 +187,9 @@ _BLOCK = (
         "ffn.receptance.linear.weight",
         "D D",
     ),
-    _row("channel_mix.value.weight", "ffn.value.weight", "feed_forward.value.weight", "ffn.value.weight", "D F"),
+    _row(
+        "channel_mix.value.weight", "ffn.value.weight", "feed_forward.value.weight", "ffn.value.weight", "D F"
+    ),
 )
 
 
@@ -202,7 +207,9 @@ _OUTSIDE = tuple(
 )
 _AFTER = tuple(
     _with_fla(row, fla)
-    for row, fla in zip(classic.AFTER, ("model.norm.weight", "model.norm.bias", "lm_head.weight"), strict=True)
+    for row, fla in zip(
+        classic.AFTER, ("model.norm.weight", "model.norm.bias", "lm_head.weight"), strict=True
+    )
 )
 
 
@@ -324,7 +331,11 @@ RWKV6 = Architecture(
     keys="H N",
     lora_targets=(
         *classic.LORA_TARGETS,
-        *(f"{pair}_{part}" for pair in (*(f"{name}_mix" for name in MIXED), "decay") for part in ("down", "up")),
+        *(
+            f"{pair}_{part}"
+            for pair in (*(f"{name}_mix" for name in MIXED), "decay")
+            for part in ("down", "up")
+        ),
     ),
     targets=classic.TARGETS,
     float32=("decay_base", "bonus"),

@@ -11,9 +11,9 @@ the token *before*, 1 - mu of RWKV-4 and 5. The low-rank maps A_i, B_i and w1, w
 find them.
 
 Since the mixes depend on x_{t-1} themselves, no mix can be inverted for it: the token shift carries x_{a-1} unchanged
-(mu* = 0 of :mod:`rwkv_rev.cells.token_shift`). The matrix is reversed exactly in fixed point with a factor per row, head
-and channel (:mod:`rwkv_rev.reversal.data_decay`); its remnant costs ``sum_t log2(1/w_t)`` bits per chunk and element, at
-most 32, and a byte per row of the matrix that says how many.
+(mu* = 0 of :mod:`rwkv_rev.cells.token_shift`). The matrix is reversed exactly in fixed point with a factor per row,
+head and channel (:mod:`rwkv_rev.reversal.data_decay`); its remnant costs ``sum_t log2(1/w_t)`` bits per chunk and
+element, at most 32, and a byte per row of the matrix that says how many.
 """
 
 from dataclasses import replace
@@ -99,7 +99,11 @@ class TimeMixRwkv6(ShiftedCell):
         return [torch.ones_like(share), torch.zeros_like(share)]
 
     def plan_sources(self) -> list[Tensor]:
-        return [self.mix_before_input, *(getattr(self, f"mix_before_{name}") for name in MIXED), self.decay_base]
+        return [
+            self.mix_before_input,
+            *(getattr(self, f"mix_before_{name}") for name in MIXED),
+            self.decay_base,
+        ]
 
     def project(self, *mixed: Tensor) -> TimeProjection:
         now, before = mixed
