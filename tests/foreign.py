@@ -240,7 +240,7 @@ def fla_state_dict_of_6(**kwargs: Any) -> dict[str, torch.Tensor]:
 
 
 def hf_state_dict(version: str, **kwargs: Any) -> dict[str, torch.Tensor]:
-    """The same values as :func:`blinkdl_state_dict` as transformers (4) and the repositories of v5, v6, v7 name them."""
+    """The same values as :func:`blinkdl_state_dict` as the repositories of Hugging Face name them."""
     if version == "7":
         return fla_state_dict(**kwargs)
     return {hf_name(name): tensor for name, tensor in blinkdl_state_dict(version, **kwargs).items()}
