@@ -39,14 +39,14 @@ class RwkvRevConfig(PreTrainedConfig):
         vocab_size: V, entries of the vocabulary.
         hidden_size: D, width of the residual stream.
         num_hidden_layers: L, blocks.
-        num_attention_heads: H, heads of the time mix of RWKV-5 and 7; 1 by itself for RWKV-4 and whatever has none.
+        num_attention_heads: H, heads of the time mix of RWKV-5 to 7; 1 by itself for RWKV-4 and whatever has none.
         head_size: N, so that ``D = H * N``; then D.
         intermediate_size: F, width of the channel mix, or of what another architecture has in its place.
         layer_norm_epsilon: eps of every LayerNorm.
-        group_norm_epsilon: eps of the GroupNorm after the recurrence of RWKV-5 and 7. Published models divide by
+        group_norm_epsilon: eps of the GroupNorm after the recurrence of RWKV-5 to 7. Published models divide by
             ``head_size_divisor = 8`` before a GroupNorm of eps 1e-5, which is 64e-5 without the division.
         bonus_is_exponential: the stored bonus is the logarithm of u (RWKV-5.0 files with ``time_first``).
-        has_initial_state: the model holds a tuned initial WKV state (RWKV-5 and 7), with which every context begins.
+        has_initial_state: the model holds a tuned initial WKV state (RWKV-5 to 7), with which every context begins.
 
     Raises:
         ValueError: for a version, a size or a value that does not exist or does not fit the others.

@@ -7,6 +7,7 @@ over all of them with all logits, and one line ``seconds NUMBER`` on standard ou
 :mod:`rwkv_rev.equivalence.rwkv_worker` for why.
 """
 
+import os
 import sys
 import time
 
@@ -18,9 +19,10 @@ def main(model_path: str, tokens: int, threads: int) -> None:
     from rwkv.model import RWKV
 
     torch.set_num_threads(threads)
-    model = RWKV(model=model_path, strategy="cpu fp32", verbose=False)
+    goose = os.environ.get("RWKV_V7_ON") == "1"  # RWKV-7's class takes no ``verbose``
+    model = RWKV(model=model_path, strategy="cpu fp32", **({} if goose else {"verbose": False}))
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.w["emb.weight"].shape[0]
+    vocabulary = (model.z if goose else model.w)["emb.weight"].shape[0]
     ids = torch.randint(vocabulary, (tokens,), generator=generator).tolist()
     for _ in sys.stdin:
         start = time.perf_counter()

@@ -74,7 +74,7 @@ class FinetuneConfig:
         dtype: of the arithmetic; ``auto`` is bfloat16 where a GPU has it, else float32. Weights are trained in
             float32 whatever this is.
         save_dtype: of changed tensors in the output. ``auto`` is float32, which loses nothing.
-        tune: ``full`` (everything), ``lora`` (low-rank additions, merged at the end) or ``state`` (RWKV-5 and 7: the
+        tune: ``full`` (everything), ``lora`` (low-rank additions, merged at the end) or ``state`` (RWKV-5 to 7: the
             initial state alone).
         lora_rank: rank of the additions.
         lora_alpha: their scale, divided by the rank; twice the rank when None.

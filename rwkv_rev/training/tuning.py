@@ -5,7 +5,7 @@ peft, on every linear map of the blocks but not the head, merged into W at the e
 RWKV: the channel mix holds most of the weights.
 
 ``state`` (state tuning): the WKV state [L, H, N, N] that every context begins with, zero at first. Its gradient comes
-through the whole context and is exact. RWKV-5 and 7 only: the ``rwkv`` package, which loads it as
+through the whole context and is exact. RWKV-5 to 7 only: the ``rwkv`` package, which loads it as
 ``blocks.i.att.time_state``, has no such tensor for RWKV-4.
 """
 
