@@ -18,7 +18,7 @@ from rwkv_rev.wkv import use_kernel
 
 LENGTH = 1024
 FORWARD, TRAINING = {"6": 1.8, "7": 2.8}, {"6": 4.0, "7": 5.0}
-"""How many times as fast, at least: floors below 2.1 and 3.3, 5.1 and 6.7, which one thread gave. The aim is 4 and 10."""
+"""How many times as fast, at least; one thread gave 2.1 and 3.3, 5.1 and 6.7. The aim is 4 and 10."""
 
 
 @pytest.mark.timing

@@ -365,7 +365,7 @@ class ShiftedCell(ReversibleCell):
         shift = last_token(x, start.shift, mask) if last is None else last
         handed_on = None
         if after is not None:
-            update = None if vouched or contribution is None else _detached(contribution)
+            update = None if vouched else contribution
             handed_on = self._handed_on(state.memory, update, shift.detach(), after, mask, plan)
         end, stream = ShiftedState(shift, memory), joined(out, self.handed_up(projection))
         return Replay(state, stream, start, end, _print(contribution, shift), handed_on)
@@ -389,15 +389,7 @@ class ShiftedCell(ReversibleCell):
         return same
 
 
-def _detached(contribution: Any) -> Any:
-    if isinstance(contribution, tuple):
-        return tuple(part.detach() for part in contribution)
-    return contribution.detach()
-
-
 def _print(contribution: Any, shift: Tensor) -> Tensor:
     """Checksums, int64, of the shift after a chunk and of every part of its contribution to the memory."""
-    if contribution is None:
-        return checksum(shift)[None]
     parts = contribution if isinstance(contribution, tuple) else (contribution,)
-    return torch.stack([checksum(shift), *map(checksum, parts)])
+    return torch.stack([checksum(part) for part in (shift, *parts) if part is not None])
