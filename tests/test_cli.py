@@ -78,7 +78,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         lambda p: save(p, lambda s: s.update({"_strategy": "cpu fp32", "_version": 0.7})),
         ("rewritten", "original .pth"),
     ),
-    "rwkv-6": (lambda p: save(p, rename_att), ("RWKV-6", "5.2")),
+    "rwkv-6": (lambda p: save(p, rename_att), ("RWKV-6", "missing blocks.0.att.time_decay_w1")),
     "rwkv-8": (lambda p: save(p, lambda s: s.update({"blocks.0.rosa.x_q": torch.ones(32)})), ("RWKV-8",)),
 }
 
