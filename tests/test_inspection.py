@@ -24,7 +24,8 @@ def test_a_checkpoint_and_its_conversion_agree(tmp_path: Path, version: str) -> 
     convert(tmp_path / "a.pth", tmp_path / "model")
     after = inspect_source(tmp_path / "model")
     different = {key for key, value in before.to_dict().items() if after.to_dict()[key] != value}
-    assert different == {"source", "layout"}
+    pieces = {"dtypes"} if version == "6" else set()  # which counts tensors: five of ours lie in one there
+    assert different == {"source", "layout"} | pieces
     assert before.version == version
     assert before.parameters == sum(tensor.numel() for tensor in state.values())
     assert before.nbytes == 2 * before.parameters
