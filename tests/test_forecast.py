@@ -154,7 +154,7 @@ def test_device_and_tape(
     matrix = 4 * model.config.head_size**2 + 64  # a head whose grid rises keeps one more
     raised = batch * model.config.num_attention_heads * model.config.num_hidden_layers
     if strategy == "reversible" and model.config.rwkv_version == "6":  # the most that any data take
-        assert 0.3 * forecast.tape <= tape <= forecast.tape
+        assert 0.2 * forecast.tape <= tape <= forecast.tape  # a fresh model forgets less than a trained one
         return
     assert forecast.tape <= tape <= forecast.tape + matrix * raised
     assert tape == pytest.approx(forecast.tape, rel=TOLERANCE)

@@ -368,7 +368,7 @@ RWKV6 = Architecture(
         states=_states,
         whole=_whole,
         remnant=_remnant,
-        half=0.9,
+        half=0.87,
         narrow=0.83,
     ),
 )
