@@ -52,13 +52,12 @@ from rwkv_rev.wkv.triton_blocks import (
 
 LEVELS = 6
 CHUNK = 1 << LEVELS
+# smaller heads are padded: narrower tiles are what the ptxas of CUDA 12.8 (Triton 3.6) makes wrong code of
+SMALLEST_BLOCK = 64
 SCAN_BLOCK, SCAN_WARPS, SCAN_STAGES = 256, 2, 6
 VALUE_TILE, VALUE_KEY_TILE, VALUE_WARPS = 64, 64, 4
-KEY_TILE, KEY_VALUE_TILE, KEY_WARPS = (
-    32,
-    32,
-    4,
-)  # more warps than 64 rows have sixteens repeat each other's work
+# more warps than 64 rows have sixteens repeat each other's work
+KEY_TILE, KEY_VALUE_TILE, KEY_WARPS = 32, 32, 4
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _MIN_LOG_DECAY = tl.constexpr(-1e4)  # stands for all below it, as in chunked_wkv6
 _MAX_EXPONENT = tl.constexpr(40.0)  # base 2; float32 rounds such an exponent, and so its power, by about 1e-6
@@ -364,7 +363,7 @@ class _Launcher:
         self.chunks = triton.cdiv(self.T, CHUNK)
         self.log_decay = log_decay
         self.like = like
-        self.block = max(16, triton.next_power_of_2(self.N))
+        self.block = max(SMALLEST_BLOCK, triton.next_power_of_2(self.N))
         self.sizes = (self.T, self.H, self.chunks)
         self.choices = _choices(like.device)
         self.index = self.counts = None
