@@ -497,9 +497,9 @@ def _prepare(log_decay: Tensor, *tokens: Tensor) -> tuple[Tensor, ...]:
             raise KernelError(
                 f'the triton kernel takes bfloat16, float16 and float32, not {x.dtype}; use kernel="chunked"'
             )
-    if log_decay.dtype not in PRECISIONS:
-        log_decay = log_decay.float()
-    return log_decay.contiguous(), *(x.contiguous() for x in tokens)
+    # kernels of float16 are what the ptxas of CUDA 12.8 makes wrong code of: heads of 32 left their shared memory
+    kept = (torch.float32, torch.bfloat16)
+    return tuple((x if x.dtype in kept else x.float()).contiguous() for x in (log_decay, *tokens))
 
 
 def wkv6(
