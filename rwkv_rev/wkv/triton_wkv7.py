@@ -55,7 +55,7 @@ PRECISIONS = {
     torch.bfloat16: ("bf16x3", "bf16"),
 }
 VALUE_TILE = 64
-PREPARE_WARPS, READ_WARPS, GRADIENT_WARPS = 4, 4, 8
+PREPARE_WARPS, READ_WARPS, GRADIENT_WARPS = 4, 4, 4
 SCAN_TILE, SCAN_WARPS, SCAN_STAGES = 16, 1, 3
 MAX_HEAD_SIZE = 128
 _BLOCK = tl.constexpr(16)  # tokens within which the triangular system is solved row by row
@@ -66,16 +66,26 @@ _LARGEST_EXPONENT = tl.constexpr(80.0)  # no model reaches it; beyond 88 a facto
 def _dot(a, b, total, PRECISION: tl.constexpr):
     """total + a b. In "bf16x3" a float32 operand is the sum of two bfloat16; the lowest product is left out."""
     if PRECISION == "bf16":
-        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), total)
-    if PRECISION != "bf16x3":
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
-    a_high = a.to(tl.bfloat16)
-    b_high = b.to(tl.bfloat16)
-    if a.dtype != tl.bfloat16:
-        total = tl.dot((a - a_high.to(tl.float32)).to(tl.bfloat16), b_high, total)
-    if b.dtype != tl.bfloat16:
-        total = tl.dot(a_high, (b - b_high.to(tl.float32)).to(tl.bfloat16), total)
-    return tl.dot(a_high, b_high, total)
+        total = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), total)
+    elif PRECISION == "bf16x3":
+        a_high = a.to(tl.bfloat16)
+        b_high = b.to(tl.bfloat16)
+        if a.dtype != tl.bfloat16:
+            total = tl.dot((a - a_high.to(tl.float32)).to(tl.bfloat16), b_high, total)
+        if b.dtype != tl.bfloat16:
+            total = tl.dot(a_high, (b - b_high.to(tl.float32)).to(tl.bfloat16), total)
+        total = tl.dot(a_high, b_high, total)
+    else:
+        total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def _factor(x, PRECISION: tl.constexpr):
+    """As products will take it: what is rounded once needs half the registers until then."""
+    if PRECISION == "bf16":
+        x = x.to(tl.bfloat16)
+    return x
 
 
 @triton.jit
@@ -128,13 +138,36 @@ def _keys(removal, rate, k, token, valid, head, channel, H, N: tl.constexpr):
 
 
 @triton.jit
-def _decays(log_decay, token, valid, head, channel, H, N: tl.constexpr):
-    """e^{c_{t-1}}, e^{c_t}, e^{-c_t}, e^{c_n - c_t} and e^{c_n}; of tokens that are not valid w = 1."""
-    step = _load(log_decay, token, valid, head, channel, H, N).to(tl.float32)
-    until = tl.cumsum(step, 0)
-    end = tl.sum(step, 0)
-    grown = tl.exp(tl.minimum(-until, _LARGEST_EXPONENT))
-    return tl.exp(until - step), tl.exp(until), grown, tl.exp(end[None, :] - until), tl.exp(end)
+def _sums(kept, x, PRECISION: tl.constexpr):
+    """Sums over the rows of x that ``kept`` names, as products: a scan over rows costs more. Exact but for float32."""
+    kept = tl.where(kept, 1.0, 0.0).to(tl.bfloat16)
+    total = tl.zeros(x.shape, tl.float32)
+    if PRECISION == "bf16" or PRECISION == "bf16x3":
+        high = x.to(tl.bfloat16)
+        total = tl.dot(kept, high, total)
+        if x.dtype != tl.bfloat16:
+            rest = x.to(tl.float32) - high.to(tl.float32)
+            middle = rest.to(tl.bfloat16)
+            total = tl.dot(kept, middle, total)
+            total = tl.dot(kept, (rest - middle.to(tl.float32)).to(tl.bfloat16), total)
+    else:
+        total = _dot(kept, x, total, PRECISION)
+    return total
+
+
+@triton.jit
+def _decays(log_decay, token, valid, head, channel, H, N: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+    """c_{t-1} and c_t; of tokens that are not valid w = 1."""
+    t = tl.arange(0, C)
+    step = _load(log_decay, token, valid, head, channel, H, N)
+    until = _sums(t[:, None] >= t[None, :], step, PRECISION)
+    return until - step.to(tl.float32), until
+
+
+@triton.jit
+def _grown(until):
+    """e^{-c_t}."""
+    return tl.exp(tl.minimum(-until, _LARGEST_EXPONENT))
 
 
 @triton.jit
@@ -142,9 +175,10 @@ def _pairs(a, b, C: tl.constexpr, ITSELF: tl.constexpr, PRECISION: tl.constexpr)
     """tril(a b^T), with the diagonal or without."""
     t = tl.arange(0, C)
     product = _dot(a, tl.trans(b), tl.zeros([C, C], tl.float32), PRECISION)
+    kept = t[:, None] > t[None, :]
     if ITSELF:
-        return tl.where(t[:, None] >= t[None, :], product, 0.0)
-    return tl.where(t[:, None] > t[None, :], product, 0.0)
+        kept = t[:, None] >= t[None, :]
+    return tl.where(kept, product, 0.0)
 
 
 @triton.jit
@@ -186,32 +220,38 @@ def _prepare_kernel(
     i = tl.arange(0, BN)
     square = tl.zeros([C, C], tl.float32)
     wide = tl.zeros([C, BN], tl.float32)
-    before, decayed, grown, left, end = _decays(log_decay, token, valid, head, i, H, N)
+    before, until = _decays(log_decay, token, valid, head, i, H, N, C, HIGH)
+    end = tl.sum(tl.where(t[:, None] == C - 1, until, 0.0), 0)
     tl.store(ends + slot * N + i, end, mask=i < N)
     kappa, share, key = _keys(removal, rate, k, token, valid, head, i, H, N)
-    z = -kappa * before
-    written = kappa * share
-    inverse = _inverse(_pairs(z, written * grown, C, False, HIGH), C, MERGES, HIGH)
+    inverse = _pairs(-kappa * tl.exp(before), kappa * share * _grown(until), C, False, HIGH)
+    inverse = _inverse(inverse, C, MERGES, HIGH)
     at, inside = _matrix(inverses, slot, t, t, C, C)
     tl.store(at, inverse.to(inverses.dtype.element_ty), mask=inside)
-    of_state = _dot(inverse, z, wide, HIGH)
-    of_values = _dot(inverse, _pairs(z, key * grown, C, False, LOW), square, LOW)
 
-    last = written * left
-    move = _dot(tl.trans(of_state), last, tl.zeros([BN, BN], tl.float32), HIGH)
+    # what has been read is read again rather than held in registers meanwhile
+    kappa, share, key = _keys(removal, rate, k, token, valid, head, i, H, N)
+    z = -kappa * tl.exp(before)
+    of_state = _dot(inverse, z, wide, HIGH)
+    last_b = kappa * share * tl.exp(end[None, :] - until)
+    move = _dot(tl.trans(of_state), last_b, tl.zeros([BN, BN], tl.float32), HIGH)
     at, inside = _matrix(moves, slot, i, i, N, N)
     rounded = move.to(moves.dtype.element_ty)
     tl.store(at, rounded, mask=inside)
     if SPLIT:
         at, inside = _matrix(rests, slot, i, i, N, N)
         tl.store(at, (move - rounded.to(tl.float32)).to(rests.dtype.element_ty), mask=inside)
-    writer = _dot(tl.trans(of_values), last, key * left, LOW)
+    of_state = _factor(of_state, LOW)
+    key_grown = _factor(key * _grown(until), LOW)
+    of_values = _factor(_dot(inverse, _pairs(z, key_grown, C, False, LOW), square, LOW), LOW)
+    writer = _factor(_dot(tl.trans(of_values), last_b, key * tl.exp(end[None, :] - until), LOW), LOW)
 
-    receptance = _load(r, token, valid, head, i, H, N).to(tl.float32) * decayed
-    removed = _pairs(receptance, written * grown, C, True, LOW)
+    receptance = _load(r, token, valid, head, i, H, N).to(tl.float32) * tl.exp(until)
+    removed = _factor(_pairs(receptance, kappa * share * _grown(until), C, True, LOW), LOW)
     at, inside = _matrix(readers, slot, t, i, C, N)
     tl.store(at, _dot(removed, of_state, receptance, LOW).to(readers.dtype.element_ty), mask=inside)
-    scores = _dot(removed, of_values, _pairs(receptance, key * grown, C, True, LOW), LOW)
+    scores = _pairs(receptance, key_grown, C, True, LOW)
+    scores = _factor(_dot(removed, of_values, scores, LOW), LOW)
     for tile in tl.static_range(TILES):
         c = tile * BV + tl.arange(0, BV)
         value = _load(v, token, valid, head, c, H, N)
@@ -244,7 +284,7 @@ def _scan_kernel(
         product = tl.load(at, mask=present, other=0.0)
         tl.store(at, state, mask=present)
         end = tl.load(ends + here * N + i, mask=i < N, other=0.0)
-        product += end[None, :] * state
+        product += tl.exp(end)[None, :] * state
         at, present = _matrix(moves, here, i, i, N, N)
         move = tl.load(at, mask=present, other=0.0)
         if REVERSE:
@@ -295,90 +335,94 @@ def _pull_kernel(
     tl.store(at, product, mask=inside)
 
 
-@triton.jit(do_not_specialize=["T", "H", "chunks"])
+@triton.jit(do_not_specialize=["T", "H", "chunks", "stride"])
 def _gradient_kernel(
-    r, k, v, log_decay, removal, rate, mask, inverses, states, d_states, d_out,
-    d_r, d_k, d_v, d_log_decay, d_removal, d_rate, T, H, chunks,
+    r, k, v, log_decay, removal, rate, mask, inverses, ends, states, d_states, d_out,
+    d_r, d_k, d_v, d_log_decay, d_removal, d_rate, T, H, chunks, stride,
     N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
     MASKED: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one chunk's tokens, given the state before it and the gradient of the state after it."""
-    head, _tile, slot, token, exists, valid = _place(mask, T, H, chunks, 1, C, MASKED)
+    """Gradients of one chunk's tokens, given the state before it and the gradient of the state after it: of one tile
+    of values all, of the others the part that passes through these values, ``stride`` elements from tile to tile."""
+    head, tile, slot, token, exists, valid = _place(mask, T, H, chunks, TILES, C, MASKED)
     t = tl.arange(0, C)
     i = tl.arange(0, BN)
-    before, decayed, grown, left, end = _decays(log_decay, token, valid, head, i, H, N)
-    kappa, share, key = _keys(removal, rate, k, token, valid, head, i, H, N)
-    z = -kappa * before
-    written = kappa * share
-    receptance = _load(r, token, valid, head, i, H, N).to(tl.float32) * decayed
-    among = _pairs(z, key * grown, C, False, LOW)  # what a token finds of those before it
-    read_removed = _pairs(receptance, written * grown, C, True, LOW)
-    read_written = _pairs(receptance, key * grown, C, True, LOW)
+    c = tile * BV + tl.arange(0, BV)
+    earlier = t[:, None] > t[None, :]
+    not_later = t[:, None] >= t[None, :]
+    nothing = tl.zeros([C, BV], tl.float32)
+    at, inside = _matrix(states, slot, c, i, N, N)
+    state = tl.load(at, mask=inside, other=0.0)
+    at, inside = _matrix(d_states, slot, c, i, N, N)
+    d_state = tl.load(at, mask=inside, other=0.0)
+    end = tl.load(ends + slot * N + i, mask=i < N, other=0.0)
+    carried = tl.exp(end) * tl.sum(state * d_state, 0)
+    state = _factor(state, LOW)
+    d_state = _factor(d_state, LOW)
+    value = _load(v, token, valid, head, c, H, N)
+    d_y = _factor(_load(d_out, token, valid, head, c, H, N), LOW)
     at, inside = _matrix(inverses, slot, t, t, C, C)
     inverse = tl.load(at, mask=inside, other=0.0)
 
-    d_found_b = tl.zeros([C, C], tl.float32)
-    d_found_k = tl.zeros([C, C], tl.float32)
-    d_read_b = tl.zeros([C, C], tl.float32)
-    d_read_k = tl.zeros([C, C], tl.float32)
-    d_z = tl.zeros([C, BN], tl.float32)
-    d_receptance = tl.zeros([C, BN], tl.float32)
-    d_last_b = tl.zeros([C, BN], tl.float32)
-    d_last_k = tl.zeros([C, BN], tl.float32)
-    carried = tl.zeros([BN], tl.float32)
-    for tile in tl.static_range(TILES):
-        c = tile * BV + tl.arange(0, BV)
-        nothing = tl.zeros([C, BV], tl.float32)
-        value = _load(v, token, valid, head, c, H, N)
-        d_y = _load(d_out, token, valid, head, c, H, N)
-        at, inside = _matrix(states, slot, c, i, N, N)
-        state = tl.load(at, mask=inside, other=0.0)
-        at, inside = _matrix(d_states, slot, c, i, N, N)
-        d_state = tl.load(at, mask=inside, other=0.0)
-        carried += tl.sum(state * d_state, 0)
-        u = _dot(z, tl.trans(state), _dot(among, value, nothing, LOW), LOW)
-        u = _dot(inverse, u, nothing, LOW)
-        f = _dot(written * left, tl.trans(d_state), _dot(tl.trans(read_removed), d_y, nothing, LOW), LOW)
-        f = _dot(tl.trans(inverse), f, nothing, LOW)
-        d_value = _dot(key * left, tl.trans(d_state), _dot(tl.trans(read_written), d_y, nothing, LOW), LOW)
-        d_value = _dot(tl.trans(among), f, d_value, LOW)
-        _store(d_v, d_value, token, exists, head, c, H, N)
-        d_found_b = _dot(f, tl.trans(u), d_found_b, LOW)
-        d_found_k = _dot(f, tl.trans(value), d_found_k, LOW)
-        d_read_b = _dot(d_y, tl.trans(u), d_read_b, LOW)
-        d_read_k = _dot(d_y, tl.trans(value), d_read_k, LOW)
-        d_z = _dot(f, state, d_z, LOW)
-        d_receptance = _dot(d_y, state, d_receptance, LOW)
-        d_last_b = _dot(u, d_state, d_last_b, LOW)
-        d_last_k = _dot(value, d_state, d_last_k, LOW)
+    before, until = _decays(log_decay, token, valid, head, i, H, N, C, LOW)
+    kappa, share, key = _keys(removal, rate, k, token, valid, head, i, H, N)
+    receptance = _load(r, token, valid, head, i, H, N).to(tl.float32) * tl.exp(until)
+    key_grown = _factor(key * _grown(until), LOW)
+    read_key = _factor(_pairs(receptance, key_grown, C, True, LOW), LOW)
+    d_value = _dot(tl.trans(read_key), d_y, nothing, LOW)
+    d_value = _dot(key * tl.exp(end[None, :] - until), tl.trans(d_state), d_value, LOW)
+    read_b = _factor(_pairs(receptance, kappa * share * _grown(until), C, True, LOW), LOW)
+    f = _dot(tl.trans(read_b), d_y, nothing, LOW)
+    f = _factor(_dot(kappa * share * tl.exp(end[None, :] - until), tl.trans(d_state), f, LOW), LOW)
+    f = _factor(_dot(tl.trans(inverse), f, nothing, LOW), LOW)
+    z = _factor(-kappa * tl.exp(before), LOW)
+    among = _factor(_pairs(z, key_grown, C, False, LOW), LOW)  # what a token finds of those before it
+    d_value = _dot(tl.trans(among), f, d_value, LOW)
+    _store(d_v, d_value, token, exists, head, c, H, N)
+    u = _factor(_dot(z, tl.trans(state), _dot(among, value, nothing, LOW), LOW), LOW)
+    u = _factor(_dot(inverse, u, nothing, LOW), LOW)
 
-    earlier = t[:, None] > t[None, :]
-    not_later = t[:, None] >= t[None, :]
-    d_found_b = tl.where(earlier, d_found_b, 0.0)
-    d_found_k = tl.where(earlier, d_found_k, 0.0)
-    d_read_b = tl.where(not_later, d_read_b, 0.0)
-    d_read_k = tl.where(not_later, d_read_k, 0.0)
+    # what has been read is read again rather than held in registers meanwhile
+    part = tile.to(tl.int64) * stride
+    square = tl.zeros([C, C], tl.float32)
     nothing = tl.zeros([C, BN], tl.float32)
-    b = written * grown
-    d_z = _dot(d_found_b, b, _dot(d_found_k, key * grown, d_z, LOW), LOW)
-    d_receptance = _dot(d_read_b, b, _dot(d_read_k, key * grown, d_receptance, LOW), LOW)
-    d_b = _dot(tl.trans(d_found_b), z, _dot(tl.trans(d_read_b), receptance, nothing, LOW), LOW) * grown
-    d_key = _dot(tl.trans(d_found_k), z, _dot(tl.trans(d_read_k), receptance, nothing, LOW), LOW) * grown
+    before, until = _decays(log_decay, token, valid, head, i, H, N, C, LOW)
+    kappa, share, key = _keys(removal, rate, k, token, valid, head, i, H, N)
+    receptance = _load(r, token, valid, head, i, H, N).to(tl.float32) * tl.exp(until)
+    key_grown = _factor(key * _grown(until), LOW)
+    b = _factor(kappa * share * _grown(until), LOW)
+    d_read_b = _factor(tl.where(not_later, _dot(d_y, tl.trans(u), square, LOW), 0.0), LOW)
+    d_read_key = _factor(tl.where(not_later, _dot(d_y, tl.trans(value), square, LOW), 0.0), LOW)
+    d_receptance = _dot(d_y, state, nothing, LOW)
+    d_receptance = _dot(d_read_b, b, _dot(d_read_key, key_grown, d_receptance, LOW), LOW)
+    _store(d_r + part, d_receptance * tl.exp(until), token, exists, head, i, H, N)
+    d_until = receptance * d_receptance
+    d_found_b = _factor(tl.where(earlier, _dot(f, tl.trans(u), square, LOW), 0.0), LOW)
+    d_found_key = _factor(tl.where(earlier, _dot(f, tl.trans(value), square, LOW), 0.0), LOW)
+    d_z = _dot(f, state, nothing, LOW)
+    d_z = _dot(d_found_b, b, _dot(d_found_key, key_grown, d_z, LOW), LOW)
 
-    # by c_t, c_{t-1} and c_n
-    d_last_b *= left
-    d_last_k *= left
-    whole = end * carried + tl.sum(written * d_last_b + key * d_last_k, 0)
-    d_b += d_last_b
-    d_key += d_last_k
-    found = z * d_z
-    d_until = receptance * d_receptance - written * d_b - key * d_key + found
-    d_step = tl.cumsum(d_until, 0, reverse=True) - found + whole[None, :]
-    _store(d_log_decay, tl.where(valid[:, None], d_step, 0.0), token, exists, head, i, H, N)
-    _store(d_r, d_receptance * decayed, token, exists, head, i, H, N)
-    _store(d_k, d_key, token, exists, head, i, H, N)
-    _store(d_removal, d_b * share - d_z * before, token, exists, head, i, H, N)
-    _store(d_rate, d_b * kappa, token, exists, head, i, H, N)
+    z = -kappa * tl.exp(before)
+    d_key = _dot(tl.trans(d_read_key), receptance, nothing, LOW)
+    d_key = _dot(tl.trans(d_found_key), z, d_key, LOW) * _grown(until)
+    d_until -= key * d_key
+    d_last = _dot(value, d_state, nothing, LOW) * tl.exp(end[None, :] - until)
+    d_after = key * d_last
+    _store(d_k + part, d_key + d_last, token, exists, head, i, H, N)
+    d_b = _dot(tl.trans(d_read_b), receptance, nothing, LOW)
+    d_b = _dot(tl.trans(d_found_b), z, d_b, LOW) * _grown(until)
+    d_until -= kappa * share * d_b
+    d_last = _dot(u, d_state, nothing, LOW) * tl.exp(end[None, :] - until)
+    d_after += kappa * share * d_last
+    d_b += d_last
+    _store(d_rate + part, d_b * kappa, token, exists, head, i, H, N)
+    _store(d_removal + part, d_b * share - d_z * tl.exp(before), token, exists, head, i, H, N)
+    # log w_t stands in c_s of s >= t, in c_{s-1} of s > t, in c_n - c_s of s < t
+    d_step = _sums(t[:, None] <= t[None, :], d_until, LOW)
+    d_step += _sums(t[:, None] < t[None, :], z * d_z, LOW)
+    d_step += _sums(earlier, d_after, LOW) + carried[None, :]
+    d_step = tl.where(valid[:, None], d_step, 0.0)
+    _store(d_log_decay + part, d_step, token, exists, head, i, H, N)
 
 
 class _Prepared(NamedTuple):
@@ -386,7 +430,7 @@ class _Prepared(NamedTuple):
 
     moves: Tensor  # [B, J, H, N, N], P^T without its diagonal
     rests: Tensor | None  # what its rounding left
-    ends: Tensor  # [B, J, H, N], its diagonal
+    ends: Tensor  # [B, J, H, N], c_n
     readers: Tensor  # [B, J, H, C, N], Q
     inverses: Tensor  # [B, J, H, C, C], A
     states: Tensor  # [B, J, H, N, N], S^T before each chunk
@@ -398,7 +442,7 @@ class _Launcher:
     def __init__(self, like: Tensor, mask: Tensor | None) -> None:
         self.B, self.T, self.H, self.N = like.shape
         self.like = like
-        self.mask = mask
+        self.mask = None if mask is None else mask.view(torch.uint8)
         self.high, self.low = PRECISIONS[like.dtype]
         self.block = max(16, triton.next_power_of_2(self.N))
         self.merges = 2 if like.dtype != torch.float32 and self.block <= 64 else 1
@@ -476,11 +520,18 @@ class _Launcher:
         self, tokens: list[Tensor], prepared: _Prepared, d_states: Tensor, d_out: Tensor
     ) -> list[Tensor]:
         """Of r, k, v, log_decay, removal and rate, in their dtypes."""
+        fixed = self.over_tokens()
+        tiles = fixed["TILES"]
         found = [torch.empty_like(x) for x in tokens]
-        _gradient_kernel[(self.B * self.chunks * self.H,)](
-            *tokens, self.mask, prepared.inverses, prepared.states, d_states, d_out, *found, *self.sizes,
-            num_warps=self.warps(GRADIENT_WARPS), **self.over_tokens(),
+        parts = found
+        if tiles > 1:  # d_v, in the middle, has a tile of its own for each
+            parts = [x if n == 2 else self.empty(tiles, *x.shape) for n, x in enumerate(found)]
+        _gradient_kernel[(self.B * self.chunks * self.H * tiles,)](
+            *tokens, self.mask, prepared.inverses, prepared.ends, prepared.states, d_states, d_out, *parts,
+            *self.sizes, self.like.numel(), num_warps=self.warps(GRADIENT_WARPS), **fixed,
         )  # fmt: skip
+        if tiles > 1:
+            found = [x if n == 2 else part.sum(0).to(x.dtype) for n, (x, part) in enumerate(zip(found, parts))]
         return found
 
 
