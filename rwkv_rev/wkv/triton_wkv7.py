@@ -54,7 +54,7 @@ PRECISIONS = {
     torch.float16: ("bf16x3", "bf16x3"),
     torch.bfloat16: ("bf16x3", "bf16"),
 }
-VALUE_TILE = 64
+VALUE_TILE, KEY_TILE = 64, 32
 PREPARE_WARPS, READ_WARPS, GRADIENT_WARPS = 4, 4, 4
 SCAN_TILE, SCAN_WARPS, SCAN_STAGES = 16, 1, 3
 MAX_HEAD_SIZE = 128
@@ -335,28 +335,19 @@ def _pull_kernel(
     tl.store(at, product, mask=inside)
 
 
-@triton.jit(do_not_specialize=["T", "H", "chunks", "stride"])
-def _gradient_kernel(
-    r, k, v, log_decay, removal, rate, mask, inverses, ends, states, d_states, d_out,
-    d_r, d_k, d_v, d_log_decay, d_removal, d_rate, T, H, chunks, stride,
-    N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
-    MASKED: tl.constexpr, LOW: tl.constexpr,
+@triton.jit
+def _between_values(
+    r, k, v, log_decay, removal, rate, inverses, ends, states, d_states, d_out, d_v, head, slot, token, exists, valid,
+    c, H, N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one chunk's tokens, given the state before it and the gradient of the state after it: of one tile
-    of values all, of the others the part that passes through these values, ``stride`` elements from tile to tile."""
-    head, tile, slot, token, exists, valid = _place(mask, T, H, chunks, TILES, C, MASKED)
+    """Stores d_v; u, f, v and d_y of the value channels c, as factors."""
     t = tl.arange(0, C)
     i = tl.arange(0, BN)
-    c = tile * BV + tl.arange(0, BV)
-    earlier = t[:, None] > t[None, :]
-    not_later = t[:, None] >= t[None, :]
     nothing = tl.zeros([C, BV], tl.float32)
     at, inside = _matrix(states, slot, c, i, N, N)
     state = tl.load(at, mask=inside, other=0.0)
     at, inside = _matrix(d_states, slot, c, i, N, N)
     d_state = tl.load(at, mask=inside, other=0.0)
-    end = tl.load(ends + slot * N + i, mask=i < N, other=0.0)
-    carried = tl.exp(end) * tl.sum(state * d_state, 0)
     state = _factor(state, LOW)
     d_state = _factor(d_state, LOW)
     value = _load(v, token, valid, head, c, H, N)
@@ -365,15 +356,18 @@ def _gradient_kernel(
     inverse = tl.load(at, mask=inside, other=0.0)
 
     before, until = _decays(log_decay, token, valid, head, i, H, N, C, LOW)
+    end = tl.load(ends + slot * N + i, mask=i < N, other=0.0)
     kappa, share, key = _keys(removal, rate, k, token, valid, head, i, H, N)
+    grown = _grown(until)
+    left = tl.exp(end)[None, :] * grown
     receptance = _load(r, token, valid, head, i, H, N).to(tl.float32) * tl.exp(until)
-    key_grown = _factor(key * _grown(until), LOW)
+    key_grown = _factor(key * grown, LOW)
     read_key = _factor(_pairs(receptance, key_grown, C, True, LOW), LOW)
     d_value = _dot(tl.trans(read_key), d_y, nothing, LOW)
-    d_value = _dot(key * tl.exp(end[None, :] - until), tl.trans(d_state), d_value, LOW)
-    read_b = _factor(_pairs(receptance, kappa * share * _grown(until), C, True, LOW), LOW)
+    d_value = _dot(key * left, tl.trans(d_state), d_value, LOW)
+    read_b = _factor(_pairs(receptance, kappa * share * grown, C, True, LOW), LOW)
     f = _dot(tl.trans(read_b), d_y, nothing, LOW)
-    f = _factor(_dot(kappa * share * tl.exp(end[None, :] - until), tl.trans(d_state), f, LOW), LOW)
+    f = _factor(_dot(kappa * share * left, tl.trans(d_state), f, LOW), LOW)
     f = _factor(_dot(tl.trans(inverse), f, nothing, LOW), LOW)
     z = _factor(-kappa * tl.exp(before), LOW)
     among = _factor(_pairs(z, key_grown, C, False, LOW), LOW)  # what a token finds of those before it
@@ -382,47 +376,79 @@ def _gradient_kernel(
     u = _factor(_dot(z, tl.trans(state), _dot(among, value, nothing, LOW), LOW), LOW)
     u = _factor(_dot(inverse, u, nothing, LOW), LOW)
 
-    # what has been read is read again rather than held in registers meanwhile
-    part = tile.to(tl.int64) * stride
+    return u, f, value, d_y
+
+
+@triton.jit(do_not_specialize=["T", "H", "chunks", "stride"])
+def _gradient_kernel(
+    r, k, v, log_decay, removal, rate, mask, inverses, ends, states, d_states, d_out,
+    d_r, d_k, d_v, d_log_decay, d_removal, d_rate, T, H, chunks, stride,
+    N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
+    BK: tl.constexpr, KEY_TILES: tl.constexpr, MASKED: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one chunk's tokens, given the state before it and the gradient of the state after it: of one tile
+    of values all, of the others the part that passes through these values, ``stride`` elements from tile to tile."""
+    head, tile, slot, token, exists, valid = _place(mask, T, H, chunks, TILES, C, MASKED)
+    t = tl.arange(0, C)
+    c = tile * BV + tl.arange(0, BV)
+    u, f, value, d_y = _between_values(
+        r, k, v, log_decay, removal, rate, inverses, ends, states, d_states, d_out, d_v, head, slot, token, exists,
+        valid, c, H, N, C, BN, BV, LOW,
+    )  # fmt: skip
+    earlier = t[:, None] > t[None, :]
+    not_later = t[:, None] >= t[None, :]
     square = tl.zeros([C, C], tl.float32)
-    nothing = tl.zeros([C, BN], tl.float32)
-    before, until = _decays(log_decay, token, valid, head, i, H, N, C, LOW)
-    kappa, share, key = _keys(removal, rate, k, token, valid, head, i, H, N)
-    receptance = _load(r, token, valid, head, i, H, N).to(tl.float32) * tl.exp(until)
-    key_grown = _factor(key * _grown(until), LOW)
-    b = _factor(kappa * share * _grown(until), LOW)
     d_read_b = _factor(tl.where(not_later, _dot(d_y, tl.trans(u), square, LOW), 0.0), LOW)
     d_read_key = _factor(tl.where(not_later, _dot(d_y, tl.trans(value), square, LOW), 0.0), LOW)
-    d_receptance = _dot(d_y, state, nothing, LOW)
-    d_receptance = _dot(d_read_b, b, _dot(d_read_key, key_grown, d_receptance, LOW), LOW)
-    _store(d_r + part, d_receptance * tl.exp(until), token, exists, head, i, H, N)
-    d_until = receptance * d_receptance
     d_found_b = _factor(tl.where(earlier, _dot(f, tl.trans(u), square, LOW), 0.0), LOW)
     d_found_key = _factor(tl.where(earlier, _dot(f, tl.trans(value), square, LOW), 0.0), LOW)
-    d_z = _dot(f, state, nothing, LOW)
-    d_z = _dot(d_found_b, b, _dot(d_found_key, key_grown, d_z, LOW), LOW)
+    part = tile.to(tl.int64) * stride
+    for key_tile in range(KEY_TILES):  # all at once needs more registers than there are
+        i = key_tile * BK + tl.arange(0, BK)
+        nothing = tl.zeros([C, BK], tl.float32)
+        before, until = _decays(log_decay, token, valid, head, i, H, N, C, LOW)
+        kappa, share, key = _keys(removal, rate, k, token, valid, head, i, H, N)
+        grown = _grown(until)
+        key_grown = key * grown
+        b = kappa * share * grown
+        at, inside = _matrix(states, slot, c, i, N, N)
+        state = tl.load(at, mask=inside, other=0.0)
+        at, inside = _matrix(d_states, slot, c, i, N, N)
+        d_state = tl.load(at, mask=inside, other=0.0)
+        end = tl.exp(tl.load(ends + slot * N + i, mask=i < N, other=0.0))
+        carried = end * tl.sum(state * d_state, 0)
 
-    z = -kappa * tl.exp(before)
-    d_key = _dot(tl.trans(d_read_key), receptance, nothing, LOW)
-    d_key = _dot(tl.trans(d_found_key), z, d_key, LOW) * _grown(until)
-    d_until -= key * d_key
-    d_last = _dot(value, d_state, nothing, LOW) * tl.exp(end[None, :] - until)
-    d_after = key * d_last
-    _store(d_k + part, d_key + d_last, token, exists, head, i, H, N)
-    d_b = _dot(tl.trans(d_read_b), receptance, nothing, LOW)
-    d_b = _dot(tl.trans(d_found_b), z, d_b, LOW) * _grown(until)
-    d_until -= kappa * share * d_b
-    d_last = _dot(u, d_state, nothing, LOW) * tl.exp(end[None, :] - until)
-    d_after += kappa * share * d_last
-    d_b += d_last
-    _store(d_rate + part, d_b * kappa, token, exists, head, i, H, N)
-    _store(d_removal + part, d_b * share - d_z * tl.exp(before), token, exists, head, i, H, N)
-    # log w_t stands in c_s of s >= t, in c_{s-1} of s > t, in c_n - c_s of s < t
-    d_step = _sums(t[:, None] <= t[None, :], d_until, LOW)
-    d_step += _sums(t[:, None] < t[None, :], z * d_z, LOW)
-    d_step += _sums(earlier, d_after, LOW) + carried[None, :]
-    d_step = tl.where(valid[:, None], d_step, 0.0)
-    _store(d_log_decay + part, d_step, token, exists, head, i, H, N)
+        decayed = tl.exp(until)
+        receptance = _load(r, token, valid, head, i, H, N).to(tl.float32) * decayed
+        d_receptance = _dot(d_y, state, nothing, LOW)
+        d_receptance = _dot(d_read_b, b, _dot(d_read_key, key_grown, d_receptance, LOW), LOW)
+        _store(d_r + part, d_receptance * decayed, token, exists, head, i, H, N)
+        d_until = receptance * d_receptance
+        before = tl.exp(before)
+        z = -kappa * before
+        d_z = _dot(f, state, nothing, LOW)
+        d_z = _dot(d_found_b, b, _dot(d_found_key, key_grown, d_z, LOW), LOW) * before
+
+        d_key = _dot(tl.trans(d_read_key), receptance, nothing, LOW)
+        d_key = _dot(tl.trans(d_found_key), z, d_key, LOW)
+        d_last = _dot(value, d_state, nothing, LOW) * end[None, :]
+        d_until -= key_grown * d_key
+        d_after = key_grown * d_last
+        _store(d_k + part, grown * (d_key + d_last), token, exists, head, i, H, N)
+        d_b = _dot(tl.trans(d_read_b), receptance, nothing, LOW)
+        d_b = _dot(tl.trans(d_found_b), z, d_b, LOW)
+        d_last = _dot(u, d_state, nothing, LOW) * end[None, :]
+        d_until -= b * d_b
+        d_after += b * d_last
+        d_b = grown * (d_b + d_last)
+        _store(d_rate + part, d_b * kappa, token, exists, head, i, H, N)
+        _store(d_removal + part, d_b * share - d_z, token, exists, head, i, H, N)
+        # log w_t stands in c_s of s >= t, in c_{s-1} of s > t, in c_n - c_s of s < t
+        d_step = _sums(t[:, None] <= t[None, :], d_until, LOW)
+        d_step += _sums(t[:, None] < t[None, :], -kappa * d_z, LOW)
+        d_step += _sums(earlier, d_after, LOW) + carried[None, :]
+        d_step = tl.where(valid[:, None], d_step, 0.0)
+        _store(d_log_decay + part, d_step, token, exists, head, i, H, N)
 
 
 class _Prepared(NamedTuple):
@@ -528,7 +554,8 @@ class _Launcher:
             parts = [x if n == 2 else self.empty(tiles, *x.shape) for n, x in enumerate(found)]
         _gradient_kernel[(self.B * self.chunks * self.H * tiles,)](
             *tokens, self.mask, prepared.inverses, prepared.ends, prepared.states, d_states, d_out, *parts,
-            *self.sizes, self.like.numel(), num_warps=self.warps(GRADIENT_WARPS), **fixed,
+            *self.sizes, self.like.numel(), BK=min(KEY_TILE, self.block), KEY_TILES=triton.cdiv(self.N, KEY_TILE),
+            num_warps=self.warps(GRADIENT_WARPS), **fixed,
         )  # fmt: skip
         if tiles > 1:
             found = [x if n == 2 else part.sum(0).to(x.dtype) for n, (x, part) in enumerate(zip(found, parts))]
