@@ -192,7 +192,7 @@ def _inverse(a, C: tl.constexpr, MERGES: tl.constexpr, PRECISION: tl.constexpr):
     blocks = tl.reshape(blocks, [BLOCKS, _BLOCK, _BLOCK])
     unit = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
     solved = tl.broadcast_to(unit[None, :, :], [BLOCKS, _BLOCK, _BLOCK])
-    for step in tl.static_range(_BLOCK - 1):  # row ``step`` is final: take it into those below
+    for step in range(_BLOCK - 1):  # row ``step`` is final: take it into those below
         column = tl.sum(tl.where(i[None, None, :] == step, blocks, 0.0), 2)
         row = tl.sum(tl.where(i[None, :, None] == step, solved, 0.0), 1)
         solved += column[:, :, None] * row[:, None, :]
@@ -207,58 +207,81 @@ def _inverse(a, C: tl.constexpr, MERGES: tl.constexpr, PRECISION: tl.constexpr):
     return inverse
 
 
-@triton.jit(do_not_specialize=["T", "H", "chunks"])
-def _prepare_kernel(
-    r, k, v, log_decay, removal, rate, mask, moves, rests, ends, readers, inverses, products, out, T, H, chunks,
+@triton.jit
+def _between_tokens(
+    r, k, v, log_decay, removal, rate, ends, inverses, out, head, slot, token, exists, valid, H,
     N: tl.constexpr, C: tl.constexpr, MERGES: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr,
-    TILES: tl.constexpr, SPLIT: tl.constexpr, MASKED: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
+    TILES: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """Of each chunk what does not depend on the state: P^T without its diagonal e^{c_n} (``moves``, with ``rests``
-    what its rounding left), Q (``readers``), A (``inverses``), U^T (``products``) and y_0 (``out``)."""
-    head, _tile, slot, token, exists, valid = _place(mask, T, H, chunks, 1, C, MASKED)
+    """A, X, tril(R B^T) and b'; stores c_n, A and y_0."""
     t = tl.arange(0, C)
     i = tl.arange(0, BN)
-    square = tl.zeros([C, C], tl.float32)
-    wide = tl.zeros([C, BN], tl.float32)
     before, until = _decays(log_decay, token, valid, head, i, H, N, C, HIGH)
     end = tl.sum(tl.where(t[:, None] == C - 1, until, 0.0), 0)
     tl.store(ends + slot * N + i, end, mask=i < N)
     kappa, share, key = _keys(removal, rate, k, token, valid, head, i, H, N)
-    inverse = _pairs(-kappa * tl.exp(before), kappa * share * _grown(until), C, False, HIGH)
-    inverse = _inverse(inverse, C, MERGES, HIGH)
+    receptance = _load(r, token, valid, head, i, H, N).to(tl.float32) * tl.exp(until)
+    receptance = _factor(receptance, LOW)
+    z = -kappa * tl.exp(before)
+    key *= _grown(until)
+    b = kappa * share * _grown(until)
+    inverse = _inverse(_pairs(z, b, C, False, HIGH), C, MERGES, HIGH)
+    among = _pairs(z, key, C, False, LOW)
+    removed = _factor(_pairs(receptance, b, C, True, LOW), LOW)
+    of_values = _factor(_dot(inverse, among, tl.zeros([C, C], tl.float32), LOW), LOW)
+    scores = _pairs(receptance, key, C, True, LOW)
+    scores = _factor(_dot(removed, of_values, scores, LOW), LOW)
     at, inside = _matrix(inverses, slot, t, t, C, C)
     tl.store(at, inverse.to(inverses.dtype.element_ty), mask=inside)
-
-    # what has been read is read again rather than held in registers meanwhile
-    kappa, share, key = _keys(removal, rate, k, token, valid, head, i, H, N)
-    z = -kappa * tl.exp(before)
-    of_state = _dot(inverse, z, wide, HIGH)
-    last_b = kappa * share * tl.exp(end[None, :] - until)
-    move = _dot(tl.trans(of_state), last_b, tl.zeros([BN, BN], tl.float32), HIGH)
-    at, inside = _matrix(moves, slot, i, i, N, N)
-    rounded = move.to(moves.dtype.element_ty)
-    tl.store(at, rounded, mask=inside)
-    if SPLIT:
-        at, inside = _matrix(rests, slot, i, i, N, N)
-        tl.store(at, (move - rounded.to(tl.float32)).to(rests.dtype.element_ty), mask=inside)
-    of_state = _factor(of_state, LOW)
-    key_grown = _factor(key * _grown(until), LOW)
-    of_values = _factor(_dot(inverse, _pairs(z, key_grown, C, False, LOW), square, LOW), LOW)
-    writer = _factor(_dot(tl.trans(of_values), last_b, key * tl.exp(end[None, :] - until), LOW), LOW)
-
-    receptance = _load(r, token, valid, head, i, H, N).to(tl.float32) * tl.exp(until)
-    removed = _factor(_pairs(receptance, kappa * share * _grown(until), C, True, LOW), LOW)
-    at, inside = _matrix(readers, slot, t, i, C, N)
-    tl.store(at, _dot(removed, of_state, receptance, LOW).to(readers.dtype.element_ty), mask=inside)
-    scores = _pairs(receptance, key_grown, C, True, LOW)
-    scores = _factor(_dot(removed, of_values, scores, LOW), LOW)
     for tile in tl.static_range(TILES):
         c = tile * BV + tl.arange(0, BV)
         value = _load(v, token, valid, head, c, H, N)
-        product = _dot(tl.trans(value), writer, tl.zeros([BV, BN], tl.float32), LOW)
-        at, inside = _matrix(products, slot, c, i, N, N)
-        tl.store(at, product, mask=inside)
         _store(out, _dot(scores, value, tl.zeros([C, BV], tl.float32), LOW), token, exists, head, c, H, N)
+    return inverse, of_values, removed, b * tl.exp(end)[None, :]
+
+
+@triton.jit(do_not_specialize=["T", "H", "chunks"])
+def _prepare_kernel(
+    r, k, v, log_decay, removal, rate, mask, moves, rests, ends, readers, inverses, products, out, T, H, chunks,
+    N: tl.constexpr, C: tl.constexpr, MERGES: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr,
+    TILES: tl.constexpr, BK: tl.constexpr, KEY_TILES: tl.constexpr, SPLIT: tl.constexpr, MASKED: tl.constexpr,
+    HIGH: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    """Of each chunk what does not depend on the state: P without its diagonal (``moves``, with ``rests`` what its
+    rounding left), c_n (``ends``), Q (``readers``), A (``inverses``), U^T (``products``) and y_0 (``out``)."""
+    head, _tile, slot, token, exists, valid = _place(mask, T, H, chunks, 1, C, MASKED)
+    t = tl.arange(0, C)
+    every = tl.arange(0, BN)
+    inverse, of_values, removed, last_b = _between_tokens(
+        r, k, v, log_decay, removal, rate, ends, inverses, out, head, slot, token, exists, valid, H,
+        N, C, MERGES, BN, BV, TILES, HIGH, LOW,
+    )  # fmt: skip
+    for key_tile in range(KEY_TILES):  # all at once needs more registers than there are
+        i = key_tile * BK + tl.arange(0, BK)
+        wide = tl.zeros([C, BK], tl.float32)
+        before, until = _decays(log_decay, token, valid, head, i, H, N, C, HIGH)
+        kappa, share, key = _keys(removal, rate, k, token, valid, head, i, H, N)
+        of_state = _dot(inverse, -kappa * tl.exp(before), wide, HIGH)
+        move = _dot(tl.trans(last_b), of_state, tl.zeros([BN, BK], tl.float32), HIGH)
+        at, inside = _matrix(moves, slot, every, i, N, N)
+        rounded = move.to(moves.dtype.element_ty)
+        tl.store(at, rounded, mask=inside)
+        if SPLIT:
+            at, inside = _matrix(rests, slot, every, i, N, N)
+            tl.store(at, (move - rounded.to(tl.float32)).to(rests.dtype.element_ty), mask=inside)
+        reader = _load(r, token, valid, head, i, H, N).to(tl.float32) * tl.exp(until)
+        reader = _dot(removed, of_state, reader, LOW)
+        at, inside = _matrix(readers, slot, t, i, C, N)
+        tl.store(at, reader.to(readers.dtype.element_ty), mask=inside)
+        end = tl.sum(tl.where(t[:, None] == C - 1, until, 0.0), 0)
+        left = tl.exp(end)[None, :] * _grown(until)
+        writer = _factor(_dot(tl.trans(of_values), kappa * share * left, key * left, LOW), LOW)
+        for tile in tl.static_range(TILES):
+            c = tile * BV + tl.arange(0, BV)
+            value = _load(v, token, valid, head, c, H, N)
+            product = _dot(tl.trans(value), writer, tl.zeros([BV, BK], tl.float32), LOW)
+            at, inside = _matrix(products, slot, c, i, N, N)
+            tl.store(at, product, mask=inside)
 
 
 @triton.jit(do_not_specialize=["H", "chunks"])
@@ -287,12 +310,12 @@ def _scan_kernel(
         product += tl.exp(end)[None, :] * state
         at, present = _matrix(moves, here, i, i, N, N)
         move = tl.load(at, mask=present, other=0.0)
-        if REVERSE:
+        if not REVERSE:
             move = tl.trans(move)
         if SPLIT:
             at, present = _matrix(rests, here, i, i, N, N)
             rest = tl.load(at, mask=present, other=0.0)
-            if REVERSE:
+            if not REVERSE:
                 rest = tl.trans(rest)
             product = tl.dot(state.to(tl.bfloat16), rest, product)
         state = _dot(state, move, product, HIGH)
@@ -454,7 +477,7 @@ def _gradient_kernel(
 class _Prepared(NamedTuple):
     """What the forward pass leaves for the backward pass."""
 
-    moves: Tensor  # [B, J, H, N, N], P^T without its diagonal
+    moves: Tensor  # [B, J, H, N, N], P without its diagonal e^{c_n}
     rests: Tensor | None  # what its rounding left
     ends: Tensor  # [B, J, H, N], c_n
     readers: Tensor  # [B, J, H, C, N], Q
@@ -492,6 +515,10 @@ class _Launcher:
         return {"N": self.N, "C": self.chunk, "BN": self.block, "MASKED": self.mask is not None,
                 "LOW": self.low, "num_stages": 1, **self.tiles(VALUE_TILE)}  # fmt: skip
 
+    def over_keys(self) -> dict[str, int]:
+        size = min(KEY_TILE, self.block)
+        return {"BK": size, "KEY_TILES": triton.cdiv(self.N, size)}
+
     def warps(self, number: int) -> int:
         return 8 if self.block > 64 else number
 
@@ -511,7 +538,7 @@ class _Launcher:
         out = self.empty(*k.shape)
         _prepare_kernel[(self.B * self.chunks * self.H,)](
             r, k, v, *others, self.mask, *prepared, out, *self.sizes, MERGES=self.merges, SPLIT=self.split,
-            HIGH=self.high, num_warps=self.warps(PREPARE_WARPS), **self.over_tokens(),
+            HIGH=self.high, num_warps=self.warps(PREPARE_WARPS), **self.over_keys(), **self.over_tokens(),
         )  # fmt: skip
         return prepared, out
 
@@ -554,8 +581,7 @@ class _Launcher:
             parts = [x if n == 2 else self.empty(tiles, *x.shape) for n, x in enumerate(found)]
         _gradient_kernel[(self.B * self.chunks * self.H * tiles,)](
             *tokens, self.mask, prepared.inverses, prepared.ends, prepared.states, d_states, d_out, *parts,
-            *self.sizes, self.like.numel(), BK=min(KEY_TILE, self.block), KEY_TILES=triton.cdiv(self.N, KEY_TILE),
-            num_warps=self.warps(GRADIENT_WARPS), **fixed,
+            *self.sizes, self.like.numel(), num_warps=self.warps(GRADIENT_WARPS), **self.over_keys(), **fixed,
         )  # fmt: skip
         if tiles > 1:
             found = [x if n == 2 else part.sum(0).to(x.dtype) for n, (x, part) in enumerate(zip(found, parts))]
