@@ -30,7 +30,7 @@ from rwkv_rev.wkv.without_autocast import without_autocast
 
 KERNELS = ("naive", "chunked", "triton")
 LARGEST_TRITON_HEAD = 128
-TRITON = ("wkv4", "wkv5", "wkv6")
+TRITON = ("wkv4", "wkv5", "wkv6", "wkv7")
 """The recurrences that have such kernels; the others take the chunked one."""
 DIFFERENTIATED_BY_PYTORCH = ("wkv6", "wkv7")
 """The recurrences whose chunked kernels have no backward pass of their own."""

@@ -30,7 +30,7 @@ T = 32768 with only H N / 16 = 128 programs, 10 ms or more each way; P makes it 
 
 All sums are float32. bfloat16 inputs: A, W, P and the scan in three bfloat16 parts of their factors (relative error
 2^-17), all else with factors rounded to bfloat16, which the output's own rounding hides; float16 in such parts
-throughout, float32 in three tf32 parts. No atomic operation: results are the same to the bit. One configuration per head
+throughout, float32 in three bfloat16 parts of each factor (2^-24). No atomic operation: results are the same to the bit. One configuration per head
 size, nothing is tuned at run time. float64 is refused.
 """
 
@@ -50,10 +50,12 @@ from rwkv_rev.wkv.dispatch import KernelError
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # of what states pass through, and of all else
 PRECISIONS = {
-    torch.float32: ("tf32x3", "tf32x3"),
+    torch.float32: ("bf16x6", "bf16x6"),
     torch.float16: ("bf16x3", "bf16x3"),
     torch.bfloat16: ("bf16x3", "bf16"),
 }
+MERGES = 2
+CHUNK = 16 << MERGES  # fewer tokens, and products are too small for the tensor cores' best instructions
 VALUE_TILE, KEY_TILE = 64, 32
 PREPARE_WARPS, READ_WARPS, GRADIENT_WARPS = 4, 4, 4
 SCAN_TILE, SCAN_WARPS, SCAN_STAGES = 16, 1, 3
@@ -63,8 +65,18 @@ _LARGEST_EXPONENT = tl.constexpr(80.0)  # no model reaches it; beyond 88 a facto
 
 
 @triton.jit
+def _thirds(x):
+    """Three bfloat16 whose sum is x in float32."""
+    high = x.to(tl.bfloat16)
+    rest = x.to(tl.float32) - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
 def _dot(a, b, total, PRECISION: tl.constexpr):
-    """total + a b. In "bf16x3" a float32 operand is the sum of two bfloat16; the lowest product is left out."""
+    """total + a b. In "bf16x3" a float32 operand is the sum of two bfloat16, in "bf16x6" of three; the lowest products
+    are left out."""
     if PRECISION == "bf16":
         total = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), total)
     elif PRECISION == "bf16x3":
@@ -75,6 +87,11 @@ def _dot(a, b, total, PRECISION: tl.constexpr):
         if b.dtype != tl.bfloat16:
             total = tl.dot(a_high, (b - b_high.to(tl.float32)).to(tl.bfloat16), total)
         total = tl.dot(a_high, b_high, total)
+    elif PRECISION == "bf16x6":
+        a_high, a_middle, a_low = _thirds(a)
+        b_high, b_middle, b_low = _thirds(b)
+        total = tl.dot(a_low, b_high, tl.dot(a_high, b_low, tl.dot(a_middle, b_middle, total)))
+        total = tl.dot(a_high, b_high, tl.dot(a_middle, b_high, tl.dot(a_high, b_middle, total)))
     else:
         total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
     return total
@@ -138,29 +155,26 @@ def _keys(removal, rate, k, token, valid, head, channel, H, N: tl.constexpr):
 
 
 @triton.jit
-def _sums(kept, x, PRECISION: tl.constexpr):
+def _sums(kept, x):
     """Sums over the rows of x that ``kept`` names, as products: a scan over rows costs more. Exact but for float32."""
     kept = tl.where(kept, 1.0, 0.0).to(tl.bfloat16)
     total = tl.zeros(x.shape, tl.float32)
-    if PRECISION == "bf16" or PRECISION == "bf16x3":
-        high = x.to(tl.bfloat16)
-        total = tl.dot(kept, high, total)
-        if x.dtype != tl.bfloat16:
-            rest = x.to(tl.float32) - high.to(tl.float32)
-            middle = rest.to(tl.bfloat16)
-            total = tl.dot(kept, middle, total)
-            total = tl.dot(kept, (rest - middle.to(tl.float32)).to(tl.bfloat16), total)
+    if x.dtype == tl.bfloat16:
+        total = _dot(kept, x, total, "bf16")
     else:
-        total = _dot(kept, x, total, PRECISION)
+        high, middle, low = _thirds(x)
+        total = _dot(kept, low, total, "bf16")
+        total = _dot(kept, middle, total, "bf16")
+        total = _dot(kept, high, total, "bf16")
     return total
 
 
 @triton.jit
-def _decays(log_decay, token, valid, head, channel, H, N: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+def _decays(log_decay, token, valid, head, channel, H, N: tl.constexpr, C: tl.constexpr):
     """c_{t-1} and c_t; of tokens that are not valid w = 1."""
     t = tl.arange(0, C)
     step = _load(log_decay, token, valid, head, channel, H, N)
-    until = _sums(t[:, None] >= t[None, :], step, PRECISION)
+    until = _sums(t[:, None] >= t[None, :], step)
     return until - step.to(tl.float32), until
 
 
@@ -216,7 +230,7 @@ def _between_tokens(
     """A, X, tril(R B^T) and b'; stores c_n, A and y_0."""
     t = tl.arange(0, C)
     i = tl.arange(0, BN)
-    before, until = _decays(log_decay, token, valid, head, i, H, N, C, HIGH)
+    before, until = _decays(log_decay, token, valid, head, i, H, N, C)
     end = tl.sum(tl.where(t[:, None] == C - 1, until, 0.0), 0)
     tl.store(ends + slot * N + i, end, mask=i < N)
     kappa, share, key = _keys(removal, rate, k, token, valid, head, i, H, N)
@@ -259,7 +273,7 @@ def _prepare_kernel(
     for key_tile in range(KEY_TILES):  # all at once needs more registers than there are
         i = key_tile * BK + tl.arange(0, BK)
         wide = tl.zeros([C, BK], tl.float32)
-        before, until = _decays(log_decay, token, valid, head, i, H, N, C, HIGH)
+        before, until = _decays(log_decay, token, valid, head, i, H, N, C)
         kappa, share, key = _keys(removal, rate, k, token, valid, head, i, H, N)
         of_state = _dot(inverse, -kappa * tl.exp(before), wide, HIGH)
         move = _dot(tl.trans(last_b), of_state, tl.zeros([BN, BK], tl.float32), HIGH)
@@ -378,7 +392,7 @@ def _between_values(
     at, inside = _matrix(inverses, slot, t, t, C, C)
     inverse = tl.load(at, mask=inside, other=0.0)
 
-    before, until = _decays(log_decay, token, valid, head, i, H, N, C, LOW)
+    before, until = _decays(log_decay, token, valid, head, i, H, N, C)
     end = tl.load(ends + slot * N + i, mask=i < N, other=0.0)
     kappa, share, key = _keys(removal, rate, k, token, valid, head, i, H, N)
     grown = _grown(until)
@@ -429,7 +443,7 @@ def _gradient_kernel(
     for key_tile in range(KEY_TILES):  # all at once needs more registers than there are
         i = key_tile * BK + tl.arange(0, BK)
         nothing = tl.zeros([C, BK], tl.float32)
-        before, until = _decays(log_decay, token, valid, head, i, H, N, C, LOW)
+        before, until = _decays(log_decay, token, valid, head, i, H, N, C)
         kappa, share, key = _keys(removal, rate, k, token, valid, head, i, H, N)
         grown = _grown(until)
         key_grown = key * grown
@@ -467,9 +481,9 @@ def _gradient_kernel(
         _store(d_rate + part, d_b * kappa, token, exists, head, i, H, N)
         _store(d_removal + part, d_b * share - d_z, token, exists, head, i, H, N)
         # log w_t stands in c_s of s >= t, in c_{s-1} of s > t, in c_n - c_s of s < t
-        d_step = _sums(t[:, None] <= t[None, :], d_until, LOW)
-        d_step += _sums(t[:, None] < t[None, :], -kappa * d_z, LOW)
-        d_step += _sums(earlier, d_after, LOW) + carried[None, :]
+        d_step = _sums(t[:, None] <= t[None, :], d_until)
+        d_step += _sums(t[:, None] < t[None, :], -kappa * d_z)
+        d_step += _sums(earlier, d_after) + carried[None, :]
         d_step = tl.where(valid[:, None], d_step, 0.0)
         _store(d_log_decay + part, d_step, token, exists, head, i, H, N)
 
@@ -494,9 +508,7 @@ class _Launcher:
         self.mask = None if mask is None else mask.view(torch.uint8)
         self.high, self.low = PRECISIONS[like.dtype]
         self.block = max(16, triton.next_power_of_2(self.N))
-        self.merges = 2 if like.dtype != torch.float32 and self.block <= 64 else 1
-        self.chunk = 16 << self.merges
-        self.chunks = triton.cdiv(self.T, self.chunk)
+        self.chunks = triton.cdiv(self.T, CHUNK)
         self.split = self.high == "bf16x3"
         self.sizes = (self.T, self.H, self.chunks)
 
@@ -512,7 +524,7 @@ class _Launcher:
         return {"BV": size, "TILES": triton.cdiv(self.N, size)}
 
     def over_tokens(self) -> dict[str, Any]:
-        return {"N": self.N, "C": self.chunk, "BN": self.block, "MASKED": self.mask is not None,
+        return {"N": self.N, "C": CHUNK, "BN": self.block, "MASKED": self.mask is not None,
                 "LOW": self.low, "num_stages": 1, **self.tiles(VALUE_TILE)}  # fmt: skip
 
     def over_keys(self) -> dict[str, int]:
@@ -531,13 +543,13 @@ class _Launcher:
             moves,
             torch.empty_like(moves) if self.split else None,
             self.empty(self.B, self.chunks, self.H, self.N),
-            self.matrices(self.chunk, self.N, rounded),
-            self.matrices(self.chunk, self.chunk, rounded),
+            self.matrices(CHUNK, self.N, rounded),
+            self.matrices(CHUNK, CHUNK, rounded),
             self.matrices(self.N, self.N),
         )
         out = self.empty(*k.shape)
         _prepare_kernel[(self.B * self.chunks * self.H,)](
-            r, k, v, *others, self.mask, *prepared, out, *self.sizes, MERGES=self.merges, SPLIT=self.split,
+            r, k, v, *others, self.mask, *prepared, out, *self.sizes, MERGES=MERGES, SPLIT=self.split,
             HIGH=self.high, num_warps=self.warps(PREPARE_WARPS), **self.over_keys(), **self.over_tokens(),
         )  # fmt: skip
         return prepared, out
@@ -549,7 +561,7 @@ class _Launcher:
         _scan_kernel[(self.B * self.H * tiles["TILES"],)](
             prepared.moves, prepared.rests, prepared.ends, products, outside, total, self.H, self.chunks,
             N=self.N, BN=self.block, REVERSE=reverse, SPLIT=self.split, HIGH=self.high, STAGES=SCAN_STAGES,
-            num_warps=SCAN_WARPS, **tiles,
+            num_warps=SCAN_WARPS if self.split and self.block <= 64 else 4, **tiles,
         )  # fmt: skip
         return total
 
