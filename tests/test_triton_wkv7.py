@@ -52,7 +52,10 @@ LARGE = [
     *(Case((2, 400, 2, 64), edge, BF16) for edge in ("projections", "repeated", "kept", "strongest")),
     Case((2, 400, 2, 64), "drawn", BF16, narrow=True),
     *(Case((2, 400, 2, 64), edge, FP16) for edge in ("drawn", "projections", "repeated", "strongest")),
-    *(Case((2, 400, 2, 64), edge, FP32) for edge in ("drawn", "projections", "repeated", "kept", "strongest")),
+    *(
+        Case((2, 400, 2, 64), edge, FP32)
+        for edge in ("drawn", "projections", "repeated", "kept", "strongest")
+    ),
     *(Case((2, 200, 2, n), dtype=FP32, masked=True) for n in (16, 64, 128)),
 ]
 
@@ -170,7 +173,10 @@ class TestOnDevice:
     def test_refuses_what_it_cannot_do(self) -> None:
         from rwkv_rev.wkv.triton_wkv7 import wkv7
 
-        for shape, dtype, message in (((1, 3, 1, 16), torch.float64, "float64"), ((1, 3, 1, 129), FP32, "head sizes")):
+        for shape, dtype, message in (
+            ((1, 3, 1, 16), torch.float64, "float64"),
+            ((1, 3, 1, 129), FP32, "head sizes"),
+        ):
             arguments, _, _ = inputs(Case(shape), "cuda")
             with pytest.raises(KernelError, match=message):
                 wkv7(*(x.to(dtype) for x in arguments))
@@ -178,7 +184,7 @@ class TestOnDevice:
 
 def interpret() -> None:
     """Every small case through the interpreter, in this process."""
-    global tl  # where the interpreter looks for it
+    global tl, rounded  # where the interpreter looks for them
     import triton
     import triton.language as tl
     import triton.runtime.interpreter as interpreter
@@ -194,16 +200,26 @@ def interpret() -> None:
         put(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     @triton.jit
+    def rounded(x):  # type: ignore[no-untyped-def]
+        # to bfloat16, to the nearest (the interpreter's conversion cuts off)
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        return bits.to(tl.float32, bitcast=True)
+
+    @triton.jit
     def dot(a, b, total, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-        if PRECISION == "bf16":
-            a = a.to(tl.bfloat16)
-            b = b.to(tl.bfloat16)
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+        a = rounded(a) if PRECISION == "rounded" else a.to(tl.float32)
+        b = rounded(b) if PRECISION == "rounded" else b.to(tl.float32)
+        return tl.dot(a, b, total, input_precision="ieee")
+
+    @triton.jit
+    def factor(x, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+        return rounded(x) if PRECISION == "rounded" else x
 
     interpreter._patch_lang_tensor = patched
-    triton_wkv7._dot = dot
-    low = {dtype: "bf16" if dtype == torch.bfloat16 else "ieee" for dtype in triton_wkv7.PRECISIONS}
-    triton_wkv7.PRECISIONS = {dtype: ("ieee", name) for dtype, name in low.items()}
+    triton_wkv7._dot, triton_wkv7._factor = dot, factor
+    triton_wkv7.PRECISIONS = dict.fromkeys(triton_wkv7.PRECISIONS, ("ieee", "ieee"))
+    triton_wkv7.PRECISIONS[torch.bfloat16] = ("ieee", "rounded")
     torch.set_num_threads(1)
     for case in SMALL:
         print(case, {name: f"{error:.1e}" for name, error in compare(case, "cpu").items()}, flush=True)

@@ -446,8 +446,9 @@ def _gradient_kernel(
         before, until = _decays(log_decay, token, valid, head, i, H, N, C)
         kappa, share, key = _keys(removal, rate, k, token, valid, head, i, H, N)
         grown = _grown(until)
-        key_grown = key * grown
-        b = kappa * share * grown
+        # as the products take them: what pairs of tokens give c_t and c_s then cancels but for float32's rounding
+        key_grown = _factor(key * grown, LOW)
+        b = _factor(kappa * share * grown, LOW)
         at, inside = _matrix(states, slot, c, i, N, N)
         state = tl.load(at, mask=inside, other=0.0)
         at, inside = _matrix(d_states, slot, c, i, N, N)
@@ -456,33 +457,35 @@ def _gradient_kernel(
         carried = end * tl.sum(state * d_state, 0)
 
         decayed = tl.exp(until)
-        receptance = _load(r, token, valid, head, i, H, N).to(tl.float32) * decayed
+        receptance = _factor(_load(r, token, valid, head, i, H, N).to(tl.float32) * decayed, LOW)
         d_receptance = _dot(d_y, state, nothing, LOW)
         d_receptance = _dot(d_read_b, b, _dot(d_read_key, key_grown, d_receptance, LOW), LOW)
         _store(d_r + part, d_receptance * decayed, token, exists, head, i, H, N)
-        d_until = receptance * d_receptance
+        d_until = receptance.to(tl.float32) * d_receptance
         before = tl.exp(before)
-        z = -kappa * before
+        z = _factor(-kappa * before, LOW)
         d_z = _dot(f, state, nothing, LOW)
-        d_z = _dot(d_found_b, b, _dot(d_found_key, key_grown, d_z, LOW), LOW) * before
+        d_z = _dot(d_found_b, b, _dot(d_found_key, key_grown, d_z, LOW), LOW)
+        found = z.to(tl.float32) * d_z
+        d_z *= before
 
         d_key = _dot(tl.trans(d_read_key), receptance, nothing, LOW)
         d_key = _dot(tl.trans(d_found_key), z, d_key, LOW)
         d_last = _dot(value, d_state, nothing, LOW) * end[None, :]
-        d_until -= key_grown * d_key
-        d_after = key_grown * d_last
+        d_until -= key_grown.to(tl.float32) * d_key
+        d_after = key_grown.to(tl.float32) * d_last
         _store(d_k + part, grown * (d_key + d_last), token, exists, head, i, H, N)
         d_b = _dot(tl.trans(d_read_b), receptance, nothing, LOW)
         d_b = _dot(tl.trans(d_found_b), z, d_b, LOW)
         d_last = _dot(u, d_state, nothing, LOW) * end[None, :]
-        d_until -= b * d_b
-        d_after += b * d_last
+        d_until -= b.to(tl.float32) * d_b
+        d_after += b.to(tl.float32) * d_last
         d_b = grown * (d_b + d_last)
         _store(d_rate + part, d_b * kappa, token, exists, head, i, H, N)
         _store(d_removal + part, d_b * share - d_z, token, exists, head, i, H, N)
         # log w_t stands in c_s of s >= t, in c_{s-1} of s > t, in c_n - c_s of s < t
         d_step = _sums(t[:, None] <= t[None, :], d_until)
-        d_step += _sums(t[:, None] < t[None, :], -kappa * d_z)
+        d_step += _sums(t[:, None] < t[None, :], found)
         d_step += _sums(earlier, d_after) + carried[None, :]
         d_step = tl.where(valid[:, None], d_step, 0.0)
         _store(d_log_decay + part, d_step, token, exists, head, i, H, N)
@@ -596,7 +599,9 @@ class _Launcher:
             *self.sizes, self.like.numel(), num_warps=self.warps(GRADIENT_WARPS), **self.over_keys(), **fixed,
         )  # fmt: skip
         if tiles > 1:
-            found = [x if n == 2 else part.sum(0).to(x.dtype) for n, (x, part) in enumerate(zip(found, parts))]
+            found = [
+                x if n == 2 else part.sum(0).to(x.dtype) for n, (x, part) in enumerate(zip(found, parts))
+            ]
         return found
 
 
