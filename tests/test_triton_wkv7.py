@@ -41,8 +41,8 @@ SMALL = [
     Case((1, 37, 2, 16)),
     Case((1, 70, 1, 20), "repeated", masked=True),
     Case((1, 65, 1, 64), "projections", torch.bfloat16),
-    Case((2, 130, 1, 16), "strongest", torch.bfloat16, masked=True, narrow=True),
-    Case((1, 66, 1, 128), "drawn", torch.float16, masked=True),
+    Case((1, 130, 1, 16), "strongest", torch.bfloat16, masked=True, narrow=True),
+    Case((1, 20, 1, 72), "drawn", torch.float16, masked=True),
 ]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 LARGE = [

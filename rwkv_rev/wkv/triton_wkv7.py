@@ -16,22 +16,24 @@ c = the sum of log w in the chunk, everything that does not depend on the state 
 3. one makes y = y_0 + Q S.
 
 Backwards: Q^T dy, the same scan reversed with P^T, then one launch for all gradients of a chunk from the states before
-and the gradients after it: with u = A (Z S + tril(Z K^T, -1) v), what is removed, and f = A^T (b' dS + tril(R B^T)^T dy),
-every gradient is a product of two of r, v, u, f, dy, S, dS.
+and the gradients after it: with u = A (Z S + tril(Z K^T, -1) v), what is removed, and f = A^T (b' dS + tril(R B^T)^T
+dy), every gradient is a product of two of r, v, u, f, dy, S, dS.
 
-A is found by forward substitution in blocks of 16 tokens and by merging neighbours; powers of Z B^T would lose all digits
-where one key comes again and again. e^{-c} stays below e^{0.607 n}, 7e16 for 64 tokens. diag(e^{c_n}) is kept apart and
-multiplied in float32: masked tokens change no bit of the state, and a = 1, w = 1 is nothing special.
+A is found by forward substitution in blocks of 16 tokens and by merging neighbours; powers of Z B^T would lose all
+digits where one key comes again and again. e^{-c} stays below e^{0.607 n}, 7e16 for 64 tokens. diag(e^{c_n}) is kept
+apart and multiplied in float32: masked tokens change no bit of the state, and a = 1, w = 1 is nothing special.
 
-Cost on an H100 for (B, T, H, N) = (8, 4096, 32, 64), bfloat16, 16384 chunks of 64: 18 + 1 + 1 products of 64^3 and 4.0 GB
-forwards, 1 + 1 + 29 products and 4.3 GB backwards, that is 0.45 Tflop and 3.3 ms of memory traffic. A walk over tokens or
-chunks of 16 with the state in registers would move half of that, but has 2048 dependent steps of five products each for
-T = 32768 with only H N / 16 = 128 programs, 10 ms or more each way; P makes it 512 steps of one product.
+Estimate for an H100, bfloat16, (B, T, H, N) = (8, 4096, 32, 64), 16384 chunks of 64: forwards 18 products of 64^3, seven
+of them in three parts, and 3.6 GB; backwards 33 and 4.0 GB; that is 0.6 Tflop and 3 ms of memory traffic. A walk over
+chunks of 16 with the state in registers would move half of that, but for T = 32768 it has 2048 dependent steps of five
+products each in only H N / 16 = 128 programs; P makes it 512 steps of one product. Kept for the backward pass: P, Q, A
+and S, 12 bytes for each number of r.
 
-All sums are float32. bfloat16 inputs: A, W, P and the scan in three bfloat16 parts of their factors (relative error
-2^-17), all else with factors rounded to bfloat16, which the output's own rounding hides; float16 in such parts
-throughout, float32 in three bfloat16 parts of each factor (2^-24). No atomic operation: results are the same to the bit. One configuration per head
-size, nothing is tuned at run time. float64 is refused.
+All sums are float32. bfloat16 inputs: A, W, P and the scan in bfloat16 parts of their factors (relative error 2^-17),
+all else with factors rounded to bfloat16 (errors of 3e-3, of the order of what rounding the results to the inputs' dtype
+takes); float16 in such parts throughout, float32 in three parts of each factor (2^-24). No atomic operation: results are
+the same to the bit. One configuration per head size, nothing is tuned at run time. float64 is refused. Over 400 lines,
+because both directions share every helper and the scan.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -600,7 +602,8 @@ class _Launcher:
         )  # fmt: skip
         if tiles > 1:
             found = [
-                x if n == 2 else part.sum(0).to(x.dtype) for n, (x, part) in enumerate(zip(found, parts))
+                x if n == 2 else part.sum(0).to(x.dtype)
+                for n, (x, part) in enumerate(zip(found, parts, strict=True))
             ]
         return found
 
