@@ -23,17 +23,17 @@ A is found by forward substitution in blocks of 16 tokens and by merging neighbo
 digits where one key comes again and again. e^{-c} stays below e^{0.607 n}, 7e16 for 64 tokens. diag(e^{c_n}) is kept
 apart and multiplied in float32: masked tokens change no bit of the state, and a = 1, w = 1 is nothing special.
 
-Estimate for an H100, bfloat16, (B, T, H, N) = (8, 4096, 32, 64), 16384 chunks of 64: forwards 18 products of 64^3, seven
-of them in three parts, and 3.6 GB; backwards 33 and 4.0 GB; that is 0.6 Tflop and 3 ms of memory traffic. A walk over
-chunks of 16 with the state in registers would move half of that, but for T = 32768 it has 2048 dependent steps of five
-products each in only H N / 16 = 128 programs; P makes it 512 steps of one product. Kept for the backward pass: P, Q, A
-and S, 12 bytes for each number of r.
+Estimate for an H100, bfloat16, (B, T, H, N) = (8, 4096, 32, 64), 16384 chunks of 64: forwards 18 products of 64^3,
+seven of them in three parts, and 3.6 GB; backwards 33 and 4.0 GB; that is 0.6 Tflop and 3 ms of memory traffic. A walk
+over chunks of 16 with the state in registers would move half of that, but for T = 32768 it has 2048 dependent steps of
+five products each in only H N / 16 = 128 programs; P makes it 512 steps of one product. Kept for the backward pass: P,
+Q, A and S, 12 bytes for each number of r.
 
 All sums are float32. bfloat16 inputs: A, W, P and the scan in bfloat16 parts of their factors (relative error 2^-17),
-all else with factors rounded to bfloat16 (errors of 3e-3, of the order of what rounding the results to the inputs' dtype
-takes); float16 in such parts throughout, float32 in three parts of each factor (2^-24). No atomic operation: results are
-the same to the bit. One configuration per head size, nothing is tuned at run time. float64 is refused. Over 400 lines,
-because both directions share every helper and the scan.
+all else with factors rounded to bfloat16 (errors of 3e-3, of the order of what rounding the results to that dtype
+takes); float16 in such parts throughout, float32 in three parts of each factor (2^-24). No atomic operation: results
+are the same to the bit. One configuration per head size, nothing is tuned at run time. float64 is refused. Over 400
+lines, because both directions share every helper and the scan.
 """
 
 # mypy: disable-error-code="no-untyped-def"
