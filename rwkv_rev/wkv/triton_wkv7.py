@@ -58,8 +58,8 @@ PRECISIONS = {
 }
 MERGES = 2
 CHUNK = 16 << MERGES  # fewer tokens, and products are too small for the tensor cores' best instructions
-VALUE_TILE, KEY_TILE = 64, 32
-PREPARE_WARPS, READ_WARPS, GRADIENT_WARPS = 4, 4, 4
+# of channels, padded in smaller heads. Triton 3.6 compiles products with sides of 16 or 32 wrongly for Hopper.
+TILE, WARPS = 64, 4
 SCAN_TILE, SCAN_WARPS, SCAN_STAGES = 16, 1, 3
 MAX_HEAD_SIZE = 128
 _BLOCK = tl.constexpr(16)  # tokens within which the triangular system is solved row by row
@@ -141,19 +141,34 @@ def _store(x, value, token, exists, head, channel, H, N: tl.constexpr):
 
 
 @triton.jit
-def _matrix(x, slot, i, c, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Pointers into the matrix number ``slot`` and the mask of what exists there."""
-    at = x + slot * ROWS * COLUMNS + i[:, None] * COLUMNS + c[None, :]
-    return at, (i[:, None] < ROWS) & (c[None, :] < COLUMNS)
+def _at(x, slot, i, c, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return x + slot * ROWS * COLUMNS + (i[:, None] * COLUMNS + c[None, :])
 
 
 @triton.jit
-def _keys(removal, rate, k, token, valid, head, channel, H, N: tl.constexpr):
-    """kappa, a, k in float32."""
-    kappa = _load(removal, token, valid, head, channel, H, N).to(tl.float32)
-    share = _load(rate, token, valid, head, channel, H, N).to(tl.float32)
-    key = _load(k, token, valid, head, channel, H, N).to(tl.float32)
-    return kappa, share, key
+def _inside(i, c, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return (i[:, None] < ROWS) & (c[None, :] < COLUMNS)
+
+
+@triton.jit
+def _get(x, slot, i, c, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows i and columns c of the matrix number ``slot``; zero where there are none."""
+    at = _at(x, slot, i, c, ROWS, COLUMNS)
+    if ROWS % 64 == 0 and COLUMNS % 64 == 0:
+        value = tl.load(at)
+    else:
+        value = tl.load(at, mask=_inside(i, c, ROWS, COLUMNS), other=0.0)
+    return value
+
+
+@triton.jit
+def _put(x, value, slot, i, c, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    at = _at(x, slot, i, c, ROWS, COLUMNS)
+    value = value.to(x.dtype.element_ty)
+    if ROWS % 64 == 0 and COLUMNS % 64 == 0:
+        tl.store(at, value)
+    else:
+        tl.store(at, value, mask=_inside(i, c, ROWS, COLUMNS))
 
 
 @triton.jit
@@ -172,12 +187,13 @@ def _sums(kept, x):
 
 
 @triton.jit
-def _decays(log_decay, token, valid, head, channel, H, N: tl.constexpr, C: tl.constexpr):
-    """c_{t-1} and c_t; of tokens that are not valid w = 1."""
+def _decay(log_decay, token, valid, head, channel, H, N: tl.constexpr, C: tl.constexpr, ITSELF: tl.constexpr):
+    """c_t, or c_{t-1}; of tokens that are not valid w = 1."""
     t = tl.arange(0, C)
-    step = _load(log_decay, token, valid, head, channel, H, N)
-    until = _sums(t[:, None] >= t[None, :], step)
-    return until - step.to(tl.float32), until
+    kept = t[:, None] > t[None, :]
+    if ITSELF:
+        kept = t[:, None] >= t[None, :]
+    return _sums(kept, _load(log_decay, token, valid, head, channel, H, N))
 
 
 @triton.jit
@@ -187,14 +203,36 @@ def _grown(until):
 
 
 @triton.jit
-def _pairs(a, b, C: tl.constexpr, ITSELF: tl.constexpr, PRECISION: tl.constexpr):
-    """tril(a b^T), with the diagonal or without."""
+def _pairs(
+    a, b, slot, C: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, LOW: tl.constexpr
+):
+    """A B^T of two factors."""
     t = tl.arange(0, C)
-    product = _dot(a, tl.trans(b), tl.zeros([C, C], tl.float32), PRECISION)
+    total = tl.zeros([C, C], tl.float32)
+    for tile in range(TILES):
+        i = tile * BN + tl.arange(0, BN)
+        total = _dot(_get(a, slot, t, i, C, N), tl.trans(_get(b, slot, t, i, C, N)), total, LOW)
+    return total
+
+
+@triton.jit
+def _lower(x, C: tl.constexpr, ITSELF: tl.constexpr, LOW: tl.constexpr):
+    """What a token (row) has of those before it, and of itself or not, as a factor."""
+    t = tl.arange(0, C)
     kept = t[:, None] > t[None, :]
     if ITSELF:
         kept = t[:, None] >= t[None, :]
-    return tl.where(kept, product, 0.0)
+    return _factor(tl.where(kept, x, 0.0), LOW)
+
+
+@triton.jit
+def _upper(x, C: tl.constexpr, ITSELF: tl.constexpr, LOW: tl.constexpr):
+    """The same transposed: what a token (row) gives to those after it."""
+    t = tl.arange(0, C)
+    kept = t[:, None] < t[None, :]
+    if ITSELF:
+        kept = t[:, None] <= t[None, :]
+    return _factor(tl.where(kept, x, 0.0), LOW)
 
 
 @triton.jit
@@ -224,80 +262,92 @@ def _inverse(a, C: tl.constexpr, MERGES: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _between_tokens(
-    r, k, v, log_decay, removal, rate, ends, inverses, out, head, slot, token, exists, valid, H,
-    N: tl.constexpr, C: tl.constexpr, MERGES: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr,
-    TILES: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
+def _transition(log_decay, removal, rate, token, valid, head, i, H, N: tl.constexpr, C: tl.constexpr):
+    """Z and B of the key channels i, in float32, and c_t."""
+    before = _decay(log_decay, token, valid, head, i, H, N, C, False)
+    until = _decay(log_decay, token, valid, head, i, H, N, C, True)
+    kappa = _load(removal, token, valid, head, i, H, N).to(tl.float32)
+    share = _load(rate, token, valid, head, i, H, N).to(tl.float32)
+    return -kappa * tl.exp(before), kappa * share * _grown(until), until
+
+
+@triton.jit
+def _last(until, C: tl.constexpr):
+    """c_n."""
+    return tl.sum(tl.where(tl.arange(0, C)[:, None] == C - 1, until, 0.0), 0)
+
+
+@triton.jit(do_not_specialize=["T", "H", "chunks"])
+def _solve_kernel(
+    r, k, log_decay, removal, rate, mask, read, found, given, keys, ends, inverses, corrected, moves, rests,
+    T, H, chunks, N: tl.constexpr, C: tl.constexpr, MERGES: tl.constexpr, BN: tl.constexpr,
+    TILES: tl.constexpr, SPLIT: tl.constexpr, MASKED: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """A, X, tril(R B^T) and b'; stores c_n, A and y_0."""
+    """Of each chunk R (``read``), Z (``found``), B (``given``), K (``keys``), c_n (``ends``), A (``inverses``),
+    W (``corrected``) and P without its diagonal (``moves``, with ``rests`` what its rounding left)."""
+    head, _tile, slot, token, _exists, valid = _place(mask, T, H, chunks, 1, C, MASKED)
     t = tl.arange(0, C)
-    i = tl.arange(0, BN)
-    before, until = _decays(log_decay, token, valid, head, i, H, N, C)
-    end = tl.sum(tl.where(t[:, None] == C - 1, until, 0.0), 0)
-    tl.store(ends + slot * N + i, end, mask=i < N)
-    kappa, share, key = _keys(removal, rate, k, token, valid, head, i, H, N)
-    receptance = _load(r, token, valid, head, i, H, N).to(tl.float32) * tl.exp(until)
-    receptance = _factor(receptance, LOW)
-    z = -kappa * tl.exp(before)
-    key *= _grown(until)
-    b = kappa * share * _grown(until)
-    inverse = _inverse(_pairs(z, b, C, False, HIGH), C, MERGES, HIGH)
-    among = _pairs(z, key, C, False, LOW)
-    removed = _factor(_pairs(receptance, b, C, True, LOW), LOW)
-    of_values = _factor(_dot(inverse, among, tl.zeros([C, C], tl.float32), LOW), LOW)
-    scores = _pairs(receptance, key, C, True, LOW)
-    scores = _factor(_dot(removed, of_values, scores, LOW), LOW)
-    at, inside = _matrix(inverses, slot, t, t, C, C)
-    tl.store(at, inverse.to(inverses.dtype.element_ty), mask=inside)
-    for tile in tl.static_range(TILES):
-        c = tile * BV + tl.arange(0, BV)
-        value = _load(v, token, valid, head, c, H, N)
-        _store(out, _dot(scores, value, tl.zeros([C, BV], tl.float32), LOW), token, exists, head, c, H, N)
-    return inverse, of_values, removed, b * tl.exp(end)[None, :]
+    pairs = tl.zeros([C, C], tl.float32)
+    for tile in range(TILES):
+        i = tile * BN + tl.arange(0, BN)
+        z, b, until = _transition(log_decay, removal, rate, token, valid, head, i, H, N, C)
+        _put(found, _factor(z, LOW), slot, t, i, C, N)
+        _put(given, _factor(b, LOW), slot, t, i, C, N)
+        receptance = _load(r, token, valid, head, i, H, N).to(tl.float32) * tl.exp(until)
+        _put(read, _factor(receptance, LOW), slot, t, i, C, N)
+        key = _load(k, token, valid, head, i, H, N).to(tl.float32) * _grown(until)
+        _put(keys, _factor(key, LOW), slot, t, i, C, N)
+        tl.store(ends + slot * N + i, _last(until, C), mask=i < N)
+        pairs = _dot(z, tl.trans(b), pairs, HIGH)
+    inverse = _inverse(tl.where(t[:, None] > t[None, :], pairs, 0.0), C, MERGES, HIGH)
+    _put(inverses, _factor(inverse, LOW), slot, t, t, C, C)
+    for tile in range(TILES):
+        i = tile * BN + tl.arange(0, BN)
+        z, b, until = _transition(log_decay, removal, rate, token, valid, head, i, H, N, C)
+        of_state = _dot(inverse, z, tl.zeros([C, BN], tl.float32), HIGH)
+        _put(corrected, _factor(of_state, LOW), slot, t, i, C, N)
+        for other in range(TILES):
+            j = other * BN + tl.arange(0, BN)
+            if TILES > 1:
+                z, b, until = _transition(log_decay, removal, rate, token, valid, head, j, H, N, C)
+            last_b = b * tl.exp(_last(until, C))[None, :]
+            move = _dot(tl.trans(last_b), of_state, tl.zeros([BN, BN], tl.float32), HIGH)
+            rounded = move.to(moves.dtype.element_ty)
+            _put(moves, rounded, slot, j, i, N, N)
+            if SPLIT:
+                _put(rests, move - rounded.to(tl.float32), slot, j, i, N, N)
 
 
 @triton.jit(do_not_specialize=["T", "H", "chunks"])
 def _prepare_kernel(
-    r, k, v, log_decay, removal, rate, mask, moves, rests, ends, readers, inverses, products, out, T, H, chunks,
-    N: tl.constexpr, C: tl.constexpr, MERGES: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr,
-    TILES: tl.constexpr, BK: tl.constexpr, KEY_TILES: tl.constexpr, SPLIT: tl.constexpr, MASKED: tl.constexpr,
-    HIGH: tl.constexpr, LOW: tl.constexpr,
+    v, mask, read, found, given, keys, ends, inverses, corrected, readers, scores, products, T, H, chunks,
+    N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, MASKED: tl.constexpr,
+    LOW: tl.constexpr,
 ):  # fmt: skip
-    """Of each chunk what does not depend on the state: P without its diagonal (``moves``, with ``rests`` what its
-    rounding left), c_n (``ends``), Q (``readers``), A (``inverses``), U^T (``products``) and y_0 (``out``)."""
-    head, _tile, slot, token, exists, valid = _place(mask, T, H, chunks, 1, C, MASKED)
+    """Q (``readers``), what stands before v in y_0 (``scores``) and U^T (``products``)."""
+    head, _tile, slot, token, _exists, valid = _place(mask, T, H, chunks, 1, C, MASKED)
     t = tl.arange(0, C)
-    every = tl.arange(0, BN)
-    inverse, of_values, removed, last_b = _between_tokens(
-        r, k, v, log_decay, removal, rate, ends, inverses, out, head, slot, token, exists, valid, H,
-        N, C, MERGES, BN, BV, TILES, HIGH, LOW,
-    )  # fmt: skip
-    for key_tile in range(KEY_TILES):  # all at once needs more registers than there are
-        i = key_tile * BK + tl.arange(0, BK)
-        wide = tl.zeros([C, BK], tl.float32)
-        before, until = _decays(log_decay, token, valid, head, i, H, N, C)
-        kappa, share, key = _keys(removal, rate, k, token, valid, head, i, H, N)
-        of_state = _dot(inverse, -kappa * tl.exp(before), wide, HIGH)
-        move = _dot(tl.trans(last_b), of_state, tl.zeros([BN, BK], tl.float32), HIGH)
-        at, inside = _matrix(moves, slot, every, i, N, N)
-        rounded = move.to(moves.dtype.element_ty)
-        tl.store(at, rounded, mask=inside)
-        if SPLIT:
-            at, inside = _matrix(rests, slot, every, i, N, N)
-            tl.store(at, (move - rounded.to(tl.float32)).to(rests.dtype.element_ty), mask=inside)
-        reader = _load(r, token, valid, head, i, H, N).to(tl.float32) * tl.exp(until)
-        reader = _dot(removed, of_state, reader, LOW)
-        at, inside = _matrix(readers, slot, t, i, C, N)
-        tl.store(at, reader.to(readers.dtype.element_ty), mask=inside)
-        end = tl.sum(tl.where(t[:, None] == C - 1, until, 0.0), 0)
-        left = tl.exp(end)[None, :] * _grown(until)
-        writer = _factor(_dot(tl.trans(of_values), kappa * share * left, key * left, LOW), LOW)
-        for tile in tl.static_range(TILES):
-            c = tile * BV + tl.arange(0, BV)
+    among = _lower(_pairs(found, keys, slot, C, N, BN, TILES, LOW), C, False, LOW)
+    square = tl.zeros([C, C], tl.float32)
+    of_values = _factor(_dot(_get(inverses, slot, t, t, C, C), among, square, LOW), LOW)
+    removed = _lower(_pairs(read, given, slot, C, N, BN, TILES, LOW), C, True, LOW)
+    score = _pairs(read, keys, slot, C, N, BN, TILES, LOW)
+    score = tl.where(t[:, None] >= t[None, :], score, 0.0)
+    _put(scores, _factor(_dot(removed, of_values, score, LOW), LOW), slot, t, t, C, C)
+    for tile in range(TILES):
+        i = tile * BN + tl.arange(0, BN)
+        reader = _get(read, slot, t, i, C, N).to(tl.float32)
+        reader = _dot(removed, _get(corrected, slot, t, i, C, N), reader, LOW)
+        _put(readers, _factor(reader, LOW), slot, t, i, C, N)
+        writer = _get(keys, slot, t, i, C, N).to(tl.float32)
+        writer = _dot(tl.trans(of_values), _get(given, slot, t, i, C, N), writer, LOW)
+        end = tl.load(ends + slot * N + i, mask=i < N, other=0.0)
+        writer = _factor(writer * tl.exp(end)[None, :], LOW)
+        for value_tile in range(TILES):
+            c = value_tile * BN + tl.arange(0, BN)
             value = _load(v, token, valid, head, c, H, N)
-            product = _dot(tl.trans(value), writer, tl.zeros([BV, BK], tl.float32), LOW)
-            at, inside = _matrix(products, slot, c, i, N, N)
-            tl.store(at, product, mask=inside)
+            product = _dot(tl.trans(value), writer, tl.zeros([BN, BN], tl.float32), LOW)
+            _put(products, product, slot, c, i, N, N)
 
 
 @triton.jit(do_not_specialize=["H", "chunks"])
@@ -319,18 +369,15 @@ def _scan_kernel(
     for step in tl.range(0, chunks, num_stages=STAGES):
         chunk = chunks - 1 - step if REVERSE else step
         here = (row * chunks + chunk) * H + head
-        at, present = _matrix(products, here, c, i, N, N)
-        product = tl.load(at, mask=present, other=0.0)
-        tl.store(at, state, mask=present)
+        product = _get(products, here, c, i, N, N)
+        _put(products, state, here, c, i, N, N)
         end = tl.load(ends + here * N + i, mask=i < N, other=0.0)
         product += tl.exp(end)[None, :] * state
-        at, present = _matrix(moves, here, i, i, N, N)
-        move = tl.load(at, mask=present, other=0.0)
+        move = _get(moves, here, i, i, N, N)
         if not REVERSE:
             move = tl.trans(move)
         if SPLIT:
-            at, present = _matrix(rests, here, i, i, N, N)
-            rest = tl.load(at, mask=present, other=0.0)
+            rest = _get(rests, here, i, i, N, N)
             if not REVERSE:
                 rest = tl.trans(rest)
             product = tl.dot(state.to(tl.bfloat16), rest, product)
@@ -340,167 +387,267 @@ def _scan_kernel(
 
 @triton.jit(do_not_specialize=["T", "H", "chunks"])
 def _read_kernel(
-    readers, states, mask, out, T, H, chunks,
-    N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
-    MASKED: tl.constexpr, LOW: tl.constexpr,
+    v, mask, readers, scores, states, out, T, H, chunks,
+    N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, MASKED: tl.constexpr,
+    LOW: tl.constexpr,
 ):  # fmt: skip
-    """out += Q S."""
-    head, tile, slot, token, exists, _valid = _place(mask, T, H, chunks, TILES, C, MASKED)
-    i = tl.arange(0, BN)
-    c = tile * BV + tl.arange(0, BV)
-    at, inside = _matrix(readers, slot, tl.arange(0, C), i, C, N)
-    reader = tl.load(at, mask=inside, other=0.0)
-    at, inside = _matrix(states, slot, c, i, N, N)
-    state = tl.load(at, mask=inside, other=0.0)
-    own = _load(out, token, exists, head, c, H, N)
-    _store(out, _dot(reader, tl.trans(state), own, LOW), token, exists, head, c, H, N)
+    """y = y_0 + Q S."""
+    head, tile, slot, token, exists, valid = _place(mask, T, H, chunks, TILES, C, MASKED)
+    t = tl.arange(0, C)
+    c = tile * BN + tl.arange(0, BN)
+    total = tl.zeros([C, BN], tl.float32)
+    total = _dot(_get(scores, slot, t, t, C, C), _load(v, token, valid, head, c, H, N), total, LOW)
+    for key_tile in range(TILES):
+        i = key_tile * BN + tl.arange(0, BN)
+        state = _get(states, slot, c, i, N, N)
+        total = _dot(_get(readers, slot, t, i, C, N), tl.trans(state), total, LOW)
+    _store(out, total, token, exists, head, c, H, N)
 
 
 @triton.jit(do_not_specialize=["T", "H", "chunks"])
 def _pull_kernel(
-    readers, d_out, mask, products, T, H, chunks,
-    N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
-    MASKED: tl.constexpr, LOW: tl.constexpr,
+    readers, d_out, mask, arrived, products, T, H, chunks,
+    N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, MASKED: tl.constexpr,
+    LOW: tl.constexpr,
 ):  # fmt: skip
-    """products = d_y^T Q."""
+    """products = d_y^T Q, and d_y as a factor."""
     head, tile, slot, token, _exists, valid = _place(mask, T, H, chunks, TILES, C, MASKED)
-    i = tl.arange(0, BN)
-    c = tile * BV + tl.arange(0, BV)
-    at, inside = _matrix(readers, slot, tl.arange(0, C), i, C, N)
-    reader = tl.load(at, mask=inside, other=0.0)
-    d_y = _load(d_out, token, valid, head, c, H, N)
-    product = _dot(tl.trans(d_y), reader, tl.zeros([BV, BN], tl.float32), LOW)
-    at, inside = _matrix(products, slot, c, i, N, N)
-    tl.store(at, product, mask=inside)
+    t = tl.arange(0, C)
+    c = tile * BN + tl.arange(0, BN)
+    d_y = _factor(_load(d_out, token, valid, head, c, H, N), LOW)
+    _put(arrived, d_y, slot, t, c, C, N)
+    for key_tile in range(TILES):
+        i = key_tile * BN + tl.arange(0, BN)
+        reader = _get(readers, slot, t, i, C, N)
+        product = _dot(tl.trans(d_y), reader, tl.zeros([BN, BN], tl.float32), LOW)
+        _put(products, product, slot, c, i, N, N)
 
 
 @triton.jit
-def _between_values(
-    r, k, v, log_decay, removal, rate, inverses, ends, states, d_states, d_out, d_v, head, slot, token, exists, valid,
-    c, H, N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, LOW: tl.constexpr,
+def _through(
+    x, states, total, slot, c, C: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
+    LOW: tl.constexpr,
 ):  # fmt: skip
-    """Stores d_v; u, f, v and d_y of the value channels c, as factors."""
+    """total + X S of a factor, for the value channels c."""
     t = tl.arange(0, C)
-    i = tl.arange(0, BN)
-    nothing = tl.zeros([C, BV], tl.float32)
-    at, inside = _matrix(states, slot, c, i, N, N)
-    state = tl.load(at, mask=inside, other=0.0)
-    at, inside = _matrix(d_states, slot, c, i, N, N)
-    d_state = tl.load(at, mask=inside, other=0.0)
-    state = _factor(state, LOW)
-    d_state = _factor(d_state, LOW)
-    value = _load(v, token, valid, head, c, H, N)
-    d_y = _factor(_load(d_out, token, valid, head, c, H, N), LOW)
-    at, inside = _matrix(inverses, slot, t, t, C, C)
-    inverse = tl.load(at, mask=inside, other=0.0)
-
-    before, until = _decays(log_decay, token, valid, head, i, H, N, C)
-    end = tl.load(ends + slot * N + i, mask=i < N, other=0.0)
-    kappa, share, key = _keys(removal, rate, k, token, valid, head, i, H, N)
-    grown = _grown(until)
-    left = tl.exp(end)[None, :] * grown
-    receptance = _load(r, token, valid, head, i, H, N).to(tl.float32) * tl.exp(until)
-    key_grown = _factor(key * grown, LOW)
-    read_key = _factor(_pairs(receptance, key_grown, C, True, LOW), LOW)
-    d_value = _dot(tl.trans(read_key), d_y, nothing, LOW)
-    d_value = _dot(key * left, tl.trans(d_state), d_value, LOW)
-    read_b = _factor(_pairs(receptance, kappa * share * grown, C, True, LOW), LOW)
-    f = _dot(tl.trans(read_b), d_y, nothing, LOW)
-    f = _factor(_dot(kappa * share * left, tl.trans(d_state), f, LOW), LOW)
-    f = _factor(_dot(tl.trans(inverse), f, nothing, LOW), LOW)
-    z = _factor(-kappa * tl.exp(before), LOW)
-    among = _factor(_pairs(z, key_grown, C, False, LOW), LOW)  # what a token finds of those before it
-    d_value = _dot(tl.trans(among), f, d_value, LOW)
-    _store(d_v, d_value, token, exists, head, c, H, N)
-    u = _factor(_dot(z, tl.trans(state), _dot(among, value, nothing, LOW), LOW), LOW)
-    u = _factor(_dot(inverse, u, nothing, LOW), LOW)
-
-    return u, f, value, d_y
+    for tile in range(TILES):
+        i = tile * BN + tl.arange(0, BN)
+        state = _factor(_get(states, slot, c, i, N, N), LOW)
+        total = _dot(_get(x, slot, t, i, C, N), tl.trans(state), total, LOW)
+    return total
 
 
-@triton.jit(do_not_specialize=["T", "H", "chunks", "stride"])
-def _gradient_kernel(
-    r, k, v, log_decay, removal, rate, mask, inverses, ends, states, d_states, d_out,
-    d_r, d_k, d_v, d_log_decay, d_removal, d_rate, T, H, chunks, stride,
-    N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
-    BK: tl.constexpr, KEY_TILES: tl.constexpr, MASKED: tl.constexpr, LOW: tl.constexpr,
+@triton.jit
+def _through_end(
+    x, d_states, ends, total, slot, c, C: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
+    LOW: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one chunk's tokens, given the state before it and the gradient of the state after it: of one tile
-    of values all, of the others the part that passes through these values, ``stride`` elements from tile to tile."""
+    """total + X diag(e^{c_n}) dS."""
+    t = tl.arange(0, C)
+    for tile in range(TILES):
+        i = tile * BN + tl.arange(0, BN)
+        end = tl.exp(tl.load(ends + slot * N + i, mask=i < N, other=0.0))
+        state = _factor(_get(d_states, slot, c, i, N, N) * end[None, :], LOW)
+        total = _dot(_get(x, slot, t, i, C, N), tl.trans(state), total, LOW)
+    return total
+
+
+@triton.jit(do_not_specialize=["T", "H", "chunks"])
+def _value_gradient_kernel(
+    v, mask, read, found, given, keys, ends, inverses, states, d_states, arrived, removed, fed, d_v,
+    T, H, chunks, N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
+    MASKED: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    """u (``removed``), f (``fed``) and d_v of one tile of value channels. Everything is read again where it is needed:
+    what is held in registers meanwhile costs more."""
     head, tile, slot, token, exists, valid = _place(mask, T, H, chunks, TILES, C, MASKED)
     t = tl.arange(0, C)
-    c = tile * BV + tl.arange(0, BV)
-    u, f, value, d_y = _between_values(
-        r, k, v, log_decay, removal, rate, inverses, ends, states, d_states, d_out, d_v, head, slot, token, exists,
-        valid, c, H, N, C, BN, BV, LOW,
-    )  # fmt: skip
-    earlier = t[:, None] > t[None, :]
-    not_later = t[:, None] >= t[None, :]
-    square = tl.zeros([C, C], tl.float32)
-    d_read_b = _factor(tl.where(not_later, _dot(d_y, tl.trans(u), square, LOW), 0.0), LOW)
-    d_read_key = _factor(tl.where(not_later, _dot(d_y, tl.trans(value), square, LOW), 0.0), LOW)
-    d_found_b = _factor(tl.where(earlier, _dot(f, tl.trans(u), square, LOW), 0.0), LOW)
-    d_found_key = _factor(tl.where(earlier, _dot(f, tl.trans(value), square, LOW), 0.0), LOW)
-    part = tile.to(tl.int64) * stride
-    for key_tile in range(KEY_TILES):  # all at once needs more registers than there are
-        i = key_tile * BK + tl.arange(0, BK)
-        nothing = tl.zeros([C, BK], tl.float32)
-        before, until = _decays(log_decay, token, valid, head, i, H, N, C)
-        kappa, share, key = _keys(removal, rate, k, token, valid, head, i, H, N)
-        grown = _grown(until)
-        # as the products take them: what pairs of tokens give c_t and c_s then cancels but for float32's rounding
-        key_grown = _factor(key * grown, LOW)
-        b = _factor(kappa * share * grown, LOW)
-        at, inside = _matrix(states, slot, c, i, N, N)
-        state = tl.load(at, mask=inside, other=0.0)
-        at, inside = _matrix(d_states, slot, c, i, N, N)
-        d_state = tl.load(at, mask=inside, other=0.0)
-        end = tl.exp(tl.load(ends + slot * N + i, mask=i < N, other=0.0))
-        carried = end * tl.sum(state * d_state, 0)
+    c = tile * BN + tl.arange(0, BN)
+    nothing = tl.zeros([C, BN], tl.float32)
+    pairs = _upper(_pairs(given, read, slot, C, N, BN, TILES, LOW), C, True, LOW)
+    f = _dot(pairs, _get(arrived, slot, t, c, C, N), nothing, LOW)
+    f = _factor(_through_end(given, d_states, ends, f, slot, c, C, N, BN, TILES, LOW), LOW)
+    f = _factor(_dot(tl.trans(_get(inverses, slot, t, t, C, C)), f, nothing, LOW), LOW)
+    _put(fed, f, slot, t, c, C, N)
+    pairs = _upper(_pairs(keys, found, slot, C, N, BN, TILES, LOW), C, False, LOW)
+    d_value = _dot(pairs, f, nothing, LOW)
+    pairs = _upper(_pairs(keys, read, slot, C, N, BN, TILES, LOW), C, True, LOW)
+    d_value = _dot(pairs, _get(arrived, slot, t, c, C, N), d_value, LOW)
+    d_value = _through_end(keys, d_states, ends, d_value, slot, c, C, N, BN, TILES, LOW)
+    _store(d_v, d_value, token, exists, head, c, H, N)
+    pairs = _lower(_pairs(found, keys, slot, C, N, BN, TILES, LOW), C, False, LOW)
+    u = _dot(pairs, _load(v, token, valid, head, c, H, N), nothing, LOW)
+    u = _factor(_through(found, states, u, slot, c, C, N, BN, TILES, LOW), LOW)
+    u = _dot(_get(inverses, slot, t, t, C, C), u, nothing, LOW)
+    _put(removed, _factor(u, LOW), slot, t, c, C, N)
 
-        decayed = tl.exp(until)
-        receptance = _factor(_load(r, token, valid, head, i, H, N).to(tl.float32) * decayed, LOW)
-        d_receptance = _dot(d_y, state, nothing, LOW)
-        d_receptance = _dot(d_read_b, b, _dot(d_read_key, key_grown, d_receptance, LOW), LOW)
-        _store(d_r + part, d_receptance * decayed, token, exists, head, i, H, N)
-        d_until = receptance.to(tl.float32) * d_receptance
-        before = tl.exp(before)
-        z = _factor(-kappa * before, LOW)
-        d_z = _dot(f, state, nothing, LOW)
-        d_z = _dot(d_found_b, b, _dot(d_found_key, key_grown, d_z, LOW), LOW)
-        found = z.to(tl.float32) * d_z
-        d_z *= before
 
-        d_key = _dot(tl.trans(d_read_key), receptance, nothing, LOW)
-        d_key = _dot(tl.trans(d_found_key), z, d_key, LOW)
-        d_last = _dot(value, d_state, nothing, LOW) * end[None, :]
-        d_until -= key_grown.to(tl.float32) * d_key
-        d_after = key_grown.to(tl.float32) * d_last
-        _store(d_k + part, grown * (d_key + d_last), token, exists, head, i, H, N)
-        d_b = _dot(tl.trans(d_read_b), receptance, nothing, LOW)
-        d_b = _dot(tl.trans(d_found_b), z, d_b, LOW)
-        d_last = _dot(u, d_state, nothing, LOW) * end[None, :]
-        d_until -= b.to(tl.float32) * d_b
-        d_after += b.to(tl.float32) * d_last
-        d_b = grown * (d_b + d_last)
-        _store(d_rate + part, d_b * kappa, token, exists, head, i, H, N)
-        _store(d_removal + part, d_b * share - d_z, token, exists, head, i, H, N)
-        # log w_t stands in c_s of s >= t, in c_{s-1} of s > t, in c_n - c_s of s < t
-        d_step = _sums(t[:, None] <= t[None, :], d_until)
-        d_step += _sums(t[:, None] < t[None, :], found)
-        d_step += _sums(earlier, d_after) + carried[None, :]
-        d_step = tl.where(valid[:, None], d_step, 0.0)
-        _store(d_log_decay + part, d_step, token, exists, head, i, H, N)
+@triton.jit
+def _of_readers(
+    x, v, removed, states, given, keys, slot, token, valid, head, i, H, ITSELF: tl.constexpr, C: tl.constexpr,
+    N: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    """x S^T + tril(x u^T) B + tril(x v^T) K: the gradient of R from x = d_y, of Z from x = f (without diagonals)."""
+    t = tl.arange(0, C)
+    total = tl.zeros([C, BN], tl.float32)
+    pairs = tl.zeros([C, C], tl.float32)
+    for tile in range(TILES):
+        c = tile * BN + tl.arange(0, BN)
+        pairs = _dot(_get(x, slot, t, c, C, N), tl.trans(_get(removed, slot, t, c, C, N)), pairs, LOW)
+    total = _dot(_lower(pairs, C, ITSELF, LOW), _get(given, slot, t, i, C, N), total, LOW)
+    pairs = tl.zeros([C, C], tl.float32)
+    for tile in range(TILES):
+        c = tile * BN + tl.arange(0, BN)
+        value = _load(v, token, valid, head, c, H, N)
+        pairs = _dot(_get(x, slot, t, c, C, N), tl.trans(value), pairs, LOW)
+    total = _dot(_lower(pairs, C, ITSELF, LOW), _get(keys, slot, t, i, C, N), total, LOW)
+    for tile in range(TILES):
+        c = tile * BN + tl.arange(0, BN)
+        total = _dot(_get(x, slot, t, c, C, N), _factor(_get(states, slot, c, i, N, N), LOW), total, LOW)
+    return total
+
+
+@triton.jit
+def _leaving(x, slot, token, valid, head, t, c, H, MATRIX: tl.constexpr, C: tl.constexpr, N: tl.constexpr):
+    if MATRIX:
+        value = _get(x, slot, t, c, C, N)
+    else:
+        value = _load(x, token, valid, head, c, H, N)
+    return value
+
+
+@triton.jit
+def _of_writers(
+    x, arrived, fed, d_states, read, found, slot, token, valid, head, i, H, MATRIX: tl.constexpr, C: tl.constexpr,
+    N: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    """triu(x d_y^T) R + triu(x f^T, 1) Z and x dS^T: with diag(e^{c_n}) before the latter, their sum is the gradient of
+    K from x = v, of B from x = u."""
+    t = tl.arange(0, C)
+    total = tl.zeros([C, BN], tl.float32)
+    pairs = tl.zeros([C, C], tl.float32)
+    for tile in range(TILES):
+        c = tile * BN + tl.arange(0, BN)
+        leaving = _leaving(x, slot, token, valid, head, t, c, H, MATRIX, C, N)
+        pairs = _dot(leaving, tl.trans(_get(arrived, slot, t, c, C, N)), pairs, LOW)
+    total = _dot(_upper(pairs, C, True, LOW), _get(read, slot, t, i, C, N), total, LOW)
+    pairs = tl.zeros([C, C], tl.float32)
+    for tile in range(TILES):
+        c = tile * BN + tl.arange(0, BN)
+        leaving = _leaving(x, slot, token, valid, head, t, c, H, MATRIX, C, N)
+        pairs = _dot(leaving, tl.trans(_get(fed, slot, t, c, C, N)), pairs, LOW)
+    total = _dot(_upper(pairs, C, False, LOW), _get(found, slot, t, i, C, N), total, LOW)
+    last = tl.zeros([C, BN], tl.float32)
+    for tile in range(TILES):
+        c = tile * BN + tl.arange(0, BN)
+        leaving = _leaving(x, slot, token, valid, head, t, c, H, MATRIX, C, N)
+        last = _dot(leaving, _factor(_get(d_states, slot, c, i, N, N), LOW), last, LOW)
+    return total, last
+
+
+@triton.jit
+def _carried(states, d_states, slot, i, N: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr):
+    """The sum of S dS over values: with e^{c_n}, the gradient of c_n through the diagonal of P."""
+    total = tl.zeros([BN], tl.float32)
+    for tile in range(4 * TILES):
+        c = tile * (BN // 4) + tl.arange(0, BN // 4)
+        total += tl.sum(_get(states, slot, c, i, N, N) * _get(d_states, slot, c, i, N, N), 0)
+    return total
+
+
+@triton.jit(do_not_specialize=["T", "H", "chunks"])
+def _reader_gradient_kernel(
+    v, log_decay, mask, read, found, given, keys, states, arrived, removed, fed, d_r, d_found, steps, T, H, chunks,
+    N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, MASKED: tl.constexpr,
+    LOW: tl.constexpr,
+):  # fmt: skip
+    """d_r, the part of the removal's gradient that passes through Z (``d_found``) and that of log_decay's that passes
+    through R and Z (``steps``), of one tile of key channels."""
+    head, tile, slot, token, exists, valid = _place(mask, T, H, chunks, TILES, C, MASKED)
+    t = tl.arange(0, C)
+    i = tile * BN + tl.arange(0, BN)
+    gradient = _of_readers(
+        arrived, v, removed, states, given, keys, slot, token, valid, head, i, H, True, C, N, BN, TILES, LOW
+    )
+    until = _decay(log_decay, token, valid, head, i, H, N, C, True)
+    _store(d_r, gradient * tl.exp(until), token, exists, head, i, H, N)
+    step = _get(read, slot, t, i, C, N).to(tl.float32) * gradient
+    gradient = _of_readers(
+        fed, v, removed, states, given, keys, slot, token, valid, head, i, H, False, C, N, BN, TILES, LOW
+    )
+    before = _decay(log_decay, token, valid, head, i, H, N, C, False)
+    _put(d_found, _factor(gradient * tl.exp(before), LOW), slot, t, i, C, N)
+    own = _get(found, slot, t, i, C, N).to(tl.float32) * gradient
+    step = _sums(t[:, None] <= t[None, :], step + own) - own
+    _put(steps, step, slot, t, i, C, N)
+
+
+@triton.jit(do_not_specialize=["T", "H", "chunks"])
+def _writer_gradient_kernel(
+    v, log_decay, removal, rate, mask, read, found, given, keys, ends, states, d_states, arrived, removed, fed,
+    d_found, steps, d_k, d_log_decay, d_removal, d_rate, T, H, chunks,
+    N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, MASKED: tl.constexpr,
+    LOW: tl.constexpr,
+):  # fmt: skip
+    """The other gradients.
+
+    log w_t stands in c_s of s >= t (factors of R, -K, -B), in c_{s-1} of s > t (of Z) and in c_n - c_s of s < t (of
+    what K and B leave after the chunk). The last two are the first's sum less what is not in theirs. All take factors
+    as products do, so that what pairs of tokens give cancels but for float32's rounding."""
+    head, tile, slot, token, exists, valid = _place(mask, T, H, chunks, TILES, C, MASKED)
+    t = tl.arange(0, C)
+    i = tile * BN + tl.arange(0, BN)
+    end = tl.exp(tl.load(ends + slot * N + i, mask=i < N, other=0.0))
+    carried = end * _carried(states, d_states, slot, i, N, BN, TILES)
+    gradient, last = _of_writers(
+        v, arrived, fed, d_states, read, found, slot, token, valid, head, i, H, False, C, N, BN, TILES, LOW
+    )
+    last *= end[None, :]
+    factor = _get(keys, slot, t, i, C, N).to(tl.float32)
+    carried += tl.sum(factor * last, 0)
+    gradient += last
+    step = factor * gradient
+    until = _decay(log_decay, token, valid, head, i, H, N, C, True)
+    _store(d_k, gradient * _grown(until), token, exists, head, i, H, N)
+
+    gradient, last = _of_writers(
+        removed, arrived, fed, d_states, read, found, slot, token, valid, head, i, H, True, C, N, BN, TILES, LOW
+    )
+    last *= end[None, :]
+    factor = _get(given, slot, t, i, C, N).to(tl.float32)
+    carried += tl.sum(factor * last, 0)
+    gradient += last
+    step += factor * gradient
+    until = _decay(log_decay, token, valid, head, i, H, N, C, True)
+    gradient *= _grown(until)
+    kappa = _load(removal, token, valid, head, i, H, N).to(tl.float32)
+    _store(d_rate, gradient * kappa, token, exists, head, i, H, N)
+    gradient *= _load(rate, token, valid, head, i, H, N).to(tl.float32)
+    gradient -= _get(d_found, slot, t, i, C, N).to(tl.float32)
+    _store(d_removal, gradient, token, exists, head, i, H, N)
+
+    step = _get(steps, slot, t, i, C, N) - _sums(t[:, None] <= t[None, :], step)
+    step = tl.where(valid[:, None], step + carried[None, :], 0.0)
+    _store(d_log_decay, step, token, exists, head, i, H, N)
+
+
+class _Factors(NamedTuple):
+    """What products take of the tokens, [B, J, H, C, N]."""
+
+    read: Tensor  # R
+    found: Tensor  # Z
+    given: Tensor  # B
+    keys: Tensor  # K
+    ends: Tensor  # [B, J, H, N], c_n
+    inverses: Tensor  # [B, J, H, C, C], A
 
 
 class _Prepared(NamedTuple):
-    """What the forward pass leaves for the backward pass."""
+    """What the scans take, and the states."""
 
     moves: Tensor  # [B, J, H, N, N], P without its diagonal e^{c_n}
     rests: Tensor | None  # what its rounding left
-    ends: Tensor  # [B, J, H, N], c_n
     readers: Tensor  # [B, J, H, C, N], Q
-    inverses: Tensor  # [B, J, H, C, C], A
     states: Tensor  # [B, J, H, N, N], S^T before each chunk
 
 
@@ -512,10 +659,15 @@ class _Launcher:
         self.like = like
         self.mask = None if mask is None else mask.view(torch.uint8)
         self.high, self.low = PRECISIONS[like.dtype]
-        self.block = max(16, triton.next_power_of_2(self.N))
         self.chunks = triton.cdiv(self.T, CHUNK)
+        self.tiles = triton.cdiv(self.N, TILE)
         self.split = self.high == "bf16x3"
         self.sizes = (self.T, self.H, self.chunks)
+        self.rounded = torch.bfloat16 if self.low == "bf16" else torch.float32
+        self.fixed: dict[str, Any] = {
+            "N": self.N, "C": CHUNK, "BN": TILE, "TILES": self.tiles, "MASKED": mask is not None, "LOW": self.low,
+            "num_warps": WARPS, "num_stages": 1,
+        }  # fmt: skip
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.like.device)
@@ -523,89 +675,78 @@ class _Launcher:
     def matrices(self, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.empty(self.B, self.chunks, self.H, rows, columns, dtype=dtype)
 
-    def tiles(self, size: int) -> dict[str, int]:
-        """Width and number of the tiles that the values of a head are cut into."""
-        size = min(size, self.block)
-        return {"BV": size, "TILES": triton.cdiv(self.N, size)}
+    def factor(self) -> Tensor:
+        return self.matrices(CHUNK, self.N, self.rounded)
 
-    def over_tokens(self) -> dict[str, Any]:
-        return {"N": self.N, "C": CHUNK, "BN": self.block, "MASKED": self.mask is not None,
-                "LOW": self.low, "num_stages": 1, **self.tiles(VALUE_TILE)}  # fmt: skip
+    def grid(self, tiles: int) -> tuple[int]:
+        return (self.B * self.chunks * self.H * tiles,)
 
-    def over_keys(self) -> dict[str, int]:
-        size = min(KEY_TILE, self.block)
-        return {"BK": size, "KEY_TILES": triton.cdiv(self.N, size)}
-
-    def warps(self, number: int) -> int:
-        return 8 if self.block > 64 else number
-
-    def prepare(self, r: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> tuple[_Prepared, Tensor]:
-        """``states`` are U^T yet, and the outputs are y_0."""
-        exact = torch.bfloat16 if self.split else torch.float32
-        rounded = torch.bfloat16 if self.low == "bf16" else torch.float32
-        moves = self.matrices(self.N, self.N, exact)
-        prepared = _Prepared(
-            moves,
-            torch.empty_like(moves) if self.split else None,
-            self.empty(self.B, self.chunks, self.H, self.N),
-            self.matrices(CHUNK, self.N, rounded),
-            self.matrices(CHUNK, CHUNK, rounded),
-            self.matrices(self.N, self.N),
-        )
-        out = self.empty(*k.shape)
-        _prepare_kernel[(self.B * self.chunks * self.H,)](
-            r, k, v, *others, self.mask, *prepared, out, *self.sizes, MERGES=MERGES, SPLIT=self.split,
-            HIGH=self.high, num_warps=self.warps(PREPARE_WARPS), **self.over_keys(), **self.over_tokens(),
+    def prepare(self, r: Tensor, k: Tensor, v: Tensor, *gates: Tensor) -> tuple[_Factors, _Prepared, Tensor]:
+        """``states`` are U^T yet; last what stands before v in y_0."""
+        squares = [self.matrices(CHUNK, CHUNK, self.rounded) for _ in range(2)]
+        ends = self.empty(self.B, self.chunks, self.H, self.N)
+        factors = _Factors(*(self.factor() for _ in range(4)), ends, squares[0])
+        moves = self.matrices(self.N, self.N, torch.bfloat16 if self.split else torch.float32)
+        rests = torch.empty_like(moves) if self.split else None
+        corrected = self.factor()
+        _solve_kernel[self.grid(1)](
+            r, k, *gates, self.mask, *factors, corrected, moves, rests, *self.sizes, MERGES=MERGES,
+            SPLIT=self.split, HIGH=self.high, **self.fixed,
         )  # fmt: skip
-        return prepared, out
+        prepared = _Prepared(moves, rests, self.factor(), self.matrices(self.N, self.N))
+        _prepare_kernel[self.grid(1)](
+            v, self.mask, *factors, corrected, prepared.readers, squares[1], prepared.states, *self.sizes,
+            **self.fixed,
+        )  # fmt: skip
+        return factors, prepared, squares[1]
 
-    def scan(self, prepared: _Prepared, products: Tensor, outside: Tensor, *, reverse: bool) -> Tensor:
+    def scan(self, ends: Tensor, prepared: _Prepared, products: Tensor, outside: Tensor, *, reverse: bool) -> Tensor:
         """What comes out at the other end; ``products`` become the states on the way."""
         total = torch.empty_like(outside)
-        tiles = self.tiles(SCAN_TILE)
-        _scan_kernel[(self.B * self.H * tiles["TILES"],)](
-            prepared.moves, prepared.rests, prepared.ends, products, outside, total, self.H, self.chunks,
-            N=self.N, BN=self.block, REVERSE=reverse, SPLIT=self.split, HIGH=self.high, STAGES=SCAN_STAGES,
-            num_warps=SCAN_WARPS if self.split and self.block <= 64 else 4, **tiles,
+        tiles = triton.cdiv(self.N, SCAN_TILE)
+        _scan_kernel[(self.B * self.H * tiles,)](
+            prepared.moves, prepared.rests, ends, products, outside, total, self.H, self.chunks,
+            N=self.N, BN=TILE * triton.next_power_of_2(self.tiles), BV=SCAN_TILE, TILES=tiles, REVERSE=reverse,
+            SPLIT=self.split, HIGH=self.high, STAGES=SCAN_STAGES,
+            num_warps=SCAN_WARPS if self.split and self.tiles == 1 else 4,
         )  # fmt: skip
         return total
 
-    def read(self, prepared: _Prepared, out: Tensor) -> None:
-        fixed = self.over_tokens()
-        _read_kernel[(self.B * self.chunks * self.H * fixed["TILES"],)](
-            prepared.readers, prepared.states, self.mask, out, *self.sizes,
-            num_warps=self.warps(READ_WARPS), **fixed,
-        )  # fmt: skip
+    def read(self, v: Tensor, prepared: _Prepared, scores: Tensor) -> Tensor:
+        out = self.empty(*v.shape)
+        _read_kernel[self.grid(self.tiles)](
+            v, self.mask, prepared.readers, scores, prepared.states, out, *self.sizes, **self.fixed
+        )
+        return out
 
-    def pull(self, prepared: _Prepared, d_out: Tensor) -> Tensor:
-        products = self.matrices(self.N, self.N)
-        fixed = self.over_tokens()
-        _pull_kernel[(self.B * self.chunks * self.H * fixed["TILES"],)](
-            prepared.readers, d_out, self.mask, products, *self.sizes,
-            num_warps=self.warps(READ_WARPS), **fixed,
-        )  # fmt: skip
-        return products
+    def pull(self, prepared: _Prepared, d_out: Tensor) -> tuple[Tensor, Tensor]:
+        """d_y as a factor, and d_y^T Q."""
+        arrived, products = self.factor(), self.matrices(self.N, self.N)
+        _pull_kernel[self.grid(self.tiles)](
+            prepared.readers, d_out, self.mask, arrived, products, *self.sizes, **self.fixed
+        )
+        return arrived, products
 
     def gradients(
-        self, tokens: list[Tensor], prepared: _Prepared, d_states: Tensor, d_out: Tensor
+        self, tokens: list[Tensor], factors: _Factors, states: Tensor, d_states: Tensor, arrived: Tensor
     ) -> list[Tensor]:
         """Of r, k, v, log_decay, removal and rate, in their dtypes."""
-        fixed = self.over_tokens()
-        tiles = fixed["TILES"]
-        found = [torch.empty_like(x) for x in tokens]
-        parts = found
-        if tiles > 1:  # d_v, in the middle, has a tile of its own for each
-            parts = [x if n == 2 else self.empty(tiles, *x.shape) for n, x in enumerate(found)]
-        _gradient_kernel[(self.B * self.chunks * self.H * tiles,)](
-            *tokens, self.mask, prepared.inverses, prepared.ends, prepared.states, d_states, d_out, *parts,
-            *self.sizes, self.like.numel(), num_warps=self.warps(GRADIENT_WARPS), **self.over_keys(), **fixed,
+        d_r, d_k, d_v, *d_gates = (torch.empty_like(x) for x in tokens)
+        removed, fed = self.factor(), self.factor()
+        d_found, steps = self.factor(), self.matrices(CHUNK, self.N)
+        v, log_decay = tokens[2:4]
+        _value_gradient_kernel[self.grid(self.tiles)](
+            v, self.mask, *factors, states, d_states, arrived, removed, fed, d_v, *self.sizes, **self.fixed
+        )
+        _reader_gradient_kernel[self.grid(self.tiles)](
+            v, log_decay, self.mask, *factors[:4], states, arrived, removed, fed, d_r, d_found, steps,
+            *self.sizes, **self.fixed,
         )  # fmt: skip
-        if tiles > 1:
-            found = [
-                x if n == 2 else part.sum(0).to(x.dtype)
-                for n, (x, part) in enumerate(zip(found, parts, strict=True))
-            ]
-        return found
+        _writer_gradient_kernel[self.grid(self.tiles)](
+            *tokens[2:], self.mask, *factors[:5], states, d_states, arrived, removed, fed, d_found, steps,
+            d_k, *d_gates, *self.sizes, **self.fixed,
+        )  # fmt: skip
+        return [d_r, d_k, d_v, *d_gates]
 
 
 class _WKV7(torch.autograd.Function):
@@ -623,23 +764,23 @@ class _WKV7(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         with torch.cuda.device_of(k):
             launch = _Launcher(k, mask)
-            prepared, out = launch.prepare(r, k, v, log_decay, removal, rate)
-            after = launch.scan(prepared, prepared.states, state, reverse=False)
-            launch.read(prepared, out)
-        ctx.save_for_backward(r, k, v, log_decay, removal, rate, mask, *prepared)
+            factors, prepared, scores = launch.prepare(r, k, v, log_decay, removal, rate)
+            after = launch.scan(factors.ends, prepared, prepared.states, state, reverse=False)
+            out = launch.read(v, prepared, scores)
+        ctx.save_for_backward(r, k, v, log_decay, removal, rate, mask, *factors, *prepared)
         return out, after
 
     @staticmethod
     @first_order
     def backward(ctx: Any, d_out: Tensor, d_after: Tensor) -> tuple[Tensor | None, ...]:
         *tokens, mask = ctx.saved_tensors[:7]
-        prepared = _Prepared(*ctx.saved_tensors[7:])
+        factors, prepared = _Factors(*ctx.saved_tensors[7:13]), _Prepared(*ctx.saved_tensors[13:])
         d_out, d_after = d_out.contiguous(), d_after.contiguous()
         with torch.cuda.device_of(d_out):
             launch = _Launcher(tokens[1], mask)
-            d_states = launch.pull(prepared, d_out)
-            d_state = launch.scan(prepared, d_states, d_after, reverse=True)
-            found = launch.gradients(tokens, prepared, d_states, d_out)
+            arrived, d_states = launch.pull(prepared, d_out)
+            d_state = launch.scan(factors.ends, prepared, d_states, d_after, reverse=True)
+            found = launch.gradients(tokens, factors, prepared.states, d_states, arrived)
         return *found, d_state, None
 
 
