@@ -262,16 +262,6 @@ def _inverse(a, C: tl.constexpr, MERGES: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _transition(log_decay, removal, rate, token, valid, head, i, H, N: tl.constexpr, C: tl.constexpr):
-    """Z and B of the key channels i, in float32, and c_t."""
-    before = _decay(log_decay, token, valid, head, i, H, N, C, False)
-    until = _decay(log_decay, token, valid, head, i, H, N, C, True)
-    kappa = _load(removal, token, valid, head, i, H, N).to(tl.float32)
-    share = _load(rate, token, valid, head, i, H, N).to(tl.float32)
-    return -kappa * tl.exp(before), kappa * share * _grown(until), until
-
-
-@triton.jit
 def _last(until, C: tl.constexpr):
     """c_n."""
     return tl.sum(tl.where(tl.arange(0, C)[:, None] == C - 1, until, 0.0), 0)
@@ -279,43 +269,66 @@ def _last(until, C: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "H", "chunks"])
 def _solve_kernel(
-    r, k, log_decay, removal, rate, mask, read, found, given, keys, ends, inverses, corrected, moves, rests,
-    T, H, chunks, N: tl.constexpr, C: tl.constexpr, MERGES: tl.constexpr, BN: tl.constexpr,
-    TILES: tl.constexpr, SPLIT: tl.constexpr, MASKED: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
+    r, k, log_decay, removal, rate, mask, read, found, given, keys, ends, inverses, finer, T, H, chunks,
+    N: tl.constexpr, C: tl.constexpr, MERGES: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
+    MASKED: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """Of each chunk R (``read``), Z (``found``), B (``given``), K (``keys``), c_n (``ends``), A (``inverses``),
-    W (``corrected``) and P without its diagonal (``moves``, with ``rests`` what its rounding left)."""
+    """Of each chunk R (``read``), Z (``found``), B (``given``), K (``keys``), c_n (``ends``) and A (``inverses``, with
+    ``finer`` what its rounding left)."""
     head, _tile, slot, token, _exists, valid = _place(mask, T, H, chunks, 1, C, MASKED)
     t = tl.arange(0, C)
     pairs = tl.zeros([C, C], tl.float32)
     for tile in range(TILES):
         i = tile * BN + tl.arange(0, BN)
-        z, b, until = _transition(log_decay, removal, rate, token, valid, head, i, H, N, C)
+        kappa = _load(removal, token, valid, head, i, H, N).to(tl.float32)
+        z = -kappa * tl.exp(_decay(log_decay, token, valid, head, i, H, N, C, False))
         _put(found, _factor(z, LOW), slot, t, i, C, N)
+        until = _decay(log_decay, token, valid, head, i, H, N, C, True)
+        grown = _grown(until)
+        b = kappa * _load(rate, token, valid, head, i, H, N).to(tl.float32) * grown
         _put(given, _factor(b, LOW), slot, t, i, C, N)
+        pairs = _dot(z, tl.trans(b), pairs, HIGH)
         receptance = _load(r, token, valid, head, i, H, N).to(tl.float32) * tl.exp(until)
         _put(read, _factor(receptance, LOW), slot, t, i, C, N)
-        key = _load(k, token, valid, head, i, H, N).to(tl.float32) * _grown(until)
+        key = _load(k, token, valid, head, i, H, N).to(tl.float32) * grown
         _put(keys, _factor(key, LOW), slot, t, i, C, N)
         tl.store(ends + slot * N + i, _last(until, C), mask=i < N)
-        pairs = _dot(z, tl.trans(b), pairs, HIGH)
     inverse = _inverse(tl.where(t[:, None] > t[None, :], pairs, 0.0), C, MERGES, HIGH)
-    _put(inverses, _factor(inverse, LOW), slot, t, t, C, C)
-    for tile in range(TILES):
-        i = tile * BN + tl.arange(0, BN)
-        z, b, until = _transition(log_decay, removal, rate, token, valid, head, i, H, N, C)
-        of_state = _dot(inverse, z, tl.zeros([C, BN], tl.float32), HIGH)
-        _put(corrected, _factor(of_state, LOW), slot, t, i, C, N)
-        for other in range(TILES):
-            j = other * BN + tl.arange(0, BN)
-            if TILES > 1:
-                z, b, until = _transition(log_decay, removal, rate, token, valid, head, j, H, N, C)
-            last_b = b * tl.exp(_last(until, C))[None, :]
-            move = _dot(tl.trans(last_b), of_state, tl.zeros([BN, BN], tl.float32), HIGH)
-            rounded = move.to(moves.dtype.element_ty)
-            _put(moves, rounded, slot, j, i, N, N)
-            if SPLIT:
-                _put(rests, move - rounded.to(tl.float32), slot, j, i, N, N)
+    rounded = _factor(inverse, LOW)
+    _put(inverses, rounded, slot, t, t, C, C)
+    if LOW == "bf16":
+        _put(finer, inverse - rounded.to(tl.float32), slot, t, t, C, C)
+
+
+@triton.jit(do_not_specialize=["T", "H", "chunks"])
+def _transition_kernel(
+    log_decay, removal, rate, mask, ends, inverses, finer, corrected, moves, rests, T, H, chunks,
+    N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, SPLIT: tl.constexpr,
+    MASKED: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    """Of one tile of key channels W (``corrected``) and P without its diagonal (``moves``, with ``rests`` what its
+    rounding left)."""
+    head, tile, slot, token, _exists, valid = _place(mask, T, H, chunks, TILES, C, MASKED)
+    t = tl.arange(0, C)
+    i = tile * BN + tl.arange(0, BN)
+    inverse = _get(inverses, slot, t, t, C, C)
+    if LOW == "bf16":
+        inverse = inverse.to(tl.float32) + _get(finer, slot, t, t, C, C).to(tl.float32)
+    z = -_load(removal, token, valid, head, i, H, N).to(tl.float32)
+    z *= tl.exp(_decay(log_decay, token, valid, head, i, H, N, C, False))
+    of_state = _dot(inverse, z, tl.zeros([C, BN], tl.float32), HIGH)
+    _put(corrected, _factor(of_state, LOW), slot, t, i, C, N)
+    for other in range(TILES):
+        j = other * BN + tl.arange(0, BN)
+        left = _grown(_decay(log_decay, token, valid, head, j, H, N, C, True))
+        left *= tl.exp(tl.load(ends + slot * N + j, mask=j < N, other=0.0))[None, :]
+        left *= _load(removal, token, valid, head, j, H, N).to(tl.float32)
+        left *= _load(rate, token, valid, head, j, H, N).to(tl.float32)
+        move = _dot(tl.trans(left), of_state, tl.zeros([BN, BN], tl.float32), HIGH)
+        rounded = move.to(moves.dtype.element_ty)
+        _put(moves, rounded, slot, j, i, N, N)
+        if SPLIT:
+            _put(rests, move - rounded.to(tl.float32), slot, j, i, N, N)
 
 
 @triton.jit(do_not_specialize=["T", "H", "chunks"])
@@ -689,8 +702,12 @@ class _Launcher:
         moves = self.matrices(self.N, self.N, torch.bfloat16 if self.split else torch.float32)
         rests = torch.empty_like(moves) if self.split else None
         corrected = self.factor()
+        finer = torch.empty_like(squares[0]) if self.low == "bf16" else None
         _solve_kernel[self.grid(1)](
-            r, k, *gates, self.mask, *factors, corrected, moves, rests, *self.sizes, MERGES=MERGES,
+            r, k, *gates, self.mask, *factors, finer, *self.sizes, MERGES=MERGES, HIGH=self.high, **self.fixed
+        )
+        _transition_kernel[self.grid(self.tiles)](
+            *gates, self.mask, factors.ends, factors.inverses, finer, corrected, moves, rests, *self.sizes,
             SPLIT=self.split, HIGH=self.high, **self.fixed,
         )  # fmt: skip
         prepared = _Prepared(moves, rests, self.factor(), self.matrices(self.N, self.N))
