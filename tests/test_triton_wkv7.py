@@ -45,18 +45,19 @@ SMALL = [
     Case((1, 20, 1, 72), "drawn", torch.float16, masked=True),
 ]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# few combinations of head size, dtypes and mask: the first call of each compiles for 10 to 40 seconds
 LARGE = [
-    *(Case((2, 517, 2, n), dtype=BF16, masked=masked) for n in (16, 32, 64, 128) for masked in (False, True)),
-    *(Case((1, 200, 2, n), dtype=BF16, masked=True) for n in (8, 20, 40, 96)),
     *(Case((1, tokens, 3, 64), dtype=BF16) for tokens in (1, 2, 63, 64, 65, 2048)),
     *(Case((2, 400, 2, 64), edge, BF16) for edge in ("projections", "repeated", "kept", "strongest")),
-    Case((2, 400, 2, 64), "drawn", BF16, narrow=True),
+    *(Case((2, 517, 2, 64), edge, BF16, masked=True) for edge in ("drawn", "repeated", "strongest")),
+    Case((2, 200, 2, 20), dtype=BF16, masked=True),
+    Case((2, 200, 2, 96), dtype=BF16, masked=True),
+    Case((2, 517, 2, 128), dtype=BF16, narrow=True),
     *(Case((2, 400, 2, 64), edge, FP16) for edge in ("drawn", "projections", "repeated", "strongest")),
     *(
-        Case((2, 400, 2, 64), edge, FP32)
+        Case((2, 400, 2, 64), edge, FP32, masked=True)
         for edge in ("drawn", "projections", "repeated", "kept", "strongest")
     ),
-    *(Case((2, 200, 2, n), dtype=FP32, masked=True) for n in (16, 64, 128)),
 ]
 
 
@@ -148,7 +149,7 @@ def poisoned_memory() -> Iterator[None]:
 @pytest.mark.gpu
 @pytest.mark.skipif(NO_TRITON or not torch.cuda.is_available(), reason="no CUDA device")
 class TestOnDevice:
-    @pytest.mark.parametrize("case", [*SMALL, *LARGE], ids=str)
+    @pytest.mark.parametrize("case", LARGE, ids=str)
     def test_matches_naive(self, case: Case, poisoned_memory: None) -> None:
         compare(case, "cuda")
 

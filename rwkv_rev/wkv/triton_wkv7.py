@@ -10,24 +10,25 @@ c = the sum of log w in the chunk, everything that does not depend on the state 
     P = diag(e^{c_n}) + b'^T W,          U = (k' + X^T b')^T v,
     Q = R + tril(R B^T) W,               y_0 = (tril(R K^T) + tril(R B^T) X) v;
 
-1. one launch makes P, U, Q, A and y_0 of every chunk;
+1. four launches make R, K; Z, B, A; W, P; U, Q and what stands before v in y_0, of every chunk;
 2. a scan over chunks, S <- P S + U, keeps the state before each; values are independent of each other in it, so that
    it has B H N / 16 programs, each a chain of one small product a chunk;
 3. one makes y = y_0 + Q S.
 
-Backwards: Q^T dy, the same scan reversed with P^T, then one launch for all gradients of a chunk from the states before
-and the gradients after it: with u = A (Z S + tril(Z K^T, -1) v), what is removed, and f = A^T (b' dS + tril(R B^T)^T
-dy), every gradient is a product of two of r, v, u, f, dy, S, dS.
+Backwards: Q^T dy, the same scan reversed with P^T, then three launches for the gradients of a chunk from the states
+before and the gradients after it: with u = A (Z S + tril(Z K^T, -1) v), what is removed, and f = A^T (b' dS +
+tril(R B^T)^T dy), every gradient is a product of two of r, v, u, f, dy, S, dS. They are that many because one that
+holds all of it spills registers, and memory is the cheaper: a factor written and read again takes 0.1 ms of the below.
 
 A is found by forward substitution in blocks of 16 tokens and by merging neighbours; powers of Z B^T would lose all
 digits where one key comes again and again. e^{-c} stays below e^{0.607 n}, 7e16 for 64 tokens. diag(e^{c_n}) is kept
 apart and multiplied in float32: masked tokens change no bit of the state, and a = 1, w = 1 is nothing special.
 
-Estimate for an H100, bfloat16, (B, T, H, N) = (8, 4096, 32, 64), 16384 chunks of 64: forwards 18 products of 64^3,
-seven of them in three parts, and 3.6 GB; backwards 33 and 4.0 GB; that is 0.6 Tflop and 3 ms of memory traffic. A walk
-over chunks of 16 with the state in registers would move half of that, but for T = 32768 it has 2048 dependent steps of
-five products each in only H N / 16 = 128 programs; P makes it 512 steps of one product. Kept for the backward pass: P,
-Q, A and S, 12 bytes for each number of r.
+Estimate for an H100, bfloat16, (B, T, H, N) = (8, 4096, 32, 64), 16384 chunks of 64: 0.134 GB for each bfloat16
+factor, 5.9 GB forwards and 8.2 GB backwards, 4.7 ms of memory traffic; 0.7 Tflop in products, 1 ms. A walk over chunks
+of 16 with the state in registers would move half of that, but for T = 32768 it has 2048 dependent steps of five
+products each in only H N / 16 = 128 programs; P makes it 512 steps of one product. Kept for the backward pass: R, Z, B,
+K, P, Q, A and S, 20 bytes for each number of r.
 
 All sums are float32. bfloat16 inputs: A, W, P and the scan in bfloat16 parts of their factors (relative error 2^-17),
 all else with factors rounded to bfloat16 (errors of 3e-3, of the order of what rounding the results to that dtype
@@ -60,6 +61,14 @@ MERGES = 2
 CHUNK = 16 << MERGES  # fewer tokens, and products are too small for the tensor cores' best instructions
 # of channels, padded in smaller heads. Triton 3.6 compiles products with sides of 16 or 32 wrongly for Hopper.
 TILE, WARPS = 64, 4
+# of a thread at most, for factors that are rounded once: 168 let three programs share a multiprocessor, 128 four
+SOLVE_REGISTERS: int | None = 168
+TRANSITION_REGISTERS: int | None = 168
+PREPARE_REGISTERS: int | None = 128
+VALUE_REGISTERS: int | None = 168
+READER_REGISTERS: int | None = 168
+WRITER_REGISTERS: int | None = None
+FUSED = False  # the gradients of readers and writers in one launch
 SCAN_TILE, SCAN_WARPS, SCAN_STAGES = 16, 1, 3
 MAX_HEAD_SIZE = 128
 _BLOCK = tl.constexpr(16)  # tokens within which the triangular system is solved row by row
@@ -261,38 +270,44 @@ def _inverse(a, C: tl.constexpr, MERGES: tl.constexpr, PRECISION: tl.constexpr):
     return inverse
 
 
-@triton.jit
-def _last(until, C: tl.constexpr):
-    """c_n."""
-    return tl.sum(tl.where(tl.arange(0, C)[:, None] == C - 1, until, 0.0), 0)
+@triton.jit(do_not_specialize=["T", "H", "chunks"])
+def _scale_kernel(
+    r, k, log_decay, mask, read, keys, ends, T, H, chunks,
+    N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, MASKED: tl.constexpr,
+    LOW: tl.constexpr,
+):  # fmt: skip
+    """R (``read``), K (``keys``) and c_n (``ends``) of one tile of key channels."""
+    head, tile, slot, token, _exists, valid = _place(mask, T, H, chunks, TILES, C, MASKED)
+    t = tl.arange(0, C)
+    i = tile * BN + tl.arange(0, BN)
+    until = _decay(log_decay, token, valid, head, i, H, N, C, True)
+    receptance = _load(r, token, valid, head, i, H, N).to(tl.float32) * tl.exp(until)
+    _put(read, _factor(receptance, LOW), slot, t, i, C, N)
+    key = _load(k, token, valid, head, i, H, N).to(tl.float32) * _grown(until)
+    _put(keys, _factor(key, LOW), slot, t, i, C, N)
+    end = tl.sum(tl.where(t[:, None] == C - 1, until, 0.0), 0)
+    tl.store(ends + slot * N + i, end, mask=i < N)
 
 
 @triton.jit(do_not_specialize=["T", "H", "chunks"])
 def _solve_kernel(
-    r, k, log_decay, removal, rate, mask, read, found, given, keys, ends, inverses, finer, T, H, chunks,
+    log_decay, removal, rate, mask, found, given, inverses, finer, T, H, chunks,
     N: tl.constexpr, C: tl.constexpr, MERGES: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
     MASKED: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """Of each chunk R (``read``), Z (``found``), B (``given``), K (``keys``), c_n (``ends``) and A (``inverses``, with
-    ``finer`` what its rounding left)."""
+    """Of each chunk Z (``found``), B (``given``) and A (``inverses``, with ``finer`` what its rounding left)."""
     head, _tile, slot, token, _exists, valid = _place(mask, T, H, chunks, 1, C, MASKED)
     t = tl.arange(0, C)
     pairs = tl.zeros([C, C], tl.float32)
     for tile in range(TILES):
         i = tile * BN + tl.arange(0, BN)
         kappa = _load(removal, token, valid, head, i, H, N).to(tl.float32)
+        b = kappa * _load(rate, token, valid, head, i, H, N).to(tl.float32)
+        b *= _grown(_decay(log_decay, token, valid, head, i, H, N, C, True))
+        _put(given, _factor(b, LOW), slot, t, i, C, N)
         z = -kappa * tl.exp(_decay(log_decay, token, valid, head, i, H, N, C, False))
         _put(found, _factor(z, LOW), slot, t, i, C, N)
-        until = _decay(log_decay, token, valid, head, i, H, N, C, True)
-        grown = _grown(until)
-        b = kappa * _load(rate, token, valid, head, i, H, N).to(tl.float32) * grown
-        _put(given, _factor(b, LOW), slot, t, i, C, N)
         pairs = _dot(z, tl.trans(b), pairs, HIGH)
-        receptance = _load(r, token, valid, head, i, H, N).to(tl.float32) * tl.exp(until)
-        _put(read, _factor(receptance, LOW), slot, t, i, C, N)
-        key = _load(k, token, valid, head, i, H, N).to(tl.float32) * grown
-        _put(keys, _factor(key, LOW), slot, t, i, C, N)
-        tl.store(ends + slot * N + i, _last(until, C), mask=i < N)
     inverse = _inverse(tl.where(t[:, None] > t[None, :], pairs, 0.0), C, MERGES, HIGH)
     rounded = _factor(inverse, LOW)
     _put(inverses, rounded, slot, t, t, C, C)
@@ -467,12 +482,13 @@ def _through_end(
 
 @triton.jit(do_not_specialize=["T", "H", "chunks"])
 def _value_gradient_kernel(
-    v, mask, read, found, given, keys, ends, inverses, states, d_states, arrived, removed, fed, d_v,
+    v, mask, read, found, given, keys, ends, inverses, states, d_states, arrived, removed, fed, parts, d_v,
     T, H, chunks, N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
     MASKED: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """u (``removed``), f (``fed``) and d_v of one tile of value channels. Everything is read again where it is needed:
-    what is held in registers meanwhile costs more."""
+    """u (``removed``), f (``fed``), d_v and the sum of S dS (``parts``; with e^{c_n}, what c_n receives through the
+    diagonal of P) of one tile of value channels. Everything is read again where it is needed: what is held in
+    registers meanwhile costs more."""
     head, tile, slot, token, exists, valid = _place(mask, T, H, chunks, TILES, C, MASKED)
     t = tl.arange(0, C)
     c = tile * BN + tl.arange(0, BN)
@@ -493,6 +509,13 @@ def _value_gradient_kernel(
     u = _factor(_through(found, states, u, slot, c, C, N, BN, TILES, LOW), LOW)
     u = _dot(_get(inverses, slot, t, t, C, C), u, nothing, LOW)
     _put(removed, _factor(u, LOW), slot, t, c, C, N)
+    for key_tile in range(TILES):
+        i = key_tile * BN + tl.arange(0, BN)
+        part = tl.zeros([BN], tl.float32)
+        for quarter in range(4):
+            few = tile * BN + quarter * (BN // 4) + tl.arange(0, BN // 4)
+            part += tl.sum(_get(states, slot, few, i, N, N) * _get(d_states, slot, few, i, N, N), 0)
+        tl.store(parts + (slot * TILES + tile) * N + i, part, mask=i < N)
 
 
 @triton.jit
@@ -522,22 +545,32 @@ def _of_readers(
 
 @triton.jit
 def _leaving(x, slot, token, valid, head, t, c, H, MATRIX: tl.constexpr, C: tl.constexpr, N: tl.constexpr):
-    if MATRIX:
-        value = _get(x, slot, t, c, C, N)
-    else:
-        value = _load(x, token, valid, head, c, H, N)
-    return value
+    """v from among the tokens, or u, a matrix."""
+    return _get(x, slot, t, c, C, N) if MATRIX else _load(x, token, valid, head, c, H, N)
+
+
+@triton.jit
+def _after(
+    x, d_states, slot, token, valid, head, i, H, MATRIX: tl.constexpr, C: tl.constexpr, N: tl.constexpr,
+    BN: tl.constexpr, TILES: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    """x dS^T: with diag(e^{c_n}), what K (x = v) or B (x = u) receives from after the chunk."""
+    t = tl.arange(0, C)
+    total = tl.zeros([C, BN], tl.float32)
+    for tile in range(TILES):
+        c = tile * BN + tl.arange(0, BN)
+        leaving = _leaving(x, slot, token, valid, head, t, c, H, MATRIX, C, N)
+        total = _dot(leaving, _factor(_get(d_states, slot, c, i, N, N), LOW), total, LOW)
+    return total
 
 
 @triton.jit
 def _of_writers(
-    x, arrived, fed, d_states, read, found, slot, token, valid, head, i, H, MATRIX: tl.constexpr, C: tl.constexpr,
+    x, arrived, fed, read, found, total, slot, token, valid, head, i, H, MATRIX: tl.constexpr, C: tl.constexpr,
     N: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """triu(x d_y^T) R + triu(x f^T, 1) Z and x dS^T: with diag(e^{c_n}) before the latter, their sum is the gradient of
-    K from x = v, of B from x = u."""
+    """total + triu(x d_y^T) R + triu(x f^T, 1) Z: what K or B receives within the chunk."""
     t = tl.arange(0, C)
-    total = tl.zeros([C, BN], tl.float32)
     pairs = tl.zeros([C, C], tl.float32)
     for tile in range(TILES):
         c = tile * BN + tl.arange(0, BN)
@@ -549,23 +582,7 @@ def _of_writers(
         c = tile * BN + tl.arange(0, BN)
         leaving = _leaving(x, slot, token, valid, head, t, c, H, MATRIX, C, N)
         pairs = _dot(leaving, tl.trans(_get(fed, slot, t, c, C, N)), pairs, LOW)
-    total = _dot(_upper(pairs, C, False, LOW), _get(found, slot, t, i, C, N), total, LOW)
-    last = tl.zeros([C, BN], tl.float32)
-    for tile in range(TILES):
-        c = tile * BN + tl.arange(0, BN)
-        leaving = _leaving(x, slot, token, valid, head, t, c, H, MATRIX, C, N)
-        last = _dot(leaving, _factor(_get(d_states, slot, c, i, N, N), LOW), last, LOW)
-    return total, last
-
-
-@triton.jit
-def _carried(states, d_states, slot, i, N: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr):
-    """The sum of S dS over values: with e^{c_n}, the gradient of c_n through the diagonal of P."""
-    total = tl.zeros([BN], tl.float32)
-    for tile in range(4 * TILES):
-        c = tile * (BN // 4) + tl.arange(0, BN // 4)
-        total += tl.sum(_get(states, slot, c, i, N, N) * _get(d_states, slot, c, i, N, N), 0)
-    return total
+    return _dot(_upper(pairs, C, False, LOW), _get(found, slot, t, i, C, N), total, LOW)
 
 
 @triton.jit(do_not_specialize=["T", "H", "chunks"])
@@ -597,7 +614,7 @@ def _reader_gradient_kernel(
 
 @triton.jit(do_not_specialize=["T", "H", "chunks"])
 def _writer_gradient_kernel(
-    v, log_decay, removal, rate, mask, read, found, given, keys, ends, states, d_states, arrived, removed, fed,
+    v, log_decay, removal, rate, mask, read, found, given, keys, ends, d_states, arrived, removed, fed, parts,
     d_found, steps, d_k, d_log_decay, d_removal, d_rate, T, H, chunks,
     N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, MASKED: tl.constexpr,
     LOW: tl.constexpr,
@@ -611,26 +628,44 @@ def _writer_gradient_kernel(
     t = tl.arange(0, C)
     i = tile * BN + tl.arange(0, BN)
     end = tl.exp(tl.load(ends + slot * N + i, mask=i < N, other=0.0))
-    carried = end * _carried(states, d_states, slot, i, N, BN, TILES)
-    gradient, last = _of_writers(
-        v, arrived, fed, d_states, read, found, slot, token, valid, head, i, H, False, C, N, BN, TILES, LOW
+    carried = tl.zeros([BN], tl.float32)
+    for value_tile in range(TILES):
+        carried += tl.load(parts + (slot * TILES + value_tile) * N + i, mask=i < N, other=0.0)
+    carried *= end
+    gradient = _after(v, d_states, slot, token, valid, head, i, H, False, C, N, BN, TILES, LOW) * end[None, :]
+    carried += tl.sum(_get(keys, slot, t, i, C, N).to(tl.float32) * gradient, 0)
+    gradient = _of_writers(
+        v, arrived, fed, read, found, gradient, slot, token, valid, head, i, H, False, C, N, BN, TILES, LOW
     )
-    last *= end[None, :]
-    factor = _get(keys, slot, t, i, C, N).to(tl.float32)
-    carried += tl.sum(factor * last, 0)
-    gradient += last
-    step = factor * gradient
+    step = _get(keys, slot, t, i, C, N).to(tl.float32) * gradient
     until = _decay(log_decay, token, valid, head, i, H, N, C, True)
     _store(d_k, gradient * _grown(until), token, exists, head, i, H, N)
 
-    gradient, last = _of_writers(
-        removed, arrived, fed, d_states, read, found, slot, token, valid, head, i, H, True, C, N, BN, TILES, LOW
+    gradient = (
+        _after(removed, d_states, slot, token, valid, head, i, H, True, C, N, BN, TILES, LOW) * end[None, :]
     )
-    last *= end[None, :]
-    factor = _get(given, slot, t, i, C, N).to(tl.float32)
-    carried += tl.sum(factor * last, 0)
-    gradient += last
-    step += factor * gradient
+    carried += tl.sum(_get(given, slot, t, i, C, N).to(tl.float32) * gradient, 0)
+    gradient = _of_writers(
+        removed,
+        arrived,
+        fed,
+        read,
+        found,
+        gradient,
+        slot,
+        token,
+        valid,
+        head,
+        i,
+        H,
+        True,
+        C,
+        N,
+        BN,
+        TILES,
+        LOW,
+    )
+    step += _get(given, slot, t, i, C, N).to(tl.float32) * gradient
     until = _decay(log_decay, token, valid, head, i, H, N, C, True)
     gradient *= _grown(until)
     kappa = _load(removal, token, valid, head, i, H, N).to(tl.float32)
@@ -640,6 +675,82 @@ def _writer_gradient_kernel(
     _store(d_removal, gradient, token, exists, head, i, H, N)
 
     step = _get(steps, slot, t, i, C, N) - _sums(t[:, None] <= t[None, :], step)
+    step = tl.where(valid[:, None], step + carried[None, :], 0.0)
+    _store(d_log_decay, step, token, exists, head, i, H, N)
+
+
+@triton.jit(do_not_specialize=["T", "H", "chunks"])
+def _key_gradient_kernel(
+    v, log_decay, removal, rate, mask, read, found, given, keys, ends, states, d_states, arrived, removed, fed, parts,
+    d_r, d_k, d_log_decay, d_removal, d_rate, T, H, chunks,
+    N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, MASKED: tl.constexpr,
+    LOW: tl.constexpr,
+):  # fmt: skip
+    """The two above in one."""
+    head, tile, slot, token, exists, valid = _place(mask, T, H, chunks, TILES, C, MASKED)
+    t = tl.arange(0, C)
+    i = tile * BN + tl.arange(0, BN)
+    end = tl.exp(tl.load(ends + slot * N + i, mask=i < N, other=0.0))
+    carried = tl.zeros([BN], tl.float32)
+    for value_tile in range(TILES):
+        carried += tl.load(parts + (slot * TILES + value_tile) * N + i, mask=i < N, other=0.0)
+    carried *= end
+
+    gradient = _after(v, d_states, slot, token, valid, head, i, H, False, C, N, BN, TILES, LOW) * end[None, :]
+    carried += tl.sum(_get(keys, slot, t, i, C, N).to(tl.float32) * gradient, 0)
+    gradient = _of_writers(
+        v, arrived, fed, read, found, gradient, slot, token, valid, head, i, H, False, C, N, BN, TILES, LOW
+    )
+    step = -_get(keys, slot, t, i, C, N).to(tl.float32) * gradient
+    until = _decay(log_decay, token, valid, head, i, H, N, C, True)
+    _store(d_k, gradient * _grown(until), token, exists, head, i, H, N)
+
+    gradient = _of_readers(
+        arrived, v, removed, states, given, keys, slot, token, valid, head, i, H, True, C, N, BN, TILES, LOW
+    )
+    step += _get(read, slot, t, i, C, N).to(tl.float32) * gradient
+    until = _decay(log_decay, token, valid, head, i, H, N, C, True)
+    _store(d_r, gradient * tl.exp(until), token, exists, head, i, H, N)
+
+    gradient = (
+        _after(removed, d_states, slot, token, valid, head, i, H, True, C, N, BN, TILES, LOW) * end[None, :]
+    )
+    carried += tl.sum(_get(given, slot, t, i, C, N).to(tl.float32) * gradient, 0)
+    gradient = _of_writers(
+        removed,
+        arrived,
+        fed,
+        read,
+        found,
+        gradient,
+        slot,
+        token,
+        valid,
+        head,
+        i,
+        H,
+        True,
+        C,
+        N,
+        BN,
+        TILES,
+        LOW,
+    )
+    step -= _get(given, slot, t, i, C, N).to(tl.float32) * gradient
+    until = _decay(log_decay, token, valid, head, i, H, N, C, True)
+    gradient *= _grown(until)
+    kappa = _load(removal, token, valid, head, i, H, N).to(tl.float32)
+    _store(d_rate, gradient * kappa, token, exists, head, i, H, N)
+    through_b = _factor(gradient * _load(rate, token, valid, head, i, H, N).to(tl.float32), LOW)
+
+    gradient = _of_readers(
+        fed, v, removed, states, given, keys, slot, token, valid, head, i, H, False, C, N, BN, TILES, LOW
+    )
+    own = _get(found, slot, t, i, C, N).to(tl.float32) * gradient
+    before = _decay(log_decay, token, valid, head, i, H, N, C, False)
+    through_z = gradient * tl.exp(before)
+    _store(d_removal, through_b.to(tl.float32) - through_z, token, exists, head, i, H, N)
+    step = _sums(t[:, None] <= t[None, :], step + own) - own
     step = tl.where(valid[:, None], step + carried[None, :], 0.0)
     _store(d_log_decay, step, token, exists, head, i, H, N)
 
@@ -691,6 +802,10 @@ class _Launcher:
     def factor(self) -> Tensor:
         return self.matrices(CHUNK, self.N, self.rounded)
 
+    def options(self, registers: int | None) -> dict[str, Any]:
+        """Factors in parts take all registers that there are."""
+        return self.fixed | ({"maxnreg": registers} if registers and self.low == "bf16" else {})
+
     def grid(self, tiles: int) -> tuple[int]:
         return (self.B * self.chunks * self.H * tiles,)
 
@@ -703,21 +818,27 @@ class _Launcher:
         rests = torch.empty_like(moves) if self.split else None
         corrected = self.factor()
         finer = torch.empty_like(squares[0]) if self.low == "bf16" else None
-        _solve_kernel[self.grid(1)](
-            r, k, *gates, self.mask, *factors, finer, *self.sizes, MERGES=MERGES, HIGH=self.high, **self.fixed
+        _scale_kernel[self.grid(self.tiles)](
+            r, k, gates[0], self.mask, factors.read, factors.keys, ends, *self.sizes, **self.fixed
         )
+        _solve_kernel[self.grid(1)](
+            *gates, self.mask, factors.found, factors.given, factors.inverses, finer, *self.sizes, MERGES=MERGES,
+            HIGH=self.high, **self.options(SOLVE_REGISTERS),
+        )  # fmt: skip
         _transition_kernel[self.grid(self.tiles)](
             *gates, self.mask, factors.ends, factors.inverses, finer, corrected, moves, rests, *self.sizes,
-            SPLIT=self.split, HIGH=self.high, **self.fixed,
+            SPLIT=self.split, HIGH=self.high, **self.options(TRANSITION_REGISTERS),
         )  # fmt: skip
         prepared = _Prepared(moves, rests, self.factor(), self.matrices(self.N, self.N))
         _prepare_kernel[self.grid(1)](
             v, self.mask, *factors, corrected, prepared.readers, squares[1], prepared.states, *self.sizes,
-            **self.fixed,
+            **self.options(PREPARE_REGISTERS),
         )  # fmt: skip
         return factors, prepared, squares[1]
 
-    def scan(self, ends: Tensor, prepared: _Prepared, products: Tensor, outside: Tensor, *, reverse: bool) -> Tensor:
+    def scan(
+        self, ends: Tensor, prepared: _Prepared, products: Tensor, outside: Tensor, *, reverse: bool
+    ) -> Tensor:
         """What comes out at the other end; ``products`` become the states on the way."""
         total = torch.empty_like(outside)
         tiles = triton.cdiv(self.N, SCAN_TILE)
@@ -750,18 +871,26 @@ class _Launcher:
         """Of r, k, v, log_decay, removal and rate, in their dtypes."""
         d_r, d_k, d_v, *d_gates = (torch.empty_like(x) for x in tokens)
         removed, fed = self.factor(), self.factor()
-        d_found, steps = self.factor(), self.matrices(CHUNK, self.N)
+        parts = self.empty(self.B, self.chunks, self.H, self.tiles, self.N)
         v, log_decay = tokens[2:4]
         _value_gradient_kernel[self.grid(self.tiles)](
-            v, self.mask, *factors, states, d_states, arrived, removed, fed, d_v, *self.sizes, **self.fixed
-        )
+            v, self.mask, *factors, states, d_states, arrived, removed, fed, parts, d_v, *self.sizes,
+            **self.options(VALUE_REGISTERS),
+        )  # fmt: skip
+        if FUSED:
+            _key_gradient_kernel[self.grid(self.tiles)](
+                *tokens[2:], self.mask, *factors[:5], states, d_states, arrived, removed, fed, parts, d_r, d_k,
+                *d_gates, *self.sizes, **self.options(None),
+            )  # fmt: skip
+            return [d_r, d_k, d_v, *d_gates]
+        d_found, steps = self.factor(), self.matrices(CHUNK, self.N)
         _reader_gradient_kernel[self.grid(self.tiles)](
             v, log_decay, self.mask, *factors[:4], states, arrived, removed, fed, d_r, d_found, steps,
-            *self.sizes, **self.fixed,
+            *self.sizes, **self.options(READER_REGISTERS),
         )  # fmt: skip
         _writer_gradient_kernel[self.grid(self.tiles)](
-            *tokens[2:], self.mask, *factors[:5], states, d_states, arrived, removed, fed, d_found, steps,
-            d_k, *d_gates, *self.sizes, **self.fixed,
+            *tokens[2:], self.mask, *factors[:5], d_states, arrived, removed, fed, parts, d_found,
+            steps, d_k, *d_gates, *self.sizes, **self.options(WRITER_REGISTERS),
         )  # fmt: skip
         return [d_r, d_k, d_v, *d_gates]
 
