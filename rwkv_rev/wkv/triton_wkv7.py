@@ -813,7 +813,8 @@ class _Launcher:
         """``states`` are U^T yet; last what stands before v in y_0."""
         squares = [self.matrices(CHUNK, CHUNK, self.rounded) for _ in range(2)]
         ends = self.empty(self.B, self.chunks, self.H, self.N)
-        factors = _Factors(*(self.factor() for _ in range(4)), ends, squares[0])
+        read, found, given, keys = (self.factor() for _ in range(4))
+        factors = _Factors(read, found, given, keys, ends, squares[0])
         moves = self.matrices(self.N, self.N, torch.bfloat16 if self.split else torch.float32)
         rests = torch.empty_like(moves) if self.split else None
         corrected = self.factor()
