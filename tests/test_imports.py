@@ -15,6 +15,7 @@ LONGER = {
     "rwkv_rev/wkv/triton_wkv4.py": "GPU kernels, which are read side by side",
     "rwkv_rev/wkv/triton_wkv5.py": "GPU kernels, which are read side by side",
     "rwkv_rev/wkv/triton_wkv6.py": "GPU kernels, which are read side by side",
+    "rwkv_rev/wkv/triton_wkv7.py": "GPU kernels, which are read side by side",
 }
 
 

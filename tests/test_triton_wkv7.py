@@ -190,7 +190,7 @@ def interpret() -> None:
     import triton.language as tl
     import triton.runtime.interpreter as interpreter
 
-    from rwkv_rev.wkv import triton_wkv7
+    from rwkv_rev.wkv import triton_wkv7, triton_wkv7_gradients, triton_wkv7_parts
 
     original = interpreter._patch_lang_tensor
 
@@ -218,7 +218,10 @@ def interpret() -> None:
         return rounded(x) if PRECISION == "rounded" else x
 
     interpreter._patch_lang_tensor = patched
-    triton_wkv7._dot, triton_wkv7._factor = dot, factor
+    for module in (triton_wkv7, triton_wkv7_gradients, triton_wkv7_parts):
+        for name, instead in (("_dot", dot), ("_factor", factor)):
+            if hasattr(module, name):
+                setattr(module, name, instead)
     triton_wkv7.PRECISIONS = dict.fromkeys(triton_wkv7.PRECISIONS, ("ieee", "ieee"))
     triton_wkv7.PRECISIONS[torch.bfloat16] = ("ieee", "rounded")
     torch.set_num_threads(1)
