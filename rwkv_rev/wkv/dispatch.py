@@ -24,6 +24,7 @@ from torch import Tensor
 
 from rwkv_rev.errors import RwkvRevError
 from rwkv_rev.first_order import refuse_transforms
+from rwkv_rev.wkv import trial
 from rwkv_rev.wkv.chunked_wkv5 import Work as Wkv5Work
 from rwkv_rev.wkv.chunked_wkv5 import wkv5_plan as chunked_plan
 from rwkv_rev.wkv.without_autocast import without_autocast
@@ -285,6 +286,13 @@ def _run(function: str, kernel: str | None, *arguments: Tensor | None, chunked: 
     else:
         module = f"chunked_{function[:4]}"
     implementation: Callable[..., Any] = getattr(importlib.import_module(f"rwkv_rev.wkv.{module}"), function)
+    if module.startswith("triton") and function in trial.FUNCTIONS:
+        wrong = trial.wrong(function, implementation, arguments)
+        if wrong:
+            raise KernelError(
+                f"the Triton kernel of {function} does not compute what it should on this machine ({wrong}): set "
+                f"{KERNEL_VARIABLE}=chunked, and please report it with the versions of torch, triton and the driver"
+            )
     further = chunked if module.startswith("chunked") else ()
     # entering the context costs more than a small operation
     if not torch.is_autocast_enabled(key.device.type):
