@@ -140,10 +140,10 @@ def test_conversion_rows(tmp_path: Path) -> None:
 
 
 def test_kernel_rows() -> None:
-    heads = [(function, (1, 40, 2, 8), torch.float32) for function in ("wkv5", "wkv6")]
+    heads = [(function, (1, 40, 2, 8), torch.float32) for function in ("wkv5", "wkv6", "wkv7")]
     rows = kernel_rows(CPU, shapes=[*heads, ("wkv4", (2, 40, 16), torch.float32)])
-    assert [row["kernel"] for row in rows] == ["chunked"] * 9
-    assert all(row["forward_backward_ms"] > 0 for row in rows[:3])
+    assert [row["kernel"] for row in rows] == ["chunked"] * 12
+    assert all(row["forward_backward_ms"] > 0 for row in rows[:4])
     assert all(
         float(error) < 1e-4
         for row in rows

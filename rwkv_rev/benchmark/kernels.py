@@ -3,9 +3,10 @@
 For each shape: the first call (compilation included), then medians of forward and of forward + backward (on a CUDA
 device of queued calls, by CUDA events), the least memory traffic any implementation has (every input read, every
 output written, once per direction), and the relative RMS errors of results and gradients against the naive float64
-recurrence, on the keys, values and decays of the first layer of the bundled checkpoints; for RWKV-6 on drawn ones.
+recurrence, on the keys, values and decays of the first layer of the bundled checkpoints; for RWKV-6, 7 on drawn ones.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +28,8 @@ SHAPES: list[tuple[str, tuple[int, ...], torch.dtype]] = [
     ("wkv6", (8, 4096, 32, 64), torch.bfloat16),
     ("wkv6", (1, 32768, 32, 64), torch.bfloat16),
     ("wkv6", (8, 4096, 32, 64), torch.float32),
+    ("wkv7", (8, 4096, 32, 64), torch.bfloat16),
+    ("wkv7", (1, 32768, 32, 64), torch.bfloat16),
     ("wkv4", (8, 4096, 2048), torch.float32),
     ("wkv4", (1, 32768, 2048), torch.float32),
     ("wkv4", (1, 4096, 2048), torch.float32),
@@ -34,6 +37,7 @@ SHAPES: list[tuple[str, tuple[int, ...], torch.dtype]] = [
 CPU_SHAPES: list[tuple[str, tuple[int, ...], torch.dtype]] = [
     ("wkv5", (1, 4096, 8, 64), torch.float32),
     ("wkv6", (1, 4096, 8, 64), torch.float32),
+    ("wkv7", (1, 4096, 8, 64), torch.float32),
     ("wkv4", (1, 4096, 512), torch.float32),
 ]
 REPEATS = 20
@@ -79,9 +83,11 @@ def inputs(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Random arguments with decays as in the official initialisation, and the gradients arriving at the results.
 
-    Those of RWKV-6 are drawn around it, for each token.
+    Those of RWKV-6 are drawn around it for each token; of RWKV-7 as they may be, rates of every strength too.
     """
     batch, _, *width = shape
+    if function == "wkv7":
+        return _drawn_wkv7(shape, dtype, device)
     channels = width[-1] if function == "wkv4" else width[0] * width[1]
     place = torch.arange(channels, device=device) / (channels - 1)
     time_decay = (-6 + 5 * place**0.9).view(*width)
@@ -101,9 +107,22 @@ def inputs(
     return arguments, arriving
 
 
+def _drawn_wkv7(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[list[Tensor], list[Tensor]]:
+    batch, _, heads, size = shape
+    r, k, v, x, y, z = (torch.randn(*shape, device=device) for _ in range(6))
+    log_decay = -math.exp(-0.5) * torch.sigmoid(2 * y - 2)
+    gates = (log_decay, torch.nn.functional.normalize(x, dim=-1), torch.sigmoid(2 * z))
+    tokens = [t.to(dtype) for t in (r, k / size**0.5, v, *gates)]
+    state = torch.zeros(batch, heads, size, size, device=device)
+    arguments = [t.requires_grad_() for t in (*tokens, state)]
+    return arguments, [torch.randn(*shape, device=device), torch.randn_like(state)]
+
+
 def _token_tensors(function: str) -> int:
     """How many of the first arguments are in the dtype asked for."""
-    return 2 if function == "wkv4" else 3
+    return {"wkv4": 2, "wkv7": 6}.get(function, 3)
 
 
 def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
@@ -230,7 +249,7 @@ def errors(
     function: str, dtype: torch.dtype, kernel: str, device: torch.device, tokens: int = 1024
 ) -> dict[str, Any]:
     """Relative RMS errors against float64; gradients of tokens include their rounding to ``dtype``."""
-    if function == "wkv6":
+    if function in ("wkv6", "wkv7"):
         arguments, arriving = inputs(function, (2, tokens, 2, 64), dtype, device)
         arguments[-1].data.normal_()
     else:
@@ -245,8 +264,11 @@ def errors(
 
     actual = run(getattr(wkv, function), arguments, kernel=kernel)
     expected = run(getattr(naive, function), [x.double() for x in arguments])
-    tokens_in = ["d_r", "d_k", "d_v"][-_token_tensors(function) :]
-    names = ["out", *tokens_in, "d_log_decay", "d_bonus", "d_state"]
+    names = ["out", "d_r", "d_k", "d_v", "d_log_decay", "d_bonus", "d_state"]
+    if function == "wkv4":
+        names.remove("d_r")
+    elif function == "wkv7":
+        names[5:6] = ["d_removal", "d_rate"]
     relative = {
         name: f"{((x.double() - y).norm() / y.norm().clamp(min=1e-30)).item():.1e}"
         for name, x, y in zip(names, actual, expected, strict=True)
