@@ -169,9 +169,9 @@ def convert(
             raise CheckpointError(f"{parsed} is already converted; use it as it is, or export it first")
         architecture = detect(checkpoint)
         config = _config(checkpoint, architecture, settings)
-        if group_norm_eps is not None and not config.architecture.has_heads:
+        if group_norm_eps is not None and not config.architecture.has_group_norm:
             raise ConfigError(
-                f"group_norm_eps = {group_norm_eps} is without effect: RWKV-{config.rwkv_version} has no GroupNorm; "
+                f"group_norm_eps = {group_norm_eps} is without effect: {config.architecture.called} has no GroupNorm; "
                 "leave it out"
             )
         shards = plan_shards(_entries(checkpoint, architecture, config, dtype), max_shard_size)

@@ -12,11 +12,22 @@ from typing import Any
 
 import torch
 
+from rwkv_rev.architectures.registry import architecture
+from rwkv_rev.architectures.scan import Scan
+from rwkv_rev.configuration import RwkvRevConfig
+
 VERSIONS = ("4", "5.0", "5.1", "5.2", "6", "7")
 RANKS = {"w": 5, "a": 6, "v": 7, "g": 9}
 """Of RWKV-7's low-rank maps."""
 MIX_RANK, DECAY_RANK = 6, 5
 """Of RWKV-6's."""
+
+
+def scan_of(version: str) -> Scan:
+    """The plain loop of a version, over the names that its trainer gives tensors."""
+    own = architecture(version).scan
+    assert own is not None
+    return own(RwkvRevConfig())
 
 
 def blinkdl_state_dict(

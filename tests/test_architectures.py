@@ -197,7 +197,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 def checkpoint(tmp_path: Path) -> dict[str, Tensor]:
     """A file of the toy's own trainer, written without the tables."""
     torch.manual_seed(0)
-    D, F, V = 24, 48, 40
+    D, F, V = 24, 48, 256
     state = {"emb.weight": torch.randn(V, D), "head.weight": torch.randn(V, D)}
     for name in ("ln_out", "blocks.0.ln0", *(f"blocks.{i}.ln{n}" for i in range(2) for n in (1, 2))):
         state |= {f"{name}.weight": 1 + 0.1 * torch.randn(D), f"{name}.bias": 0.1 * torch.randn(D)}
@@ -213,7 +213,7 @@ def checkpoint(tmp_path: Path) -> dict[str, Tensor]:
 
 @pytest.mark.usefixtures("registered")
 def test_a_generation_more_goes_through_everything(tmp_path: Path, checkpoint: dict[str, Tensor]) -> None:
-    """Inspected, forecast, converted, trained over chunks, and exported: by its own file and the registry's line."""
+    """Inspected, forecast, converted and verified, trained over chunks, and exported: by its own file and the registry's line."""
     found = inspect_source(tmp_path / "toy.pth")
     assert (found.version, found.layout, found.channel_mix_width) == ("toy", "toy-pth", 48)
     (*_, reversible, _) = forecast_memory(
@@ -221,7 +221,11 @@ def test_a_generation_more_goes_through_everything(tmp_path: Path, checkpoint: d
     )
     assert reversible.tape > 0
 
-    rwkv_rev.convert(tmp_path / "toy.pth", tmp_path / "model", tokenizer="none", verify=False)
+    result = rwkv_rev.convert(tmp_path / "toy.pth", tmp_path / "model", tokenizer="none", verify=True)
+    assert result.verification.passed
+    assert result.verification.skipped["rwkv"] == "the rwkv package knows no RWKV-toy"
+    checks = {"reversal": True, "gradients": True, "context": 40, "chunk": 16}
+    assert rwkv_rev.verify(tmp_path / "model", tokens=20, **checks).passed
     model = RwkvRevForCausalLM.from_pretrained(tmp_path / "model").train()
     assert model.config.rwkv_version == "toy" and "RWKV-toy" in (tmp_path / "model/README.md").read_text()
     ids = random_tokens(70, batch=2, vocab=40)

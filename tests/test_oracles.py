@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign import VERSIONS, blinkdl_state_dict, hf_state_dict
+from foreign import VERSIONS, blinkdl_state_dict, hf_state_dict, scan_of
 
+from rwkv_rev.architectures.registry import architecture
 from rwkv_rev.bundled import BUNDLED, bundled_path
+from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.equivalence import oracles
 from rwkv_rev.equivalence.logits import compare_logits
 from rwkv_rev.equivalence.naive_model import naive_logits, residual_streams
@@ -34,7 +36,12 @@ def naive(original: Original, tokens: torch.Tensor) -> torch.Tensor:
 
 def original_of(version: str, **kwargs: object) -> Original:
     hf = hf_state_dict(version, **kwargs) if version == "4" else None
-    return Original(blinkdl_state_dict(version, **kwargs), "random", transformers_tensors=hf)
+    return made(version, blinkdl_state_dict(version, **kwargs), transformers_tensors=hf)
+
+
+def made(version: str, tensors: dict[str, torch.Tensor], **facts: object) -> Original:
+    config = RwkvRevConfig(rwkv_version=version, hidden_size=128, **architecture(version).sizes(128))
+    return Original(tensors, "random", config, **facts)
 
 
 @pytest.mark.parametrize("peer", ["tiny-rwkv-4v0-660K", "tiny-rwkv-5v2-730K", "tiny-rwkv-7v0-834K"])
@@ -43,9 +50,17 @@ def test_naive_reproduces_the_expected_logits_of_other_peoples_models(peer: str)
         pytest.skip("no ../shared/peer")
     expected = json.loads((PEER / f"{peer}.expected.json").read_text())
     tensors = torch.load(PEER / f"{peer}.pth", weights_only=True)
+    version = {"4v0": "4", "5v2": "5.2", "7v0": "7"}[peer.split("-")[2]]
     eps = expected.get("group_norm_eps") or 64e-5
     logits = torch.cat(
-        list(naive_logits(tensors, torch.tensor(expected["prompt_bytes"]), group_norm_epsilon=eps))
+        list(
+            naive_logits(
+                tensors,
+                torch.tensor(expected["prompt_bytes"]),
+                scan=scan_of(version),
+                group_norm_epsilon=eps,
+            )
+        )
     )
     truth = torch.tensor(expected["logits_after_last_byte"], dtype=torch.float64)
     assert (logits[-1] - truth).abs().max() < 1e-5
@@ -55,7 +70,7 @@ def test_naive_reproduces_the_expected_logits_of_other_peoples_models(peer: str)
 @pytest.mark.parametrize("name", BUNDLED)
 def test_rwkv_package_agrees_with_naive_on_trained_models(name: str) -> None:
     tokens = torch.tensor(list(default_text().encode()[:1024]))
-    original = Original(torch.load(bundled_path(name), weights_only=True), name)
+    original = made(name.removeprefix("rwkv-"), torch.load(bundled_path(name), weights_only=True))
     comparison = compare_logits(oracles.rwkv_package(original, tokens), naive(original, tokens), tokens)
     assert comparison.largest < 1e-4
     assert comparison.top1 == 1
@@ -102,7 +117,7 @@ def test_rwkv_package_in_float64(version: str, dtype: torch.dtype) -> None:
 def test_rwkv_package_with_a_tuned_state_of_rwkv7() -> None:
     """Which its class does not read by itself."""
     states = {f"blocks.{i}.att.time_state": torch.randn(4, 8, 8) for i in range(2)}
-    original = Original(blinkdl_state_dict("7") | states, "random")
+    original = made("7", blinkdl_state_dict("7") | states)
     found = torch.cat(list(oracles.rwkv_package(original, TOKENS)))
     assert (found - naive(original, TOKENS)).abs().max() < FLOAT32_NOISE
     assert (found - naive(original_of("7"), TOKENS)).abs().max() > 0.1
@@ -142,14 +157,14 @@ def test_transformers_knows_no_rwkv5() -> None:
 
 @needs_rwkv
 def test_rwkv_package_refuses_another_group_norm_eps() -> None:
-    original = Original(blinkdl_state_dict("5.2"), "random", group_norm_epsilon=1e-5)
+    original = made("5.2", blinkdl_state_dict("5.2"), group_norm_epsilon=1e-5)
     with pytest.raises(OracleUnavailable, match=r"eps 0.00064 built in, this model's is 1e-05"):
         next(oracles.rwkv_package(original, TOKENS))
 
 
 @needs_rwkv
 def test_rwkv_package_refuses_another_layer_norm_eps() -> None:
-    original = Original(blinkdl_state_dict("4"), "random", layer_norm_epsilon=1e-6)
+    original = made("4", blinkdl_state_dict("4"), layer_norm_epsilon=1e-6)
     with pytest.raises(OracleUnavailable, match="LayerNorm eps 1e-05 built in"):
         next(oracles.rwkv_package(original, TOKENS))
 
@@ -159,7 +174,7 @@ def test_rwkv_package_failure_is_one_line() -> None:
     tensors = blinkdl_state_dict("4")
     del tensors["blocks.1.ffn.value.weight"]
     with pytest.raises(OracleUnavailable, match=r"failed on this checkpoint: KeyError.*ffn.value") as caught:
-        next(oracles.rwkv_package(Original(tensors, "broken"), TOKENS))
+        next(oracles.rwkv_package(made("4", tensors), TOKENS))
     assert "\n" not in str(caught.value)
 
 
@@ -167,9 +182,9 @@ def test_rwkv_package_failure_is_one_line() -> None:
 def test_rwkv_package_answers_again_after_its_process_died() -> None:
     original = original_of("4")
     first = torch.cat(list(oracles.rwkv_package(original, TOKENS)))
-    worker = oracles._workers[os.getpid(), torch.float32, False]
+    worker = oracles._workers[os.getpid(), torch.float32]
     assert torch.equal(torch.cat(list(oracles.rwkv_package(original, TOKENS))), first)
-    assert oracles._workers[os.getpid(), torch.float32, False] is worker, "one process answers all"
+    assert oracles._workers[os.getpid(), torch.float32] is worker, "one process answers all"
     worker._process.kill()
     worker._process.wait()
     assert torch.equal(torch.cat(list(oracles.rwkv_package(original, TOKENS))), first)
@@ -260,7 +275,7 @@ def test_the_traps_of_the_rwkv_package_are_real(tmp_path: Path) -> None:
         "tf32": True,
     }
     ln0_in_bfloat16 = torch.load(tmp_path / "logits.pt", weights_only=True)
-    error = (ln0_in_bfloat16 - naive(Original(tensors, "random"), tokens)).abs().max()
+    error = (ln0_in_bfloat16 - naive(made("5.2", tensors), tokens)).abs().max()
     assert error > 100 * FLOAT32_NOISE
 
 
@@ -288,13 +303,13 @@ def test_transformers_oracle_leaves_the_original_alone() -> None:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_naive_is_causal_and_names_every_sub_layer(version: str) -> None:
     tensors = blinkdl_state_dict(version)
-    streams = dict(residual_streams(tensors, TOKENS[:20]))
+    streams = dict(residual_streams(tensors, TOKENS[:20], scan=scan_of(version)))
     assert list(streams) == [
         "ln0",
         *(f"blocks.{i}.{mix}" for i in range(2) for mix in ("time_mix", "channel_mix")),
         "ln_out",
     ]
-    shorter = dict(residual_streams(tensors, TOKENS[:11]))
+    shorter = dict(residual_streams(tensors, TOKENS[:11], scan=scan_of(version)))
     for place, stream in streams.items():
         torch.testing.assert_close(shorter[place], stream[:11], rtol=1e-12, atol=1e-12)
         assert stream.dtype == torch.float64
@@ -303,11 +318,11 @@ def test_naive_is_causal_and_names_every_sub_layer(version: str) -> None:
 @pytest.mark.parametrize("version", ["5.0", "5.1", "5.2"])
 def test_group_norm_eps_changes_the_naive_logits(version: str) -> None:
     original = original_of(version)
-    other = Original(original.tensors, "random", group_norm_epsilon=1e-5)
+    other = made(version, original.tensors, group_norm_epsilon=1e-5)
     assert (naive(original, TOKENS) - naive(other, TOKENS)).abs().max() > 1e-3
 
 
 def test_naive_survives_extreme_keys_of_rwkv4() -> None:
     tensors = blinkdl_state_dict("4")
     tensors["blocks.0.att.key.weight"] = 200 * tensors["blocks.0.att.key.weight"]  # e^k overflows float64
-    assert naive(Original(tensors, "random"), TOKENS).isfinite().all()
+    assert naive(made("4", tensors), TOKENS).isfinite().all()

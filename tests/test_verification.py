@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign import VERSIONS, blinkdl_state_dict, hf_config, hf_state_dict
+from foreign import VERSIONS, blinkdl_state_dict, hf_config, hf_state_dict, scan_of
 from safetensors.torch import load_file, save_file
 
 from rwkv_rev.conversion import convert
@@ -435,13 +435,13 @@ def test_an_eps_that_is_nearly_right(
 
 
 def another_epsilon(original: Original, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> object:
-    return naive_logits(original.tensors, tokens, group_norm_epsilon=70e-5, dtype=dtype)
+    return naive_logits(original.tensors, tokens, scan=original.scan, group_norm_epsilon=70e-5, dtype=dtype)
 
 
 def in_float32_only(original: Original, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> object:
     if dtype == torch.float64:
         raise OracleUnavailable("no float64")
-    for piece in naive_logits(original.tensors, tokens):
+    for piece in naive_logits(original.tensors, tokens, scan=original.scan):
         yield piece.float() + 1e-2
 
 
@@ -487,8 +487,8 @@ def test_rounding_of_expected_logits(
     source = shutil.copy(noisy["5.1"], tmp_path / "source.pth")
     prompt = list(b"Some words to go on from")
     tensors = torch.load(source, weights_only=True)
-    *_, exact = naive_logits(tensors, torch.tensor(prompt))
-    *_, rounded = naive_logits(tensors, torch.tensor(prompt), dtype=torch.float32)
+    *_, exact = naive_logits(tensors, torch.tensor(prompt), scan=scan_of("5.1"))
+    *_, rounded = naive_logits(tensors, torch.tensor(prompt), scan=scan_of("5.1"), dtype=torch.float32)
     rounding = rounded[-1] - exact[-1]
     assert rounding.abs().max() > 1e-5
     model = convert(str(source), tmp_path / "model").directory

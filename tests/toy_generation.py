@@ -5,19 +5,23 @@
 Tests put it into the registry and convert, train and export it.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rwkv_rev.architectures import classic
+from rwkv_rev.architectures import classic, classic_scan
 from rwkv_rev.architectures.architecture import NUMBER, Architecture, Cost, Layout, Part, Row, Stored
+from rwkv_rev.architectures.scan import of_trainer
 from rwkv_rev.cells.channel_mix import ChannelMix
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.shifted_cell import ShiftedCell
-from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.reversal.additive import Additive, NoRemnant
 from rwkv_rev.state import RwkvRevState
+
+if TYPE_CHECKING:
+    from rwkv_rev.configuration import RwkvRevConfig
 
 
 class Projection(NamedTuple):
@@ -73,14 +77,11 @@ class TimeMixToy(ShiftedCell):
         return memory.retreat(self._sums(projection, mask)[:, -1])
 
     def _sums(self, projection: Projection, mask: ChunkMask | None) -> Tensor:
-        written = projection.written.float()
+        written = projection.written.to(torch.promote_types(projection.written.dtype, torch.float32))
         return (written if mask is None else torch.where(mask.valid[:, :, None], written, 0.0)).cumsum(1)
 
 
-TimeMixToy.__module__ = "rwkv_rev.cells.time_mix_toy"  # code from elsewhere is not known to be position-wise
-
-
-def _initialize(cell: TimeMixToy, config: RwkvRevConfig) -> None:
+def _initialize(cell: TimeMixToy, config: "RwkvRevConfig") -> None:
     nn.init.constant_(cell.mix, 0.5 + 0.1 * cell.layer)
     for linear in (cell.receptance, cell.key, cell.value, cell.output):
         nn.init.orthogonal_(linear.weight)
@@ -88,6 +89,24 @@ def _initialize(cell: TimeMixToy, config: RwkvRevConfig) -> None:
 
 def _told_by(stored: Stored) -> dict[str, Any]:
     return {"num_attention_heads": 1, "head_size": stored.width}
+
+
+def _scan_time_mix(x: Tensor, tensors: Mapping[str, Tensor], _: float, __: dict[str, Any]) -> Tensor:
+    """The same once more, a token at a time, over the trainer's names."""
+
+    def stored(name: str) -> Tensor:
+        return tensors[name].to(x.dtype)
+
+    mixed = x + (1 - stored("mu")) * (torch.cat([torch.zeros_like(x[:1]), x[:-1]]) - x)
+    r, k, v = (mixed @ stored(letter).T for letter in "rkv")
+    sums, y = stored("start") if "start" in tensors else torch.zeros_like(x[0]), torch.empty_like(x)
+    for t in range(len(x)):
+        sums = sums + torch.tanh(k[t]) * v[t]
+        y[t] = torch.sigmoid(r[t]) * sums
+    return y @ stored("o").T
+
+
+SCAN = of_trainer(_scan_time_mix, classic_scan.channel_mix, "toy")
 
 
 def _rows(*names: tuple[str, str, str]) -> tuple[Row, ...]:
@@ -110,6 +129,7 @@ TOY = Architecture(
     },
     initialization={TimeMixToy: _initialize, ChannelMix: classic.initialize_channel_mix},
     tunes_state=True,
+    scan=lambda config: SCAN,
     log_decay=lambda read: torch.zeros(read("time_mix.mix").shape),
     layouts=(Layout("toy-pth", "", "blocks."), Layout("toy-hub", "rwkv.", "rwkv.blocks.")),
     outside=classic.OUTSIDE,

@@ -166,6 +166,19 @@ class Cost:
     narrow: float = 0.6
 
 
+@dataclass(frozen=True)
+class RwkvPackage:
+    """How the ``rwkv`` package, by RWKV's author, runs models of an architecture: one of the oracles of ``verify``.
+
+    Attributes:
+        environment: variables that choose its class while it is imported.
+        inexact: which number of its code has float32's precision alone, for people; empty where float64 is exact.
+    """
+
+    environment: Mapping[str, str] = field(default_factory=dict)
+    inexact: str = ""
+
+
 OUTSIDE = (
     Row("model.embeddings.weight", "V D"),
     Row("model.ln0.weight", "D"),
@@ -216,9 +229,9 @@ class Architecture:
         log_decay: log w of the stored shape, float32, from what gives a tensor of a block by our name; None for a
             memory whose decay is no constant.
         tunes_state: whether the initial :attr:`memory` can be tuned.
-        scan: the same model as a plain loop, which logits are compared with. None for a generation of RWKV (which has
-            :attr:`layouts`), whose tensors' names tell it, and else for none: then reversal and gradients alone can be
-            verified.
+        scan: the same model as a plain loop, which logits are compared with: over the names of the first of
+            :attr:`layouts`, or over ours where there is none. Without it reversal and gradients alone can be verified.
+        rwkv_package: how the ``rwkv`` package computes the same; None where it does not know such models.
         cost: of training.
 
         layouts: other tools'; the first is the trainer's own ``.pth``, the second that of Hugging Face repositories.
@@ -260,6 +273,7 @@ class Architecture:
     log_decay: Callable[[Callable[[str], Tensor]], Tensor] | None = None
     tunes_state: bool = False
     scan: Callable[["RwkvRevConfig"], Scan] | None = None
+    rwkv_package: RwkvPackage | None = None
 
     layouts: tuple[Layout, ...] = ()
     outside: tuple[Row, ...] = OUTSIDE

@@ -16,7 +16,7 @@ from rwkv_rev.architectures.architecture import AFTER, OUTSIDE, Architecture, Co
 from rwkv_rev.architectures.coupled import GATE_SCALE, INITIALIZATION, coupled_loop
 from rwkv_rev.architectures.rwkv4 import RWKV4
 from rwkv_rev.architectures.rwkv5 import RWKV5_2
-from rwkv_rev.architectures.scan import Scan, SubLayer
+from rwkv_rev.architectures.scan import Scan, SubLayer, standardised
 from rwkv_rev.cells.channel_mix import ChannelMix
 from rwkv_rev.cells.contract import ReversibleCell
 from rwkv_rev.cells.coupled import CoupledCell, TanhGate
@@ -143,8 +143,7 @@ def _scan_time_mix5(
         kv = k[t, :, :, None] * v[t, :, None, :]
         y[t] = (r[t, :, None, :] @ (state + u * kv)).squeeze(1)
         state = decay * state + kv
-    centred = y - y.mean(-1, keepdim=True)
-    y = (centred / (centred.square().mean(-1, keepdim=True) + epsilon).sqrt()).flatten(1)
+    y = standardised(y, epsilon).flatten(1)
     y = y * tensors["ln_x.weight"].to(x.dtype) + tensors["ln_x.bias"].to(x.dtype)
     gate = mixed("gate")
     return (y * gate * torch.sigmoid(gate)) @ tensors["output.weight"].to(x.dtype).T
@@ -199,6 +198,7 @@ def _with_feedback(
         cells=cells,
         initialization={**INITIALIZATION, **initialization},
         scan=partial(_scan, time_mix),
+        rwkv_package=None,
         cost=_cost(base.cost),
         layouts=(),
         outside=OUTSIDE,

@@ -17,7 +17,7 @@ from transformers import initialization as init
 from rwkv_rev.architectures.architecture import AdapterTargets, Architecture, Cost, Part
 from rwkv_rev.architectures.feed_forward import FEED_FORWARD, initialize_feed_forward
 from rwkv_rev.architectures.fields import Field
-from rwkv_rev.architectures.scan import Scan, SubLayer
+from rwkv_rev.architectures.scan import Scan, SubLayer, standardised
 from rwkv_rev.cells.contract import ReversibleCell
 from rwkv_rev.cells.feed_forward import FeedForward
 from rwkv_rev.cells.linear_attention import LinearAttention, Sums
@@ -106,8 +106,7 @@ def _scan_attention(
     for t in range(len(x)):
         state = state + k[t, :, :, None] * v[t, :, None, :]
         y[t] = (q[t, :, None, :] @ state).squeeze(1)
-    centred = y - y.mean(-1, keepdim=True)
-    y = (centred / (centred.square().mean(-1, keepdim=True) + epsilon).sqrt()).flatten(1)
+    y = standardised(y, epsilon).flatten(1)
     y = y * tensors["ln_x.weight"].to(x.dtype) + tensors["ln_x.bias"].to(x.dtype)
     return y @ tensors["output.weight"].to(x.dtype).T
 

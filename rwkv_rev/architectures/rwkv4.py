@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import initialization as init
 
-from rwkv_rev.architectures import classic
-from rwkv_rev.architectures.architecture import NUMBER, Architecture, Cost, Layout, Part, Stored
+from rwkv_rev.architectures import classic, classic_scan
+from rwkv_rev.architectures.architecture import NUMBER, Architecture, Cost, Layout, Part, RwkvPackage, Stored
 from rwkv_rev.cells.channel_mix import ChannelMix
 from rwkv_rev.cells.contract import ReversibleCell
 from rwkv_rev.cells.time_mix_rwkv4 import TimeMixRwkv4
@@ -104,5 +104,7 @@ RWKV4 = Architecture(
     sign=classic.SIGN,
     told_by=_told_by,
     hub_config=_hub_config,
+    scan=lambda config: classic_scan.SCAN,
+    rwkv_package=RwkvPackage(),
     cost=Cost(vectors=18, fused_vectors=17, mixes=5, states=_states, whole=_whole, remnant=_remnant),
 )

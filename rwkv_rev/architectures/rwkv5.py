@@ -15,8 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from rwkv_rev.architectures import classic
-from rwkv_rev.architectures.architecture import NUMBER, Architecture, Cost, Layout, Part, Row, Stored
+from rwkv_rev.architectures import classic, classic_scan
+from rwkv_rev.architectures.architecture import (
+    NUMBER,
+    Architecture,
+    Cost,
+    Layout,
+    Part,
+    Row,
+    RwkvPackage,
+    Stored,
+)
 from rwkv_rev.architectures.epsilons import divisor_of
 from rwkv_rev.cells.channel_mix import ChannelMix
 from rwkv_rev.cells.contract import ReversibleCell
@@ -177,6 +186,8 @@ def _version(version: str, *, gated: bool, per_channel: bool) -> Architecture:
         told_by=partial(_told_by, gated=gated, per_channel=per_channel),
         hub_config=_hub_config,
         lost=classic.lost,
+        scan=lambda config: classic_scan.SCAN,
+        rwkv_package=RwkvPackage(),
         cost=Cost(
             vectors=22 if gated else 18,
             fused_vectors=18 if gated else 15,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers import initialization as init
 
-from rwkv_rev.architectures import classic
+from rwkv_rev.architectures import classic, rwkv6_scan
 from rwkv_rev.architectures.architecture import (
     NUMBER,
     Architecture,
@@ -29,6 +29,7 @@ from rwkv_rev.architectures.architecture import (
     Part,
     Piece,
     Row,
+    RwkvPackage,
     Stored,
 )
 from rwkv_rev.architectures.epsilons import by_divisor, divisor_of, number, understood
@@ -360,6 +361,8 @@ RWKV6 = Architecture(
     epsilons=_epsilons,
     hub_config=_hub_config,
     lost=_lost,
+    scan=lambda config: rwkv6_scan.SCAN,
+    rwkv_package=RwkvPackage(),
     # the recurrence keeps its inputs in float32, and its decays in float64, whatever the model's precision
     cost=Cost(
         vectors=66,

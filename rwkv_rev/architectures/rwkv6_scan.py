@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_rev.architectures.scan import Scan, SubLayer
+from rwkv_rev.architectures.scan import of_trainer, standardised
 
 Tensors = Mapping[str, Tensor]
 
@@ -48,8 +48,7 @@ def _time_mix(x: Tensor, tensors: Tensors, group_norm_epsilon: float, _: dict[st
         product = k[t, :, :, None] * v[t, :, None, :]
         y[t] = (r[t, :, None, :] @ (state + u * product)).squeeze(1)
         state = w[t, :, :, None] * state + product
-    centred = y - y.mean(-1, keepdim=True)
-    y = (centred / (centred.square().mean(-1, keepdim=True) + group_norm_epsilon).sqrt()).flatten(1)
+    y = standardised(y, group_norm_epsilon).flatten(1)
     y = y * vector("ln_x.weight") + vector("ln_x.bias")
     return (y * g * torch.sigmoid(g)) @ stored("output.weight").T
 
@@ -65,16 +64,4 @@ def _channel_mix(x: Tensor, tensors: Tensors, _: float, __: dict[str, Any]) -> T
     return torch.sigmoid(map_of("receptance", x_r)) * map_of("value", hidden)
 
 
-def is_rwkv6(tensors: Tensors) -> bool:
-    """Whether tensors by the trainer's names are of this generation."""
-    return "blocks.0.att.time_maa_x" in tensors
-
-
-SCAN = Scan(
-    (SubLayer("time_mix", "ln1", "att", _time_mix), SubLayer("channel_mix", "ln2", "ffn", _channel_mix)),
-    embeddings="emb.weight",
-    first_norm="blocks.0.ln0",
-    block="blocks.",
-    last_norm="ln_out",
-    initial=None,  # it is among the tensors of the time mix
-)
+SCAN = of_trainer(_time_mix, _channel_mix)

@@ -15,8 +15,17 @@ import torch
 from torch import Tensor
 from transformers import initialization as init
 
-from rwkv_rev.architectures import classic
-from rwkv_rev.architectures.architecture import NUMBER, Architecture, Cost, Layout, Part, Row, Stored
+from rwkv_rev.architectures import classic, rwkv7_scan
+from rwkv_rev.architectures.architecture import (
+    NUMBER,
+    Architecture,
+    Cost,
+    Layout,
+    Part,
+    Row,
+    RwkvPackage,
+    Stored,
+)
 from rwkv_rev.architectures.epsilons import GROUP_NORM, LAYER_NORM, number, understood
 from rwkv_rev.architectures.fields import Field
 from rwkv_rev.cells.channel_mix_rwkv7 import ChannelMixRwkv7
@@ -316,6 +325,8 @@ RWKV7 = Architecture(
     epsilons=_epsilons,
     hub_config=_hub_config,
     lost=_lost,
+    scan=lambda config: rwkv7_scan.SCAN,
+    rwkv_package=RwkvPackage({"RWKV_V7_ON": "1"}, inexact="e^(-1/2) of RWKV-7 as 0.606531"),
     # the recurrence keeps its inputs in float32 whatever the model's precision
     cost=Cost(
         vectors=62,

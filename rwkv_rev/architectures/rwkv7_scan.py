@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_rev.architectures.scan import Scan, SubLayer
+from rwkv_rev.architectures.scan import of_trainer, standardised
 
 Tensors = Mapping[str, Tensor]
 
@@ -53,8 +53,7 @@ def _time_mix(x: Tensor, tensors: Tensors, group_norm_epsilon: float, left: dict
         found = (state @ kappa[t, :, :, None]) @ (a[t] * kappa[t])[:, None, :]
         state = state * w[t, :, None, :] - found + v[t, :, :, None] * k[t, :, None, :]
         y[t] = (state @ r[t, :, :, None]).squeeze(-1)
-    centred = y - y.mean(-1, keepdim=True)
-    y = (centred / (centred.square().mean(-1, keepdim=True) + group_norm_epsilon).sqrt()).flatten(1)
+    y = standardised(y, group_norm_epsilon).flatten(1)
     y = y * vector("ln_x.weight") + vector("ln_x.bias")
     y = y + ((r * k * map_of("r_k")).sum(-1, keepdim=True) * v).flatten(1)
     return (y * g) @ map_of("output.weight").T
@@ -67,16 +66,4 @@ def _channel_mix(x: Tensor, tensors: Tensors, _: float, __: dict[str, Any]) -> T
     return hidden @ tensors["value.weight"].to(x.dtype).T
 
 
-def is_rwkv7(tensors: Tensors) -> bool:
-    """Whether tensors by the trainer's names are of this generation."""
-    return "blocks.0.att.r_k" in tensors
-
-
-SCAN = Scan(
-    (SubLayer("time_mix", "ln1", "att", _time_mix), SubLayer("channel_mix", "ln2", "ffn", _channel_mix)),
-    embeddings="emb.weight",
-    first_norm="blocks.0.ln0",
-    block="blocks.",
-    last_norm="ln_out",
-    initial=None,  # it is among the tensors of the time mix
-)
+SCAN = of_trainer(_time_mix, _channel_mix)

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+Compute = Callable[[Tensor, Mapping[str, Tensor], float, dict[str, Any]], Tensor]
+
 
 @dataclass(frozen=True)
 class SubLayer:
@@ -27,7 +29,7 @@ class SubLayer:
     name: str
     norm: str
     prefix: str
-    compute: Callable[[Tensor, Mapping[str, Tensor], float, dict[str, Any]], Tensor]
+    compute: Compute
 
 
 @dataclass(frozen=True)
@@ -51,3 +53,24 @@ class Scan:
         while f"{self.block}{found}.{self.cells[0].norm}.weight" in tensors:
             found += 1
         return found
+
+
+def of_trainer(time_mix: Compute, channel_mix: Compute, prefix: str = "att") -> Scan:
+    """A generation of RWKV by the names of its original trainer, who calls the time mix ``prefix``.
+
+    A tuned initial memory is among the tensors of the time mix.
+    """
+    return Scan(
+        (SubLayer("time_mix", "ln1", prefix, time_mix), SubLayer("channel_mix", "ln2", "ffn", channel_mix)),
+        embeddings="emb.weight",
+        first_norm="blocks.0.ln0",
+        block="blocks.",
+        last_norm="ln_out",
+        initial=None,
+    )
+
+
+def standardised(x: Tensor, epsilon: float) -> Tensor:
+    """Mean 0 and variance 1 over the last dimension."""
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + epsilon).sqrt()

@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from rwkv_rev.architectures.rwkv7_scan import is_rwkv7
 from rwkv_rev.benchmark.conversion import checkpoint_file
 from rwkv_rev.benchmark.settings import BenchSettings, measured_model
 from rwkv_rev.benchmark.training import random_tokens, step
@@ -65,8 +64,10 @@ def forward_against_rwkv(settings: BenchSettings, length: int) -> dict[str, Any]
         model = _converted(file, Path(folder, "model")).eval()
         ids = random_tokens(model, 1, length)
         ours, theirs = [], []
-        goose = is_rwkv7(torch.load(file, mmap=True, weights_only=True))
-        with _rwkv(file, length, goose=goose) as peer, torch.no_grad():
+        package = model.config.architecture.rwkv_package
+        if package is None:
+            raise RwkvRevError(f"the rwkv package knows no {model.config.architecture.called}")
+        with _rwkv(file, length, package.environment) as peer, torch.no_grad():
             for turn in range(1 + settings.repeats):
                 start = time.perf_counter()
                 model(ids)
@@ -166,11 +167,13 @@ def _peer_step(model: nn.Module, ids: Tensor) -> tuple[float, float]:
 
 
 @contextmanager
-def _rwkv(file: Path, length: int, *, goose: bool) -> Iterator["subprocess.Popen[str]"]:
+def _rwkv(file: Path, length: int, variables: Mapping[str, str]) -> Iterator["subprocess.Popen[str]"]:
     worker = Path(__file__).with_name("rwkv_timer.py")
     arguments = [file.with_suffix(""), length, torch.get_num_threads()]
     with subprocess.Popen(
-        **rwkv_process(worker, *arguments, jit=True, goose=goose),  # as the package recommends for speed
+        **rwkv_process(
+            worker, *arguments, jit=True, variables=variables
+        ),  # as the package recommends for speed
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

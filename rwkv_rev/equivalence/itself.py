@@ -6,7 +6,7 @@ compute what the model computes. Of an architecture that nobody else implements 
 
 from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.converters.names import tensor_table
-from rwkv_rev.equivalence.original import Original, ReadTensors, given_scan, known_to_transformers
+from rwkv_rev.equivalence.original import Original, ReadTensors, known_to_transformers
 
 
 def as_original(model: ConvertedModel) -> Original:
@@ -19,11 +19,10 @@ def as_original(model: ConvertedModel) -> Original:
     return Original(
         tensors=renamed(),
         label=f"its own values ({model.directory})",
+        config=config,
         tensors_are_own=True,
         group_norm_epsilon=config.group_norm_epsilon,
         layer_norm_epsilon=config.layer_norm_epsilon,
         transformers_tensors=renamed("transformers") if known_to_transformers(config) else None,
         own_tensors=ReadTensors([row.name for row in tensor_table(config)], model.tensor),
-        config=config,
-        given_scan=given_scan(config),
     )

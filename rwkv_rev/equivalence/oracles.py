@@ -36,7 +36,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_rev.architectures.rwkv7_scan import is_rwkv7
 from rwkv_rev.equivalence.naive_model import LAYER_NORM_EPSILON, PUBLISHED_GROUP_NORM_EPSILON, naive_logits
 from rwkv_rev.equivalence.original import Original
 from rwkv_rev.errors import RwkvRevError
@@ -74,9 +73,8 @@ def rwkv_package(original: Original, tokens: Tensor, dtype: torch.dtype = torch.
     Raises:
         OracleUnavailable: package missing, not enough room, other GroupNorm eps, or it failed.
     """
-    if not original.is_known:
-        assert original.config is not None
-        called = original.config.architecture.called
+    package, called = original.config.architecture.rwkv_package, original.config.architecture.called
+    if package is None:
         raise OracleUnavailable(f"the rwkv package knows no {called}", "use --oracle naive")
     try:
         importlib.metadata.version("rwkv")
@@ -95,15 +93,14 @@ def rwkv_package(original: Original, tokens: Tensor, dtype: torch.dtype = torch.
             f"this model's is {original.layer_norm_epsilon:g}",
             "--oracle naive can check it",
         )
-    goose = is_rwkv7(original.tensors)
-    if goose and dtype == torch.float64:
-        raise OracleUnavailable("the rwkv package has e^(-1/2) of RWKV-7 as 0.606531", "use --oracle naive")
+    if package.inexact and dtype == torch.float64:
+        raise OracleUnavailable(f"the rwkv package has {package.inexact}", "use --oracle naive")
     with temporary_folder("verify") as folder:
         checkpoint, output = Path(folder, "original.pth"), Path(folder, "logits")
         vocabulary = original.tensors["head.weight"].shape[0]
         spare = len(tokens) * vocabulary * dtype.itemsize
         _write_checkpoint(original, checkpoint, dtype, spare=spare)
-        _run_worker(checkpoint.with_suffix(""), tokens, output, dtype, goose=goose)
+        _run_worker(checkpoint.with_suffix(""), tokens, output, dtype, package.environment)
         # Not mapped: on some systems a folder with a mapped file in it cannot be removed.
         with output.open("rb") as stream:
             while chunk := stream.read(dtype.itemsize * vocabulary * 64):
@@ -131,25 +128,24 @@ def _write_checkpoint(original: Original, path: Path, dtype: torch.dtype, *, spa
     torch.save(tensors, path)
 
 
-def rwkv_process(script: Path, *arguments: object, jit: bool, goose: bool = False) -> dict[str, Any]:
+def rwkv_process(script: Path, *arguments: object, jit: bool, variables: Mapping[str, str]) -> dict[str, Any]:
     """``args`` and ``env`` of a subprocess in which ``script`` uses the ``rwkv`` package on the CPU.
 
-    ``goose``: for RWKV-7, whose class asks PyTorch itself whether to be compiled, which takes 20 s.
+    ``variables``: the architecture's. RWKV-7's class asks PyTorch itself whether to be compiled, which takes 20 s.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RWKV_")}
-    environment |= {"RWKV_JIT_ON": str(int(jit)), "RWKV_CUDA_ON": "0"}
-    if goose:
-        environment |= {"RWKV_V7_ON": "1", "PYTORCH_JIT": str(int(jit))}
+    environment |= {"RWKV_JIT_ON": str(int(jit)), "RWKV_CUDA_ON": "0", "PYTORCH_JIT": str(int(jit))}
+    environment |= variables
     return {"args": [sys.executable, "-P", str(script), *map(str, arguments)], "env": environment}
 
 
 class _Worker:
     """A process with the ``rwkv`` package in it, which answers one request after another: importing takes seconds."""
 
-    def __init__(self, dtype: torch.dtype, *, goose: bool) -> None:
+    def __init__(self, dtype: torch.dtype, variables: Mapping[str, str]) -> None:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         self._process = subprocess.Popen(
-            **rwkv_process(_WORKER, int(dtype == torch.float64), jit=False, goose=goose),
+            **rwkv_process(_WORKER, int(dtype == torch.float64), jit=False, variables=variables),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
@@ -189,16 +185,22 @@ class _Worker:
         self._said.close()
 
 
-_workers: dict[tuple[int, torch.dtype, bool], _Worker] = {}
+_workers: dict[tuple[object, ...], _Worker] = {}
 _one_request = threading.Lock()
 
 
-def _run_worker(model: Path, tokens: Tensor, output: Path, dtype: torch.dtype, *, goose: bool) -> None:
-    """Have logits written by this process's worker for ``dtype`` and generation, which a first call starts."""
+def _run_worker(
+    model: Path, tokens: Tensor, output: Path, dtype: torch.dtype, variables: Mapping[str, str]
+) -> None:
+    """Have logits written by this process's worker for ``dtype`` and variables, which a first call starts."""
     with _one_request:
-        key = os.getpid(), dtype, goose  # not that of the process that this one was forked from
+        key = (
+            os.getpid(),
+            dtype,
+            *sorted(variables.items()),
+        )  # not that of the process that this one was forked from
         if key not in _workers or not _workers[key].lives:
-            _workers[key] = _Worker(dtype, goose=goose)
+            _workers[key] = _Worker(dtype, variables)
         try:
             _workers[key].run(
                 model=str(model),
@@ -254,7 +256,6 @@ def transformers_rwkv4(
 def naive(original: Original, tokens: Tensor, dtype: torch.dtype = torch.float64) -> Iterator[Tensor]:
     """Logits of the scan, the truth in float64."""
     if original.scan is None:
-        assert original.config is not None
         called = original.config.architecture.called
         raise OracleUnavailable(
             f"the architecture of {called} has no `scan`, the plain loop that logits are compared with",

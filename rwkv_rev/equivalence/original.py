@@ -1,4 +1,4 @@
-"""The original model as the oracles see it: tensors under BlinkDL's names, whatever file they came from."""
+"""The original model as the oracles see it: tensors under its trainer's names, whatever file they came from."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ from rwkv_rev.converters.names import (
 )
 from rwkv_rev.converters.reading import open_checkpoint
 from rwkv_rev.equivalence.expected import expected_path
-from rwkv_rev.equivalence.naive_model import LAYER_NORM_EPSILON, PUBLISHED_GROUP_NORM_EPSILON, scan_of
+from rwkv_rev.equivalence.naive_model import LAYER_NORM_EPSILON, PUBLISHED_GROUP_NORM_EPSILON
 from rwkv_rev.errors import SourceError
 from rwkv_rev.folders.hub import resolve
 from rwkv_rev.folders.source import Source, parse_source
@@ -36,8 +36,10 @@ class Original:
     """What a converted model is held against.
 
     Attributes:
-        tensors: state dict under BlinkDL's names; may load each tensor when it is asked for.
+        tensors: state dict under the names that its architecture's scan goes through; may load each when it is asked
+            for.
         label: the SOURCE in its own grammar, for people.
+        config: what the tensors say the model is.
         group_norm_epsilon: eps of the GroupNorm the original was trained with: the published value, unless
             the source or the one who converted it said otherwise. Never taken from the converted model's
             config alone.
@@ -46,28 +48,24 @@ class Original:
             RWKV-5.
         own_tensors: the same values under the names and shapes of a converted model.
         expected: a ``*.expected.json`` beside the checkpoint, if there is one.
-        config: what the tensors say the model is; None where only tensors are known.
         tensors_are_own: whether they are the converted model's (itself.py).
-        given_scan: how a plain loop goes through ``tensors``; None where their names tell it, or nobody.
     """
 
     tensors: Mapping[str, Tensor]
     label: str
+    config: RwkvRevConfig
     group_norm_epsilon: float = PUBLISHED_GROUP_NORM_EPSILON
     layer_norm_epsilon: float = LAYER_NORM_EPSILON
     transformers_tensors: Mapping[str, Tensor] | None = field(default=None, repr=False)
     own_tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     expected: Path | None = None
-    config: RwkvRevConfig | None = None
     tensors_are_own: bool = False
-    given_scan: Scan | None = None
 
     @property
     def scan(self) -> Scan | None:
-        """How a plain loop goes through ``tensors``; None where an architecture that is no RWKV does not say it."""
-        if self.given_scan is None and self.config is not None and not self.config.architecture.layouts:
-            return None
-        return scan_of(self.tensors) if self.given_scan is None else self.given_scan
+        """How a plain loop goes through ``tensors``; None where the architecture does not say it."""
+        own = self.config.architecture.scan
+        return None if own is None else own(self.config)
 
     @property
     def num_layers(self) -> int:
@@ -78,25 +76,18 @@ class Original:
     @property
     def has_group_norm(self) -> bool:
         """Whether there is a GroupNorm behind the recurrence, whose eps no tensor tells."""
-        assert self.scan is not None
-        return f"{self.scan.block}0.{self.scan.cells[0].prefix}.ln_x.weight" in self.tensors
+        return self.config.architecture.has_group_norm
 
     @property
     def is_known(self) -> bool:
         """Whether other implementations of this architecture exist."""
-        return self.config is None or bool(self.config.architecture.layouts)
+        return self.config.architecture.rwkv_package is not None or self.transformers_tensors is not None
 
 
 def known_to_transformers(config: RwkvRevConfig) -> bool:
     """Whether transformers itself has a class for such models."""
     known = config.architecture
     return bool(known.layouts) and known.hub_layout == "transformers"
-
-
-def given_scan(config: RwkvRevConfig) -> Scan | None:
-    """How an architecture's own loop goes through the tensors of a model."""
-    own = config.architecture.scan
-    return None if own is None else own(config)
 
 
 class ReadTensors(Mapping[str, Tensor]):
@@ -219,11 +210,10 @@ def open_original(
         yield Original(
             tensors=renamed(config.architecture.own_layout),
             label=str(source),
+            config=config,
             group_norm_epsilon=group_norm_epsilon or config.group_norm_epsilon,
             layer_norm_epsilon=config.layer_norm_epsilon,
             transformers_tensors=renamed("transformers") if known_to_transformers(config) else None,
             own_tensors=ReadTensors(here, own),
             expected=expected_path(local.files[0]),
-            config=config,
-            given_scan=given_scan(config),
         )

@@ -348,7 +348,6 @@ def _is(directory: Path, original: str | Source | None) -> bool:
 
 
 def _refuse_other_architecture(directory: Path, config: RwkvRevConfig, original: Original) -> None:
-    assert original.config is not None
     fields = (
         "rwkv_version",
         "num_hidden_layers",
