@@ -78,7 +78,8 @@ test-peers: $(VENV)/.installed
 timing: $(VENV)/.installed
 	$(bin)/python -m pytest -q -m timing
 
-# converters/ and cli/ are installed inside rwkv_rev: types are checked in that arrangement.
+# converters/ and cli/ are installed inside rwkv_rev: types are checked in that arrangement, and with the architectures
+# that the docs and tests would have pasted there.
 lint: $(VENV)/.installed
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
@@ -86,6 +87,7 @@ lint: $(VENV)/.installed
 	mkdir -p .lint
 	cp -r rwkv_rev .lint/rwkv_rev
 	cp -r converters cli .lint/rwkv_rev/
+	$(bin)/python tests/pasted.py .lint/rwkv_rev
 	MYPYPATH=.lint $(bin)/mypy -p rwkv_rev
 
 format: $(VENV)/.installed

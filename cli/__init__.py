@@ -118,7 +118,7 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         import typer
 
-        from rwkv_rev import __version__
+        from rwkv_rev.version import __version__
 
         output.write(f"{__version__}\n")
         raise typer.Exit()

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from rwkv_rev.registration import install as _install
+from rwkv_rev.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from rwkv_rev.base_model import RwkvRevModel as RwkvRevModel
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
     from rwkv_rev.state import RwkvRevState as RwkvRevState
     from rwkv_rev.training.evaluate import evaluate_directory as evaluate  # noqa: F401
     from rwkv_rev.training.finetune import finetune as finetune
-
-__version__ = "0.1.0"
 
 _ERRORS = (
     "CheckpointError",

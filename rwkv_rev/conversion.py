@@ -21,7 +21,6 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import try_to_load_from_cache
 
-from rwkv_rev import __version__
 from rwkv_rev.arguments import checked
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.card import model_card
@@ -38,6 +37,7 @@ from rwkv_rev.folders.source import Source, parse_source
 from rwkv_rev.folders.whereabouts import remember
 from rwkv_rev.printable import shortened
 from rwkv_rev.progress import Progress
+from rwkv_rev.version import __version__
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 VERIFY_TOKENS = 256

@@ -89,6 +89,10 @@ class StrategyError(RwkvRevError, ValueError):
     """A gradient strategy was asked for something it cannot do; the message names one that can."""
 
 
+class KernelError(RwkvRevError, ValueError):
+    """A kernel was asked for by a name that does not exist, or given tensors whose shapes do not fit."""
+
+
 class ReversalMismatchError(RwkvRevError):
     """A state rebuilt in the backward sweep is not the state the forward sweep left."""
 

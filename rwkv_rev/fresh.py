@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from rwkv_rev import __version__
 from rwkv_rev.architectures.architecture import Architecture
 from rwkv_rev.architectures.registry import architecture as find
 from rwkv_rev.arguments import checked
@@ -27,6 +26,7 @@ from rwkv_rev.folders.folder import RECORD_NAME
 from rwkv_rev.folders.safe_output import check_output, require_space, whole_directory
 from rwkv_rev.printable import shortened
 from rwkv_rev.random_state import capture, restore
+from rwkv_rev.version import __version__
 
 SIZES = {"hidden_size": 128, "num_hidden_layers": 4}
 """Of a model where nobody says otherwise: trained on a CPU in minutes."""

@@ -193,9 +193,8 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
         registry.register(replace(TOY, version="4"))
 
 
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> dict[str, Tensor]:
-    """A file of the toy's own trainer, written without the tables."""
+def toy_checkpoint() -> dict[str, Tensor]:
+    """What the toy's own trainer saves, written without the tables."""
     torch.manual_seed(0)
     D, F, V = 24, 48, 256
     state = {"emb.weight": torch.randn(V, D), "head.weight": torch.randn(V, D)}
@@ -207,13 +206,20 @@ def checkpoint(tmp_path: Path) -> dict[str, Tensor]:
         state |= {f"{block}ffn.time_mix_{letter}": torch.rand(1, 1, D) for letter in "kr"}
         for name, shape in (("key", (F, D)), ("receptance", (D, D)), ("value", (D, F))):
             state[f"{block}ffn.{name}.weight"] = torch.randn(shape) / 5
+    return state
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> dict[str, Tensor]:
+    """A file of it."""
+    state = toy_checkpoint()
     torch.save(state, tmp_path / "toy.pth")
     return state
 
 
 @pytest.mark.usefixtures("registered")
 def test_a_generation_more_goes_through_everything(tmp_path: Path, checkpoint: dict[str, Tensor]) -> None:
-    """Inspected, forecast, converted and verified, trained over chunks, and exported: by its own file and the registry's line."""
+    """From inspection to export: by its own file and the registry's line."""
     found = inspect_source(tmp_path / "toy.pth")
     assert (found.version, found.layout, found.channel_mix_width) == ("toy", "toy-pth", 48)
     (*_, reversible, _) = forecast_memory(

@@ -1,6 +1,11 @@
-"""Which file imports which: no circles, whatever the place of an import in its file; and no file that is too long."""
+"""Which file imports which: no circles, whatever the place of an import in its file; and no file that is too long.
+
+Imports by a name that is made while the program runs count for all files that the name may be. Those of types alone
+(``TYPE_CHECKING``) do not: nothing is imported by them.
+"""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -47,16 +52,41 @@ def imported(node: ast.AST) -> Iterator[tuple[str, str]]:
             yield from imported(child)
 
 
-def imports(files: dict[str, str]) -> dict[str, set[str]]:
+def called_for(tree: ast.AST) -> Iterator[str]:
+    """A pattern for the modules of each ``import_module(...)``: of a name made of parts, or of any string in sight.
+
+    A part that is put in stands for a file of a folder, and not for ``__main__``.
+    """
+    for node in ast.walk(tree):
+        if not (
+            isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__"))
+        ):
+            continue
+        (name, *_) = node.args
+        if isinstance(name, ast.Constant):
+            yield re.escape(name.value)
+        elif isinstance(name, ast.JoinedStr):
+            parts = name.values
+            yield "".join(re.escape(p.value) if isinstance(p, ast.Constant) else "[a-z]\\w*" for p in parts)
+        else:
+            strings = (inner.value for inner in ast.walk(tree) if isinstance(inner, ast.Constant))
+            yield "|".join(re.escape(value) for value in strings if isinstance(value, str))
+
+
+def imports(files: dict[str, str], dynamic: bool = True) -> dict[str, set[str]]:
     """Which modules each one imports, of those that are there; a name that is a module counts as that one."""
-    return {
-        module: {
+    found = {}
+    for module, text in files.items():
+        tree = ast.parse(text)
+        found[module] = {
             inner if (inner := f"{source}.{name}") in files else source
-            for source, name in imported(ast.parse(text))
+            for source, name in imported(tree)
             if source in files
         }
-        for module, text in files.items()
-    }
+        if dynamic:
+            for pattern in called_for(tree):
+                found[module] |= {other for other in files if re.fullmatch(pattern, other)} - {module}
+    return found
 
 
 def circles(graph: dict[str, set[str]]) -> list[set[str]]:
@@ -75,12 +105,22 @@ def circles(graph: dict[str, set[str]]) -> list[set[str]]:
 
 
 @pytest.fixture(scope="module")
-def graph() -> dict[str, set[str]]:
-    return imports({module: path.read_text(encoding="utf-8") for module, path in sources().items()})
+def texts() -> dict[str, str]:
+    return {module: path.read_text(encoding="utf-8") for module, path in sources().items()}
 
 
-def test_no_circle_of_files(graph: dict[str, set[str]]) -> None:
+@pytest.fixture(scope="module")
+def graph(texts: dict[str, str]) -> dict[str, set[str]]:
+    """Without imports by names made at run time, which architectures, kernels and commands are for."""
+    return imports(texts, dynamic=False)
+
+
+def test_no_circle_of_files(texts: dict[str, str]) -> None:
+    graph = imports(texts)
     assert len(graph) > 100
+    assert "rwkv_rev.architectures.rwkv7" in graph["rwkv_rev.architectures.registry"]
+    assert {"rwkv_rev.wkv.naive", "rwkv_rev.wkv.triton_wkv5"} <= graph["rwkv_rev.wkv.dispatch"]
+    assert {"rwkv_rev.cli.convert", "rwkv_rev.conversion"} <= graph["rwkv_rev.cli"] | graph["rwkv_rev"]
     assert not circles(graph)
 
 
@@ -139,7 +179,14 @@ print(*sorted(ours), "rwkv_rev.architectures.rwkv5" in sys.modules, "rwkv_rev.ar
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
-    names = {"rwkv_rev", "architectures", "architectures.registry", "configuration", "registration"}
+    names = {
+        "rwkv_rev",
+        "architectures",
+        "architectures.registry",
+        "configuration",
+        "registration",
+        "version",
+    }
     assert found == [
         *sorted(name if name == "rwkv_rev" else f"rwkv_rev.{name}" for name in names),
         "True",
@@ -159,6 +206,21 @@ def test_circles_are_found_wherever_the_import_stands() -> None:
     found = imports(files)
     assert found == {"a": {"b"}, "b": {"c.d"}, "c": set(), "c.d": {"a"}, "e": {"c"}, "f": {"e", "a"}}
     assert circles(found) == [{"a", "b", "c.d"}]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import importlib\nimportlib.import_module('p.a1')",
+        "from importlib import import_module\ndef f(name):\n    import_module(f'p.{name}1')",
+        "PLACES = {'x': ('p.a1', 'x')}\ndef f(name):\n    import_module(PLACES[name][0])",
+        "def f():\n    return __import__('p.a1').a1",
+    ],
+    ids=["constant", "parts", "table", "builtin"],
+)
+def test_imports_by_a_name_made_at_run_time_are_seen(text: str) -> None:
+    found = imports({"p": text, "p.a1": "import p", "p.b2": ""})
+    assert found["p"] == {"p.a1"} and circles(found) == [{"p", "p.a1"}]
 
 
 def test_no_file_is_too_long() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rwkv_rev import __version__
+from rwkv_rev.version import __version__
 
 
 def environment(device: torch.device, dtype: torch.dtype, command: str) -> dict[str, Any]:

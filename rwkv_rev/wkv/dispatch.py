@@ -22,25 +22,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_rev.errors import RwkvRevError
+from rwkv_rev.errors import KernelError
 from rwkv_rev.first_order import refuse_transforms
 from rwkv_rev.wkv import trial
 from rwkv_rev.wkv.chunked_wkv5 import Work as Wkv5Work
 from rwkv_rev.wkv.chunked_wkv5 import wkv5_plan as chunked_plan
+from rwkv_rev.wkv.limits import LARGEST_TRITON_HEAD
 from rwkv_rev.wkv.without_autocast import without_autocast
 
 KERNELS = ("naive", "chunked", "triton")
-LARGEST_TRITON_HEAD = 128
 TRITON = ("wkv4", "wkv5", "wkv6", "wkv7")
 """The recurrences that have such kernels; the others take the chunked one."""
 DIFFERENTIATED_BY_PYTORCH = ("wkv6", "wkv7")
 """The recurrences whose chunked kernels have no backward pass of their own."""
 KERNEL_VARIABLE = "RWKV_REV_KERNEL"
 _used: ContextVar[str | None] = ContextVar("rwkv_rev_kernel", default=None)
-
-
-class KernelError(RwkvRevError, ValueError):
-    """A kernel was asked for by a name that does not exist, or given tensors whose shapes do not fit."""
 
 
 @contextmanager

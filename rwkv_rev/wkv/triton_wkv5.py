@@ -37,8 +37,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkv_rev.errors import KernelError
 from rwkv_rev.first_order import first_order
-from rwkv_rev.wkv.dispatch import KernelError
 from rwkv_rev.wkv.triton_blocks import (
     PRECISIONS,
     chunk_tokens,

@@ -47,8 +47,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkv_rev.errors import KernelError
 from rwkv_rev.first_order import first_order
-from rwkv_rev.wkv.dispatch import KernelError
 from rwkv_rev.wkv.triton_wkv7_gradients import (
     _reader_gradient_kernel,
     _value_gradient_kernel,
