@@ -18,8 +18,7 @@ from torch.nn.modules import module as module_globals
 from torch.nn.utils import parametrize
 
 from rwkv_rev import adapters
-from rwkv_rev.cells.block import ResidualBlock
-from rwkv_rev.cells.contract import ReversibleCell
+from rwkv_rev.cells.block import keeps_the_contract
 from rwkv_rev.errors import StrategyError
 
 MARK = "_rwkv_rev_position_wise"
@@ -109,9 +108,8 @@ def strangers(model: nn.Module) -> Strangers:
         computed = getattr(module, "parametrizations", None) if parametrize.is_parametrized(module) else None
         for holder in (module, *(computed.modules() if isinstance(computed, nn.Module) else ())):
             found.buffers.extend(buffer for buffer in holder._buffers.values() if buffer is not None)
-        norm = getattr(module, "ln_x", None) if layer.__module__.startswith("rwkv_rev.") else None
-        if isinstance(norm, nn.Module):  # ours is given [tokens, heads * N]
-            norms.update(map(id, norm.modules()))
+        for name in _norms_of_tokens(layer):
+            norms.update(map(id, getattr(module, name).modules()))
         if not (layer is nn.GroupNorm and id(module) in norms):
             _sort(module, f"{layer.__name__} at {path}", found, _layer_objection(module, layer))
         is_base = module is getattr(model, "base_model", None)  # whose forward the sweeps do not call
@@ -213,6 +211,13 @@ def _is_own(layer: type) -> bool:
     return layer in LAYERS or layer.__module__.startswith("rwkv_rev.")
 
 
+def _norms_of_tokens(layer: type) -> tuple[str, ...]:
+    """What the very class says (:class:`ReversibleCell`), or one of ours: a subclass may do other things."""
+    said = _is_own(layer) or "norms_of_tokens" in vars(layer)
+    found: tuple[str, ...] = getattr(layer, "norms_of_tokens", ()) if said else ()
+    return found
+
+
 def _layer_objection(module: nn.Module, layer: type) -> str | None:
     if getattr(module, "scale_grad_by_freq", False):
         return "divides gradients by how often it sees a token (scale_grad_by_freq)"
@@ -255,16 +260,10 @@ def _is_marked(code: Any) -> bool:
     return MARK in getattr(code, "__dict__", {}) or MARK in vars(layer)
 
 
-def _keeps_the_contract(code: Any) -> bool:
-    """Whether it is a cell or a block of somebody's own, called by the contract's own ``forward``."""
-    return any(
-        isinstance(code, base) and getattr(_class(code), "forward", None) is base.forward
-        for base in (ReversibleCell, ResidualBlock)
-    )
-
-
 def _sort(code: Any, where: str, found: Strangers, objection: str | None) -> None:
-    if _is_marked(code) or (objection == adapters.UNKNOWN and _keeps_the_contract(code)):
+    if _is_marked(code) or (
+        objection == adapters.UNKNOWN and isinstance(code, nn.Module) and keeps_the_contract(_class(code))
+    ):
         found.declared.append(where)
     elif objection is not None:
         found.unknown.append(Stranger(where, objection))

@@ -1,8 +1,6 @@
-"""What is of one generation stands in its own files: searched for in the sources, and tried with a generation more."""
+"""What the registry says, and that a generation more goes through everything by its own file."""
 
-import ast
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,6 @@ import pytest
 import torch
 from bptt_cases import assert_agree, differentiate, random_tokens
 from foreign import VERSIONS
-from test_imports import ROOT, sources
 from torch import Tensor
 from toy_generation import TOY
 
@@ -25,113 +22,6 @@ from rwkv_rev.forecast import forecast_memory
 from rwkv_rev.modeling import RwkvRevForCausalLM
 from rwkv_rev.training.config import FinetuneConfig
 from rwkv_rev.training.tuning import apply_tuning, count_parameters, count_trained
-
-# --- who knows a generation, a cell or a memory by its name ---------------------------------------------------------
-
-HOMES = ("architectures", "cells", "reversal", "wkv")
-"""Folders of ``rwkv_rev`` where generations, cells and memories are made."""
-NO_KIND = {"ReversibleCell", "ShiftedCell", "StatelessCell"}
-"""Cells that no model has: what all have in common."""
-
-
-def classes(folder: str) -> Iterator[ast.ClassDef]:
-    """The classes of a folder of ``rwkv_rev``."""
-    for path in sorted((ROOT / "rwkv_rev" / folder).glob("*.py")):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef):
-                yield node
-
-
-def kinds() -> set[str]:
-    """The cells, and the memories: what advances and has a fingerprint."""
-    cells = {node.name for node in classes("cells") if "Cell" in ast.unparse(ast.Tuple(node.bases))} - NO_KIND
-    memories = {
-        node.name
-        for node in classes("reversal")
-        if {"advance", "fingerprint"}
-        <= {inner.name for inner in node.body if isinstance(inner, ast.FunctionDef)}
-    }
-    return cells | memories
-
-
-def made_at_home() -> set[str]:
-    """All classes whose instances nobody else asks for their class."""
-    return {node.name for folder in ("architectures", "cells", "reversal") for node in classes(folder)}
-
-
-def versions_in(node: ast.AST) -> set[str]:
-    """Versions among the constants of an expression."""
-    return {
-        value.value for value in ast.walk(node) if isinstance(value, ast.Constant) and value.value in VERSIONS
-    }
-
-
-def told_apart(text: str, kinds: set[str], made_at_home: set[str]) -> set[str]:
-    """What a source knows by name: versions it compares or looks up, kinds, and classes it asks instances for."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Compare | ast.MatchValue):
-            found |= versions_in(node)
-        elif (
-            isinstance(node, ast.Dict) and len(node.keys) > 1 and all(k and versions_in(k) for k in node.keys)
-        ):
-            found |= {version for key in node.keys if key for version in versions_in(key)}
-        elif isinstance(node, ast.Call):
-            name = ast.unparse(node.func)
-            if name.endswith(".startswith") and node.args and isinstance(node.args[0], ast.Constant):
-                prefix = str(node.args[0].value)
-                found |= {version for version in VERSIONS if prefix and version.startswith(prefix)}
-            elif name in ("isinstance", "issubclass"):
-                asked = {inner for child in ast.walk(node.args[1]) if (inner := _name(child))}
-                found |= asked & made_at_home
-        elif isinstance(node, ast.ImportFrom):
-            found |= {alias.name for alias in node.names} & kinds
-        elif _name(node) in kinds:
-            found.add(str(_name(node)))
-    return found
-
-
-def _name(node: ast.AST) -> str | None:
-    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else None
-
-
-def test_nobody_knows_a_kind_by_its_name() -> None:
-    known, own = kinds(), made_at_home()
-    found = set()
-    for module, path in sources().items():
-        if module.split(".")[1:2] and module.split(".")[1] in HOMES:
-            continue
-        name = path.relative_to(ROOT).as_posix()
-        found |= {(name, what) for what in told_apart(path.read_text(encoding="utf-8"), known, own)}
-    assert found == set()
-
-
-def test_kinds_are_found() -> None:
-    assert kinds() >= {
-        *("TimeMixRwkv4", "TimeMixRwkv5", "ChannelMix", "LinearAttention", "FeedForward"),
-        *("Whole", "FixedPoint", "Additive", "LossyState"),
-    }
-    assert {"Architecture", "ReversibleCell", "MemoryRemnant", "Block"} <= made_at_home()
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("if config.rwkv_version == '4': pass", {"4"}),
-        ("gate = version in ('5.1', '5.2')", {"5.1", "5.2"}),
-        ("match version:\n    case '5.0': pass", {"5.0"}),
-        ("vectors = {'4': 18, '5.2': 22}[version]", {"4", "5.2"}),
-        ("heads = version.startswith('5')", {"5.0", "5.1", "5.2"}),
-        ("from rwkv_rev.cells import ChannelMix as Mix", {"ChannelMix"}),
-        ("from rwkv_rev import cells\ncells.TimeMixRwkv4(8)", {"TimeMixRwkv4"}),
-        ("if isinstance(cell, ReversibleCell | Other): pass", {"ReversibleCell"}),
-        ("isinstance(memory, (int, fixed_point.FixedPoint))", {"FixedPoint"}),
-        ("print('RWKV-4')\nshape = {'version': '5.2'}\nversion = '4'", set()),
-    ],
-)
-def test_the_search_finds(text: str, expected: set[str]) -> None:
-    assert told_apart(text, kinds(), made_at_home()) == expected
-
 
 # --- the registry ---------------------------------------------------------------------------------------------------
 

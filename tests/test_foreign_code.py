@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations, parametrize, weight_norm
 
 import rwkv_rev
 from rwkv_rev import RwkvRevForCausalLM
+from rwkv_rev.cells.time_mix_rwkv5 import TimeMixRwkv5
 from rwkv_rev.errors import ReversalMismatchError, StrategyError
 from rwkv_rev.foreign_code import strangers
 
@@ -511,3 +512,18 @@ def test_losses_of_two_threads_take_turns() -> None:
     with ThreadPoolExecutor(2) as pool:
         for losses in pool.map(train, models):
             assert len(losses) == 4
+
+
+def test_norms_that_a_cell_gives_tokens_as_rows() -> None:
+    """What the class says of itself counts; what it inherits from ours does not."""
+
+    class Own(TimeMixRwkv5):
+        pass
+
+    class Declared(Own):
+        norms_of_tokens = ("ln_x",)
+
+    for kind, refused in ((TimeMixRwkv5, False), (Own, True), (Declared, False)):
+        arguments = {"gated": True, "bonus_is_exponential": False, "group_norm_epsilon": 1e-3}
+        found = strangers(nn.ModuleList([kind(2, 4, (2, 4), **arguments)]))
+        assert [stranger.where for stranger in found.unknown] == ["GroupNorm at 0.ln_x"] * refused

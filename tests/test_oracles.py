@@ -40,7 +40,10 @@ def original_of(version: str, **kwargs: object) -> Original:
 
 
 def made(version: str, tensors: dict[str, torch.Tensor], **facts: object) -> Original:
-    config = RwkvRevConfig(rwkv_version=version, hidden_size=128, **architecture(version).sizes(128))
+    vocabulary, width = tensors["emb.weight"].shape
+    sizes = architecture(version).sizes(width)
+    sizes["intermediate_size"] = tensors["blocks.0.ffn.key.weight"].shape[0]
+    config = RwkvRevConfig(rwkv_version=version, vocab_size=vocabulary, hidden_size=width, **sizes)
     return Original(tensors, "random", config, **facts)
 
 
@@ -131,7 +134,7 @@ def test_rwkv_package_has_no_float64_of_rwkv7() -> None:
 
 def test_transformers_has_no_float64() -> None:
     with pytest.raises(OracleUnavailable, match="rounds the keys"):
-        next(oracles.transformers_rwkv4(original_of("4"), TOKENS, torch.float64))
+        next(oracles.transformers_class(original_of("4"), TOKENS, torch.float64))
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -146,13 +149,13 @@ def test_the_scan_in_float32_rounds(version: str) -> None:
 def test_transformers_agrees_with_naive(dtype: torch.dtype) -> None:
     # Seven layers: the class rescales every six of them when it is left to.
     original = original_of("4", layers=7, dtype=dtype)
-    comparison = compare_logits(oracles.transformers_rwkv4(original, TOKENS), naive(original, TOKENS), TOKENS)
+    comparison = compare_logits(oracles.transformers_class(original, TOKENS), naive(original, TOKENS), TOKENS)
     assert comparison.largest < FLOAT32_NOISE
 
 
 def test_transformers_knows_no_rwkv5() -> None:
     with pytest.raises(OracleUnavailable, match=r"RWKV-4 only.*oracle='rwkv'"):
-        next(oracles.transformers_rwkv4(original_of("5.2"), TOKENS))
+        next(oracles.transformers_class(original_of("5.2"), TOKENS))
 
 
 @needs_rwkv
@@ -296,7 +299,7 @@ def test_the_trap_of_transformers_is_real() -> None:
 def test_transformers_oracle_leaves_the_original_alone() -> None:
     original = original_of("4", layers=7)
     before = {name: tensor.clone() for name, tensor in original.transformers_tensors.items()}
-    next(oracles.transformers_rwkv4(original, TOKENS[:5]))
+    next(oracles.transformers_class(original, TOKENS[:5]))
     assert all(torch.equal(before[name], tensor) for name, tensor in original.transformers_tensors.items())
 
 

@@ -161,6 +161,8 @@ class ReversibleCell(nn.Module, ABC):
         undividable: why a memory has no form that :meth:`lossy` could give, in words for people.
         inverts_memory: whether :meth:`retreat` computes the memory before a chunk from the one after it, so that the
             former's fingerprint vouches for the latter; else it takes it from the remnant.
+        norms_of_tokens: names of norms inside that it gives every token as a row of its own, so that they treat each
+            position by itself, whatever they would do with [B, C, D].
     """
 
     layer: int = 0
@@ -168,6 +170,7 @@ class ReversibleCell(nn.Module, ABC):
     reads_beside: bool = False
     undividable: str = "this one (RWKV-4's, say, which is forgotten within a few tokens)"
     inverts_memory: bool = False
+    norms_of_tokens: tuple[str, ...] = ()
 
     @abstractmethod
     def plan(self, length: int) -> Any:

@@ -58,6 +58,7 @@ class LinearAttention(ReversibleCell):
     """
 
     inverts_memory = True
+    norms_of_tokens = ("ln_x",)
 
     def __init__(
         self, num_heads: int, head_size: int, *, format: str, exponent: int, group_norm_epsilon: float

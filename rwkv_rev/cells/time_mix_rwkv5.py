@@ -64,6 +64,7 @@ class TimeMixRwkv5(ShiftedCell):
     """
 
     inverts_memory = True
+    norms_of_tokens = ("ln_x",)
 
     def __init__(
         self,

@@ -67,6 +67,7 @@ class TimeMixRwkv6(ShiftedCell):
     """
 
     inverts_memory = True
+    norms_of_tokens = ("ln_x",)
 
     def __init__(self, num_heads: int, head_size: int, ranks: Ranks, *, group_norm_epsilon: float) -> None:
         super().__init__()

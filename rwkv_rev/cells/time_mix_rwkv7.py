@@ -65,6 +65,7 @@ class TimeMixRwkv7(WholeMemoryCell):
     """
 
     reads_beside = True
+    norms_of_tokens = ("ln_x",)
     undividable = (
         "the state of RWKV-7, whose transition is not elementwise and can be singular (a projection where its "
         "in-context rate and its decay are 1),"

@@ -97,7 +97,7 @@ def rwkv_package(original: Original, tokens: Tensor, dtype: torch.dtype = torch.
         raise OracleUnavailable(f"the rwkv package has {package.inexact}", "use --oracle naive")
     with temporary_folder("verify") as folder:
         checkpoint, output = Path(folder, "original.pth"), Path(folder, "logits")
-        vocabulary = original.tensors["head.weight"].shape[0]
+        vocabulary = original.config.vocab_size
         spare = len(tokens) * vocabulary * dtype.itemsize
         _write_checkpoint(original, checkpoint, dtype, spare=spare)
         _run_worker(checkpoint.with_suffix(""), tokens, output, dtype, package.environment)
@@ -214,7 +214,7 @@ def _run_worker(
             raise
 
 
-def transformers_rwkv4(
+def transformers_class(
     original: Original, tokens: Tensor, dtype: torch.dtype = torch.float32
 ) -> Iterator[Tensor]:
     """Logits of ``transformers.RwkvForCausalLM`` in float32.
@@ -231,12 +231,12 @@ def transformers_rwkv4(
     except ImportError:
         raise OracleUnavailable("this transformers has no RwkvForCausalLM", "use --oracle rwkv") from None
     tensors = {name: tensor.float() for name, tensor in original.transformers_tensors.items()}
-    vocabulary, width = original.tensors["emb.weight"].shape
+    sizes = original.config
     config = RwkvConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        attention_hidden_size=width,
-        intermediate_size=original.tensors["blocks.0.ffn.key.weight"].shape[0],
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.hidden_size,
+        attention_hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.intermediate_size,
         num_hidden_layers=original.num_layers,
         context_length=max(len(tokens), 1),
         layer_norm_epsilon=original.layer_norm_epsilon,
@@ -273,6 +273,6 @@ def naive(original: Original, tokens: Tensor, dtype: torch.dtype = torch.float64
 
 ORACLES: dict[str, Callable[..., Iterator[Tensor]]] = {
     "rwkv": rwkv_package,
-    "transformers": transformers_rwkv4,
+    "transformers": transformers_class,
     "naive": naive,
 }
