@@ -1,5 +1,8 @@
 """Who knows a generation, a cell or a memory by its name: nobody outside of its own folder."""
 
+import ast
+import re
+
 import pytest
 from test_imports import ROOT, sources
 from told_apart import classes, folder_of, kinds, own_attributes, told_apart
@@ -106,3 +109,29 @@ def test_a_folder_may_know_its_own(text: str, folder: str, expected: set[str]) -
 )
 def test_the_search_finds_no_more(text: str) -> None:
     assert told_apart(text) == set()
+
+
+FOREIGN = re.compile(
+    r"time_(decay|faaaa|first|maa|mix_|state)|(^|\.)(att|ffn|emb)\.|feed_forward\.|attention\.|^x_[rwkvag]$|^r_k$"
+)
+"""Names of tensors in other tools' files."""
+KNOW_FOREIGN = {
+    "rwkv_rev/benchmark/kernels.py": "reads a checkpoint's first layer for what recurrences are measured on",
+    "rwkv_rev/benchmark/rwkv_timer.py": "runs the rwkv package",
+    "rwkv_rev/equivalence/oracles.py": "runs the rwkv package",
+    "rwkv_rev/equivalence/rwkv_worker.py": "runs the rwkv package",
+}
+
+
+def test_foreign_names_are_known_where_checkpoints_are_read() -> None:
+    found = set()
+    for module, path in sources().items():
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        prose = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        texts = [node.value for node in nodes if isinstance(node, ast.Constant) and id(node) not in prose]
+        if any(isinstance(text, str) and FOREIGN.search(text) for text in texts):
+            found.add((module.split(".")[1], path.relative_to(ROOT).as_posix()))
+    assert {
+        name for folder, name in found if folder not in ("architectures", "converters")
+    } == KNOW_FOREIGN.keys()
+    assert {"architectures", "converters"} <= {folder for folder, _ in found}

@@ -11,6 +11,8 @@ from rwkv_rev.cells.contract import Exact, Plan
 from rwkv_rev.reversal.additive import Additive
 from rwkv_rev.reversal.division import LossyState
 from rwkv_rev.reversal.fixed_point import DecayPlan, FixedPoint, decay_plan
+from rwkv_rev.reversal.memory import Memory
+from rwkv_rev.reversal.stepped import Stepped
 from rwkv_rev.reversal.whole import Whole
 
 LENGTH = 4
@@ -64,6 +66,15 @@ def test_a_bit_changes_the_fingerprint(kind: str) -> None:
     assert not torch.equal(other.fingerprint(), memory.fingerprint())
 
 
+def test_it_comes_back_from_what_it_is_made_of(kind: str) -> None:
+    make, _ = KINDS[kind]
+    memory = make(value(0))
+    assert {name for name in vars(Memory) if not name.startswith("_")} <= set(dir(memory))
+    for again in (memory.like(memory.tensors()), memory.of_computed(memory.computed())):
+        assert torch.equal(again.fingerprint(), memory.fingerprint())
+        assert all(map(torch.equal, again.computed(), memory.computed()))
+
+
 def test_remnants_go_through_a_tape(kind: str) -> None:
     """What is kept of a remnant, by its size on the host, makes a remnant that keeps the same."""
     make, forwards = KINDS[kind]
@@ -84,6 +95,7 @@ def test_what_is_a_cells_state_and_plan_by_itself() -> None:
     def asked(protocol: type) -> set[str]:
         return {name for name in vars(protocol) if not name.startswith("_")}
 
+    assert asked(Memory) <= set(dir(Stepped))
     for kind in (FixedPoint, Additive, Whole):
         assert asked(Exact) <= set(dir(kind)), kind
     assert asked(Plan) <= set(dir(DecayPlan))

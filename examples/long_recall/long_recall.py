@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from rwkv_rev import RwkvRevConfig, RwkvRevForCausalLM
+from rwkv_rev.device import choose_device
 
 STRATEGIES = ("reversible", "truncated")
 SLOW_DECAY = (-11.0, -10.0)
@@ -299,7 +300,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     task, run = Task(), Run()
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--distance", type=int, default=task.distance, help="tokens from facts to questions")
     parser.add_argument("--chunk-length", type=int, default=task.chunk_length, help="tokens per chunk")
     parser.add_argument("--pairs", type=int, default=task.pairs, help="facts of a row")
@@ -330,7 +331,7 @@ def main() -> None:
             options.learning_rate,
             options.evaluate_every,
             options.held_out_rows,
-            device=options.device,
+            device=str(choose_device(options.device)),
         ),
         options.seed,
     )

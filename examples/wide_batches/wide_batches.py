@@ -20,6 +20,7 @@ import torch
 
 from rwkv_rev.benchmark.settings import measured_model
 from rwkv_rev.benchmark.training import random_tokens, step
+from rwkv_rev.device import choose_device
 
 MEGABYTE = 1 << 20
 SHORTEST, LONGEST, TOKENS = 256, 1024, 2**15
@@ -45,7 +46,7 @@ def peak_memory(device: torch.device) -> int | None:
 def measure(arguments: argparse.Namespace, chunk: int, rows: int) -> dict[str, Any]:
     """A point, in this process."""
     torch.set_num_threads(1)
-    device, length = torch.device(arguments.device), length_for(rows)
+    device, length = choose_device(arguments.device), length_for(rows)
     model = measured_model(arguments.model, device, torch.float32)
     ids = random_tokens(model, rows, length)
     with model.set_bptt("reversible", chunk_length=chunk):
@@ -98,7 +99,7 @@ def parse(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model", default="bundled:rwkv-5.2", help="or a converted folder, or a shape of bench"
     )
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--chunk-lengths", type=numbers, default=[1, 2, 4, 64])
     parser.add_argument("--batch-sizes", type=numbers, default=[1, 8, 64, 800])
     parser.add_argument("--json", type=Path, help="where the figures go, too")

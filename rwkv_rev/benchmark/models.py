@@ -45,7 +45,7 @@ def shape_config(name: str) -> RwkvRevConfig:
 
 
 def benchmark_model(name: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> RwkvRevForCausalLM:
-    """The model of a shape on ``device``, weights in ``dtype`` (decay and bonus float32)."""
+    """The model of a shape on ``device``, weights in ``dtype`` (but what the architecture keeps in float32)."""
     torch.manual_seed(seed)
     with torch.device(device):
         model = RwkvRevForCausalLM(shape_config(name))
@@ -54,7 +54,7 @@ def benchmark_model(name: str, device: torch.device, dtype: torch.dtype, seed: i
             if isinstance(module, nn.Linear) and not module.weight.any():
                 module.weight.normal_(std=STANDARD_DEVIATION)
     for parameter_name, parameter in model.named_parameters():
-        if not parameter_name.endswith(("time_decay", "bonus")):
+        if parameter_name.split(".")[-1] not in model.config.architecture.float32:
             parameter.data = parameter.data.to(dtype)
     return model.train()
 

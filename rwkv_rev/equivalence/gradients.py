@@ -242,7 +242,7 @@ def group_of(name: str) -> str:
         return "initial state"
     if last.startswith("mix_"):
         return "mixes"
-    if last in ("time_decay", "decay_base", "bonus"):
+    if "decay" in last or last == "bonus":
         return "bonus" if last == "bonus" else "decay"
     return "norms" if ".ln" in name else "projections"
 

@@ -68,6 +68,8 @@ class LossyState:
     def like(self, tensors: list[Tensor]) -> "LossyState":
         return LossyState(*tensors)
 
+    of_computed = like
+
     def fingerprint(self) -> Tensor:
         """Checksum, int64 [1]."""
         return fingerprint(self.state)[None]

@@ -50,7 +50,11 @@ class Memory(Protocol):
         ...
 
     def like(self, tensors: list[Tensor]) -> Any:
-        """A memory of this kind from :meth:`tensors` or :meth:`computed` of one of the same shape."""
+        """A memory of this kind from :meth:`tensors` of one of the same shape."""
+        ...
+
+    def of_computed(self, tensors: list[Tensor]) -> Any:
+        """The same from :meth:`computed`: a cell whose exact state it is, or a part of it, asks for both."""
         ...
 
     def fingerprint(self) -> Tensor:

@@ -147,12 +147,16 @@ class Stepped:
     def like(self, tensors: list[Tensor]) -> "Stepped":
         return Stepped(tensors[0], self.exponent, self.dtype)
 
+    of_computed = like
+
     def fingerprint(self) -> Tensor:
         """Checksum, int64 [1]."""
         return fingerprint(self.mantissa)[None]
 
     def coarse(self) -> None:
         return None
+
+    when_coarse = ""
 
     def remnant(self, tensors: list[Tensor]) -> "KeptSteps":
         return KeptSteps.of(tensors)
