@@ -25,7 +25,7 @@ from rwkv_rev.arguments import checked
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.converters.names import TensorNames, by_foreign, foreign_tensor, tensor_table
-from rwkv_rev.converters.rewriter import Entry, parse_size, plan_shards, write_shards
+from rwkv_rev.converters.rewriter import Entry, parse_size, shard_layout, write_shards
 from rwkv_rev.errors import ConfigError, OutputError
 from rwkv_rev.folders.folder import refuse_links, tokenizer_files
 from rwkv_rev.folders.safe_input import read_object
@@ -130,7 +130,7 @@ def export(
                 return foreign_tensor(rows[entry.name], model.tensor)
 
             with whole_directory(output, force=force) as folder:
-                write_shards(plan_shards(entries, max_shard_size or SHARD_SIZE), folder, read)
+                write_shards(shard_layout(entries, max_shard_size or SHARD_SIZE), folder, read)
                 _write_companions(model, folder, layout)
         note = architecture.lost(model.config, layout)
         if note is None and to != "blinkdl" and (note := missing_tokenizer(directory)) is not None:

@@ -73,7 +73,7 @@ def parse_size(text: str | int) -> int:
     return int(size)
 
 
-def plan_shards(entries: Iterable[Entry], max_shard_size: str | int) -> list[Shard]:
+def shard_layout(entries: Iterable[Entry], max_shard_size: str | int) -> list[Shard]:
     """Distribute tensors over files of at most ``max_shard_size`` bytes each, in order.
 
     A tensor larger than that gets a file of its own. One file is called ``model.safetensors``, several
@@ -103,7 +103,7 @@ def write_shards(
     """Write every shard into ``folder``, and the index if there are several.
 
     Args:
-        shards: from :func:`plan_shards`.
+        shards: from :func:`shard_layout`.
         folder: existing folder.
         read: gives the tensor of an entry; called once per tensor.
         on_bytes: called with the number of bytes written, piece by piece.

@@ -29,7 +29,7 @@ from rwkv_rev.converters.detection import Detected, detect
 from rwkv_rev.converters.inspection import notes_on
 from rwkv_rev.converters.names import by_foreign, tensor_table
 from rwkv_rev.converters.reading import Checkpoint, open_checkpoint
-from rwkv_rev.converters.rewriter import Entry, Shard, parse_size, plan_shards, write_shards
+from rwkv_rev.converters.rewriter import Entry, Shard, parse_size, shard_layout, write_shards
 from rwkv_rev.errors import CheckpointError, ConfigError, OutputError, VerificationFailed
 from rwkv_rev.folders.hub import Expected, LocalCheckpoint, expected_files, resolve
 from rwkv_rev.folders.safe_output import check_output, check_place, require_space, whole_directory
@@ -174,7 +174,7 @@ def convert(
                 f"group_norm_eps = {group_norm_eps} is without effect: {config.architecture.called} has no GroupNorm; "
                 "leave it out"
             )
-        shards = plan_shards(_entries(checkpoint, architecture, config, dtype), max_shard_size)
+        shards = shard_layout(_entries(checkpoint, architecture, config, dtype), max_shard_size)
         record = _record(local, checkpoint, architecture, settings)
         notes = notes_on(checkpoint)
         report = None

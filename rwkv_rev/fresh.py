@@ -20,7 +20,7 @@ from rwkv_rev.architectures.registry import architecture as find
 from rwkv_rev.arguments import checked
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.card import fresh_card
-from rwkv_rev.converters.rewriter import Entry, plan_shards, write_shards
+from rwkv_rev.converters.rewriter import Entry, shard_layout, write_shards
 from rwkv_rev.errors import ConfigError
 from rwkv_rev.folders.folder import RECORD_NAME
 from rwkv_rev.folders.safe_output import check_output, require_space, whole_directory
@@ -120,7 +120,7 @@ def init(
         },
     }
     entries = [Entry(name, name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
-    shards = plan_shards(entries, SHARD_SIZE)
+    shards = shard_layout(entries, SHARD_SIZE)
     require_space(directory.parent, sum(shard.nbytes for shard in shards))
     with whole_directory(directory, force=force) as folder:
         chosen.save_pretrained(str(folder))

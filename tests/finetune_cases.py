@@ -80,12 +80,12 @@ def stopped_run(model: Path, folder: Path) -> tuple[FinetuneConfig, Path]:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr("rwkv_rev.training.finetune.save_finetuned", lambda *_: 1 / 0)
         finetune(config)
-    return config, config.work_directory
+    return config, config.working_directory
 
 
 def copied_run(stopped: tuple[FinetuneConfig, Path], folder: Path) -> FinetuneConfig:
     """To go on with a copy of it in ``folder``, which holds checkpoints 3 and 4."""
     before, work = stopped
     config = FinetuneConfig(**(before.to_dict() | {"output": str(folder / "out"), "resume": "auto"}))
-    shutil.copytree(work, config.work_directory)
+    shutil.copytree(work, config.working_directory)
     return config

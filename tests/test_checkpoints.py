@@ -44,7 +44,7 @@ FILES = (
 
 @pytest.mark.parametrize("name", [*FILES, "rwkv_rev_run.json"])
 def test_a_missing_file_is_named(config: FinetuneConfig, name: str) -> None:
-    older, newest = checkpoints(config.work_directory)
+    older, newest = checkpoints(config.working_directory)
     assert (damage(older), damage(newest)) == (None, None)
     (newest / name).unlink()
     assert resume_from(config) == (older, [f"{newest} is damaged and passed over: {name} is missing"])
@@ -52,7 +52,7 @@ def test_a_missing_file_is_named(config: FinetuneConfig, name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES[:-1])
 def test_a_flipped_bit_is_named(config: FinetuneConfig, name: str) -> None:
-    older, newest = checkpoints(config.work_directory)
+    older, newest = checkpoints(config.working_directory)
     flip(newest / name)
     assert resume_from(config) == (
         older,
@@ -61,7 +61,7 @@ def test_a_flipped_bit_is_named(config: FinetuneConfig, name: str) -> None:
 
 
 def test_damaged_checksums_and_short_files(config: FinetuneConfig) -> None:
-    _, newest = checkpoints(config.work_directory)
+    _, newest = checkpoints(config.working_directory)
     path = newest / "optimizer.pt"
     path.write_bytes(path.read_bytes()[:-1])
     assert "optimizer.pt has" in str(damage(newest)) and "bytes instead of" in str(damage(newest))
@@ -72,7 +72,7 @@ def test_damaged_checksums_and_short_files(config: FinetuneConfig) -> None:
 
 def test_the_run_goes_on_from_the_newest_whole_one(config: FinetuneConfig, tmp_path: Path) -> None:
     """And ends as if nothing had been damaged; ``keep`` counts no later checkpoint as one of the newest."""
-    older, newest = checkpoints(config.work_directory)
+    older, newest = checkpoints(config.working_directory)
     expected = load_file(newest / "model.safetensors")
     flip(newest / "optimizer.pt")
     config.keep = 1
@@ -87,20 +87,20 @@ def test_the_run_goes_on_from_the_newest_whole_one(config: FinetuneConfig, tmp_p
 def test_keep_counts_the_checkpoints_before_the_present_one(
     config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    later = config.work_directory / "checkpoint-100"
-    shutil.copytree(config.work_directory / "checkpoint-4", later)
+    later = config.working_directory / "checkpoint-100"
+    shutil.copytree(config.working_directory / "checkpoint-4", later)
     flip(later / "optimizer.pt")
-    flip(config.work_directory / "checkpoint-4" / "optimizer.pt")
+    flip(config.working_directory / "checkpoint-4" / "optimizer.pt")
     config.keep = 1
     with pytest.raises(ZeroDivisionError):
         monkeypatch.setattr("rwkv_rev.training.finetune.save_finetuned", lambda *_: 1 / 0)
         finetune(config)
-    assert [path.name for path in checkpoints(config.work_directory)] == ["checkpoint-4", "checkpoint-100"]
-    assert damage(config.work_directory / "checkpoint-4") is None
+    assert [path.name for path in checkpoints(config.working_directory)] == ["checkpoint-4", "checkpoint-100"]
+    assert damage(config.working_directory / "checkpoint-4") is None
 
 
 def test_a_named_one_is_refused_in_one_line(config: FinetuneConfig) -> None:
-    older, newest = checkpoints(config.work_directory)
+    older, newest = checkpoints(config.working_directory)
     flip(newest / "rng_state.pth")
     config.resume = str(newest)
     with pytest.raises(
@@ -113,7 +113,7 @@ def test_a_named_one_is_refused_in_one_line(config: FinetuneConfig) -> None:
 
 
 def test_without_a_whole_one_nothing_begins_in_silence(config: FinetuneConfig) -> None:
-    for path in checkpoints(config.work_directory):
+    for path in checkpoints(config.working_directory):
         flip(path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"holds no checkpoint that is whole .* force=True begins anew"):
         plan(config)
@@ -139,11 +139,11 @@ def test_a_run_that_was_finished_is_not_trained_again(
         finetune(config)
     output = tmp_path / "out"
     before = (output / "model.safetensors").stat().st_mtime_ns
-    assert output.is_dir() and config.work_directory.is_dir()
+    assert output.is_dir() and config.working_directory.is_dir()
     other = FinetuneConfig(**(config.to_dict() | {"lr": 0.5}))
     with pytest.raises(Exception, match="already exists; pass force=True"):
         plan(other)
-    *older, newest = checkpoints(config.work_directory)
+    *older, newest = checkpoints(config.working_directory)
     assert older
     newest.rename(tmp_path / "gone")
     for checkpoint in older:
@@ -152,5 +152,7 @@ def test_a_run_that_was_finished_is_not_trained_again(
     result = run(config, notify=said.append, quiet=True)
     assert said[-1] == f"{output} is whole already: nothing is left to train"
     assert result.steps == 4 and result.last_loss > 0 and result.output == output
-    assert (output / "model.safetensors").stat().st_mtime_ns == before and not config.work_directory.exists()
+    assert (
+        output / "model.safetensors"
+    ).stat().st_mtime_ns == before and not config.working_directory.exists()
     assert run(config, quiet=True) == result, "as often as it is asked for"

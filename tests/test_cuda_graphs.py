@@ -72,7 +72,7 @@ def held_by(work: Callable[..., Any]) -> list[Tensor]:
 
 
 def record(work: Callable[[], Any], device: torch.device, pool: Any = None) -> tuple[Played, Any]:
-    """Instead of :func:`recordings._record`: nothing that the recording computes counts."""
+    """Instead of :func:`recordings._capture`: nothing that the recording computes counts."""
     changed = held_by(work)
     kept = [tensor.detach().clone() for tensor in changed]
     result, another = work(), work()
@@ -103,7 +103,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
         monkeypatch.setattr(cuda_graphs, "possible", lambda device: on)
         Played.replays = 0
 
-    monkeypatch.setattr(recordings, "_record", record)
+    monkeypatch.setattr(recordings, "_capture", record)
     monkeypatch.setattr(lasting, "_can_last", lambda sweep: False)
     monkeypatch.setattr(cuda_graphs, "Pace", Idle)
     monkeypatch.setattr(cuda_graphs, "_failures", [])
@@ -174,7 +174,7 @@ def test_layouts_are_made_before_a_recording(
         return found
 
     monkeypatch.setattr(DecayPlan.packing, "func", packing)
-    monkeypatch.setattr(recordings, "_record", watched)
+    monkeypatch.setattr(recordings, "_capture", watched)
     played(True)
     ids = random_tokens(LENGTH)
     differentiate(tiny_model("5.2"), "reversible", CHUNK, input_ids=ids)
@@ -187,7 +187,7 @@ def test_a_failed_recording_leaves_no_sums(monkeypatch: pytest.MonkeyPatch) -> N
     def refuse(work: Callable[[], Any], device: torch.device, pool: Any = None) -> Any:
         raise RuntimeError("cannot be recorded")
 
-    monkeypatch.setattr(recordings, "_record", refuse)
+    monkeypatch.setattr(recordings, "_capture", refuse)
     monkeypatch.setattr(cuda_graphs, "_failures", [])
     model, ids = tiny_model("4"), random_tokens(LENGTH)
     chunk = LossInputs(ids, None, None, ids, 1.0, random_state(model, 1)).chunks(CHUNK)[2]
@@ -236,5 +236,5 @@ def test_a_failed_recording_gives_the_stream_back(monkeypatch: pytest.MonkeyPatc
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     with pytest.raises(RuntimeError, match="invalidated"):
-        recordings._record(lambda: None, torch.device("cuda"))
+        recordings._capture(lambda: None, torch.device("cuda"))
     assert current == ["the caller's"]

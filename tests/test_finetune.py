@@ -168,7 +168,7 @@ def test_nothing_is_trained_after_the_last_step(
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr("rwkv_rev.training.finetune.save_finetuned", lambda *_: 1 / 0)
         finetune(config)
-    assert [path.name for path in checkpoints(config.work_directory)][-1] == "checkpoint-4"
+    assert [path.name for path in checkpoints(config.working_directory)][-1] == "checkpoint-4"
     config.resume = "auto"
     finetune(config)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
@@ -179,24 +179,24 @@ def test_nothing_is_trained_after_the_last_step(
 def test_a_run_in_progress_is_not_emptied_by_force(shallow: dict[str, Path], tmp_path: Path) -> None:
     data = counting_text(tmp_path / "data.txt")
     config = settings(shallow["5.2"], data, tmp_path / "out", force=True, max_steps=1)
-    kept = config.work_directory / "checkpoint-2" / "model.safetensors"
+    kept = config.working_directory / "checkpoint-2" / "model.safetensors"
     kept.parent.mkdir(parents=True)
     kept.write_text("of the other run")
     with (
-        FileLock(config.work_directory / ".lock"),
+        FileLock(config.working_directory / ".lock"),
         pytest.raises(OutputError, match="is in use by another run"),
     ):
         finetune(config)
     assert kept.read_text() == "of the other run"
     finetune(config)
-    assert (tmp_path / "out").is_dir() and not config.work_directory.exists()
+    assert (tmp_path / "out").is_dir() and not config.working_directory.exists()
 
 
 def test_an_output_in_use_is_refused(shallow: dict[str, Path], tmp_path: Path) -> None:
     config = settings(shallow["5.2"], counting_text(tmp_path / "data.txt"), tmp_path / "out")
-    config.work_directory.mkdir()
+    config.working_directory.mkdir()
     with (
-        FileLock(config.work_directory / ".lock"),
+        FileLock(config.working_directory / ".lock"),
         pytest.raises(OutputError, match="is in use by another run"),
     ):
         finetune(config)
@@ -280,7 +280,7 @@ def test_a_resumed_run_is_the_same_run(
         patch.setattr(StopAtBadLoss, "on_log", stop)
         with pytest.raises(Interrupted):
             finetune(config)
-    assert [path.name for path in checkpoints(config.work_directory)] == ["checkpoint-3"]
+    assert [path.name for path in checkpoints(config.working_directory)] == ["checkpoint-3"]
     with pytest.raises(RwkvRevError, match=r"holds an unfinished run \(checkpoint-3\): resume='auto'"):
         plan(config)
     config.resume = "auto"
@@ -294,7 +294,7 @@ def test_a_resumed_run_is_the_same_run(
 def test_refuses_a_checkpoint_of_another_run(shallow: dict[str, Path], tmp_path: Path) -> None:
     data = counting_text(tmp_path / "data.txt", 100)
     config = settings(shallow["5.2"], data, tmp_path / "out", save_every=1, max_steps=2, context_length=256)
-    config.work_directory.mkdir()
+    config.working_directory.mkdir()
     kept = tmp_path / "kept"
     finetune(config)
     config.output = str(tmp_path / "other")
@@ -302,7 +302,7 @@ def test_refuses_a_checkpoint_of_another_run(shallow: dict[str, Path], tmp_path:
         patch.setattr("rwkv_rev.training.finetune.save_finetuned", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             finetune(config)
-    config.work_directory.rename(kept)
+    config.working_directory.rename(kept)
     for changes, message in (
         (
             {"model": str(tmp_path / "out")},
@@ -372,7 +372,7 @@ def test_plan_tells_and_touches_nothing(shallow: dict[str, Path], tmp_path: Path
     data = counting_text(tmp_path / "data.txt", 100)
     config = settings(shallow["5.2"], data, tmp_path / "out", context_length=100_000, max_steps=None)
     planned = plan(config).to_dict()
-    assert not (tmp_path / "out").exists() and not config.work_directory.exists()
+    assert not (tmp_path / "out").exists() and not config.working_directory.exists()
     assert planned["steps"] == 1 and planned["data"]["documents"] == 1
     assert planned["tokens_per_step"] == planned["data"]["tokens"] == data.stat().st_size
     assert any("longer than any document" in note for note in planned["notes"])

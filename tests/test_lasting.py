@@ -22,7 +22,7 @@ CHUNK = 4
 @pytest.fixture(autouse=True)
 def played(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Switches recordings on and off; layouts of other machines' kernels hold here where the widths are the same."""
-    monkeypatch.setattr(recordings, "_record", record)
+    monkeypatch.setattr(recordings, "_capture", record)
     monkeypatch.setattr(cuda_graphs, "Pace", Idle)
     monkeypatch.setattr(cuda_graphs, "_failures", [])
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)

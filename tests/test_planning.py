@@ -107,7 +107,7 @@ def test_a_resumed_run_goes_on_with_what_it_began_with(
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr("rwkv_rev.training.finetune.save_finetuned", lambda *_: 1 / 0)
         finetune(changed(config, keep=5))
-    checkpoints = sorted(config.work_directory.glob("checkpoint-*"))
+    checkpoints = sorted(config.working_directory.glob("checkpoint-*"))
     assert json.loads((checkpoints[0] / RUN_NAME).read_text())["config"]["chunk_length"] == LENGTHS[0]
     free(MUCH)
     resumed = changed(config, resume=str(checkpoints[0]))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rwkv_rev.converters.rewriter import PIECE, Entry, parse_size, plan_shards, write_shards
+from rwkv_rev.converters.rewriter import PIECE, Entry, parse_size, shard_layout, write_shards
 from rwkv_rev.errors import OutputError
 
 
@@ -38,18 +38,18 @@ def entries(*sizes: int) -> list[Entry]:
 
 
 def test_plan_keeps_order_and_limit() -> None:
-    shards = plan_shards(entries(3, 2, 9, 1, 1, 1), 10)  # two bytes each
+    shards = shard_layout(entries(3, 2, 9, 1, 1, 1), 10)  # two bytes each
     assert [[e.name for e in s.entries] for s in shards] == [["t0", "t1"], ["t2"], ["t3", "t4", "t5"]]
     assert [s.nbytes for s in shards] == [10, 18, 6]
     assert shards[0].filename == "model-00001-of-00003.safetensors"
-    assert [s.filename for s in plan_shards(entries(1, 2), "1GB")] == ["model.safetensors"]
+    assert [s.filename for s in shard_layout(entries(1, 2), "1GB")] == ["model.safetensors"]
 
 
 def test_a_tensor_longer_than_a_piece(tmp_path: Path) -> None:
     big = torch.randn(PIECE + 17)
     counted: list[int] = []
     write_shards(
-        plan_shards([Entry("big", "x", (1, PIECE + 17), torch.bfloat16)], "5GB"),
+        shard_layout([Entry("big", "x", (1, PIECE + 17), torch.bfloat16)], "5GB"),
         tmp_path,
         lambda entry: {"x": big}[entry.source],
         counted.append,

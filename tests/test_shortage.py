@@ -97,12 +97,16 @@ def test_a_full_disk_while_a_checkpoint_is_written(
         ) as caught:
             finetune(config)
     assert "\n" not in str(caught.value) and "checkpoint-1 is kept" in str(caught.value)
-    (kept,) = checkpoints(config.work_directory)
+    (kept,) = checkpoints(config.working_directory)
     assert damage(kept) is None
-    assert {path.name for path in config.work_directory.iterdir()} == {".lock", "log.jsonl", "checkpoint-1"}
+    assert {path.name for path in config.working_directory.iterdir()} == {
+        ".lock",
+        "log.jsonl",
+        "checkpoint-1",
+    }
     config.resume = "auto"
     finetune(config)
-    assert len(losses(Path(config.output))) == 3 and not config.work_directory.exists()
+    assert len(losses(Path(config.output))) == 3 and not config.working_directory.exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs limits of the system")

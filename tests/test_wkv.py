@@ -21,7 +21,7 @@ from rwkv_rev.cells.recomputation import checkpointed
 from rwkv_rev.wkv import (
     EMPTY_EXPONENT,
     KernelError,
-    Wkv5Work,
+    Wkv5Handover,
     choose_kernel,
     use_kernel,
     wkv4,
@@ -484,12 +484,14 @@ def test_a_plan_and_shared_work_change_no_bit(
     case = case5(tokens=tokens, share=share, size=32, decay="mild").to(dtype, torch.float32)
     expected = run5(case, kernel)
     for planned in (tokens, tokens + 1):
-        plan, work = wkv5_plan(case.arguments[3], planned, kernel=kernel), Wkv5Work()
+        plan, handover = wkv5_plan(case.arguments[3], planned, kernel=kernel), Wkv5Handover()
         with torch.no_grad():
-            alone = wkv5_contribution(*case.arguments[1:4], case.mask, kernel=kernel, plan=plan, work=work)
+            alone = wkv5_contribution(
+                *case.arguments[1:4], case.mask, kernel=kernel, plan=plan, handover=handover
+            )
         assert torch.equal(alone, expected["contribution"])
         for _ in range(2):
-            actual = run5(case, kernel, plan=plan, work=work)
+            actual = run5(case, kernel, plan=plan, handover=handover)
             assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 

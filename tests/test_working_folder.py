@@ -51,7 +51,7 @@ PLACES = (
 def test_files_of_somebody_else_are_refused_by_name(
     config: FinetuneConfig, place: str, how: dict[str, Any]
 ) -> None:
-    path = config.work_directory / place
+    path = config.working_directory / place
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("thesis")
     config = FinetuneConfig(**(config.to_dict() | {"resume": None} | how))
@@ -59,7 +59,7 @@ def test_files_of_somebody_else_are_refused_by_name(
         with pytest.raises(OutputError, match="which no run wrote: move it away") as error:
             act(config)
         assert place in str(error.value) and "\n" not in str(error.value)
-    assert path.read_text() == "thesis" and len(checkpoints(config.work_directory)) == 2
+    assert path.read_text() == "thesis" and len(checkpoints(config.working_directory)) == 2
 
 
 def test_without_any_run_before(config: FinetuneConfig, tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_without_any_run_before(config: FinetuneConfig, tmp_path: Path) -> None:
 
 def test_a_link_is_refused(config: FinetuneConfig, tmp_path: Path) -> None:
     """To whatever it points, inside the folder too."""
-    work, victim = config.work_directory, tmp_path / "victim"
+    work, victim = config.working_directory, tmp_path / "victim"
     work.rename(victim)
     work.symlink_to(victim)
     before = sorted(victim.rglob("*"))
@@ -93,7 +93,7 @@ def test_a_link_is_refused(config: FinetuneConfig, tmp_path: Path) -> None:
 
 def test_what_runs_leave_is_known(config: FinetuneConfig) -> None:
     """Damaged or half-removed, too."""
-    work = config.work_directory
+    work = config.working_directory
     (work / ".log.jsonl").touch()
     (work / ".checkpoint-2.deleted" / "inner").mkdir(parents=True)
     (work / ".writing" / "checkpoint-5").mkdir(parents=True)
@@ -110,7 +110,7 @@ def test_what_is_put_there_meanwhile_stays(config: FinetuneConfig, monkeypatch: 
     """In a checkpoint that would go, and in the folder itself."""
     from rwkv_rev.training import trainer
 
-    work = config.work_directory
+    work = config.working_directory
     (work / "checkpoint-3").rename(work / "checkpoint-2")  # older ones go when one is written
     shutil.rmtree(work / "checkpoint-4")
     said: list[str] = []
@@ -132,7 +132,7 @@ def test_what_is_put_there_meanwhile_stays(config: FinetuneConfig, monkeypatch: 
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("kind", ["pipe", "link", "lost link", "file"])
 def test_a_working_folder_that_is_none(config: FinetuneConfig, kind: str, force: bool) -> None:
-    work = config.work_directory
+    work = config.working_directory
     shutil.rmtree(work)
     if kind == "pipe":
         os.mkfifo(work)
@@ -150,7 +150,7 @@ def test_a_working_folder_that_is_none(config: FinetuneConfig, kind: str, force:
 @pytest.mark.parametrize("name", ["log.jsonl", ".lock", "checkpoint-4/optimizer.pt"])
 @pytest.mark.parametrize("kind", ["folder", "pipe", "link"])
 def test_something_else_of_a_name_of_ours(config: FinetuneConfig, name: str, kind: str) -> None:
-    path = config.work_directory / name
+    path = config.working_directory / name
     path.unlink()
     if kind == "folder":
         path.mkdir()
@@ -158,15 +158,15 @@ def test_something_else_of_a_name_of_ours(config: FinetuneConfig, name: str, kin
         os.mkfifo(path)
     else:
         path.symlink_to(config.data[0])
-    before = sorted(config.work_directory.rglob("*"))
+    before = sorted(config.working_directory.rglob("*"))
     with pytest.raises(OutputError, match=f"holds {name}, which no run wrote"):
         finetune(config)
-    assert sorted(config.work_directory.rglob("*")) == before
+    assert sorted(config.working_directory.rglob("*")) == before
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="nothing is closed to root")
 def test_a_folder_that_is_closed(config: FinetuneConfig) -> None:
-    config.work_directory.chmod(0o500)
+    config.working_directory.chmod(0o500)
     with pytest.raises(OutputError, match=r"cannot write .*no permission"):
         refuse_output(config)
 
@@ -187,7 +187,7 @@ def test_a_lock_that_cannot_be_taken(config: FinetuneConfig, monkeypatch: pytest
 @pytest.mark.parametrize("name", [CHECKSUMS, "optimizer.pt"])
 def test_a_pipe_in_a_checkpoint_is_damage(config: FinetuneConfig, tmp_path: Path, name: str) -> None:
     """Of a checkpoint that is named, outside the working folder."""
-    (config.work_directory / "checkpoint-4").rename(tmp_path / "checkpoint-4")
+    (config.working_directory / "checkpoint-4").rename(tmp_path / "checkpoint-4")
     path = tmp_path / "checkpoint-4" / name
     path.unlink()
     os.mkfifo(path)
@@ -198,7 +198,7 @@ def test_a_pipe_in_a_checkpoint_is_damage(config: FinetuneConfig, tmp_path: Path
 
 @pytest.mark.parametrize("text", ["[" * 20_000, '{"model.safetensors": {"bytes": Infinity, "crc32": "0"}}'])
 def test_checksums_that_no_run_wrote(config: FinetuneConfig, text: str) -> None:
-    older, newest = checkpoints(config.work_directory)
+    older, newest = checkpoints(config.working_directory)
     (newest / CHECKSUMS).write_text(text)
     assert damage(newest) == f"{CHECKSUMS} cannot be read"
     assert resume_from(config)[0] == older
@@ -226,7 +226,7 @@ DAMAGES = {
 @pytest.mark.parametrize("kind", ["whole", "longer", *DAMAGES])
 def test_a_damaged_log_is_named_and_rebuilt(config: FinetuneConfig, kind: str) -> None:
     """From the rows in the checkpoint; rows after it, of steps that a kill undid, are no damage."""
-    log = config.work_directory / "log.jsonl"
+    log = config.working_directory / "log.jsonl"
     whole = log.read_text("utf-8")
     if kind == "longer":
         log.write_text(whole + '{"step": 5, "loss": 1.0}\n{"step": 6, "lo')

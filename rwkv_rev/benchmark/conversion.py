@@ -36,18 +36,18 @@ def conversion_rows(settings: BenchSettings, folder: Path | None = None) -> list
         folder: where to work, on the disk to be measured; the system's temporary folder when None.
     """
     with tempfile.TemporaryDirectory(prefix="rwkv-rev-bench-", dir=folder) as name:
-        work = Path(name)
-        source = checkpoint_file(settings, work)
+        place = Path(name)
+        source = checkpoint_file(settings, place)
         size = source.stat().st_size
         both: dict[str, Callable[[], object]] = {
-            "convert": lambda: convert(source, work / "model", tokenizer="none"),
-            "copy": lambda: _copy(source, work / "copy"),
+            "convert": lambda: convert(source, place / "model", tokenizer="none"),
+            "copy": lambda: _copy(source, place / "copy"),
         }
         alone = both | {"sha256": lambda: file_sha256(source), "check": lambda: _check(source)}
-        cached = _rates(alone, size, work, settings.repeats, lambda: None)
+        cached = _rates(alone, size, place, settings.repeats, lambda: None)
         rows = [{"setting": "convert", "bytes": size} | cached]
         if hasattr(os, "posix_fadvise"):
-            uncached = _rates(both, size, work, settings.repeats, lambda: _forget(source))
+            uncached = _rates(both, size, place, settings.repeats, lambda: _forget(source))
             rows.append({"setting": "convert, source not cached", "bytes": size} | uncached)
     return rows
 
@@ -55,7 +55,7 @@ def conversion_rows(settings: BenchSettings, folder: Path | None = None) -> list
 def _rates(
     actions: dict[str, Callable[[], object]],
     size: int,
-    work: Path,
+    place: Path,
     repeats: int,
     before: Callable[[], object],
 ) -> dict[str, Any]:
@@ -68,8 +68,8 @@ def _rates(
             call()
             if turn:
                 times[action].append(time.perf_counter() - start)
-            shutil.rmtree(work / "model", ignore_errors=True)  # outside the time: neither replaces anything
-            (work / "copy").unlink(missing_ok=True)
+            shutil.rmtree(place / "model", ignore_errors=True)  # outside the time: neither replaces anything
+            (place / "copy").unlink(missing_ok=True)
     rates = {action: size / statistics.median(seconds) for action, seconds in times.items()}
     found: dict[str, Any] = {f"{action}_bytes_per_second": rate for action, rate in rates.items()}
     return found | {"convert_to_copy": rates["convert"] / rates["copy"]}

@@ -118,9 +118,9 @@ def shares_in_matrix_products(
     for name, setting in settings.bptt().items():
         with model.set_bptt(**setting):
             step(model, ids)
-            with profile(activities=[ProfilerActivity.CPU]) as record:
+            with profile(activities=[ProfilerActivity.CPU]) as profiled:
                 step(model, ids)
-        times = {event.key: event.self_cpu_time_total for event in record.key_averages()}
+        times = {event.key: event.self_cpu_time_total for event in profiled.key_averages()}
         total = sum(times.values())
         share = sum(times.get(key, 0.0) for key in MATRIX_PRODUCTS) / total
         others = sorted((key for key in times if key not in MATRIX_PRODUCTS), key=lambda key: -times[key])

@@ -202,11 +202,11 @@ def kernel_times(call: Callable[[], Any]) -> dict[str, float]:
     """Milliseconds of every CUDA kernel that a call launches, the longest first."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as record:
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         for _ in range(5):
             call()
         torch.cuda.synchronize()
-    times = {event.key[:60]: event.device_time_total / 5000 for event in record.key_averages()}
+    times = {event.key[:60]: event.device_time_total / 5000 for event in profiled.key_averages()}
     return {name: round(ms, 3) for name, ms in sorted(times.items(), key=lambda item: -item[1]) if ms > 0.005}
 
 

@@ -55,8 +55,8 @@ class ForwardRecording:
             prints = [layer.print for layer in advanced]
             return [layer.states for layer in advanced], record, flat_record, prints
 
-        self._graph, found = _record(run, sweep.device, pool)
-        self.after, self._record, self.record, self.prints = found
+        self._launches, found = _capture(run, sweep.device, pool)
+        self.after, self._capture, self.record, self.prints = found
 
     def run(
         self, chunk: Chunk, states: list[ExactStates], tape: Tape | None
@@ -64,14 +64,14 @@ class ForwardRecording:
         """Put the record of ``chunk`` on a tape; states and coarse parts after it, which hold until the next run."""
         load(self._chunk, chunk)
         copy_states(self._before, states)
-        self._graph.replay()
+        self._launches.replay()
         if tape is not None:
-            sizes = None if self._record.sizes is None else self._record.sizes.cpu()
+            sizes = None if self._capture.sizes is None else self._capture.sizes.cpu()
             if sizes is not None and sizes.any():
-                tape.push(self._record.tensors(sizes))
+                tape.push(self._capture.tensors(sizes))
             else:
                 tape.push_flat(self.record)
-        return self.after, self._record.coarse
+        return self.after, self._capture.coarse
 
 
 class BackwardRecording:
@@ -102,7 +102,7 @@ class BackwardRecording:
     ) -> None:
         self._chunk = static(chunk)
         self._given = cloned(states)
-        self._record = None if record is None else FlatRecord(record.data.clone(), record.layouts)
+        self._capture = None if record is None else FlatRecord(record.data.clone(), record.layouts)
         self._to_end = None if to_end is None else [[g.clone() for g in layer] for layer in to_end]
         self._first: list[ExactStates] = []
         self._prints: list[Tensor] = []
@@ -127,7 +127,7 @@ class BackwardRecording:
 
         def run() -> tuple[list[ExactStates], list[list[Tensor]], Tensor | None, list[FloatStates]]:
             self.touched = [False] * len(known)
-            tensors = None if self._record is None else self._record.tensors()
+            tensors = None if self._capture is None else self._capture.tensors()
             with _stand_ins(sweep.model, parameters.tensors) as leaves:
                 found = chunk_gradients(
                     sweep.model,
@@ -143,7 +143,7 @@ class BackwardRecording:
             return found.states, found.to_start, found.exactly, end
 
         try:
-            self._graph, found = _record(run, sweep.device, pool)
+            self._launches, found = _capture(run, sweep.device, pool)
         except BaseException:
             self.touched = [False] * len(known)  # what was launched while recording has not run
             self.finish(sums)
@@ -152,9 +152,9 @@ class BackwardRecording:
 
     def fits(self, states: list[ExactStates], record: FlatRecord | None) -> bool:
         """Whether a chunk with these states and this record can be run."""
-        if (record is None) != (self._record is None):
+        if (record is None) != (self._capture is None):
             return False
-        if record is not None and self._record is not None and record.layouts != self._record.layouts:
+        if record is not None and self._capture is not None and record.layouts != self._capture.layouts:
             return False
         shapes = zip(_computed(self._given), _computed(states), strict=True)
         return all(one.shape == other.shape for one, other in shapes)
@@ -171,14 +171,14 @@ class BackwardRecording:
         """States before the chunk and gradients by them; both hold until the next run."""
         load(self._chunk, chunk)
         copy_states(self._given, states)
-        if self._record is not None and record is not None:
-            self._record.data.copy_(record.data)
+        if self._capture is not None and record is not None:
+            self._capture.data.copy_(record.data)
         if self._to_end is not None and to_end is not None:
             _copy([g for layer in self._to_end for g in layer], [g for layer in to_end for g in layer])
         if self._first:
             copy_states(self._first, sweep.first)
             _copy(self._prints, sweep.prints[0])
-        self._graph.replay()
+        self._launches.replay()
         if self._exactly is not None:
             sums.checks.append((chunk.index, self._exactly.clone()))
         return self.states, self.to_start
@@ -198,12 +198,12 @@ def cloned(states: list[ExactStates]) -> list[ExactStates]:
     ]
 
 
-def _record(
+def _capture(
     run: Callable[[], T], device: torch.device, pool: Any | None = None
 ) -> tuple[torch.cuda.CUDAGraph, T]:
     """A graph of ``run``, whose kernels have all run before, and the tensors that its replays fill."""
     torch.cuda.empty_cache()  # the graph has memory of its own: what chunks before it used is free for that
-    graph = torch.cuda.CUDAGraph()
+    captured = torch.cuda.CUDAGraph()
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
     stream = _streams.get(device) or _streams.setdefault(device, torch.cuda.Stream(device))
     try:
@@ -212,7 +212,7 @@ def _record(
             torch.cuda.device(device),
             # where recording fails, torch.cuda.graph leaves its own stream the current one
             torch.cuda.stream(torch.cuda.current_stream(device)),
-            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+            torch.cuda.graph(captured, pool=pool, stream=stream, capture_error_mode="thread_local"),
         ):
             result = run()
     except BaseException:
@@ -220,7 +220,7 @@ def _record(
         with suppress(Exception):
             torch._C._cuda_endAllocateToPool(stream.device_index, pool)
         raise
-    return graph, result
+    return captured, result
 
 
 @contextmanager

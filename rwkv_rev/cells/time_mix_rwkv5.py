@@ -22,7 +22,7 @@ from rwkv_rev.cells.shifted_cell import ExactShiftedState, ShiftedCell
 from rwkv_rev.cells.time_mix_rwkv4 import log_decay_of, wide
 from rwkv_rev.reversal.division import LossyState
 from rwkv_rev.reversal.fixed_point import DecayPlan, FixedPoint, MemoryRemnant, decay_plan
-from rwkv_rev.wkv import Wkv5Work, decayed, wkv5, wkv5_contribution, wkv5_plan
+from rwkv_rev.wkv import Wkv5Handover, decayed, wkv5, wkv5_contribution, wkv5_plan
 
 
 class TimeProjection(NamedTuple):
@@ -31,7 +31,7 @@ class TimeProjection(NamedTuple):
     value: Tensor  # [B, C, H, N]
     gate: Tensor | None  # [B, C, D]
     log_decay: Tensor  # [H, N]
-    work: Wkv5Work  # what the contribution and the output share
+    handover: Wkv5Handover  # what the contribution and the output share
 
 
 class MemoryPlan(NamedTuple):
@@ -110,7 +110,7 @@ class TimeMixRwkv5(ShiftedCell):
             self.value(to_value).view(heads),
             None if self.gate is None else self.gate(*to_gate),
             self.log_decay(),
-            Wkv5Work(),
+            Wkv5Handover(),
         )
 
     def log_decay(self) -> Tensor:
@@ -125,7 +125,7 @@ class TimeMixRwkv5(ShiftedCell):
         plan: MemoryPlan | None = None,
     ) -> tuple[Tensor, Tensor]:
         assert memory is not None
-        receptance, key, value, gate, log_decay, work = projection
+        receptance, key, value, gate, log_decay, handover = projection
         bonus = wide(self.bonus)
         bonus = self._per_channel(torch.exp(bonus) if self.bonus_is_exponential else bonus)
         y, contribution = wkv5(
@@ -137,7 +137,7 @@ class TimeMixRwkv5(ShiftedCell):
             memory,
             None if mask is None else mask.valid,
             plan=None if plan is None else plan.recurrence,
-            work=work,
+            handover=handover,
         )
         return self.output(norm_and_gate(self.ln_x, y, gate, receptance.dtype)), contribution
 
@@ -184,7 +184,7 @@ class TimeMixRwkv5(ShiftedCell):
             projection.log_decay,
             None if mask is None else mask.valid,
             plan=plan.recurrence,
-            work=projection.work,
+            handover=projection.handover,
         )
         count = None if mask is None else mask.count
         return memory.retreat(contribution, count, remnant, plan.reversal)

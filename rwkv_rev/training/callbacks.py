@@ -161,7 +161,7 @@ class Bar(TrainerCallback):
         if self._shown is None or not logs:
             return
         if "loss" in logs:
-            self._advance(state, *describe(logs))
+            self._show(state, *describe(logs))
         elif "eval_loss" in logs:
             self._shown.say(
                 f"step {state.global_step}: held-out {logs['eval_bits_per_byte']:.4f} bits per byte"
@@ -171,7 +171,7 @@ class Bar(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not control.should_log:  # else the row follows, with the loss of this step
-            self._advance(state)
+            self._show(state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -183,7 +183,7 @@ class Bar(TrainerCallback):
         if self._shown is not None:
             self._shown.close()
 
-    def _advance(self, state: TrainerState, *facts: str) -> None:
+    def _show(self, state: TrainerState, *facts: str) -> None:
         if self._shown is not None:
             self._shown.add(state.global_step - self._step, *facts)
             self._step = state.global_step

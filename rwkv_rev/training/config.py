@@ -151,7 +151,7 @@ class FinetuneConfig:
         return DEFAULT_LR[self.tune] if self.lr is None else self.lr
 
     @property
-    def work_directory(self) -> Path:
+    def working_directory(self) -> Path:
         """Where checkpoints and the log lie while the run lasts."""
         output = Path(self.output)
         return output.with_name(output.name + ".training")

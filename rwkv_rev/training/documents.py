@@ -178,7 +178,7 @@ class DataSource:
         if self.kind == "parquet":
             return _read_parquet(self, fields)
         if self.kind in ("hub", "arrow"):
-            return _read_records(self, fields, self.dataset.column_names, iter(self.dataset))
+            return _read_rows(self, fields, self.dataset.column_names, iter(self.dataset))
         raise ValueError(f"{self.name}: {self.kind} holds token ids, not text")
 
 
@@ -246,9 +246,9 @@ def _cut(raw: bytes) -> int:
 
 def _read_jsonl(source: DataSource, fields: Fields) -> Iterator[Piece]:
     with _opened(source) as file:
-        for number, record in _json_lines(source, file):
+        for number, row in _json_lines(source, file):
             where = place(source.name, number)
-            yield _piece(record, *fields.choose(_names(record, where), where), source.name, number, "line")
+            yield _piece(row, *fields.choose(_names(row, where), where), source.name, number, "line")
 
 
 def _json_lines(source: DataSource, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
@@ -281,15 +281,15 @@ def _read_json(source: DataSource, fields: Fields) -> Iterator[Piece]:
         values = [value for _, value in _json_lines(source, io.BytesIO(raw))]
     except (ValueError, RecursionError) as error:
         raise DataError(f"{source.name}: not valid JSON: {one_line(error)}") from error
-    for number, record in enumerate(values if isinstance(values, list) else [values], start=1):
+    for number, row in enumerate(values if isinstance(values, list) else [values], start=1):
         where = place(source.name, number, source.unit)
-        yield _piece(record, *fields.choose(_names(record, where), where), source.name, number, source.unit)
+        yield _piece(row, *fields.choose(_names(row, where), where), source.name, number, source.unit)
 
 
-def _names(record: Any, where: str) -> Iterable[str]:
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: a {type(record).__name__}, not an object with fields")
-    return record
+def _names(row: Any, where: str) -> Iterable[str]:
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a {type(row).__name__}, not an object with fields")
+    return row
 
 
 def _read_csv(source: DataSource, fields: Fields) -> Iterator[Piece]:
@@ -340,14 +340,14 @@ def _read_parquet(source: DataSource, fields: Fields) -> Iterator[Piece]:
             columns = [name for name in fields.choose(names, source.name) if name is not None]
             batches = table.iter_batches(batch_size=256, columns=columns)
             rows = (row for batch in batches for row in batch.to_pylist())
-            yield from _read_records(source, fields, names, rows)
+            yield from _read_rows(source, fields, names, rows)
     except NamedTwice as error:
         raise DataError(f"{source.name}: {error}") from None
     except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
         raise DataError(f"{source.name}: not a readable .parquet file: {one_line(error)}") from error
 
 
-def _read_records(
+def _read_rows(
     source: DataSource, fields: Fields, names: Sequence[str], rows: Iterator[dict[str, Any]]
 ) -> Iterator[Piece]:
     prompt, text = fields.choose(names, source.name)
@@ -355,16 +355,16 @@ def _read_records(
         yield _piece(row, prompt, text, source.name, number, "row")
 
 
-def _piece(record: dict[str, Any], prompt: str | None, text: str, source: str, line: int, unit: str) -> Piece:
+def _piece(row: dict[str, Any], prompt: str | None, text: str, source: str, line: int, unit: str) -> Piece:
     for name in (prompt, text):
-        if name is not None and not isinstance(record[name], str):
-            found = "null" if record[name] is None else f"a {type(record[name]).__name__}"
+        if name is not None and not isinstance(row[name], str):
+            found = "null" if row[name] is None else f"a {type(row[name]).__name__}"
             raise DataError(f"{place(source, line, unit)}: field '{name}' is {found}, not a string")
-        if name is not None and not is_utf8(record[name]):
+        if name is not None and not is_utf8(row[name]):
             raise DataError(
                 f"{place(source, line, unit)}: field '{name}' holds half a surrogate pair, no text"
             )
-    return Piece(record[text], None if prompt is None else record[prompt], source, line, unit)
+    return Piece(row[text], None if prompt is None else row[prompt], source, line, unit)
 
 
 def _load_hub_dataset(name: str) -> Any:

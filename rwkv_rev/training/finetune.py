@@ -171,12 +171,12 @@ def run(config: FinetuneConfig, *, notify: Notify | None = None, quiet: bool = F
     """
     notify = notify or (lambda text: None)
     planned = plan(config, progress=not quiet)
-    work = config.work_directory
+    working = config.working_directory
     asked, made = (
         config.chunk_length,
         None if planned.made is None else FinetuneResult.from_dict(planned.made, Path(config.output)),
     )
-    args = None if made else training_arguments(config, work, device=planned.device, dtype=planned.dtype)
+    args = None if made else training_arguments(config, working, device=planned.device, dtype=planned.dtype)
     if args is not None:  # by now the processes can talk to each other
         length = shortest_of_all(int(planned.config.chunk_length), args.device)
         if length != planned.config.chunk_length:
@@ -189,12 +189,12 @@ def run(config: FinetuneConfig, *, notify: Notify | None = None, quiet: bool = F
         notify(f"chunks of {planned.config.chunk_length:,} tokens: {planned.length_is}")
     if first and config.resume == "auto" and made is None and planned.resume_from is None:
         notify("no checkpoint to go on from: the run begins with step 1")
-    taken = lock(work) if first else None
+    taken = lock(working) if first else None
     try:
         if first and planned.resume_from is None and config.force:
-            empty(work)
+            empty(working)
         elif first:
-            sweep(work)
+            sweep(working)
         _barrier()
         if made is None:
             where = Whereabouts()
@@ -203,8 +203,8 @@ def run(config: FinetuneConfig, *, notify: Notify | None = None, quiet: bool = F
         else:
             notify(f"{config.output} is whole already: nothing is left to train")
         _barrier()
-        if taken is not None and (stays := remove(work, taken)):
-            notify(f"warning: {work} stays: it holds {named(work, stays)}")
+        if taken is not None and (stays := remove(working, taken)):
+            notify(f"warning: {working} stays: it holds {named(working, stays)}")
     finally:
         if taken is not None:
             taken.release()
@@ -214,7 +214,7 @@ def run(config: FinetuneConfig, *, notify: Notify | None = None, quiet: bool = F
 
 
 def _train(planned: Plan, args: Any, where: Whereabouts, notify: Notify, quiet: bool) -> FinetuneResult:
-    config, work = planned.config, planned.config.work_directory
+    config, working = planned.config, planned.config.working_directory
     order, identity = planned.order, planned.identity
     if planned.resume_from is not None:
         notify(f"resuming from {planned.resume_from}")
@@ -235,7 +235,7 @@ def _train(planned: Plan, args: Any, where: Whereabouts, notify: Notify, quiet: 
         token_bytes = count_token_bytes(load_tokenizer(config.model), model.config.vocab_size)
         held_out = (planned.held_out, token_bytes)
     args.eval_on_start = held_out is not None and planned.resume_from is None
-    log = work / LOG_NAME
+    log = working / LOG_NAME
     bar = Bar(quiet)
     trainer = RwkvRevTrainer(
         tuned,

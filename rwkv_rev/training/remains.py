@@ -24,9 +24,9 @@ _IN_CHECKPOINT = re.compile(
 _TENSORBOARD = re.compile(r"events\.out\.tfevents\..*")
 
 
-def foreign(work: Path) -> list[Path]:
+def foreign(working: Path) -> list[Path]:
     """Files, links and empty folders in a working folder that no run wrote, sorted."""
-    found = [inner for path in _children(work) for inner in foreign_in(path)]
+    found = [inner for path in _children(working) for inner in foreign_in(path)]
     return sorted(path for path in found if os.path.lexists(path))  # another run may be removing it
 
 

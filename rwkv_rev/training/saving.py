@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 from rwkv_rev.converters.card import model_card
 from rwkv_rev.converters.converted import RECORD_NAME, ConvertedModel, read_record
-from rwkv_rev.converters.rewriter import Entry, plan_shards, write_shards
+from rwkv_rev.converters.rewriter import Entry, shard_layout, write_shards
 from rwkv_rev.folders.folder import tokenizer_files
 from rwkv_rev.folders.redaction import public
 from rwkv_rev.folders.safe_output import whole_directory
@@ -78,7 +78,7 @@ def save_finetuned(
         (history / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
         summary = {"plan": planned, "result": result}
         (history / SUMMARY_NAME).write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
-        events = config.work_directory / "runs"
+        events = config.working_directory / "runs"
         if events.is_dir():  # TensorBoard's
             shutil.copytree(events, history / "runs", ignore=_links)
         if has_matplotlib():
@@ -106,7 +106,7 @@ def _write_weights(
         return changed_dtype if tensors[name].is_floating_point() else tensors[name].dtype
 
     entries = [Entry(name, name, tuple(tensors[name].shape), stored_dtype(name)) for name in tensors]
-    write_shards(plan_shards(entries, SHARD_SIZE), folder, lambda entry: tensors[entry.name])
+    write_shards(shard_layout(entries, SHARD_SIZE), folder, lambda entry: tensors[entry.name])
     return functools.reduce(torch.promote_types, (entry.dtype for entry in entries))
 
 

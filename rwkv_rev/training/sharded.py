@@ -44,8 +44,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 dist.broadcast(parameter.data, src=owner, async_op=True)
                 for parameter, owner in zip(self._parameters, self._owners, strict=True)
             ]
-        for work in sent:
-            work.wait()
+        for handle in sent:
+            handle.wait()
         return outcome
 
     def gather(self) -> None:

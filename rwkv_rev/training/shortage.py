@@ -65,8 +65,9 @@ def told_in_one_line(config: FinetuneConfig, where: Whereabouts) -> Iterator[Non
         told = isinstance(error, RwkvRevError) and not isinstance(error, OutputError)  # the tape's own advice
         if disk_is_full(error) and not told:
             raise OutputError(
-                f"no room left on the disk of {config.work_directory} or the quota is used up, {where.now}: make room "
-                f"(a checkpoint has the size of the model and, with tune = full, twice that); {what_is_kept(config)}"
+                f"no room left on the disk of {config.working_directory} or the quota is used up, {where.now}: "
+                "make room (a checkpoint has the size of the model and, with tune = full, twice that); "
+                f"{what_is_kept(config)}"
             ) from error
         raise
 

@@ -280,8 +280,8 @@ class _Writer:
         if self._end is not None:
             self._write(np.array([self._end], np.uint32))
             current["length"] += 1
-        record = np.zeros(1, DOCUMENT)
+        row = np.zeros(1, DOCUMENT)
         for name, value in current.items():
-            record[name] = value
-        self._documents_file.write(record.tobytes())
+            row[name] = value
+        self._documents_file.write(row.tobytes())
         self.documents += 1

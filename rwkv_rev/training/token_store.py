@@ -83,8 +83,8 @@ class TokenPart:
     def slice_of(self, document: int) -> tuple[int, int]:
         """First token and number of tokens of one document."""
         if self.borders is None:
-            record = self.table[document]
-            return int(record["start"]), int(record["length"])
+            row = self.table[document]
+            return int(row["start"]), int(row["length"])
         return int(self.borders[document]), int(self.borders[document + 1] - self.borders[document])
 
     def column(self, name: str) -> np.ndarray:
@@ -93,9 +93,9 @@ class TokenPart:
     def place(self, document: int) -> str:
         if self.borders is not None:
             return place(self.names[0], document + 1, self.units[0])
-        record = self.table[document]
-        source = int(record["source"])
-        return place(self.names[source], int(record["line"]), self.units[source])
+        row = self.table[document]
+        source = int(row["source"])
+        return place(self.names[source], int(row["line"]), self.units[source])
 
 
 class TokenStore:

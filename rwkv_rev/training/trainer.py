@@ -230,7 +230,7 @@ class RwkvRevTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A whole checkpoint or none: written into a hidden folder by all processes, then renamed by the first."""
         began = time.perf_counter()
-        root = self.run.work_directory
+        root = self.run.working_directory
         hidden = root / WRITING
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:

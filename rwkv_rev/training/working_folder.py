@@ -39,34 +39,36 @@ def refuse_output(config: FinetuneConfig) -> None:
         raise OutputError(f"{config.output} holds the model that is fine-tuned; choose another --output")
     if inside in output.resolve().parents:
         raise OutputError(f"{config.output} is inside the model's folder; choose another --output")
-    work = config.work_directory
-    refuse_foreign(work)
-    if config.resume is None and not config.force and checkpoints(work):
+    working = config.working_directory
+    refuse_foreign(working)
+    if config.resume is None and not config.force and checkpoints(working):
         raise OutputError(
-            f"{work} holds an unfinished run ({checkpoints(work)[-1].name}): --resume auto goes on with it, "
+            f"{working} holds an unfinished run ({checkpoints(working)[-1].name}): --resume auto goes on with it, "
             "--force throws it away"
         )
 
 
-def refuse_foreign(work: Path) -> None:
+def refuse_foreign(working: Path) -> None:
     """Raise OutputError for what is no folder, a link, a folder closed to us, or one that holds what no run wrote."""
-    if work.is_symlink() or not work.is_dir():
-        check_output(work.absolute(), force=True, directory=True)
+    if working.is_symlink() or not working.is_dir():
+        check_output(working.absolute(), force=True, directory=True)
         return
-    if not os.access(work, os.R_OK | os.W_OK | os.X_OK):
-        raise OutputError(f"cannot write {work}: no permission; choose another --output")
+    if not os.access(working, os.R_OK | os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {working}: no permission; choose another --output")
     try:
-        found = foreign(work)
+        found = foreign(working)
     except OSError as error:
-        raise OutputError(f"{work} cannot be looked at: {error.strerror or error}") from error
+        raise OutputError(f"{working} cannot be looked at: {error.strerror or error}") from error
     if found:
-        raise OutputError(f"{work} holds {named(work, found)}: move it away, or choose another --output")
+        raise OutputError(
+            f"{working} holds {named(working, found)}: move it away, or choose another --output"
+        )
 
 
-def named(work: Path, found: list[Path]) -> str:
+def named(working: Path, found: list[Path]) -> str:
     """Foreign paths in a few words."""
     more = f" and {len(found) - 1:,} more" if found[1:] else ""
-    return f"{shortened(found[0].relative_to(work))}{more}, which no run wrote"
+    return f"{shortened(found[0].relative_to(working))}{more}, which no run wrote"
 
 
 def may_be_finished(config: FinetuneConfig) -> bool:
@@ -110,13 +112,13 @@ def resume_from(config: FinetuneConfig) -> tuple[Path | None, list[str]]:
             )
         return path, []
     warnings: list[str] = []
-    for path in reversed(checkpoints(config.work_directory)):
+    for path in reversed(checkpoints(config.working_directory)):
         if (wrong := damage(path)) is None:
             return path, warnings
         warnings.append(f"{path} is damaged and passed over: {wrong}")
     if warnings:
         raise CheckpointError(
-            f"{config.work_directory} holds no checkpoint that is whole ({'; '.join(warnings)}): "
+            f"{config.working_directory} holds no checkpoint that is whole ({'; '.join(warnings)}): "
             "without --resume, --force begins anew"
         )
     return None, []
@@ -124,44 +126,44 @@ def resume_from(config: FinetuneConfig) -> tuple[Path | None, list[str]]:
 
 def what_is_kept(config: FinetuneConfig) -> str:
     """How to go on with a run that was stopped."""
-    kept = checkpoints(config.work_directory)
+    kept = checkpoints(config.working_directory)
     if kept:
         return f"{kept[-1]} is kept: the same command with --resume auto goes on from it"
     return "there is no checkpoint yet (--save-every): the same command begins anew"
 
 
-def lock(work: Path) -> FileLock:
+def lock(working: Path) -> FileLock:
     """Take the working folder, which is made if it is not there.
 
     Raises:
         OutputError: while another run has it, and as :func:`refuse_foreign`.
     """
-    refuse_foreign(work)
-    taken = FileLock(work / LOCK_NAME)
+    refuse_foreign(working)
+    taken = FileLock(working / LOCK_NAME)
     try:
-        work.mkdir(parents=True, exist_ok=True)
+        working.mkdir(parents=True, exist_ok=True)
         taken.acquire(timeout=0)
     except Timeout:
         raise OutputError(
-            f"{work} is in use by another run; wait for it or choose another --output"
+            f"{working} is in use by another run; wait for it or choose another --output"
         ) from None
     except OSError as error:
         raise OutputError(
-            f"cannot write {work}: {error.strerror or error}; choose another --output"
+            f"cannot write {working}: {error.strerror or error}; choose another --output"
         ) from error
     return taken
 
 
-def sweep(work: Path) -> None:
+def sweep(working: Path) -> None:
     """Remove what a killed process left half-written or half-deleted."""
-    for path in [work / WRITING, *work.glob(".*.deleted")]:
+    for path in [working / WRITING, *working.glob(".*.deleted")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def empty(work: Path) -> list[Path]:
+def empty(working: Path) -> list[Path]:
     """Remove what a run left there, but for the lock, which is ours now; gives what no run wrote, and stays."""
     stays: list[Path] = []
-    for path in work.iterdir():
+    for path in working.iterdir():
         if found := foreign_in(path):
             stays += found
         elif path.is_dir():
@@ -171,19 +173,19 @@ def empty(work: Path) -> list[Path]:
     return sorted(stays)
 
 
-def remove(work: Path, taken: FileLock) -> list[Path]:
+def remove(working: Path, taken: FileLock) -> list[Path]:
     """Remove the working folder and give up its lock, in an order that leaves another run's folder alone.
 
     Gives what was put there meanwhile by somebody else, and stays.
     """
     stays: list[Path] = []
     with suppress(OSError):
-        stays = empty(work)
+        stays = empty(working)
     with suppress(OSError):  # Windows: goes when it is released
-        (work / LOCK_NAME).unlink(missing_ok=True)
+        (working / LOCK_NAME).unlink(missing_ok=True)
     taken.release()
     with suppress(OSError):  # somebody else's by now
-        work.rmdir()
+        working.rmdir()
     return stays
 
 

@@ -3,7 +3,7 @@
 from rwkv_rev.wkv.dispatch import (
     KERNELS,
     KernelError,
-    Wkv5Work,
+    Wkv5Handover,
     choose_kernel,
     decayed,
     use_kernel,
@@ -21,7 +21,7 @@ __all__ = [
     "EMPTY_EXPONENT",
     "KERNELS",
     "KernelError",
-    "Wkv5Work",
+    "Wkv5Handover",
     "choose_kernel",
     "decayed",
     "use_kernel",

@@ -46,7 +46,7 @@ class _Written(NamedTuple):
         return cls(ks, vs, *plan.prefixes(ks, vs))
 
 
-class Work:
+class Handover:
     """What :func:`wkv5_contribution` has computed for the :func:`wkv5` of the same k, v and decays, which takes it."""
 
     def __init__(self) -> None:
@@ -235,7 +235,7 @@ def wkv5(
     state: Tensor,
     mask: Tensor | None = None,
     plan: SubChunks | None = None,
-    work: Work | None = None,
+    handover: Handover | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RWKV-5; arguments and results as in :func:`rwkv_rev.wkv.wkv5`."""
     if k.shape[1] == 1:
@@ -244,7 +244,7 @@ def wkv5(
     log_decay = log_decay.to(dtype).clamp(min=LOWEST_LOG_DECAY)
     bonus, state = bonus.to(dtype), state.to(dtype)
     if mask is None:
-        written = None if work is None else work.take()
+        written = None if handover is None else handover.take()
         return _Wkv5.apply(r, k, v, log_decay, bonus, state, None, _fitting(plan, k), written)
     compaction = Compaction(mask)
     r, k, v = (compaction.pack(x) for x in (r, k, v))
@@ -258,7 +258,7 @@ def wkv5_contribution(
     log_decay: Tensor,
     mask: Tensor | None = None,
     plan: SubChunks | None = None,
-    work: Work | None = None,
+    handover: Handover | None = None,
 ) -> Tensor:
     """Second result of :func:`wkv5`, to the bit; as :func:`rwkv_rev.wkv.wkv5_contribution`."""
     if k.shape[1] == 1:
@@ -267,8 +267,8 @@ def wkv5_contribution(
         written = _Written.of(
             _fitting(plan, k) or wkv5_plan(log_decay.to(arithmetic_dtype(k)), k.shape[1]), k, v
         )
-        if work is not None:
-            work.keep(written)
+        if handover is not None:
+            handover.keep(written)
         return written.contribution
     log_decay = log_decay.to(arithmetic_dtype(k)).clamp(min=LOWEST_LOG_DECAY)
     if mask is None:

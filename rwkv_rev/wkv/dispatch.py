@@ -25,7 +25,7 @@ from torch import Tensor
 from rwkv_rev.errors import KernelError
 from rwkv_rev.first_order import refuse_transforms
 from rwkv_rev.wkv import trial
-from rwkv_rev.wkv.chunked_wkv5 import Work as Wkv5Work
+from rwkv_rev.wkv.chunked_wkv5 import Handover as Wkv5Handover
 from rwkv_rev.wkv.chunked_wkv5 import wkv5_plan as chunked_plan
 from rwkv_rev.wkv.limits import LARGEST_TRITON_HEAD
 from rwkv_rev.wkv.without_autocast import without_autocast
@@ -118,7 +118,7 @@ def wkv5(
     *,
     kernel: str | None = None,
     plan: Any = None,
-    work: Wkv5Work | None = None,
+    handover: Wkv5Handover | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RWKV-5 recurrence over a chunk.
 
@@ -130,7 +130,7 @@ def wkv5(
         mask: [B, T] bool, true where the token is valid; None: all are.
         kernel: see the module.
         plan: of :func:`wkv5_plan` for the same decays, T and kernel.
-        work: the one that :func:`wkv5_contribution` was given for the same tokens and decays.
+        handover: the one that :func:`wkv5_contribution` was given for the same tokens and decays.
 
     Returns:
         Outputs [B, T, H, N] and the chunk's contribution [B, H, N, N] to the state: with n valid tokens in
@@ -142,7 +142,7 @@ def wkv5(
         r=(r, k.shape), v=(v, k.shape), log_decay=(log_decay, (heads, size)), bonus=(bonus, (heads, size))
     )
     _expect(state=(state, (batch, heads, size, size)), mask=(mask, (batch, tokens)))
-    return _run("wkv5", kernel, r, k, v, log_decay, bonus, state, _as_bool(mask), chunked=(plan, work))
+    return _run("wkv5", kernel, r, k, v, log_decay, bonus, state, _as_bool(mask), chunked=(plan, handover))
 
 
 def wkv5_contribution(
@@ -153,15 +153,15 @@ def wkv5_contribution(
     *,
     kernel: str | None = None,
     plan: Any = None,
-    work: Wkv5Work | None = None,
+    handover: Wkv5Handover | None = None,
 ) -> Tensor:
     """Only the contribution of :func:`wkv5`, bit for bit what that returns for the same inputs and kernel.
 
-    With gradients disabled, what both compute is left in ``work`` for it (by the kernels that have any).
+    With gradients disabled, what both compute is left in ``handover`` for it (by the kernels that have any).
     """
     batch, tokens, heads, size = _shape(k, 4, "k")
     _expect(v=(v, k.shape), log_decay=(log_decay, (heads, size)), mask=(mask, (batch, tokens)))
-    return _run("wkv5_contribution", kernel, k, v, log_decay, _as_bool(mask), chunked=(plan, work))
+    return _run("wkv5_contribution", kernel, k, v, log_decay, _as_bool(mask), chunked=(plan, handover))
 
 
 def wkv6(
