@@ -87,7 +87,7 @@ def inputs(
     """
     batch, _, *width = shape
     if function == "wkv7":
-        return _drawn_wkv7(shape, dtype, device)
+        return _drawn_with_rates(shape, dtype, device)
     channels = width[-1] if function == "wkv4" else width[0] * width[1]
     place = torch.arange(channels, device=device) / (channels - 1)
     time_decay = (-6 + 5 * place**0.9).view(*width)
@@ -107,7 +107,7 @@ def inputs(
     return arguments, arriving
 
 
-def _drawn_wkv7(
+def _drawn_with_rates(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[list[Tensor], list[Tensor]]:
     batch, _, heads, size = shape
