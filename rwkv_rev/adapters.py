@@ -4,14 +4,11 @@ Known are those that ``tests/test_peft_methods.py`` holds against ``full``; ``do
 named here is refused like the code of anybody else. Named by their place in peft, which need not be installed.
 """
 
-import copy
 import sys
-import weakref
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from rwkv_rev.errors import StrategyError
 
@@ -195,48 +192,6 @@ def refuse_carried_state(model: nn.Module) -> None:
                     f"{type(module).__name__} at {name} {REFUSED[_place(code)]}, so a state cannot be carried from one "
                     "call to the next: generate with use_cache=False, and hand over whole texts"
                 )
-
-
-_MACHINERY = vars(nn.Module()).keys() - {"training", "_parameters", "_buffers", "_modules"}
-"""What every module has beside that; hooks are looked for elsewhere."""
-
-
-def settings(layers: Sequence[nn.Module]) -> list[Any]:
-    """All that layers, and those inside them, go by beside their weights: equal as long as they do the same."""
-    inside = {module: None for layer in layers for module in layer.modules()}
-    kept = [
-        {name: value for name, value in vars(module).items() if name not in _MACHINERY} for module in inside
-    ]
-    return [_plain(own) for own in kept]
-
-
-def _plain(value: Any) -> Any:
-    """Something that equals another one only where nothing that code could go by differs."""
-    if isinstance(value, dict):
-        return [(name, _plain(item)) for name, item in value.items()]
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, Tensor):
-        return value.data_ptr(), value.dtype, value.shape, value.requires_grad
-    if isinstance(value, str | bytes | bool | int | float | complex | set | frozenset | None):
-        return type(value), copy.copy(value)
-    return _Same(value)
-
-
-class _Same:
-    """Equal to the same object alone, while that is alive."""
-
-    def __init__(self, value: Any) -> None:
-        self._value: Callable[[], Any]
-        try:
-            self._value = weakref.ref(value)
-        except TypeError:
-            self._value = lambda: value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self._value() is other._value() is not None
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 def put_back(model: nn.Module) -> set[int]:

@@ -20,12 +20,17 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """The backward pass of an autograd function, which refuses to be differentiated again.
 
     Raises:
-        StrategyError: where the graph of the gradient is asked for.
+        StrategyError: where the graph of the gradient is asked for, or several gradients in one call.
     """
 
     @wraps(backward)
     def once(ctx: Any, *gradients: Any) -> Any:
-        refuse_transforms(())  # vmap, by which autograd batches gradients
+        refuse_transforms(())
+        if any(isinstance(given, Tensor) and _is_batched(given) for given in gradients):
+            raise StrategyError(
+                "several gradients at once (is_grads_batched=True) are not available here: take one after another, "
+                "each after a call of the model of its own"
+            )
         if torch.is_grad_enabled():
             raise StrategyError(
                 "second derivatives (create_graph=True) are not available here: set RWKV_REV_KERNEL=naive and "
@@ -58,6 +63,12 @@ def refuse_transforms(tensors: Iterable[Tensor]) -> None:
 def transforms_of(tensors: Iterable[Tensor]) -> bool:
     """Whether :func:`refuse_transforms` would refuse."""
     return torch._C._are_functorch_transforms_active() or _is_dual(tensors)
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Whether it stands for several tensors in one of PyTorch's two kinds of ``vmap``; gradients come in the older."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(tensor) or functorch.is_batchedtensor(tensor)
 
 
 def _is_dual(tensors: Iterable[Tensor]) -> bool:

@@ -150,3 +150,20 @@ def test_forward_mode_over_inputs_is_refused(place: str, strategy: str) -> None:
             inputs[place] = torch.autograd.forward_ad.make_dual(inputs[place], torch.ones_like(inputs[place]))
         with pytest.raises(StrategyError, match="forward-mode"):
             model(**inputs, labels=IDS)
+
+
+@pytest.mark.parametrize("of", ["loss", "hidden states", "logits"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("version", ["4", "5.2"])
+def test_several_gradients_at_once_are_refused(version: str, strategy: str, of: str) -> None:
+    """In one line, wherever they arrive first; one after another are what a loop gives."""
+    model = tiny_model(version)
+    with model.set_bptt(strategy, chunk_length=CHUNK):
+        if of == "loss":
+            output = model(IDS, labels=IDS).loss
+        else:
+            output = model.model(IDS).last_hidden_state if of == "hidden states" else model(IDS).logits
+    with pytest.raises(StrategyError, match=r"is_grads_batched=True\) are not available") as error:
+        wanted = list(model.model.parameters())
+        torch.autograd.grad(output, wanted, torch.ones(3, *output.shape), is_grads_batched=True)
+    assert "\n" not in str(error.value)

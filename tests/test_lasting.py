@@ -152,6 +152,47 @@ def test_other_work_is_not_run_by_old_recordings(
         assert torch.equal(found[name], gradient), name
 
 
+def grown(model: RwkvRevForCausalLM) -> RwkvRevForCausalLM:
+    """With layers of PyTorch's own inside, which need no declaration."""
+    model.blocks[1].ln2 = torch.nn.Sequential(model.blocks[1].ln2, torch.nn.Dropout(0.0), torch.nn.Identity())
+    return model
+
+
+@pytest.mark.parametrize("change", ["dropout", "train", "activation", "strides"])
+def test_other_layers_are_not_run_by_old_recordings(
+    played: Callable[[bool], None], lasted: list[int], change: str
+) -> None:
+    """What they go by is no tensor's address: the step is run anew, and is that of a model without recordings."""
+    ids, model, twin = random_tokens(32), grown(tiny_model("4")), grown(tiny_model("4"))
+    for one in (model, twin):
+        if change == "train":
+            one.blocks[1].ln2[1].p = 0.5
+            one.blocks[1].ln2[1].eval()
+    played(True)
+    for _ in range(3):
+        step(model, ids)
+    assert len(lasted) == 2
+    for one in (model, twin):
+        layers, weight = one.blocks[1].ln2, one.blocks[1].time_mix.key.weight
+        if change == "dropout":
+            layers[1].p = 0.5
+        elif change == "train":
+            layers.train()
+        elif change == "activation":
+            layers[2] = torch.nn.Tanh()
+        else:
+            weight.data = weight.data.t()
+    torch.manual_seed(0)
+    found = step(model, ids)
+    assert len(lasted) == 2
+    played(False)
+    torch.manual_seed(0)
+    expected = step(twin, ids)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], gradient), name
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_adapters(played: Callable[[bool], None], lasted: list[int]) -> None:
     """LoRA's recordings last, are those of the weights of the day, and not of another scale, mode or adapter."""

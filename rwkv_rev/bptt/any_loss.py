@@ -6,7 +6,8 @@ backward pass is the second one, given the gradient by each chunk's hidden state
 between are the tape and the hidden states, O(T D) numbers, instead of a graph of some 30 T L D; by choice in host
 memory, as is then the gradient by them, of which each chunk's part comes to the device when its turn is.
 
-The backward pass runs under the forward's autocast, kernels and random draws, whatever thread autograd calls it in.
+The backward pass runs under the forward's autocast, kernels, random draws, parameters and training or evaluation mode,
+whatever thread autograd calls it in. What else modules go by (:mod:`rwkv_rev.module_settings`) must be what it was.
 """
 
 import contextvars
@@ -38,6 +39,7 @@ from rwkv_rev.errors import ReversalMismatchError, StrategyError
 from rwkv_rev.first_order import first_order
 from rwkv_rev.foreign_code import Strangers
 from rwkv_rev.loss import hooks_withheld
+from rwkv_rev.module_settings import Settings, first_change, settings
 from rwkv_rev.outside_leaves import OutsideLeaves
 from rwkv_rev.reversal.fingerprint import checksum
 from rwkv_rev.reversal.tape import Tape
@@ -107,7 +109,7 @@ class _Reading:
         self._versions = [tensor._version for tensor in self._watched]
         self._wanted = [parameter for parameter in parameters if parameter.requires_grad]
         self._autocast = _autocast_now(inputs.targets.device)
-        self._as_it_was = _parameters_now(cast(nn.Module, model))
+        self._as_it_was = _model_now(cast(nn.Module, model))
         self.context = contextvars.copy_context()  # autograd's thread of a device has another
         tape = Tape(strategy.tape, inputs.targets.device, strategy.tape_dir)
         with uncached(inputs.targets.device):
@@ -115,6 +117,7 @@ class _Reading:
         self._sweep.hidden = HiddenStates(on_host=on_host)
         self._runner = Runner(self._sweep)
         self._last: list[Any] = []
+        self._settings: list[Settings] = []
 
     def forward(self) -> tuple[Tensor, ...]:
         """Hidden states [B, T, D] and the tensors of the state after them."""
@@ -123,18 +126,14 @@ class _Reading:
             self._last = forward_sweep(sweep, self._runner)
             end = sweep.advance_last(self._last)
         warn_of_coarse_heads(sweep)
+        self._settings = settings(cast(nn.Module, self._model), versions=True)
         assert sweep.hidden is not None
         hidden, sweep.hidden = sweep.hidden.whole(), None
         return (hidden, *type(self._inputs.state).stack(end).tensors())
 
     def backward(self, to_hidden: Tensor, to_state: list[Tensor]) -> list[Tensor | None]:
         """Gradients of the leaves."""
-        changed = changed_tensor(self._model, self._watched, self._versions)
-        if changed is not None:
-            raise StrategyError(
-                f"{changed} was changed between the forward pass that gave these hidden states and its gradient, "
-                "which computes the context again: take the gradient before the step, or use bptt='full'"
-            )
+        self._refuse_another_model()
         sweep, kind = self._sweep, type(self._inputs.state)
         sweep.objective = objective = _Given(to_hidden, sweep.hidden_prints)
         to_end = by_layer(kind(*to_state), self._model.blocks)
@@ -154,6 +153,24 @@ class _Reading:
             random_state.restore(now)
         objective.compare()
         return in_order(self._leaves, roles(self._inputs, self._wanted, result))
+
+    def _refuse_another_model(self) -> None:
+        """Refuse to compute the context again by a model that is not what it was, even where outputs would be the same.
+
+        Raises:
+            StrategyError: naming the first thing that changed and is not put back for the second sweep.
+        """
+        changed = changed_tensor(self._model, self._watched, self._versions)
+        if changed is None:
+            with self._as_it_was():
+                now = settings(cast(nn.Module, self._model), versions=True)
+            changed = first_change(self._settings, now)
+        if changed is not None:
+            raise StrategyError(
+                f"{changed} was changed between the forward pass that gave these hidden states and its gradient, "
+                "which computes the context again: take the gradient first and change the model then, or call the "
+                "model again"
+            )
 
 
 class _Given:
@@ -188,38 +205,55 @@ class _Given:
             )
 
 
-def _parameters_now(model: nn.Module) -> Any:
-    """A function that gives a context in which each module has the parameters that it has now, trained or frozen.
+def _model_now(model: nn.Module) -> Any:
+    """A function that gives a context in which what may be put back in each module is what it is now.
 
-    ``torch.func.functional_call`` gives others for one call; somebody freezes a part between two losses.
+    Parameters, trained or frozen, and buffers: ``torch.func.functional_call`` gives others for one call; somebody
+    freezes a part between two losses. Training or evaluation: somebody evaluates.
     """
+    modes = [(vars(module), module.training) for module in model.modules()]
     held = [
-        (module._parameters, name, tensor, tensor.requires_grad)
-        for module in model.modules()
-        for name, tensor in module._parameters.items()
-        if tensor is not None
+        (tensors, dict(tensors), name == "_parameters")
+        for module, _ in modes
+        for name in ("_parameters", "_buffers")
+        if (tensors := module[name])
+    ]
+    trained = [
+        (tensor, tensor.requires_grad)
+        for _, tensors, parameters in held
+        for tensor in tensors.values()
+        if parameters and tensor is not None and tensor.is_leaf
     ]
 
     @contextmanager
     def again() -> Iterator[None]:
-        replaced = [(owner, dict(owner)) for owner in {id(owner): owner for owner, *_ in held}.values()]
-        toggled = [
-            (t, t.requires_grad) for _, _, t, trained in held if t.is_leaf and t.requires_grad != trained
-        ]
+        now = [(module, module["training"]) for module, _ in modes]
+        replaced = [(tensors, dict(tensors)) for tensors, _, _ in held]
+        toggled = [(tensor, tensor.requires_grad) for tensor, was in trained if tensor.requires_grad != was]
         try:
-            for owner, name, tensor, trained in held:
-                owner[name] = tensor
-                if tensor.is_leaf:
-                    tensor.requires_grad_(trained)
+            for module, mode in modes:
+                module["training"] = mode
+            for tensors, was, _ in held:
+                _become(tensors, was)
+            for tensor, requires_grad in trained:
+                tensor.requires_grad_(requires_grad)
             yield
         finally:
-            for tensor, trained in toggled:
-                tensor.requires_grad_(trained)
-            for owner, now in replaced:
-                owner.clear()
-                owner.update(now)
+            for tensor, requires_grad in toggled:
+                tensor.requires_grad_(requires_grad)
+            for tensors, others in replaced:
+                _become(tensors, others)
+            for module, mode in now:
+                module["training"] = mode
 
     return again
+
+
+def _become(tensors: dict[str, Any], others: dict[str, Any]) -> None:
+    """Let a module's dictionary hold these others, in their order."""
+    if list(map(id, tensors.values())) != list(map(id, others.values())) or tensors.keys() != others.keys():
+        tensors.clear()
+        tensors.update(others)
 
 
 def _autocast_now(device: torch.device) -> Any:

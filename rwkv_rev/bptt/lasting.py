@@ -8,8 +8,8 @@ optimizer may want the memory in between. They are kept for one kind of work per
 has little memory left beside them.
 
 A kind of work is all that a launch may depend on but the numbers: shapes, strategy, precision, which parameters are
-trained and where they lie, what adapters of peft go by. Models with other code of others in them are never run so: it
-may do another thing at each call.
+trained and where they lie, what modules go by (:mod:`rwkv_rev.module_settings`). Models with other code of others than
+adapters of peft in them are never run so: it may do another thing at each call.
 """
 
 import weakref
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rwkv_rev import adapters, random_state
+from rwkv_rev import random_state
 from rwkv_rev.bptt import cuda_graphs
 from rwkv_rev.bptt.backward_sweep import Sums, differentiate
 from rwkv_rev.bptt.cuda_graphs import RecordingRunner
@@ -30,6 +30,7 @@ from rwkv_rev.bptt.runner import Runner
 from rwkv_rev.bptt.strategy import Chunk
 from rwkv_rev.cells.block import ExactStates, Plans
 from rwkv_rev.cells.contract import tensors_of, values_like
+from rwkv_rev.module_settings import settings
 from rwkv_rev.wkv.dispatch import choose_kernel
 
 if TYPE_CHECKING:
@@ -117,22 +118,19 @@ def kind_of(sweep: "Sweep") -> Any:
     if not _can_last(sweep):
         return None
     model: Any = sweep.model
-    tensors = [*model.parameters(), *sweep.strangers.buffers]
     kind = sweep.device.type
     return (
         sweep.strategy.name,
         sweep.strategy.chunk_length,
         sweep.inputs.targets.shape[0],
         sweep.device,
-        model.training,
         sweep.inputs.final_state_gradient is not None,
         [tensor.dtype for tensor in sweep.inputs.state.tensors()],
-        [(tensor.data_ptr(), tensor.dtype, tensor.requires_grad) for tensor in tensors],
         torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_float32_matmul_precision(),
-        choose_kernel(None, tensors[0]),
-        adapters.settings(sweep.strangers.adapters),
+        choose_kernel(None, next(model.parameters())),
+        settings(model),
     )
 
 

@@ -97,7 +97,7 @@ def advance_layers(
     for number, (block, state, plan) in enumerate(zip(blocks, states, plans, strict=True)):
         whole = whole_output or number < len(blocks) - 1
         stream, layer = block(stream, BlockForwards(state, plan, whole), mask)
-        advanced.append(layer)
+        advanced.append(layer._replace(out=stream))  # what hooks on the block made of its output
     if whole_output:
         top = checksum(residual(stream))[None]
         advanced[-1] = advanced[-1]._replace(print=torch.cat([advanced[-1].print, top]))
