@@ -38,6 +38,8 @@ _OF_BLOCKS = _MACHINERY | {"recompute"}
 _OF_MODELS = _HOOKS | _TENSORS | {"training"}
 _CONSTANTS = frozenset({str, bool, int, float, bytes, complex, type(None)})
 
+Mark = Callable[[Tensor], Any]
+
 
 class Settings(NamedTuple):
     """Of one module: its name in the model, itself, its class, and what it goes by, by name."""
@@ -51,12 +53,13 @@ class Settings(NamedTuple):
 def settings(model: nn.Module, *, versions: bool = False) -> list[Settings]:
     """What the modules of ``model`` go by, itself included; keeps none of them alive.
 
-    ``versions``: whether tensors that are plain attributes must be the same objects with the same numbers. Else they
-    have to lie in the same place, as parameters and buffers, whose numbers may be others.
+    ``versions``: whether tensors that are plain attributes must be the same objects with the same numbers, and
+    parameters and buffers the same memory, wherever it lies (sharding frees it between two uses). Else all tensors
+    have to lie in the same place, and their numbers may be others.
     """
-    mark = _same_numbers if versions else _same_place
+    marks = (_same_memory, _same_numbers) if versions else (_same_place, _same_place)
     return [
-        Settings(path, Same(module), type(module), _own(module, mark))
+        Settings(path, Same(module), type(module), _own(module, *marks))
         for path, module in model.named_modules()
     ]
 
@@ -82,7 +85,7 @@ def _words(path: str, name: str, old: Any, new: Any) -> str:
     return path + next(key for key in [*old, *new] if old.get(key) != new.get(key))
 
 
-def _own(module: nn.Module, mark: Callable[[Tensor], Any]) -> dict[str, Any]:
+def _own(module: nn.Module, registered: Mark, beside: Mark) -> dict[str, Any]:
     of_model = isinstance(module, PreTrainedModel)
     ignored = _OF_BLOCKS if isinstance(module, ResidualBlock) else _MACHINERY
     found: dict[str, Any] = {}
@@ -93,13 +96,13 @@ def _own(module: nn.Module, mark: Callable[[Tensor], Any]) -> dict[str, Any]:
         if kind in _CONSTANTS:
             found[name] = kind, value
         elif name not in _HOOKS and name not in _TENSORS:
-            found[name] = _plain(value, mark)
+            found[name] = _plain(value, beside)
         elif value:
-            found[name] = _plain(value, _same_place)
+            found[name] = _plain(value, registered)
     return found
 
 
-def _plain(value: Any, mark: Callable[[Tensor], Any]) -> Any:
+def _plain(value: Any, mark: Mark) -> Any:
     """Something that equals another one only where nothing that code could go by differs."""
     kind = type(value)
     if kind in _CONSTANTS:
@@ -118,11 +121,19 @@ def _plain(value: Any, mark: Callable[[Tensor], Any]) -> Any:
 
 
 def _same_place(tensor: Tensor) -> Any:
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.requires_grad
+    return tensor.data_ptr(), *_look(tensor)
+
+
+def _same_memory(tensor: Tensor) -> Any:
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), *_look(tensor)
 
 
 def _same_numbers(tensor: Tensor) -> Any:
     return Same(tensor), None if tensor.is_inference() else tensor._version, _same_place(tensor)
+
+
+def _look(tensor: Tensor) -> Any:
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.requires_grad
 
 
 class Same:

@@ -184,6 +184,24 @@ def test_what_is_put_back_is_no_change(change: Any) -> None:
         ) < 1e-12
 
 
+def test_adapters_by_row_are_refused() -> None:
+    """peft takes the hooks that tell layers of them off when the call has ended; the way out that is named works."""
+    model, rows = adapted().eval(), ["default", "b"]  # peft gives rows adapters in evaluation alone
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A.b." in name:
+                parameter.mul_(2)
+    base = model.base_model.model
+    parameters = [p.requires_grad_() for name, p in model.named_parameters() if "lora_B" in name]
+    with base.set_bptt("reversible", chunk_length=CHUNK):
+        loss = objective(model(input_ids=IDS, adapter_names=rows).logits)
+        with pytest.raises(StrategyError, match=r"pre_hooks was changed between .*: use bptt='full'"):
+            loss.backward()
+    with base.set_bptt("full"):
+        found = torch.autograd.grad(objective(model(input_ids=IDS, adapter_names=rows).logits), parameters)
+    assert all(gradient.any() for gradient in found)
+
+
 def with_layers(version: str = "5.2", dtype: torch.dtype = torch.float64) -> RwkvRevForCausalLM:
     """A model with PyTorch's own layers in it, which need no declaration; what they add is zero."""
     model = tiny_model(version, dtype=dtype)

@@ -166,10 +166,13 @@ class _Reading:
                 now = settings(cast(nn.Module, self._model), versions=True)
             changed = first_change(self._settings, now)
         if changed is not None:
+            # peft puts hooks for tasks and for several adapters on the layers for the length of a call
+            advice = "take the gradient first and change the model then, or call the model again"
+            if changed.endswith("hooks"):
+                advice = "use bptt='full', or give the model labels, whose loss has its gradient in the forward pass"
             raise StrategyError(
-                f"{changed} was changed between the forward pass that gave these hidden states and its gradient, "
-                "which computes the context again: take the gradient first and change the model then, or call the "
-                "model again"
+                f"{changed} was changed between the forward pass that gave these hidden states and its gradient, which "
+                f"computes the context again: {advice}"
             )
 
 
