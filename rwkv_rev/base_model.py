@@ -24,7 +24,7 @@ from rwkv_rev.arguments import named
 from rwkv_rev.bptt import choose_strategy
 from rwkv_rev.bptt.any_loss import hidden_states
 from rwkv_rev.bptt.layers import run_layers
-from rwkv_rev.bptt.strategy import LanguageModel, LossInputs
+from rwkv_rev.bptt.strategy import LanguageModel, LossInputs, refuse_offloaded
 from rwkv_rev.bptt.sweeps import TwoSweeps
 from rwkv_rev.bptt_settings import BpttSettings
 from rwkv_rev.cache import Piece, RwkvRevCache, handed_over
@@ -209,6 +209,8 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         batch, length, device = rows_and_tokens(input_ids, inputs_embeds)
         refuse_packed_rows(kwargs, attention_mask)
         refuse_unknown_keywords(kwargs, RwkvRevModel)
+        if device.type != "meta":  # where a model without weights is looked at
+            refuse_offloaded(self.parameters())
         valid = valid_tokens(attention_mask, length, batch)
         inputs_embeds = masked_embeds(inputs_embeds, valid)
         state, updated = handed_over(state=state, past_key_values=past_key_values, cache=cache)

@@ -17,6 +17,7 @@ from rwkv_rev.arguments import named
 from rwkv_rev.base_model import RwkvRevModel, RwkvRevPreTrainedModel, initial_states
 from rwkv_rev.bptt import choose_strategy
 from rwkv_rev.bptt.full import loss_in_one_graph
+from rwkv_rev.bptt.strategy import refuse_offloaded
 from rwkv_rev.bptt_settings import AUTO, BpttSettings
 from rwkv_rev.cache import CACHE_NAME, RwkvRevCache, handed_over
 from rwkv_rev.cells.block import Block
@@ -245,6 +246,8 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
                 updated = None
             elif updated is None and (use_cache or not self._goes_in_sweeps(input_ids, inputs_embeds, state)):
                 updated = RwkvRevCache(state)
+            if rows_and_tokens(input_ids, inputs_embeds)[2].type != "meta":
+                refuse_offloaded(self.head.parameters())  # the rest by the base model
             hidden = self.model(
                 input_ids,
                 attention_mask,

@@ -182,6 +182,34 @@ def test_offloaded_parameters_are_not_trained_in_silence(
         model(TOKENS, labels=TOKENS, return_logits=True)
 
 
+@pytest.mark.parametrize("hook", ["device_map", "cpu_offload", "disk_offload"])
+@pytest.mark.parametrize("strategy", ["auto", "full", "reversible", "checkpoint", "truncated"])
+def test_offloaded_parameters_are_not_trained_by_losses_of_ones_own(
+    offloaded_model: tuple[Any, Any], strategy: str, hook: str, tmp_path: Path
+) -> None:
+    """Logits and hidden states of any length; only the head itself is beside the hidden states."""
+    import accelerate
+
+    model, whole = offloaded_model
+    if hook != "device_map":
+        given = {"offload_dir": str(tmp_path / "more")} if hook == "disk_offload" else {}
+        model = getattr(accelerate, hook)(whole, execution_device=torch.device("cpu"), **given)
+    for length in (4, TOKENS.shape[1]):
+        ids = TOKENS[:, :length]
+        with model.set_bptt(strategy, chunk_length=5):
+            with pytest.raises(StrategyError, match=r"offloaded: they get no gradient.*torch\.no_grad"):
+                model(ids).logits.square().mean().backward()
+            with torch.no_grad():
+                model(ids)
+            in_the_base = any(p.is_meta for p in model.model.parameters())
+            if in_the_base:
+                with pytest.raises(StrategyError, match="offloaded: they get no gradient"):
+                    model.model(ids)
+            model.requires_grad_(False)
+            assert not model(ids).logits.requires_grad
+            model.requires_grad_(True)
+
+
 def test_frozen_offloaded_parameters_under_full(offloaded_model: tuple[Any, Any]) -> None:
     gradients = []
     for model in offloaded_model:

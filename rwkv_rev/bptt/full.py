@@ -51,8 +51,7 @@ def loss_in_one_graph(
         StrategyError: where gradients are taken of a model of which a part is offloaded.
     """
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if torch.is_grad_enabled():
-        refuse_offloaded(wanted)
+    refuse_offloaded(wanted)
     hidden, state, *further = read(inputs.input_ids, inputs.valid, inputs.inputs_embeds, inputs.state)
     loss = linear_cross_entropy(
         hidden,

@@ -6,7 +6,7 @@ A strategy sees the model through :class:`LanguageModel` and the batch through :
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol, cast, overload
@@ -269,17 +269,27 @@ class Strategy(ABC):
                     "unit, fully_shard(model), not block by block, or use bptt = 'full'"
                 )
         refuse_offloaded(parameters)
+        if any(parameter.is_meta for parameter in parameters):
+            raise StrategyError(
+                "some of the model's parameters are offloaded: chunks need them on the device. Load the model without "
+                "a device_map, or use bptt = 'full'"
+            )
         found = self.strangers(model)
         refuse_unknown(found, self.name)
         return found
 
 
-def refuse_offloaded(parameters: Sequence[Tensor]) -> None:
-    """Raises StrategyError for parameters that accelerate has taken off the device until their module is called."""
-    if any(parameter.is_meta for parameter in parameters):
+def refuse_offloaded(parameters: Iterable[Tensor]) -> None:
+    """Refuse to train parameters that accelerate has taken off the device until their module is called.
+
+    Raises:
+        StrategyError: where gradients are enabled and one of them wants one.
+    """
+    if torch.is_grad_enabled() and any(p.is_meta and p.requires_grad for p in parameters):
         raise StrategyError(
-            "some of the model's parameters are offloaded: they get no gradient, and chunks need them on the device. "
-            "Load the model without a device_map, or freeze what is offloaded and use bptt = 'full'"
+            "some of the model's parameters are offloaded: they get no gradient, under no strategy. Load the model "
+            "without a device_map, or freeze what is offloaded (requires_grad_(False)) and use bptt = 'full'; to read "
+            "without a gradient, use torch.no_grad()"
         )
 
 
