@@ -124,7 +124,7 @@ def is_of_peft(code: Any) -> bool:
 
 def objection(module: nn.Module) -> str | None:
     """What a layer of peft does that is not right in chunks, or that this is not known; None where all is well."""
-    place = _place(type(module))
+    place = place_of(type(module))
     if place not in LAYERS | REFUSED.keys():
         return UNKNOWN
     if type(getattr(module, "base_layer", None)).__module__.startswith("rwkv_rev.") and place in LAYERS:
@@ -136,7 +136,7 @@ def objection(module: nn.Module) -> str | None:
     if module.training and any(getattr(module, "pvera_generator", {}).values()):
         return "draws from a generator of its own (PVeRA; not without generator_seed)"
     for adapter, variant in getattr(module, "lora_variant", {}).items():
-        found = _variant_objection(module, adapter, _place(type(variant)))
+        found = _variant_objection(module, adapter, place_of(type(variant)))
         if found is not None:
             return found
     return None
@@ -158,7 +158,7 @@ def _variant_objection(layer: Any, adapter: str, variant: str) -> str | None:
 
 def hook_objection(hook: Any) -> str | None:
     """:func:`objection` to a hook."""
-    place = _place(hook)
+    place = place_of(hook)
     return None if place in HOOKS else REFUSED.get(place, UNKNOWN)
 
 
@@ -170,10 +170,10 @@ def refuse_recomputing(model: nn.Module) -> None:
     """
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
-            if _place(hook) in TAKEN_OFF:
+            if place_of(hook) in TAKEN_OFF:
                 raise StrategyError(
                     f"gradient checkpointing computes layers once more in the backward pass, when peft has taken "
-                    f"{_place(hook).rpartition('.')[2]} off them: train without gradient checkpointing"
+                    f"{place_of(hook).rpartition('.')[2]} off them: train without gradient checkpointing"
                 )
 
 
@@ -187,10 +187,10 @@ def refuse_carried_state(model: nn.Module) -> None:
         if not is_of_peft(type(module)):
             continue
         for code in (type(module), *module._forward_pre_hooks.values()):
-            if _place(code) in WHOLE_TEXTS and not module.disable_adapters:
+            if place_of(code) in WHOLE_TEXTS and not module.disable_adapters:
                 raise StrategyError(
-                    f"{type(module).__name__} at {name} {REFUSED[_place(code)]}, so a state cannot be carried from one "
-                    "call to the next: generate with use_cache=False, and hand over whole texts"
+                    f"{type(module).__name__} at {name} {REFUSED[place_of(code)]}, so a state cannot be carried from "
+                    "one call to the next: generate with use_cache=False, and hand over whole texts"
                 )
 
 
@@ -199,12 +199,12 @@ def put_back(model: nn.Module) -> set[int]:
     if "peft" not in sys.modules:
         return set()
     wrappers: list[Any] = [
-        module for module in model.modules() if _place(type(module)) == "tuners.lora.layer.ParamWrapper"
+        module for module in model.modules() if place_of(type(module)) == "tuners.lora.layer.ParamWrapper"
     ]
     return {id(getattr(wrapper.get_base_layer(), wrapper.parameter_name)) for wrapper in wrappers}
 
 
-def _place(code: Any) -> str:
+def place_of(code: Any) -> str:
     """Where in peft a class or function stands: module and name, below ``peft.``."""
     code = code.func if isinstance(code, partial) else code
     return f"{_origin(code).removeprefix('peft.')}.{getattr(code, '__qualname__', '')}"

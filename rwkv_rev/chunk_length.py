@@ -6,9 +6,11 @@ the allocator keeps and does not use. Counted are the gradient with recordings t
 copy of the gradients, whether or not there will be any: a shorter chunk costs less than a run that ends. On a CPU it is
 :data:`ON_CPU`, which measured within 6 % of the fastest at half the memory (docs/benchmarks.md).
 
-It is :data:`~rwkv_rev.bptt_settings.CHUNK_LENGTH` where nothing can be forecast (adapters, code of others, other
-devices), for ``full``, which cuts nothing, and for ``truncated`` and ``reversible-lossy``, whose gradient itself
-depends on it and must not depend on the machine.
+What adapters of peft keep is forecast too (:mod:`rwkv_rev.adapter_memory`).
+
+It is :data:`~rwkv_rev.bptt_settings.CHUNK_LENGTH` where nothing can be forecast (code of others, which a warning names,
+and other devices), for ``full``, which cuts nothing, and for ``truncated`` and ``reversible-lossy``, whose gradient
+itself depends on it and must not depend on the machine.
 
 A model chooses once, in the first loss over more than ``LENGTHS[0]`` tokens that has a gradient, and then keeps to it:
 another length rounds otherwise. It chooses anew, and says so if that changes the length, for a batch of more rows, more
@@ -26,11 +28,13 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers.utils import logging
 
+from rwkv_rev.adapter_memory import kept_numbers
+from rwkv_rev.architectures.architecture import NUMBER
 from rwkv_rev.bptt import cuda_graphs
 from rwkv_rev.bptt_settings import CHUNK_LENGTH, BpttSettings
 from rwkv_rev.configuration import RwkvRevConfig
-from rwkv_rev.forecast import StrategyForecast, forecast_memory
-from rwkv_rev.foreign_code import all_known
+from rwkv_rev.forecast import RECORDED_SHARE, StrategyForecast, forecast_memory
+from rwkv_rev.foreign_code import strangers
 from rwkv_rev.wkv.dispatch import choose_kernel
 
 LENGTHS = tuple(2**power for power in range(8, 15))
@@ -75,7 +79,7 @@ def choose(strategy: str, device: torch.device, need: Callable[[int], int] | Non
             return ChosenLength(ON_CPU, "what measured within 6 % of the fastest on a CPU")
         return ChosenLength(CHUNK_LENGTH, f"the memory of {device.type} devices is not forecast")
     if need is None:
-        return ChosenLength(CHUNK_LENGTH, "what adapters and code of others keep is not forecast")
+        return ChosenLength(CHUNK_LENGTH, "what code of others keeps is not forecast")
     free = free_bytes(device)
     for tokens in reversed(LENGTHS):
         if (most := need(tokens)) <= USABLE * free:
@@ -156,14 +160,25 @@ class AutoLength:
                 rows, trained = max(rows, most_rows), max(trained, most_trained)
         elif length <= LENGTHS[0] and not together:
             return LENGTHS[0]
-        need = None
-        if device.type in FORECAST_ON and all_known(model):  # type: ignore[arg-type]
-            need = _need(model, rows, length, device, handed_out)
+        need, unknown = None, ""
+        if device.type in FORECAST_ON:
+            found = strangers(model)  # type: ignore[arg-type]
+            kept = kept_numbers(found.adapters)
+            unknown = next(iter([*found.declared, *(where for where, _ in found.unknown)]), "")
+            if kept is None:
+                unknown = "one of its adapters"
+            if not unknown and kept is not None:
+                need = _need(model, rows, length, device, handed_out, kept)
         chosen = choose(model.bptt.strategy, device, need)
         if device.type in FORECAST_ON:
             chosen = ChosenLength(shortest_of_all(chosen.tokens, device), chosen.why)
         self._chosen, self._for = chosen, (device, rows, trained, tensors)
-        if before is None:
+        if unknown and need is None and model.bptt.strategy not in _WITHOUT_CHOICE:
+            logger.warning(
+                f"chunk_length='auto' is {chosen.tokens:,} tokens, since what {unknown} keeps is not forecast; where "
+                "memory allows, a longer one is faster: set a number (set_bptt(..., chunk_length=4096))"
+            )
+        elif before is None:
             logger.info(f"chunk_length='auto' is {chosen.tokens:,} tokens: {chosen.why}")
         elif before.tokens != chosen.tokens:
             logger.warning(
@@ -174,9 +189,12 @@ class AutoLength:
 
 
 def _need(
-    model: Model, rows: int, length: int, device: torch.device, handed_out: bool
+    model: Model, rows: int, length: int, device: torch.device, handed_out: bool, kept: tuple[int, int]
 ) -> Callable[[int], int]:
-    """Bytes by chunk length, beside the weights, which are there."""
+    """Bytes by chunk length, beside the weights, which are there.
+
+    ``kept``: numbers that adapters keep, per token and once.
+    """
     config, bptt = model.config, model.bptt
     own = list(model.parameters())
     trained = [parameter for parameter in own if parameter.requires_grad]
@@ -215,6 +233,7 @@ def _need(
         most = max(one.reserved - one.parameters for one in each)
         # whole states are the most that a tape holds
         tape = forecast("checkpoint", max(length, chunk), chunk).tape if bptt.tape == "device" else 0
-        return most + tape + beside
+        adapters = RECORDED_SHARE * NUMBER * (rows * chunk * kept[0] + kept[1])
+        return most + tape + beside + round(adapters)
 
     return need

@@ -67,7 +67,7 @@ _LAYER_SHARE = 0.4
 _STATE_COPIES = {"checkpoint": 6, "reversible": 8}
 _STATE_ARITHMETIC = 8
 _RECORDED = ("checkpoint", "reversible")
-_RECORDED_SHARE = 1.1
+RECORDED_SHARE = 1.1
 _RESERVED_SHARE = 1.05
 SMALL_CHUNK = 4
 """Tokens of the longest chunk that is run together with others."""
@@ -218,7 +218,7 @@ def _forecast(name: str, run: _Run) -> StrategyForecast:
     device = run.weights + sums + round(max(*terms, gradients + states))
     recordings, reserved = 0, _RESERVED_SHARE * device
     if run.recorded and run.chunks > 1 and name in _RECORDED:
-        recordings = sums + round(_RECORDED_SHARE * max(terms)) + head
+        recordings = sums + round(RECORDED_SHARE * max(terms)) + head
         reserved = run.weights + recordings + gradients
     tape = 0
     if name in ("checkpoint", "reversible"):

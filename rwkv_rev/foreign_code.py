@@ -140,15 +140,6 @@ def strangers(model: nn.Module) -> Strangers:
     return found._replace(brings_tensors=more or bool(found.adapters), more=more)
 
 
-def all_known(model: nn.Module) -> bool:
-    """Whether all that is in ``model`` is ours or PyTorch's: no adapters, and no code that was declared."""
-    found = strangers(model)
-    classes = (_class(module) for _, module in _below(model))
-    return not (found.unknown or found.declared) and all(
-        _is_own(layer) or layer is nn.GroupNorm for layer in classes
-    )
-
-
 def refuse_unknown(found: Strangers, strategy: str) -> None:
     """Refuse a model with code that may look at positions.
 

@@ -161,14 +161,31 @@ def adapted(model: RwkvRevForCausalLM) -> Any:
     return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["key"]))
 
 
+def test_what_cannot_be_forecast(free: Callable[[int], None], told: list[str]) -> None:
+    model = declared(tiny_model("5.2"))
+    model.set_bptt("reversible")
+    for _ in range(2):
+        assert report(model)[1] == CHUNK_LENGTH
+    (line,) = told
+    assert "declared.<locals>.hook on blocks.0.channel_mix.key keeps is not forecast" in line
+    assert "chunk_length=4096" in line and "\n" not in line
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("kind", [declared, adapted])
-def test_what_cannot_be_forecast(kind: Callable[[RwkvRevForCausalLM], Any], free: Any) -> None:
+def test_adapters_are_forecast(free: Callable[[int], None]) -> None:
+    """They are trained in as long chunks as fit, also where they come later; what they keep is counted."""
     model = tiny_model("5.2")
     model.set_bptt("reversible")
-    assert kind is declared or report(model)[1] == LENGTHS[-1]  # adapters that come later are seen, too
-    changed = kind(model)
-    assert changed(input_ids=IDS, labels=IDS).report["chunk_length"] == CHUNK_LENGTH
+    assert report(model)[1] == LENGTHS[-1]
+    ids = random_tokens(4000)
+    model.requires_grad_(False)  # as below
+    plain = least(model, free, 512, input_ids=ids, handed_out=False)
+    free(MUCH)
+    changed = adapted(model)
+    assert changed(input_ids=IDS, labels=IDS).report["chunk_length"] == LENGTHS[-1]
+    kept = least(model, free, 512, input_ids=ids, handed_out=False)
+    # per layer two maps of 16 + 16 and 16 + 32, one adapter each; its weights are few
+    assert (kept - plain) * USABLE >= 2 * 512 * (32 + 48) * 4
 
 
 def test_a_model_that_is_not_ours() -> None:

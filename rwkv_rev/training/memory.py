@@ -16,7 +16,7 @@ from rwkv_rev.bptt import choose_strategy, cuda_graphs
 from rwkv_rev.chunk_length import ChosenLength, choose, free_bytes, runs_fused
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.errors import StrategyError
-from rwkv_rev.forecast import StrategyForecast
+from rwkv_rev.forecast import RECORDED_SHARE, StrategyForecast
 from rwkv_rev.forecast import forecast_memory as forecast_strategies
 from rwkv_rev.training.config import FinetuneConfig
 
@@ -126,22 +126,30 @@ def forecast_memory(
 
 
 def choose_length(
-    config: FinetuneConfig, device: torch.device, forecast: Callable[[int, int], MemoryForecast], longest: int
+    config: FinetuneConfig,
+    device: torch.device,
+    forecast: Callable[[int, int], MemoryForecast],
+    longest: int,
+    trained: int,
 ) -> ChosenLength:
     """What ``chunk_length = auto`` is for a run.
 
     Args:
         forecast: of chunks and a longest row of so many tokens, before the model is on the device.
         longest: tokens of the longest row.
+        trained: number of weights with a gradient.
     """
+    # an addition to a map [out, in] has rank * (in + out) weights, and keeps in + out numbers per token
+    kept = trained // config.lora_rank if config.tune == "lora" else 0
 
     def need(chunk: int) -> int:
         # rows of one chunk are stored whole under ``auto``
         each = [forecast(chunk, min(longest, chunk)), forecast(chunk, max(longest, 2 * chunk))]
         tape = each[1].gradient.tape if config.tape == "device" else 0
-        return max(one.reserved for one in each) + tape
+        additions = round(RECORDED_SHARE * NUMBER * config.batch_size * min(chunk, longest) * kept)
+        return max(one.reserved for one in each) + tape + additions
 
-    return choose(config.bptt, device, None if config.tune == "lora" else need)
+    return choose(config.bptt, device, need)
 
 
 def refuse_too_large(forecast: MemoryForecast, device: torch.device, config: FinetuneConfig) -> list[str]:

@@ -155,6 +155,7 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
         if went_on is not None:
             refuse_other_run(went_on, identity)
     facts, longest = inspect_source(config.model), int(rows.lengths().max())
+    trained = count_trained(config, model_config, shapes)
 
     def forecast(chunk: int, longest: int) -> MemoryForecast:
         return forecast_memory(
@@ -162,14 +163,16 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
             facts.log_decays,
             replace(config, chunk_length=chunk),
             parameters=facts.parameters,
-            trained=count_trained(config, model_config, shapes),
+            trained=trained,
             longest=longest,
             device=str(own_device(device)),
             dtype=dtype,
             world_size=world_size,
         )
 
-    length = _chunk_length(config, went_on) or choose_length(config, own_device(device), forecast, longest)
+    length = _chunk_length(config, went_on) or choose_length(
+        config, own_device(device), forecast, longest, trained
+    )
     config = replace(config, chunk_length=length.tokens)
     memory = forecast(length.tokens, longest)
     notes += refuse_too_large(memory, own_device(device), config)
