@@ -64,7 +64,6 @@ def test_by_the_memory_that_is_free(config: FinetuneConfig, free: Callable[[int]
     [
         ({"bptt": "truncated"}, "the gradient of truncated depends on it"),
         ({"bptt": "full"}, "full cuts nothing"),
-        ({"tune": "lora"}, "what adapters and code of others keep is not forecast"),
     ],
 )
 def test_where_memory_does_not_decide(
@@ -74,6 +73,16 @@ def test_where_memory_does_not_decide(
     assert found.config.chunk_length == CHUNK_LENGTH and why in found.length_is
     if changes.get("bptt") == "truncated":
         assert found.identity["chunk_length"] == CHUNK_LENGTH
+
+
+def test_additions_are_forecast(config: FinetuneConfig, free: Callable[[int], None]) -> None:
+    """The longest that fits, beside LoRA too; what additions keep per token is their inputs and outputs."""
+    config = changed(config, tune="lora", lora_rank=4)
+    assert plan(config).config.chunk_length == LENGTHS[-1]
+    alone = plan(changed(config, chunk_length=256)).memory.reserved
+    free(int(alone / USABLE) + 1)
+    assert plan(config).config.chunk_length == LENGTHS[0]  # whose forecast of the model alone would just fit
+    assert "may not fit" in plan(config).length_is
 
 
 def test_a_dry_run_says_so(cli: Cli, config: FinetuneConfig) -> None:
