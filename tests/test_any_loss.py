@@ -471,6 +471,32 @@ def test_a_gradient_in_inference_mode() -> None:
         assert relative_error(parameter.grad, expected[name]) <= GRID, name
 
 
+@pytest.mark.parametrize("part", ["time_shift", "wkv", "channel_shift", "hidden"])
+@pytest.mark.parametrize("strategy", ["reversible", "checkpoint"])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_a_loss_does_not_reach_has_no_gradient(version: str, strategy: str, part: str) -> None:
+    """None, as under ``full``: an optimizer would decay weights whose gradients are zeros."""
+    model = tiny_model(version, dtype=torch.float64)
+    state = random_state(model, 2, learned=True)
+    leaves = [*model.model.parameters(), *state.tensors()]
+    found = []
+    for name in ("full", strategy):
+        with model.set_bptt(name, chunk_length=CHUNK):
+            output = model.model(IDS, state=state)
+        chosen = output.last_hidden_state if part == "hidden" else getattr(output.state, part)
+        found.append(list(torch.autograd.grad(chosen.square().mean(), leaves, allow_unused=True)))
+    if part == "hidden":
+        assert all(gradient is not None for gradient in found[0])
+    else:
+        assert sum(gradient is None for gradient in found[0]) >= 2
+    count = len(leaves) - len(state.tensors())
+    agree(found[1][:count], found[0][:count], 1e-5)
+    for one, other in zip(
+        found[1][count:], found[0][count:], strict=True
+    ):  # chunks know of more that is not reached
+        agree([one], [other if one is not None or other is None or other.any() else None], 1e-5)
+
+
 @pytest.mark.parametrize("own_loss", [True, False])
 @pytest.mark.parametrize("strategy", ["reversible", "checkpoint"])
 @pytest.mark.parametrize("shared", ["final norm", "first norm", "embeddings and a mix"])

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from rwkv_rev import adapters, random_state
 from rwkv_rev.bptt.backward_sweep import LIKELY_CAUSES, backward_sweep
+from rwkv_rev.bptt.chunk_gradients import Found
 from rwkv_rev.bptt.forward_sweep import forward_sweep
 from rwkv_rev.bptt.hidden_states import HiddenStates
-from rwkv_rev.bptt.layers import by_layer
 from rwkv_rev.bptt.runner import Runner
 from rwkv_rev.bptt.strategy import (
     Chunk,
@@ -70,13 +70,14 @@ def hidden_states(
 class _HiddenStates(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, reading: "_Reading", *leaves: Tensor) -> Any:
+        ctx.set_materialize_grads(False)  # what nothing reaches has no gradient, as opposed to zeros
         ctx.reading = reading
         ctx.dtypes = [tensor.dtype for tensor in leaves]
         return reading.forward()
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, to_hidden: Tensor, *to_state: Tensor) -> Any:
+    def backward(ctx: Any, to_hidden: Tensor | None, *to_state: Tensor | None) -> Any:
         if ctx.reading is None:
             raise StrategyError(
                 "the gradient of these hidden states was already taken, and the tape that it needs is used up: call "
@@ -84,7 +85,7 @@ class _HiddenStates(torch.autograd.Function):
             )
         reading, ctx.reading = ctx.reading, None
         with torch.inference_mode(False):  # whose tensors no graph may hold
-            given = [g.clone() if g.is_inference() else g for g in (to_hidden, *to_state)]
+            given = [g.clone() if g is not None and g.is_inference() else g for g in (to_hidden, *to_state)]
             found = reading.context.run(reading.backward, given[0], given[1:])
         return (None, *(g if g is None else g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True)))
 
@@ -131,12 +132,12 @@ class _Reading:
         hidden, sweep.hidden = sweep.hidden.whole(), None
         return (hidden, *type(self._inputs.state).stack(end).tensors())
 
-    def backward(self, to_hidden: Tensor, to_state: list[Tensor]) -> list[Tensor | None]:
-        """Gradients of the leaves."""
+    def backward(self, to_hidden: Tensor | None, to_state: list[Tensor | None]) -> list[Tensor | None]:
+        """Gradients of the leaves; None for what a loss does not reach."""
         self._refuse_another_model()
         sweep, kind = self._sweep, type(self._inputs.state)
         sweep.objective = objective = _Given(to_hidden, sweep.hidden_prints)
-        to_end = by_layer(kind(*to_state), self._model.blocks)
+        to_end = _by_layer(kind, to_state, len(self._model.blocks))
         now = random_state.capture(sweep.places)
         try:
             with (
@@ -176,10 +177,21 @@ class _Reading:
             )
 
 
-class _Given:
-    """The objective whose gradient by the hidden states [B, T, D] is given; ``prints`` are theirs, by chunk."""
+def _by_layer(
+    kind: type[ModelState], given: list[Tensor | None], layers: int
+) -> list[list[Tensor | None]] | None:
+    """Gradients by the tensors of a state [L, ...], by layer in the order of its cells; None without any."""
+    if all(gradient is None for gradient in given):
+        return None
+    by_name = dict(zip(kind.names(), given, strict=True))
+    ordered = [by_name[name] for _, parts in kind.cells for name in parts]
+    return [[None if g is None else g[layer] for g in ordered] for layer in range(layers)]
 
-    def __init__(self, to_hidden: Tensor, prints: dict[int, Tensor]) -> None:
+
+class _Given:
+    """The objective whose gradient by the hidden states [B, T, D] is given, if any; ``prints`` are theirs, by chunk."""
+
+    def __init__(self, to_hidden: Tensor | None, prints: dict[int, Tensor]) -> None:
         self._to_hidden, self._prints = to_hidden, prints
         self._same: list[Tensor] = []
 
@@ -191,8 +203,10 @@ class _Given:
         parameters: list[Tensor],
         loss_scale: float,
         outside: OutsideLeaves | None,
-    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    ) -> Found:
         self._same.append(checksum(hidden) == self._prints[chunk.index])
+        if self._to_hidden is None:
+            return torch.zeros((), device=hidden.device), None, []
         to_hidden = self._to_hidden[:, chunk.start : chunk.stop].to(hidden.device, non_blocking=True)
         return torch.zeros((), device=hidden.device), to_hidden * loss_scale, []
 
@@ -202,7 +216,8 @@ class _Given:
         Raises:
             ReversalMismatchError: hidden states were others than those that were handed out.
         """
-        if not bool(torch.stack(self._same).all()) and bool(self._to_hidden.isfinite().all()):
+        finite = self._to_hidden is None or bool(self._to_hidden.isfinite().all())
+        if not bool(torch.stack(self._same).all()) and finite:
             raise ReversalMismatchError(
                 f"the final norm computed other numbers in the second sweep than in the first. {LIKELY_CAUSES}"
             )

@@ -1,13 +1,14 @@
 """The second sweep: from the last chunk to the first, states back and gradients with them."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rwkv_rev import random_state
 from rwkv_rev.bptt.chunk_gradients import ChunkGradients, chunk_gradients
+from rwkv_rev.bptt.layers import ByState
 from rwkv_rev.cells.block import ExactStates, FloatStates
 from rwkv_rev.errors import ReversalMismatchError
 from rwkv_rev.loss import add_gradients
@@ -75,7 +76,7 @@ class Sums:
 
 
 def backward_sweep(
-    sweep: "Sweep", runner: "Runner", states: list[ExactStates], gradient: list[list[Tensor]] | None
+    sweep: "Sweep", runner: "Runner", states: list[ExactStates], gradient: ByState | None
 ) -> SweepResult:
     """Gradients of all chunks, from the last, whose exact ``states`` before it are given, to the first.
 
@@ -102,9 +103,23 @@ def backward_sweep(
         sums.loss,
         kind.stack(sums.end),
         sums.parameters,
-        kind.like(gradient),
+        _by_first(kind, gradient),
         torch.cat(sums.embeds[::-1], dim=1) if sums.embeds else None,
     )
+
+
+def _by_first(kind: type[ModelState], gradient: ByState) -> Any:
+    """The gradient by the state before the first chunk; None for tensors on which nothing depends in any layer."""
+    names = [name for _, parts in kind.cells for name in parts]
+    found = {}
+    for name, layers in zip(names, zip(*gradient, strict=True), strict=True):
+        there = next((g for g in layers if g is not None), None)
+        found[name] = (
+            None
+            if there is None
+            else torch.stack([torch.zeros_like(there) if g is None else g for g in layers])
+        )
+    return kind(**found)
 
 
 def differentiate(

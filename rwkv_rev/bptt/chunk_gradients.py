@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_rev import random_state
-from rwkv_rev.bptt.layers import LayerGraph, Take, cut, pull_back, vjp
+from rwkv_rev.bptt.layers import ByState, LayerGraph, Take, cut, pull_back, vjp
 from rwkv_rev.bptt.strategy import Chunk, LanguageModel
 from rwkv_rev.bptt.weight_products import adding, plain_maps
 from rwkv_rev.cells.block import ExactStates, FloatStates, flat
@@ -23,10 +23,11 @@ from rwkv_rev.outside_leaves import OutsideLeaves, leaves_of
 Replay = Callable[[Tensor], tuple[list[LayerGraph], Tensor | None]]
 """From a chunk's embedded input [B, C, D] to its layers computed again, and [L] bool, which are as they were before."""
 
-Found = tuple[Tensor, Tensor, list[Tensor | None]]
+Found = tuple[Tensor, Tensor | None, list[Tensor | None]]
 Objective = Callable[[LanguageModel, Chunk, Tensor, list[Tensor], float, OutsideLeaves | None], Found]
-"""From a chunk and its normalised hidden states [B, C, D] to its loss, the gradient by the hidden states, and those by
-the parameters that the head uses; times a loss scale. May look for outside leaves."""
+"""From a chunk and its normalised hidden states [B, C, D] to its loss, the gradient by the hidden states (None where it
+does not depend on them), and those by the parameters that the head uses; times a loss scale. May look for outside
+leaves."""
 
 
 def own_loss(
@@ -88,7 +89,7 @@ class ChunkGradients(NamedTuple):
     loss: Tensor
     states: list[ExactStates]
     end: list[FloatStates]
-    to_start: list[list[Tensor]]
+    to_start: ByState
     to_embeds: Tensor | None
     exactly: Tensor | None
 
@@ -99,7 +100,7 @@ def chunk_gradients(
     replay: Replay,
     objective: Objective,
     parameters: Parameters,
-    to_end: list[list[Tensor]] | None,
+    to_end: ByState | None,
     take: Take,
     *,
     outside: OutsideLeaves | None = None,
@@ -137,7 +138,7 @@ def chunk_gradients(
     for indices, first in taken:
         take(indices, unscaled[first : first + len(indices)])
     starts = iter(unscaled[len(unscaled) - 1 - sum(map(len, result.to_start)) : -1])
-    to_start = [[g for g in (next(starts) for _ in layer) if g is not None] for layer in result.to_start]
+    to_start = [[next(starts) for _ in layer] for layer in result.to_start]
     return result._replace(to_start=to_start, to_embeds=unscaled[-1])
 
 
@@ -147,7 +148,7 @@ def _gradients(
     replay: Replay,
     objective: Objective,
     parameters: Parameters,
-    to_end: list[list[Tensor]] | None,
+    to_end: ByState | None,
     take: Take,
     scale: float,
     outside: OutsideLeaves | None,
@@ -171,11 +172,21 @@ def _gradients(
     if chunk.predicts:
         loss, to_hidden, of_head = objective(model, chunk, hidden, parameters.tensors, scale, outside)
         take(range(len(of_head)), of_head)
-        *of_norm, to_top = vjp([(hidden, to_hidden)], [*beside, top])
-        take(indices, of_norm)
+        if to_hidden is not None:
+            *of_norm, to_top = vjp([(hidden, to_hidden)], [*beside, top])
+            take(indices, of_norm)
     if to_end is not None and scale != 1.0:
-        to_end = [[gradient * scale for gradient in layer] for layer in to_end]
-    to_bottom, to_start = pull_back(layers, parameters.tensors, parameters.of_layer, to_top, to_end, take)
+        to_end = [[None if g is None else g * scale for g in layer] for layer in to_end]
+    to_bottom, to_start = pull_back(
+        layers,
+        parameters.tensors,
+        parameters.of_layer,
+        to_top,
+        to_end,
+        take,
+        keep_none=objective
+        is not own_loss,  # a recording of ours reads and writes the same tensors in each chunk
+    )
     to_embeds = None
     if to_bottom is not None:
         made = [] if embeds is None else [embeds]

@@ -36,6 +36,9 @@ from rwkv_rev.weight_product import WeightProduct
 Take = Callable[[Sequence[int], Sequence[Tensor | WeightProduct | None]], None]
 """Is given indices of parameters and a gradient for each, to be added to what there is."""
 
+ByState = list[list[Any]]
+"""Gradients by the tensors of each layer's states, in order: tensors, or None where there is none."""
+
 
 def run_layers(
     blocks: Sequence[ResidualBlock],
@@ -141,9 +144,11 @@ def pull_back(
     parameters: Sequence[Tensor],
     of_layer: Sequence[Sequence[int]],
     to_out: Tensor | None,
-    to_ends: Sequence[Sequence[Tensor]] | None,
+    to_ends: ByState | None,
     take: Take,
-) -> tuple[Tensor | None, list[list[Tensor]]]:
+    *,
+    keep_none: bool = False,
+) -> tuple[Tensor | None, ByState]:
     """Gradients from the top layer down to the input of the bottom one; ``layers`` is emptied.
 
     Args:
@@ -152,11 +157,12 @@ def pull_back(
         to_out: gradient by the top layer's residual, or None.
         to_ends: gradients by the values of each layer's states after the chunk, or None.
         take: is given each block's parameter gradients as soon as they are there.
+        keep_none: whether states that nothing depends on have None for a gradient, instead of zeros.
 
     Returns:
         The gradient by the input of layer 0 (None without one), and by the values of each layer's states before it.
     """
-    to_starts: list[list[Tensor]] = [[] for _ in layers]
+    to_starts: ByState = [[] for _ in layers]
     arriving: list[Tensor | None] = [to_out]  # what flows beside the residual at the top is for nobody
     while layers:
         layer = layers.pop()
@@ -165,7 +171,8 @@ def pull_back(
         outputs = zip(parts_of(layer.out), arriving, strict=False)
         pairs = [(out, gradient) for out, gradient in outputs if gradient is not None]
         if to_ends is not None:
-            pairs += zip(flat(layer.replay.end), to_ends[number], strict=True)
+            ends = zip(flat(layer.replay.end), to_ends[number], strict=True)
+            pairs += [(end, gradient) for end, gradient in ends if gradient is not None]
         given = parts_of(layer.given)
         made = [tensor for tensor in given if tensor.requires_grad]
         wanted = [*(parameters[index] for index in indices), *starts, *made]
@@ -174,7 +181,7 @@ def pull_back(
         by_start = found[len(indices) :][: len(starts)]
         # copies: a gradient may be a view of one of the chunk's length, which would stay in memory with it
         to_starts[number] = [
-            torch.zeros_like(start) if g is None else g.clone()
+            g.clone() if g is not None else None if keep_none else torch.zeros_like(start)
             for start, g in zip(starts, by_start, strict=True)
         ]
         of_given = iter(found[len(found) - len(made) :])
