@@ -38,6 +38,9 @@ _OF_BLOCKS = _MACHINERY | {"recompute"}
 _OF_MODELS = _HOOKS | _TENSORS | {"training"}
 _CONSTANTS = frozenset({str, bool, int, float, bytes, complex, type(None)})
 
+_HARMLESS = "transformers.modeling_utils"
+"""Where the hook is from that lets embeddings require a gradient, which trainers put on and take off at will."""
+
 Mark = Callable[[Tensor], Any]
 
 
@@ -97,6 +100,10 @@ def _own(module: nn.Module, registered: Mark, beside: Mark) -> dict[str, Any]:
             found[name] = kind, value
         elif name not in _HOOKS and name not in _TENSORS:
             found[name] = _plain(value, beside)
+        elif name in _HOOKS:
+            hooks = [Same(hook) for hook in value.values() if getattr(hook, "__module__", "") != _HARMLESS]
+            if hooks and not name.endswith("_kwargs"):
+                found[name] = hooks
         elif value:
             found[name] = _plain(value, registered)
     return found
