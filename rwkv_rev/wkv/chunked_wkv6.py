@@ -3,24 +3,34 @@
     y_t = r_t (S_t + diag(u) k_t^T v_t),      S_{t+1} = diag(w_t) S_t + k_t^T v_t
 
 (Peng et al. 2024, "Eagle and Finch", section 4.2): RWKV-5 with a decay of its own for every token and key channel. With
-c_t = sum_{q<=t} log w_q inside a sub-chunk of n tokens that begins with the state S,
+p_t the product of all w_q with q < t in a sub-chunk of n tokens that begins with the state S, and e_s that of q > s,
 
-    y_t = (r_t e^{c_{t-1}}) S + sum_{s<t} (r_t e^{c_{t-1} - c_s} . k_s) v_s + (r_t u . k_t) v_t
-    S'  = diag(e^{c_n}) S + sum_s (k_s e^{c_n - c_s})^T v_s
+    y_t = (r_t p_t) S + sum_{s<t} A_ts v_s + (r_t u . k_t) v_t,     A_ts = sum_i r_ti k_si prod_{s<q<t} w_qi
+    S'  = diag(w_1 ... w_n) S + sum_s (k_s e_s)^T v_s
 
-All exponents are at most 0, so nothing overflows. For the sum over s < t they are split at the border of two halves,
-e^{c_{t-1} - c_border} times e^{c_border - c_s}, then at that of two quarters, and so on: every factor is at most 1
-whatever the decays, and one that vanishes belongs to a product that does. A decay of 1e-9 a step costs nothing more.
-Sums of logarithms are taken in float64, so that a difference of two large ones is exact. PyTorch differentiates it.
+For A the products over s < q < t are split at the border of two halves of the sub-chunk, then at that of two quarters,
+and so on, into one that ends at the border and one that begins there. Each is a product of decays, nothing is divided:
+every factor is at most 1 whatever the decays, one that vanishes belongs to a product that does, and a decay of 1e-9 a
+step costs nothing more. P_{j+1} = diag(w_1 ... w_n) P_j + U_j, from zero, is scanned over the sub-chunks; its last value
+is what all tokens contribute, and S_j = P_j + diag(all w before) state.
+
+Kept for the backward pass are the inputs as they came and one N x N state per sub-chunk. It is written by hand, and
+cannot be differentiated again. The gradient of log w_q is a sum over the products that w_q is in, in which nothing
+cancels.
 """
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rwkv_rev.first_order import first_order
 from rwkv_rev.wkv.naive import arithmetic_dtype
+from rwkv_rev.wkv.sub_chunks import join, length_for, split
+from rwkv_rev.wkv.sub_chunks import SUB_CHUNK as SUB_CHUNK
 
-SUB_CHUNK = 32
-"""Tokens, a power of two; shorter contexts are one sub-chunk."""
+
 LOWEST_LOG_DECAY = -1e4
 """Stands for all below it: e^-10000 is zero in float64, and sums of such logarithms keep the smaller ones apart."""
 
@@ -36,85 +46,218 @@ def wkv6(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """RWKV-6; arguments and results as in :func:`rwkv_rev.wkv.wkv6`."""
     dtype = arithmetic_dtype(k)
-    tokens = k.shape[1]
-    written = _Written(k, v, log_decay, mask)
-    receptance = written.cut(r.to(dtype) if mask is None else r.to(dtype) * mask[..., None, None])
-    starts, contribution = written.scan(state.to(dtype))
-    keys, values = written.keys, written.values
-    out = (receptance * torch.exp(written.before).to(dtype)) @ starts
-    out = out + (receptance * keys * bonus.to(dtype)[:, None]).sum(-1, keepdim=True) * values
-    out = out + _inside(receptance, keys, values, written.before, written.until)
-    return out.permute(0, 1, 3, 2, 4).flatten(1, 2)[:, :tokens], contribution, written.log_factor
+    k, log_decay = _valid(k, log_decay, mask)
+    if mask is not None:
+        r = r.masked_fill(~mask[..., None, None], 0)
+    out, contribution = _Wkv6.apply(r, k, v, log_decay, bonus.to(dtype), state.to(dtype))
+    return out, contribution, _log_factor(log_decay)
 
 
 def wkv6_contribution(
     k: Tensor, v: Tensor, log_decay: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The second and third result of :func:`wkv6`, to the bit."""
-    written = _Written(k, v, log_decay, mask)
+    k, log_decay = _valid(k, log_decay, mask)
     batch, _, heads, size = k.shape
-    nothing = k.new_zeros(batch, heads, size, size, dtype=written.keys.dtype)
-    return written.scan(nothing)[1], written.log_factor
+    nothing = k.new_zeros(batch, heads, size, size, dtype=arithmetic_dtype(k))
+    if torch.is_grad_enabled():
+        without = k.new_zeros(heads, size, dtype=nothing.dtype)
+        contribution = _Wkv6.apply(torch.zeros_like(k), k, v, log_decay, without, nothing)[1]
+    else:
+        contribution = _Written(k, v, log_decay).prefixes()[1]
+    return contribution, _log_factor(log_decay)
+
+
+def _valid(k: Tensor, log_decay: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and log decays in the arithmetic's dtype; tokens that do not count write and decay nothing."""
+    log_decay = log_decay.to(arithmetic_dtype(k)).clamp(min=LOWEST_LOG_DECAY)
+    if mask is None:
+        return k, log_decay
+    return k.masked_fill(~mask[..., None, None], 0), log_decay.masked_fill(~mask[..., None, None], 0)
+
+
+def _log_factor(log_decay: Tensor) -> Tensor:
+    return log_decay.sum(1, dtype=torch.float32 if log_decay.device.type == "mps" else torch.float64)
 
 
 class _Written:
-    """What the tokens write, cut into J sub-chunks of n tokens: [B, J, H, n, N] each.
+    """What the tokens write, in J sub-chunks of n tokens.
 
     Attributes:
-        until: c_t, and before: c_{t-1}, float64.
-        log_factor: [B, H, N] float64, log of what a state decays by in all.
+        keys, values: [J, B, H, n, N].
+        before, after: [J, B, H, n, N], p and e of the module's equations, complete once :meth:`levels` is exhausted.
+        total: [J, B, H, N, 1], the decay of a whole sub-chunk, likewise.
     """
 
-    def __init__(self, k: Tensor, v: Tensor, log_decay: Tensor, mask: Tensor | None) -> None:
+    def __init__(self, k: Tensor, v: Tensor, log_decay: Tensor) -> None:
         dtype = arithmetic_dtype(k)
-        wide = torch.float32 if k.device.type == "mps" else torch.float64
-        log_decay = log_decay.to(wide).clamp(min=LOWEST_LOG_DECAY)
-        k = k.to(dtype)
-        if mask is not None:
-            log_decay = log_decay * mask[..., None, None]
-            k = k * mask[..., None, None]
-        self.length = min(SUB_CHUNK, 1 << (k.shape[1] - 1).bit_length())
-        self.keys, self.values = self.cut(k), self.cut(v.to(dtype))
-        steps = self.cut(log_decay)
-        self.until = steps.cumsum(-2)
-        self.before = self.until - steps
-        self.log_factor = self.until[..., -1, :].sum(1)
+        self.length = length_for(k.shape[1])
+        self.keys, self.values = (split(x, self.length, dtype) for x in (k, v))
+        self._decays = split(log_decay, self.length, dtype).exp_()
+        self.before, self.after = torch.ones_like(self.keys), torch.ones_like(self.keys)
 
-    def cut(self, x: Tensor) -> Tensor:
-        """[B, J, H, n, N] from [B, T, H, N]; tokens beyond T write nothing and decay nothing."""
-        batch, tokens, heads, size = x.shape
-        missing = -tokens % self.length
-        if missing:
-            x = torch.cat([x, x.new_zeros(batch, missing, heads, size)], 1)
-        return x.view(batch, -1, self.length, heads, size).transpose(2, 3)
+    def levels(self) -> Iterator[int]:
+        """Yields h = 1, 2, 4, ... n / 2: ``before`` and ``after`` reach to the borders of blocks of h tokens then."""
+        half, total = 1, self._decays
+        while half < self.length:
+            yield half
+            first, second = total.unflatten(-2, (-1, 2)).unbind(-2)
+            upper(self.before, half).mul_(first[..., None, :])
+            lower(self.after, half).mul_(second[..., None, :])
+            total, half = first * second, 2 * half
+        self.total = total.mT
 
-    def scan(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """States [B, J, H, N, N] before each sub-chunk, and what all of them add to the last one, [B, H, N, N]."""
-        ends = self.until[..., -1:, :]
-        to_end = torch.exp(ends - self.until).to(self.keys.dtype)
-        products = (self.keys * to_end).mT @ self.values
-        decays = torch.exp(ends).to(self.keys.dtype).mT
-        contribution = torch.zeros_like(state)
-        starts = []
-        for product, decay in zip(products.unbind(1), decays.unbind(1), strict=True):
-            starts.append(state)
-            state = decay * state + product
-            contribution = decay * contribution + product
-        return torch.stack(starts, 1), contribution
+    def prefixes(self) -> tuple[Tensor, Tensor]:
+        """P of every sub-chunk's start [J, B, H, N, N], and the contribution of all tokens [B, H, N, N].
+
+        The one place that computes a contribution, so that it has the same bits with and without outputs.
+        """
+        if not hasattr(self, "total"):
+            for _ in self.levels():
+                pass
+        size = self.keys.shape[-1]
+        prefixes = self.keys.new_empty(self.keys.shape[0] + 1, *self.keys.shape[1:3], size, size)
+        prefixes[0].zero_()
+        written = (self.keys * self.after).mT
+        torch.bmm(written.flatten(0, 2), self.values.flatten(0, 2), out=prefixes[1:].flatten(0, 2))
+        places = prefixes.unbind(0)
+        for j, decay in enumerate(self.total.unbind(0)):
+            places[j + 1].addcmul_(decay, places[j])
+        return prefixes[:-1], places[-1].clone()
+
+    def since_the_first(self) -> Tensor:
+        """The decay of all sub-chunks before each, [J, B, H, N, 1]."""
+        return torch.cat([torch.ones_like(self.total[:1]), self.total[:-1].cumprod(0)])
 
 
-def _inside(receptance: Tensor, keys: Tensor, values: Tensor, before: Tensor, until: Tensor) -> Tensor:
-    """sum_{s<t} (r_t e^{c_{t-1} - c_s} . k_s) v_s within each sub-chunk, [B, J, H, n, N]."""
-    dtype, length = keys.dtype, keys.shape[-2]
-    out = torch.zeros_like(values)
-    half = length // 2
-    while half:
-        pairs = (length // (2 * half), 2, half)
-        r, k, v, c, e = (x.unflatten(-2, pairs) for x in (receptance, keys, values, before, until))
-        border = e[..., 0, -1:, :]
-        left = r[..., 1, :, :] * torch.exp(c[..., 1, :, :] - border).to(dtype)
-        right = k[..., 0, :, :] * torch.exp(border - e[..., 0, :, :]).to(dtype)
-        upper = (left @ right.mT) @ v[..., 0, :, :]
-        out = out + torch.stack([torch.zeros_like(upper), upper], -3).flatten(-4, -2)
-        half //= 2
-    return out
+def upper(x: Tensor, half: int) -> Tensor:
+    """The second halves of the blocks of 2 h tokens, [J, B, H, n / 2h, h, N] of [J, B, H, n, N] (a view)."""
+    return x.unflatten(-2, (-1, 2, half))[..., 1, :, :]
+
+
+def lower(x: Tensor, half: int) -> Tensor:
+    """The first halves."""
+    return x.unflatten(-2, (-1, 2, half))[..., 0, :, :]
+
+
+def _pairs(square: Tensor, half: int) -> Tensor:
+    """Of [J, B, H, n, n] where t is in the second and s in the first half of a block, [J, B, H, n / 2h, h, h] (a view)."""
+    blocks = square.unflatten(4, (-1, 2, half)).unflatten(3, (-1, 2, half))
+    return blocks[:, :, :, :, 1, :, :, 0].diagonal(dim1=3, dim2=5).movedim(-1, 3)
+
+
+class _Wkv6(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, bonus: Tensor, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        written = _Written(k, v, log_decay)
+        rs, ks, vs = split(r, written.length, bonus.dtype), written.keys, written.values
+        among = rs.new_zeros(*rs.shape[:-1], written.length)  # A
+        for half in written.levels():
+            left = upper(rs, half) * upper(written.before, half)
+            right = lower(ks, half) * lower(written.after, half)
+            _pairs(among, half).copy_(left @ right.mT)
+        among.diagonal(dim1=-2, dim2=-1).copy_(((rs * ks) @ bonus[..., None])[..., 0])
+        starts, contribution = written.prefixes()
+        ctx.save_for_backward(r, k, v, log_decay, bonus, state, starts, among)
+        states = torch.addcmul(starts, written.since_the_first(), state)
+        out = rs.mul_(written.before) @ states
+        out.flatten(0, 2).baddbmm_(among.flatten(0, 2), vs.flatten(0, 2))
+        return join(out, k.shape[1], out.dtype), contribution
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_out: Tensor, grad_contribution: Tensor) -> tuple[Tensor, ...]:
+        r, k, v, log_decay, bonus, state, starts, among = ctx.saved_tensors
+        with torch.autocast(k.device.type, enabled=False):
+            written = _Written(k, v, log_decay)
+            rs, go = (split(x, written.length, bonus.dtype) for x in (r, grad_out))
+            ks, vs = written.keys, written.values
+
+            # inside the sub-chunks
+            pulled = go @ vs.mT  # gradient of A
+            diagonal = pulled.diagonal(dim1=-2, dim2=-1)[..., None]
+            scaled = diagonal * bonus[:, None]
+            dr, dk, dv = scaled * ks, scaled * rs, among.mT @ go
+            d_bonus = (rs * ks).mul_(diagonal).sum((0, 1, 3))
+            sums = _ProductSums(rs)
+            for half in written.levels():
+                before, after = upper(written.before, half), lower(written.after, half)
+                left, right = upper(rs, half) * before, lower(ks, half) * after
+                pairs = _pairs(pulled, half).contiguous()
+                d_left, d_right = pairs @ right, pairs.mT @ left
+                upper(dr, half).addcmul_(d_left, before)
+                lower(dk, half).addcmul_(d_right, after)
+                sums.add(half, d_left, left, d_right, right)
+
+            # outputs from the states S_j = P_j + since state, and what is written, P_{j+1} = total P_j + (k e)^T v
+            since = written.since_the_first()
+            left, right = rs.mul_(written.before), ks * written.after
+            d_left = go @ torch.addcmul(starts, since, state).mT
+            d_states = left.mT @ go
+            arrived = d_states * since
+            ends = _scan_back(d_states, written.total, grad_contribution.to(bonus.dtype))
+            d_right = vs @ ends.mT
+            dv += right @ ends
+            dr.addcmul_(d_left, written.before)
+            dk.addcmul_(d_right, written.after)
+            sums.add(0, d_left, left, d_right, right)
+
+            # log w through the decays of whole sub-chunks
+            in_since = (arrived * state).sum(-1)  # [J, B, H, N], of the log of ``since``
+            d_total = (starts * ends).sum(-1) * written.total[..., 0]
+            d_total[:-1] += in_since[1:].flip(0).cumsum(0).flip(0)
+            d_log_decay = sums.total() + d_total[..., None, :]
+            tokens = k.shape[1]
+            return (
+                join(dr, tokens, r.dtype),
+                join(dk, tokens, k.dtype),
+                join(dv, tokens, v.dtype),
+                join(d_log_decay, tokens, log_decay.dtype),
+                d_bonus,
+                arrived.sum(0),
+            )
+
+
+def _scan_back(d_states: Tensor, total: Tensor, end: Tensor) -> Tensor:
+    """Gradients of P_{j+1}, [J, B, H, N, N], from those of S_j, of which P_j is a term, and of the contribution."""
+    gradients = torch.empty_like(d_states)
+    places = gradients.unbind(0)
+    places[-1].copy_(end)
+    for j in range(len(places) - 1, 0, -1):
+        torch.addcmul(d_states[j], total[j], places[j], out=places[j - 1])
+    return gradients
+
+
+class _ProductSums:
+    """The gradient of log w_q: of every product of decays that a token's vector is scaled by, if w_q is in it.
+
+    A product's own gradient times the product is the gradient of its logarithm; w_q is in that of a token t > q of an
+    upper half, and of a token s < q of a lower one. One matrix product with zeros and ones sums them all.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self._like, length = like, like.shape[-2]
+        halves = [1 << i for i in range(1, length.bit_length() - 1)]  # blocks of one token have no product
+        self._places = {half: number for number, half in enumerate(halves)}
+        self._terms = like.new_empty(*like.shape[:3], len(halves) + 2, length, like.shape[-1])
+        q, t = torch.arange(length, device=like.device)[:, None], torch.arange(length, device=like.device)
+        counted = [(q // h == t // h) & torch.where(t // h % 2 == 1, q < t, q > t) for h in halves]
+        self._counted = torch.cat([*counted, q < t, q > t], 1).to(like.dtype)
+
+    def add(self, half: int, d_left: Tensor, left: Tensor, d_right: Tensor, right: Tensor) -> None:
+        """Of the two halves of blocks of 2 h tokens; h = 0: of all tokens to both ends of the sub-chunk."""
+        if half == 1:
+            return
+        if half == 0:
+            torch.mul(d_left, left, out=self._terms[..., -2, :, :])
+            torch.mul(d_right, right, out=self._terms[..., -1, :, :])
+            return
+        terms = self._terms[..., self._places[half], :, :]
+        torch.mul(d_left, left, out=upper(terms, half))
+        torch.mul(d_right, right, out=lower(terms, half))
+
+    def total(self) -> Tensor:
+        """[J, B, H, n, N]"""
+        return self._counted @ self._terms.flatten(-3, -2)

@@ -33,7 +33,7 @@ from rwkv_rev.wkv.without_autocast import without_autocast
 KERNELS = ("naive", "chunked", "triton")
 TRITON = ("wkv4", "wkv5", "wkv6", "wkv7")
 """The recurrences that have such kernels; the others take the chunked one."""
-DIFFERENTIATED_BY_PYTORCH = ("wkv6", "wkv7")
+DIFFERENTIATED_BY_PYTORCH = ("wkv7",)
 """The recurrences whose chunked kernels have no backward pass of their own."""
 KERNEL_VARIABLE = "RWKV_REV_KERNEL"
 _used: ContextVar[str | None] = ContextVar("rwkv_rev_kernel", default=None)

@@ -20,6 +20,29 @@ SAFE_EXPONENT = 30.0
 """Powers of w up to e^30 are used as factors: the product of two stays far inside float32."""
 
 
+def length_for(tokens: int) -> int:
+    """c, a power of two."""
+    return min(SUB_CHUNK, 1 << (tokens - 1).bit_length())
+
+
+def split(x: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """[B, T, H, N] -> J sub-chunks of c tokens, [J, B, H, c, N] in new memory, zeros after the last token."""
+    batch, tokens, heads, size = x.shape
+    full, rest = divmod(tokens, length)
+    blocks = x.new_empty(-(-tokens // length), batch, heads, length, size, dtype=dtype)
+    blocks[:full].copy_(x[:, : full * length].unflatten(1, (full, length)).permute(1, 0, 3, 2, 4))
+    if rest:
+        blocks[full, :, :, :rest].copy_(x[:, full * length :].transpose(1, 2))
+        blocks[full, :, :, rest:].zero_()
+    return blocks
+
+
+def join(blocks: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+    """Inverse of :func:`split`."""
+    joined = blocks.permute(1, 0, 3, 2, 4).to(dtype).flatten(1, 2)
+    return joined[:, :tokens].contiguous()
+
+
 class Level(NamedTuple):
     """Pairs (t, s) of one block size: rows t and columns s of every block, the powers of w on both sides."""
 
@@ -41,7 +64,7 @@ class SubChunks:
 
     def __init__(self, log_decay: Tensor, tokens: int, counts: Tensor | None) -> None:
         self.tokens = tokens
-        self.c = min(SUB_CHUNK, 1 << (tokens - 1).bit_length())
+        self.c = length_for(tokens)
         self.J = -(-tokens // self.c)
         self.dtype, self.device = log_decay.dtype, log_decay.device
         wide = torch.float32 if self.device.type == "mps" else torch.float64
@@ -97,20 +120,11 @@ class SubChunks:
 
     def split(self, x: Tensor) -> Tensor:
         """[B, T, H, N] -> [J, B, H, c, N] in the arithmetic dtype, zeros after the last token."""
-        batch, _, heads, size = x.shape
-        blocks = x.new_empty(self.J, batch, heads, self.c, size, dtype=self.dtype)
-        full = self.tokens // self.c
-        blocks[:full].copy_(x[:, : full * self.c].unflatten(1, (full, self.c)).permute(1, 0, 3, 2, 4))
-        if full < self.J:
-            rest = self.tokens - full * self.c
-            blocks[full, :, :, :rest].copy_(x[:, full * self.c :].transpose(1, 2))
-            blocks[full, :, :, rest:].zero_()
-        return blocks
+        return split(x, self.c, self.dtype)
 
     def join(self, blocks: Tensor, dtype: torch.dtype) -> Tensor:
         """Inverse of :meth:`split`."""
-        joined = blocks.permute(1, 0, 3, 2, 4).to(dtype).flatten(1, 2)
-        return joined[:, : self.tokens].contiguous()
+        return join(blocks, self.tokens, dtype)
 
     def prefixes(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """P of every sub-chunk start [J, B, H, N, N], and the contribution of all tokens [B, H, N, N].
