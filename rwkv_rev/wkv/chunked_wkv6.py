@@ -27,9 +27,8 @@ from torch import Tensor
 
 from rwkv_rev.first_order import first_order
 from rwkv_rev.wkv.naive import arithmetic_dtype
-from rwkv_rev.wkv.sub_chunks import join, length_for, split
 from rwkv_rev.wkv.sub_chunks import SUB_CHUNK as SUB_CHUNK
-
+from rwkv_rev.wkv.sub_chunks import join, length_for, split
 
 LOWEST_LOG_DECAY = -1e4
 """Stands for all below it: e^-10000 is zero in float64, and sums of such logarithms keep the smaller ones apart."""

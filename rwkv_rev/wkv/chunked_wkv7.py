@@ -15,19 +15,25 @@ product of rank-one changes; Yang et al. 2024, "Parallelizing linear transformer
     y = R S + tril(R B^T) u + tril(R K^T) v
     S' = diag(e^{c_n}) (S + B^T u + K^T v)
 
-so that ``S' = P S + U`` with matrices that do not depend on S: they are made for all sub-chunks at once, and one
-product remains for each of them in turn. e^{-c} stays below e^{0.607 n}, 3e8 for n = 32: RWKV-7 never decays by more
-than e^{-1/2} of a bit in a step (0.545 a token), and no product of two factors is larger than 1. a = 1 with w = 1, a
-projection, is nothing special. Sums of logarithms are taken in float64. PyTorch differentiates it.
+With W = (1 - tril(Z B^T, -1))^-1 Z and X likewise of tril(Z K^T, -1) v, which do not depend on S and are made for all
+sub-chunks at once, u = W S + X: three small products remain for each sub-chunk in turn. e^{-c} stays below e^{0.607 n},
+3e8 for n = 32: RWKV-7 never decays by more than e^{-1/2} of a bit in a step (0.545 a token), and no product of two
+factors is larger than 1. a = 1 with w = 1, a projection, is nothing special. Sums of logarithms are taken in float64.
+
+Kept for the backward pass are the inputs as they came, and of each sub-chunk its N x N state and u. It is written by
+hand, and cannot be differentiated again.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from rwkv_rev.first_order import first_order
 from rwkv_rev.wkv.naive import arithmetic_dtype
+from rwkv_rev.wkv.sub_chunks import SUB_CHUNK as SUB_CHUNK
+from rwkv_rev.wkv.sub_chunks import join, length_for, split
 
-SUB_CHUNK = 32
-"""Tokens; shorter contexts are one sub-chunk."""
 LARGEST_EXPONENT = 80.0
 """Of a factor in float32, e^88; reached by 2.5 a token, four times what RWKV-7 can decay by."""
 
@@ -43,54 +49,193 @@ def wkv7(
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RWKV-7; arguments and results as in :func:`rwkv_rev.wkv.wkv7`."""
-    dtype = arithmetic_dtype(k)
-    wide = torch.float32 if k.device.type == "mps" else torch.float64
-    tokens = k.shape[1]
-    length = min(SUB_CHUNK, 1 << (tokens - 1).bit_length())
-    r, k, v, removal, rate = (x.to(dtype) for x in (r, k, v, removal, rate))
-    log_decay, state = log_decay.to(wide), state.to(dtype)
     if mask is not None:
-        valid = mask[..., None, None]
-        r, k, removal, log_decay = r * valid, k * valid, removal * valid, log_decay * valid
-    r, k, v, removal, written, steps = (
-        _cut(x, length) for x in (r, k, v, removal, removal * rate, log_decay)
-    )
-    until = steps.cumsum(-2)
-    grown = torch.exp((-until).clamp(max=LARGEST_EXPONENT)).to(dtype)
-    decayed = torch.exp(until).to(dtype)
-    z = -removal * torch.exp(until - steps).to(dtype)
-    receptance, b, key = r * decayed, written * grown, k * grown
-
-    before = torch.ones(length, length, dtype=torch.bool, device=k.device).tril(-1)
-    among = (z @ b.mT).masked_fill(~before, 0)
-    solved = torch.linalg.solve_triangular(
-        torch.eye(length, dtype=dtype, device=k.device) - among,
-        torch.cat([z, (z @ key.mT).masked_fill(~before, 0) @ v], -1),
-        upper=False,
-        unitriangular=True,
-    )
-    of_state, alone = solved.split([z.shape[-1], v.shape[-1]], -1)  # u = of_state S + alone
-    end = decayed[..., -1, :, None]
-    moved = end * (b.mT @ of_state)
-    moved = moved + torch.diag_embed(end[..., 0])
-    added = end * (b.mT @ alone + key.mT @ v)
-    starts = []
-    for step, new in zip(moved.unbind(1), added.unbind(1), strict=True):
-        starts.append(state)
-        state = step @ state + new
-    start = torch.stack(starts, 1)
-    removed = of_state @ start + alone
-    not_after = before | torch.eye(length, dtype=torch.bool, device=k.device)
-    out = receptance @ start
-    out = out + (receptance @ b.mT).masked_fill(~not_after, 0) @ removed
-    out = out + (receptance @ key.mT).masked_fill(~not_after, 0) @ v
-    return out.transpose(2, 3).flatten(1, 2)[:, :tokens], state
+        unused = ~mask[..., None, None]
+        r, k, removal, log_decay = (x.masked_fill(unused, 0) for x in (r, k, removal, log_decay))
+    out, after = _Wkv7.apply(r, k, v, log_decay, removal, rate, state.to(arithmetic_dtype(k)))
+    return out, after
 
 
-def _cut(x: Tensor, length: int) -> Tensor:
-    """[B, J, H, n, N] from [B, T, H, N]; tokens beyond T are zeros, which change nothing."""
-    batch, tokens, heads, size = x.shape
-    missing = -tokens % length
-    if missing:
-        x = torch.cat([x, x.new_zeros(batch, missing, heads, size)], 1)
-    return x.view(batch, -1, length, heads, size).transpose(2, 3)
+class _Pieces(NamedTuple):
+    """The tokens in J sub-chunks of n, [J, B, H, ...] each: what reads and what writes, one above the other.
+
+    Attributes:
+        reads: Z and R, [2 n, N].
+        writes: B and K, [2 n, N], and ``to_end``, the same times e^{c_n}.
+        decays: e^{c_t}, ``before`` e^{c_{t-1}} and ``grown`` e^{-c_t}, [n, N].
+        among: the lower triangles of the products of both, [2 n, 2 n].
+        solved: W and X side by side, [n, 2 N].
+        values: what is written: u (not yet there) and v, [2 n, N].
+    """
+
+    reads: Tensor
+    writes: Tensor
+    to_end: Tensor
+    decays: Tensor
+    before: Tensor
+    grown: Tensor
+    among: Tensor
+    solved: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(
+        cls, r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, removal: Tensor, rate: Tensor
+    ) -> "_Pieces":
+        dtype, length = arithmetic_dtype(k), length_for(k.shape[1])
+        wide = torch.float32 if k.device.type == "mps" else torch.float64
+        steps = split(log_decay, length, wide)
+        until = steps.cumsum(-2)
+        decays = torch.exp(until.to(dtype))
+        before = torch.exp((until - steps).to(dtype))
+        grown = torch.exp(until.neg_().clamp_(max=LARGEST_EXPONENT).to(dtype))
+        removals = split(removal, length, dtype)
+        pieces = decays.shape[:3]
+        reads, writes, values = (decays.new_empty(*pieces, 2 * length, decays.shape[-1]) for _ in range(3))
+        z, receptance = _halves(reads)
+        torch.mul(removals, before, out=z).neg_()
+        torch.mul(split(r, length, dtype), decays, out=receptance)
+        b, key = _halves(writes)
+        torch.mul(removals.mul_(split(rate, length, dtype)), grown, out=b)
+        torch.mul(split(k, length, dtype), grown, out=key)
+        _halves(values)[1].copy_(split(v, length, dtype))
+        among = (reads @ writes.mT).mul_(_earlier(length, reads))
+        right = torch.cat([z, among[..., :length, length:] @ _halves(values)[1]], -1)
+        solved = _solve(among[..., :length, :length], right, upper=False)
+        to_end = writes * decays[..., -1:, :]
+        return cls(reads, writes, to_end, decays, before, grown, among, solved, values)
+
+    @property
+    def of_state(self) -> Tensor:
+        return self.solved[..., : self.reads.shape[-1]]
+
+    @property
+    def alone(self) -> Tensor:
+        return self.solved[..., self.reads.shape[-1] :]
+
+    @property
+    def ends(self) -> Tensor:
+        """e^{c_n}, [J, B, H, N, 1]."""
+        return self.decays[..., -1:, :].mT
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The upper and the lower n of 2 n rows (views)."""
+    first, second = x.unflatten(-2, (2, -1)).unbind(-3)
+    return first, second
+
+
+def _earlier(length: int, like: Tensor) -> Tensor:
+    """One where a read comes after a write: Z of earlier tokens alone, R of its own token, too."""
+    square = torch.ones(length, length, dtype=like.dtype, device=like.device)
+    return torch.cat([square.tril(-1), square.tril()]).repeat(1, 2)
+
+
+def _solve(among: Tensor, right: Tensor, *, upper: bool) -> Tensor:
+    """x with (1 - among) x = right; ``among`` is zero but below its diagonal, or above."""
+    one = torch.eye(among.shape[-1], dtype=among.dtype, device=among.device)
+    return torch.linalg.solve_triangular(one - among, right, upper=upper, unitriangular=True)
+
+
+class _Wkv7(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        r: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        removal: Tensor,
+        rate: Tensor,
+        state: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        pieces = _Pieces.of(r, k, v, log_decay, removal, rate)
+        states = state.new_empty(len(pieces.ends) + 1, *state.shape)
+        states[0].copy_(state)
+        removed, _ = _halves(pieces.values)
+        flat = (pieces.of_state, pieces.alone, pieces.ends, pieces.to_end.mT, pieces.values, removed, states)
+        rows = zip(*(x.flatten(1, 2).unbind(0) for x in flat[:-1]), strict=True)
+        places = states.flatten(1, 2).unbind(0)
+        for j, (of_state, alone, end, to_end, values, u) in enumerate(rows):
+            torch.baddbmm(alone, of_state, places[j], out=u)
+            torch.baddbmm(end * places[j], to_end, values, out=places[j + 1])
+        starts = states[:-1]
+        ctx.save_for_backward(r, k, v, log_decay, removal, rate, starts, removed)
+        _, receptance = _halves(pieces.reads)
+        out = receptance @ starts
+        _, among = _halves(pieces.among)
+        out += among @ pieces.values
+        return join(out, k.shape[1], out.dtype), states[-1].clone()
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Tensor, ...]:
+        r, k, v, log_decay, removal, rate, starts, removed = ctx.saved_tensors
+        with torch.autocast(k.device.type, enabled=False):
+            p = _Pieces.of(r, k, v, log_decay, removal, rate)
+            _halves(p.values)[0].copy_(removed)
+            length, dtype = p.decays.shape[-2], p.decays.dtype
+            go = split(grad_out, length, dtype)
+            z, receptance = _halves(p.reads)
+
+            # y = R S + tril(R [B K]^T) [u v]
+            d_among = torch.empty_like(p.among)
+            torch.matmul(go, p.values.mT, out=_halves(d_among)[1])
+            d_values = _halves(p.among)[1].mT @ go
+            d_reads = torch.empty_like(p.reads)
+            torch.matmul(go, starts.mT, out=_halves(d_reads)[1])
+            d_starts = receptance.mT @ go
+
+            # back through S' = e^{c_n} S + [B K]^T [u v] and u = W S + X, sub-chunk by sub-chunk
+            d_ends = torch.empty_like(starts)  # of S'
+            d_ends[-1].copy_(grad_state)
+            d_u, _ = _halves(d_values)
+            writes_u, _ = _halves(p.to_end)
+            rows = (d_starts, d_u, writes_u, p.of_state.mT, p.ends, d_ends)
+            steps = list(zip(*(x.flatten(1, 2).unbind(0) for x in rows), strict=True))
+            for j in range(len(steps) - 1, -1, -1):
+                d_start, d_removed, write, of_state, end, d_end = steps[j]
+                d_removed.baddbmm_(write, d_end)
+                d_start.addcmul_(end, d_end).baddbmm_(of_state, d_removed)
+                if j:
+                    steps[j - 1][-1].copy_(d_start)
+            _halves(d_values)[1].add_(_halves(p.to_end)[1] @ d_ends)
+            d_to_end = p.values @ d_ends.mT
+
+            # the triangular system
+            d_solved = torch.cat([d_u @ starts.mT, d_u], -1)
+            d_right = _solve(p.among[..., :length, :length].mT, d_solved, upper=True)
+            d_z, d_alone = d_right.split([z.shape[-1], d_right.shape[-1] - z.shape[-1]], -1)
+            _, values = _halves(p.values)
+            torch.matmul(d_right, p.solved.mT, out=d_among[..., :length, :length])
+            torch.matmul(d_alone, values.mT, out=d_among[..., :length, length:])
+            dv = _halves(d_values)[1].add_(p.among[..., :length, length:].mT @ d_alone)
+            d_among.mul_(_earlier(length, d_among))
+
+            # what reads and what writes
+            _halves(d_reads)[0].copy_(d_z)
+            d_reads.flatten(0, 2).baddbmm_(d_among.flatten(0, 2), p.writes.flatten(0, 2))
+            d_writes = d_among.mT @ p.reads
+            d_writes.addcmul_(d_to_end, p.decays[..., -1:, :])
+            (d_z, d_r), (d_b, d_k) = _halves(d_reads), _halves(d_writes)
+
+            # log w: through e^{c_t}, e^{c_{t-1}}, e^{-c_t} of every token, and e^{c_n} of the whole
+            in_reads, in_writes = (p.reads * d_reads), (p.writes * d_writes)
+            until = in_reads.unflatten(-2, (2, -1)).sum(-3) - in_writes.unflatten(-2, (2, -1)).sum(-3)
+            until[..., -1, :] += (p.to_end * d_to_end).sum(-2) + (starts * d_ends).sum(-1) * p.ends[..., 0]
+            square = torch.ones(length, length, dtype=dtype, device=k.device)
+            d_log_decay = square.triu() @ until - _halves(in_reads)[0]
+
+            d_b.mul_(p.grown)
+            removals, rates = split(removal, length, dtype), split(rate, length, dtype)
+            d_removal = torch.addcmul(d_b * rates, d_z, p.before, value=-1)
+            tokens = k.shape[1]
+            return (
+                join(d_r.mul_(p.decays), tokens, r.dtype),
+                join(d_k.mul_(p.grown), tokens, k.dtype),
+                join(dv, tokens, v.dtype),
+                join(d_log_decay, tokens, log_decay.dtype),
+                join(d_removal, tokens, removal.dtype),
+                join(d_b.mul_(removals), tokens, rate.dtype),
+                d_starts[0],
+            )
