@@ -63,7 +63,10 @@ def wkv6_contribution(
         without = k.new_zeros(heads, size, dtype=nothing.dtype)
         contribution = _Wkv6.apply(torch.zeros_like(k), k, v, log_decay, without, nothing)[1]
     else:
-        contribution = _Written(k, v, log_decay).prefixes()[1]
+        decays, keys, values = _Decays(log_decay, nothing.dtype), *_written(k, v)
+        for _ in decays.levels(None, keys):
+            pass
+        contribution = decays.prefixes(keys, values)[1]
     return contribution, _log_factor(log_decay)
 
 
@@ -79,46 +82,48 @@ def _log_factor(log_decay: Tensor) -> Tensor:
     return log_decay.sum(1, dtype=torch.float32 if log_decay.device.type == "mps" else torch.float64)
 
 
-class _Written:
-    """What the tokens write, in J sub-chunks of n tokens.
+def _written(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    length, dtype = length_for(k.shape[1]), arithmetic_dtype(k)
+    return split(k, length, dtype), split(v, length, dtype)
+
+
+class _Decays:
+    """The products of decays, in J sub-chunks of n tokens.
 
     Attributes:
-        keys, values: [J, B, H, n, N].
-        before, after: [J, B, H, n, N], p and e of the module's equations, complete once :meth:`levels` is exhausted.
-        total: [J, B, H, N, 1], the decay of a whole sub-chunk, likewise.
+        total: [J, B, H, N, 1], the decay of a whole sub-chunk, once :meth:`levels` is exhausted.
     """
 
-    def __init__(self, k: Tensor, v: Tensor, log_decay: Tensor) -> None:
-        dtype = arithmetic_dtype(k)
-        self.length = length_for(k.shape[1])
-        self.keys, self.values = (split(x, self.length, dtype) for x in (k, v))
+    def __init__(self, log_decay: Tensor, dtype: torch.dtype) -> None:
+        self.length = length_for(log_decay.shape[1])
         self._decays = split(log_decay, self.length, dtype).exp_()
-        self.before, self.after = torch.ones_like(self.keys), torch.ones_like(self.keys)
 
-    def levels(self) -> Iterator[int]:
-        """Yields h = 1, 2, 4, ... n / 2: ``before`` and ``after`` reach to the borders of blocks of h tokens then."""
+    def levels(self, before: Tensor | None, after: Tensor) -> Iterator[int]:
+        """Yields h = 1, 2, 4, ... n / 2, with the decays to the borders of blocks of h tokens multiplied into both.
+
+        Args:
+            before: [J, B, H, n, N], to be scaled by p of the module's equations in the end; or None.
+            after: likewise by e.
+        """
         half, total = 1, self._decays
         while half < self.length:
             yield half
             first, second = total.unflatten(-2, (-1, 2)).unbind(-2)
-            upper(self.before, half).mul_(first[..., None, :])
-            lower(self.after, half).mul_(second[..., None, :])
+            if before is not None:
+                upper(before, half).mul_(first[..., None, :])
+            lower(after, half).mul_(second[..., None, :])
             total, half = first * second, 2 * half
         self.total = total.mT
 
-    def prefixes(self) -> tuple[Tensor, Tensor]:
+    def prefixes(self, writes: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """P of every sub-chunk's start [J, B, H, N, N], and the contribution of all tokens [B, H, N, N].
 
         The one place that computes a contribution, so that it has the same bits with and without outputs.
         """
-        if not hasattr(self, "total"):
-            for _ in self.levels():
-                pass
-        size = self.keys.shape[-1]
-        prefixes = self.keys.new_empty(self.keys.shape[0] + 1, *self.keys.shape[1:3], size, size)
+        pieces, *rows = writes.shape
+        prefixes = writes.new_empty(pieces + 1, *rows[:2], rows[3], rows[3])
         prefixes[0].zero_()
-        written = (self.keys * self.after).mT
-        torch.bmm(written.flatten(0, 2), self.values.flatten(0, 2), out=prefixes[1:].flatten(0, 2))
+        torch.bmm(writes.mT.flatten(0, 2), values.flatten(0, 2), out=prefixes[1:].flatten(0, 2))
         places = prefixes.unbind(0)
         for j, decay in enumerate(self.total.unbind(0)):
             places[j + 1].addcmul_(decay, places[j])
@@ -150,19 +155,21 @@ class _Wkv6(torch.autograd.Function):
     def forward(
         ctx: Any, r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, bonus: Tensor, state: Tensor
     ) -> tuple[Tensor, Tensor]:
-        written = _Written(k, v, log_decay)
-        rs, ks, vs = split(r, written.length, bonus.dtype), written.keys, written.values
-        among = rs.new_zeros(*rs.shape[:-1], written.length)  # A
-        for half in written.levels():
-            left = upper(rs, half) * upper(written.before, half)
-            right = lower(ks, half) * lower(written.after, half)
-            _pairs(among, half).copy_(left @ right.mT)
-        among.diagonal(dim1=-2, dim2=-1).copy_(((rs * ks) @ bonus[..., None])[..., 0])
-        starts, contribution = written.prefixes()
+        decays, (writes, values) = _Decays(log_decay, bonus.dtype), _written(k, v)
+        reads = split(r, decays.length, bonus.dtype)
+        among = reads.new_zeros(*reads.shape[:-1], decays.length)  # A
+        among.diagonal(dim1=-2, dim2=-1).copy_(((reads * writes) @ bonus[..., None])[..., 0])
+        for half in decays.levels(reads, writes):
+            _pairs(among, half).copy_(upper(reads, half) @ lower(writes, half).mT)
+        starts, contribution = decays.prefixes(writes, values)
         ctx.save_for_backward(r, k, v, log_decay, bonus, state, starts, among)
-        states = torch.addcmul(starts, written.since_the_first(), state)
-        out = rs.mul_(written.before) @ states
-        out.flatten(0, 2).baddbmm_(among.flatten(0, 2), vs.flatten(0, 2))
+        since = decays.since_the_first()
+        if any(ctx.needs_input_grad):
+            states = torch.addcmul(starts, since, state)
+        else:
+            states = starts.addcmul_(since, state)  # nobody needs them afterwards
+        out = reads @ states
+        out.flatten(0, 2).baddbmm_(among.flatten(0, 2), values.flatten(0, 2))
         return join(out, k.shape[1], out.dtype), contribution
 
     @staticmethod
@@ -170,9 +177,9 @@ class _Wkv6(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, grad_contribution: Tensor) -> tuple[Tensor, ...]:
         r, k, v, log_decay, bonus, state, starts, among = ctx.saved_tensors
         with torch.autocast(k.device.type, enabled=False):
-            written = _Written(k, v, log_decay)
-            rs, go = (split(x, written.length, bonus.dtype) for x in (r, grad_out))
-            ks, vs = written.keys, written.values
+            decays, (ks, vs) = _Decays(log_decay, bonus.dtype), _written(k, v)
+            rs, go = (split(x, decays.length, bonus.dtype) for x in (r, grad_out))
+            before, after = torch.ones_like(rs), torch.ones_like(ks)
 
             # inside the sub-chunks
             pulled = go @ vs.mT  # gradient of A
@@ -181,31 +188,31 @@ class _Wkv6(torch.autograd.Function):
             dr, dk, dv = scaled * ks, scaled * rs, among.mT @ go
             d_bonus = (rs * ks).mul_(diagonal).sum((0, 1, 3))
             sums = _ProductSums(rs)
-            for half in written.levels():
-                before, after = upper(written.before, half), lower(written.after, half)
-                left, right = upper(rs, half) * before, lower(ks, half) * after
+            for half in decays.levels(before, after):
+                to_left, to_right = upper(before, half), lower(after, half)
+                left, right = upper(rs, half) * to_left, lower(ks, half) * to_right
                 pairs = _pairs(pulled, half).contiguous()
                 d_left, d_right = pairs @ right, pairs.mT @ left
-                upper(dr, half).addcmul_(d_left, before)
-                lower(dk, half).addcmul_(d_right, after)
+                upper(dr, half).addcmul_(d_left, to_left)
+                lower(dk, half).addcmul_(d_right, to_right)
                 sums.add(half, d_left, left, d_right, right)
 
             # outputs from the states S_j = P_j + since state, and what is written, P_{j+1} = total P_j + (k e)^T v
-            since = written.since_the_first()
-            left, right = rs.mul_(written.before), ks * written.after
+            since = decays.since_the_first()
+            left, right = rs.mul_(before), ks.mul_(after)
             d_left = go @ torch.addcmul(starts, since, state).mT
             d_states = left.mT @ go
             arrived = d_states * since
-            ends = _scan_back(d_states, written.total, grad_contribution.to(bonus.dtype))
+            ends = _scan_back(d_states, decays.total, grad_contribution.to(bonus.dtype))
             d_right = vs @ ends.mT
             dv += right @ ends
-            dr.addcmul_(d_left, written.before)
-            dk.addcmul_(d_right, written.after)
+            dr.addcmul_(d_left, before)
+            dk.addcmul_(d_right, after)
             sums.add(0, d_left, left, d_right, right)
 
             # log w through the decays of whole sub-chunks
             in_since = (arrived * state).sum(-1)  # [J, B, H, N], of the log of ``since``
-            d_total = (starts * ends).sum(-1) * written.total[..., 0]
+            d_total = (starts * ends).sum(-1) * decays.total[..., 0]
             d_total[:-1] += in_since[1:].flip(0).cumsum(0).flip(0)
             d_log_decay = sums.total() + d_total[..., None, :]
             tokens = k.shape[1]

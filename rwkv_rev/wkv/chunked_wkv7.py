@@ -24,6 +24,7 @@ Kept for the backward pass are the inputs as they came, and of each sub-chunk it
 hand, and cannot be differentiated again.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -32,10 +33,11 @@ from torch import Tensor
 from rwkv_rev.first_order import first_order
 from rwkv_rev.wkv.naive import arithmetic_dtype
 from rwkv_rev.wkv.sub_chunks import SUB_CHUNK as SUB_CHUNK
-from rwkv_rev.wkv.sub_chunks import join, length_for, split
+from rwkv_rev.wkv.sub_chunks import join, length_for, pieces, split
 
-LARGEST_EXPONENT = 80.0
-"""Of a factor in float32, e^88; reached by 2.5 a token, four times what RWKV-7 can decay by."""
+SMALLEST_DECAY = math.exp(-80)
+"""Of a sub-chunk, so that its inverse fits float32; reached by 2.5 a token, four times what RWKV-7 can decay by."""
+_CONTIGUOUS = torch.contiguous_format
 
 
 def wkv7(
@@ -64,8 +66,9 @@ class _Pieces(NamedTuple):
         writes: B and K, [2 n, N], and ``to_end``, the same times e^{c_n}.
         decays: e^{c_t}, ``before`` e^{c_{t-1}} and ``grown`` e^{-c_t}, [n, N].
         among: the lower triangles of the products of both, [2 n, 2 n].
-        solved: W and X side by side, [n, 2 N].
-        values: what is written: u (not yet there) and v, [2 n, N].
+        solving: (1 - tril(Z B^T, -1))^-1, [n, n].
+        of_state: W, [n, N].
+        values: what is written: u, of which X is there at first, and v, [2 n, N].
     """
 
     reads: Tensor
@@ -75,7 +78,8 @@ class _Pieces(NamedTuple):
     before: Tensor
     grown: Tensor
     among: Tensor
-    solved: Tensor
+    solving: Tensor
+    of_state: Tensor
     values: Tensor
 
     @classmethod
@@ -84,34 +88,29 @@ class _Pieces(NamedTuple):
     ) -> "_Pieces":
         dtype, length = arithmetic_dtype(k), length_for(k.shape[1])
         wide = torch.float32 if k.device.type == "mps" else torch.float64
-        steps = split(log_decay, length, wide)
-        until = steps.cumsum(-2)
-        decays = torch.exp(until.to(dtype))
-        before = torch.exp((until - steps).to(dtype))
-        grown = torch.exp(until.neg_().clamp_(max=LARGEST_EXPONENT).to(dtype))
-        removals = split(removal, length, dtype)
-        pieces = decays.shape[:3]
-        reads, writes, values = (decays.new_empty(*pieces, 2 * length, decays.shape[-1]) for _ in range(3))
-        z, receptance = _halves(reads)
-        torch.mul(removals, before, out=z).neg_()
-        torch.mul(split(r, length, dtype), decays, out=receptance)
-        b, key = _halves(writes)
-        torch.mul(removals.mul_(split(rate, length, dtype)), grown, out=b)
-        torch.mul(split(k, length, dtype), grown, out=key)
-        _halves(values)[1].copy_(split(v, length, dtype))
+        r, k, v, removal, rate = (pieces(x, length) for x in (r, k, v, removal, rate))
+        decays = pieces(log_decay, length).cumsum(-2, dtype=wide).exp_().to(dtype, memory_format=_CONTIGUOUS)
+        before = torch.cat([torch.ones_like(decays[..., :1, :]), decays[..., :-1, :]], -2)
+        grown = decays.clamp(min=SMALLEST_DECAY).reciprocal_()
+        rows = (*decays.shape[:3], 2 * length, decays.shape[-1])
+        reads, writes, values = (decays.new_empty(rows) for _ in range(3))
+        (z, receptance), (b, key), (x, v_) = _halves(reads), _halves(writes), _halves(values)
+        torch.mul(removal, before, out=z).neg_()
+        torch.mul(r, decays, out=receptance)
+        torch.mul(removal, rate, out=b).mul_(grown)
+        torch.mul(k, grown, out=key)
+        v_.copy_(v)
         among = (reads @ writes.mT).mul_(_earlier(length, reads))
-        right = torch.cat([z, among[..., :length, length:] @ _halves(values)[1]], -1)
-        solved = _solve(among[..., :length, :length], right, upper=False)
+        one = torch.eye(length, dtype=dtype, device=k.device)
+        solving = torch.linalg.solve_triangular(
+            one - among[..., :length, :length],
+            one.expand(*rows[:3], length, length),
+            upper=False,
+            unitriangular=True,
+        )
+        x.copy_(solving @ (among[..., :length, length:] @ v_))
         to_end = writes * decays[..., -1:, :]
-        return cls(reads, writes, to_end, decays, before, grown, among, solved, values)
-
-    @property
-    def of_state(self) -> Tensor:
-        return self.solved[..., : self.reads.shape[-1]]
-
-    @property
-    def alone(self) -> Tensor:
-        return self.solved[..., self.reads.shape[-1] :]
+        return cls(reads, writes, to_end, decays, before, grown, among, solving, solving @ z, values)
 
     @property
     def ends(self) -> Tensor:
@@ -131,12 +130,6 @@ def _earlier(length: int, like: Tensor) -> Tensor:
     return torch.cat([square.tril(-1), square.tril()]).repeat(1, 2)
 
 
-def _solve(among: Tensor, right: Tensor, *, upper: bool) -> Tensor:
-    """x with (1 - among) x = right; ``among`` is zero but below its diagonal, or above."""
-    one = torch.eye(among.shape[-1], dtype=among.dtype, device=among.device)
-    return torch.linalg.solve_triangular(one - among, right, upper=upper, unitriangular=True)
-
-
 class _Wkv7(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -149,22 +142,22 @@ class _Wkv7(torch.autograd.Function):
         rate: Tensor,
         state: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        pieces = _Pieces.of(r, k, v, log_decay, removal, rate)
-        states = state.new_empty(len(pieces.ends) + 1, *state.shape)
+        p = _Pieces.of(r, k, v, log_decay, removal, rate)
+        states = state.new_empty(len(p.values) + 1, *state.shape)
         states[0].copy_(state)
-        removed, _ = _halves(pieces.values)
-        flat = (pieces.of_state, pieces.alone, pieces.ends, pieces.to_end.mT, pieces.values, removed, states)
-        rows = zip(*(x.flatten(1, 2).unbind(0) for x in flat[:-1]), strict=True)
+        removed, _ = _halves(p.values)
+        rows = (p.of_state, p.ends, p.to_end.mT, p.values, removed)
+        steps = zip(*(x.flatten(1, 2).unbind(0) for x in rows), strict=True)
         places = states.flatten(1, 2).unbind(0)
-        for j, (of_state, alone, end, to_end, values, u) in enumerate(rows):
-            torch.baddbmm(alone, of_state, places[j], out=u)
-            torch.baddbmm(end * places[j], to_end, values, out=places[j + 1])
+        for j, (of_state, end, to_end, values, u) in enumerate(steps):
+            u.baddbmm_(of_state, places[j])
+            torch.mul(end, places[j], out=places[j + 1])
+            places[j + 1].baddbmm_(to_end, values)
         starts = states[:-1]
-        ctx.save_for_backward(r, k, v, log_decay, removal, rate, starts, removed)
-        _, receptance = _halves(pieces.reads)
-        out = receptance @ starts
-        _, among = _halves(pieces.among)
-        out += among @ pieces.values
+        kept = removed.clone() if any(ctx.needs_input_grad) else None
+        ctx.save_for_backward(r, k, v, log_decay, removal, rate, starts, kept)
+        out = _halves(p.reads)[1] @ starts
+        out.flatten(0, 2).baddbmm_(_halves(p.among)[1].flatten(0, 2), p.values.flatten(0, 2))
         return join(out, k.shape[1], out.dtype), states[-1].clone()
 
     @staticmethod
@@ -176,7 +169,7 @@ class _Wkv7(torch.autograd.Function):
             _halves(p.values)[0].copy_(removed)
             length, dtype = p.decays.shape[-2], p.decays.dtype
             go = split(grad_out, length, dtype)
-            z, receptance = _halves(p.reads)
+            _, receptance = _halves(p.reads)
 
             # y = R S + tril(R [B K]^T) [u v]
             d_among = torch.empty_like(p.among)
@@ -203,12 +196,9 @@ class _Wkv7(torch.autograd.Function):
             d_to_end = p.values @ d_ends.mT
 
             # the triangular system
-            d_solved = torch.cat([d_u @ starts.mT, d_u], -1)
-            d_right = _solve(p.among[..., :length, :length].mT, d_solved, upper=True)
-            d_z, d_alone = d_right.split([z.shape[-1], d_right.shape[-1] - z.shape[-1]], -1)
-            _, values = _halves(p.values)
-            torch.matmul(d_right, p.solved.mT, out=d_among[..., :length, :length])
-            torch.matmul(d_alone, values.mT, out=d_among[..., :length, length:])
+            d_alone = p.solving.mT @ d_u
+            d_z = d_alone @ starts.mT
+            d_among[..., :length, :].copy_(d_alone @ p.values.mT)
             dv = _halves(d_values)[1].add_(p.among[..., :length, length:].mT @ d_alone)
             d_among.mul_(_earlier(length, d_among))
 

@@ -25,8 +25,17 @@ def length_for(tokens: int) -> int:
     return min(SUB_CHUNK, 1 << (tokens - 1).bit_length())
 
 
+def pieces(x: Tensor, length: int) -> Tensor:
+    """[B, T, H, N] -> J sub-chunks of c tokens, [J, B, H, c, N]: a view, or a copy with zeros after the last token."""
+    batch, tokens, heads, size = x.shape
+    missing = -tokens % length
+    if missing:
+        x = torch.cat([x, x.new_zeros(batch, missing, heads, size)], 1)
+    return x.unflatten(1, (-1, length)).permute(1, 0, 3, 2, 4)
+
+
 def split(x: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """[B, T, H, N] -> J sub-chunks of c tokens, [J, B, H, c, N] in new memory, zeros after the last token."""
+    """The same in new memory."""
     batch, tokens, heads, size = x.shape
     full, rest = divmod(tokens, length)
     blocks = x.new_empty(-(-tokens // length), batch, heads, length, size, dtype=dtype)
