@@ -115,14 +115,15 @@ class TimeMixRwkv6(ShiftedCell):
         def to(name: str) -> Tensor:
             down, up = getattr(self, f"{name}_mix_down"), getattr(self, f"{name}_mix_up")
             share = getattr(self, f"mix_before_{name}") + up(torch.tanh(down(common)))
-            return torch.addcmul(now, change, share.to(now.dtype))
+            share = share.to(now.dtype)
+            return torch.addcmul(now, change, share, out=None if torch.is_grad_enabled() else share)
 
         decay = wide(self.decay_base) + self.decay_up(torch.tanh(self.decay_down(to("decay"))))
         return TimeProjection(
             self.receptance(to("receptance")).view(heads),
             self.key(to("key")).view(heads),
             self.value(to("value")).view(heads),
-            -torch.exp(decay.clamp(max=LARGEST_DECAY)).view(heads),
+            _log_decay(decay).view(heads),
             self.gate(to("gate")),
         )
 
@@ -179,6 +180,13 @@ class TimeMixRwkv6(ShiftedCell):
         valid = None if mask is None else mask.valid
         update, log_factor = wkv6_contribution(projection.key, projection.value, projection.log_decay, valid)
         return memory.retreat(update, None, remnant, _decay(log_factor))
+
+
+def _log_decay(x: Tensor) -> Tensor:
+    """``-exp(x)``; without gradients in the memory of x, as new memory costs more than the arithmetic on a CPU."""
+    if torch.is_grad_enabled():
+        return -torch.exp(x.clamp(max=LARGEST_DECAY))
+    return x.clamp_(max=LARGEST_DECAY).exp_().neg_()
 
 
 def _decay(log_factor: Tensor) -> ChunkDecay:

@@ -150,6 +150,16 @@ def _pairs(square: Tensor, half: int) -> Tensor:
     return blocks[:, :, :, :, 1, :, :, 0].diagonal(dim1=3, dim2=5).movedim(-1, 3)
 
 
+def _product(pairs: Tensor, x: Tensor) -> Tensor:
+    """``pairs @ x``; products of matrices cost many times the arithmetic where those have one or two rows."""
+    rows = pairs.shape[-1]
+    if rows == 1:
+        return pairs * x
+    if rows == 2:
+        return torch.addcmul(pairs[..., :1] * x[..., :1, :], pairs[..., 1:], x[..., 1:, :])
+    return pairs @ x
+
+
 class _Wkv6(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -192,7 +202,7 @@ class _Wkv6(torch.autograd.Function):
                 to_left, to_right = upper(before, half), lower(after, half)
                 left, right = upper(rs, half) * to_left, lower(ks, half) * to_right
                 pairs = _pairs(pulled, half).contiguous()
-                d_left, d_right = pairs @ right, pairs.mT @ left
+                d_left, d_right = _product(pairs, right), _product(pairs.mT, left)
                 upper(dr, half).addcmul_(d_left, to_left)
                 lower(dk, half).addcmul_(d_right, to_right)
                 sums.add(half, d_left, left, d_right, right)
