@@ -302,13 +302,13 @@ def _lost(config: "RwkvRevConfig", layout: str) -> str | None:
 
 
 def _states(config: "RwkvRevConfig", batch: int, length: int, fused: bool) -> int:
-    # of each sub-chunk three matrices of a state's size, and products of pairs of its tokens; of each token the hidden
-    # layers of the low-rank maps; where the last sub-chunk is not whole, vectors of what is missing, and a copy
-    matrices = (3 * math.ceil(length / SUB_CHUNK) + 2) * config.hidden_size * config.head_size
-    hidden = 5 * config.mix_rank + config.decay_rank + config.num_attention_heads * SUB_CHUNK // 2
-    missing = -length % SUB_CHUNK
-    further = 20 * missing + length + missing if missing else 0
-    return batch * (matrices + length * hidden + config.hidden_size * further)
+    # a matrix per sub-chunk, the scan's last, and the state before the chunk; products of pairs of a sub-chunk's tokens;
+    # of each token the hidden layers of the low-rank maps
+    pieces = math.ceil(length / SUB_CHUNK)
+    matrices = (pieces + 2) * config.hidden_size * config.head_size
+    pairs = pieces * config.num_attention_heads * SUB_CHUNK**2
+    hidden = length * (5 * config.mix_rank + config.decay_rank)
+    return batch * (matrices + pairs + hidden)
 
 
 def _whole(config: "RwkvRevConfig", batch: int) -> list[int]:
@@ -363,15 +363,15 @@ RWKV6 = Architecture(
     lost=_lost,
     scan=lambda config: rwkv6_scan.SCAN,
     rwkv_package=RwkvPackage(),
-    # the recurrence keeps its inputs in float32, and its decays in float64, whatever the model's precision
+    # the recurrence keeps its decays and states in float32 whatever the model's precision
     cost=Cost(
-        vectors=66,
-        fused_vectors=66,
+        vectors=33,
+        fused_vectors=33,
         mixes=2,
         states=_states,
         whole=_whole,
         remnant=_remnant,
-        half=0.87,
-        narrow=0.83,
+        half=0.82,
+        narrow=0.68,
     ),
 )

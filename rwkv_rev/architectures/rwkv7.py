@@ -276,14 +276,10 @@ def _lost(config: "RwkvRevConfig", layout: str) -> str | None:
 
 
 def _states(config: "RwkvRevConfig", batch: int, length: int, fused: bool) -> int:
-    # of each sub-chunk five matrices of a state's size, and four of pairs of its tokens; half of the vectors are those
-    # of whole sub-chunks, and two are copies where the last one is not
-    matrix = config.hidden_size * config.head_size
-    pairs = config.num_attention_heads * SUB_CHUNK**2
+    # a matrix per sub-chunk and two, and what each token removes, a vector that whole sub-chunks have
     pieces = math.ceil(length / SUB_CHUNK)
     missing = pieces * SUB_CHUNK - length
-    further = 31 * missing + 2 * (length + missing) if missing else 0
-    return batch * (pieces * (5 * matrix + 4 * pairs) + 2 * matrix + config.hidden_size * further)
+    return batch * config.hidden_size * ((pieces + 2) * config.head_size + missing)
 
 
 def _whole(config: "RwkvRevConfig", batch: int) -> list[int]:
@@ -327,10 +323,10 @@ RWKV7 = Architecture(
     lost=_lost,
     scan=lambda config: rwkv7_scan.SCAN,
     rwkv_package=RwkvPackage({"RWKV_V7_ON": "1"}, inexact="e^(-1/2) of RWKV-7 as 0.606531"),
-    # the recurrence keeps its inputs in float32 whatever the model's precision
+    # most of what the recurrence reads is in float32 whatever the model's precision
     cost=Cost(
-        vectors=62,
-        fused_vectors=62,
+        vectors=33,
+        fused_vectors=33,
         mixes=7,
         states=_states,
         whole=_whole,

@@ -28,13 +28,10 @@ from rwkv_rev.wkv import trial
 from rwkv_rev.wkv.chunked_wkv5 import Handover as Wkv5Handover
 from rwkv_rev.wkv.chunked_wkv5 import wkv5_plan as chunked_plan
 from rwkv_rev.wkv.limits import LARGEST_TRITON_HEAD
-from rwkv_rev.wkv.without_autocast import without_autocast
 
 KERNELS = ("naive", "chunked", "triton")
 TRITON = ("wkv4", "wkv5", "wkv6", "wkv7")
 """The recurrences that have such kernels; the others take the chunked one."""
-DIFFERENTIATED_BY_PYTORCH = ("wkv7",)
-"""The recurrences whose chunked kernels have no backward pass of their own."""
 KERNEL_VARIABLE = "RWKV_REV_KERNEL"
 _used: ContextVar[str | None] = ContextVar("rwkv_rev_kernel", default=None)
 
@@ -293,8 +290,6 @@ def _run(function: str, kernel: str | None, *arguments: Tensor | None, chunked: 
     # entering the context costs more than a small operation
     if not torch.is_autocast_enabled(key.device.type):
         return implementation(*arguments, *further)
-    if module[len("chunked_") :] in DIFFERENTIATED_BY_PYTORCH:
-        return without_autocast(implementation, key.device.type, *arguments)
     with torch.autocast(key.device.type, enabled=False):
         return implementation(*arguments, *further)
 
