@@ -1,6 +1,6 @@
 """RWKV-6 and 7 on the CPU against the ``rwkv`` package's sequence mode, and against loops over tokens in PyTorch.
 
-Both sides in turns, in one run, with the same threads; medians are compared, but of the slowest loop, which is run once.
+Both sides in turns, in one run, with the same threads; medians are compared, but the slowest loop is run once.
 """
 
 import statistics

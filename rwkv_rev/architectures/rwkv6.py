@@ -302,8 +302,8 @@ def _lost(config: "RwkvRevConfig", layout: str) -> str | None:
 
 
 def _states(config: "RwkvRevConfig", batch: int, length: int, fused: bool) -> int:
-    # a matrix per sub-chunk, the scan's last, and the state before the chunk; products of pairs of a sub-chunk's tokens;
-    # of each token the hidden layers of the low-rank maps
+    # a matrix per sub-chunk, the scan's last, and the state before the chunk; products of pairs of a sub-chunk's
+    # tokens; of each token the hidden layers of the low-rank maps
     pieces = math.ceil(length / SUB_CHUNK)
     matrices = (pieces + 2) * config.hidden_size * config.head_size
     pairs = pieces * config.num_attention_heads * SUB_CHUNK**2

@@ -11,8 +11,8 @@ p_t the product of all w_q with q < t in a sub-chunk of n tokens that begins wit
 For A the products over s < q < t are split at the border of two halves of the sub-chunk, then at that of two quarters,
 and so on, into one that ends at the border and one that begins there. Each is a product of decays, nothing is divided:
 every factor is at most 1 whatever the decays, one that vanishes belongs to a product that does, and a decay of 1e-9 a
-step costs nothing more. P_{j+1} = diag(w_1 ... w_n) P_j + U_j, from zero, is scanned over the sub-chunks; its last value
-is what all tokens contribute, and S_j = P_j + diag(all w before) state.
+step costs nothing more. P_{j+1} = diag(w_1 ... w_n) P_j + U_j, from zero, is scanned over the sub-chunks; its last
+value is what all tokens contribute, and S_j = P_j + diag(all w before) state.
 
 Kept for the backward pass are the inputs as they came and one N x N state per sub-chunk. It is written by hand, and
 cannot be differentiated again. The gradient of log w_q is a sum over the products that w_q is in, in which nothing
@@ -145,7 +145,7 @@ def lower(x: Tensor, half: int) -> Tensor:
 
 
 def _pairs(square: Tensor, half: int) -> Tensor:
-    """Of [J, B, H, n, n] where t is in the second and s in the first half of a block, [J, B, H, n / 2h, h, h] (a view)."""
+    """Of [J, B, H, n, n], t in the second and s in the first half of a block, [J, B, H, n / 2h, h, h] (a view)."""
     blocks = square.unflatten(4, (-1, 2, half)).unflatten(3, (-1, 2, half))
     return blocks[:, :, :, :, 1, :, :, 0].diagonal(dim1=3, dim2=5).movedim(-1, 3)
 
@@ -174,10 +174,8 @@ class _Wkv6(torch.autograd.Function):
         starts, contribution = decays.prefixes(writes, values)
         ctx.save_for_backward(r, k, v, log_decay, bonus, state, starts, among)
         since = decays.since_the_first()
-        if any(ctx.needs_input_grad):
-            states = torch.addcmul(starts, since, state)
-        else:
-            states = starts.addcmul_(since, state)  # nobody needs them afterwards
+        kept = any(ctx.needs_input_grad)
+        states = torch.addcmul(starts, since, state, out=None if kept else starts)
         out = reads @ states
         out.flatten(0, 2).baddbmm_(among.flatten(0, 2), values.flatten(0, 2))
         return join(out, k.shape[1], out.dtype), contribution
