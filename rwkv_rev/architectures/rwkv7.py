@@ -331,7 +331,7 @@ RWKV7 = Architecture(
         states=_states,
         whole=_whole,
         remnant=_remnant,
-        half=0.9,
-        narrow=0.83,
+        half=0.8,
+        narrow=0.72,
     ),
 )

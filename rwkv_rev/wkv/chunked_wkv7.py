@@ -178,6 +178,7 @@ class _Wkv7(torch.autograd.Function):
             d_reads = torch.empty_like(p.reads)
             torch.matmul(go, starts.mT, out=_halves(d_reads)[1])
             d_starts = receptance.mT @ go
+            del go  # this and the like: many vectors of a token are alive here at once
 
             # back through S' = e^{c_n} S + [B K]^T [u v] and u = W S + X, sub-chunk by sub-chunk
             d_ends = torch.empty_like(starts)  # of S'
@@ -192,6 +193,8 @@ class _Wkv7(torch.autograd.Function):
                 d_start.addcmul_(end, d_end).baddbmm_(of_state, d_removed)
                 if j:
                     steps[j - 1][-1].copy_(d_start)
+            d_state = d_starts[0].clone()
+            del d_starts, d_start, steps, rows
             _halves(d_values)[1].add_(_halves(p.to_end)[1] @ d_ends)
             d_to_end = p.values @ d_ends.mT
 
@@ -199,20 +202,26 @@ class _Wkv7(torch.autograd.Function):
             d_alone = p.solving.mT @ d_u
             d_z = d_alone @ starts.mT
             d_among[..., :length, :].copy_(d_alone @ p.values.mT)
-            dv = _halves(d_values)[1].add_(p.among[..., :length, length:].mT @ d_alone)
+            _halves(d_values)[1].add_(p.among[..., :length, length:].mT @ d_alone)
+            dv = join(_halves(d_values)[1], k.shape[1], v.dtype)
+            del d_values, d_u, d_removed, d_alone
             d_among.mul_(_earlier(length, d_among))
 
             # what reads and what writes
             _halves(d_reads)[0].copy_(d_z)
+            del d_z
             d_reads.flatten(0, 2).baddbmm_(d_among.flatten(0, 2), p.writes.flatten(0, 2))
             d_writes = d_among.mT @ p.reads
             d_writes.addcmul_(d_to_end, p.decays[..., -1:, :])
+            del d_among
             (d_z, d_r), (d_b, d_k) = _halves(d_reads), _halves(d_writes)
 
             # log w: through e^{c_t}, e^{c_{t-1}}, e^{-c_t} of every token, and e^{c_n} of the whole
-            in_reads, in_writes = (p.reads * d_reads), (p.writes * d_writes)
+            in_reads, in_writes = p.reads.mul_(d_reads), p.writes.mul_(d_writes)
             until = in_reads.unflatten(-2, (2, -1)).sum(-3) - in_writes.unflatten(-2, (2, -1)).sum(-3)
-            until[..., -1, :] += (p.to_end * d_to_end).sum(-2) + (starts * d_ends).sum(-1) * p.ends[..., 0]
+            until[..., -1, :] += (
+                p.to_end.mul_(d_to_end).sum(-2) + d_ends.mul_(starts).sum(-1) * p.ends[..., 0]
+            )
             square = torch.ones(length, length, dtype=dtype, device=k.device)
             d_log_decay = square.triu() @ until - _halves(in_reads)[0]
 
@@ -223,9 +232,9 @@ class _Wkv7(torch.autograd.Function):
             return (
                 join(d_r.mul_(p.decays), tokens, r.dtype),
                 join(d_k.mul_(p.grown), tokens, k.dtype),
-                join(dv, tokens, v.dtype),
+                dv,
                 join(d_log_decay, tokens, log_decay.dtype),
                 join(d_removal, tokens, removal.dtype),
                 join(d_b.mul_(removals), tokens, rate.dtype),
-                d_starts[0],
+                d_state,
             )
