@@ -1,7 +1,8 @@
 """``rwkv-rev inspect``: what a checkpoint is, without loading its weights whole."""
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,6 +11,11 @@ from rwkv_rev.cli import output
 from rwkv_rev.cli.counts import count, length, whole
 from rwkv_rev.cli.options import refuse_meaningless
 from rwkv_rev.folders.source import parse_source
+
+if TYPE_CHECKING:
+    from rwkv_rev.equivalence.forgetting import Forgetting
+
+TOKENS = 4096
 
 
 def inspect(
@@ -36,12 +42,21 @@ def inspect(
         typer.Option(
             parser=length,
             metavar="C",
-            help="Its chunk length; auto: as in training with AdamW, by the memory that is free here.",
+            help="Of both; auto: 64, 256 and 1,024 for --text, and for the forecast as in training with AdamW, "
+            "by the memory that is free here.",
         ),
     ] = AUTO,
-    device: Annotated[
-        str, typer.Option(help="Of the forecast: cpu, cuda; auto is cuda if there is a GPU.")
-    ] = "auto",
+    device: Annotated[str, typer.Option(help="Of both: cpu, cuda; auto is cuda if there is a GPU.")] = "auto",
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="UTF-8 text: measure what reversal must keep of it, by layer and chunk length.",
+        ),
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(parser=count, metavar="T", help="How many tokens of it are read: 4096, 16k.")
+    ] = TOKENS,
     numerics: Annotated[
         bool, typer.Option("--numerics", help="How long each floating-point format lasts on these decays.")
     ] = False,
@@ -50,7 +65,9 @@ def inspect(
     r"""Show the version, sizes, dtype, tokenizer and forgetting of a checkpoint.
 
     Works on any SOURCE that convert takes, and on converted folders. Only headers and the decays are read.
-    The bits a layer forgets per step and state element, log2(1/w), are what an exact reversal has to store.
+    The bits a layer forgets per step and state element, log2(1/w), are what an exact reversal has to store. Where
+    they follow from the text (RWKV-6), or whole states are stored (RWKV-4 and 7), --text measures them: the model is
+    loaded and reads the first T tokens of FILE, once for each chunk length.
 
     With --context-length, forecasts device and tape memory of every gradient strategy (float32, all weights trained,
     optimizer not included). With --numerics, shows after how many updates half of a format's mantissa is gone.
@@ -62,26 +79,38 @@ def inspect(
       rwkv-rev inspect bundled:rwkv-5.2 \
         --context-length 1000000 --chunk-length 512
 
+      rwkv-rev inspect bundled:rwkv-6 --text book.txt
+
       rwkv-rev inspect BlinkDL/rwkv-4-pile-169m --file '*8023.pth'
     """
     if context_length is None:
-        refuse_meaningless(ctx, ("batch_size", "chunk_length", "device"), "without --context-length")
+        refuse_meaningless(ctx, ("batch_size",), "without --context-length")
+        if text is None:
+            refuse_meaningless(ctx, ("chunk_length", "device"), "without --context-length and --text")
+    if text is None:
+        refuse_meaningless(ctx, ("tokens",), "without --text")
     # a wrong one is told of before anything heavy is imported
     parse_source(source, file=file, revision=revision)
     import torch
 
     from rwkv_rev.converters.inspection import inspect_source
-    from rwkv_rev.device import named_device
+    from rwkv_rev.device import choose_device, named_device
     from rwkv_rev.errors import RwkvRevError
 
     kind = named_device(device).type
     if kind not in ("cpu", "cuda"):
         raise RwkvRevError(f"device = {device}: forecasts are for cpu and cuda")
 
+    content = None
+    if text is not None:
+        from rwkv_rev.equivalence.text import read_text
+
+        choose_device(device)
+        content = read_text(text)
     found = inspect_source(source, file=file, revision=revision, progress=True)
     for note in found.notes:
         output.note(f"note: {note}")
-    forecasts, limits = None, None
+    forecasts, limits, measured = None, None, chunk_length
     if context_length is not None:
         from rwkv_rev.forecast import STRATEGIES, forecast_memory
 
@@ -111,10 +140,26 @@ def inspect(
         from rwkv_rev.numerics import format_limits
 
         limits = format_limits(torch.cat([log_decay.flatten() for log_decay in found.log_decays]))
+    forgetting = None
+    if content is not None:
+        from rwkv_rev.equivalence.forgetting import measure_source
+
+        forgetting = measure_source(
+            source,
+            content,
+            file=file,
+            revision=revision,
+            tokens=tokens,
+            chunk_length=None if measured == AUTO else measured,
+            device=str(named_device(device)),
+            progress=True,
+        )
     if as_json:
         document = found.to_dict()
         if forecasts is not None:
             document["memory_forecast"] = [forecast.to_dict() for forecast in forecasts]
+        if forgetting is not None:
+            document["forgetting"] = forgetting.to_dict()
         if limits is not None:
             document["numerics"] = [limit.to_dict() for limit in limits]
         output.print_json(document)
@@ -127,6 +172,8 @@ def inspect(
             ["layer", *(f">{name}" for name in found.quantile_names)],
             [[layer, *(f"{bits:.3g}" for bits in row)] for layer, row in enumerate(found.bits_forgotten)],
         )
+    if forgetting is not None:
+        _print_forgetting(forgetting)
     size = output.human_bytes
     if forecasts is not None:
         chunk = min(chunk_length, context_length or 1)
@@ -181,6 +228,45 @@ def inspect(
             ],
         )
         output.print_prose("formula: bits / 2, divided by what the channel forgets per step.")
+
+
+def _print_forgetting(found: "Forgetting") -> None:
+    """What a text took: bits by layer, and bytes on the tape."""
+    known = any(layer.theory is not None for chunk in found.chunks for layer in chunk.layers)
+    names = [str(layer) for layer in range(len(found.chunks[0].layers))]
+    columns, rows = ["layer"], [[name] for name in (*names, "all")]
+    for chunk in found.chunks:
+        columns += [f">C = {chunk.chunk:,}", *([">theory"] if known else [])]
+        for row, kept in zip(rows, (*chunk.layers, chunk.total), strict=True):
+            for bits in (kept.remnants, *([kept.theory] if known else [])):
+                each = kept.per_step(bits)
+                row.append("-" if each is None else f"{each:.4f}")
+    output.print_table(
+        "Bits that reversal keeps of memories, per step and element, by chunk length", columns, rows
+    )
+    output.print_table(
+        "The tape, in bytes per token",
+        ["chunk", ">tape", ">remnants", ">token shifts", ">whole states", ">remnants / whole"],
+        [
+            [
+                f"{chunk.chunk:,}",
+                f"{chunk.tape_bytes / chunk.counted:,.0f}",
+                f"{chunk.total.remnants / 8 / chunk.counted:,.0f}",
+                f"{chunk.total.shifts / chunk.counted:,.0f}",
+                f"{chunk.total.whole / 8 / chunk.counted:,.0f}",
+                f"{100 * chunk.total.remnants / chunk.total.whole:.1f} %" if chunk.total.whole else "-",
+            ]
+            for chunk in found.chunks
+        ],
+    )
+    total = found.chunks[0].total
+    theory = " theory: log2(1/w) of its decays, at most 32 bits per element and chunk." if known else ""
+    if total.whole and total.remnants == total.whole:
+        theory += " Remnants are whole states here: no factor is divided out."
+    output.print_prose(
+        f"Measured on the first {found.tokens:,} tokens of the text (--tokens), but for the first chunk, of which "
+        f"nothing is kept. Whole states are float32, 32 bits per element and chunk.{theory}"
+    )
 
 
 def _chosen(kind: str, parameters: int, forecast: Callable[..., tuple[Any, ...]]) -> int:

@@ -51,6 +51,20 @@ def load_model(directory: str | Path, device: torch.device | str, dtype: torch.d
     return model.to(device)
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """No progress bars of transformers within."""
+    from transformers.utils import logging as progress
+
+    bars = progress.is_progress_bar_enabled()
+    progress.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            progress.enable_progress_bar()
+
+
 def load_tokenizer(name: str | Path) -> Any:
     """The tokenizer of a folder or Hub id.
 

@@ -224,7 +224,7 @@ class ReversibleCell(nn.Module, ABC):
         return None
 
     def divided_by(self, remnant: Any) -> Tensor | None:
-        """Factors by which a state of :meth:`lossy` decayed in the chunk of ``remnant``, if they are no constants."""
+        """Factors by which a memory decayed in the chunk of ``remnant``, if they follow from the data."""
         return None
 
     def check_plan(self, plan: Any) -> None:

@@ -5,9 +5,8 @@ The model reads a text chunk by chunk and then goes back over *all* boundaries b
 (token shifts and memory of both cells of every layer) and every output is compared with the one of the forward
 sweep, which this check alone stores whole.
 
-Bits are counted for the memory of the recurrence. *Theory* is what its decay destroys, ``log2(1/w)`` bits per token
-and element, at most the element's 32 bits per chunk (MacKay et al. 2018, "Reversible Recurrent Neural Networks",
-section 3); *used* is what lies on the tape. The carried token shifts, two vectors per layer and chunk, come on top.
+Bits are counted for the memory of the recurrence as in :mod:`~rwkv_rev.equivalence.forgetting`: *theory* is what its
+decay destroys, *used* what lies on the tape. The carried token shifts, two vectors per layer and chunk, come on top.
 The first chunk is run back like the others but not counted: the state before it is given, and training keeps no
 remnant for it.
 """
@@ -26,9 +25,9 @@ from rwkv_rev.bptt.records import fingerprints, layer_record, make_record
 from rwkv_rev.bptt.reversible import Reversible
 from rwkv_rev.bptt.strategy import LossInputs
 from rwkv_rev.cells.block import Block, BlockAgain, ExactStates, Plans
-from rwkv_rev.cells.contract import parts_of, tensors_of
+from rwkv_rev.cells.contract import parts_of
+from rwkv_rev.equivalence.forgetting import Kept, kept_by
 from rwkv_rev.modeling import RwkvRevForCausalLM
-from rwkv_rev.numerics import bits_forgotten
 from rwkv_rev.reversal.drift import division_drift
 from rwkv_rev.reversal.tape import Tape
 from rwkv_rev.tables import aligned, wrapped
@@ -58,8 +57,8 @@ class ReversalCheck:
         context: T, tokens. chunk: C, tokens per chunk. boundaries: how many states were rebuilt, per layer.
         mismatch: the first state that did not come back to the bit, in words; None when all did.
         counted: tokens of all chunks but the first, to which the following belong.
-        used_bits: of memory remnants on the tape. theory_bits: what the decays destroyed; None where a decay is no
-            constant.
+        used_bits: of memory remnants on the tape. theory_bits: what the decays destroyed; None where a memory does
+            not decay elementwise.
         whole_bits: of whole float32 memories at the same boundaries.
         shift_bytes: of carried token shifts. tape_bytes: all that lay on the tape, fingerprints too.
         drift: plain division in float32 and float64 on the model's decays.
@@ -180,36 +179,24 @@ def check_reversal(
     strategy = Reversible(chunk)
     states = [block.exact(inputs.state.layer(i)) for i, block in enumerate(blocks)]
     stored: list[list[LayerGraph]] = []
-    cells = [cell for block in blocks for cell in block.cells]
-    decays = [cell.log_decay() for cell in cells]
-    used = whole = shifts = nbytes = 0
-    theory = 0.0
-    known = True
+    decays = [cell.log_decay() for block in blocks for cell in block.cells]
+    kept, nbytes = Kept(), 0
     with Tape("host", ids.device) as tape:
         for part in chunks:
             x, plan = part.embed(model), plans[part.length]
             # token shifts as this chunk reads them, and outputs
             stored.append(replay_layers(blocks, x, partial(_again, states, plan), None))
             advanced = advance_layers(blocks, x, states, plan, None, whole_output=False)
-            record = make_record(states, advanced, strategy.keep(states, advanced), exact=True)
+            record = make_record(states, advanced, strategy.keep(states, advanced), exact=True).start()()
             start = tape.nbytes
-            tape.push(record.start()())
+            tape.push(record)
             states_before, states = states, [layer.states for layer in advanced]
             if part.index == 0:
                 continue
             nbytes += tape.nbytes - start
-            of_cells = [remnant for layer in advanced for remnant in layer.remnants]
-            exact = [state for layer in states_before for state in layer]
-            for cell, remnant, state, decay in zip(cells, of_cells, exact, decays, strict=True):
-                sizes = [tensor.nbytes for tensor in remnant.tensors(_on_host(remnant.size))]
-                shifts += sum(sizes[: cell.shifts])
-                used += 8 * sum(sizes[cell.shifts :])
-                elements = sum(value.numel() for value in tensors_of(cell.values(state))[cell.shifts :])
-                whole += 32 * elements
-                if decay is not None:
-                    theory += float(bits_forgotten(decay, part.length).sum()) * elements / decay.numel()
-                elif elements:
-                    known = False
+            for i, (block, before, layer) in enumerate(zip(blocks, states_before, advanced, strict=True)):
+                own = layer_record(record, i, len(before))
+                kept += kept_by(block.cells, before, layer.remnants, own, part.length)
         mismatch = None
         for part in reversed(chunks):
             record_back = tape.pop()
@@ -247,10 +234,10 @@ def check_reversal(
         boundaries=len(chunks),
         mismatch=mismatch,
         counted=context - chunks[0].length,
-        used_bits=used,
-        theory_bits=theory if known else None,
-        whole_bits=whole,
-        shift_bytes=shifts,
+        used_bits=kept.remnants,
+        theory_bits=kept.theory,
+        whole_bits=kept.whole,
+        shift_bytes=kept.shifts,
         tape_bytes=nbytes,
         drift=_drift([decay.detach().flatten() for decay in decays if decay is not None], drift_steps),
     )
@@ -258,10 +245,6 @@ def check_reversal(
 
 def _again(states: list[ExactStates], plan: list[Plans], layer: int) -> BlockAgain:
     return BlockAgain(states[layer], plan[layer])
-
-
-def _on_host(size: Tensor | None) -> Tensor | None:
-    return None if size is None else size.cpu()
 
 
 def _drift(log_decays: list[Tensor], steps: tuple[int, ...]) -> tuple[DriftRow, ...]:

@@ -5,6 +5,7 @@ is downloaded and nothing is shipped. Models are compared with each other on it,
 figures.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -49,17 +50,32 @@ def encode_text(text: str, directory: Path, *, vocabulary: int, tokens: int) -> 
     Raises:
         DataError: no tokenizer, an empty text, or ids the model does not have.
     """
+
+    def encode(part: str) -> list[int]:
+        return _encode(part, directory, vocabulary)
+
+    return encode_by(
+        encode, text, vocabulary=vocabulary, tokens=tokens, named=f"the tokenizer of {directory}"
+    )
+
+
+def encode_by(
+    encode: Callable[[str], list[int]], text: str, *, vocabulary: int, tokens: int, named: str
+) -> Tensor:
+    """As :func:`encode_text` by any tokenizer, which is ``named`` so for people.
+
+    Raises:
+        DataError: an empty text, or ids the model does not have.
+    """
     head = text[: tokens * _CHARACTERS_PER_TOKEN]
-    ids = _encode(head, directory, vocabulary)
+    ids = encode(head)
     if len(ids) < tokens and len(head) < len(text):
-        ids = _encode(text, directory, vocabulary)
+        ids = encode(text)
     ids = ids[:tokens]
     if not ids:
         raise DataError("the text is empty: give --text a file with at least one token")
     if max(ids) >= vocabulary:
-        raise DataError(
-            f"the tokenizer of {directory} gives id {max(ids)}, the model knows ids below {vocabulary}"
-        )
+        raise DataError(f"{named} gives id {max(ids)}, the model knows ids below {vocabulary}")
     return torch.tensor(ids, dtype=torch.long)
 
 

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import logging
 
 from rwkv_rev.arguments import checked
 from rwkv_rev.configuration import RwkvRevConfig
@@ -46,7 +45,7 @@ from rwkv_rev.equivalence.tolerance import NOISE_FACTOR, tolerance
 from rwkv_rev.equivalence.weights import WeightComparison, compare_weights
 from rwkv_rev.errors import ConfigError, DataError, RwkvRevError
 from rwkv_rev.folders.source import Source
-from rwkv_rev.loading import load_model
+from rwkv_rev.loading import load_model, without_bars
 from rwkv_rev.modeling import RwkvRevForCausalLM
 from rwkv_rev.printable import counted
 from rwkv_rev.progress import Progress
@@ -368,14 +367,9 @@ def _refuse_other_architecture(directory: Path, config: RwkvRevConfig, original:
 
 
 def _load(directory: Path) -> RwkvRevForCausalLM:
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with without_bars():
         model: RwkvRevForCausalLM = load_model(directory, "cpu", torch.float32).eval()
-        return model
-    finally:
-        if bars:
-            logging.enable_progress_bar()
+    return model
 
 
 @torch.no_grad()

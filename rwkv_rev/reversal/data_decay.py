@@ -120,14 +120,14 @@ class DataRemnant:
         widths: [B, H, N] int64, bits of each row's remnant.
         raised: [B, H] bool, heads whose grid rose.
         before: the state before the chunk (a reference, not a copy).
-        kept: D, int32. factor: Lambda [B, H, N, 1].
+        kept: D, int32. decay: Lambda [B, H, N, 1].
     """
 
     widths: Tensor
     raised: Tensor
     before: FixedPoint
     kept: Tensor
-    factor: Tensor
+    decay: Tensor
 
     @property
     def size(self) -> Tensor:
@@ -141,7 +141,7 @@ class DataRemnant:
             return [mantissa, self.before.exponent]
         widths, raised = size[: self.widths.numel()], size[self.widths.numel() :]
         rows = (1, self.widths.numel(), mantissa.shape[-1])
-        rho = self.before.forgotten(self.kept, self.factor)
+        rho = self.before.forgotten(self.kept, self.decay)
         packing = BitPacking(widths.tolist(), mantissa.device)
         found = [packing.pack(rho.view(rows), mantissa.view(rows)), self.widths.flatten().to(torch.uint8)]
         heads = raised.nonzero()[:, 0].to(mantissa.device)
