@@ -18,12 +18,13 @@ from rwkv_rev.benchmark.environment import environment
 from rwkv_rev.benchmark.growth import exponent, fits, longest_context, slope
 from rwkv_rev.benchmark.kernels import kernel_rows
 from rwkv_rev.benchmark.memory import OUT_OF_MEMORY, AnonymousPeak, anonymous_memory, memory_rows
-from rwkv_rev.benchmark.models import SHAPES, shape_config
+from rwkv_rev.benchmark.models import SHAPES, benchmark_model, shape_config
 from rwkv_rev.benchmark.plots import plot_rows
 from rwkv_rev.benchmark.run import run_benchmark
 from rwkv_rev.benchmark.settings import BenchSettings
 from rwkv_rev.cli import main
 from rwkv_rev.errors import RwkvRevError, SourceError
+from rwkv_rev.modeling import RwkvRevForCausalLM
 
 CPU = torch.device("cpu")
 SMALL = {"lengths": (64, 128, 256), "chunk_lengths": (16,), "repeats": 1}
@@ -160,6 +161,38 @@ def test_what_cannot_be_measured_is_refused() -> None:
     with pytest.raises(RwkvRevError, match="at least 2 tokens"):
         BenchSettings(lengths=(1,))
     assert all(shape_config(name).hidden_size % 64 == 0 for name in SHAPES)
+
+
+def test_shapes_of_published_models() -> None:
+    """RWKV-7's ranks are those of the published models; 1.5B and 7B are the numbers of weights."""
+    ranks = ("decay_rank", "rate_rank", "residual_rank", "gate_rank")
+    found = {
+        name: tuple(getattr(shape_config(name), rank) for rank in ranks) for name in SHAPES if name[0] == "7"
+    }
+    assert found == {"7-0.1b": (64, 64, 32, 128), "7-1.5b": (96, 96, 64, 256), "7-7b": (128, 128, 96, 480)}
+    for name, billions in (("6-1.5b", 1.6), ("7-1.5b", 1.53), ("7-7b", 7.2), ("6-7b", 7.6), ("7-0.1b", 0.19)):
+        with torch.device("meta"):
+            model = RwkvRevForCausalLM(shape_config(name))
+        assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.02), name
+    assert (shape_config("7-1.5b").num_attention_heads, shape_config("7-1.5b").head_size) == (32, 64)
+
+
+@pytest.mark.parametrize("version", ["6", "7"])
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_small_shapes_of_6_and_7(monkeypatch: pytest.MonkeyPatch, version: str, lora_rank: int) -> None:
+    """As the published ones: no map is zero, and training is measured, in full and by low-rank additions."""
+    shape = {"rwkv_version": version, "layers": 2, "width": 64, "vocab": 32}
+    monkeypatch.setitem(SHAPES, "small", shape)
+    model = benchmark_model("small", CPU, torch.bfloat16)
+    assert all(module.weight.any() for module in model.modules() if isinstance(module, torch.nn.Linear))
+    kept = {name.split(".")[-1] for name, p in model.named_parameters() if p.dtype == torch.float32}
+    assert kept == set(model.config.architecture.float32)
+    settings = BenchSettings("small", lengths=(32, 64), chunk_lengths=(16,), repeats=1, lora_rank=lora_rank)
+    rows = run_benchmark("training", settings)
+    points = [row for row in rows if not row.get("fit")]
+    assert len(points) == 4 and all(row["tokens_per_second"] > 0 for row in points)
+    losses = [row["loss"] for row in points if row["tokens"] == 64]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_plots(tmp_path: Path) -> None:

@@ -2,7 +2,13 @@
 
 Maps that the official initialisation sets to zero are drawn from a small normal distribution instead, so that no
 matrix product is timed on zeros (which run faster) and every gradient is non-zero.
+
+Ranks of RWKV-7's low-rank maps are those with which the published models were trained, by widths D: in steps of 32, the
+nearest to 1.8 sqrt(D) (decay and rate), 1.3 sqrt(D) (residual) and 0.6 D^0.8 (gate). Those of RWKV-6 are its defaults.
 """
+
+import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,15 +20,34 @@ from rwkv_rev.modeling import RwkvRevForCausalLM
 
 STANDARD_DEVIATION = 0.01
 
-SHAPES: dict[str, dict[str, int | str]] = {
+
+def _ranks(width: int) -> dict[str, int]:
+    def in_steps(rank: float) -> int:
+        return max(32, round(rank / 32) * 32)
+
+    root = math.sqrt(width)
+    return {
+        "decay_rank": in_steps(1.8 * root),
+        "rate_rank": in_steps(1.8 * root),
+        "residual_rank": in_steps(1.3 * root),
+        "gate_rank": in_steps(0.6 * width**0.8),
+    }
+
+
+SHAPES: dict[str, dict[str, Any]] = {
     "5.2-15m": {"rwkv_version": "5.2", "layers": 6, "width": 448, "vocab": 256},
     "5.2-0.1b": {"rwkv_version": "5.2", "layers": 12, "width": 768, "vocab": 65536},
     "5.2-1.5b": {"rwkv_version": "5.2", "layers": 24, "width": 2048, "vocab": 65536},
     "5.2-7b": {"rwkv_version": "5.2", "layers": 32, "width": 4096, "vocab": 65536},
+    "6-1.5b": {"rwkv_version": "6", "layers": 24, "width": 2048, "vocab": 65536},
+    "6-7b": {"rwkv_version": "6", "layers": 32, "width": 4096, "vocab": 65536},
+    "7-0.1b": {"rwkv_version": "7", "layers": 12, "width": 768, "vocab": 65536, **_ranks(768)},
+    "7-1.5b": {"rwkv_version": "7", "layers": 24, "width": 2048, "vocab": 65536, **_ranks(2048)},
+    "7-7b": {"rwkv_version": "7", "layers": 32, "width": 4096, "vocab": 65536, **_ranks(4096)},
     "4-0.1b": {"rwkv_version": "4", "layers": 12, "width": 768, "vocab": 50277},
     "4-0.4b": {"rwkv_version": "4", "layers": 24, "width": 1024, "vocab": 50277},
 }
-"""Names are version and size; 5.2 heads are 64 wide."""
+"""Names are version and size; heads are 64 wide. Other keys are fields of the configuration."""
 
 
 def shape_config(name: str) -> RwkvRevConfig:
@@ -33,14 +58,14 @@ def shape_config(name: str) -> RwkvRevConfig:
     """
     if name not in SHAPES:
         raise RwkvRevError(f"no model shape is called {name!r}; there are {', '.join(SHAPES)}")
-    shape = SHAPES[name]
-    width, version = int(shape["width"]), str(shape["rwkv_version"])
+    shape = dict(SHAPES[name])
+    width, vocabulary, layers = (shape.pop(key) for key in ("width", "vocab", "layers"))
     return RwkvRevConfig(
-        rwkv_version=version,
-        vocab_size=int(shape["vocab"]),
+        vocab_size=vocabulary,
         hidden_size=width,
-        num_hidden_layers=int(shape["layers"]),
-        **architecture(version).sizes(width),
+        num_hidden_layers=layers,
+        **architecture(shape["rwkv_version"]).sizes(width),
+        **shape,
     )
 
 

@@ -116,8 +116,6 @@ def measured_model(shape: str, device: torch.device, dtype: torch.dtype) -> Rwkv
             convert(shape, Path(folder, "model"))
             return load_model(Path(folder, "model"), device, dtype).train()
     if not Path(shape, "config.json").is_file():
-        raise SourceError(
-            f"{shape!r} is neither a shape ({', '.join(SHAPES)}), bundled:rwkv-4, bundled:rwkv-5.2 nor a folder"
-        )
+        raise SourceError(f"{shape!r} is neither a shape ({', '.join(SHAPES)}), bundled:NAME nor a folder")
     model: RwkvRevForCausalLM = load_model(shape, device, dtype).train()
     return model
