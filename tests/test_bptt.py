@@ -1,5 +1,6 @@
 """The strategies against each other and against float64 back-propagation through the naive recurrence."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,6 @@ from bptt_cases import (
 )
 
 from rwkv_rev import RwkvRevForCausalLM, RwkvRevState
-from rwkv_rev.equivalence.tolerance import NOISE_FACTOR
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.loss import IGNORE
 from rwkv_rev.wkv import use_kernel
@@ -38,6 +38,7 @@ LAYERS = {512: 6, 4096: 2}
 BUNDLED = ("4", "5.2", "6", "7")
 WHOLE = ("4", "7")
 """Whose states are kept whole by either strategy."""
+TEXTS = 8
 
 
 # --- bundled checkpoints on real text ---------------------------------------------------------------------------
@@ -55,6 +56,33 @@ def truths(bundled: dict[str, Path]) -> dict[tuple[str, int], tuple[Outcome, Out
     return {}
 
 
+def over_several_texts(
+    model: RwkvRevForCausalLM, wide: RwkvRevForCausalLM, first: Outcome, chunk: int, length: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """RMS over texts of the errors of ``full`` and of ``reversible``, by kind of parameter.
+
+    Of a single text the ratio of both is chance where few numbers make a gradient: of RWKV-7's ``rate_scale`` 0.6 to
+    1.9 by the text, and as much between two ``full`` whose sub-chunks differ; over 24 texts it is 1.0 to 1.1.
+
+    Args:
+        wide: the model in float64, whose ``full`` is the truth of further texts, once it is that of the ``first``.
+    """
+    errors: tuple[list[dict[str, float]], list[dict[str, float]]] = ([], [])
+    for number, text in enumerate(english(length, TEXTS)):
+        truth = differentiate(wide, "full", input_ids=text[None])
+        if number == 0:
+            assert max(relative_errors(truth.gradients, first.gradients).values()) <= 1e-9
+        for found, strategy in zip(errors, ("full", "reversible"), strict=True):
+            outcome = differentiate(model, strategy, chunk, input_ids=text[None])
+            found.append(grouped_errors(outcome.gradients, truth.gradients))
+    least, found = ({group: rms([text[group] for text in by]) for group in by[0]} for by in errors)
+    return least, found
+
+
+def rms(values: list[float]) -> float:
+    return math.hypot(*values) / math.sqrt(len(values))
+
+
 @pytest.mark.parametrize("chunk", [64, 256, 1000])
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("version", BUNDLED)
@@ -65,7 +93,10 @@ def test_bundled_checkpoints_on_real_text(
     length: int,
     chunk: int,
 ) -> None:
-    """Strategies agree to 1e-5, and are as close to float64 as ``full`` is; the two exact tapes agree to the bit."""
+    """Strategies agree to 1e-5, and are as close to float64 as ``full`` is; the two exact tapes agree to the bit.
+
+    Where one kind of parameter is farther in this text, several texts say whether that is chance.
+    """
     # 1000 of 512 would be one chunk: keep an uneven tail
     chunk = min(chunk, 300) if length == 512 else chunk
     tokens, layers = english(length), LAYERS[length]
@@ -83,12 +114,10 @@ def test_bundled_checkpoints_on_real_text(
     assert_agree(reversible, full)
     least = grouped_errors(full.gradients, truth.gradients)
     found = grouped_errors(reversible.gradients, truth.gradients)
+    if any(not error <= AS_CLOSE * least[group] for group, error in found.items()):
+        wide = load(bundled[version], torch.float64, layers)
+        least, found = over_several_texts(model, wide, truth, chunk, length)
     farther = {group for group, error in found.items() if not error <= AS_CLOSE * least[group]}
-    if version == "7" and farther and "all" not in farther:  # rounding of a few numbers, if float64 says so
-        model = load(bundled[version], torch.float64, layers)
-        wide = differentiate(model, "reversible", chunk, input_ids=tokens)
-        assert max(relative_errors(wide.gradients, truth.gradients).values()) <= 1e-9
-        farther = {group for group in farther if not found[group] <= NOISE_FACTOR * least[group]}
     assert not farther, {group: (found[group], least[group]) for group in farther}
     assert abs(reversible.loss.item() - truth.loss.item()) <= 1e-6 * truth.loss.item()
     assert (
