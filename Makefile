@@ -1,4 +1,4 @@
-# make demo   convert, verify and run both bundled checkpoints, fine-tune one; without network
+# make demo   convert, verify and run the bundled checkpoints, fine-tune RWKV-7; without network
 # make test   lint, types and all tests but those of speed
 # make test-newest, make test-oldest
 #             the tests with the newest versions of everything, with the oldest that pyproject.toml admits (Python 3.11)

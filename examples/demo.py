@@ -1,4 +1,4 @@
-"""Convert both bundled checkpoints, prove that nothing changed, fine-tune one, and take it elsewhere.
+"""Convert the bundled checkpoints, prove that nothing changed, fine-tune RWKV-7, and take it elsewhere.
 
     python examples/demo.py OUTPUT_FOLDER
 
@@ -14,9 +14,17 @@ from pathlib import Path
 
 from rwkv_rev.equivalence.text import default_text
 
-PROMPTS = {"rwkv-4": "The function returns ", "rwkv-5.2": "To install the package, "}
+SHORT = ("--context", "512", "--chunk", "96")
+MODELS = {
+    "rwkv-4": ("The function returns ", SHORT),
+    "rwkv-5.2": ("To install the package, ", SHORT),
+    "rwkv-6": ("The parser reads ", SHORT),
+    "rwkv-7": ("To build the documentation, ", ()),
+}
+"""Of each a prompt, and how much of a text ``verify`` runs back: all that it would unasked, or little."""
+TUNED = "rwkv-7"
 LEARNED_PROMPT = "A class definition "
-CONTEXT, STEPS = 16_384, 20
+CONTEXT, STEPS = 16_384, 10
 HELD_OUT = 32_768  # characters at the end of the text
 
 
@@ -33,27 +41,27 @@ def write(model: str, prompt: str) -> None:
 
 
 def convert_and_verify(folder: Path) -> None:
-    for name, prompt in PROMPTS.items():
+    for name, (prompt, how_much) in MODELS.items():
         model = str(folder / name)
         run("inspect", f"bundled:{name}")
         run("convert", f"bundled:{name}", "--output", model, "--force")
-        run("verify", model)
+        run("verify", model, *how_much)
         write(model, prompt)
-    print(f"\nBoth models are in {folder}/, verified against their originals.")
+    print(f"\n{len(MODELS)} models are in {folder}/, verified against their originals.")
 
 
 def finetune(folder: Path) -> str:
-    """Fine-tune the 5.2 model at a context 32 times as long as the one it was trained at."""
+    """Fine-tune the RWKV-7 at a context 32 times as long as the one it was trained at."""
     text = default_text()
     train, held_out = folder / "topics.txt", folder / "topics-held-out.txt"
     train.write_text(text[:-HELD_OUT], "utf-8")
     held_out.write_text(text[-HELD_OUT:], "utf-8")
-    before, after = str(folder / "rwkv-5.2"), str(folder / "rwkv-5.2-topics")
+    before, after = str(folder / TUNED), str(folder / f"{TUNED}-topics")
     print(f"\nBefore: what the model makes of Python's language reference, {len(text):,} characters of it.")
     write(before, LEARNED_PROMPT)
     run(
         *("finetune", before, "--data", str(train), "--eval-data", str(held_out), "--output", after),
-        *("--context-length", str(CONTEXT), "--max-steps", str(STEPS), "--lr", "1e-4", "--warmup", "5"),
+        *("--context-length", str(CONTEXT), "--max-steps", str(STEPS), "--lr", "1e-4", "--warmup", "2"),
         *("--eval-every", "5", "--tune", "full"),
         *("--cache-dir", str(folder / "cache"), "--force"),
     )
@@ -63,7 +71,7 @@ def finetune(folder: Path) -> str:
         if "eval_loss" in row:
             print(f"{row['step']:5d} {row['eval_bits_per_byte']:20.4f}")
     print("\n step   loss   tokens/s   tape MB   memory MB")
-    for row in [row for row in rows if "loss" in row][1::3]:
+    for row in [row for row in rows if "loss" in row][1::2]:
         tape, memory = row["tape_bytes"] / 1e6, row["memory_bytes"] / 1e6
         print(
             f"{row['step']:5d} {row['loss']:6.3f} {row['tokens_per_second']:10,.0f} {tape:9.2f} {memory:11.1f}"
@@ -75,7 +83,7 @@ def finetune(folder: Path) -> str:
 
 def take_elsewhere(folder: Path, model: str) -> None:
     """Into the file that the rwkv package loads, and compare what that computes."""
-    file = folder / "rwkv-5.2-topics.pth"
+    file = folder / f"{TUNED}-topics.pth"
     run("export", model, "--output", str(file), "--force")
     run("verify", model, "--original", str(file), "--oracle", "rwkv", "--no-reversal", "--no-gradients")
     print(f"\nThe rwkv package computes from {file} what the fine-tuned model computes.")

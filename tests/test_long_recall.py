@@ -58,18 +58,25 @@ def test_impossible_tasks_are_refused(example):
         example.Task(distance=32, chunk_length=8, pairs=8)
 
 
-def test_slow_channels_remember_over_the_distance(example):
+@pytest.mark.parametrize("architecture", ["5.2", "6", "7"])
+def test_slow_channels_remember_over_the_distance(example, architecture):
     task = example.Task()
-    model = example.build_model(task, example.Run(), seed=0)
+    model = example.build_model(task, example.Run(architecture=architecture), seed=0)
+    found = 0
     for name, decay in model.named_parameters():
-        if name.endswith("time_decay"):
-            bits = decay.detach().double().exp() / math.log(2) * task.length
+        if name.endswith(("time_decay", "decay_base")):
+            decay = decay.detach().double()
+            rate = math.exp(-0.5) * torch.sigmoid(decay) if architecture == "7" else decay.exp()
+            bits = rate / math.log(2) * task.length
             assert (bits < 1).sum() == decay.numel() // 2
+            found += 1
+    assert found == 2
 
 
-def test_truncated_training_never_sees_the_values(example):
+@pytest.mark.parametrize("architecture", ["5.2", "7"])
+def test_truncated_training_never_sees_the_values(example, architecture):
     task = example.Task(distance=64, chunk_length=16)
-    model = example.build_model(task, example.Run(), seed=0)
+    model = example.build_model(task, example.Run(architecture=architecture), seed=0)
     model.set_bptt("truncated", chunk_length=task.chunk_length)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
     ids, labels = task.rows(4, torch.Generator().manual_seed(0))
@@ -81,6 +88,15 @@ def test_truncated_training_never_sees_the_values(example):
     assert not torch.equal(other, ids)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, model(other).logits)
+
+
+def test_rwkv_7_learns_it(example):
+    """At half the distance: from guessing to nearly all answers."""
+    run = example.Run(architecture="7", steps=20, batch_size=16, evaluate_every=20, held_out_rows=64)
+    task = example.Task(distance=64, chunk_length=32)
+    found = example.train("reversible", task, run, 0, quiet=True)
+    assert found["curve"][0]["accuracy"] < task.chance + 0.15
+    assert found["accuracy"] > 0.9 and found["tape_bytes"] > 0
 
 
 def test_exact_gradients_learn_what_truncated_ones_cannot(example, tmp_path, monkeypatch, capsys):
