@@ -243,7 +243,7 @@ def _in_chunks(model: RwkvRevForCausalLM, ids: Tensor, chunk: int, shown: Progre
 @contextmanager
 def _opened(
     source: str | Path, file: str | None, revision: str | None, text: str, tokens: int, progress: bool
-) -> Iterator[tuple[RwkvRevForCausalLM, Tensor]]:
+) -> Iterator[tuple[Any, Tensor]]:
     """A model in float32 on the CPU, and the first ids [T] that its tokenizer makes of a text."""
     from rwkv_rev.converters.converted import ConvertedModel
     from rwkv_rev.equivalence.original import open_original
