@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rwkv_rev.cells.block import ResidualBlock
+from rwkv_rev.cells.block import keeps_the_contract
 
 _HOOKS = frozenset(
     {
@@ -90,7 +90,7 @@ def _words(path: str, name: str, old: Any, new: Any) -> str:
 
 def _own(module: nn.Module, registered: Mark, beside: Mark) -> dict[str, Any]:
     of_model = isinstance(module, PreTrainedModel)
-    ignored = _OF_BLOCKS if isinstance(module, ResidualBlock) else _MACHINERY
+    ignored = _OF_BLOCKS if keeps_the_contract(type(module)) else _MACHINERY
     found: dict[str, Any] = {}
     for name, value in vars(module).items():
         kind = type(value)
