@@ -15,7 +15,7 @@ pytestmark = [
 
 
 OLD = torch.__version__.startswith("2.9.")
-LAYERS = {"4": 1, "5.0": 1, "5.1": 1, "5.2": 1, "7": 2}
+LAYERS = {"4": 1, "5.0": 1, "5.1": 1, "5.2": 1, "6": 1, "7": 2}
 """Tracing takes its time for each; RWKV-7's second layer reads values of the first."""
 
 

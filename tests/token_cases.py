@@ -4,8 +4,7 @@ Tests import it as ``from token_cases import LanguageModel``.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from rwkv_rev.cells.reversible_gru import ReversibleGru
 from rwkv_rev.cells.reversible_lstm import ReversibleLstm
 from rwkv_rev.cells.token_cell import TokenCell, TokenState
 from rwkv_rev.loss import next_token_targets
+from rwkv_rev.state import ModelState
 
 CELLS: dict[str, Any] = {"coupled": CoupledCell, "gru": ReversibleGru, "lstm": ReversibleLstm}
 PROPERTIES = settings(
@@ -87,25 +87,10 @@ class OneCellBlock(ResidualBlock):
 
 
 @dataclass(frozen=True)
-class StackedState:
+class StackedState(ModelState):
     memory: Tensor  # [L, B, P, M]
 
-    def layer(self, index: int) -> tuple[TokenState]:
-        return (TokenState(self.memory[index]),)
-
-    @classmethod
-    def stack(cls, layers: Sequence[tuple[TokenState]]) -> "StackedState":
-        return cls(torch.stack([values.memory for (values,) in layers]))
-
-    @classmethod
-    def like(cls, layers: list[list[Tensor]]) -> "StackedState":
-        return cls(torch.stack([memory for (memory,) in layers]))
-
-    def tensors(self) -> list[Tensor]:
-        return [getattr(self, field.name) for field in fields(self)]
-
-    def detach(self) -> "StackedState":
-        return StackedState(self.memory.detach())
+    cells = ((TokenState, ("memory",)),)
 
 
 class LanguageModel(nn.Module):
