@@ -36,7 +36,7 @@ COMMANDS = (
     ("bench", "Measure speed, memory and tape on this machine."),
 )
 
-HELP = """Convert pretrained RWKV-4/5 checkpoints to reversible cells and prove that nothing changed.
+HELP = """Convert pretrained RWKV-4 to 7 checkpoints to reversible cells and prove that nothing changed.
 
 Start here: rwkv-rev convert bundled:rwkv-5.2 --output my-model
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Size, Tensor, device, dtype, nn
 from transformers import PreTrainedModel
 
 from rwkv_rev.cells.block import keeps_the_contract
@@ -36,7 +36,7 @@ _MACHINERY = vars(nn.Module()).keys() - _HOOKS - _TENSORS - {"training"}
 """What every module has and no result depends on; modules inside a module are looked at themselves."""
 _OF_BLOCKS = _MACHINERY | {"recompute"}
 _OF_MODELS = _HOOKS | _TENSORS | {"training"}
-_CONSTANTS = frozenset({str, bool, int, float, bytes, complex, type(None)})
+_CONSTANTS = frozenset({str, bool, int, float, bytes, complex, type(None), device, dtype, Size})
 
 _HARMLESS = "transformers.modeling_utils"
 """Where the hook is from that lets embeddings require a gradient, which trainers put on and take off at will."""

@@ -168,7 +168,7 @@ class _Reading:
             changed = first_change(self._settings, now)
         if changed is not None:
             # peft puts hooks for tasks and for several adapters on the layers for the length of a call
-            advice = "take the gradient first and change the model then, or call the model again"
+            advice = "take the gradient first and change the model then, or use bptt='full'"
             if changed.endswith("hooks"):
                 advice = "use bptt='full', or give the model labels, whose loss has its gradient in the forward pass"
             raise StrategyError(
