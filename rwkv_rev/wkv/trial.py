@@ -33,7 +33,7 @@ def wrong(function: str, implementation: Callable[..., Any], arguments: Sequence
     *inputs, mask = arguments
     key = inputs[0]
     assert key is not None
-    if type(key) not in (Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or type(key) not in (Tensor, torch.nn.Parameter):
         return ""
     if key.is_cuda and torch.cuda.is_current_stream_capturing():
         return ""

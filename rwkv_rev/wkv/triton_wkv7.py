@@ -49,6 +49,7 @@ from torch import Tensor
 
 from rwkv_rev.errors import KernelError
 from rwkv_rev.first_order import first_order
+from rwkv_rev.wkv.triton_blocks import load_rows, store_rows
 from rwkv_rev.wkv.triton_wkv7_gradients import (
     _reader_gradient_kernel,
     _value_gradient_kernel,
@@ -61,12 +62,10 @@ from rwkv_rev.wkv.triton_wkv7_parts import (
     _get,
     _grown,
     _inverse,
-    _load,
     _lower,
     _pairs,
     _place,
     _put,
-    _store,
 )
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -102,9 +101,9 @@ def _scale_kernel(
     t = tl.arange(0, C)
     i = tile * BN + tl.arange(0, BN)
     until = _decay(log_decay, token, valid, head, i, H, N, C, True)
-    receptance = _load(r, token, valid, head, i, H, N).to(tl.float32) * tl.exp(until)
+    receptance = load_rows(r, token, valid, head, i, H, N).to(tl.float32) * tl.exp(until)
     _put(read, _factor(receptance, LOW), slot, t, i, C, N)
-    key = _load(k, token, valid, head, i, H, N).to(tl.float32) * _grown(until)
+    key = load_rows(k, token, valid, head, i, H, N).to(tl.float32) * _grown(until)
     _put(keys, _factor(key, LOW), slot, t, i, C, N)
     end = tl.sum(tl.where(t[:, None] == C - 1, until, 0.0), 0)
     tl.store(ends + slot * N + i, end, mask=i < N)
@@ -122,8 +121,8 @@ def _solve_kernel(
     pairs = tl.zeros([C, C], tl.float32)
     for tile in range(TILES):
         i = tile * BN + tl.arange(0, BN)
-        kappa = _load(removal, token, valid, head, i, H, N).to(tl.float32)
-        b = kappa * _load(rate, token, valid, head, i, H, N).to(tl.float32)
+        kappa = load_rows(removal, token, valid, head, i, H, N).to(tl.float32)
+        b = kappa * load_rows(rate, token, valid, head, i, H, N).to(tl.float32)
         b *= _grown(_decay(log_decay, token, valid, head, i, H, N, C, True))
         _put(given, _factor(b, LOW), slot, t, i, C, N)
         z = -kappa * tl.exp(_decay(log_decay, token, valid, head, i, H, N, C, False))
@@ -150,7 +149,7 @@ def _transition_kernel(
     inverse = _get(inverses, slot, t, t, C, C)
     if LOW == "bf16":
         inverse = inverse.to(tl.float32) + _get(finer, slot, t, t, C, C).to(tl.float32)
-    z = -_load(removal, token, valid, head, i, H, N).to(tl.float32)
+    z = -load_rows(removal, token, valid, head, i, H, N).to(tl.float32)
     z *= tl.exp(_decay(log_decay, token, valid, head, i, H, N, C, False))
     of_state = _dot(inverse, z, tl.zeros([C, BN], tl.float32), HIGH)
     _put(corrected, _factor(of_state, LOW), slot, t, i, C, N)
@@ -158,8 +157,8 @@ def _transition_kernel(
         j = other * BN + tl.arange(0, BN)
         left = _grown(_decay(log_decay, token, valid, head, j, H, N, C, True))
         left *= tl.exp(tl.load(ends + slot * N + j, mask=j < N, other=0.0))[None, :]
-        left *= _load(removal, token, valid, head, j, H, N).to(tl.float32)
-        left *= _load(rate, token, valid, head, j, H, N).to(tl.float32)
+        left *= load_rows(removal, token, valid, head, j, H, N).to(tl.float32)
+        left *= load_rows(rate, token, valid, head, j, H, N).to(tl.float32)
         move = _dot(tl.trans(left), of_state, tl.zeros([BN, BN], tl.float32), HIGH)
         rounded = move.to(moves.dtype.element_ty)
         _put(moves, rounded, slot, j, i, N, N)
@@ -194,7 +193,7 @@ def _prepare_kernel(
         writer = _factor(writer * tl.exp(end)[None, :], LOW)
         for value_tile in range(TILES):
             c = value_tile * BN + tl.arange(0, BN)
-            value = _load(v, token, valid, head, c, H, N)
+            value = load_rows(v, token, valid, head, c, H, N)
             product = _dot(tl.trans(value), writer, tl.zeros([BN, BN], tl.float32), LOW)
             _put(products, product, slot, c, i, N, N)
 
@@ -245,12 +244,12 @@ def _read_kernel(
     t = tl.arange(0, C)
     c = tile * BN + tl.arange(0, BN)
     total = tl.zeros([C, BN], tl.float32)
-    total = _dot(_get(scores, slot, t, t, C, C), _load(v, token, valid, head, c, H, N), total, LOW)
+    total = _dot(_get(scores, slot, t, t, C, C), load_rows(v, token, valid, head, c, H, N), total, LOW)
     for key_tile in range(TILES):
         i = key_tile * BN + tl.arange(0, BN)
         state = _get(states, slot, c, i, N, N)
         total = _dot(_get(readers, slot, t, i, C, N), tl.trans(state), total, LOW)
-    _store(out, total, token, exists, head, c, H, N)
+    store_rows(out, total, token, exists, head, c, H, N)
 
 
 @triton.jit(do_not_specialize=["T", "H", "chunks"])
@@ -263,7 +262,7 @@ def _pull_kernel(
     head, tile, slot, token, _exists, valid = _place(mask, T, H, chunks, TILES, C, MASKED)
     t = tl.arange(0, C)
     c = tile * BN + tl.arange(0, BN)
-    d_y = _factor(_load(d_out, token, valid, head, c, H, N), LOW)
+    d_y = _factor(load_rows(d_out, token, valid, head, c, H, N), LOW)
     _put(arrived, d_y, slot, t, c, C, N)
     for key_tile in range(TILES):
         i = key_tile * BN + tl.arange(0, BN)

@@ -9,18 +9,17 @@ The formulas and the launches are in :mod:`rwkv_rev.wkv.triton_wkv7`.
 import triton
 import triton.language as tl
 
+from rwkv_rev.wkv.triton_blocks import load_rows, store_rows
 from rwkv_rev.wkv.triton_wkv7_parts import (
     _decay,
     _dot,
     _factor,
     _get,
     _grown,
-    _load,
     _lower,
     _pairs,
     _place,
     _put,
-    _store,
     _sums,
     _upper,
 )
@@ -78,9 +77,9 @@ def _value_gradient_kernel(
     pairs = _upper(_pairs(keys, read, slot, C, N, BN, TILES, LOW), C, True, LOW)
     d_value = _dot(pairs, _get(arrived, slot, t, c, C, N), d_value, LOW)
     d_value = _through_end(keys, d_states, ends, d_value, slot, c, C, N, BN, TILES, LOW)
-    _store(d_v, d_value, token, exists, head, c, H, N)
+    store_rows(d_v, d_value, token, exists, head, c, H, N)
     pairs = _lower(_pairs(found, keys, slot, C, N, BN, TILES, LOW), C, False, LOW)
-    u = _dot(pairs, _load(v, token, valid, head, c, H, N), nothing, LOW)
+    u = _dot(pairs, load_rows(v, token, valid, head, c, H, N), nothing, LOW)
     u = _factor(_through(found, states, u, slot, c, C, N, BN, TILES, LOW), LOW)
     u = _dot(_get(inverses, slot, t, t, C, C), u, nothing, LOW)
     _put(removed, _factor(u, LOW), slot, t, c, C, N)
@@ -109,7 +108,7 @@ def _of_readers(
     pairs = tl.zeros([C, C], tl.float32)
     for tile in range(TILES):
         c = tile * BN + tl.arange(0, BN)
-        value = _load(v, token, valid, head, c, H, N)
+        value = load_rows(v, token, valid, head, c, H, N)
         pairs = _dot(_get(x, slot, t, c, C, N), tl.trans(value), pairs, LOW)
     total = _dot(_lower(pairs, C, ITSELF, LOW), _get(keys, slot, t, i, C, N), total, LOW)
     for tile in range(TILES):
@@ -121,7 +120,7 @@ def _of_readers(
 @triton.jit
 def _leaving(x, slot, token, valid, head, t, c, H, MATRIX: tl.constexpr, C: tl.constexpr, N: tl.constexpr):
     """v from among the tokens, or u, a matrix."""
-    return _get(x, slot, t, c, C, N) if MATRIX else _load(x, token, valid, head, c, H, N)
+    return _get(x, slot, t, c, C, N) if MATRIX else load_rows(x, token, valid, head, c, H, N)
 
 
 @triton.jit
@@ -175,7 +174,7 @@ def _reader_gradient_kernel(
         arrived, v, removed, states, given, keys, slot, token, valid, head, i, H, True, C, N, BN, TILES, LOW
     )
     until = _decay(log_decay, token, valid, head, i, H, N, C, True)
-    _store(d_r, gradient * tl.exp(until), token, exists, head, i, H, N)
+    store_rows(d_r, gradient * tl.exp(until), token, exists, head, i, H, N)
     step = _get(read, slot, t, i, C, N).to(tl.float32) * gradient
     gradient = _of_readers(
         fed, v, removed, states, given, keys, slot, token, valid, head, i, H, False, C, N, BN, TILES, LOW
@@ -214,7 +213,7 @@ def _writer_gradient_kernel(
     )
     step = _get(keys, slot, t, i, C, N).to(tl.float32) * gradient
     until = _decay(log_decay, token, valid, head, i, H, N, C, True)
-    _store(d_k, gradient * _grown(until), token, exists, head, i, H, N)
+    store_rows(d_k, gradient * _grown(until), token, exists, head, i, H, N)
 
     gradient = (
         _after(removed, d_states, slot, token, valid, head, i, H, True, C, N, BN, TILES, LOW) * end[None, :]
@@ -243,12 +242,12 @@ def _writer_gradient_kernel(
     step += _get(given, slot, t, i, C, N).to(tl.float32) * gradient
     until = _decay(log_decay, token, valid, head, i, H, N, C, True)
     gradient *= _grown(until)
-    kappa = _load(removal, token, valid, head, i, H, N).to(tl.float32)
-    _store(d_rate, gradient * kappa, token, exists, head, i, H, N)
-    gradient *= _load(rate, token, valid, head, i, H, N).to(tl.float32)
+    kappa = load_rows(removal, token, valid, head, i, H, N).to(tl.float32)
+    store_rows(d_rate, gradient * kappa, token, exists, head, i, H, N)
+    gradient *= load_rows(rate, token, valid, head, i, H, N).to(tl.float32)
     gradient -= _get(d_found, slot, t, i, C, N).to(tl.float32)
-    _store(d_removal, gradient, token, exists, head, i, H, N)
+    store_rows(d_removal, gradient, token, exists, head, i, H, N)
 
     step = _get(steps, slot, t, i, C, N) - _sums(t[:, None] <= t[None, :], step)
     step = tl.where(valid[:, None], step + carried[None, :], 0.0)
-    _store(d_log_decay, step, token, exists, head, i, H, N)
+    store_rows(d_log_decay, step, token, exists, head, i, H, N)

@@ -9,6 +9,8 @@ The formulas and the launches are in :mod:`rwkv_rev.wkv.triton_wkv7`.
 import triton
 import triton.language as tl
 
+from rwkv_rev.wkv.triton_blocks import launch_place, load_rows
+
 _BLOCK = tl.constexpr(16)  # tokens within which the triangular system is solved row by row
 _LARGEST_EXPONENT = tl.constexpr(80.0)  # no model reaches it; beyond 88 a factor would be infinite
 
@@ -58,13 +60,8 @@ def _factor(x, PRECISION: tl.constexpr):
 def _place(mask, T, H, chunks, TILES: tl.constexpr, C: tl.constexpr, MASKED: tl.constexpr):
     """Of the launch's flat index (heads are neighbours in memory): head, value tile, number among all chunks,
     tokens' places in [B * T], which of them exist, and which are valid."""
-    program = tl.program_id(0)
-    head = program % H
-    program = program // H
-    tile = program % TILES
-    program = program // TILES
-    chunk = program % chunks
-    row = (program // chunks).to(tl.int64)
+    head, tile, chunk, row = launch_place(H, chunks, TILES)
+    row = row.to(tl.int64)
     t = chunk * C + tl.arange(0, C)
     token = row * T + t
     exists = t < T
@@ -72,19 +69,6 @@ def _place(mask, T, H, chunks, TILES: tl.constexpr, C: tl.constexpr, MASKED: tl.
     if MASKED:
         valid = exists & (tl.load(mask + token, mask=exists, other=0) != 0)
     return head, tile, (row * chunks + chunk) * H + head, token, exists, valid
-
-
-@triton.jit
-def _load(x, token, valid, head, channel, H, N: tl.constexpr):
-    """Rows of [B * T, H, N]; rows that are not valid and channels beyond N are zero."""
-    at = x + (token[:, None] * H + head) * N + channel[None, :]
-    return tl.load(at, mask=valid[:, None] & (channel[None, :] < N), other=0.0)
-
-
-@triton.jit
-def _store(x, value, token, exists, head, channel, H, N: tl.constexpr):
-    at = x + (token[:, None] * H + head) * N + channel[None, :]
-    tl.store(at, value.to(x.dtype.element_ty), mask=exists[:, None] & (channel[None, :] < N))
 
 
 @triton.jit
@@ -140,7 +124,7 @@ def _decay(log_decay, token, valid, head, channel, H, N: tl.constexpr, C: tl.con
     kept = t[:, None] > t[None, :]
     if ITSELF:
         kept = t[:, None] >= t[None, :]
-    return _sums(kept, _load(log_decay, token, valid, head, channel, H, N))
+    return _sums(kept, load_rows(log_decay, token, valid, head, channel, H, N))
 
 
 @triton.jit
