@@ -34,6 +34,13 @@ def test_right_kernels_pass(function: str, dtype: torch.dtype, masked: bool) -> 
     assert len(trial._found) == 1
 
 
+def test_inputs_of_several_dtypes_are_held_to_the_coarsest() -> None:
+    """Under autocast RWKV-7's keys and values are float32, its receptances bfloat16, and so is their gradient."""
+    dtypes = [torch.bfloat16, *[torch.float32] * 6]
+    given = trial.drawn("wkv7", 16, dtypes, torch.device("cpu"))
+    assert trial.wrong("wkv7", KERNELS["wkv7"], [*given, None]) == ""
+
+
 class _Wrong(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -31,9 +31,10 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float32
     masked: bool = False
     narrow: bool = False  # log_decay, removal and rate in ``dtype``, too, rather than in float32
+    autocast: bool = False  # the key and the value in float32
 
     def __str__(self) -> str:
-        flags = "-masked" * self.masked + "-narrow" * self.narrow
+        flags = "-masked" * self.masked + "-narrow" * self.narrow + "-autocast" * self.autocast
         return f"{'x'.join(map(str, self.shape))}-{self.edge}-{str(self.dtype)[6:]}{flags}"
 
 
@@ -43,6 +44,7 @@ SMALL = [
     Case((1, 65, 1, 64), "projections", torch.bfloat16),
     Case((1, 130, 1, 16), "strongest", torch.bfloat16, masked=True, narrow=True),
     Case((1, 20, 1, 72), "drawn", torch.float16, masked=True),
+    Case((1, 70, 1, 16), "drawn", torch.bfloat16, autocast=True),
 ]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # few combinations of head size, dtypes and mask: the first call of each compiles for 10 to 40 seconds
@@ -50,6 +52,7 @@ LARGE = [
     *(Case((1, tokens, 3, 64), dtype=BF16) for tokens in (1, 2, 63, 64, 65, 2048)),
     *(Case((2, 400, 2, 64), edge, BF16) for edge in ("projections", "repeated", "kept", "strongest")),
     *(Case((2, 517, 2, 64), edge, BF16, masked=True) for edge in ("drawn", "repeated", "strongest")),
+    Case((2, 517, 2, 64), dtype=BF16, autocast=True),
     Case((2, 200, 2, 20), dtype=BF16, masked=True),
     Case((2, 200, 2, 96), dtype=BF16, masked=True),
     Case((2, 517, 2, 128), dtype=BF16, narrow=True),
@@ -83,7 +86,8 @@ def inputs(case: Case, device: str) -> tuple[list[Tensor], Tensor | None, list[T
     gates = [x.to(case.dtype) if case.narrow else x for x in (log_decay, removal, rate)]
     state = random(batch, heads, size, size)
     mask = (torch.rand(batch, tokens, generator=generator) > 0.3).to(device) if case.masked else None
-    arguments = [*(x.to(case.dtype) for x in (r, k, v)), *gates, state]
+    key, value = (x if case.autocast else x.to(case.dtype) for x in (k, v))
+    arguments = [r.to(case.dtype), key, value, *gates, state]
     arriving = [random(*case.shape), random(*state.shape)]
     return [x.to(device) for x in arguments], mask, [x.to(device) for x in arriving]
 

@@ -40,6 +40,7 @@ lines, because both directions share every helper and the scan.
 # mypy: disable-error-code="no-untyped-def"
 # (the compiler, not Python, gives a kernel's arguments their types)
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -69,11 +70,12 @@ from rwkv_rev.wkv.triton_wkv7_parts import (
 )
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# of what states pass through, and of all else
+# of what states pass through, and of all else, by the coarsest dtype among r, k and v, coarsest first: under autocast
+# the key and the value are float32, made of bfloat16
 PRECISIONS = {
-    torch.float32: ("bf16x6", "bf16x6"),
-    torch.float16: ("bf16x3", "bf16x3"),
     torch.bfloat16: ("bf16x3", "bf16"),
+    torch.float16: ("bf16x3", "bf16x3"),
+    torch.float32: ("bf16x6", "bf16x6"),
 }
 MERGES = 2
 CHUNK = 16 << MERGES  # fewer tokens, and products are too small for the tensor cores' best instructions
@@ -86,7 +88,9 @@ PREPARE_REGISTERS: int | None = 128
 VALUE_REGISTERS: int | None = 168
 READER_REGISTERS: int | None = 168
 WRITER_REGISTERS: int | None = None
-SCAN_TILE, SCAN_WARPS, SCAN_STAGES = 16, 1, 5
+SCAN_TILE, SCAN_WARPS = 16, 1
+SCAN_STAGES = {64: 5, 128: 2}
+"""By padded head size: P of five chunks at 128 is more than the shared memory."""
 MAX_HEAD_SIZE = 128
 
 
@@ -294,11 +298,12 @@ class _Prepared(NamedTuple):
 class _Launcher:
     """Shapes, block sizes and launches shared by the two directions. One configuration per head size."""
 
-    def __init__(self, like: Tensor, mask: Tensor | None) -> None:
-        self.B, self.T, self.H, self.N = like.shape
-        self.like = like
+    def __init__(self, tokens: Sequence[Tensor], mask: Tensor | None) -> None:
+        self.B, self.T, self.H, self.N = tokens[0].shape
+        self.device = tokens[0].device
         self.mask = None if mask is None else mask.view(torch.uint8)
-        self.high, self.low = PRECISIONS[like.dtype]
+        dtypes = {x.dtype for x in tokens[:3]}
+        self.high, self.low = next(PRECISIONS[dtype] for dtype in PRECISIONS if dtype in dtypes)
         self.chunks = triton.cdiv(self.T, CHUNK)
         self.tiles = triton.cdiv(self.N, TILE)
         self.split = self.high == "bf16x3"
@@ -310,7 +315,7 @@ class _Launcher:
         }  # fmt: skip
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.like.device)
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
     def matrices(self, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.empty(self.B, self.chunks, self.H, rows, columns, dtype=dtype)
@@ -358,11 +363,11 @@ class _Launcher:
     ) -> Tensor:
         """What comes out at the other end; ``products`` become the states on the way."""
         total = torch.empty_like(outside)
-        tiles = triton.cdiv(self.N, SCAN_TILE)
+        tiles, padded = triton.cdiv(self.N, SCAN_TILE), TILE * triton.next_power_of_2(self.tiles)
         _scan_kernel[(self.B * self.H * tiles,)](
             prepared.moves, prepared.rests, ends, products, outside, total, self.H, self.chunks,
-            N=self.N, BN=TILE * triton.next_power_of_2(self.tiles), BV=SCAN_TILE, TILES=tiles, REVERSE=reverse,
-            SPLIT=self.split, HIGH=self.high, STAGES=SCAN_STAGES,
+            N=self.N, BN=padded, BV=SCAN_TILE, TILES=tiles, REVERSE=reverse,
+            SPLIT=self.split, HIGH=self.high, STAGES=SCAN_STAGES[padded],
             num_warps=SCAN_WARPS if self.split and self.tiles == 1 else 4,
         )  # fmt: skip
         return total
@@ -420,7 +425,7 @@ class _WKV7(torch.autograd.Function):
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         with torch.cuda.device_of(k):
-            launch = _Launcher(k, mask)
+            launch = _Launcher((r, k, v), mask)
             factors, prepared, scores = launch.prepare(r, k, v, log_decay, removal, rate)
             after = launch.scan(factors.ends, prepared, prepared.states, state, reverse=False)
             out = launch.read(v, prepared, scores)
@@ -434,7 +439,7 @@ class _WKV7(torch.autograd.Function):
         factors, prepared = _Factors(*ctx.saved_tensors[7:13]), _Prepared(*ctx.saved_tensors[13:])
         d_out, d_after = d_out.contiguous(), d_after.contiguous()
         with torch.cuda.device_of(d_out):
-            launch = _Launcher(tokens[1], mask)
+            launch = _Launcher(tokens, mask)
             arrived, d_states = launch.pull(prepared, d_out)
             d_state = launch.scan(factors.ends, prepared, d_states, d_after, reverse=True)
             found = launch.gradients(tokens, factors, prepared.states, d_states, arrived)

@@ -41,8 +41,11 @@ def _dot(a, b, total, PRECISION: tl.constexpr):
     elif PRECISION == "bf16x6":
         a_high, a_middle, a_low = _thirds(a)
         b_high, b_middle, b_low = _thirds(b)
-        total = tl.dot(a_low, b_high, tl.dot(a_high, b_low, tl.dot(a_middle, b_middle, total)))
-        total = tl.dot(a_high, b_high, tl.dot(a_middle, b_high, tl.dot(a_high, b_middle, total)))
+        nothing = tl.zeros(total.shape, tl.float32)
+        small = tl.dot(a_low, b_high, tl.dot(a_high, b_low, tl.dot(a_middle, b_middle, nothing)))
+        small = tl.dot(a_middle, b_high, tl.dot(a_high, b_middle, small))
+        # tensor cores cut off what does not fit when they add, so that sums of many products are added here
+        total += tl.dot(a_high, b_high, nothing) + small
     else:
         total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
     return total
