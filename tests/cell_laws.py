@@ -167,6 +167,15 @@ def reverse_of_forward(trial: Trial) -> None:
         assert same_state(state, _carried(trial.cell, before, x, mask))
 
 
+def a_record_without_sizes_is_enough(trial: Trial) -> None:
+    """What depends on no data gives the state back where nothing exceeds it: recorded launches keep that alone."""
+    for before, after, _, remnant, x, mask in _forwards(trial):
+        if remnant.excess is None or not remnant.excess.any():
+            kept = after.remnant([tensor.clone() for tensor in remnant.tensors(None)])
+            state, _ = _reverse(trial.cell, after, x, mask, kept)
+            assert same_state(state, _carried(trial.cell, before, x, mask))
+
+
 def forward_of_reverse(trial: Trial) -> None:
     """forward(reverse(s')) == s', with the same remnant, bit for bit."""
     for _, after, out, remnant, x, mask in _forwards(trial):
@@ -236,6 +245,7 @@ LAWS: dict[str, Callable[[Trial], None]] = {
         masked_tokens_change_nothing,
         rows_are_alone,
         reverse_of_forward,
+        a_record_without_sizes_is_enough,
         forward_of_reverse,
         replays_agree,
         gradients_are_exact,

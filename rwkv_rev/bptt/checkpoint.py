@@ -34,6 +34,7 @@ class Checkpoint(TwoSweeps):
 class _WholeState:
     state: Exact
     size: None = None
+    excess: None = None
 
     def tensors(self, size: Tensor | None) -> list[Tensor]:
         return self.state.tensors()

@@ -49,14 +49,14 @@ class ForwardRecording:
         self._chunk = static(chunk)
         self._before = cloned(states)
 
-        def run() -> tuple[list[ExactStates], Any, FlatRecord, list[Tensor]]:
+        def run() -> tuple[list[ExactStates], Any, Tensor | None, FlatRecord, list[Tensor]]:
             advanced, record = sweep.advance(self._chunk, self._before)
             flat_record = FlatRecord.of(record.tensors(None), sweep.device)
             prints = [layer.print for layer in advanced]
-            return [layer.states for layer in advanced], record, flat_record, prints
+            return [layer.states for layer in advanced], record, record.excess(), flat_record, prints
 
         self._launches, found = _capture(run, sweep.device, pool)
-        self.after, self._capture, self.record, self.prints = found
+        self.after, self._capture, self._excess, self.record, self.prints = found
 
     def run(
         self, chunk: Chunk, states: list[ExactStates], tape: Tape | None
@@ -66,9 +66,8 @@ class ForwardRecording:
         copy_states(self._before, states)
         self._launches.replay()
         if tape is not None:
-            sizes = None if self._capture.sizes is None else self._capture.sizes.cpu()
-            if sizes is not None and sizes.any():
-                tape.push(self._capture.tensors(sizes))
+            if self._excess is not None and self._excess.any():
+                tape.push(self._capture.tensors(self._capture.sizes.cpu()))
             else:
                 tape.push_flat(self.record)
         return self.after, self._capture.coarse

@@ -48,12 +48,14 @@ class Record(NamedTuple):
 
     Attributes:
         sizes: on the device, what the record's size depends on, in one tensor; None where it depends on no data.
-        tensors: the record, from ``sizes`` on the host (None for the least that any data take).
+        tensors: the record, from ``sizes`` on the host (None for what depends on no data).
+        excess: computes on the device what is not zero where ``tensors(None)`` is not enough; None where it always is.
         coarse: [L, B, H] bool, parts of memories that are coarse after the chunk; None where none can be.
     """
 
     sizes: Tensor | None
     tensors: Callable[[Tensor | None], list[list[Tensor]]]
+    excess: Callable[[], Tensor | None]
     coarse: Tensor | None = None
 
     def start(self) -> Callable[[], list[list[Tensor]]]:
@@ -77,7 +79,8 @@ def make_record(
         [layer.print, *(fingerprints(states) if exact else [])]
         for states, layer in zip(before, advanced, strict=True)
     ]
-    sizes = Sizes.of([part for layer in kept for part in layer])
+    parts = [part for layer in kept for part in layer]
+    sizes = Sizes.of(parts)
 
     def tensors(joined: Tensor | None) -> list[list[Tensor]]:
         own = iter(sizes.split(joined))
@@ -87,7 +90,11 @@ def make_record(
             groups.extend(part.tensors(next(own)) for part in layer)
         return groups
 
-    return Record(sizes.joined, tensors, coarse([layer.states for layer in advanced]))
+    def excess() -> Tensor | None:
+        found = [part.excess.flatten() for part in parts if part.excess is not None]
+        return torch.cat(found) if found else None
+
+    return Record(sizes.joined, tensors, excess, coarse([layer.states for layer in advanced]))
 
 
 class LayerRecord(NamedTuple):

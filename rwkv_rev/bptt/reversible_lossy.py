@@ -124,6 +124,7 @@ class _Anchored:
     remnant: Remnant
     anchor: list[Tensor]
     size: None = None
+    excess: None = None
 
     def tensors(self, size: Tensor | None) -> list[Tensor]:
         return [*self.remnant.tensors(None), *self.anchor]

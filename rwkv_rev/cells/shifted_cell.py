@@ -104,6 +104,10 @@ class ShiftedRemnant:
     def size(self) -> Tensor | None:
         return None if self.memory is None else self.memory.size
 
+    @property
+    def excess(self) -> Tensor | None:
+        return None if self.memory is None else self.memory.excess
+
     def tensors(self, size: Tensor | None) -> list[Tensor]:
         return [self.carried, *([] if self.memory is None else self.memory.tensors(size))]
 

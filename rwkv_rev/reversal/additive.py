@@ -149,6 +149,7 @@ class NoRemnant:
     """Nothing was forgotten."""
 
     size: None = None
+    excess: None = None
 
     def tensors(self, size: Tensor | None) -> list[Tensor]:
         return []

@@ -134,6 +134,9 @@ class DataRemnant:
         """int32: the widths, then which heads rose."""
         return torch.cat([self.widths.flatten(), self.raised.flatten()]).to(torch.int32)
 
+    excess = None
+    """A mantissa takes the same whatever was forgotten of it."""
+
     def tensors(self, size: Tensor | None) -> list[Tensor]:
         """What must be kept: :class:`KeptRemnant`'s parts; the mantissa alone where ``size`` is not known."""
         mantissa = self.before.mantissa

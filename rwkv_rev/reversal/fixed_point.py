@@ -229,6 +229,10 @@ class MemoryRemnant:
         """The one thing that what must be kept depends on."""
         return self.raised
 
+    @property
+    def excess(self) -> Tensor:
+        return self.raised
+
     def tensors(self, size: Tensor | None) -> list[Tensor]:
         """What must be kept; ``size`` is ``self.raised`` on the CPU, None where no grid rose."""
         heads = torch.empty(0) if size is None else size.flatten().nonzero()[:, 0]

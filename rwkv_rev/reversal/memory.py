@@ -24,13 +24,17 @@ class Remnant(Protocol):
 
     Attributes:
         size: on the device, what the record's size depends on; None where it depends on no data.
+        excess: on the device, not zero where ``tensors(None)`` is not enough; None where it is for all data.
     """
 
     @property
     def size(self) -> Tensor | None: ...
 
+    @property
+    def excess(self) -> Tensor | None: ...
+
     def tensors(self, size: Tensor | None) -> list[Tensor]:
-        """What must be kept; ``size`` is :attr:`size` on the host, or None for the least that any data take."""
+        """What must be kept; ``size`` is :attr:`size` on the host, or None for what depends on no data."""
         ...
 
 

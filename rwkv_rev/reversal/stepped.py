@@ -226,6 +226,9 @@ class StepsRemnant:
         """Bits that each row forgot, int32 [B]; None where no step multiplies."""
         return self.forgotten[1].sum(dim=(1, 2)).to(torch.int32) if self.states else None
 
+    excess = None
+    """A mantissa takes the same whatever was forgotten of it."""
+
     def tensors(self, size: Tensor | None) -> list[Tensor]:
         """What must be kept: :class:`KeptSteps`'s parts; the mantissa alone where ``size`` is not known."""
         mantissa = self.before.mantissa

@@ -52,6 +52,7 @@ class WholeRemnant:
 
     before: Tensor
     size: None = None
+    excess: None = None
 
     def tensors(self, size: Tensor | None) -> list[Tensor]:
         return [self.before]
