@@ -1,5 +1,7 @@
 """What autograd keeps of a block's chunk, and that what is made again has the same bits."""
 
+import contextlib
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -128,3 +130,23 @@ def test_what_was_written_to_is_kept() -> None:
     (found,) = torch.autograd.grad(out.sum(), layer.weight)
     (expected,) = torch.autograd.grad(layer((x * 2).sin()).sum(), layer.weight)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["no gradient", "broken off"])
+def test_a_graph_that_nobody_differentiates_is_freed(version: str, broken: bool, everywhere: None) -> None:
+    """A function that keeps its own result as it is would keep it for ever."""
+
+    def results() -> int:
+        gc.collect()
+        return sum(isinstance(one, Tensor) and one.grad_fn is not None for one in gc.get_objects())
+
+    def stop(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    model, ids, before = tiny_model(version).train(), random_tokens(40, 2), results()
+    handle = model.model.blocks[-1].channel_mix.register_forward_hook(stop) if broken else None
+    with model.set_bptt("full"), contextlib.suppress(KeyboardInterrupt):
+        model(ids, labels=ids)
+    if handle is not None:
+        handle.remove()
+    assert results() == before

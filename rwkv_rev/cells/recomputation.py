@@ -74,7 +74,8 @@ class _MadeAgain:
         index = self._places.get(tensor.data_ptr())
         # one that was written to since is another than what can be made again
         if index is None or self._looks[index] != _look(tensor):
-            return tensor, tensor._version
+            # one that a function gave, kept by that function as it is, would be a circle, which nobody frees
+            return tensor.detach(), tensor._version
         self._kept += 1
         return index, tensor.shape
 
