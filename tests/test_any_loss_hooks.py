@@ -73,3 +73,26 @@ def test_heard_in_every_chunk(version: str, place: str, kind: str, trained: bool
         for name, truth in expected.items():
             assert relative_error(found[name], truth) <= GRID, (strategy, name)
     assert relative_error(expected["read"], expected["logits"]) <= 1e-12
+
+
+def detached(value: Any) -> Any:
+    return (value[0].detach(), *value[1:]) if isinstance(value, tuple) else value.detach()
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["the model's loss", "a loss of one's own"])
+@pytest.mark.parametrize("strategy", ["reversible", "checkpoint"])
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "head"])
+def test_what_a_hook_detaches_gets_no_gradient(place: str, strategy: str, own: bool) -> None:
+    model = tiny_model("5.2", dtype=torch.float64)
+    hook = position_wise(lambda module, given, output: detached(output))
+    PLACES[place](model).register_forward_hook(hook)
+    found = []
+    for name in ("full", strategy):
+        model.zero_grad()
+        with model.set_bptt(name, chunk_length=CHUNK):
+            loss = model(IDS, labels=IDS).loss if own else model(IDS).logits.log_softmax(-1)[..., 3].mean()
+        loss.backward()
+        found.append([torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()])
+    assert any(gradient.any() for gradient in found[0])
+    for one, other in zip(*found, strict=True):
+        assert relative_error(other, one) <= GRID

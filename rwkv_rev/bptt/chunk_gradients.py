@@ -173,8 +173,10 @@ def _gradients(
         loss, to_hidden, of_head = objective(model, chunk, hidden, parameters.tensors, scale, outside)
         take(range(len(of_head)), of_head)
         if to_hidden is not None:
-            *of_norm, to_top = vjp([(hidden, to_hidden)], [*beside, top])
-            take(indices, of_norm)
+            below = [top] if top.requires_grad else []  # a hook may detach it
+            found = vjp([(hidden, to_hidden)], [*beside, *below])
+            take(indices, found[: len(beside)])
+            to_top = found[-1] if below else None
     if to_end is not None and scale != 1.0:
         to_end = [[None if g is None else g * scale for g in layer] for layer in to_end]
     to_bottom, to_start = pull_back(
