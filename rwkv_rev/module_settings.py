@@ -6,31 +6,27 @@ training or evaluation, which activation stands in a sequence, hooks. :func:`set
 modules inside modules, plain attributes, hooks, and where parameters and buffers lie. Not seen is what changes inside
 an object of another kind, which is compared by identity, and what code looks up outside of its module.
 
+Some attributes are notes that calls make (counts, the last output, a weight that a hook sets before each call): what a
+call changes that is not a module's first, the calls of the second time change again, and :func:`notes_of` says which
+that are. Whether results depend on them is to be seen from the results.
+
 Attributes of whole models (``PreTrainedModel``) are not looked at, nor whether blocks are computed once more for their
 gradient: layers do not go by them, and they are how gradients are made.
 """
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Size, Tensor, device, dtype, nn
+from torch.nn.modules import module as module_globals
 from transformers import PreTrainedModel
 
 from rwkv_rev.cells.block import keeps_the_contract
 
-_HOOKS = frozenset(
-    {
-        "_backward_hooks",
-        "_backward_pre_hooks",
-        "_forward_hooks",
-        "_forward_hooks_with_kwargs",
-        "_forward_pre_hooks",
-        "_forward_pre_hooks_with_kwargs",
-    }
-)
+_HOOKS = frozenset({"_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks"})
 _TENSORS = frozenset({"_parameters", "_buffers"})
 _MACHINERY = vars(nn.Module()).keys() - _HOOKS - _TENSORS - {"training"}
 """What every module has and no result depends on; modules inside a module are looked at themselves."""
@@ -42,6 +38,8 @@ _HARMLESS = "transformers.modeling_utils"
 """Where the hook is from that lets embeddings require a gradient, which trainers put on and take off at will."""
 
 Mark = Callable[[Tensor], Any]
+Place = tuple[str, str]
+"""A module's name in the model, and an attribute's in it."""
 
 
 class Settings(NamedTuple):
@@ -54,31 +52,63 @@ class Settings(NamedTuple):
 
 
 def settings(model: nn.Module, *, versions: bool = False) -> list[Settings]:
-    """What the modules of ``model`` go by, itself included; keeps none of them alive.
+    """What the modules of ``model`` go by, itself included, but for hooks on it; keeps none of them alive.
 
     ``versions``: whether tensors that are plain attributes must be the same objects with the same numbers, and
     parameters and buffers the same memory, wherever it lies (sharding frees it between two uses). Else all tensors
     have to lie in the same place, and their numbers may be others.
     """
     marks = (_same_memory, _same_numbers) if versions else (_same_place, _same_place)
-    return [
+    found = [
         Settings(path, Same(module), type(module), _own(module, *marks))
         for path, module in model.named_modules()
     ]
+    own = found[0].own
+    for kind in _HOOKS:  # those on the model see whole contexts, and no chunk
+        own.pop(kind, None)
+        if hooks := _hooks(getattr(module_globals, f"_global{kind}", {})):
+            own[f"global{kind}"] = hooks
+    return found
 
 
-def first_change(before: list[Settings], now: list[Settings]) -> str | None:
-    """The first thing that is not the same in both, by its name in the model; None where all is."""
+def first_change(before: list[Settings], now: list[Settings], notes: Container[Place] = ()) -> str | None:
+    """The first thing that is not the same in both and not among ``notes``, by its name in the model; None without."""
     if before == now:
         return None
     for old, new in zip(before, now, strict=False):
         if old[:3] != new[:3]:
             more = new.path not in {one.path for one in before}
             return f"the module {new.path if more else old.path}"
-        for name in [*old.own, *new.own]:
-            if name not in old.own or name not in new.own or old.own[name] != new.own[name]:
+        for name in _changes(old, new):
+            if not any((old.path, place) in notes for place in _around(name)):
                 return _words(f"{old.path}." if old.path else "", name, old.own.get(name), new.own.get(name))
-    return f"the module {max(before, now, key=len)[min(len(before), len(now))].path}"
+    if len(before) != len(now):
+        return f"the module {max(before, now, key=len)[min(len(before), len(now))].path}"
+    return None
+
+
+def notes_of(before: list[Settings], after: list[Settings]) -> set[Place]:
+    """Attributes that calls of the modules have changed themselves, from what was before and after such calls."""
+    return {
+        (old.path, name)
+        for old, new in zip(before, after, strict=False)
+        if old[:3] == new[:3] and old.own != new.own
+        for name in _changes(old, new)
+        if name not in _HOOKS | _TENSORS | {"training"}
+    }
+
+
+def _changes(old: Settings, new: Settings) -> list[str]:
+    names = dict.fromkeys([*old.own, *new.own])
+    return [n for n in names if n not in old.own or n not in new.own or old.own[n] != new.own[n]]
+
+
+def _around(name: str) -> Iterator[str]:
+    """The name of something inside an attribute, and of all that it is in: ``a['b'][0]``, ``a['b']``, ``a``."""
+    yield name
+    for end in range(len(name) - 1, 0, -1):
+        if name[end] == "[":
+            yield name[:end]
 
 
 def _words(path: str, name: str, old: Any, new: Any) -> str:
@@ -98,33 +128,51 @@ def _own(module: nn.Module, registered: Mark, beside: Mark) -> dict[str, Any]:
             continue
         if kind in _CONSTANTS:
             found[name] = kind, value
-        elif name not in _HOOKS and name not in _TENSORS:
-            found[name] = _plain(value, beside)
+        elif name in _TENSORS:
+            if value:
+                found[name] = [
+                    (key, None if tensor is None else registered(tensor)) for key, tensor in value.items()
+                ]
         elif name in _HOOKS:
-            hooks = [Same(hook) for hook in value.values() if getattr(hook, "__module__", "") != _HARMLESS]
-            if hooks and not name.endswith("_kwargs"):
+            if hooks := _hooks(value):
                 found[name] = hooks
-        elif value:
-            found[name] = _plain(value, registered)
+        else:
+            _look_into(found, name, value, beside)
     return found
 
 
-def _plain(value: Any, mark: Mark) -> Any:
-    """Something that equals another one only where nothing that code could go by differs."""
+def _hooks(hooks: dict[int, Any]) -> list["Same"]:
+    return [Same(hook) for hook in hooks.values() if getattr(hook, "__module__", "") != _HARMLESS]
+
+
+def _look_into(found: dict[str, Any], name: str, value: Any, mark: Mark) -> None:
+    """Note what equals another one only where nothing that code could go by differs, of all that is in ``value``."""
+    kind = type(value)
+    inside: Iterable[tuple[Any, Any]]
+    if isinstance(value, dict):
+        found[name] = kind, [_mark(key, mark) for key in value]
+        inside = value.items()
+    elif isinstance(value, list | tuple):
+        found[name] = kind, len(value)
+        inside = enumerate(value)
+    elif kind is partial:
+        found[name] = kind
+        inside = enumerate((value.func, value.args, value.keywords))
+    else:
+        found[name] = _mark(value, mark)
+        return
+    for number, (key, item) in enumerate(inside):
+        place = repr(key) if type(key) in _CONSTANTS else number
+        _look_into(found, f"{name}[{place}]", item, mark)
+
+
+def _mark(value: Any, mark: Mark) -> Any:
     kind = type(value)
     if kind in _CONSTANTS:
         return kind, value
     if isinstance(value, Tensor):
         return mark(value)
-    if isinstance(value, dict):
-        return [(name, _plain(item, mark)) for name, item in value.items()]
-    if isinstance(value, list | tuple):
-        return kind, [_plain(item, mark) for item in value]
-    if isinstance(value, set | frozenset):
-        return kind, copy.copy(value)
-    if kind is partial:
-        return [_plain(part, mark) for part in (value.func, value.args, value.keywords)]
-    return Same(value)
+    return (kind, copy.copy(value)) if isinstance(value, set | frozenset) else Same(value)
 
 
 def _same_place(tensor: Tensor) -> Any:

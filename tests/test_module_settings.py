@@ -1,19 +1,22 @@
 """What modules go by beside the numbers in their weights, and losses between whose two sweeps that changes."""
 
 import gc
+import re
 import weakref
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from bptt_cases import random_tokens, relative_error, tiny_model
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from rwkv_rev import RwkvRevForCausalLM, position_wise
 from rwkv_rev.errors import StrategyError
-from rwkv_rev.module_settings import first_change, settings
+from rwkv_rev.module_settings import first_change, notes_of, settings
 
 # peft still uses names that transformers renamed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -45,10 +48,11 @@ CHANGES: dict[str, tuple[Callable[[Gate], Any], str]] = {
     "module less": (lambda g: g.inside.pop(1), "the module inside.1"),
     "module more": (lambda g: g.inside.append(nn.ReLU()), "the module inside.2"),
     "class": (lambda g: setattr(g.inside[1], "__class__", nn.Tanh), "the module inside.1"),
-    "list": (lambda g: g.options["scales"].append(1.0), "options"),
-    "set": (lambda g: g.options["names"].add("b"), "options"),
-    "kind of number": (lambda g: g.options["scales"].__setitem__(0, 1), "options"),
-    "partial": (lambda g: setattr(g, "function", partial(torch.add, alpha=3.0)), "function"),
+    "list": (lambda g: g.options["scales"].append(1.0), "options['scales']"),
+    "set": (lambda g: g.options["names"].add("b"), "options['names']"),
+    "dictionary": (lambda g: g.options.pop("names"), "options"),
+    "kind of number": (lambda g: g.options["scales"].__setitem__(0, 1), "options['scales'][0]"),
+    "partial": (lambda g: setattr(g, "function", partial(torch.add, alpha=3.0)), "function[2]['alpha']"),
     "attribute more": (lambda g: setattr(g, "further", True), "further"),
     "attribute less": (lambda g: delattr(g, "function"), "function"),
     "buffer": (lambda g: setattr(g, "mask", torch.zeros(16)), "mask"),
@@ -81,6 +85,53 @@ def test_numbers_of_tensors_are_looked_at_where_that_is_asked_for() -> None:
     gate.factor.mul_(2)
     assert first_change(before, settings(gate)) is None
     assert first_change(numbers, settings(gate, versions=True)) == "factor"
+
+
+def test_what_calls_note_down_is_told_from_what_is_beside_it() -> None:
+    """``change`` once by the calls and once by somebody: only what the calls had changed may be another."""
+    gate = Gate()
+    gate.options |= {"calls": 0, "seen": [1]}
+    before = settings(gate, versions=True)
+    gate.options["calls"] += 1
+    gate.options["seen"].append(2)
+    gate.factor = torch.tensor(3.0)
+    noted = settings(gate, versions=True)
+    notes = notes_of(before, noted)
+    assert notes == {
+        ("", "options['calls']"),
+        ("", "options['seen']"),
+        ("", "options['seen'][1]"),
+        ("", "factor"),
+    }
+    gate.options["calls"] += 1
+    gate.options["seen"] = [5]
+    gate.factor.mul_(2)
+    assert first_change(noted, settings(gate, versions=True)) == "factor"
+    assert first_change(noted, settings(gate, versions=True), notes) is None
+    gate.options["scales"][1] = 3.0
+    assert first_change(noted, settings(gate, versions=True), notes) == "options['scales'][1]"
+
+
+def test_hooks_and_modes_are_no_notes() -> None:
+    gate = Gate()
+    before = settings(gate)
+    gate.linear.register_forward_hook(lambda *_: None)
+    gate.inside[1] = nn.GELU()
+    gate.mask = torch.zeros(16)
+    gate.linear.eval()
+    assert not notes_of(before, settings(gate))
+
+
+def test_hooks_on_the_model_itself_count_only_if_they_are_on_all_modules() -> None:
+    gate = Gate()
+    before = settings(gate)
+    gate.register_forward_hook(lambda *_: None)
+    assert first_change(before, settings(gate)) is None
+    hook = nn.modules.module.register_module_forward_pre_hook(lambda *_: None)
+    try:
+        assert first_change(before, settings(gate)) == "global_forward_pre_hooks"
+    finally:
+        hook.remove()
 
 
 def test_nothing_is_kept_alive() -> None:
@@ -231,6 +282,158 @@ def with_layers(version: str = "5.2", dtype: torch.dtype = torch.float64) -> Rwk
 def test_layers_changed_in_between_are_refused(change: Any, named: str) -> None:
     with pytest.raises(StrategyError, match=f"^{named} was changed between"):
         by_loss(with_layers(), "reversible", lambda model: change(model.blocks[1]))
+
+
+@position_wise
+class Counting(nn.Linear):
+    """Notes down, as one does to look at a model; nothing of that is in the result."""
+
+    def __init__(self, former: Any) -> None:
+        super().__init__(*former.weight.T.shape, bias=False, dtype=former.weight.dtype)
+        self.load_state_dict(former.state_dict())
+        self.calls, self.seen, self.sums = 0, [], {"all": 0.0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = super().forward(x)
+        self.calls += 1
+        self.seen.append(output.shape)
+        self.sums["all"] += float(output.detach().sum())
+        self.last = output.detach()
+        return output
+
+
+def counting(model: RwkvRevForCausalLM) -> None:
+    for block in model.blocks:
+        block.channel_mix.key = Counting(block.channel_mix.key)
+
+
+def noting_hook(model: RwkvRevForCausalLM) -> None:
+    @position_wise
+    def note(module: Any, given: Any, output: Any) -> None:
+        module.calls = getattr(module, "calls", 0) + 1
+        module.last = output[0].detach()
+
+    for block in model.blocks:
+        block.time_mix.register_forward_hook(note)
+
+
+def pruned(model: RwkvRevForCausalLM) -> None:
+    for block in model.blocks:
+        prune.l1_unstructured(block.channel_mix.key, "weight", amount=0.3)
+
+
+@pytest.fixture(params=[counting, noting_hook, pruned, "weight_norm"])
+def noting(request: pytest.FixtureRequest) -> RwkvRevForCausalLM:
+    model = tiny_model("5.2", dtype=torch.float64)
+    if request.param == "weight_norm":
+        with pytest.warns(FutureWarning, match="weight_norm"):
+            nn.utils.weight_norm(model.blocks[1].time_mix.key)
+    else:
+        request.param(model)
+    return model
+
+
+def preferred(model: RwkvRevForCausalLM, *more: Any) -> Tensor:
+    """As DPO: of two texts, each read before either gradient."""
+    first, second = (objective(model(ids, *more).logits) for ids in (IDS, IDS.flip(1)))
+    return nn.functional.softplus(first - 2 * second)
+
+
+def evaluated(model: RwkvRevForCausalLM) -> Tensor:
+    loss = objective(model(IDS).logits)
+    with torch.no_grad():
+        model.eval()
+        objective(model(IDS[:, :11]).logits)
+        model.train()
+    return loss
+
+
+@pytest.mark.parametrize("loss", [preferred, evaluated])
+def test_notes_are_no_change(noting: RwkvRevForCausalLM, loss: Any) -> None:
+    found = []
+    for strategy in ("full", "reversible", "checkpoint"):
+        noting.zero_grad()
+        with noting.set_bptt(strategy, chunk_length=CHUNK):
+            loss(noting).backward()
+        found.append({name: p.grad for name, p in noting.named_parameters()})
+    for other in found[1:]:
+        for name, truth in found[0].items():
+            assert truth is not None and relative_error(other[name], truth) <= 1e-6, name
+
+
+def test_a_setting_beside_notes_is_a_change() -> None:
+    model = tiny_model("5.2", dtype=torch.float64)
+    counting(model)
+    model.blocks[1].channel_mix.key.sums["scale"] = 1.0
+    change = "blocks.1.channel_mix.key.sums['scale'] was changed between"
+    with pytest.raises(StrategyError, match=re.escape(change)):
+        by_loss(model, "reversible", lambda m: m.blocks[1].channel_mix.key.sums.update(scale=2.0))
+
+
+def test_what_is_filled_at_the_first_call_is_no_note() -> None:
+    """Whoever changes it then changes a setting."""
+
+    @position_wise
+    class Lazy(nn.Module):
+        factor: float | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.factor is None:
+                self.factor = 1.0
+            return x * self.factor
+
+    model = tiny_model("5.2", dtype=torch.float64)
+    model.blocks[0].ln1 = nn.Sequential(model.blocks[0].ln1, Lazy())
+    assert by_loss(model, "reversible", lambda model: None)["model.ln0.weight"] is not None
+    with pytest.raises(StrategyError, match=r"^blocks\.0\.ln1\.1\.factor was changed between"):
+        by_loss(model, "reversible", lambda m: setattr(m.blocks[0].ln1[1], "factor", 2.0))
+
+
+def test_notes_that_change_at_some_calls_alone_are_refused_with_a_way_out() -> None:
+    @position_wise
+    def widest(module: Any, given: Any, output: Any) -> None:
+        module.widest = max(getattr(module, "widest", 0), len(output[0]))
+
+    model = tiny_model("5.2", dtype=torch.float64)
+    model.blocks[1].time_mix.register_forward_hook(widest)
+    with pytest.raises(StrategyError, match=r"blocks\.1\.time_mix\.widest was .* object of its own"):
+        by_loss(model, "reversible", lambda m: m(IDS.repeat(2, 1)))
+    beside = SimpleNamespace(widest=0)
+    model.blocks[1].time_mix.widest = beside
+    model.blocks[1].time_mix._forward_hooks.clear()
+    hook = position_wise(lambda module, given, output: setattr(beside, "widest", len(output[0])))
+    model.blocks[1].time_mix.register_forward_hook(hook)
+    by_loss(model, "reversible", lambda m: m(IDS.repeat(2, 1)))
+    assert beside.widest == 2
+
+
+def test_hooks_on_the_model_may_be_taken_off_in_between() -> None:
+    """They saw the whole context, and are called in neither sweep."""
+    model = tiny_model("5.2", dtype=torch.float64)
+    expected = by_loss(model, "full", lambda model: None)
+    seen: list[Any] = []
+    hook = model.model.register_forward_hook(lambda module, given, output: seen.append(output))
+    found = by_loss(model, "reversible", lambda model: hook.remove())
+    assert len(seen) == 1
+    for name, truth in expected.items():
+        assert relative_error(found[name], truth) <= 1e-6
+
+
+def test_a_hook_on_all_modules_is_a_change() -> None:
+    """One that changes gradients alone, so that outputs tell nothing."""
+    hooks = []
+
+    def reverse(module: Any, given: Any, output: Any) -> Any:
+        return output.detach() if isinstance(module, nn.LayerNorm) else None
+
+    def change(model: Any) -> None:
+        hooks.append(nn.modules.module.register_module_forward_hook(position_wise(reverse)))
+
+    try:
+        with pytest.raises(StrategyError, match=r"^global_forward_hooks was changed between"):
+            by_loss(tiny_model("5.2", dtype=torch.float64), "reversible", change)
+    finally:
+        hooks[0].remove()
 
 
 def test_buffers_of_one_call_are_put_back() -> None:

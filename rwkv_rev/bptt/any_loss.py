@@ -7,7 +7,8 @@ between are the tape and the hidden states, O(T D) numbers, instead of a graph o
 memory, as is then the gradient by them, of which each chunk's part comes to the device when its turn is.
 
 The backward pass runs under the forward's autocast, kernels, random draws, parameters and training or evaluation mode,
-whatever thread autograd calls it in. What else modules go by (:mod:`rwkv_rev.module_settings`) must be what it was.
+whatever thread autograd calls it in. What else modules go by (:mod:`rwkv_rev.module_settings`) must be what it was, but
+for what their own calls change each time.
 """
 
 import contextvars
@@ -39,7 +40,7 @@ from rwkv_rev.errors import ReversalMismatchError, StrategyError
 from rwkv_rev.first_order import first_order
 from rwkv_rev.foreign_code import Strangers
 from rwkv_rev.loss import hooks_withheld
-from rwkv_rev.module_settings import Settings, first_change, settings
+from rwkv_rev.module_settings import Place, Settings, first_change, notes_of, settings
 from rwkv_rev.outside_leaves import OutsideLeaves
 from rwkv_rev.reversal.fingerprint import checksum
 from rwkv_rev.reversal.tape import Tape
@@ -119,15 +120,19 @@ class _Reading:
         self._runner = Runner(self._sweep)
         self._last: list[Any] = []
         self._settings: list[Settings] = []
+        self._notes: set[Place] = set()
 
     def forward(self) -> tuple[Tensor, ...]:
         """Hidden states [B, T, D] and the tensors of the state after them."""
         sweep = self._sweep
         with torch.no_grad(), unchanged(self._model, self._watched), uncached(sweep.device):
             self._last = forward_sweep(sweep, self._runner)
+            # calls have gone before the last chunk's: what these change, they change each time
+            before = self._settings_now() if sweep.strangers.brings_tensors else []
             end = sweep.advance_last(self._last)
         warn_of_coarse_heads(sweep)
-        self._settings = settings(cast(nn.Module, self._model), versions=True)
+        self._settings = self._settings_now()
+        self._notes = notes_of(before, self._settings)
         assert sweep.hidden is not None
         hidden, sweep.hidden = sweep.hidden.whole(), None
         return (hidden, *type(self._inputs.state).stack(end).tensors())
@@ -161,20 +166,25 @@ class _Reading:
         Raises:
             StrategyError: naming the first thing that changed and is not put back for the second sweep.
         """
+        advice = "take the gradient first and change the model then, or use bptt='full'"
         changed = changed_tensor(self._model, self._watched, self._versions)
         if changed is None:
             with self._as_it_was():
-                now = settings(cast(nn.Module, self._model), versions=True)
-            changed = first_change(self._settings, now)
-        if changed is not None:
-            # peft puts hooks for tasks and for several adapters on the layers for the length of a call
-            advice = "take the gradient first and change the model then, or use bptt='full'"
+                changed = first_change(self._settings, self._settings_now(), self._notes)
+            if changed is None:
+                return
             if changed.endswith("hooks"):
+                # peft puts hooks for tasks and for several adapters on the layers for the length of a call
                 advice = "use bptt='full', or give the model labels, whose loss has its gradient in the forward pass"
-            raise StrategyError(
-                f"{changed} was changed between the forward pass that gave these hidden states and its gradient, which "
-                f"computes the context again: {advice}"
-            )
+            elif not changed.startswith("the module "):
+                advice += ". A note that is no setting may be in an object of its own (types.SimpleNamespace)"
+        raise StrategyError(
+            f"{changed} was changed between the forward pass that gave these hidden states and its gradient, which "
+            f"computes the context again: {advice}"
+        )
+
+    def _settings_now(self) -> list[Settings]:
+        return settings(cast(nn.Module, self._model), versions=True)
 
 
 def _by_layer(
