@@ -199,7 +199,10 @@ def put_back(model: nn.Module) -> set[int]:
     if "peft" not in sys.modules:
         return set()
     wrappers: list[Any] = [
-        module for module in model.modules() if place_of(type(module)) == "tuners.lora.layer.ParamWrapper"
+        module
+        for module in model.modules()
+        if type(module).__name__ == "ParamWrapper"
+        and place_of(type(module)) == "tuners.lora.layer.ParamWrapper"
     ]
     return {id(getattr(wrapper.get_base_layer(), wrapper.parameter_name)) for wrapper in wrappers}
 

@@ -8,7 +8,7 @@ exact too and said once, where chunks cannot be told apart or more than the last
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from numbers import Integral
 from typing import Any, cast
 
@@ -315,8 +315,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
     ) -> tuple[Tensor, ModelState] | None:
         """Hidden states and the state after them, differentiable by two sweeps; None where that cannot be."""
         given = [] if inputs_embeds is None else [inputs_embeds]
-        tensors = [*self.parameters(), *state.tensors(), *given]
-        if transforms_of(tensors):
+        if transforms_of(chain(self.parameters(), state.tensors(), given)):
             return None
         batch, length, device = rows_and_tokens(input_ids, inputs_embeds)
         inputs = LossInputs(

@@ -47,6 +47,9 @@ LAYERS: frozenset[type] = frozenset(
 HOOKS = ("torch.", "accelerate.", "transformers.integrations.neftune", "transformers.modeling_utils")
 """Modules whose hooks are position-wise (NEFTune's: see :func:`neftune_share`)."""
 
+_EVERY_MODULE = vars(nn.Module()).keys()
+_TOLD = frozenset({"forward", MARK})
+
 CALLED = ("embed", "initial_state", "normalize", "read", "run")
 """Methods of a model that strategies call."""
 
@@ -103,7 +106,14 @@ def strangers(model: nn.Module) -> Strangers:
         code = vars(model).get(name) or getattr(type(model), name, None)
         if code is not None and not getattr(code, "__module__", "").startswith("rwkv_rev."):
             _sort(code, f"{type(model).__name__}.{name}", found, adapters.UNKNOWN)
+    base = getattr(model, "base_model", None)  # whose forward the sweeps do not call
     for path, module in _below(model):
+        if _is_known(module):
+            if module._buffers:
+                found.buffers.extend(buffer for buffer in module._buffers.values() if buffer is not None)
+            for name in _norms_of_tokens(type(module)):
+                norms.update(map(id, getattr(module, name).modules()))
+            continue
         layer = _class(module)
         computed = getattr(module, "parametrizations", None) if parametrize.is_parametrized(module) else None
         for holder in (module, *(computed.modules() if isinstance(computed, nn.Module) else ())):
@@ -112,13 +122,12 @@ def strangers(model: nn.Module) -> Strangers:
             norms.update(map(id, getattr(module, name).modules()))
         if not (layer is nn.GroupNorm and id(module) in norms):
             _sort(module, f"{layer.__name__} at {path}", found, _layer_objection(module, layer))
-        is_base = module is getattr(model, "base_model", None)  # whose forward the sweeps do not call
         for kind in _HOOK_KINDS:
             hooks = getattr(module, f"_{kind}")
             more |= bool(hooks)
             for hook in hooks.values():
                 words = f"the hook {_name(hook)} on {path}"
-                if is_base:
+                if module is base:
                     found.unknown.append(Stranger(words, adapters.UNKNOWN))
                 else:
                     _sort(hook, words, found, _hook_objection(hook))
@@ -179,14 +188,41 @@ class _Neftune:
             self._embeddings.neftune_noise_alpha = self._alpha
 
 
-def _below(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+def _below(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module below ``module``; not what computes its weights, which sees no positions."""
-    for name, child in module.named_children():
-        if name == "parametrizations" and parametrize.is_parametrized(module):
-            continue
-        where = f"{path}.{name}" if path else name
-        yield where, child
-        yield from _below(child, where)
+    waiting = [("", module)]
+    while waiting:
+        path, module = waiting.pop()
+        if path:
+            yield path, module
+        children = [
+            (f"{path}.{name}" if path else name, child)
+            for name, child in module._modules.items()
+            if child is not None and not (name == "parametrizations" and parametrize.is_parametrized(module))
+        ]
+        waiting += reversed(children)
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether a module is a layer of ours or of PyTorch's just as its class says: to most there is nothing to say."""
+    own, layer = vars(module), type(module)
+    if not _is_own(layer) or MARK in vars(layer):
+        return False
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or own.get("_compiled_call_impl")
+    ):
+        return False
+    for name in own.keys() - _EVERY_MODULE:
+        value = own[name]
+        if name in _TOLD or _is_trainable(value):
+            return False
+        if layer not in LAYERS and callable(getattr(layer, name, None)):  # a replaced method
+            return False
+    return not (own.get("scale_grad_by_freq") or any(map(_is_trainable, module._buffers.values())))
 
 
 def _class(module: nn.Module) -> type:
@@ -241,7 +277,8 @@ def _replaced_methods(module: nn.Module, layer: type) -> list[str]:
     """Methods of one of our layers that an attribute of the instance stands before."""
     if not layer.__module__.startswith("rwkv_rev."):
         return []
-    return [name for name in vars(module) if name != "forward" and callable(getattr(layer, name, None))]
+    own = vars(module).keys() - _EVERY_MODULE
+    return [name for name in own if name != "forward" and callable(getattr(layer, name, None))]
 
 
 def _is_marked(code: Any) -> bool:

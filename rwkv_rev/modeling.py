@@ -6,6 +6,7 @@ gradient of the whole context at any length. Logits are not made then unless ask
 """
 
 from dataclasses import replace
+from itertools import chain
 from types import TracebackType
 from typing import Any
 
@@ -329,7 +330,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
         final_state_gradient: ModelState | None,
     ) -> RwkvRevCausalLMOutput:
         given = (inputs_embeds, *(() if state is None else state.tensors()))
-        refuse_transforms([*self.parameters(), *(tensor for tensor in given if tensor is not None)])
+        refuse_transforms(chain(self.parameters(), (tensor for tensor in given if tensor is not None)))
         inputs = loss_inputs(
             self,
             input_ids,

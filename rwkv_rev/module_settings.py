@@ -30,7 +30,6 @@ _HOOKS = frozenset({"_backward_hooks", "_backward_pre_hooks", "_forward_hooks", 
 _TENSORS = frozenset({"_parameters", "_buffers"})
 _MACHINERY = vars(nn.Module()).keys() - _HOOKS - _TENSORS - {"training"}
 """What every module has and no result depends on; modules inside a module are looked at themselves."""
-_OF_BLOCKS = _MACHINERY | {"recompute"}
 _OF_MODELS = _HOOKS | _TENSORS | {"training"}
 _CONSTANTS = frozenset({str, bool, int, float, bytes, complex, type(None), device, dtype, Size})
 
@@ -120,12 +119,13 @@ def _words(path: str, name: str, old: Any, new: Any) -> str:
 
 def _own(module: nn.Module, registered: Mark, beside: Mark) -> dict[str, Any]:
     of_model = isinstance(module, PreTrainedModel)
-    ignored = _OF_BLOCKS if keeps_the_contract(type(module)) else _MACHINERY
     found: dict[str, Any] = {}
     for name, value in vars(module).items():
-        kind = type(value)
-        if name in ignored or (of_model and name not in _OF_MODELS):
+        if name in _MACHINERY or (of_model and name not in _OF_MODELS):
             continue
+        if name == "recompute" and keeps_the_contract(type(module)):
+            continue
+        kind = type(value)
         if kind in _CONSTANTS:
             found[name] = kind, value
         elif name in _TENSORS:
@@ -134,7 +134,7 @@ def _own(module: nn.Module, registered: Mark, beside: Mark) -> dict[str, Any]:
                     (key, None if tensor is None else registered(tensor)) for key, tensor in value.items()
                 ]
         elif name in _HOOKS:
-            if hooks := _hooks(value):
+            if value and (hooks := _hooks(value)):
                 found[name] = hooks
         else:
             _look_into(found, name, value, beside)

@@ -79,11 +79,11 @@ def mix(x: Tensor, shifted: Tensor, mu: Tensor) -> Tensor:
 
 def carried_mix(mixes: list[Tensor]) -> Tensor:
     """mu* [D], float64: per channel the best-conditioned of the cell's mixes; 0 where that one cannot be inverted."""
-    stacked = torch.stack([mu.detach().double() for mu in mixes])
-    best = (1 - stacked).abs().argmax(dim=0)
-    mu = stacked.gather(0, best[None])[0]
-    seen = 1 - mu
-    return torch.where((mu >= 0) & (seen < 1) & (seen >= SMALLEST_COEFFICIENT), mu, 0.0)
+    stacked = torch.stack([mu.detach() for mu in mixes]).double()
+    seen = 1 - stacked
+    best = seen.abs().argmax(dim=0)[None]
+    mu, seen = stacked.gather(0, best)[0], seen.gather(0, best)[0]
+    return torch.where((seen < 1) & (seen >= SMALLEST_COEFFICIENT), mu, 0.0)
 
 
 class Border(NamedTuple):

@@ -74,8 +74,9 @@ class FixedPoint:
     @classmethod
     def of(cls, value: Tensor) -> "FixedPoint":
         """The grid state nearest to a float state [B, H, N, N]."""
-        exponent = _exponent_for(value.double().abs().amax(dim=(2, 3))).clamp(max=NON_FINITE)
-        mantissa = torch.round(value.double() * _power(-exponent)).to(torch.int32)
+        value = value.double()
+        exponent = _exponent_for(value.abs().amax(dim=(2, 3))).clamp(max=NON_FINITE)
+        mantissa = (value * _power(-exponent)).round_().to(torch.int32)
         return cls(mantissa, exponent)
 
     def value(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -326,12 +327,11 @@ def decay_plan(log_decay: Tensor, length: int) -> DecayPlan:
     decay = torch.exp(length * log_decay)
     fused = choose_kernel(None, torch.empty(0, device=log_decay.device)) == "triton"
     kernels = fused and log_decay.shape[1] % 8 == 0
-    needed = start_copy(remnant_bits(decay).flatten())
     if not kernels:
-        return DecayPlan(log_decay, decay[None, :, :, None], needed)
+        return DecayPlan(log_decay, decay[None, :, :, None], start_copy(remnant_bits(decay).flatten()))
     room = torch.where(decay == 1, decay, decay * ROOM)
-    widths = start_copy(remnant_bits(room).flatten())
-    return DecayPlan(log_decay, decay[None, :, :, None], widths, kernels, needed)
+    both = start_copy(remnant_bits(torch.stack([decay, room])).flatten(1))
+    return DecayPlan(log_decay, decay[None, :, :, None], lambda: both()[1], kernels, lambda: both()[0])
 
 
 def remnant_bits(decay: Tensor) -> Tensor:
