@@ -4,7 +4,7 @@ Known are those that ``tests/test_peft_methods.py`` holds against ``full``; ``do
 named here is refused like the code of anybody else. Named by their place in peft, which need not be installed.
 """
 
-import sys
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -194,16 +194,12 @@ def refuse_carried_state(model: nn.Module) -> None:
                 )
 
 
-def put_back(model: nn.Module) -> set[int]:
-    """Ids of parameters that ``target_parameters`` of LoRA takes out and puts back in each call, unchanged."""
-    if "peft" not in sys.modules:
-        return set()
-    wrappers: list[Any] = [
-        module
-        for module in model.modules()
-        if type(module).__name__ == "ParamWrapper"
-        and place_of(type(module)) == "tuners.lora.layer.ParamWrapper"
-    ]
+def put_back(layers: Iterable[Any]) -> set[int]:
+    """Ids of parameters that ``target_parameters`` of LoRA takes out and puts back in each call, unchanged.
+
+    ``layers``: those of peft in the model.
+    """
+    wrappers = [layer for layer in layers if place_of(type(layer)) == "tuners.lora.layer.ParamWrapper"]
     return {id(getattr(wrapper.get_base_layer(), wrapper.parameter_name)) for wrapper in wrappers}
 
 

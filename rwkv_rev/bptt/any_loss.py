@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from rwkv_rev import adapters, random_state
+from rwkv_rev import random_state
 from rwkv_rev.bptt.backward_sweep import LIKELY_CAUSES, backward_sweep
 from rwkv_rev.bptt.chunk_gradients import Found
 from rwkv_rev.bptt.forward_sweep import forward_sweep
@@ -34,6 +34,7 @@ from rwkv_rev.bptt.strategy import (
     trainable,
     uncached,
     unchanged,
+    watched,
 )
 from rwkv_rev.bptt.sweeps import TwoSweeps, roles, warn_of_coarse_heads
 from rwkv_rev.errors import ReversalMismatchError, StrategyError
@@ -106,8 +107,7 @@ class _Reading:
     ) -> None:
         self._strategy, self._model, self._inputs = strategy, model, inputs
         self._leaves = leaves
-        same = adapters.put_back(cast(nn.Module, model))
-        self._watched = [tensor for tensor in (*parameters, *found.buffers) if id(tensor) not in same]
+        self._watched = watched(parameters, found)
         self._versions = [tensor._version for tensor in self._watched]
         self._wanted = [parameter for parameter in parameters if parameter.requires_grad]
         self._autocast = _autocast_now(inputs.targets.device)

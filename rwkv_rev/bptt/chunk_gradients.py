@@ -52,12 +52,11 @@ class Parameters:
 
     def __init__(self, model: LanguageModel, tensors: Sequence[Tensor], *, foreign: bool) -> None:
         self.tensors = list(tensors)
-        everything = range(len(self.tensors))
         places = {id(tensor): index for index, tensor in enumerate(self.tensors)}
-        self.of_layer: list[Sequence[int]] = []
-        for block in model.blocks:
-            own = {places[id(tensor)] for tensor in block.parameters() if id(tensor) in places}
-            self.of_layer.append(everything if foreign else sorted(own))
+        self.of_layer: list[Sequence[int]] = [range(len(self.tensors)) for _ in model.blocks]
+        if not foreign:
+            own = ([id(tensor) for tensor in block.parameters()] for block in model.blocks)
+            self.of_layer = [sorted({places[each] for each in ids if each in places}) for ids in own]
         self.maps = [] if foreign or not isinstance(model, nn.Module) else plain_maps(model, places)
         """Linear maps that add their weights' gradients themselves, and the indices of these."""
 

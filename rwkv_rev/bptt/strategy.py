@@ -301,6 +301,12 @@ def trainable(parameters: list[Tensor], inputs: LossInputs) -> list[Tensor]:
     return list({id(tensor): tensor for tensor in candidates if tensor.requires_grad}.values())
 
 
+def watched(parameters: Sequence[Tensor], found: Strangers) -> list[Tensor]:
+    """Parameters and buffers, but for those that adapters take out and put back in each call."""
+    same = adapters.put_back(found.adapters)
+    return [tensor for tensor in (*parameters, *found.buffers) if id(tensor) not in same]
+
+
 @contextmanager
 def unchanged(model: LanguageModel, tensors: list[Tensor]) -> Iterator[None]:
     """Refuses a computation that writes to ``tensors`` of the model: no chunk may see another model.
@@ -308,8 +314,6 @@ def unchanged(model: LanguageModel, tensors: list[Tensor]) -> Iterator[None]:
     Raises:
         StrategyError: naming a buffer or parameter that was written to.
     """
-    same = adapters.put_back(cast(nn.Module, model))
-    tensors = [tensor for tensor in tensors if id(tensor) not in same]
     versions = [tensor._version for tensor in tensors]
     yield
     name = changed_tensor(model, tensors, versions)

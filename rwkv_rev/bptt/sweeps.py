@@ -46,6 +46,7 @@ from rwkv_rev.bptt.strategy import (
     trainable,
     uncached,
     unchanged,
+    watched,
 )
 from rwkv_rev.bptt.sweep import Sweep
 from rwkv_rev.cells.block import BlockAdvanced, BlockAgain, BlockReplay, ExactStates, Plans
@@ -76,7 +77,7 @@ class TwoSweeps(Strategy):
         outcome: dict[str, Any] = {}
 
         def compute() -> tuple[Tensor, tuple[Tensor, ...], list]:
-            with unchanged(model, [*parameters, *found.buffers]), uncached(inputs.targets.device):
+            with unchanged(model, watched(parameters, found)), uncached(inputs.targets.device):
                 return self._sweep(model, inputs, parameters, leaves, outcome, found)
 
         loss, *state = FinishedGradients.apply(compute, *leaves)

@@ -23,6 +23,7 @@ from rwkv_rev.bptt.strategy import (
     trainable,
     uncached,
     unchanged,
+    watched,
 )
 from rwkv_rev.foreign_code import Strangers
 from rwkv_rev.loss import FinishedGradients, add_gradients, scaled, sum_of, wide
@@ -45,7 +46,7 @@ class Truncated(Strategy):
         found = self.check(model, parameters)
 
         def compute() -> tuple[Tensor, tuple[Tensor, ...], list]:
-            with unchanged(model, [*parameters, *found.buffers]), uncached(inputs.targets.device):
+            with unchanged(model, watched(parameters, found)), uncached(inputs.targets.device):
                 return _sweep(model, inputs, inputs.chunks(self.chunk_length), parameters, leaves, found)
 
         loss, *state = FinishedGradients.apply(compute, *leaves)
