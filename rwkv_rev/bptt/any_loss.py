@@ -128,7 +128,7 @@ class _Reading:
         with torch.no_grad(), unchanged(self._model, self._watched), uncached(sweep.device):
             self._last = forward_sweep(sweep, self._runner)
             # calls have gone before the last chunk's: what these change, they change each time
-            before = self._settings_now() if sweep.strangers.brings_tensors else []
+            before = self._settings_now() if sweep.strangers.more else []
             end = sweep.advance_last(self._last)
         warn_of_coarse_heads(sweep)
         self._settings = self._settings_now()
