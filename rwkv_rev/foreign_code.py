@@ -63,8 +63,14 @@ def position_wise(code: T) -> T:
 
     A declared hook sees one chunk after another [B, C, D], in both sweeps.
     """
-    setattr(getattr(code, "__func__", code), MARK, True)
+    code_of_it = getattr(code, "__func__", code)
+    setattr(code_of_it, MARK, _own_code(code_of_it))
     return code
+
+
+def _own_code(code: Any) -> Any:
+    """What tells a declared function from one around it, to which ``functools.wraps`` gives its attributes."""
+    return getattr(code, "__code__", True)
 
 
 class Stranger(NamedTuple):
@@ -285,7 +291,8 @@ def _is_marked(code: Any) -> bool:
     """Whether the code itself, or its very class, was declared: a subclass may do other things."""
     code = getattr(code, "__func__", code)
     layer = _class(code) if isinstance(code, nn.Module) else type(code)
-    return MARK in getattr(code, "__dict__", {}) or MARK in vars(layer)
+    mark = getattr(code, "__dict__", {}).get(MARK)
+    return (mark is not None and mark == _own_code(code)) or MARK in vars(layer)
 
 
 def _sort(code: Any, where: str, found: Strangers, objection: str | None) -> None:

@@ -42,11 +42,11 @@ Place = tuple[str, str]
 
 
 class Settings(NamedTuple):
-    """Of one module: its name in the model, itself, its class, and what it goes by, by name."""
+    """Of one module: its name in the model, itself, its class with what that calls, and what it goes by, by name."""
 
     path: str
     module: "Same"
-    kind: type
+    kind: tuple[type, Any]
     own: dict[str, Any]
 
 
@@ -59,7 +59,7 @@ def settings(model: nn.Module, *, versions: bool = False) -> list[Settings]:
     """
     marks = (_same_memory, _same_numbers) if versions else (_same_place, _same_place)
     found = [
-        Settings(path, Same(module), type(module), _own(module, *marks))
+        Settings(path, Same(module), (type(module), type(module).forward), _own(module, *marks))
         for path, module in model.named_modules()
     ]
     own = found[0].own

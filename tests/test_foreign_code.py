@@ -1,5 +1,6 @@
 """Hooks, modules and replaced forwards of others: heard alike by every strategy, or refused by name."""
 
+import functools
 import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -527,3 +528,37 @@ def test_norms_that_a_cell_gives_tokens_as_rows() -> None:
         arguments = {"gated": True, "bonus_is_exponential": False, "group_norm_epsilon": 1e-3}
         found = strangers(nn.ModuleList([kind(2, 4, (2, 4), **arguments)]))
         assert [stranger.where for stranger in found.unknown] == ["GroupNorm at 0.ln_x"] * refused
+
+
+def test_what_is_wrapped_around_declared_code_is_not_declared() -> None:
+    """``functools.wraps`` hands on a function's attributes; the one around may look at positions."""
+
+    @rwkv_rev.position_wise
+    def declared(module: Any, given: Any, output: Any) -> None:
+        return None
+
+    @functools.wraps(declared)
+    def around(module: Any, given: Any, output: Any) -> Any:
+        return output - output.mean(1, keepdim=True)
+
+    @functools.wraps(Doubling())
+    def around_an_object(module: Any, given: Any, output: Any) -> Any:
+        return output - output.mean(1, keepdim=True)
+
+    for hook, refused in ((declared, False), (around, True), (around_an_object, True)):
+        assert bool(strangers_of(hook)) == refused
+    assert not strangers_of(rwkv_rev.position_wise(around))
+
+
+class Doubling:
+    def __init__(self) -> None:
+        rwkv_rev.position_wise(self)
+
+    def __call__(self, module: Any, given: Any, output: Any) -> Any:
+        return 2 * output
+
+
+def strangers_of(hook: Any) -> list[Any]:
+    model = tiny_model("5.2")
+    model.blocks[0].time_mix.key.register_forward_hook(hook)
+    return strangers(model).unknown

@@ -436,6 +436,16 @@ def test_a_hook_on_all_modules_is_a_change() -> None:
         hooks[0].remove()
 
 
+def test_another_forward_of_a_class_is_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    former = nn.Linear.forward
+
+    def change(model: Any) -> None:
+        monkeypatch.setattr(nn.Linear, "forward", lambda self, x: former(self, x.detach()))
+
+    with pytest.raises(StrategyError, match=r"^the module blocks\.0\.time_mix\.\w+ was changed between"):
+        by_loss(tiny_model("5.2", dtype=torch.float64), "reversible", change)
+
+
 def test_buffers_of_one_call_are_put_back() -> None:
     """``functional_call`` gives others for one call; code of somebody's own reads them."""
 
