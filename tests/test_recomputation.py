@@ -76,6 +76,53 @@ def test_mixes_and_squares_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None
     assert fewer >= 0.9 * (6 * 32 + 112)
 
 
+@pytest.mark.parametrize("strategy", ["full", "reversible"])
+def test_gradients_under_autocast_are_the_same_bits(
+    version: str, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = tiny_model(version), random_tokens(40, 2)
+    found = []
+    for devices in (("cuda", "cpu"), ()):
+        monkeypatch.setattr(recomputation, "DEVICES", devices)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(differentiate(model, strategy, 8, input_ids=ids))
+    for name, gradient in found[0].gradients.items():
+        assert torch.equal(gradient, found[1].gradients[name]), name
+
+
+@pytest.mark.parametrize(("version", "mixes", "width"), [("4", 5, 112), ("5.2", 6, 112), ("7", 7, 112)])
+def test_what_autocast_makes_of_mixes_is_not_kept(
+    version: str, mixes: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = tiny_model(version, hidden_size=32, intermediate_size=width), random_tokens(64)
+    sizes = []
+    for devices in (("cpu",), ()):
+        monkeypatch.setattr(recomputation, "DEVICES", devices)
+        with torch.autocast("cpu", torch.bfloat16):
+            sizes.append(kept(model, ids))
+    fewer = (sizes[1] - sizes[0]) / (64 * 2 * 2)  # numbers in bfloat16 per token and layer
+    assert fewer >= 0.9 * (mixes * 32 + width)
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("change", ["scaled", "written to"])
+def test_more_than_a_cast_is_kept(change: str) -> None:
+    layer, x = nn.Linear(3, 3, bias=False), torch.randn(2, 3, requires_grad=True)
+
+    def read(mixed: Tensor) -> Tensor:
+        narrow = mixed.to(torch.bfloat16)
+        narrow = narrow * 3 if change == "scaled" else narrow.mul_(3)
+        with torch.autocast("cpu", torch.bfloat16):
+            return layer(narrow).float().square().sum()
+
+    mixed = x * 2
+    with not_kept([mixed], lambda: [x * 2]):
+        found = read(mixed)
+    expected = torch.autograd.grad(read(x * 2), [x, layer.weight])
+    for one, other in zip(torch.autograd.grad(found, [x, layer.weight]), expected, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.usefixtures("everywhere")
 def test_an_inplace_change_is_noticed() -> None:
     """As without: the hooks must do what PyTorch leaves to them."""

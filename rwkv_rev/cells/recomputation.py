@@ -30,9 +30,15 @@ DEVICES = ("cuda",)
 """Where computing again costs less than memory is worth: on a CPU new memory is what an elementwise formula costs."""
 
 
+_CAST = "ToCopyBackward0"
+_VIEWS = frozenset({"ReshapeAliasBackward0", "UnsafeViewBackward0", "ViewBackward0"})
+
+
 @contextmanager
 def not_kept(results: Sequence[Tensor], make: Callable[[], Sequence[Tensor]]) -> Iterator[None]:
-    """Inside, autograd keeps none of ``results``: where the backward pass wants one, ``make()`` gives them again.
+    """Inside, autograd keeps none of ``results``, nor what autocast makes of them for a linear map.
+
+    Where the backward pass wants one, ``make()`` gives them again.
 
     Args:
         results: what is read inside.
@@ -65,6 +71,8 @@ class _MadeAgain:
 
     def __init__(self, results: Sequence[Tensor], make: Callable[[], Sequence[Tensor]]) -> None:
         self._places = {tensor.data_ptr(): index for index, tensor in enumerate(results)}
+        self._nodes = {(tensor.grad_fn, tensor.output_nr): index for index, tensor in enumerate(results)}
+        self._nodes.pop((None, 0), None)
         self._looks = [_look(tensor) for tensor in results]
         self._make = make
         self._made: list[Tensor] = []
@@ -74,10 +82,24 @@ class _MadeAgain:
         index = self._places.get(tensor.data_ptr())
         # one that was written to since is another than what can be made again
         if index is None or self._looks[index] != _look(tensor):
-            # one that a function gave, kept by that function as it is, would be a circle, which nobody frees
-            return tensor.detach(), tensor._version
+            index = self._cast_of(tensor)
+            if index is None:
+                # one that a function gave, kept by that function as it is, would be a circle, which nobody frees
+                return tensor.detach(), tensor._version
         self._kept += 1
-        return index, tensor.shape
+        return index, (tensor.dtype, tensor.shape)
+
+    def _cast_of(self, tensor: Tensor) -> int | None:
+        """The result that autocast has made ``tensor`` of for a linear map, if it is nothing more than that."""
+        node = tensor.grad_fn
+        while node is not None and node.name() in _VIEWS:
+            node = node.next_functions[0][0]
+        if node is None or node.name() != _CAST:
+            return None
+        index = self._nodes.get(node.next_functions[0])
+        if index is None or (tensor.numel(), tensor._version) != (self._looks[index][0], 0):
+            return None
+        return index if tensor.is_contiguous() else None
 
     def unpack(self, packed: Any) -> Tensor:
         what, how = packed
@@ -91,7 +113,8 @@ class _MadeAgain:
         if not self._made:
             with torch.no_grad():
                 self._made = list(self._make())
-        result = self._made[what].view(how)
+        dtype, shape = how
+        result = self._made[what].to(dtype).view(shape)
         self._given_out += 1
         if self._given_out == self._kept:  # nobody will ask again, unless the graph is kept
             self._made, self._given_out = [], 0
