@@ -13,7 +13,7 @@ recurrence's output before and after GroupNorm, gate, its silu and their product
 LayerNorm, shifted and two mixed inputs, receptance and value. F numbers are the hidden layer before and after
 squaring. The CUDA kernels (``fused``) keep neither the shifted inputs nor the steps between GroupNorm and its gate: k
 is 18, 15 and 17 there, with one state per 64 tokens (RWKV-5) or none (RWKV-4). On such a device the hidden layer after
-squaring is made again instead of kept, and so are the mixes (6, 5 and 5 of the k) unless autocast copies them;
+squaring is made again instead of kept, and so are the mixes (6, 5 and 5 of the k; under autocast its copies of them);
 activation checkpointing keeps what it keeps. k, s and the tape's records are each generation's own
 (:class:`~rwkv_rev.architectures.architecture.Cost`).
 
@@ -201,6 +201,8 @@ def _forecast(name: str, run: _Run) -> StrategyForecast:
         half=run.half,
     )
     graph = round(run.graph_share * held) + run.half_copies
+    if run.half and run.fused and not run.checkpoint_blocks:
+        graph -= 2 * tokens * layers * config.architecture.cost.mixes * width
     sums = 0 if name == "full" or run.chunks == 1 else NUMBER * run.trained
     states = _state_bytes(name, config, batch)
     head = NUMBER * min(config.vocab_size * width, run.trained)
@@ -250,7 +252,7 @@ def graph_bytes(
     """Bytes that the graph of ``batch`` rows of ``length`` tokens keeps, loss and weights aside, in float32.
 
     With ``checkpoint_blocks`` the inputs of the blocks, and one block's graph while it is differentiated. ``half``:
-    autocast copies what a linear map reads.
+    mixes are counted, of which autocast makes copies that are not kept.
     """
     width = config.hidden_size
     layers = 1 if checkpoint_blocks else config.num_hidden_layers
