@@ -1,40 +1,45 @@
 """Steps on a fixed grid and back: preimages, bits, whole rows, overflow."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
 from torch import Tensor
 
-from rwkv_rev.reversal.stepped import (
-    GridOverflowError,
-    KeptSteps,
-    Stepped,
-    StepsRemnant,
-    ideal_bits,
-    least,
-    rounded,
-)
+from rwkv_rev.reversal.step_arithmetic import Floats, Integers
+from rwkv_rev.reversal.stepped import GridOverflowError, KeptSteps, Stepped, StepsRemnant, ideal_bits
 
 DECAYS = (0.0, 5e-324, 1e-300, 1e-9, 0.1, 1 / 3, 0.5, 0.7, 0.9, 1 - 2**-24, 1 - 2**-53, 1.0)
 DTYPES = (torch.float32, torch.float64)
 
 
-@pytest.mark.parametrize("bits", [3, 31, 50])
+@pytest.mark.parametrize(
+    ("kind", "bits"), [(Floats, 3), (Floats, 31), (Floats, 50), (Integers, 3), (Integers, 50), (Integers, 61)]
+)
 @pytest.mark.parametrize("decay", DECAYS)
-def test_the_least_preimage_is_the_least(decay: float, bits: int) -> None:
-    largest = 2**bits - 2
+def test_the_least_preimage_is_the_least(decay: float, kind: type[Floats] | type[Integers], bits: int) -> None:
+    largest, arithmetic = 2**bits - 2, kind()
     generator = torch.Generator().manual_seed(bits)
-    states = (torch.rand(4000, generator=generator, dtype=torch.float64) * 2 - 1).mul(largest).round()
-    states[:3] = torch.tensor([0.0, largest, -largest], dtype=torch.float64)
-    z = torch.full_like(states, decay)
-    kept = rounded(z * states)
-    found = least(kept, z, largest)
+    states = arithmetic.units((torch.rand(4000, generator=generator, dtype=torch.float64) * 2 - 1) * largest)
+    states[:6] = torch.tensor([0, largest, -largest, 1, -1, largest - 1], dtype=arithmetic.dtype)
+    z = torch.full(states.shape, decay, dtype=torch.float64)
+    kept = arithmetic.decayed(states, z)
+    found = arithmetic.least(kept, z, largest)
     assert (found <= states).all() and (found >= -largest).all()
-    assert (rounded(z * found) >= kept).all()
+    assert (arithmetic.decayed(found, z) >= kept).all()
     below = found - 1
-    assert ((below < -largest) | (rounded(z * below) < kept)).all()
-    assert (least(kept + 1, z, largest) > states).all()
+    assert ((below < -largest) | (arithmetic.decayed(below, z) < kept)).all()
+    assert (arithmetic.least(kept + 1, z, largest) > states).all()
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_integers_are_multiplied_exactly(decay: float) -> None:
+    largest = 2**61 - 2
+    states = [0, 1, -1, largest, -largest, 2**31, -(2**31), 3**38, -(3**38), 2**60 + 12345, -(2**53) - 1]
+    found = Integers().decayed(torch.tensor(states), torch.full((len(states),), decay, dtype=torch.float64))
+    z = max(1, round(Fraction(decay) * 2**62))
+    assert found.tolist() == [math.floor(Fraction(z * s, 2**62) + Fraction(1, 2)) for s in states]
 
 
 def walk(
@@ -155,4 +160,4 @@ def test_a_value_is_as_near_as_the_grid_is(dtype: torch.dtype) -> None:
     assert float((memory.value(dtype).double() - value.double()).abs().max()) <= 0.51 * unit + 1e-7 * (
         dtype != torch.float64
     )
-    assert unit == (2.0**-28 if dtype == torch.float32 else 2.0**-47)
+    assert unit == (2.0**-28 if dtype == torch.float32 else 2.0**-58)

@@ -134,7 +134,7 @@ def test_65536_tokens_come_back_without_drift(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("forgotten", [0.0, 1.0])
 def test_gates_that_forget_all_or_nothing(kind: str, forgotten: float) -> None:
-    """z = 0 and z = 1 to the bit, in both precisions: remnants of 32 (51) bits and of none."""
+    """z = 0 and z = 1 to the bit, in all precisions: remnants of 32, 51 or 62 bits and of none."""
     for dtype in TOLERANCES:
         torch.manual_seed(0)
         cell = CELLS[kind](4, 3).to(dtype)
@@ -149,7 +149,7 @@ def test_gates_that_forget_all_or_nothing(kind: str, forgotten: float) -> None:
         x = torch.randn(2, 1, 4, dtype=dtype)
         advanced = cell.advance(state, x)
         size = advanced.remnant.size
-        bits = (51 if state.memory.wide else 32) * cell.number_of_parts * 3
+        bits = (state.memory.bits + 1) * cell.number_of_parts * 3
         assert size.tolist() == [bits * forgotten] * 2
         kept = advanced.state.remnant(advanced.remnant.tensors(size))
         before = cell.retreat(advanced.state, x, None, kept).state

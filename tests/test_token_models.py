@@ -81,8 +81,7 @@ def test_gradients_are_those_of_the_plain_loop(
     if limit and name == "coupled":
         pytest.skip("forgets nothing")
     ids, limits = random_tokens(LENGTH, batch=2), {"forget_limit": 2.0} if limit else {}
-    wide = {} if name == "coupled" else {"wide": True}
-    model = model_of(name, dtype, magnitude=6, **limits, **wide)
+    model = model_of(name, dtype, **limits)
     expected = by_the_plain_loop(model, ids)
     for strategy in ("reversible", "checkpoint", "full"):
         found = differentiate(model, strategy, CHUNK, input_ids=ids).gradients
@@ -92,7 +91,7 @@ def test_gradients_are_those_of_the_plain_loop(
 @pytest.mark.parametrize("again", [False, True], ids=["", "checkpointed-blocks"])
 @pytest.mark.parametrize("name", NAMES)
 def test_states_and_masks(name: str, again: bool) -> None:
-    model = model_of(name, magnitude=6)
+    model = model_of(name)
     given = arguments(model)
     full = differentiate(model, "full", **given)
     if again:

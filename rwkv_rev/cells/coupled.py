@@ -9,9 +9,9 @@ L1(s2, x)``, undo a token to the bit.
 Tape: nothing of the state. A chunk puts there its prints and a fingerprint, 24 bytes a layer (32 as they are laid out),
 whatever its length, the width, or the rows.
 
-Limits: what is never forgotten adds up. Numbers below 4096 fit, 38 bits behind the point; one beyond is named
-(:class:`~rwkv_rev.reversal.stepped.GridOverflowError`). MacKay et al. 2018, section 4, say what a cell that cannot
-forget cannot learn. Gates must not draw random numbers.
+Limits: what is never forgotten adds up. Numbers below 4096 fit, 38 bits behind the point (49 in float64); one beyond
+is named (:class:`~rwkv_rev.reversal.stepped.GridOverflowError`). MacKay et al. 2018, section 4, say what a cell that
+cannot forget cannot learn. Gates must not draw random numbers.
 """
 
 import math

@@ -11,7 +11,7 @@ Tape: per row and chunk ``sum log2(1/z)`` bits, 1.0 to 1.4 times as many in prac
 itself, 8 M bytes (16 M in float64); 4 bytes that say how many, and prints as for any cell. z = 1/2 forgets a bit:
 beyond 32 tokens of it a chunk costs what its state does, and short chunks are what saves (the paper's have one token).
 
-The state lies within (-1, 1) if it begins there, and has 29 bits behind the point (48 in float64).
+The state lies within (-1, 1) if it begins there, and has 29 bits behind the point (59 in float64).
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class ReversibleGru(TokenCell):
         size: M, of each half; half of D, rounded up, unless given.
         forget_limit: bits that a number may forget in a token; None for any.
         magnitude: numbers of the state stay below ``2**magnitude``.
-        wide: integers of 51 bits, where range and precision matter more than room; None for float64 alone.
+        wide: integers of 51 bits, where range and precision matter more than room; None for float64 alone (62 bits).
     """
 
     halves = ((0,), (1,))

@@ -10,7 +10,7 @@ Tape: per row and chunk ``sum log2(1/z) + log2(1/p)`` bits, 1.0 to 1.4 times as 
 the state itself, 16 M bytes (32 M in float64); 4 bytes that say how many, and prints as for any cell.
 
 Limits: c and h are sums without a bound: with z and p near 1 they grow as long as the context does, and in training on
-25,000 tokens of text they did. Numbers below 256 fit (23 bits behind the point, as in the paper; 42 in float64); one
+25,000 tokens of text they did. Numbers below 256 fit (23 bits behind the point, as in the paper; 53 in float64); one
 beyond is named (:class:`~rwkv_rev.reversal.stepped.GridOverflowError`). ``magnitude=16, wide=True`` holds 65,536 on a
 grid of 2**-34.
 """
@@ -34,7 +34,7 @@ class ReversibleLstm(TokenCell):
         size: M, of each part; half of D, rounded up, unless given.
         forget_limit: bits that a number may forget in a token; None for any.
         magnitude: numbers of the state stay below ``2**magnitude``.
-        wide: integers of 51 bits, where range and precision matter more than room; None for float64 alone.
+        wide: integers of 51 bits, where range and precision matter more than room; None for float64 alone (62 bits).
     """
 
     halves = ((0, 1), (2, 3))

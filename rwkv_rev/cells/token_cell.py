@@ -10,7 +10,8 @@ z in [0, 1], or None where nothing is forgotten. This is the coupling of Dinh et
 at once: the input's share of the gates), what its gates read, and how it reads the state after each token.
 
 The state is on a fixed grid after every token (:mod:`rwkv_rev.reversal.stepped`), in both sweeps, and the gradient goes
-straight through the rounding, half a unit of the grid: 2**-32 of the largest number that fits 32 bits, 2**-51 of 51.
+straight through the rounding, half a unit of the grid: 2**-32 of the largest number that fits 32 bits, 2**-51 of 51,
+2**-62 of the 62 bits that float64 gets, so that steep gates, too, have gradients of ten digits.
 Plain arithmetic (:meth:`TokenCell.step`) has no grid.
 
 Cost: a chunk of C tokens is C times the launches of one token, forwards once, backwards three times (back, forwards
@@ -89,7 +90,7 @@ class TokenCell(ReversibleCell):
     Args:
         size: M, numbers in each part.
         magnitude: numbers of the state stay below ``2**magnitude``; a smaller one makes a finer grid.
-        wide: whether integers have 51 bits (in 64), not 32; None for float64 alone.
+        wide: whether integers have 51 bits (in 64), not 32; None for float64 alone. In float64 they have 62.
 
     Attributes:
         halves: which parts each half has, in the order of their updates.

@@ -1,6 +1,6 @@
 """Exact reversal of ``s <- z s + c`` a token at a time, on a fixed grid, whatever z in [0, 1] and c are made of.
 
-Numbers are integers on one power-of-two grid, ``s = mantissa * 2**exponent``. A step computes, in float64,
+Numbers are integers on one power-of-two grid, ``s = mantissa * 2**exponent``. A step computes
 
     D  = floor(z * s + 1/2)
     s' = D + round(c / grid)
@@ -8,17 +8,18 @@ Numbers are integers on one power-of-two grid, ``s = mantissa * 2**exponent``. A
 and is undone by ``D = s' - round(c / grid)`` and a look at which integers z sends to D: those from ``least(D)`` to
 ``least(D + 1) - 1``. Which of them s was is all that the step forgot. Its number among them is pushed on a stack, in
 as many bits as tell them apart: ``ceil(log2(count))``, none where D has one preimage (z = 1 always), all of s where z
-is 0. Counts follow from D and z, so that nothing but these bits is kept. MacKay, Vicol, Ba and Grosse 2018, "Reversible
-Recurrent Neural Networks", section 5, keep the same information in a buffer of integers that is multiplied and divided
-by rational z; their z has 10 bits and their buffer gives back 10 bits of noise, which no gradient agrees with to 1e-5.
+is 0. Counts follow from D and z, so that nothing but these bits is kept. The arithmetic is
+:mod:`rwkv_rev.reversal.step_arithmetic`'s. MacKay, Vicol, Ba and Grosse 2018, "Reversible Recurrent Neural Networks",
+section 5, keep the same information in a buffer of integers that is multiplied and divided by rational z; their z has
+10 bits and their buffer gives back 10 bits of noise, which no gradient agrees with to 1e-5.
 
 A number's step takes 1.39 times ``log2(1/z)`` bits on average for z near 1 (rounding forgets more than z says), as
 many at z = 1/2, some 1.2 times below (:func:`ideal_bits`). Where a row's steps in a chunk forget as much as it holds
 (32 bits a number, or 64), the row is kept whole: the remnant of a chunk is never larger than the state.
 
 Limits: the grid is fixed. A finite number beyond :attr:`Stepped.largest` ends the step with a
-:class:`GridOverflowError`; inf and NaN stay NaN for good, and end in a NaN loss. Integers of 32 bits serve float32, of
-51 bits (in int64) float64, and float32 where range and precision matter more than what a state takes.
+:class:`GridOverflowError`; inf and NaN stay NaN for good, and end in a NaN loss. Integers have, with their sign, 32
+bits for float32, 51 (in int64) where range and precision matter more than what a state takes, and 62 for float64.
 """
 
 import math
@@ -30,11 +31,11 @@ import torch
 from torch import Tensor
 
 from rwkv_rev.errors import RwkvRevError
-from rwkv_rev.reversal.bit_stack import BitStack, pack, widths_of
+from rwkv_rev.reversal.bit_stack import BitStack, pack
 from rwkv_rev.reversal.fingerprint import fingerprint
+from rwkv_rev.reversal.step_arithmetic import Arithmetic, Floats, Integers
 
-BITS = {torch.int32: 31, torch.int64: 50}
-"""Of the largest magnitude: with 50 bits :func:`least` needs one look at its first guess, and float64 no more room."""
+_FLOATS, _INTEGERS = Floats(), Integers()
 
 
 class GridOverflowError(RwkvRevError, OverflowError):
@@ -67,15 +68,20 @@ class Stepped:
             GridOverflowError: if a number does not fit.
         """
         wide = value.dtype == torch.float64 if wide is None else wide
-        kind = torch.int64 if wide else torch.int32
-        empty = cls(torch.empty(0, dtype=kind, device=value.device), magnitude - BITS[kind], value.dtype)
+        mantissa = torch.empty(0, dtype=torch.int64 if wide else torch.int32, device=value.device)
+        empty = cls(mantissa, magnitude - cls(mantissa, 0, value.dtype).bits, value.dtype)
         units = empty.units(value)
         return empty.after([units[:, part] for part in range(value.shape[1])], units[None])
 
     @property
+    def bits(self) -> int:
+        """Of a magnitude: with 50 float64 computes its steps, with 61 int64."""
+        return 31 if not self.wide else 61 if self.dtype == torch.float64 else 50
+
+    @property
     def largest(self) -> int:
         """The largest magnitude of a mantissa; one less than fits, so that its neighbours do."""
-        return (1 << BITS[self.mantissa.dtype]) - 2
+        return (1 << self.bits) - 2
 
     @property
     def wide(self) -> bool:
@@ -83,33 +89,34 @@ class Stepped:
         return self.mantissa.dtype == torch.int64
 
     def units(self, value: Tensor) -> Tensor:
-        """A contribution in units of the grid, rounded, float64."""
-        return (value.double() * 2.0**-self.exponent).round_()
+        """A contribution in units of the grid, rounded; float64 or int64, as :attr:`_arithmetic` computes."""
+        return self._arithmetic.units(value.double() * 2.0**-self.exponent)
 
     def floats(self, units: Tensor) -> Tensor:
-        """The value of float64 integers, rounded once."""
-        return (units * 2.0**self.exponent).to(self.dtype)
+        """The value of units, rounded once."""
+        return (self._arithmetic.floats(units) * 2.0**self.exponent).to(self.dtype)
 
     def step(self, units: Tensor, decay: Tensor | None, contribution: Tensor) -> Tensor:
-        """s' from s, both float64 integers; ``decay`` z None is 1."""
-        kept = units if decay is None else rounded(decay.double() * units)
-        return kept + self.units(contribution)
+        """s' from s, in units both; ``decay`` z None is 1."""
+        kept = units if decay is None else self._arithmetic.decayed(units, decay.double())
+        return self._arithmetic.sum(kept, self.units(contribution))
 
     def undo(
         self, units: Tensor, decay: Tensor | None, contribution: Tensor, bits: BitStack | None
     ) -> Tensor:
         """s from s', the same z and c bit for bit, and the stack of what was forgotten."""
-        kept = units - self.units(contribution)
+        kept = self._arithmetic.difference(units, self.units(contribution))
         if decay is None:
             return kept
         assert bits is not None
-        first, count = self._preimages(kept, decay.double())
-        return first + bits.pop(widths_of(count))
+        first, widths = self._arithmetic.preimages(kept, decay.double(), self.largest)
+        return self._arithmetic.sum(first, bits.pop(widths))
 
     def parts(self) -> list[Tensor]:
-        """The parts [B, M] as float64 integers, to be stepped."""
-        units = self.mantissa.double()
-        return list(torch.where(self.mantissa == self._lost, torch.nan, units).unbind(1))
+        """The parts [B, M] in units, to be stepped."""
+        arithmetic = self._arithmetic
+        units = self.mantissa.to(arithmetic.dtype)
+        return list(torch.where(self.mantissa == self._lost, arithmetic.lost, units).unbind(1))
 
     def after(self, parts: Sequence[Tensor], seen: Tensor) -> "Stepped":
         """The memory of ``parts`` [B, M] after a chunk, in which all the numbers of ``seen`` [steps, B, ...] were held.
@@ -124,15 +131,15 @@ class Stepped:
             row = int(beyond.nonzero()[0])
             raise GridOverflowError(
                 f"a number beyond {self.largest * 2.0**self.exponent:g} in row {row}; its integers hold "
-                f"{BITS[self.mantissa.dtype]} bits and a sign, in steps of 2**{self.exponent}"
+                f"{self.bits} bits and a sign, in steps of 2**{self.exponent}"
             )
-        return self.held([torch.where(beyond[:, None], torch.nan, part) for part in parts])
+        return self.held([torch.where(beyond[:, None], self._arithmetic.lost, part) for part in parts])
 
     def held(self, parts: Sequence[Tensor]) -> "Stepped":
-        """The memory of ``parts`` [B, M], float64 integers; none that does not fit is looked for."""
+        """The memory of ``parts`` [B, M] in units; none that does not fit is looked for."""
         units = torch.stack(list(parts), dim=1)
         lost = ~(units.abs() <= self.largest)
-        return self.like([torch.where(lost, float(self._lost), units).to(self.mantissa.dtype)])
+        return self.like([torch.where(lost, self._lost, units).to(self.mantissa.dtype)])
 
     def value(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The memory as floats, rounded once."""
@@ -162,31 +169,13 @@ class Stepped:
         return KeptSteps.of(tensors)
 
     @property
+    def _arithmetic(self) -> Arithmetic:
+        return _INTEGERS if self.bits > 50 else _FLOATS
+
+    @property
     def _lost(self) -> int:
         """The mantissa of inf and NaN: one that no number has."""
-        return -(1 << BITS[self.mantissa.dtype])
-
-    def _preimages(self, kept: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
-        """The least of the integers that z sends to D, and how many there are, float64."""
-        first = least(kept, decay, self.largest)
-        # a state that is NaN has none; its bits are not looked at
-        return first, (least(kept + 1, decay, self.largest) - first).nan_to_num_(1.0, 1.0, 1.0).clamp_(min=1)
-
-
-def rounded(product: Tensor) -> Tensor:
-    """The nearest integer, in place; halves go up, so that z = 1/2 sends two integers to each, not three and one."""
-    return product.add_(0.5).floor_()
-
-
-def least(target: Tensor, decay: Tensor, largest: int) -> Tensor:
-    """The least integer of magnitude up to ``largest`` that z sends to ``target`` or above; ``largest + 1`` if none.
-
-    The quotient is off by less than a half for up to 50 bits: its ceiling, less a half, is the answer or the integer
-    below it, and one product tells which.
-    """
-    guess = ((target - 0.5) / decay - 0.5).ceil_().clamp_(-largest, largest + 1)
-    short = rounded(decay * guess) < target
-    return guess.add_(short).clamp_(max=largest + 1)
+        return -(1 << self.bits)
 
 
 def ideal_bits(decays: Tensor) -> Tensor:
@@ -205,7 +194,7 @@ class StepsRemnant:
 
     Attributes:
         before: the memory before the chunk (a reference, not a copy).
-        states: s before each step that multiplies, float64 integers [B, M], in the order of the steps.
+        states: s before each step that multiplies, units [B, M], in the order of the steps.
         decays: its z [B, M].
     """
 
@@ -217,9 +206,10 @@ class StepsRemnant:
     def forgotten(self) -> tuple[Tensor, Tensor]:
         """Of every step, [B, steps, M] int64: which preimage s was, and in how many bits."""
         units, decays = torch.stack(self.states, dim=1), torch.stack(self.decays, dim=1).double()
-        first, count = self.before._preimages(rounded(decays * units), decays)
-        widths = torch.where(units.isfinite(), widths_of(count), 0)
-        return (units - first).nan_to_num_(0.0).to(torch.int64), widths
+        arithmetic, largest = self.before._arithmetic, self.before.largest
+        first, widths = arithmetic.preimages(arithmetic.decayed(units, decays), decays, largest)
+        there = arithmetic.floats(units).isfinite()
+        return torch.where(there, units - first, 0).to(torch.int64), torch.where(there, widths, 0)
 
     @cached_property
     def size(self) -> Tensor | None:
