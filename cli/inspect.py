@@ -166,7 +166,9 @@ def inspect(
         return
     output.print_fields(found.source, found.fields())
     output.print_text("")
-    if found.bits_forgotten:
+    if found.bits_forgotten and not any(map(any, found.bits_forgotten)):
+        output.print_prose("No step forgets anything.")
+    elif found.bits_forgotten:
         output.print_table(
             "Bits forgotten per step and state element",
             ["layer", *(f">{name}" for name in found.quantile_names)],
@@ -212,6 +214,8 @@ def inspect(
         output.print_prose(
             "NUHMC: number of updates at half mantissa capacity, 2^floor(bits / 2). counted: the same, by adding up."
         )
+        if not limits[0].division:
+            return
         output.print_table(
             "Plain division back: steps until half of the mantissa is noise, in channels by how fast they forget "
             "(formula / measured)",
@@ -265,7 +269,7 @@ def _print_forgetting(found: "Forgetting") -> None:
         theory += " Remnants are whole states here: no factor is divided out."
     output.print_prose(
         f"Measured on the first {found.tokens:,} tokens of the text (--tokens), but for the first chunk, of which "
-        f"nothing is kept. Whole states are float32, 32 bits per element and chunk.{theory}"
+        f"nothing is kept. Whole states are what checkpoint keeps.{theory}"
     )
 
 

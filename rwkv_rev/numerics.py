@@ -125,7 +125,8 @@ class FormatLimits:
     Attributes:
         format: its name. mantissa_bits: p.
         nuhmc: updates of a growing state, by the formula. counted: the same, counted.
-        division: per quantile of forgetting, steps back by plain division, by the formula and measured.
+        division: per quantile of forgetting, steps back by plain division, by the formula and measured; empty where
+            nothing is forgotten, and nothing divided.
     """
 
     format: str
@@ -151,6 +152,7 @@ class FormatLimits:
 def format_limits(log_decay: Tensor) -> list[FormatLimits]:
     """Limits of every format in :data:`FORMATS` for channels with the given log w (any shape)."""
     bits = bits_forgotten_per_step(log_decay).flatten()
+    names = list(DECAY_QUANTILES) if bool(bits.any()) else []
     quantiles = torch.quantile(bits, torch.tensor(list(DECAY_QUANTILES.values()), dtype=bits.dtype))
     chosen = -quantiles * math.log(2.0)
     return [
@@ -161,13 +163,13 @@ def format_limits(log_decay: Tensor) -> list[FormatLimits]:
             counted_nuhmc(dtype),
             dict(
                 zip(
-                    DECAY_QUANTILES,
+                    names,
                     zip(
                         division_nuhmc(chosen, dtype).tolist(),
                         measured_division_nuhmc(chosen, dtype).tolist(),
                         strict=True,
                     ),
-                    strict=True,
+                    strict=False,
                 )
             ),
         )

@@ -106,13 +106,35 @@ def test_a_remnant_has_the_size_of_what_is_forgotten() -> None:
         *_, remnant, _ = walk(torch.float32, torch.full((1, 64), decay))
         assert remnant.size is not None
         assert remnant.size.tolist() == [64 * bits] * 2
-        _, words, whole = remnant.tensors(remnant.size)
-        held = bits == 32
-        assert words.nbytes == (0 if held else 2 * 64 * bits / 8) and len(whole) == (2 if held else 0)
+        kept = remnant.tensors(remnant.size)
+        assert len(kept) == (1 if bits == 32 else 3)
+        if bits < 32:
+            _, words, whole = kept
+            assert words.nbytes == 2 * 64 * bits / 8 and len(whole) == 0
     before, *_, remnant, _ = walk(torch.float32, torch.full((40, 64), 0.5))
-    assert torch.equal(remnant.tensors(remnant.size)[2], before.mantissa)
-    (alone,) = remnant.tensors(None)  # where nobody may wait for a size
-    assert torch.equal(alone, before.mantissa)
+    for size in (remnant.size, None):  # None where nobody may wait for it
+        (alone,) = remnant.tensors(size)
+        assert torch.equal(alone, before.mantissa)
+
+
+@pytest.mark.parametrize("steps", range(1, 40))
+def test_a_remnant_is_never_larger_than_the_state(steps: int) -> None:
+    decays = torch.full((steps, 3), 0.4)
+    before, after, remnant, changes = walk(torch.float32, decays)
+    kept = remnant.tensors(remnant.size)
+    assert sum(tensor.nbytes for tensor in kept) <= before.mantissa.nbytes
+    assert torch.equal(back(after, after.remnant(kept), decays, changes).mantissa, before.mantissa)
+
+
+def test_more_bits_than_32_can_count_are_a_whole_state() -> None:
+    before, after, remnant, _ = walk(torch.float32, torch.zeros(1, 64))
+    mantissa, steps = before.mantissa[:, :, :1], 2**31 // 32 + 1
+    few = StepsRemnant(before.like([mantissa]), [before.parts()[0][:, :1]], [torch.zeros(2, 1)])
+    values, widths = few.forgotten
+    vars(few)["forgotten"] = (values.expand(2, steps, 1), widths.expand(2, steps, 1))
+    assert few.size is not None and int(few.size.min()) > 0
+    (alone,) = few.tensors(few.size)
+    assert torch.equal(alone, mantissa)
 
 
 @pytest.mark.parametrize(

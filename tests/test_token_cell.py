@@ -173,7 +173,8 @@ def test_memory_on_the_tape_is_what_is_forgotten(kind: str) -> None:
                 if bits is not None:
                     whole = cell.number_of_parts * cell.size * 4
                     kept = bits[bits < 8 * whole]
-                    parts += [8, -(-int(kept.sum()) // 32) * 4, whole * (2 - len(kept))]
+                    some = [8, -(-int(kept.sum()) // 32) * 4, whole * (2 - len(kept))]
+                    parts += some if sum(some) <= 2 * whole else [2 * whole]
                 expected += sum(-(-part // 16) * 16 for part in parts)
             state = advanced.state
         result, _ = gradients(model, "reversible", given, chunk)
@@ -189,7 +190,7 @@ def test_whole_states_bound_the_tape() -> None:
             strategy: gradients(model, strategy, given, 64)[0].report["tape_bytes"]
             for strategy in ("reversible", "checkpoint")
         }
-        assert sizes["reversible"] <= sizes["checkpoint"] + 2 * 2 * 16  # chunks, layers, sizes of rows
+        assert sizes["reversible"] <= sizes["checkpoint"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,7 +7,8 @@ A model reads the text in chunks, as the first sweep of ``reversible`` does, and
                that follow from the text (RWKV-6)
     theory     what decay destroys, ``log2(1/w)`` bits per token and element, at most the element's 32 per chunk (MacKay
                et al. 2018, "Reversible Recurrent Neural Networks", section 3); unknown where there is no such decay
-    whole      float32 states at the same boundaries: what ``checkpoint`` keeps
+    whole      states at the same boundaries, what ``checkpoint`` keeps: 32 bits a number, where a cell has no other
+               format
     tape       all of it: remnants, token shifts, fingerprints and widths
 
 The first chunk is not counted: the state before it is given. Costs a forward pass for every chunk length.
@@ -45,7 +46,7 @@ class Kept:
     """Bits that chunks keep of the memories of some layers; they add up.
 
     Attributes:
-        remnants, whole: bits on the tape, and of whole float32 states.
+        remnants, whole: bits on the tape, and of whole states.
         theory: bits that decay destroyed; None where a memory does not decay elementwise.
         shifts: bytes of carried token shifts.
         element_steps: elements of the memories, times tokens.
@@ -83,11 +84,13 @@ def kept_by(
     found = Kept()
     for cell, state, remnant, tensors in zip(cells, before, remnants, record.cells, strict=True):
         sizes = [tensor.nbytes for tensor in tensors]
-        elements = sum(value.numel() for value in tensors_of(cell.values(state))[cell.shifts :])
+        counts = [value.numel() for value in tensors_of(cell.values(state))[cell.shifts :]]
+        elements = sum(counts)
+        whole = sum(tensor.nbytes for tensor in state.tensors()[cell.shifts :] if tensor.numel() in counts)
         found += Kept(
             remnants=8 * sum(sizes[cell.shifts :]),
             theory=_destroyed(cell, remnant, elements, length),
-            whole=STATE_BITS * elements,
+            whole=8 * whole,
             shifts=sum(sizes[: cell.shifts]),
             element_steps=elements * length,
         )

@@ -324,9 +324,10 @@ def _overall(gradients: dict[str, Tensor], reference: dict[str, Tensor]) -> floa
 
 
 def _relative(gradient: Tensor, exact: Tensor) -> tuple[float, float]:
-    """Relative RMS and largest deviation, 0 where both are zero."""
-    exact = exact.double()
-    difference = gradient.double() - exact
+    """Relative RMS and largest deviation, 0 where both are zero; what ``gradient``'s format cannot hold is zero."""
+    floor = torch.finfo(gradient.dtype).tiny
+    found, exact = (g.double().masked_fill(g.abs() < floor, 0.0) for g in (gradient, exact))
+    difference = found - exact
     smallest = torch.finfo(torch.float64).tiny
     rms = difference.norm() / exact.norm().clamp(min=smallest)
     return float(rms), float(difference.abs().max() / exact.abs().max().clamp(min=smallest))

@@ -59,9 +59,9 @@ class ReversalCheck:
         counted: tokens of all chunks but the first, to which the following belong.
         used_bits: of memory remnants on the tape. theory_bits: what the decays destroyed; None where a memory does
             not decay elementwise.
-        whole_bits: of whole float32 memories at the same boundaries.
+        whole_bits: of whole memories at the same boundaries.
         shift_bytes: of carried token shifts. tape_bytes: all that lay on the tape, fingerprints too.
-        drift: plain division in float32 and float64 on the model's decays.
+        drift: plain division in float32 and float64 on the model's decays; empty where no constant decays divide.
     """
 
     context: int
@@ -123,7 +123,7 @@ class ReversalCheck:
         prose = [
             f"reversal over {self.context} tokens in chunks of {self.chunk}",
             verdict,
-            f"tape: {self.bytes_per_token:,.0f} bytes per token; memory remnants {used:.1f} % of whole float32 "
+            f"tape: {self.bytes_per_token:,.0f} bytes per token; memory remnants {used:.1f} % of whole "
             f"states{theory}, token shifts {shifts:,.0f} bytes per token",
         ]
         lines = [line for text in prose for line in wrapped(text)]
@@ -248,8 +248,8 @@ def _again(states: list[ExactStates], plan: list[Plans], layer: int) -> BlockAga
 
 
 def _drift(log_decays: list[Tensor], steps: tuple[int, ...]) -> tuple[DriftRow, ...]:
-    if not log_decays:
-        return ()
+    if not any(bool(decay.any()) for decay in log_decays):
+        return ()  # nothing is divided
     log_decay = torch.cat(log_decays)
     errors = {dtype: division_drift(log_decay, steps, dtype) for dtype in (torch.float32, torch.float64)}
     return tuple(

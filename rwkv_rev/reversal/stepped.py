@@ -15,7 +15,8 @@ section 5, keep the same information in a buffer of integers that is multiplied 
 
 A number's step takes 1.39 times ``log2(1/z)`` bits on average for z near 1 (rounding forgets more than z says), as
 many at z = 1/2, some 1.2 times below (:func:`ideal_bits`). Where a row's steps in a chunk forget as much as it holds
-(32 bits a number, or 64), the row is kept whole: the remnant of a chunk is never larger than the state.
+(32 bits a number, or 64), the row is kept whole, and all rows where that takes no more: the remnant of a chunk is never
+larger than the state.
 
 Limits: the grid is fixed. A finite number beyond :attr:`Stepped.largest` ends the step with a
 :class:`GridOverflowError`; inf and NaN stay NaN for good, and end in a NaN loss. Integers have, with their sign, 32
@@ -214,7 +215,7 @@ class StepsRemnant:
     @cached_property
     def size(self) -> Tensor | None:
         """Bits that each row forgot, int32 [B]; None where no step multiplies."""
-        return self.forgotten[1].sum(dim=(1, 2)).to(torch.int32) if self.states else None
+        return self.forgotten[1].sum(dim=(1, 2)).clamp_(max=2**31 - 1).to(torch.int32) if self.states else None
 
     excess = None
     """A mantissa takes the same whatever was forgotten of it."""
@@ -227,12 +228,16 @@ class StepsRemnant:
         if size is None:
             return [mantissa]
         whole = size >= 8 * mantissa[0].nbytes
+        bits = int(size[~whole].sum())
+        words = 4 * -(-bits // 32)
+        if size.nbytes + words + mantissa[0].nbytes * int(whole.sum()) > mantissa.nbytes:
+            return [mantissa]
         rows = whole.nonzero()[:, 0].to(mantissa.device)
         others = (~whole).nonzero()[:, 0].to(mantissa.device)
         values, widths = (part.index_select(0, others).flatten() for part in self.forgotten)
-        words = pack(values, widths, int(size[~whole].sum()), wide=self.before.wide)
+        packed = pack(values, widths, bits, wide=self.before.wide)
         sizes = torch.where(whole, -1, size).to(torch.int32).to(mantissa.device)
-        return [sizes, words, mantissa.index_select(0, rows)]
+        return [sizes, packed, mantissa.index_select(0, rows)]
 
 
 @dataclass(frozen=True)
