@@ -42,7 +42,7 @@ the four recordings read and write, and gaps between their tensors: calibrated o
 parameters, C = 2,048, 4,096, 8,192: within 5 %). Without recordings an allocator that keeps freed blocks reserves 5 %
 more than tensors take at their peak.
 
-Chunks of up to 4 tokens are run several at once (:func:`tokens_at_once`), and forecast so.
+Chunks of up to 32 tokens are run several at once (:func:`tokens_at_once`), and forecast so.
 
 The tape's bytes are exact: remnant widths follow from the decays. Heads whose grid rises add a matrix each, once.
 """
@@ -69,7 +69,7 @@ _STATE_ARITHMETIC = 8
 _RECORDED = ("checkpoint", "reversible")
 RECORDED_SHARE = 1.1
 _RESERVED_SHARE = 1.05
-SMALL_CHUNK = 4
+SMALL_CHUNK = 32
 """Tokens of the longest chunk that is run together with others."""
 _MOST_AT_ONCE = 64
 _FEWEST_GROUPS = 16

@@ -1,4 +1,4 @@
-"""Chunks of up to 4 tokens are run several at once: the same gradient, by fewer and longer chunks."""
+"""Chunks of up to 32 tokens are run several at once: the same gradient, by fewer and longer chunks."""
 
 from typing import Any
 
@@ -61,6 +61,13 @@ def test_they_are_run_as_longer_chunks_to_the_bit(name: str, chunk: int) -> None
         assert_same_bits(found, differentiate(of, "reversible", JOINED[chunk], **given))
 
 
+def test_longer_ones_too() -> None:
+    of, ids = model("5.2"), random_tokens(520)
+    found = differentiate(of, "reversible", 10, input_ids=ids)
+    assert found.report["chunk_length"] == 20
+    assert_same_bits(found, differentiate(of, "reversible", 20, input_ids=ids))
+
+
 @pytest.mark.parametrize(("name", "chunk"), CASES)
 def test_the_gradient_is_that_of_the_whole_context(name: str, chunk: int) -> None:
     of, wide = model(name), model(name, torch.float64)
@@ -116,7 +123,8 @@ def test_short_contexts_and_longer_chunks_stay_as_they_are() -> None:
     config = model("5.2").config
     assert tokens_at_once(config, 0, 1, 31, 1) == 1
     assert tokens_at_once(config, 0, 1, 32, 1) == 2
-    assert [tokens_at_once(config, 0, 1, 2**20, chunk) for chunk in (1, 2, 3, 4, 5)] == [64, 64, 48, 64, 5]
+    joined = {1: 64, 2: 64, 3: 48, 4: 64, 5: 40, 16: 64, 31: 62, 32: 64, 33: 33, 64: 64, 100: 100}
+    assert {chunk: tokens_at_once(config, 0, 1, 2**20, chunk) for chunk in joined} == joined
 
 
 def test_a_graph_takes_no_more_than_512_mib_or_the_weights_or_the_states() -> None:

@@ -3,13 +3,17 @@
     python examples/infinite_lstm/infinite_lstm.py [--most 16] [--json FILE] [--plot FILE] ...
 
 For T = 2^12, 2^13, ... tokens one step of training on Python's own reference manual, the gradient of the whole context,
-in chunks, with the tape on a disk. Then the states of the trained cell are run back from the end in two ways: exactly,
-from the bits that were kept, and as the equation says, by division through the gates.
+in chunks, with the tape on a disk, each context in a process of its own. Then the states of the trained cell are run
+back from the end in two ways: exactly, from the bits that were kept, and as the equation says, by division through the
+gates.
 """
 
 import argparse
 import json
+import os
+import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,8 +39,8 @@ class Row:
     Attributes:
         loss: nats per token, before the step.
         tokens_per_second: of processor time, so that other programs do not count.
-        memory: peak of the process so far, bytes beyond what it was before the first step and beyond ``given``; None
-            where nothing tells it.
+        memory: peak of the step, bytes beyond what was there before it, ids among it, and beyond what they predict;
+            None where nothing tells it.
         given: bytes of the token ids and of what they predict, which are there whole.
         tape: bytes on the disk.
     """
@@ -60,14 +64,29 @@ class Drift:
     exact: float
 
 
-def peak_memory() -> int | None:
-    """Of this process, bytes."""
+def own_memory(*, peak: bool) -> int | None:
+    """Of this process, bytes: now, or the most since :func:`forget_peak`. On Linux what no file can give back: pages of
+    libraries come and go as other programs need room."""
+    if sys.platform == "linux":
+        with Path("/proc/self/status").open(encoding="utf-8") as status:
+            sizes = {
+                name: int(rest.split()[0])
+                for name, _, rest in (s.partition(":") for s in status)
+                if "kB" in rest
+            }
+        return 1024 * (sizes["VmHWM" if peak else "VmRSS"] - sizes["RssFile"] - sizes["RssShmem"])
     if sys.platform == "win32":
         return None
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
+
+
+def forget_peak() -> None:
+    """Begin anew with the most, where the system can."""
+    if sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def rows_of(text: Tensor, rows: int, length: int) -> Tensor:
@@ -81,29 +100,47 @@ def rows_of(text: Tensor, rows: int, length: int) -> Tensor:
 
 
 def train(model: Any, text: Tensor, arguments: argparse.Namespace) -> list[Row]:
-    """A step for each context."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate)
+    """A step for each context, each in a process of its own that goes on from the weights of the one before."""
     found = []
-    warm_up = rows_of(text, arguments.batch_size, 2 * arguments.chunk_length)
-    model(warm_up, labels=warm_up).loss.backward()
-    before = peak_memory()
-    for power in range(arguments.least, arguments.most + 1, arguments.stride):
-        ids = rows_of(text, arguments.batch_size, 1 << power)
-        start = time.process_time()
-        output = model(ids, labels=ids)
-        output.loss.backward()
-        spent = time.process_time() - start
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        peak = peak_memory()
-        given = 2 * ids.nbytes
-        memory = None if peak is None or before is None else peak - before - given
-        rate, tape = ids.numel() / spent, output.report["tape_bytes"]
-        found.append(Row(1 << power, float(output.loss.detach()), rate, memory, given, tape))
-        print(line_of(found[-1]), flush=True)
-        del ids
+    environment = os.environ | {  # freed blocks go back, so that the peak is what the program holds
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": "1048576",
+        "MALLOC_TRIM_THRESHOLD_": "1048576",
+        "MALLOC_TOP_PAD_": "0",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        state = Path(folder) / "state.pt"
+        for power in range(arguments.least, arguments.most + 1, arguments.stride):
+            given = [sys.executable, __file__, "--step", str(power), "--state", str(state), *arguments.given]
+            done = subprocess.run(given, env=environment, stdout=subprocess.PIPE, check=True)
+            found.append(Row(**json.loads(done.stdout)))
+            print(line_of(found[-1]), flush=True)
+        model.load_state_dict(torch.load(state)["model"])
     return found
+
+
+def step(model: Any, text: Tensor, arguments: argparse.Namespace) -> Row:
+    """The one for ``arguments.step``."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate)
+    if arguments.state.exists():
+        before = torch.load(arguments.state)
+        model.load_state_dict(before["model"])
+        optimizer.load_state_dict(before["optimizer"])
+    warm_up = rows_of(text, arguments.batch_size, 3 * arguments.chunk_length)
+    model(warm_up, labels=warm_up).loss.backward()
+    optimizer.zero_grad()
+    ids = rows_of(text, arguments.batch_size, 1 << arguments.step)
+    forget_peak()
+    first, start = own_memory(peak=False), time.process_time()
+    output = model(ids, labels=ids)
+    output.loss.backward()
+    spent, most = time.process_time() - start, own_memory(peak=True)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, arguments.state)
+    memory = None if most is None or first is None else most - first - ids.nbytes
+    rate, tape = ids.numel() / spent, output.report["tape_bytes"]
+    return Row(1 << arguments.step, float(output.loss.detach()), rate, memory, 2 * ids.nbytes, tape)
 
 
 def line_of(row: Row) -> str:
@@ -191,7 +228,7 @@ def parse(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--least", type=int, default=12, help="log2 of the shortest context")
     parser.add_argument("--most", type=int, default=16, help="log2 of the longest")
     parser.add_argument("--stride", type=int, default=1, help="of log2")
-    parser.add_argument("--chunk-length", type=int, default=16)
+    parser.add_argument("--chunk-length", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--layers", type=int, default=1)
@@ -200,7 +237,11 @@ def parse(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch; a second one has nothing to do")
     parser.add_argument("--json", type=Path, help="where the figures go, too")
     parser.add_argument("--plot", type=Path)
-    return parser.parse_args(given)
+    parser.add_argument("--step", type=int, help="do that of one context alone, log2, and print it")
+    parser.add_argument("--state", type=Path, help="with it: weights to begin with, and where they go")
+    arguments = parser.parse_args(given)
+    arguments.given = sys.argv[1:] if given is None else given
+    return arguments
 
 
 def main(given: list[str] | None = None) -> tuple[list[Row], list[Drift]]:
@@ -220,6 +261,9 @@ def main(given: list[str] | None = None) -> tuple[list[Row], list[Drift]]:
     ).train()
     model.set_bptt("reversible", chunk_length=arguments.chunk_length, tape="disk")
     text = torch.frombuffer(bytearray(default_text().encode()), dtype=torch.uint8).long()
+    if arguments.step is not None:
+        print(json.dumps(asdict(step(model, text, arguments))))
+        return [], []
     print(
         "| context | tokens per CPU second | memory, MiB | ids, MiB | tape on disk, MiB | loss |", flush=True
     )
