@@ -1,6 +1,7 @@
 """Freshly initialised models of every architecture, through every command that takes a model folder."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -89,6 +90,9 @@ def test_every_command(cli: Cli, tmp_path: Path, architecture: str) -> None:
         )
         assert code == 0, out + err
         assert "bit-exact at all 5 boundaries: yes" in out
+        if not architecture.startswith("coupled-"):  # in RWKV's own memory decays divide
+            assert "plain division" not in out
+        assert float(re.search(r"memory remnants\s+([\d.]+) %", out)[1]) <= 100
         assert "rwkv: not run, the rwkv package knows no" in out
         assert "its own; another original there is none of" in out
     code, out, _ = cli("verify", "trained", "--json", "--tokens", 30)
@@ -98,6 +102,15 @@ def test_every_command(cli: Cli, tmp_path: Path, architecture: str) -> None:
         assert code == 1 and "no other tool reads models of" in err and not (tmp_path / "out").exists()
     code, _, err = cli("verify", "trained", "--oracle", "rwkv")
     assert code == 1 and "use --oracle naive" in err
+
+
+@pytest.mark.parametrize("architecture", ["linear-attention", "coupled"])
+def test_of_what_forgets_nothing_no_division_is_told(cli: Cli, tmp_path: Path, architecture: str) -> None:
+    init(architecture, tmp_path / "model", settings=TINY)
+    code, out, _ = cli("inspect", "model", "--numerics")
+    assert code == 0 and "No step forgets anything" in out and "NUHMC" in out and "division" not in out
+    code, out, _ = cli("inspect", "model", "--numerics", "--json")
+    assert code == 0 and all(row["division_steps"] == {} for row in json.loads(out)["numerics"])
 
 
 def test_a_damaged_scan_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,20 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "infinite_lstm" / "infinit
 def test_a_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     example = runpy.run_path(str(EXAMPLE))
-    given = ["--least", "5", "--most", "7", "--stride", "2", "--width", "12", "--batch-size", "2", "--chunk-length", "8"]
+    given = [
+        "--least",
+        "5",
+        "--most",
+        "7",
+        "--stride",
+        "2",
+        "--width",
+        "12",
+        "--batch-size",
+        "2",
+        "--chunk-length",
+        "8",
+    ]
     example["main"]([*given, "--json", str(tmp_path / "found.json"), "--plot", str(tmp_path / "found.png")])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + 2 + 2 + len(example["BACK"])

@@ -138,6 +138,19 @@ def test_states_and_masks(version: str, again: bool) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+def test_autocast(version: str) -> None:
+    model, ids = model_of(version, torch.float32), random_tokens(LENGTH)
+    with torch.autocast("cpu", torch.bfloat16):
+        full, *chunked = (
+            differentiate(model, s, CHUNK, input_ids=ids) for s in ("full", "reversible", "checkpoint")
+        )
+    assert_same_bits(*chunked)
+    truth = differentiate(model, "full", input_ids=ids).gradients
+    rounding = max(relative_errors(full.gradients, truth).values())
+    assert max(relative_errors(chunked[0].gradients, truth).values()) < 1.5 * rounding < 1
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 def test_another_arithmetic_on_the_way_back_is_found(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = Stepped.undo
     monkeypatch.setattr(Stepped, "undo", lambda *given: honest(*given) + 1)

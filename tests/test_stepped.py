@@ -18,7 +18,9 @@ DTYPES = (torch.float32, torch.float64)
     ("kind", "bits"), [(Floats, 3), (Floats, 31), (Floats, 50), (Integers, 3), (Integers, 50), (Integers, 61)]
 )
 @pytest.mark.parametrize("decay", DECAYS)
-def test_the_least_preimage_is_the_least(decay: float, kind: type[Floats] | type[Integers], bits: int) -> None:
+def test_the_least_preimage_is_the_least(
+    decay: float, kind: type[Floats] | type[Integers], bits: int
+) -> None:
     largest, arithmetic = 2**bits - 2, kind()
     generator = torch.Generator().manual_seed(bits)
     states = arithmetic.units((torch.rand(4000, generator=generator, dtype=torch.float64) * 2 - 1) * largest)
@@ -127,7 +129,7 @@ def test_a_remnant_is_never_larger_than_the_state(steps: int) -> None:
 
 
 def test_more_bits_than_32_can_count_are_a_whole_state() -> None:
-    before, after, remnant, _ = walk(torch.float32, torch.zeros(1, 64))
+    before, *_ = walk(torch.float32, torch.zeros(1, 64))
     mantissa, steps = before.mantissa[:, :, :1], 2**31 // 32 + 1
     few = StepsRemnant(before.like([mantissa]), [before.parts()[0][:, :1]], [torch.zeros(2, 1)])
     values, widths = few.forgotten

@@ -249,6 +249,18 @@ def test_a_gate_that_draws_is_refused_by_name() -> None:
     gradients(model.eval(), "reversible", plain_inputs(model, 64), 8)
 
 
+@pytest.mark.parametrize("factor", [1.01, -0.5])
+def test_a_gate_that_does_not_forget_but_grow_is_refused_by_name(factor: float) -> None:
+    for dtype in TOLERANCES:
+        cell = ReversibleGru(4, 3).to(dtype)
+        cell.update = lambda part, gates, parts: (torch.full_like(gates[0], factor), gates[1])
+        words = (
+            rf"\(ReversibleGru\) multiplies the state by z = {factor:g}, and the way back needs z in \[0, 1\]"
+        )
+        with pytest.raises(StrategyError, match=words):
+            cell.advance(cell.exact(cell.empty(1, dtype=dtype)), torch.randn(1, 5, 4, dtype=dtype))
+
+
 def test_an_input_that_draws_is_drawn_again() -> None:
     model = coupled_model(DroppingInput)
     found = []

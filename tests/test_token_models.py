@@ -32,6 +32,7 @@ WIDTH, LENGTH, CHUNK = 12, 40, 8
 
 
 def model_of(name: str, dtype: torch.dtype = torch.float64, **config: Any) -> RwkvRevForCausalLM:
+    """Any that is no RWKV, linear attention too."""
     width = config.get("hidden_size", WIDTH)
     settings = {
         "hidden_size": width,
@@ -104,6 +105,65 @@ def test_states_and_masks(name: str, again: bool) -> None:
     cut = differentiate(model, "truncated", CHUNK, **given)
     torch.testing.assert_close(cut.loss, full.loss, rtol=1e-9, atol=0)
     assert max(relative_errors(cut.gradients, full.gradients).values()) > 0.01
+
+
+@pytest.mark.parametrize("name", (*NAMES, "linear-attention"))
+def test_padding_and_rows_of_nothing_change_no_gradient(name: str) -> None:
+    model, ids = model_of(name), random_tokens(24, batch=2)
+    padded = torch.zeros(4, 31, dtype=torch.long)
+    mask = torch.zeros_like(padded)
+    for row, start in ((0, 7), (1, 0)):  # on the left, on the right
+        padded[row, start : start + 24], mask[row, start : start + 24] = ids[row], 1
+    padded[2] = 3  # a row of tokens, none of which counts
+    truth = differentiate(model, "full", input_ids=ids)
+    for strategy in ("full", "reversible", "checkpoint"):
+        for chunk in (1, 3, 8):
+            found = differentiate(model, strategy, chunk, input_ids=padded, attention_mask=mask)
+            torch.testing.assert_close(found.loss, truth.loss, rtol=1e-12, atol=0)
+            assert max(relative_errors(found.gradients, truth.gradients).values()) < 1e-10
+    for given in ({"input_ids": ids[:, :1]}, {"input_ids": padded, "attention_mask": torch.zeros_like(mask)}):
+        alone = differentiate(model, "reversible", 1, **given)  # nothing to predict
+        assert alone.loss == 0 and all(not grad.any() for grad in alone.gradients.values())
+
+
+@pytest.mark.parametrize("name", (*NAMES, "linear-attention"))
+def test_a_state_in_half_precision_goes_on_in_full(name: str) -> None:
+    model, ids = model_of(name, torch.float32), random_tokens(24, batch=2)
+    half = random_state(model, 2).each(torch.Tensor.half)
+    truth = differentiate(model, "full", input_ids=ids, state=half.each(torch.Tensor.float))
+    for strategy in ("full", "reversible"):
+        found = differentiate(model, strategy, 5, input_ids=ids, state=half)
+        assert all(tensor.dtype == torch.float32 for tensor in found.state.tensors())
+        assert max(relative_errors(found.gradients, truth.gradients).values()) < 1e-5
+
+
+@pytest.mark.parametrize("name", (*NAMES, "linear-attention"))
+def test_what_is_not_finite_ends_in_a_loss_that_is_not(name: str) -> None:
+    model = model_of(name, torch.float32)
+    embeds = torch.randn(2, 24, WIDTH, generator=torch.Generator().manual_seed(0))
+    for bad in (math.nan, math.inf):
+        embeds[0, 10] = bad
+        for strategy in ("full", "reversible", "checkpoint"):
+            found = differentiate(model, strategy, 4, inputs_embeds=embeds, labels=random_tokens(24, batch=2))
+            assert found.loss.isnan()
+
+
+@pytest.mark.parametrize("name", (*NAMES, "linear-attention"))
+def test_a_state_is_carried_from_call_to_call(name: str) -> None:
+    """With its gradient, through chunks of both calls."""
+    model, ids = model_of(name), random_tokens(24, batch=2)
+    state, found = random_state(model, 2), []
+    for strategy, chunk in (("full", None), ("reversible", 5), ("checkpoint", 1)):
+        start = state.each(lambda tensor: tensor.detach().clone().requires_grad_())
+        model.zero_grad()
+        with model.set_bptt(strategy, chunk_length=chunk):
+            first = model(input_ids=ids, labels=ids, state=start)
+            second = model(input_ids=ids.flip(1), labels=ids.flip(1), state=first.state)
+        (first.loss + second.loss).backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        found.append(gradients | {"state": start.tensors()[0].grad})
+    for chunked in found[1:]:
+        assert max(relative_errors(chunked, found[0]).values()) < 1e-10
 
 
 @pytest.mark.parametrize("name", NAMES)

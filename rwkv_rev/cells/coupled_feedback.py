@@ -188,6 +188,7 @@ class CoupledFeedback(ShiftedCell):
 
     def _fed(self, x: Tensor, read: Any) -> Any:
         """The projection of x mixed with what the feedback reads, [B, C, D] both."""
+        read = read.to(x.dtype)  # autocast reads in half precision
         return self.project(*(mix(x, read, mu) for mu in self.mixes()))
 
     def _ended(

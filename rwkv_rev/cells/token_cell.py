@@ -33,7 +33,7 @@ from rwkv_rev.cells.contract import Advanced, Replay, ReversibleCell, leaves
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.token_walk import Token, Update, Walk
 from rwkv_rev.errors import StrategyError
-from rwkv_rev.reversal.stepped import GridOverflowError, KeptSteps, Stepped, StepsRemnant
+from rwkv_rev.reversal.stepped import GridOverflowError, KeptSteps, Stepped, StepsRemnant, is_recorded
 
 
 class TokenState(NamedTuple):
@@ -142,13 +142,13 @@ class TokenCell(ReversibleCell):
             GridOverflowError: if one does not fit the grid.
         """
         with self._named():
-            return ExactTokenState(Stepped.of(state.memory, magnitude=self.magnitude, wide=self.wide))
+            return ExactTokenState(Stepped.of(_wide(state.memory), magnitude=self.magnitude, wide=self.wide))
 
     def values(self, state: ExactTokenState) -> TokenState:
         return TokenState(state.memory.value(state.memory.dtype))
 
     def step(self, state: TokenState, x: Tensor, mask: ChunkMask | None = None) -> tuple[Tensor, TokenState]:
-        walk = Walk(self, self.project(x), list(state.memory.unbind(1)), x.dtype, mask)
+        walk = Walk(self, self.project(x), list(_wide(state.memory).unbind(1)), x.dtype, mask)
         walk.forwards()
         return self.read(walk.parts(), x), TokenState(torch.stack(walk.values, dim=1))
 
@@ -172,12 +172,13 @@ class TokenCell(ReversibleCell):
 
         Raises:
             GridOverflowError: if a number of the state does not fit its grid.
-            StrategyError: if a gate draws random numbers.
+            StrategyError: if a gate draws random numbers, or gives a z that is not in [0, 1].
         """
         inputs = self.project(x)
         drawn = _generators(x)
         walk = self._walk(state, self.values(state), inputs, x, mask)
         self._refuse_draws(drawn, x)
+        self._refuse_growth(walk.decays)
         out = self.read(walk.parts(), x) if output else None
         with self._named():
             after = ExactTokenState(walk.end())
@@ -255,6 +256,17 @@ class TokenCell(ReversibleCell):
                 "back it would draw them in another order: draw in the input, or use bptt='full'"
             )
 
+    def _refuse_growth(self, decays: list[Tensor]) -> None:
+        if not decays or is_recorded(decays[0]):
+            return
+        least, most = torch.stack(decays).aminmax()  # NaN is neither
+        if least < 0 or most > 1:
+            outside = float(least if least < 0 else most)
+            raise StrategyError(
+                f"a gate of layer {self.layer} ({type(self).__name__}) multiplies the state by z = {outside:g}, and "
+                "the way back needs z in [0, 1]: make it a sigmoid, or clamp it; or use bptt='full'"
+            )
+
     @contextmanager
     def _named(self) -> Iterator[None]:
         """Says of an overflow inside where it was, and what to do."""
@@ -265,6 +277,11 @@ class TokenCell(ReversibleCell):
                 f"the state of layer {self.layer} ({type(self).__name__}) has left its grid: {error}; make the cell "
                 f"with magnitude={self.magnitude + 3} or more{'' if self.wide else ' (and wide=True for a finer grid)'}"
             ) from None
+
+
+def _wide(memory: Tensor) -> Tensor:
+    """In float32 at least: a state that comes in half precision goes on in full."""
+    return memory.to(torch.promote_types(memory.dtype, torch.float32))
 
 
 def _generators(x: Tensor) -> random_state.GeneratorStates | None:

@@ -32,7 +32,7 @@ from rwkv_rev.cells.block import ExactStates
 from rwkv_rev.cells.contract import ReversibleCell, tensors_of
 from rwkv_rev.errors import CheckpointError, ConfigError, DataError
 from rwkv_rev.modeling import RwkvRevForCausalLM
-from rwkv_rev.numerics import STATE_BITS, bits_forgotten
+from rwkv_rev.numerics import bits_forgotten
 from rwkv_rev.progress import Progress
 from rwkv_rev.reversal.memory import Remnant
 from rwkv_rev.reversal.tape import Tape

@@ -106,12 +106,13 @@ class Additive:
         return self.like([kept.to(self.units.dtype)]), NoRemnant()
 
     def retreat(self, contribution: Tensor) -> "Additive":
-        """One chunk backwards, from the same contribution, bit for bit."""
+        """One chunk backwards, from the same contribution, bit for bit; what is NaN stays so."""
         change = torch.round(contribution.double() * 2.0**-self.exponent)
         if self.units.is_floating_point():
             return self.like([(self.units.double() - change).to(self.units.dtype)])
         whole = change.nan_to_num(0.0, 0.0, 0.0).to(torch.int64)
-        return self.like([(self.units.to(torch.int64) - whole).to(self.units.dtype)])
+        before = torch.where(self.units == self._lost, self._lost, self.units.to(torch.int64) - whole)
+        return self.like([before.to(self.units.dtype)])
 
     def tensors(self) -> list[Tensor]:
         return [self.units]

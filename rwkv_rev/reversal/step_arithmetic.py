@@ -120,8 +120,11 @@ class Integers:
         return torch.where(kept == self.lost, self.lost, first), widths.to(torch.int64)
 
     def least(self, target: Tensor, decay: Tensor, largest: int) -> Tensor:
-        """As above: ``ceil((2**62 D - 2**61) / Z)``: guessed in float64, off by up to 2**9; once better, so that what Z is short
-        of D has 63 bits; and then the rest by a division of integers."""
+        """As above: ``ceil((2**62 D - 2**61) / Z)``.
+
+        Guessed in float64, off by up to 2**9; once better, so that what is missing has 63 bits; and then the rest by a
+        division of integers.
+        """
         whole = self._whole(decay)
         real = whole.double() / self._ONE
         guess = self._cut((target.double() - 0.5) / real, largest)

@@ -215,7 +215,9 @@ class StepsRemnant:
     @cached_property
     def size(self) -> Tensor | None:
         """Bits that each row forgot, int32 [B]; None where no step multiplies."""
-        return self.forgotten[1].sum(dim=(1, 2)).clamp_(max=2**31 - 1).to(torch.int32) if self.states else None
+        return (
+            self.forgotten[1].sum(dim=(1, 2)).clamp_(max=2**31 - 1).to(torch.int32) if self.states else None
+        )
 
     excess = None
     """A mantissa takes the same whatever was forgotten of it."""
