@@ -160,7 +160,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
         Args:
             strategy: ``auto``, ``full``, ``checkpoint``, ``reversible``, ``reversible-lossy`` or ``truncated``.
             chunk_length: C, tokens per chunk, or ``auto``, which chooses when it is first needed and then keeps to it
-                (:mod:`rwkv_rev.chunk_length`); unchanged when None. Chunks of up to 4 tokens are run several at once
+                (:mod:`rwkv_rev.chunk_length`); unchanged when None. Chunks of up to 32 tokens are run several at once
                 (:func:`rwkv_rev.forecast.tokens_at_once`).
             tape: ``host``, ``device`` or ``disk``; unchanged when None.
             tape_dir: folder of the ``disk`` tape; unchanged when None.

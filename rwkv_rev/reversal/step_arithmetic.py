@@ -51,7 +51,7 @@ class Floats:
     """float64 integers of up to 50 bits."""
 
     dtype = torch.float64
-    lost = float("nan")
+    lost: float = float("nan")
 
     def units(self, value: Tensor) -> Tensor:
         return value.round()
@@ -89,7 +89,7 @@ class Integers:
     """int64 of up to 61 bits: sums of a state and what is added to it, cut at 62, have room."""
 
     dtype = torch.int64
-    lost = -(1 << 63)
+    lost: float = -(1 << 63)
     _ONE = 1 << 62
     """z in units of 2**-62; at least one of them, so that it can be divided by."""
     _HALF, _LOW = 31, (1 << 31) - 1
