@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,13 @@ from rwkv_rev.modeling import RwkvRevForCausalLM
 
 MATRIX_PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
 LARGEST_OTHERS = 8
+
+
+class Seconds(NamedTuple):
+    """What a run took: by the clock, and of processor time, which other work on the machine changes less."""
+
+    clock: float
+    processor: float
 
 
 def cpu_rows(
@@ -54,7 +61,7 @@ def cpu_rows(
 
 
 def forward_against_rwkv(settings: BenchSettings, length: int) -> dict[str, Any]:
-    """Seconds of all logits, ours and the ``rwkv`` package's, and the ratio."""
+    """Seconds of all logits, ours and the ``rwkv`` package's, and the ratio of medians; the least processor time."""
     try:
         version = importlib.metadata.version("rwkv")
     except importlib.metadata.PackageNotFoundError:
@@ -63,21 +70,23 @@ def forward_against_rwkv(settings: BenchSettings, length: int) -> dict[str, Any]
         file = checkpoint_file(settings, Path(folder))
         model = _converted(file, Path(folder, "model")).eval()
         ids = random_tokens(model, 1, length)
-        ours, theirs = [], []
+        ours: list[Seconds] = []
+        theirs: list[Seconds] = []
         package = model.config.architecture.rwkv_package
         if package is None:
             raise RwkvRevError(f"the rwkv package knows no {model.config.architecture.called}")
         with _rwkv(file, length, package.environment) as peer, torch.no_grad():
             for turn in range(1 + settings.repeats):
-                start = time.perf_counter()
+                start, used = time.perf_counter(), time.process_time()
                 model(ids)
-                seconds = time.perf_counter() - start
+                seconds = Seconds(time.perf_counter() - start, time.process_time() - used)
+                answer = _ask(peer)
                 if turn:
                     ours.append(seconds)
-                    theirs.append(_ask(peer))
-                else:
-                    _ask(peer)
-    return _comparison("forward", f"rwkv {version}", length, ours, theirs)
+                    theirs.append(answer)
+    row = _comparison("forward", f"rwkv {version}", length, *([s.clock for s in side] for side in (ours, theirs)))
+    least, peer_least = (min(s.processor for s in side) for side in (ours, theirs))
+    return row | {"processor_seconds": least, "peer_processor_seconds": peer_least}
 
 
 def training_against_transformers(settings: BenchSettings, length: int) -> dict[str, Any]:
@@ -185,7 +194,7 @@ def _rwkv(file: Path, length: int, variables: Mapping[str, str]) -> Iterator["su
             process.terminate()
 
 
-def _ask(peer: "subprocess.Popen[str]") -> float:
+def _ask(peer: "subprocess.Popen[str]") -> Seconds:
     requests, answers = peer.stdin, peer.stdout
     assert requests is not None and answers is not None
     try:
@@ -195,5 +204,5 @@ def _ask(peer: "subprocess.Popen[str]") -> float:
         raise RwkvRevError("the rwkv package failed on this model") from None
     for line in answers:
         if line.startswith("seconds "):
-            return float(line.split()[1])
+            return Seconds(*map(float, line.split()[1:]))
     raise RwkvRevError("the rwkv package failed on this model")

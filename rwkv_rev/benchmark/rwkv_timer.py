@@ -3,8 +3,8 @@
     python -P rwkv_timer.py MODEL TOKENS THREADS
 
 MODEL is a path without ``.pth``, TOKENS how many random tokens. For every line on standard input one forward pass
-over all of them with all logits, and one line ``seconds NUMBER`` on standard output. Not imported by anything: see
-:mod:`rwkv_rev.equivalence.rwkv_worker` for why.
+over all of them with all logits, and one line ``seconds NUMBER NUMBER`` on standard output, by the clock and of processor
+time. Not imported by anything: see :mod:`rwkv_rev.equivalence.rwkv_worker` for why.
 """
 
 import os
@@ -25,9 +25,9 @@ def main(model_path: str, tokens: int, threads: int) -> None:
     vocabulary = (model.z if goose else model.w)["emb.weight"].shape[0]
     ids = torch.randint(vocabulary, (tokens,), generator=generator).tolist()
     for _ in sys.stdin:
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         model.forward(ids, None, full_output=True)
-        print("seconds", time.perf_counter() - start, flush=True)
+        print("seconds", time.perf_counter() - start, time.process_time() - used, flush=True)
 
 
 if __name__ == "__main__":

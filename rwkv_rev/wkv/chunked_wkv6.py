@@ -98,22 +98,29 @@ class _Decays:
         self.length = length_for(log_decay.shape[1])
         self._decays = split(log_decay, self.length, dtype).exp_()
 
-    def levels(self, before: Tensor | None, after: Tensor) -> Iterator[int]:
-        """Yields h = 1, 2, 4, ... n / 2, with the decays to the borders of blocks of h tokens multiplied into both.
+    def levels(self, before: Tensor | None, after: Tensor) -> Iterator[tuple[int, Tensor | None, Tensor]]:
+        """Yields h = 1, 2, 4, ... n / 2 and :func:`halves`: the second of ``before``, the first of ``after``.
+
+        Into both all decays up to the borders of blocks of h tokens are multiplied by then.
 
         Args:
             before: [J, B, H, n, N], to be scaled by p of the module's equations in the end; or None.
             after: likewise by e.
         """
-        half, total = 1, self._decays
+        half, total = 1, self._decays.flatten(0, 3)
         while half < self.length:
-            yield half
-            first, second = total.unflatten(-2, (-1, 2)).unbind(-2)
-            if before is not None:
-                upper(before, half).mul_(first[..., None, :])
-            lower(after, half).mul_(second[..., None, :])
+            left, right = None if before is None else halves(before, half)[1], halves(after, half)[0]
+            yield half, left, right
+            first, second = total.view(-1, 2, total.shape[-1]).unbind(1)
+            if left is not None:
+                left.mul_(first[:, None])
+            right.mul_(second[:, None])
             total, half = first * second, 2 * half
-        self.total = total.mT
+        self.total = total.view(*after.shape[:3], -1, 1)
+        if after.device.type == "cpu":
+            for scaled in (before, after):
+                if scaled is not None:
+                    _flush(scaled)
 
     def prefixes(self, writes: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """P of every sub-chunk's start [J, B, H, N, N], and the contribution of all tokens [B, H, N, N].
@@ -134,20 +141,25 @@ class _Decays:
         return torch.cat([torch.ones_like(self.total[:1]), self.total[:-1].cumprod(0)])
 
 
-def upper(x: Tensor, half: int) -> Tensor:
-    """The second halves of the blocks of 2 h tokens, [J, B, H, n / 2h, h, N] of [J, B, H, n, N] (a view)."""
-    return x.unflatten(-2, (-1, 2, half))[..., 1, :, :]
+def _flush(x: Tensor) -> None:
+    """Make zeros of what is below the smallest normal number: with it a processor computes many times as long."""
+    torch.ops.aten.hardshrink.out(x, torch.finfo(x.dtype).tiny, out=x)
 
 
-def lower(x: Tensor, half: int) -> Tensor:
-    """The first halves."""
-    return x.unflatten(-2, (-1, 2, half))[..., 0, :, :]
+def halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
+    """The first and second halves of all blocks of 2 h tokens, [J B H n / 2h, h, N] of [J, B, H, n, N] (views)."""
+    first, second = x.view(-1, 2, half, x.shape[-1]).unbind(1)
+    return first, second
 
 
 def _pairs(square: Tensor, half: int) -> Tensor:
-    """Of [J, B, H, n, n], t in the second and s in the first half of a block, [J, B, H, n / 2h, h, h] (a view)."""
-    blocks = square.unflatten(4, (-1, 2, half)).unflatten(3, (-1, 2, half))
-    return blocks[:, :, :, :, 1, :, :, 0].diagonal(dim1=3, dim2=5).movedim(-1, 3)
+    """Of [J, B, H, n, n], t in the second and s in the first half of a block, [J B H, n / 2h, h, h] (a view)."""
+    length = square.shape[-1]
+    return square.as_strided(
+        (square.numel() // length**2, length // (2 * half), half, half),
+        (length**2, 2 * half * (length + 1), length, 1),
+        square.storage_offset() + half * length,
+    )
 
 
 def _product(pairs: Tensor, x: Tensor) -> Tensor:
@@ -168,9 +180,10 @@ class _Wkv6(torch.autograd.Function):
         decays, (writes, values) = _Decays(log_decay, bonus.dtype), _written(k, v)
         reads = split(r, decays.length, bonus.dtype)
         among = reads.new_zeros(*reads.shape[:-1], decays.length)  # A
-        among.diagonal(dim1=-2, dim2=-1).copy_(((reads * writes) @ bonus[..., None])[..., 0])
-        for half in decays.levels(reads, writes):
-            _pairs(among, half).copy_(upper(reads, half) @ lower(writes, half).mT)
+        among.diagonal(dim1=-2, dim2=-1).copy_(torch.linalg.vecdot(reads * bonus[:, None], writes))
+        for half, left, right in decays.levels(reads, writes):
+            pairs = _pairs(among, half)
+            pairs.copy_(torch.bmm(left, right.mT).view_as(pairs))
         starts, contribution = decays.prefixes(writes, values)
         ctx.save_for_backward(r, k, v, log_decay, bonus, state, starts, among)
         since = decays.since_the_first()
@@ -196,13 +209,12 @@ class _Wkv6(torch.autograd.Function):
             dr, dk, dv = scaled * ks, scaled * rs, among.mT @ go
             d_bonus = (rs * ks).mul_(diagonal).sum((0, 1, 3))
             sums = _ProductSums(rs)
-            for half in decays.levels(before, after):
-                to_left, to_right = upper(before, half), lower(after, half)
-                left, right = upper(rs, half) * to_left, lower(ks, half) * to_right
-                pairs = _pairs(pulled, half).contiguous()
+            for half, to_left, to_right in decays.levels(before, after):
+                left, right = halves(rs, half)[1] * to_left, halves(ks, half)[0] * to_right
+                pairs = _pairs(pulled, half).flatten(0, 1)
                 d_left, d_right = _product(pairs, right), _product(pairs.mT, left)
-                upper(dr, half).addcmul_(d_left, to_left)
-                lower(dk, half).addcmul_(d_right, to_right)
+                halves(dr, half)[1].addcmul_(d_left, to_left)
+                halves(dk, half)[0].addcmul_(d_right, to_right)
                 sums.add(half, d_left, left, d_right, right)
 
             # outputs from the states S_j = P_j + since state, and what is written, P_{j+1} = total P_j + (k e)^T v
@@ -268,9 +280,10 @@ class _ProductSums:
             torch.mul(d_left, left, out=self._terms[..., -2, :, :])
             torch.mul(d_right, right, out=self._terms[..., -1, :, :])
             return
-        terms = self._terms[..., self._places[half], :, :]
-        torch.mul(d_left, left, out=upper(terms, half))
-        torch.mul(d_right, right, out=lower(terms, half))
+        blocks = self._terms[..., self._places[half], :, :].unflatten(-2, (-1, 2, half))
+        first, second = blocks.flatten(0, 2).unbind(-3)
+        torch.mul(d_left.view_as(second), left.view_as(second), out=second)
+        torch.mul(d_right.view_as(first), right.view_as(first), out=first)
 
     def total(self) -> Tensor:
         """[J, B, H, n, N]"""
