@@ -36,11 +36,15 @@ COMMANDS = (
     ("bench", "Measure speed, memory and tape on this machine."),
 )
 
+WRITE_NOTHING = ("inspect", "verify", "generate")
+"""Of these it goes without saying that nothing was written when they were stopped."""
+
 HELP = """Convert pretrained RWKV-4 to 7 checkpoints to reversible cells and prove that nothing changed.
 
 Start here: rwkv-rev convert bundled:rwkv-5.2 --output my-model
 
-Exit codes: 0 done, 1 runtime error, 2 usage error, 3 verification failed.
+Exit codes: 0 done, 1 something it names or needs does not do, 2 the command
+line or a setting is wrong by itself, 3 verification failed.
 RWKV_REV_TRACEBACK=1 shows where an error came from.
 """
 
@@ -76,11 +80,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         argv: arguments without the program's name; those of the process when None.
     """
     install_handlers()
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        _main(list(sys.argv[1:] if argv is None else argv))
+        _main(arguments)
     except BaseException as error:
         if (code := exit_code(error)) is not None:
-            tell("nothing was written")  # unless the command told of more
+            # unless the command told of more
+            tell(None if _requested(arguments) in WRITE_NOTHING else "nothing was written")
             raise SystemExit(code) from None
         if isinstance(error, Exception):
             _fail(error)
@@ -95,12 +101,16 @@ def _main(arguments: list[str]) -> NoReturn:
     _quiet_libraries()
     warnings.showwarning = _show_warning
     completing = "_RWKV_REV_COMPLETE" in os.environ
-    requested = next((word for word in arguments if not word.startswith("-")), "")
-    app = build_app(None if completing else requested)
+    app = build_app(None if completing else _requested(arguments))
     import typer
 
     left = typer.main.get_command(app).main(arguments, prog_name="rwkv-rev", standalone_mode=False)
     raise SystemExit(left or 0)
+
+
+def _requested(arguments: Sequence[str]) -> str:
+    """The command's name."""
+    return next((word for word in arguments if not word.startswith("-")), "")
 
 
 def _quiet_libraries() -> None:

@@ -205,7 +205,12 @@ def _print_plan(planned: Any, as_json: bool) -> None:
     if as_json:
         out.print_json(values)
         return
-    shown = {name: value for name, value in values["settings"].items() if value not in (None, [], False)}
+    unused = "lora_" if values["settings"]["tune"] != "lora" else "-"
+    shown = {
+        name: value
+        for name, value in values["settings"].items()
+        if value not in (None, [], False) and not name.startswith(unused)
+    }
     out.print_fields("Settings", {**shown, "model is": values["model"], "processes": values["processes"]})
     data = values["data"]
     out.print_fields(

@@ -38,12 +38,12 @@ def exit_code(error: BaseException) -> int | None:
     return 130 if isinstance(error, KeyboardInterrupt) else None
 
 
-def tell(state: str) -> None:
-    """One line, the first time, that says what state things are in; of several processes the first one speaks."""
+def tell(state: str | None) -> None:
+    """One line, the first time, that says what state things are in, if any; of several processes the first one speaks."""
     global _told
     if not _told and os.environ.get("RANK", "0") == "0":
         _told = True
-        out.note(f"stopped; {state}")
+        out.note("stopped" if state is None else f"stopped; {state}")
 
 
 @contextmanager

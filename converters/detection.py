@@ -316,7 +316,10 @@ def _compare_names(where: str, architecture: Detected, expected: set[str], check
         meaning = next((what for pattern, what in _LEFTOVERS if re.search(pattern, leftover[0])), None)
         unsupported = f" ({meaning}, which is not supported)" if meaning else ""
         faults.append(f"left over {some([checkpoint.stored_name(name) for name in leftover])}{unsupported}")
-    raise CheckpointError(f"{where} looks like RWKV-{architecture.version} but is not: {'; '.join(faults)}")
+    hint = SUPPORTED if leftover else "use a whole copy of the checkpoint"
+    raise CheckpointError(
+        f"{where} looks like RWKV-{architecture.version} but is not: {'; '.join(faults)}; {hint}"
+    )
 
 
 def _compare_shapes(
@@ -334,7 +337,9 @@ def _compare_shapes(
         else:
             wrong.append(f"{entry.foreign} is {list(shape)} instead of {list(entry.foreign_shape)}")
     if wrong:
-        raise CheckpointError(f"{where} has wrong shapes: {some(wrong)}")
+        raise CheckpointError(
+            f"{where} has wrong shapes: {some(wrong)}; use an undamaged copy of the checkpoint, as it was trained"
+        )
     return unusual
 
 

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from rwkv_rev.converters.sniff import sniff
 from rwkv_rev.converters.wrappers import plain_names
-from rwkv_rev.converters.zip_records import ZipRecords
+from rwkv_rev.converters.zip_records import ZipRecords, damaged
 from rwkv_rev.errors import CheckpointError
 from rwkv_rev.folders.hub import LocalCheckpoint
 from rwkv_rev.folders.safe_input import read_object
@@ -266,7 +266,7 @@ class _SafetensorsFile(_File):
             self._handle = safe_open(path, framework="pt")
             self._handle.__enter__()
         except SafetensorError as error:
-            raise CheckpointError(f"{path} is truncated or damaged: {one_line(error)}") from error
+            raise damaged(path, error) from error
         self.infos = {}
         for name in self._handle.offset_keys():
             view = self._handle.get_slice(name)
@@ -318,9 +318,9 @@ def _load(path: Path, mapped: bool) -> dict[str, torch.Tensor]:
             raise CheckpointError(
                 f"{path} holds Python objects beside tensors, which may run code; save its state_dict() alone"
             ) from error
-        raise CheckpointError(f"{path} is truncated or damaged: {one_line(error)}") from error
+        raise damaged(path, error) from error
     except Exception as error:  # a damaged pickle may raise anything
-        raise CheckpointError(f"{path} is truncated or damaged: {one_line(error)}") from error
+        raise damaged(path, error) from error
     if isinstance(state, torch.Tensor):
         raise CheckpointError(f"{path} holds a single tensor, not a dictionary of named tensors")
     if not isinstance(state, Mapping):

@@ -28,6 +28,11 @@ MOST_PICKLE_BYTES = 64 << 20  # a tensor takes some 200
 READ_BLOCK = 1 << 20  # bytes at a time
 
 
+def damaged(path: Path, error: Exception) -> CheckpointError:
+    """What to raise for a file of which a reader says ``error``."""
+    return CheckpointError(f"{path} is truncated or damaged ({shortened(error)}); download or copy it again")
+
+
 class ZipRecords:
     """The records of a PyTorch zip file.
 
@@ -47,7 +52,7 @@ class ZipRecords:
         except CheckpointError:
             raise
         except Exception as error:  # a damaged zip may raise anything
-            raise CheckpointError(f"{path} is truncated or damaged: {shortened(error)}") from error
+            raise damaged(path, error) from error
 
     def _index(self, archive: zipfile.ZipFile) -> None:
         infos = archive.infolist()
@@ -93,7 +98,7 @@ class ZipRecords:
             try:
                 self.storages = _storages(self._pickle)
             except Exception as error:
-                raise CheckpointError(f"{self._path} is truncated or damaged: {shortened(error)}") from error
+                raise damaged(self._path, error) from error
 
     def check(self, name: str) -> None:
         """Compare the storage of a tensor with its checksum, once.

@@ -4,6 +4,7 @@ Values come from the architecture's own initialisation and a seed, and are the s
 PyTorch. The folder appears whole or not at all, as every output.
 """
 
+import difflib
 import json
 import platform
 from collections import Counter
@@ -43,6 +44,9 @@ SETTABLE = (
 )
 """Fields of the configuration that all architectures have."""
 EPSILONS = ("layer_norm_epsilon", "group_norm_epsilon")
+HEADS = {"num_attention_heads", "head_size"}
+SMALLEST_HEAD = 16
+"""That comes of a width alone; smaller heads hold next to nothing, and are made only for who asks for them."""
 MOST_SEED = (1 << 63) - 1
 SHARD_SIZE = "5GB"
 
@@ -135,8 +139,10 @@ def init(
 def _refuse_unknown(known: Architecture, given: dict[str, Any]) -> None:
     for name in given:
         if name not in SETTABLE and name not in known.fields:
-            there = ", ".join((*SETTABLE, *known.fields))
-            raise ConfigError(f"{known.called} has no field {shortened(repr(name))}; there are {there}")
+            there = (*SETTABLE, *known.fields)
+            near = difflib.get_close_matches(name, there, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(there)}"
+            raise ConfigError(f"{known.called} has no field {shortened(repr(name))}; {hint}")
 
 
 def _config(known: Architecture, given: dict[str, Any]) -> RwkvRevConfig:
@@ -148,6 +154,12 @@ def _config(known: Architecture, given: dict[str, Any]) -> RwkvRevConfig:
             sizes["head_size"] = width // max(1, _whole(given["num_attention_heads"]))
         if "head_size" in given and "num_attention_heads" not in given:
             sizes["num_attention_heads"] = width // max(1, _whole(given["head_size"]))
+        if sizes.get("head_size", SMALLEST_HEAD) < min(SMALLEST_HEAD, width) and not HEADS & given.keys():
+            heads, size = sizes["num_attention_heads"], sizes["head_size"]
+            raise ConfigError(
+                f"hidden_size = {width} would make {heads} heads of {size} numbers: use a multiple of 64 (of "
+                f"{SMALLEST_HEAD} at least), or say what you want with --set head_size={size}"
+            )
     given = {
         name: float(value) if name in EPSILONS and type(value) is int else value
         for name, value in given.items()

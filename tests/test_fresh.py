@@ -126,6 +126,29 @@ def test_a_damaged_scan_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not report.passed and report.divergence.startswith("block 0 attention")
 
 
+@pytest.mark.parametrize(
+    ("architecture", "field", "value", "reason"),
+    [
+        ("6", "hiden_size", 64, "no field 'hiden_size'; did you mean hidden_size"),
+        ("6", "mixrank", 64, "did you mean mix_rank"),
+        ("5.2", "mix_rank", 64, "no field 'mix_rank'"),
+        ("7", "hidden_size", 100, "25 heads of 4 numbers: use a multiple of 64 .* head_size=4"),
+        ("linear-attention", "hidden_size", 100, "25 heads of 4"),
+    ],
+)
+def test_fields_that_cannot_be_meant(
+    tmp_path: Path, architecture: str, field: str, value: int, reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        init(architecture, tmp_path / "model", settings={field: value})
+    assert not (tmp_path / "model").exists()
+
+
+def test_small_heads_for_who_asks_for_them(tmp_path: Path) -> None:
+    made = init("7", tmp_path / "model", settings={"hidden_size": 20, "head_size": 4, "num_hidden_layers": 1})
+    assert (made.config.num_attention_heads, made.config.head_size) == (5, 4)
+
+
 def _perturb(folder: Path) -> None:
     """Maps that are zero at first, as every block's last one, hide what is before them."""
     from safetensors.torch import save_file

@@ -7,6 +7,7 @@ where they depend on the data between the sweeps. Otherwise it reports its drift
 as forget nothing: RWKV-4 forgets whole states within a few tokens, RWKV-7's transition is no division.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,9 +94,10 @@ class ReversibleLossy(TwoSweeps):
 
     def _refuse_noise(self) -> None:
         if self._bits > FLOAT64_BITS:
+            lost = f"{self._bits:.0f} bits" if math.isfinite(self._bits) else "all bits of a channel"
             raise StrategyError(
-                f"reversible-lossy would lose {self._bits:.0f} bits over {self._length} tokens, float64 has "
-                f"{FLOAT64_BITS}; use 'reversible', which is exact"
+                f"reversible-lossy would lose {lost} over {self._length} tokens, float64 has {FLOAT64_BITS}; use "
+                "'reversible', which is exact"
             )
 
     def _divided(self, states: list[ExactStates]) -> list[ExactStates]:

@@ -47,7 +47,7 @@ def check_place(output: Path) -> None:
 
 
 def check_output(output: Path, *, force: bool, directory: bool) -> None:
-    """Refuse an output that exists without ``force``, or that ``force`` must never delete.
+    """Refuse an output that ``force`` must never delete, and one that exists without ``force``.
 
     With ``force`` a directory is replaced only if it is empty or looks like a model (it holds
     ``config.json``), a file only if it is empty or such as ``torch.save`` writes, so that a mistyped path cannot
@@ -69,12 +69,10 @@ def check_output(output: Path, *, force: bool, directory: bool) -> None:
         raise OutputError(f"{output} is a folder; --output must be the path of a file")
     if not directory and not stat.S_ISREG(output.lstat().st_mode):
         raise OutputError(f"{output} is a device or a pipe, not a regular file; choose another --output")
-    if not force:
-        raise OutputError(f"{output} already exists; pass --force to replace it, or choose another --output")
     if directory:
         if not (output / "config.json").is_file() and any(output.iterdir()):
             raise OutputError(
-                f"{output} is not a model folder (no config.json), so --force does not replace it; "
+                f"{output} exists and is not a model folder (no config.json), so --force does not replace it; "
                 "choose another --output"
             )
         here = Path.cwd()
@@ -85,9 +83,11 @@ def check_output(output: Path, *, force: bool, directory: bool) -> None:
             start = file.read(4)
         if start not in (b"", b"PK\x03\x04"):
             raise OutputError(
-                f"{output} is no checkpoint as torch.save writes it, so --force does not replace it; "
+                f"{output} exists and is no checkpoint as torch.save writes it, so --force does not replace it; "
                 "choose another --output"
             )
+    if not force:
+        raise OutputError(f"{output} already exists; pass --force to replace it, or choose another --output")
 
 
 @contextmanager
