@@ -1,10 +1,11 @@
 """RWKV-6 and 7 on the CPU against the ``rwkv`` package's sequence mode, and against loops over tokens in PyTorch.
 
-Both sides in turns, in one run, with the same threads; medians are compared, but the slowest loop is run once.
+Both sides in turns, in one run, on one thread each, by the least processor time of several runs: other work on the
+machine changes that least. A second thread helps us alone: the package's loop over tokens has nothing for it.
 """
 
-import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,53 +18,50 @@ from rwkv_rev.benchmark.settings import BenchSettings
 from rwkv_rev.wkv import use_kernel
 
 LENGTH = 1024
-FORWARD, FORWARD_FLOOR = {"7": 4.0}, {"6": 2.6}
-"""How many times as fast, at least. RWKV-6's is a floor below the 3.1 that one thread gave, not the aim, which is 4."""
+FORWARD = {"6": 3.0, "7": 4.0}
+"""How many times as fast, at least. RWKV-6's is a floor below the 3.4 that one thread gave, not the aim, which is 4."""
 TRAINING_FLOOR = {"6": 6.0, "7": 6.5}
 """Floors as well, below 7.4 and 8.2: a loop over the recurrence alone, all else at once. The aim is 10."""
 WHOLE_LOOP = 10.0
-"""Of a loop in which the whole model takes a token at a time; measured were 100 and 110."""
+"""Of a loop in which the whole model takes a token at a time; measured were 57 to 158."""
 
 
-def forward_ratio(version: str) -> float:
-    pytest.importorskip("rwkv")
-    row = forward_against_rwkv(BenchSettings(shape=f"bundled:rwkv-{version}", repeats=5), LENGTH)
-    print(
-        f"RWKV-{version}: {row['seconds']:.3f} s, {row['peer']} {row['peer_seconds']:.3f} s, {row['ratio']:.1f}"
-    )
-    return float(row["ratio"])
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.timing
 @pytest.mark.parametrize("version", FORWARD)
 def test_forward(version: str) -> None:
-    assert forward_ratio(version) >= FORWARD[version]
-
-
-@pytest.mark.timing
-@pytest.mark.parametrize("version", FORWARD_FLOOR)
-def test_forward_stays_above_its_floor(version: str) -> None:
-    assert forward_ratio(version) >= FORWARD_FLOOR[version]
+    pytest.importorskip("rwkv")
+    row = forward_against_rwkv(BenchSettings(shape=f"bundled:rwkv-{version}", repeats=7), LENGTH)
+    ours, theirs = row["processor_seconds"], row["peer_processor_seconds"]
+    print(f"RWKV-{version}: {ours:.3f} s, {row['peer']} {theirs:.3f} s, {theirs / ours:.1f}")
+    assert theirs / ours >= FORWARD[version]
 
 
 def seconds(model: RwkvRevForCausalLM, tokens: torch.Tensor, kernel: str) -> float:
     model.zero_grad()
-    start = time.perf_counter()
+    start = time.process_time()
     with use_kernel(kernel), model.set_bptt("full"):
         model(tokens, labels=tokens).loss.backward()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def token_by_token(model: RwkvRevForCausalLM, tokens: torch.Tensor) -> float:
     model.zero_grad()
-    start = time.perf_counter()
+    start = time.process_time()
     state, logits = None, []
     with model.set_bptt("full"):
         for token in tokens.split(1, dim=1):
             out = model(token, state=state)
             state, logits = out.state, [*logits, out.logits]
         torch.nn.functional.cross_entropy(torch.cat(logits, 1)[0, :-1], tokens[0, 1:]).backward()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 @pytest.mark.timing
@@ -72,7 +70,7 @@ def test_loss_and_gradients_against_the_whole_model_token_by_token(
     bundled: dict[str, Path], version: str
 ) -> None:
     model, tokens = load(bundled[version]), english(LENGTH)
-    ours = statistics.median([seconds(model, tokens, "chunked") for _ in range(4)][1:])
+    ours = min(seconds(model, tokens, "chunked") for _ in range(4))
     loop = token_by_token(model, tokens)
     print(f"RWKV-{version}: {ours:.2f} s, token by token {loop:.2f} s, {loop / ours:.1f}")
     assert loop / ours >= WHOLE_LOOP
@@ -87,6 +85,6 @@ def test_loss_and_gradients_stay_above_their_floor(bundled: dict[str, Path], ver
     for _ in range(4):
         for kernel, times in taken.items():
             times.append(seconds(model, tokens, kernel))
-    ours, loop = (statistics.median(times[1:]) for times in taken.values())
+    ours, loop = (min(times[1:]) for times in taken.values())
     print(f"RWKV-{version}: {ours:.2f} s, a loop {loop:.2f} s, {loop / ours:.1f}")
     assert loop / ours >= TRAINING_FLOOR[version]

@@ -47,6 +47,7 @@ REMOTE_CODE = "RWKV/v6-Finch-1B6-HF"
 """A published repository whose code ``config.json`` of an export refers to."""
 _HEAD_SIZE = 64  # of all published models
 _MOST_RANK = 1 << 20
+_FUSED_SUB_CHUNK = 64  # of wkv/triton_wkv6.py, which cannot be imported without triton
 _WIDE = 4096  # from here on published models have twice the ranks
 _FLA = "fla"
 _FLA_ORDER = ("receptance", "decay", "key", "value", "gate")
@@ -303,10 +304,11 @@ def _lost(config: "RwkvRevConfig", layout: str) -> str | None:
 
 def _states(config: "RwkvRevConfig", batch: int, length: int, fused: bool) -> int:
     # a matrix per sub-chunk, the scan's last, and the state before the chunk; products of pairs of a sub-chunk's
-    # tokens; of each token the hidden layers of the low-rank maps
-    pieces = math.ceil(length / SUB_CHUNK)
+    # tokens, which kernels make again; of each token the hidden layers of the low-rank maps
+    sub_chunk = _FUSED_SUB_CHUNK if fused else SUB_CHUNK
+    pieces = math.ceil(length / sub_chunk)
     matrices = (pieces + 2) * config.hidden_size * config.head_size
-    pairs = pieces * config.num_attention_heads * SUB_CHUNK**2
+    pairs = 0 if fused else pieces * config.num_attention_heads * sub_chunk**2
     hidden = length * (5 * config.mix_rank + config.decay_rank)
     return batch * (matrices + pairs + hidden)
 
@@ -364,9 +366,11 @@ RWKV6 = Architecture(
     scan=lambda config: rwkv6_scan.SCAN,
     rwkv_package=RwkvPackage(),
     # the recurrence keeps its decays and states in float32 whatever the model's precision
+    # on a CUDA device the gated norm keeps two of its five vectors, a token shift its input alone, and nobody keeps
+    # decays twice
     cost=Cost(
         vectors=33,
-        fused_vectors=33,
+        fused_vectors=29,
         mixes=2,
         states=_states,
         whole=_whole,

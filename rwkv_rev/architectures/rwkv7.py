@@ -37,6 +37,7 @@ from rwkv_rev.wkv.chunked_wkv7 import SUB_CHUNK
 if TYPE_CHECKING:
     from rwkv_rev.configuration import RwkvRevConfig
 
+_FUSED_SUB_CHUNK = 64  # of wkv/triton_wkv7.py, which cannot be imported without triton
 _HEAD_SIZE = 64  # of all published models
 _MOST_RANK = 1 << 20
 FLA = "fla"
@@ -276,6 +277,12 @@ def _lost(config: "RwkvRevConfig", layout: str) -> str | None:
 
 
 def _states(config: "RwkvRevConfig", batch: int, length: int, fused: bool) -> int:
+    if fused:
+        # per sub-chunk its state, its transition and the inverse of its triangle; the five factors of whole sub-chunks
+        pieces = math.ceil(length / _FUSED_SUB_CHUNK)
+        matrices = 2 * (pieces + 1) * config.hidden_size * config.head_size
+        inverses = pieces * config.num_attention_heads * _FUSED_SUB_CHUNK**2
+        return batch * (matrices + inverses + 5 * pieces * _FUSED_SUB_CHUNK * config.hidden_size)
     # a matrix per sub-chunk and two, and what each token removes, a vector that whole sub-chunks have
     pieces = math.ceil(length / SUB_CHUNK)
     missing = pieces * SUB_CHUNK - length
@@ -324,9 +331,11 @@ RWKV7 = Architecture(
     scan=lambda config: rwkv7_scan.SCAN,
     rwkv_package=RwkvPackage({"RWKV_V7_ON": "1"}, inexact="e^(-1/2) of RWKV-7 as 0.606531"),
     # most of what the recurrence reads is in float32 whatever the model's precision
+    # on a CUDA device the norm keeps one of its two vectors and a token shift its input alone; what a token removes is
+    # among the factors there (_states)
     cost=Cost(
         vectors=33,
-        fused_vectors=33,
+        fused_vectors=29,
         mixes=7,
         states=_states,
         whole=_whole,
