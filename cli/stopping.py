@@ -39,7 +39,7 @@ def exit_code(error: BaseException) -> int | None:
 
 
 def tell(state: str | None) -> None:
-    """One line, the first time, that says what state things are in, if any; of several processes the first one speaks."""
+    """One line, the first time, that says what state things are in, if any; of several processes the first speaks."""
     global _told
     if not _told and os.environ.get("RANK", "0") == "0":
         _told = True

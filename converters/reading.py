@@ -28,7 +28,7 @@ from rwkv_rev.converters.zip_records import ZipRecords, damaged
 from rwkv_rev.errors import CheckpointError
 from rwkv_rev.folders.hub import LocalCheckpoint
 from rwkv_rev.folders.safe_input import read_object
-from rwkv_rev.folders.selection import one_line, some, weight_map
+from rwkv_rev.folders.selection import some, weight_map
 from rwkv_rev.printable import is_utf8, shortened
 
 HASH_BLOCK = 1 << 22  # bytes read at a time; fewer make the threads wait for each other more often

@@ -84,7 +84,9 @@ def forward_against_rwkv(settings: BenchSettings, length: int) -> dict[str, Any]
                 if turn:
                     ours.append(seconds)
                     theirs.append(answer)
-    row = _comparison("forward", f"rwkv {version}", length, *([s.clock for s in side] for side in (ours, theirs)))
+    row = _comparison(
+        "forward", f"rwkv {version}", length, *([s.clock for s in side] for side in (ours, theirs))
+    )
     least, peer_least = (min(s.processor for s in side) for side in (ours, theirs))
     return row | {"processor_seconds": least, "peer_processor_seconds": peer_least}
 

@@ -3,8 +3,8 @@
     python -P rwkv_timer.py MODEL TOKENS THREADS
 
 MODEL is a path without ``.pth``, TOKENS how many random tokens. For every line on standard input one forward pass
-over all of them with all logits, and one line ``seconds NUMBER NUMBER`` on standard output, by the clock and of processor
-time. Not imported by anything: see :mod:`rwkv_rev.equivalence.rwkv_worker` for why.
+over all of them with all logits, and one line ``seconds NUMBER NUMBER`` on standard output, by the clock and of
+processor time. Not imported by anything: see :mod:`rwkv_rev.equivalence.rwkv_worker` for why.
 """
 
 import os
