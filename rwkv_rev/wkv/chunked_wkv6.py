@@ -98,8 +98,8 @@ class _Decays:
         self.length = length_for(log_decay.shape[1])
         self._decays = split(log_decay, self.length, dtype).exp_()
 
-    def levels(self, before: Tensor | None, after: Tensor) -> Iterator[tuple[int, Tensor | None, Tensor]]:
-        """Yields h = 1, 2, 4, ... n / 2 and :func:`halves`: the second of ``before``, the first of ``after``.
+    def levels(self, before: Tensor | None, after: Tensor) -> Iterator[tuple[int, Any, Tensor]]:
+        """Yields h = 1, 2, 4, ... n / 2 and :func:`halves`: the second of ``before`` (or None), the first of ``after``.
 
         Into both all decays up to the borders of blocks of h tokens are multiplied by then.
 
