@@ -28,7 +28,8 @@ from rwkv_rev.bptt.strategy import LanguageModel, LossInputs, refuse_offloaded
 from rwkv_rev.bptt.sweeps import TwoSweeps
 from rwkv_rev.bptt_settings import BpttSettings
 from rwkv_rev.cache import Piece, RwkvRevCache, handed_over
-from rwkv_rev.cells.block import Block
+from rwkv_rev.cells.block import Block, FloatStates
+from rwkv_rev.cells.borders import Borders, Mask
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.chunk_length import AutoLength
 from rwkv_rev.configuration import MOST_SIZE, RwkvRevConfig
@@ -39,8 +40,9 @@ from rwkv_rev.forecast import SMALL_CHUNK, tokens_at_once
 from rwkv_rev.foreign_code import strangers
 from rwkv_rev.initialization import initialize_head, remake, unstored_buffers
 from rwkv_rev.inputs import masked_embeds, refuse_other_kind, rows_and_tokens, valid_tokens
-from rwkv_rev.keywords import refuse_packed_rows, refuse_unknown_keywords
+from rwkv_rev.keywords import refuse_unknown_keywords
 from rwkv_rev.outputs import RwkvRevOutput
+from rwkv_rev.packed_rows import given_borders
 from rwkv_rev.state import ModelState
 
 logger = logging.get_logger("rwkv_rev.modeling")  # one for both models
@@ -168,7 +170,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         return self.ln0(self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds)
 
     def run(
-        self, x: Tensor, state: ModelState, mask: ChunkMask | None, streams: list[Tensor] | None = None
+        self, x: Tensor, state: ModelState, mask: Mask, streams: list[Tensor] | None = None
     ) -> tuple[Tensor, ModelState]:
         """All blocks on x [B, C, D] by plain differentiable arithmetic; ``streams`` collects every residual."""
         again = self.training and torch.is_grad_enabled() and self.gradient_checkpointing
@@ -189,6 +191,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         cache: ModelState | RwkvRevCache | None = None,
         croppable: int = 0,
         return_dict: bool | None = None,
+        borders: Tensor | None = None,
         **kwargs: Any,
     ) -> RwkvRevOutput | tuple[Any, ...]:
         """Hidden states after ``ln_out``, and the state to go on from.
@@ -201,13 +204,13 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
                 setting when None, as of ``return_dict``.
             past_key_values, cache: the same as ``state``; a :class:`RwkvRevCache` is brought up to date.
             croppable: tokens at the end that a recording cache may be asked to forget (0: all).
+            borders: [B, T] bool, true at the first token of each document packed into a row; see the model with a head.
 
         With gradients disabled, contexts longer than ``set_bptt``'s ``chunk_length`` run chunk by chunk, of 1,024
         tokens under ``auto``. What :meth:`RwkvRevForCausalLM.set_bptt` says of ``hidden_states`` is of the output.
         """
         output_hidden_states, return_dict = self._by_config(output_hidden_states, return_dict)
         batch, length, device = rows_and_tokens(input_ids, inputs_embeds)
-        refuse_packed_rows(kwargs, attention_mask)
         refuse_unknown_keywords(kwargs, RwkvRevModel)
         if device.type != "meta":  # where a model without weights is looked at
             refuse_offloaded(self.parameters())
@@ -220,12 +223,14 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
             raise ValueError(f"the state has {state.batch_size} rows, the input {batch}")
         if state.layers != len(self.blocks):
             raise ValueError(f"the state has {state.layers} layers, the model {len(self.blocks)}")
+        at = given_borders(kwargs, borders, valid, batch, length)
+        documents = None if at is None else self.borders(at, valid)
         if (
             updated is None
             and not output_hidden_states
             and self.goes_in_sweeps(batch, length, device, inputs_embeds, *state.tensors())
         ):
-            read = self._in_sweeps(input_ids, inputs_embeds, valid, state)
+            read = self._in_sweeps(input_ids, inputs_embeds, valid, state, documents)
             if read is not None:
                 output = RwkvRevOutput(last_hidden_state=read[0], state=exportable(read[1]))
                 return output if return_dict else output.to_tuple()
@@ -249,10 +254,11 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
             )
             flags = None if valid is None else valid[:, part]
             collected = [embedded]
-            mask = None if flags is None else ChunkMask.of(flags)
+            within = None if documents is None else documents.part(start, stop)
+            mask = _mask(flags, within)
             x, after = self.run(embedded, state, mask, collected if output_hidden_states else None)
             if updated is not None:
-                again = partial(self._read_first, embedded, flags, state)
+                again = partial(self._read_first, embedded, flags, state, within)
                 updated.take(after, Piece(state, stop - start, again))
             state = after
             hidden.append(self.ln_out(x))
@@ -312,6 +318,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         inputs_embeds: Tensor | None,
         valid: Tensor | None,
         state: ModelState,
+        borders: Borders | None,
     ) -> tuple[Tensor, ModelState] | None:
         """Hidden states and the state after them, differentiable by two sweeps; None where that cannot be."""
         given = [] if inputs_embeds is None else [inputs_embeds]
@@ -325,6 +332,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
             targets=torch.zeros(1, dtype=torch.int64, device=device).expand(batch, length),
             divisor=1.0,
             state=state,
+            borders=borders,
         )
         bptt, size = self.bptt, self.chunk_length(batch, length, device, handed_out=True)
         strategy = choose_strategy(
@@ -357,10 +365,17 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
 
     @torch.no_grad()
     def _read_first(
-        self, embedded: Tensor, valid: Tensor | None, state: ModelState, count: int
+        self,
+        embedded: Tensor,
+        valid: Tensor | None,
+        state: ModelState,
+        borders: Borders | None,
+        count: int,
     ) -> ModelState:
         """State after the first ``count`` tokens of a piece [B, C, D] that began with ``state``."""
-        mask = None if valid is None else ChunkMask.of(valid[:, :count])
+        mask = _mask(
+            None if valid is None else valid[:, :count], None if borders is None else borders.part(0, count)
+        )
         return self.run(embedded[:, :count], state, mask)[1]
 
     @named
@@ -373,6 +388,30 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         name = self.config.architecture.memory
         tuned = torch.stack(list(self.initial_wkv)).to(getattr(state, name).dtype)[:, None]  # [L, 1, ...]
         return replace(state, **{name: tuned.expand(-1, batch_size, *tuned.shape[2:]).contiguous()})
+
+    def borders(self, at: Tensor, valid: Tensor | None) -> Borders:
+        """Borders [B, T], on the host and on valid tokens, with what every document begins with."""
+        weight, architecture = self.ln0.weight, self.config.architecture
+        empty = ModelState.empty(self.config, 1, weight.device, weight.dtype).each(
+            lambda tensor: tensor[:, 0]
+        )
+        starts: list[FloatStates] = [empty.layer(index) for index in range(len(self.blocks))]
+        if self.initial_wkv is not None:
+            # the parameters themselves: a layer's gradient by its own is one of the block's
+            starts = [
+                tuple(
+                    values._replace(
+                        **{
+                            field: tuned
+                            for field, name in zip(values._fields, names, strict=False)
+                            if name == architecture.memory
+                        }
+                    )
+                    for values, (_, names) in zip(layer, empty.cells, strict=True)
+                )
+                for layer, tuned in zip(starts, self.initial_wkv, strict=True)
+            ]
+        return Borders(at, None if valid is None else valid.cpu(), starts)
 
 
 def initial_states(config: RwkvRevConfig) -> nn.ParameterList:
@@ -389,6 +428,14 @@ def _tell_of_whole_graph(bptt: BpttSettings) -> None:
         "(without output_hidden_states, use_cache=True, or code that is not position-wise), bptt='full' says that this "
         "is meant"
     )
+
+
+def _mask(valid: Tensor | None, borders: Borders | None) -> Mask:
+    """What cells are handed of a piece's valid tokens [B, C] and borders."""
+    if borders is not None:
+        device = borders.starts[0][0][0].device
+        return borders.chunk(device if valid is None else valid.device)
+    return None if valid is None else ChunkMask.of(valid)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

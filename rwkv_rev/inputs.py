@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from rwkv_rev.bptt import LossInputs
+from rwkv_rev.cells.borders import Borders
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.exporting import exporting
 from rwkv_rev.keywords import given_targets
 from rwkv_rev.loss import IGNORE, next_token_targets
+from rwkv_rev.packed_rows import given_borders
 from rwkv_rev.state import ModelState
 
 
@@ -19,6 +21,7 @@ class Model(Protocol):
     config: RwkvRevConfig
 
     def initial_state(self, batch_size: int, device: torch.device | None = None) -> ModelState: ...
+    def borders(self, at: Tensor, valid: Tensor | None) -> Borders: ...
 
 
 def rows_and_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int, torch.device]:
@@ -87,8 +90,12 @@ def loss_inputs(
     num_items_in_batch: int | float | Tensor | None,
     final_state_gradient: ModelState | None,
     dtype: torch.dtype,
+    borders: Tensor | None = None,
+    packed: dict[str, Any] | None = None,
 ) -> LossInputs:
     """Arguments of the model's ``forward`` as a gradient strategy takes them; ``dtype`` is the loss's.
+
+    ``packed`` are its further keywords, which may tell of ``borders``, too.
 
     Raises:
         ValueError: for what does not fit the model or the other arguments.
@@ -106,7 +113,13 @@ def loss_inputs(
     _check_labels(given, model.config.vocab_size, name)
     _check_states(model, batch, state=state, final_state_gradient=final_state_gradient)
     valid = valid_tokens(attention_mask, length, batch)
-    targets = (next_token_targets if shift_labels is None else given_targets)(given, valid)
+    at = given_borders(packed or {}, borders, valid, batch, length, fresh=state is None)
+    if shift_labels is not None:
+        targets = given_targets(given, valid)
+    elif at is None:
+        targets = next_token_targets(given, valid)
+    else:  # the first token of a document is predicted by nothing
+        targets = next_token_targets(given.masked_fill(at.to(given.device), IGNORE), valid)
     return LossInputs(
         input_ids=input_ids,
         inputs_embeds=masked_embeds(inputs_embeds, valid),
@@ -115,6 +128,7 @@ def loss_inputs(
         divisor=_divisor(num_items_in_batch, targets, dtype),
         state=model.initial_state(batch, device) if state is None else state,
         final_state_gradient=final_state_gradient,
+        borders=None if at is None else model.borders(at, valid),
     )
 
 

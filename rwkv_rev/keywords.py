@@ -1,7 +1,7 @@
 """What trainers and collators hand to any model, as far as it would change what this one computes.
 
-A model that takes ``**kwargs`` swallows keyword arguments. ``shift_labels`` is given its meaning; what tells of several
-documents in one row, or of one document on several devices, is refused: one recurrent state runs through the row.
+A model that takes ``**kwargs`` swallows keyword arguments. ``shift_labels`` is given its meaning, and so is what tells
+of several documents in one row (:mod:`rwkv_rev.packed_rows`); what would be without effect is refused.
 """
 
 import difflib
@@ -11,19 +11,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from rwkv_rev.errors import StrategyError
-from rwkv_rev.exporting import exporting
 from rwkv_rev.loss import IGNORE
+from rwkv_rev.packed_rows import PACKED
 
-_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
-_WITHOUT_EFFECT = (
-    "position_ids",
+_TAKEN = (
+    *PACKED,
     "cache_position",
     "max_length_q",
     "max_length_k",
     "output_attentions",
     "use_cache",
 )
-"""What others hand to any model, and what has no place in this one; ``output_attentions`` when it is False."""
+"""What others hand to any model: what packs rows is read, the rest has no place here (``output_attentions`` if False)."""
 WITH_A_HEAD = (
     "labels",
     "shift_labels",
@@ -33,38 +32,6 @@ WITH_A_HEAD = (
     "final_state_gradient",
 )
 """What the model with an output layer has a name for, and the base model none."""
-
-
-def refuse_packed_rows(kwargs: dict[str, Any], attention_mask: Tensor | None) -> None:
-    """Refuse keyword arguments by which a row is no single text.
-
-    Args:
-        kwargs: those the model has no name for.
-        attention_mask: [B, T] or longer, then read from its end; positions of masked tokens do not count.
-
-    Raises:
-        ValueError: for borders inside a row, or positions that do not count its tokens one by one.
-    """
-    for name in _PACKED:
-        if kwargs.get(name) is not None:
-            raise ValueError(
-                f"{name} packs several documents into one row, and one state runs through a row: give each document a "
-                "row of its own, padded, with an attention_mask"
-            )
-    positions = kwargs.get("position_ids")
-    if positions is None or positions.shape[-1] < 2:
-        return
-    if exporting():
-        raise ValueError("position_ids cannot be looked at while a model is exported: leave them out")
-    follows = positions[..., 1:] - positions[..., :-1] == 1
-    if attention_mask is not None:
-        valid = attention_mask[:, -positions.shape[-1] :].bool()
-        follows = follows | ~(valid[:, 1:] & valid[:, :-1])
-    if not bool(follows.all()):
-        raise ValueError(
-            "position_ids do not count the tokens one by one: several documents packed into one row, or parts of one "
-            "on several devices. Give each document a row of its own, whole and padded, with an attention_mask"
-        )
 
 
 def refuse_unknown_keywords(kwargs: dict[str, Any], model: type[nn.Module]) -> None:
@@ -80,7 +47,7 @@ def refuse_unknown_keywords(kwargs: dict[str, Any], model: type[nn.Module]) -> N
     if kwargs.get("output_attentions"):
         raise ValueError("output_attentions=True: this model has no attention, and so no weights of it")
     for name, value in kwargs.items():
-        if value is not None and name not in _WITHOUT_EFFECT:
+        if value is not None and name not in _TAKEN:
             raise TypeError(
                 f"forward() got an unexpected keyword argument {name!r}, which would be without effect; "
                 f"{_what_there_is(name, model)}"

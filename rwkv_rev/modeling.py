@@ -22,16 +22,17 @@ from rwkv_rev.bptt.strategy import refuse_offloaded
 from rwkv_rev.bptt_settings import AUTO, BpttSettings
 from rwkv_rev.cache import CACHE_NAME, RwkvRevCache, handed_over
 from rwkv_rev.cells.block import Block
-from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.cells.borders import Borders, Mask
 from rwkv_rev.chunk_length import AutoLength
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.first_order import refuse_transforms
 from rwkv_rev.generation import RwkvRevGenerationMixin
 from rwkv_rev.inputs import loss_inputs, rows_and_tokens
-from rwkv_rev.keywords import refuse_packed_rows, refuse_replica, refuse_unknown_keywords
+from rwkv_rev.keywords import refuse_replica, refuse_unknown_keywords
 from rwkv_rev.loss import wide
 from rwkv_rev.outputs import RwkvRevCausalLMOutput
+from rwkv_rev.packed_rows import PACKED
 from rwkv_rev.state import ModelState
 from rwkv_rev.unmade import deferred_logits
 
@@ -64,9 +65,10 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
         valid: Tensor | None,
         inputs_embeds: Tensor | None,
         state: ModelState,
+        borders: Borders | None = None,
     ) -> tuple[Tensor, ModelState]:
         """Normalised hidden states [B, T, D] and the state after them, by the base model, called as a module."""
-        return self._read(input_ids, valid, inputs_embeds, state, streams=False)[:2]
+        return self._read(input_ids, valid, inputs_embeds, state, borders, streams=False)[:2]
 
     def read_streams(
         self,
@@ -74,9 +76,10 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
         valid: Tensor | None,
         inputs_embeds: Tensor | None,
         state: ModelState,
+        borders: Borders | None = None,
     ) -> tuple[Tensor, ModelState, tuple[Tensor, ...]]:
         """:meth:`read`, and the residual stream before block 0 and after every block."""
-        return self._read(input_ids, valid, inputs_embeds, state, streams=True)
+        return self._read(input_ids, valid, inputs_embeds, state, borders, streams=True)
 
     def _read(
         self,
@@ -84,11 +87,18 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
         valid: Tensor | None,
         inputs_embeds: Tensor | None,
         state: ModelState,
+        borders: Borders | None,
         *,
         streams: bool,
     ) -> tuple[Tensor, ModelState, tuple[Tensor, ...]]:
         output = self.model(
-            input_ids, valid, inputs_embeds, state, output_hidden_states=streams, return_dict=True
+            input_ids,
+            valid,
+            inputs_embeds,
+            state,
+            output_hidden_states=streams,
+            return_dict=True,
+            borders=None if borders is None else borders.at,
         )
         # they may be handed out in host memory; a loss of ours reads them here
         place = (input_ids if inputs_embeds is None else inputs_embeds).device  # type: ignore[union-attr]
@@ -117,8 +127,11 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
     def normalize(self, hidden: Tensor) -> Tensor:
         return self.model.normalize(hidden)
 
-    def run(self, x: Tensor, state: ModelState, mask: ChunkMask | None) -> tuple[Tensor, ModelState]:
+    def run(self, x: Tensor, state: ModelState, mask: Mask) -> tuple[Tensor, ModelState]:
         return self.model.run(x, state, mask)
+
+    def borders(self, at: Tensor, valid: Tensor | None) -> Borders:
+        return self.model.borders(at, valid)
 
     @named
     def initial_state(self, batch_size: int, device: torch.device | None = None) -> ModelState:
@@ -197,6 +210,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
         final_state_gradient: ModelState | None = None,
         past_key_values: ModelState | RwkvRevCache | None = None,
         cache: ModelState | RwkvRevCache | None = None,
+        borders: Tensor | None = None,
         **kwargs: Any,
     ) -> RwkvRevCausalLMOutput | tuple[Any, ...]:
         """Logits, or with ``labels`` the loss.
@@ -221,6 +235,11 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
             final_state_gradient: gradient of a further objective by the final state, added to the loss's.
             past_key_values, cache: other names for ``state``; a :class:`RwkvRevCache` is brought up to date unless
                 ``use_cache=False`` or labels are given.
+            borders: [B, T] bool, true at the first token of each document packed into a row: state and token shift
+                start there anew (from the tuned initial state, where there is one), and its label is not predicted. The
+                state that comes back is that of each row's last document. ``cu_seq_lens_q``, ``seq_idx`` and
+                ``position_ids`` that restart at 0 say the same of all documents but a row's first
+                (:mod:`rwkv_rev.packed_rows`). Targets in ``shift_labels`` are taken as they are.
 
         Returns:
             :class:`RwkvRevCausalLMOutput`. With labels, ``state`` carries no graph. Tuples are without the state where
@@ -228,13 +247,12 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
 
         Raises:
             StrategyError: if the gradient strategy cannot do what is asked.
-            ValueError: for shapes that do not fit, for keywords that pack several texts into a row, and for a past that
-                is not this model's state.
+            ValueError: for shapes that do not fit, for borders that contradict one another, and for a past that is not
+                this model's state.
         """
         output_hidden_states, return_dict = self._by_config(output_hidden_states, return_dict)
         # not a parameter by name: Trainer takes every one with "label" in it for needed in evaluation
         shift_labels = kwargs.pop("shift_labels", None)
-        refuse_packed_rows(kwargs, attention_mask)
         refuse_unknown_keywords(kwargs, RwkvRevForCausalLM)
         refuse_replica(self)
         state, updated = handed_over(state=state, past_key_values=past_key_values, cache=cache)
@@ -258,6 +276,8 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
                 output_hidden_states=output_hidden_states,
                 return_dict=True,
                 croppable=logits_to_keep if isinstance(logits_to_keep, int) else 0,
+                borders=borders,
+                **{name: kwargs[name] for name in PACKED if name in kwargs},
             )
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             output = RwkvRevCausalLMOutput(
@@ -279,6 +299,8 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
                 output_hidden_states,
                 num_items_in_batch,
                 final_state_gradient,
+                borders,
+                kwargs,
             )
         if return_dict:
             return output
@@ -328,6 +350,8 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
         output_hidden_states: bool,
         num_items_in_batch: int | Tensor | None,
         final_state_gradient: ModelState | None,
+        borders: Tensor | None,
+        packed: dict[str, Any],
     ) -> RwkvRevCausalLMOutput:
         given = (inputs_embeds, *(() if state is None else state.tensors()))
         refuse_transforms(chain(self.parameters(), (tensor for tensor in given if tensor is not None)))
@@ -342,6 +366,8 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
             num_items_in_batch,
             final_state_gradient,
             wide(self.model.ln0.weight.dtype),
+            borders,
+            packed,
         )
         length, evaluating = inputs.length, not (self.training or torch.is_grad_enabled())
         bptt = self.bptt

@@ -129,7 +129,7 @@ def deferred_logits(model: "RwkvRevForCausalLM", inputs: "LossInputs", loss: Ten
     @torch.no_grad()
     def make() -> Tensor:
         with autocast:
-            hidden, _ = model.read(ids, inputs.valid, inputs.inputs_embeds, state)
+            hidden, _ = model.read(ids, inputs.valid, inputs.inputs_embeds, state, inputs.borders)
             logits = model.head(hidden).to(dtype)
         again = sum_cross_entropy(
             logits, nn.Identity(), inputs.targets, scale=1 / inputs.divisor, vocab_size=logits.shape[-1]

@@ -48,15 +48,20 @@ class Parameters:
     Args:
         tensors: the parameters.
         foreign: the model holds code of others, which may bring any parameter to any place: all may depend on all.
+        starts: what documents begin with, by layer, where there are borders: each layer depends on its own.
     """
 
-    def __init__(self, model: LanguageModel, tensors: Sequence[Tensor], *, foreign: bool) -> None:
+    def __init__(
+        self, model: LanguageModel, tensors: Sequence[Tensor], *, foreign: bool, starts: Any = None
+    ) -> None:
         self.tensors = list(tensors)
         places = {id(tensor): index for index, tensor in enumerate(self.tensors)}
         self.of_layer: list[Sequence[int]] = [range(len(self.tensors)) for _ in model.blocks]
         if not foreign:
-            own = ([id(tensor) for tensor in block.parameters()] for block in model.blocks)
-            self.of_layer = [sorted({places[each] for each in ids if each in places}) for ids in own]
+            begun = [[] if starts is None else flat(starts[number]) for number in range(len(model.blocks))]
+            own = ([*block.parameters(), *start] for block, start in zip(model.blocks, begun, strict=True))
+            ids = ({id(tensor) for tensor in tensors} for tensors in own)
+            self.of_layer = [sorted(places[each] for each in found if each in places) for found in ids]
         self.maps = [] if foreign or not isinstance(model, nn.Module) else plain_maps(model, places)
         """Linear maps that add their weights' gradients themselves, and the indices of these."""
 

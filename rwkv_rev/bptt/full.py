@@ -52,7 +52,8 @@ def loss_in_one_graph(
     """
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     refuse_offloaded(wanted)
-    hidden, state, *further = read(inputs.input_ids, inputs.valid, inputs.inputs_embeds, inputs.state)
+    given = (inputs.input_ids, inputs.valid, inputs.inputs_embeds, inputs.state, inputs.borders)
+    hidden, state, *further = read(*given)
     loss = linear_cross_entropy(
         hidden,
         model.head,

@@ -27,8 +27,8 @@ from rwkv_rev.cells.block import (
     ResidualBlock,
     flat,
 )
+from rwkv_rev.cells.borders import Mask, of_part
 from rwkv_rev.cells.contract import Stream, beside, joined, parts_of, residual
-from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.recomputation import checkpointed
 from rwkv_rev.reversal.fingerprint import checksum
 from rwkv_rev.weight_product import WeightProduct
@@ -44,7 +44,7 @@ def run_layers(
     blocks: Sequence[ResidualBlock],
     x: Tensor,
     states: Sequence[FloatStates],
-    mask: ChunkMask | None,
+    mask: Mask,
     *,
     recompute: bool = False,
     streams: list[Tensor] | None = None,
@@ -55,11 +55,11 @@ def run_layers(
     """
     after: list[FloatStates] = []
     stream: Stream = x
-    for block, state in zip(blocks, states, strict=True):
+    for number, (block, state) in enumerate(zip(blocks, states, strict=True)):
         call: Callable[..., Any] = block
         if recompute and block.recompute is not None:
             call = partial(checkpointed, block.recompute, block)
-        stream, values = call(stream, state, mask)
+        stream, values = call(stream, state, of_part(mask, number))
         after.append(values)
         if streams is not None:
             streams.append(residual(stream))
@@ -87,7 +87,7 @@ def advance_layers(
     x: Tensor,
     states: Sequence[ExactStates],
     plans: Sequence[Plans],
-    mask: ChunkMask | None,
+    mask: Mask,
     *,
     whole_output: bool = True,
 ) -> list[BlockAdvanced]:
@@ -99,7 +99,7 @@ def advance_layers(
     stream: Stream = x
     for number, (block, state, plan) in enumerate(zip(blocks, states, plans, strict=True)):
         whole = whole_output or number < len(blocks) - 1
-        stream, layer = block(stream, BlockForwards(state, plan, whole), mask)
+        stream, layer = block(stream, BlockForwards(state, plan, whole), of_part(mask, number))
         advanced.append(layer._replace(out=stream))  # what hooks on the block made of its output
     if whole_output:
         top = checksum(residual(stream))[None]
@@ -122,14 +122,14 @@ class LayerGraph:
 
 
 def replay_layers(
-    blocks: Sequence[ResidualBlock], x: Tensor, ask: Callable[[int], BlockAgain], mask: ChunkMask | None
+    blocks: Sequence[ResidualBlock], x: Tensor, ask: Callable[[int], BlockAgain], mask: Mask
 ) -> list[LayerGraph]:
     """All layers of a chunk x [B, C, D] again, with graph where gradients are enabled; ``ask`` says how, by layer."""
     layers: list[LayerGraph] = []
     stream: Stream = x
     for number, block in enumerate(blocks):
         given = joined(cut(residual(stream)), tuple(map(cut, beside(stream))))
-        stream, replay = block(given, ask(number), mask)
+        stream, replay = block(given, ask(number), of_part(mask, number))
         layers.append(LayerGraph(given, stream, replay))
     return layers
 

@@ -2,15 +2,19 @@
 
 What is compared are a block's print and the fingerprints of the memories before it. A record is a flat list of groups
 of tensors, ``1 + cells`` groups for every layer.
+
+Of a chunk with borders the states before it are kept whole, whatever the strategy: a border forgets everything.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rwkv_rev.cells.block import BlockAdvanced, ExactStates
+from rwkv_rev.cells.block import BlockAdvanced, BlockAgain, ExactStates, Plans
+from rwkv_rev.cells.contract import Exact
 from rwkv_rev.reversal.host_copy import start_copy
 from rwkv_rev.reversal.memory import Remnant
 
@@ -95,6 +99,29 @@ def make_record(
         return torch.cat(found) if found else None
 
     return Record(sizes.joined, tensors, excess, coarse([layer.states for layer in advanced]))
+
+
+@dataclass(frozen=True)
+class WholeState:
+    """In the place of a remnant: the exact state before a chunk, whole."""
+
+    state: Exact
+    size: None = None
+    excess: None = None
+
+    def tensors(self, size: Tensor | None) -> list[Tensor]:
+        return self.state.tensors()
+
+
+def keep_whole(before: Sequence[ExactStates]) -> list[list[Remnant]]:
+    """In the place of remnants: the states themselves."""
+    return [[WholeState(state) for state in layer] for layer in before]
+
+
+def whole_again(after: ExactStates, record: "LayerRecord", plans: Plans) -> BlockAgain:
+    """How a layer whose state was kept whole computes a chunk again."""
+    before = tuple(state.like(tensors) for state, tensors in zip(after, record.cells, strict=True))
+    return BlockAgain(before, plans)
 
 
 class LayerRecord(NamedTuple):

@@ -36,6 +36,11 @@ class ReversibleLossy(TwoSweeps):
     exact = False
 
     def begin(self, model: LanguageModel, inputs: LossInputs) -> None:
+        if inputs.borders is not None:
+            raise StrategyError(
+                "reversible-lossy divides states back without a remnant, and a border (several documents packed into "
+                "one row) forgets them whole: use 'reversible', which is exact"
+            )
         self._cells = [block.cells for block in model.blocks]
         decays = [cell.log_decay() for cells in self._cells for cell in cells]
         flat = [decay.detach().flatten() for decay in decays if decay is not None]

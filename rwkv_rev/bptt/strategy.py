@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from rwkv_rev import adapters, random_state
 from rwkv_rev.cells.block import Block
+from rwkv_rev.cells.borders import Borders, Mask
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.foreign_code import Strangers, neftune_share, refuse_unknown, strangers
@@ -46,9 +47,10 @@ class LanguageModel(Protocol):
         valid: Tensor | None,
         inputs_embeds: Tensor | None,
         state: ModelState,
+        borders: Borders | None = None,
     ) -> tuple[Tensor, ModelState]: ...
     def normalize(self, hidden: Tensor) -> Tensor: ...
-    def run(self, x: Tensor, state: ModelState, mask: ChunkMask | None) -> tuple[Tensor, ModelState]: ...
+    def run(self, x: Tensor, state: ModelState, mask: Mask) -> tuple[Tensor, ModelState]: ...
     def modules(self) -> Iterator[nn.Module]: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
@@ -64,6 +66,7 @@ class LossInputs:
         divisor: what the summed cross-entropy is divided by (predicted tokens, or the trainer's own number).
         state: the state before the first token; its tensors may require gradients.
         final_state_gradient: gradient of some further objective with respect to the final state.
+        borders: where documents begin inside of rows; None where they do nowhere.
     """
 
     input_ids: Tensor | None
@@ -73,6 +76,7 @@ class LossInputs:
     divisor: float | Tensor
     state: ModelState
     final_state_gradient: ModelState | None = None
+    borders: Borders | None = None
 
     @property
     def length(self) -> int:
@@ -85,7 +89,11 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens ``start`` to ``stop`` of a batch; ``predicts`` and ``is_full`` are known without asking the device."""
+    """Tokens ``start`` to ``stop`` of a batch.
+
+    ``predicts``, ``is_full`` (every token counts, and none begins a document) and ``has_borders`` are known without
+    asking the device.
+    """
 
     inputs: LossInputs
     index: int
@@ -93,13 +101,19 @@ class Chunk:
     stop: int
     predicts: bool
     is_full: bool
+    has_borders: bool = False
 
     @property
     def length(self) -> int:
         return self.stop - self.start
 
-    def mask(self) -> ChunkMask | None:
-        if self.is_full or self.inputs.valid is None:
+    def mask(self) -> Mask:
+        if self.is_full:
+            return None
+        if self.has_borders:
+            assert self.inputs.borders is not None
+            return self.inputs.borders.part(self.start, self.stop).chunk(self.inputs.targets.device)
+        if self.inputs.valid is None:
             return None
         return ChunkMask.of(self.inputs.valid[:, self.start : self.stop])
 
@@ -138,6 +152,13 @@ class Chunk:
             outside=outside,
         )
 
+    def read(self, model: LanguageModel, state: ModelState) -> tuple[Tensor, ModelState]:
+        """Normalised hidden states [B, C, D] and the state after them, by the model itself."""
+        inputs = self.inputs
+        valid = None if inputs.valid is None else inputs.valid[:, self.start : self.stop]
+        borders = None if inputs.borders is None else inputs.borders.part(self.start, self.stop)
+        return model.read(self.ids(), valid, self.embeds(), state, borders)
+
     def ids(self) -> Tensor | None:
         ids = self.inputs.input_ids
         return None if ids is None else ids[:, self.start : self.stop]
@@ -154,6 +175,7 @@ class Chunks(Sequence[Chunk]):
             # zero gradients, as ``full`` gives: data-parallel reduction waits for them
             self._predicts[-1] = 1
         self._masked = None if inputs.valid is None else _any_per_chunk(~inputs.valid, length)
+        self._bordered = None if inputs.borders is None else _any_per_chunk(inputs.borders.at, length)
 
     def __len__(self) -> int:
         return len(self._predicts)
@@ -168,8 +190,9 @@ class Chunks(Sequence[Chunk]):
         index = range(len(self))[index]
         start = index * self._length
         stop = min(start + self._length, self._inputs.length)
-        full = self._masked is None or not self._masked[index]
-        return Chunk(self._inputs, index, start, stop, bool(self._predicts[index]), full)
+        bordered = self._bordered is not None and bool(self._bordered[index])
+        full = not bordered and (self._masked is None or not self._masked[index])
+        return Chunk(self._inputs, index, start, stop, bool(self._predicts[index]), full, bordered)
 
 
 @dataclass(frozen=True)
@@ -219,9 +242,8 @@ class Strategy(ABC):
             total = None
             state = inputs.state
             for chunk in inputs.chunks(size):
-                valid = None if inputs.valid is None else inputs.valid[:, chunk.start : chunk.stop]
                 with neftune_share(model.get_input_embeddings(), chunk.length / inputs.length):
-                    hidden, state = model.read(chunk.ids(), valid, chunk.embeds(), state)
+                    hidden, state = chunk.read(model, state)
                 part = sum_cross_entropy(
                     hidden, model.head, chunk.targets(), scale=1 / inputs.divisor, vocab_size=model.vocab_size
                 )
@@ -238,9 +260,8 @@ class Strategy(ABC):
         if torch.is_grad_enabled():
             found = self.strangers(model)
             first = inputs.chunks(inputs.length if found.unknown else self.chunk_length)[0]
-            valid = None if inputs.valid is None else inputs.valid[:, first.start : first.stop]
             generators = random_state.capture(devices(list(model.parameters()), inputs))
-            hidden, state = model.read(first.ids(), valid, first.embeds(), inputs.state)
+            hidden, state = first.read(model, inputs.state)
             outside = OutsideLeaves([])
             outside.look([model.head(hidden[:, -1:]), *state.tensors()])
             del hidden, state

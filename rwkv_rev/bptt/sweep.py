@@ -10,7 +10,14 @@ from torch import Tensor
 from rwkv_rev.bptt.chunk_gradients import Objective, Parameters, Replay, own_loss
 from rwkv_rev.bptt.hidden_states import HiddenStates
 from rwkv_rev.bptt.layers import LayerGraph, advance_layers, replay_layers
-from rwkv_rev.bptt.records import Record, fingerprints, layer_record, make_record
+from rwkv_rev.bptt.records import (
+    Record,
+    fingerprints,
+    keep_whole,
+    layer_record,
+    make_record,
+    whole_again,
+)
 from rwkv_rev.bptt.strategy import Chunk, LanguageModel, LossInputs
 from rwkv_rev.cells.block import BlockAdvanced, BlockAgain, ExactStates, FloatStates, Plans
 from rwkv_rev.cells.contract import residual
@@ -88,7 +95,7 @@ class Sweep:
             out = advanced[-1].out
             assert out is not None
             self._hand_out(chunk, residual(out))
-        kept = self.strategy.keep(states, advanced)
+        kept = keep_whole(states) if chunk.has_borders else self.strategy.keep(states, advanced)
         return advanced, make_record(states, advanced, kept, exact=self.strategy.exact)
 
     def advance_last(self, states: list[ExactStates]) -> list[FloatStates]:
@@ -125,9 +132,8 @@ class Sweep:
             plans = self.plans[chunk.length][layer]
             again = BlockAgain(known[layer], plans)
             if record is not None:
-                again = self.strategy.recover(
-                    known[layer], layer_record(record, layer, len(known[layer])), plans
-                )
+                recover = whole_again if chunk.has_borders else self.strategy.recover
+                again = recover(known[layer], layer_record(record, layer, len(known[layer])), plans)
             return replace(
                 again,
                 checkpointed=self.model.checkpoints_blocks,

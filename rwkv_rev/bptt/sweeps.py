@@ -155,7 +155,12 @@ class TwoSweeps(Strategy):
             tape,
             devices(parameters, inputs),
             found,
-            Parameters(model, wanted, foreign=found.brings_tensors),
+            Parameters(
+                model,
+                wanted,
+                foreign=found.brings_tensors,
+                starts=None if inputs.borders is None else inputs.borders.starts,
+            ),
             float16_gradients(parameters, inputs.targets.device),
         )
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_rev import random_state
+from rwkv_rev.cells.borders import Mask, of_part
 from rwkv_rev.cells.contract import (
     Again,
     Forwards,
@@ -25,7 +26,6 @@ from rwkv_rev.cells.contract import (
     residual,
     tensors_of,
 )
-from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.recomputation import checkpointed
 from rwkv_rev.reversal.fingerprint import checksum
 
@@ -107,7 +107,7 @@ class ResidualBlock(nn.Module):
         return [cell for _, cell in self.parts()]
 
     def forward(
-        self, x: Stream, states: FloatStates | BlockForwards | BlockAgain, mask: ChunkMask | None = None
+        self, x: Stream, states: FloatStates | BlockForwards | BlockAgain, mask: Mask = None
     ) -> tuple[Stream | None, Any]:
         """Output [B, C, D] for x [B, C, D], and what else came of the chunk, by what ``states`` ask for.
 
@@ -123,8 +123,8 @@ class ResidualBlock(nn.Module):
             replay = (self._checkpointed if again else self._replay)(x, states, mask)
             return replay.out, replay
         after = []
-        for (norm, cell), state in zip(self.parts(), states, strict=True):
-            out, state = cell(_input(norm, cell, x), state, mask)
+        for number, ((norm, cell), state) in enumerate(zip(self.parts(), states, strict=True)):
+            out, state = cell(_input(norm, cell, x), state, of_part(mask, number))
             x = _added(x, out)
             after.append(state)
         return x, tuple(after)
@@ -147,20 +147,20 @@ class ResidualBlock(nn.Module):
             cell.refuse_changing()
 
     @torch.no_grad()
-    def _advance(self, x: Stream, asked: BlockForwards, mask: ChunkMask | None) -> BlockAdvanced:
+    def _advance(self, x: Stream, asked: BlockForwards, mask: Mask) -> BlockAdvanced:
         prints = [checksums(x)]
         parts, after, remnants = self.parts(), [], []
         for number, (norm, cell) in enumerate(parts):
             whole = asked.output or number < len(parts) - 1
             forwards = Forwards(asked.states[number], asked.plans[number], whole)
-            out, advanced = cell(_input(norm, cell, x), forwards, mask)
+            out, advanced = cell(_input(norm, cell, x), forwards, of_part(mask, number))
             after.append(advanced.state)
             remnants.append(advanced.remnant)
             prints.append(advanced.print)
             x = _added(x, out) if whole else x
         return BlockAdvanced(x if asked.output else None, tuple(after), tuple(remnants), torch.cat(prints))
 
-    def _replay(self, x: Stream, asked: BlockAgain, mask: ChunkMask | None) -> BlockReplay:
+    def _replay(self, x: Stream, asked: BlockAgain, mask: Mask) -> BlockReplay:
         prints, cells = [checksums(x)], []
         for number, (norm, cell) in enumerate(self.parts()):
             again = Again(
@@ -169,7 +169,7 @@ class ResidualBlock(nn.Module):
                 None if asked.remnants is None else asked.remnants[number],
                 None if asked.after is None else asked.after[number],
             )
-            out, replay = cell(_input(norm, cell, x), again, mask)
+            out, replay = cell(_input(norm, cell, x), again, of_part(mask, number))
             cells.append(replay)
             prints.append(replay.print)
             x = _added(x, out)
@@ -188,7 +188,7 @@ class ResidualBlock(nn.Module):
             handed_on,
         )
 
-    def _checkpointed(self, x: Stream, asked: BlockAgain, mask: ChunkMask | None) -> BlockReplay:
+    def _checkpointed(self, x: Stream, asked: BlockAgain, mask: Mask) -> BlockReplay:
         generators = random_state.capture({residual(x).device})
         with torch.no_grad():
             quiet = self._replay(x, asked, mask)

@@ -29,7 +29,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from rwkv_rev.cells.borders import BorderedChunk, Mask
 from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.reversal.additive import NoRemnant
+from rwkv_rev.reversal.fingerprint import checksum
 from rwkv_rev.reversal.memory import Remnant
 
 Stream = Tensor | tuple[Tensor, ...]
@@ -233,12 +236,28 @@ class ReversibleCell(nn.Module, ABC):
     def refuse_changing(self) -> None:
         """Called before the first chunk; refuses weights that will be others at each look."""
 
-    def forward(self, x: Any, state: Any, mask: ChunkMask | None = None) -> tuple[Stream | None, Any]:
+    def ready(self, state: Any, x: Stream, mask: ChunkMask | None, plan: Any) -> Any:
+        """The exact ``state`` as the chunk x is computed from it: the same, or one that has passed its border."""
+        return state
+
+    def is_left(self, state: Any, after: Any) -> Tensor:
+        """Whether the exact ``state`` at the end of a chunk is ``after``, which the next one began with; bool scalar."""
+        left, began = state.fingerprint(), after.fingerprint()
+        if left is None:
+            return torch.ones((), dtype=torch.bool, device=after.tensors()[0].device)
+        return (left == began).all()
+
+    def forward(self, x: Any, state: Any, mask: Mask = None) -> tuple[Stream | None, Any]:
         """Output [B, C, D] of a chunk and what else came of it, by what ``state`` asks for.
+
+        A chunk with borders is computed by :meth:`step`, its documents each in a row of their own, and the state after
+        it is the nearest exact one. What it forgets is kept whole (:mod:`rwkv_rev.bptt.records`).
 
         Raises:
             StrategyError: where a hook has made other weights than the plan was made of.
         """
+        if isinstance(mask, BorderedChunk):
+            return self._over_borders(x, state, mask)
         if isinstance(state, Forwards):
             self.check_plan(state.plan)
             advanced = self.advance(state.state, x, mask, state.plan, output=state.output)
@@ -253,6 +272,43 @@ class ReversibleCell(nn.Module, ABC):
         if isinstance(state, OnceMore):
             return self.step_again(state.state, state.values, x, mask)
         return self.step(state, x, mask)
+
+    def _over_borders(self, x: Any, state: Any, chunk: BorderedChunk) -> tuple[Stream, Any]:
+        """:meth:`forward` of a chunk with borders."""
+        if isinstance(state, Forwards):
+            self.check_plan(state.plan)
+            with torch.no_grad():
+                before = self.ready(state.state, x, chunk.mask, state.plan)
+                out, after, print_ = self._documents(self.values(before), x, chunk)
+                return out, Advanced(self.exact(after), out, NoRemnant(), print_)
+        if isinstance(state, Again):
+            self.check_plan(state.plan)
+            before = self.ready(state.state, x, chunk.mask, state.plan)
+            start = leaves(self.values(before))
+            out, after, print_ = self._documents(start, x, chunk)
+            handed_on = (
+                None if state.after is None else self.is_left(self.exact(detached(after)), state.after)
+            )
+            return out, Replay(before, out, start, after, print_, handed_on)
+        values = state.values if isinstance(state, OnceMore) else state
+        return self._documents(values, x, chunk)[:2]
+
+    def _documents(self, values: Any, x: Stream, chunk: BorderedChunk) -> tuple[Stream, Any, Tensor]:
+        """Output, values after the chunk, and checksums of those after each document."""
+        if not tensors_of(values):
+            out, after = self.step(values, x, chunk.mask)
+            return out, after, torch.zeros(0, dtype=torch.int64, device=residual(x).device)
+
+        def step(
+            stream: list[Tensor], state: list[Tensor], mask: ChunkMask | None
+        ) -> tuple[list[Tensor], list[Tensor]]:
+            out, after = self.step(values_like(values, state), joined(stream[0], tuple(stream[1:])), mask)
+            return parts_of(out), tensors_of(after)
+
+        stream, ends = chunk.run(step, parts_of(x), tensors_of(values))
+        after = values_like(values, [end.index_select(0, chunk.last) for end in ends])
+        print_ = torch.stack([checksum(end.detach()) for end in ends])
+        return joined(stream[0], tuple(stream[1:])), after, print_
 
 
 def residual(stream: Stream) -> Tensor:

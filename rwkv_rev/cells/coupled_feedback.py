@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rwkv_rev.cells.channel_mix import ChannelMix
-from rwkv_rev.cells.contract import Advanced, Replay, leaves
+from rwkv_rev.cells.contract import Advanced, Replay, ReversibleCell, leaves
 from rwkv_rev.cells.coupled import CoupledCell
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.shifted_cell import CellPlan, ShiftedCell
@@ -101,6 +101,7 @@ class CoupledFeedback(ShiftedCell):
     """
 
     shifts = 0
+    ready, is_left = ReversibleCell.ready, ReversibleCell.is_left
 
     def __init__(self, feedback: CoupledCell, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)

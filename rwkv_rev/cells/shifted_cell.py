@@ -313,6 +313,15 @@ class ShiftedCell(ReversibleCell):
         y = border.carry(state.shift)
         return ExactShiftedState(border.uncarry(y), state.memory, y, border)
 
+    def ready(
+        self, state: ExactShiftedState, x: Stream, mask: ChunkMask | None, plan: CellPlan | None
+    ) -> ExactShiftedState:
+        return self.carried(state, residual(x), mask, plan)
+
+    def is_left(self, state: ExactShiftedState, after: ExactShiftedState) -> Tensor:
+        assert after.border is not None and after.carried is not None
+        return super().is_left(state, after) & same_bits(after.border.carry(state.shift), after.carried)
+
     def replay(
         self,
         state: ExactShiftedState,

@@ -1,0 +1,235 @@
+"""Documents packed into one row: a *border* stands where one begins, and the state starts anew there.
+
+A chunk with borders is cut into *pieces*, each of one document. A piece is a row of its own to the cell: the first one
+of a row goes on from the row's state, all others begin with the start of every document. Rows of many lengths would be
+mostly padding, so the pieces are run in *spans* of time, sorted by length: in each span all pieces that reach into it,
+from the states that the span before left. Where the spans are cut is chosen by what padding and calls cost
+(:func:`ends_of_spans`). Kernels see ordinary rows, at most with a mask at their ends.
+
+    pieces of 5, 3 and 1 tokens      a b c d e       spans: (3 rows, 1 token), (2 rows, 2 tokens), (1 row, 2 tokens)
+                                     f g h
+                                     i
+
+A border is a factor of zero: what the state forgets there is all of it. Its gradient goes to the start, as a sum over
+the documents. Cost: that of the tokens, some padding, and a state for each piece while its chunk is computed.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rwkv_rev.cells.mask import ChunkMask
+
+CALL = {"cpu": 32}
+"""Tokens of a row that cost as much as a further call of a cell, by kind of device."""
+CALL_ELSEWHERE = 1024
+
+Step = Callable[[list[Tensor], list[Tensor], ChunkMask | None], tuple[list[Tensor], list[Tensor]]]
+"""From tensors [S, l, ...] of a stream, [S, ...] of a state, and a mask, to those of the output and the state after."""
+
+
+class Piece(NamedTuple):
+    """Tokens of one document in one row of a chunk; ``places`` are the valid ones of the flattened [B C]."""
+
+    row: int
+    places: np.ndarray
+    goes_on: bool  # from the row's state
+
+
+class Span(NamedTuple):
+    """Tokens of the S longest pieces from one time to another.
+
+    Attributes:
+        index: [S l] int64, places in the flattened chunk; one behind its end where a piece has ended.
+        rows: S.
+        mask: None where no piece ends inside.
+    """
+
+    index: Tensor
+    rows: int
+    mask: ChunkMask | None
+
+
+@dataclass(frozen=True)
+class Borders:
+    """Where documents begin in a batch, on the host, where chunks are laid out.
+
+    Attributes:
+        at: [B, T] bool, true at a document's first token, which is a valid one.
+        valid: [B, T] bool; None where every token counts.
+        starts: what every document begins with: the values, without a batch, of each cell of each layer. They may
+            require gradients.
+    """
+
+    at: Tensor
+    valid: Tensor | None
+    starts: Any
+
+    def part(self, start: int, stop: int) -> "Borders":
+        """Of the tokens ``start`` to ``stop``."""
+        valid = None if self.valid is None else self.valid[:, start:stop]
+        return replace(self, at=self.at[:, start:stop], valid=valid)
+
+    @torch.compiler.disable
+    def chunk(self, device: torch.device) -> "BorderedChunk | ChunkMask | None":
+        """What cells are handed of all of it as one chunk: a mask, where it has no border."""
+        valid = None if self.valid is None or bool(self.valid.all()) else self.valid
+        if bool(self.at.any()):
+            return BorderedChunk.of(self.at, valid, self.starts, device)
+        return None if valid is None else ChunkMask.of(valid.to(device))
+
+
+@dataclass(frozen=True)
+class BorderedChunk:
+    """A chunk with borders, in the place of a mask.
+
+    Attributes:
+        mask: of the chunk as it stands.
+        spans: see the module's docstring.
+        rows: [n] int64, the batch rows whose first piece goes on from their state, in order.
+        order: [P] int64, for every piece its place among those states, followed by a start for each other piece.
+        places: [B C] int64, of each token among the outputs of all spans; one behind them where it does not count.
+        last: [B] int64, the last piece of each row.
+        starts: of the model, a layer, or a cell (:meth:`of_part`).
+    """
+
+    mask: ChunkMask | None
+    spans: Sequence[Span]
+    rows: Tensor
+    order: Tensor
+    places: Tensor
+    last: Tensor
+    starts: Any
+
+    @classmethod
+    def of(cls, at: Tensor, valid: Tensor | None, starts: Any, device: torch.device) -> "BorderedChunk":
+        """From borders and valid tokens [B, C] on the host."""
+        pieces = _pieces(at.numpy(), None if valid is None else valid.numpy())
+        pieces.sort(key=lambda piece: -len(piece.places))
+        lengths = np.array([len(piece.places) for piece in pieces])
+        nowhere = at.numel()
+        places = np.full(nowhere, -1, np.int64)
+        spans, made = [], 0
+        for start, stop in pairwise([0, *ends_of_spans(lengths, CALL.get(device.type, CALL_ELSEWHERE))]):
+            rows = int((lengths > start).sum())
+            index = np.full((rows, stop - start), nowhere, np.int64)
+            for row, piece in enumerate(pieces[:rows]):
+                part = piece.places[start:stop]
+                index[row, : len(part)] = part
+                first = made + row * (stop - start)
+                places[part] = np.arange(first, first + len(part))
+            made += index.size
+            there = torch.from_numpy(index < nowhere)
+            mask = None if bool(there.all()) else ChunkMask.of(there.to(device))
+            spans.append(Span(_to(index.reshape(-1), device), rows, mask))
+        places[places < 0] = made
+        going_on = [number for number, piece in enumerate(pieces) if piece.goes_on]
+        order = np.full(len(pieces), -1, np.int64)
+        order[going_on] = np.arange(len(going_on))
+        order[order < 0] = np.arange(len(going_on), len(pieces))
+        last = np.zeros(len(at), np.int64)
+        ends = np.full(len(at), -1, np.int64)
+        for number, piece in enumerate(pieces):
+            end = int(piece.places[-1]) if len(piece.places) else 0
+            if end >= ends[piece.row]:
+                ends[piece.row], last[piece.row] = end, number
+        return cls(
+            None if valid is None else ChunkMask.of(valid.to(device)),
+            spans,
+            _to(np.array([pieces[number].row for number in going_on], np.int64), device),
+            _to(order, device),
+            _to(places, device),
+            _to(last, device),
+            starts,
+        )
+
+    def of_part(self, index: int) -> "BorderedChunk":
+        """For one of the layers, or of a layer's cells."""
+        return replace(self, starts=self.starts[index])
+
+    def run(self, step: Step, stream: list[Tensor], state: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The output [B, C, ...], and the state after each piece [P, ...]; of the row's end is :attr:`last`.
+
+        Args:
+            step: one cell's chunk.
+            stream: [B, C, ...].
+            state: [B, ...], before the chunk.
+        """
+        starts = [part for part in self.starts if part is not None]
+        states = [self._begun(part, start) for part, start in zip(state, starts, strict=True)]
+        flat = [torch.cat([x.flatten(0, 1), x.new_zeros(1, *x.shape[2:])]) for x in stream]
+        outputs: list[list[Tensor]] = []
+        ended: list[list[Tensor]] = []
+        for span in self.spans:
+            ended.append([part[span.rows :] for part in states])
+            given = [x.index_select(0, span.index).unflatten(0, (span.rows, -1)) for x in flat]
+            out, states = step(given, [part[: span.rows] for part in states], span.mask)
+            outputs.append([part.flatten(0, 1) for part in out])
+        ended.append(states)
+        batch = stream[0].shape[:2]
+        return (
+            [self._together(parts).unflatten(0, batch) for parts in zip(*outputs, strict=True)],
+            [torch.cat(parts[::-1]) for parts in zip(*ended, strict=True)],
+        )
+
+    def _begun(self, state: Tensor, start: Tensor) -> Tensor:
+        """What each piece begins with, [P, ...]."""
+        rows = state.index_select(0, self.rows)
+        # not by an index: the gradient of a start is a sum, in one order
+        starts = start.to(state.dtype).expand(len(self.order) - len(rows), *start.shape)
+        return torch.cat([rows, starts]).index_select(0, self.order)
+
+    def _together(self, outputs: Sequence[Tensor]) -> Tensor:
+        """[B C, ...] from the outputs of all spans, zeros for tokens that do not count."""
+        nothing = outputs[0].new_zeros(1, *outputs[0].shape[1:])
+        return torch.cat([*outputs, nothing]).index_select(0, self.places)
+
+
+Mask = ChunkMask | BorderedChunk | None
+"""Which tokens of a chunk count, and where documents begin; None where all do, and none does."""
+
+
+def of_part(mask: Mask, index: int) -> Mask:
+    """What a layer, or a layer's cell, is handed of a mask."""
+    return mask.of_part(index) if isinstance(mask, BorderedChunk) else mask
+
+
+def _pieces(at: np.ndarray, valid: np.ndarray | None) -> list[Piece]:
+    """The pieces of a chunk [B, C] by rows; a row without valid tokens has one of none."""
+    pieces = []
+    for row, begins in enumerate(at):
+        tokens = np.arange(len(begins)) if valid is None else valid[row].nonzero()[0]
+        first = begins[tokens].nonzero()[0]
+        goes_on = len(tokens) == 0 or not begins[tokens[0]]
+        cuts = [*([0] if goes_on else []), *first.tolist(), len(tokens)]
+        for start, stop in pairwise(cuts):
+            places = row * len(begins) + tokens[start:stop]
+            pieces.append(Piece(row, places, goes_on and start == 0))
+    return pieces
+
+
+def ends_of_spans(lengths: np.ndarray, call: int) -> list[int]:
+    """Where to cut the time of pieces so long: the least padding, if a call costs as much as so many tokens."""
+    ends = sorted({0, *lengths.tolist()})
+    reaching = [int((lengths > end).sum()) for end in ends]
+    costs, before = [0], [0]
+    for stop in range(1, len(ends)):
+        tried = [costs[start] + reaching[start] * (ends[stop] - ends[start]) + call for start in range(stop)]
+        before.append(min(range(stop), key=tried.__getitem__))
+        costs.append(tried[before[-1]])
+    found = []
+    stop = len(ends) - 1
+    while stop > 0:
+        found.append(ends[stop])
+        stop = before[stop]
+    return found[::-1]
+
+
+def _to(index: np.ndarray, device: torch.device) -> Tensor:
+    found = torch.from_numpy(index)
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)

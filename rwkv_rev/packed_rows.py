@@ -1,0 +1,159 @@
+"""Where documents begin inside of rows, by any of the names that collators have for it.
+
+* ``borders`` [B, T] bool, true at a document's first token: ours, and the only one that can say that a row's first
+  token begins a document, too, whatever state is handed over;
+* ``cu_seq_lens_q``, ``cu_seq_lens_k``, ``cu_seqlens`` [documents + 1]: where each begins, and the end, in a single row;
+* ``seq_idx`` [B, T]: another number in each document than in the one before;
+* ``position_ids`` [B, T] that restart at 0.
+
+Several that are given must agree. A border on a masked token is one on the row's next valid token, and none where there
+is no such token. A row's first token goes on from the state, unless ``borders`` say otherwise.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv_rev.exporting import exporting
+
+CUMULATIVE = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
+PACKED = (*CUMULATIVE, "seq_idx", "position_ids")
+
+
+def given_borders(
+    kwargs: dict[str, Any],
+    borders: Tensor | None,
+    valid: Tensor | None,
+    batch: int,
+    length: int,
+    *,
+    fresh: bool = False,
+) -> Tensor | None:
+    """The borders [B, T] of a batch, bool on the host and on valid tokens; None where there are none.
+
+    Args:
+        kwargs: those that the model has no name for.
+        borders: as the model was given them.
+        valid: [B, T] bool, or None where every token counts.
+        fresh: rows begin with what documents begin with, so that a border on their first token changes nothing.
+
+    Raises:
+        ValueError: for borders of another shape, or that contradict one another, and for positions that neither count
+            the tokens one by one nor restart at 0.
+    """
+    there = {name: kwargs[name] for name in PACKED if kwargs.get(name) is not None}
+    if borders is None and not there:
+        return None
+    if exporting():
+        names = " and ".join([*there, *([] if borders is None else ["borders"])])
+        raise ValueError(f"{names} cannot be looked at while a model is exported: leave them out")
+    if set(there) == {"position_ids"} and borders is None and _count(there["position_ids"], valid):
+        return None
+    valid = None if valid is None else valid.cpu()
+    found: dict[str, Tensor] = {}
+    for name, tensor in there.items():
+        if name in CUMULATIVE:
+            found[name] = _of_cumulative(name, tensor, batch, length)
+        else:
+            tensor = _tokens(name, tensor, batch, length)
+            found[name] = (_of_positions if name == "position_ids" else _of_numbers)(tensor, valid)
+    found = {name: on_valid(at, valid) for name, at in found.items()}
+    if borders is not None:
+        if borders.dtype != torch.bool or borders.shape != (batch, length):
+            raise ValueError(
+                f"borders are {borders.dtype} {list(borders.shape)}: give bool {[batch, length]}, true at each "
+                "document's first token"
+            )
+        found["borders"] = on_valid(borders.cpu(), valid)
+    first = _first(valid, batch, length)
+    name, at = next(reversed(found.items()))
+    for other, others in found.items():
+        if not torch.equal(others & ~first, at & ~first):
+            raise ValueError(
+                f"{other} and {name} say of other tokens that they begin a document: give one of them"
+            )
+    if fresh:
+        at = at & ~first
+    return at if bool(at.any()) else None
+
+
+def on_valid(at: Tensor, valid: Tensor | None) -> Tensor:
+    """Borders [B, T] moved to the next valid token each."""
+    if valid is None:
+        return at
+    length = at.shape[1]
+    place = torch.arange(length).expand_as(at)
+    following = torch.where(valid, place, length).flip(1).cummin(dim=1).values.flip(1)
+    moved = torch.zeros(len(at), length + 1, dtype=torch.bool)
+    return moved.scatter_(1, torch.where(at, following, length), True)[:, :length]
+
+
+def _first(valid: Tensor | None, batch: int, length: int) -> Tensor:
+    """[B, T] bool, true at each row's first valid token."""
+    there = torch.ones(batch, length, dtype=torch.bool) if valid is None else valid
+    return there & (there.cumsum(dim=1) == 1)
+
+
+def _count(positions: Tensor, valid: Tensor | None) -> bool:
+    """Whether positions [..., T] count the tokens one by one; those of masked ones do not matter."""
+    follows = positions[..., 1:] - positions[..., :-1] == 1
+    if valid is not None:
+        valid = valid[:, -positions.shape[-1] :]
+        follows = follows | ~(valid[:, 1:] & valid[:, :-1])
+    return bool(follows.all())
+
+
+def _tokens(name: str, tensor: Tensor, batch: int, length: int) -> Tensor:
+    """[B, T] on the host."""
+    if (
+        tensor.dim() > 2
+        or tensor.shape[-1] != length
+        or (tensor.dim() == 2 and len(tensor) not in (1, batch))
+    ):
+        raise ValueError(
+            f"{name} have shape {list(tensor.shape)}, the input {[batch, length]}: give each token one"
+        )
+    return tensor.cpu().expand(batch, length)
+
+
+def _before(numbers: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The number of the valid token before each one, [B, T], and where there is one."""
+    place = torch.arange(numbers.shape[1]).expand_as(numbers)
+    latest = place if valid is None else torch.where(valid, place, -1).cummax(dim=1).values
+    before = torch.nn.functional.pad(latest[:, :-1], (1, 0), value=-1)
+    there = before >= 0 if valid is None else (before >= 0) & valid
+    return numbers.gather(1, before.clamp(min=0)), there
+
+
+def _of_positions(positions: Tensor, valid: Tensor | None) -> Tensor:
+    before, there = _before(positions, valid)
+    restarts = there & (positions != before + 1)
+    wrong = (restarts & (positions != 0)).nonzero()
+    if len(wrong):
+        row, token = wrong[0].tolist()
+        raise ValueError(
+            f"position_ids go from {int(before[row, token])} to {int(positions[row, token])} at token {token} of row "
+            f"{row}: they must count the tokens one by one, and restart at 0 where a document begins. Parts of one "
+            "text on several devices have no place in a recurrent state: give each row whole"
+        )
+    return restarts
+
+
+def _of_numbers(numbers: Tensor, valid: Tensor | None) -> Tensor:
+    before, there = _before(numbers, valid)
+    return there & (numbers != before)
+
+
+def _of_cumulative(name: str, ends: Tensor, batch: int, length: int) -> Tensor:
+    if batch != 1:
+        raise ValueError(f"{name} tells of documents in a single row, and there are {batch}: use borders")
+    places = ends.flatten().tolist()
+    rising = all(one <= other for one, other in zip(places, places[1:], strict=False))
+    if ends.dim() != 1 or len(places) < 2 or places[0] != 0 or places[-1] != length or not rising:
+        raise ValueError(
+            f"{name} must rise from 0 to the row's {length} tokens, by the length of each document; it is {places[:9]}"
+        )
+    at = torch.zeros(1, length, dtype=torch.bool)
+    at[0, [place for place in places if 0 < place < length]] = True
+    return at
