@@ -6,6 +6,7 @@ but a recurrent state cannot do is refused by name.
 
 from typing import Any, cast
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import GenerationMode
@@ -59,6 +60,8 @@ class RwkvRevGenerationMixin(GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+        if inputs.get("borders") is not None:
+            inputs["borders"] = _borders_of(inputs, inputs["borders"], input_ids, inputs_embeds)
         past, unchanged = inputs.pop(CACHE_NAME, None), inputs.pop(UNCHANGED, None)
         inputs["past_key_values"] = unchanged if past is None else past
         return inputs
@@ -132,6 +135,21 @@ class RwkvRevGenerationMixin(GenerationMixin):
             "continuous batching (cache_implementation='paged', generate_batch) pages keys and values, which a "
             "recurrent model does not have; call generate with a left-padded batch"
         )
+
+
+def _borders_of(
+    inputs: dict[str, Any], borders: Tensor, text: Tensor, prompt: Tensor | None
+) -> Tensor | None:
+    """Those of the tokens that are read now; ``borders`` are the prompt's, and what is generated begins no document.
+
+    Args:
+        inputs: of the next forward pass.
+        text: ids of all tokens so far, without the prompt where that was ``prompt``, embeddings.
+    """
+    if prompt is not None:
+        return borders if inputs.get("inputs_embeds") is not None else None
+    told, read = text.shape[1], inputs["input_ids"].shape[1]
+    return F.pad(borders, (0, told - borders.shape[1]))[:, told - read :]
 
 
 def refuse_settings(config: GenerationConfig, mode: GenerationMode, has_embeddings: bool) -> None:

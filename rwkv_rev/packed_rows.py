@@ -100,7 +100,9 @@ def _count(positions: Tensor, valid: Tensor | None) -> bool:
     follows = positions[..., 1:] - positions[..., :-1] == 1
     if valid is not None:
         valid = valid[:, -positions.shape[-1] :]
-        follows = follows | ~(valid[:, 1:] & valid[:, :-1])
+        later = valid & (valid.cumsum(dim=1) > 1)
+        restarts = later[:, 1:] & (positions[..., 1:] == 0)
+        follows = (follows | ~(valid[:, 1:] & valid[:, :-1])) & ~restarts
     return bool(follows.all())
 
 
@@ -128,8 +130,8 @@ def _before(numbers: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _of_positions(positions: Tensor, valid: Tensor | None) -> Tensor:
     before, there = _before(positions, valid)
-    restarts = there & (positions != before + 1)
-    wrong = (restarts & (positions != 0)).nonzero()
+    beside = there if valid is None else there & torch.nn.functional.pad(valid[:, :-1], (1, 0))
+    wrong = (beside & (positions != before + 1) & (positions != 0)).nonzero()
     if len(wrong):
         row, token = wrong[0].tolist()
         raise ValueError(
@@ -137,7 +139,7 @@ def _of_positions(positions: Tensor, valid: Tensor | None) -> Tensor:
             f"{row}: they must count the tokens one by one, and restart at 0 where a document begins. Parts of one "
             "text on several devices have no place in a recurrent state: give each row whole"
         )
-    return restarts
+    return there & (positions == 0)
 
 
 def _of_numbers(numbers: Tensor, valid: Tensor | None) -> Tensor:

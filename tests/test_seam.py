@@ -140,6 +140,7 @@ class SumModel(nn.Module):
         valid: Tensor | None,
         inputs_embeds: None,
         state: SumState,
+        borders: None = None,
     ) -> Any:
         x, after = self.run(
             self.embed(input_ids, None), state, None if valid is None else ChunkMask.of(valid)

@@ -131,6 +131,7 @@ class LanguageModel(nn.Module):
         valid: Tensor | None,
         inputs_embeds: None,
         state: StackedState,
+        borders: None = None,
     ) -> Any:
         mask = None if valid is None else ChunkMask.of(valid)
         x, after = self.run(self.embed(input_ids, None), state, mask)

@@ -240,12 +240,13 @@ class ReversibleCell(nn.Module, ABC):
         """The exact ``state`` as the chunk x is computed from it: the same, or one that has passed its border."""
         return state
 
-    def is_left(self, state: Any, after: Any) -> Tensor:
-        """Whether the exact ``state`` at the end of a chunk is ``after``, which the next one began with; bool scalar."""
-        left, began = state.fingerprint(), after.fingerprint()
-        if left is None:
-            return torch.ones((), dtype=torch.bool, device=after.tensors()[0].device)
-        return (left == began).all()
+    def is_left(self, state: Any, after: Any) -> Tensor | None:
+        """Whether the exact ``state`` at the end of a chunk is ``after``, which the next one began with; bool scalar.
+
+        None for a cell without a state.
+        """
+        left = state.fingerprint()
+        return None if left is None else (left == after.fingerprint()).all()
 
     def forward(self, x: Any, state: Any, mask: Mask = None) -> tuple[Stream | None, Any]:
         """Output [B, C, D] of a chunk and what else came of it, by what ``state`` asks for.
@@ -286,9 +287,11 @@ class ReversibleCell(nn.Module, ABC):
             before = self.ready(state.state, x, chunk.mask, state.plan)
             start = leaves(self.values(before))
             out, after, print_ = self._documents(start, x, chunk)
-            handed_on = (
-                None if state.after is None else self.is_left(self.exact(detached(after)), state.after)
-            )
+            handed_on = None
+            if state.after is not None:
+                same = self.is_left(self.exact(detached(after)), state.after)
+                everywhere = torch.ones((), dtype=torch.bool, device=residual(x).device)
+                handed_on = everywhere if same is None else same
             return out, Replay(before, out, start, after, print_, handed_on)
         values = state.values if isinstance(state, OnceMore) else state
         return self._documents(values, x, chunk)[:2]

@@ -320,7 +320,8 @@ class ShiftedCell(ReversibleCell):
 
     def is_left(self, state: ExactShiftedState, after: ExactShiftedState) -> Tensor:
         assert after.border is not None and after.carried is not None
-        return super().is_left(state, after) & same_bits(after.border.carry(state.shift), after.carried)
+        same, of_memory = same_bits(after.border.carry(state.shift), after.carried), super().is_left(state, after)
+        return same if of_memory is None else same & of_memory
 
     def replay(
         self,

@@ -1,0 +1,528 @@
+"""Documents packed into rows against the same documents alone: loss, gradients, final states, on every way in."""
+
+import functools
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from bptt_cases import (
+    VERSIONS,
+    Outcome,
+    assert_same_bits,
+    checkpoint_blocks,
+    differentiate,
+    random_like,
+    random_state,
+    random_tokens,
+    relative_error,
+    tiny_model,
+)
+from test_linear_attention import filled
+from torch import Tensor
+from transformers import DataCollatorWithFlattening
+
+from rwkv_rev import RwkvRevConfig, RwkvRevForCausalLM
+from rwkv_rev.architectures.registry import architecture
+from rwkv_rev.cells.borders import Borders, ends_of_spans
+from rwkv_rev.errors import StrategyError
+from rwkv_rev.state import ModelState
+from rwkv_rev.wkv import use_kernel
+
+OTHERS = ("coupled", "reversible-gru", "reversible-lstm", "linear-attention", "coupled-4", "coupled-5.2")
+LENGTHS = {
+    "mixed": [13, 1, 1, 22, 7, 16],  # one-token documents; several borders within a chunk
+    "at-edges": [16, 16, 8, 8, 12],  # borders where chunks begin
+    "long": [50, 10],  # a document over many chunks
+    "singles": [1] * 6 + [3],
+}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+GRID = 1e-6
+"""In float64, where memories are on a grid of 31 bits between chunks: a document's own grid is another one alone."""
+ON_A_GRID = ("5.0", "5.1", "5.2", "6", "coupled-5.2")
+STRATEGIES = ("full", "checkpoint", "reversible", "truncated")
+
+
+def model_of(name: str, dtype: torch.dtype = torch.float64, *, tuned: bool = False) -> RwkvRevForCausalLM:
+    if name in VERSIONS:
+        model = tiny_model(name, dtype=dtype)
+    else:
+        sizes = {"hidden_size": 12, "num_hidden_layers": 2, "vocab_size": 32, **architecture(name).sizes(12)}
+        model = filled(RwkvRevForCausalLM(RwkvRevConfig(rwkv_version=name, **sizes))).to(dtype).train()
+    if tuned and architecture(name).tunes_state:
+        model.add_initial_state()
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for parameter in model.model.initial_wkv:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        model.to(dtype)
+    return model
+
+
+def borders_of(*rows: Sequence[int]) -> Tensor:
+    """[B, T], with documents of these lengths in each row."""
+    at = torch.zeros(len(rows), sum(rows[0]), dtype=torch.bool)
+    for row, lengths in enumerate(rows):
+        at[row, [0, *torch.tensor(lengths).cumsum(0).tolist()[:-1]]] = True
+    return at
+
+
+def alone(
+    model: RwkvRevForCausalLM, strategy: str, chunk: int | None, documents: list[Tensor], divisor: int
+) -> tuple[Outcome, list[ModelState]]:
+    """Sums over documents [1, n] that are each read by themselves, and their final states."""
+    model.zero_grad()
+    total, states = torch.zeros(()), []
+    with model.set_bptt(strategy, chunk_length=chunk):
+        for document in documents:
+            output = model(document, labels=document, num_items_in_batch=divisor)
+            if output.loss.requires_grad and document.shape[1] > 1:
+                output.loss.backward()
+                total = total + output.loss.detach()
+            states.append(output.state)
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return Outcome(total, states[-1], gradients, {}), states
+
+
+def assert_near(found: Outcome, expected: Outcome, tolerance: float) -> None:
+    assert relative_error(found.loss, expected.loss) <= tolerance
+    assert found.gradients.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        assert relative_error(found.gradients[name], gradient) <= tolerance, name
+
+
+def assert_states(found: ModelState, expected: ModelState, tolerance: float) -> None:
+    for one, other in zip(found.tensors(), expected.tensors(), strict=True):
+        assert relative_error(one, other) <= tolerance
+
+
+def tolerance_of(name: str, strategy: str, dtype: torch.dtype = torch.float64) -> float:
+    between = strategy in ("checkpoint", "reversible") and (name in ON_A_GRID or name in OTHERS)
+    return max(TOLERANCE[dtype], GRID if between else 0)
+
+
+def cut(ids: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    return list(ids.split(list(lengths), dim=1))
+
+
+# --- every generation, cell and strategy --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [*((name, layout) for name in VERSIONS for layout in LENGTHS), *((name, "mixed") for name in OTHERS)],
+)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_packed_row_is_its_documents(name: str, strategy: str, layout: str) -> None:
+    """``truncated`` cuts packed rows elsewhere than documents alone, so its chunk is the row there."""
+    lengths = LENGTHS[layout]
+    model, ids = model_of(name), random_tokens(sum(lengths))
+    chunk = sum(lengths) if strategy == "truncated" else 8
+    predicted = sum(lengths) - len(lengths)
+    expected, states = alone(model, strategy, chunk, cut(ids, lengths), predicted)
+    found = differentiate(model, strategy, chunk, input_ids=ids, borders=borders_of(lengths))
+    assert_near(found, expected, tolerance_of(name, strategy))
+    assert_states(found.state, states[-1], tolerance_of(name, strategy))
+
+
+@pytest.mark.parametrize("name", [*VERSIONS, *OTHERS])
+def test_in_a_single_chunk_no_grid_is_between(name: str) -> None:
+    lengths = LENGTHS["mixed"]
+    model, ids = model_of(name), random_tokens(60)
+    expected, _ = alone(model, "full", None, cut(ids, lengths), 54)
+    for strategy in ("checkpoint", "reversible"):
+        found = differentiate(model, strategy, 60, input_ids=ids, borders=borders_of(lengths))
+        assert_near(found, expected, 1e-12)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES[:3])
+@pytest.mark.parametrize("name", VERSIONS)
+def test_in_float32(name: str, strategy: str) -> None:
+    """RMS over texts: of one, the two numbers of RWKV-5.0's decay are chance, of sums that cancel."""
+    lengths, model = LENGTHS["mixed"], model_of(name, torch.float32)
+    errors: dict[str, list[float]] = {}
+    for seed in range(6):
+        ids = random_tokens(60, seed=seed)
+        expected, states = alone(model, strategy, 16, cut(ids, lengths), 54)
+        found = differentiate(model, strategy, 16, input_ids=ids, borders=borders_of(lengths))
+        assert relative_error(found.loss, expected.loss) <= TOLERANCE[torch.float32]
+        assert_states(found.state, states[-1], TOLERANCE[torch.float32])
+        for parameter, gradient in expected.gradients.items():
+            error = relative_error(found.gradients[parameter], gradient)
+            errors.setdefault(parameter, []).append(error)
+    for parameter, each in errors.items():
+        assert math.hypot(*each) / math.sqrt(len(each)) <= TOLERANCE[torch.float32], parameter
+
+
+@pytest.mark.parametrize("kernel", ["naive", "chunked"])
+@pytest.mark.parametrize("name", VERSIONS)
+def test_kernels(name: str, kernel: str) -> None:
+    lengths = LENGTHS["mixed"]
+    model, ids = model_of(name), random_tokens(60)
+    with use_kernel("naive"):
+        expected, _ = alone(model, "full", None, cut(ids, lengths), 54)
+    with use_kernel(kernel):
+        found = differentiate(model, "full", input_ids=ids, borders=borders_of(lengths))
+    assert_near(found, expected, 1e-10)
+
+
+@pytest.mark.parametrize("name", [*VERSIONS, *OTHERS])
+def test_the_exact_tapes_agree_to_the_bit(name: str) -> None:
+    ids, at = random_tokens(60, batch=2), borders_of(LENGTHS["mixed"], LENGTHS["long"])
+    model = model_of(name, torch.float32, tuned=True)
+    found = [
+        differentiate(model, strategy, 8, input_ids=ids, borders=at)
+        for strategy in ("checkpoint", "reversible")
+    ]
+    assert_same_bits(*found)
+
+
+# --- rows, masks, states ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES[:3])
+@pytest.mark.parametrize("name", [*VERSIONS, *OTHERS])
+def test_rows_with_other_borders_masks_and_states(name: str, strategy: str) -> None:
+    """Left padding, holes (one of them over a border), right padding, a row without borders; a state that goes on."""
+    rows = [[13, 1, 1, 22, 7, 16], [60], [20, 4, 36]]
+    model, ids, at = model_of(name, tuned=True), random_tokens(60, batch=3), borders_of(*rows)
+    at[1, 0] = at[2, 0] = False  # these two go on
+    mask = torch.ones(3, 60, dtype=torch.long)
+    mask[0, :5], mask[0, 35:40], mask[1, 50:], mask[2, 9:12], mask[2, 20:24] = 0, 0, 0, 0, 0
+    state = random_state(model, 3, learned=True)
+    weight = random_like(state)
+    given = {"state": state, "final_state_gradient": weight}
+    found = differentiate(
+        model,
+        strategy,
+        8,
+        input_ids=ids,
+        attention_mask=mask,
+        borders=at,
+        num_items_in_batch=100,
+        **given,
+    )
+    to_state = [tensor.grad.clone() for tensor in state.tensors()]
+
+    model.zero_grad()
+    for tensor in state.tensors():
+        tensor.grad = None
+    total, ends = torch.zeros(()), []
+    with model.set_bptt(strategy, chunk_length=8):
+        for row, lengths in enumerate(rows):
+            one = torch.tensor([row])
+            parts = zip(cut(ids[one], lengths), cut(mask[one], lengths), strict=True)
+            documents = [part[valid.bool()][None] for part, valid in parts if valid.any()]
+            for number, document in enumerate(documents):
+                before = state.rows(one) if number == 0 and row > 0 else None
+                last = number == len(documents) - 1
+                output = model(
+                    document,
+                    labels=document,
+                    state=before,
+                    num_items_in_batch=100,
+                    final_state_gradient=weight.rows(one) if last else None,
+                )
+                output.loss.backward()
+                total = total + output.loss.detach()
+            ends.append(output.state)
+    tolerance = tolerance_of(name, strategy)
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert relative_error(found.loss, total) <= tolerance
+    for parameter, gradient in expected.items():
+        assert relative_error(found.gradients[parameter], gradient) <= tolerance, parameter
+    for one, tensor in zip(to_state, state.tensors(), strict=True):
+        assert relative_error(one, tensor.grad) <= tolerance
+        assert (one[:, 0] == 0).all()  # its row began anew
+    for row, end in enumerate(ends):
+        assert_states(found.state.rows(torch.tensor([row])), end, tolerance)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", ["5.2", "7", "reversible-gru", "linear-attention"])
+def test_a_tuned_state_is_where_every_document_begins(name: str, strategy: str) -> None:
+    lengths = LENGTHS["mixed"]
+    model, ids = model_of(name, tuned=True), random_tokens(60)
+    for parameter in model.parameters():
+        parameter.requires_grad_(any(parameter is tuned for tuned in model.model.initial_wkv))
+    expected, states = alone(model, strategy, 60, cut(ids, lengths), 54)
+    found = differentiate(model, strategy, 60, input_ids=ids, borders=borders_of(lengths))
+    assert len(found.gradients) == 2 and all(g.abs().sum() > 0 for g in found.gradients.values())
+    assert_near(found, expected, GRID)
+    assert_states(found.state, states[-1], GRID)
+    cut_in_chunks = differentiate(model, strategy, 7, input_ids=ids, borders=borders_of(lengths))
+    if strategy != "truncated":
+        assert_near(cut_in_chunks, expected, GRID)
+
+
+def test_the_start_of_documents_under_truncated() -> None:
+    """Each document's start is reached from the chunk that it begins in."""
+    model, ids = model_of("7", tuned=True), random_tokens(24)
+    expected = [
+        differentiate(
+            model, "truncated", 8, input_ids=ids[:, start : start + 8], labels=None, num_items_in_batch=21,
+            shift_labels=torch.nn.functional.pad(ids[:, start + 1 : start + 8], (0, 1), value=-100),
+        ).gradients["model.initial_wkv.0"]
+        for start in (0, 8, 16)
+    ]  # fmt: skip
+    found = differentiate(model, "truncated", 8, input_ids=ids, borders=borders_of([8, 8, 8]))
+    assert relative_error(found.gradients["model.initial_wkv.0"], sum(expected)) <= 1e-12
+
+
+@pytest.mark.parametrize("name", [*VERSIONS, *OTHERS])
+def test_every_documents_final_state(name: str) -> None:
+    lengths = LENGTHS["mixed"]
+    model, ids = model_of(name).eval(), random_tokens(60)
+    at = borders_of(lengths)
+    with torch.no_grad(), model.set_bptt("auto", chunk_length=16):
+        for start, stop in pairwise([0, *torch.tensor(lengths).cumsum(0).tolist()]):
+            expected = model(ids[:, start:stop])
+            found = model(ids[:, :stop], borders=at[:, :stop])
+            assert_states(found.state, expected.state, 1e-12)
+            assert relative_error(found.logits[:, start:], expected.logits) <= 1e-12
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "reversible"])
+@pytest.mark.parametrize("name", ["4", "5.2", "6", "7", "coupled", "coupled-5.2", "linear-attention"])
+def test_blocks_that_are_computed_again(name: str, strategy: str) -> None:
+    ids, at = random_tokens(60), borders_of(LENGTHS["mixed"])
+    model = model_of(name, tuned=True)
+    expected = differentiate(model, strategy, 16, input_ids=ids, borders=at)
+    checkpoint_blocks(model)
+    assert_near(differentiate(model, strategy, 16, input_ids=ids, borders=at), expected, 1e-12)
+
+
+@pytest.mark.parametrize("strategy", ["full", "checkpoint", "reversible"])
+@pytest.mark.parametrize("name", ["4", "5.2", "6", "7", "reversible-lstm"])
+def test_a_loss_of_ones_own(name: str, strategy: str) -> None:
+    ids, at = random_tokens(60), borders_of(LENGTHS["mixed"])
+    model = model_of(name, tuned=True)
+    expected = differentiate(model, "full", input_ids=ids, borders=at)
+    model.zero_grad()
+    with model.set_bptt(strategy, chunk_length=16):
+        logits = model(ids, borders=at).logits
+    labels = ids.masked_fill(at, -100)
+    torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:]).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert_near(Outcome(expected.loss, expected.state, gradients, {}), expected, tolerance_of(name, strategy))
+
+
+def test_the_tape_keeps_whole_what_a_border_forgets() -> None:
+    """A chunk without borders costs what it did."""
+    model, ids = model_of("5.2", torch.float32), random_tokens(96)
+    plain = differentiate(model, "reversible", 8, input_ids=ids).report["tape_bytes"]
+    whole = differentiate(model, "checkpoint", 8, input_ids=ids).report["tape_bytes"]
+    one = differentiate(model, "reversible", 8, input_ids=ids, borders=borders_of([20, 76]))
+    assert plain <= one.report["tape_bytes"] <= plain + 2 * whole / 10
+
+
+def test_lossy_reversal_is_refused() -> None:
+    model = tiny_model("5.2")
+    with pytest.raises(StrategyError, match="a border .* forgets them whole: use 'reversible'"):
+        differentiate(model, "reversible-lossy", 8, input_ids=random_tokens(60), borders=borders_of([20, 40]))
+
+
+# --- reading and generating ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["4", "5.2", "6", "7"])
+def test_evaluation(name: str) -> None:
+    lengths = LENGTHS["mixed"]
+    model, ids = model_of(name).eval(), random_tokens(60)
+    at = borders_of(lengths)
+    expected, _ = alone(model.train(), "full", None, cut(ids, lengths), 54)
+    model.eval()
+    with torch.no_grad(), model.set_bptt("reversible", chunk_length=16):
+        output = model(ids, labels=ids, borders=at)
+    assert relative_error(output.loss, expected.loss) <= 1e-12
+    logits = torch.cat([model(part).logits for part in cut(ids, lengths)], dim=1)
+    assert relative_error(output.logits + 0, logits) <= 1e-12  # made at their first use
+
+
+@pytest.mark.parametrize("embeddings", [False, True], ids=["ids", "embeddings"])
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}], ids=str)
+@pytest.mark.parametrize("name", ["4", "5.2", "6", "7"])
+def test_generation_goes_on_from_the_last_document(
+    name: str, options: dict[str, Any], embeddings: bool
+) -> None:
+    model, ids = model_of(name).eval(), random_tokens(19, batch=2)
+    at = borders_of([13, 6], [13, 6])
+    new = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0, **options}
+    prompt: dict[str, Any] = {"inputs": ids}
+    if embeddings:
+        if options.get("use_cache") is False:
+            pytest.skip("transformers does not read embeddings twice")
+        prompt = {"inputs_embeds": model.get_input_embeddings()(ids)}
+    found = model.generate(**prompt, borders=at, **new)[:, -7:]
+    assert torch.equal(found, model.generate(ids[:, 13:], **new)[:, -7:])
+    assert not torch.equal(found, model.generate(ids, **new)[:, -7:])
+
+
+def test_assisted_generation() -> None:
+    model, ids = model_of("5.2").eval(), random_tokens(19)
+    new = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    helper = tiny_model("5.2", seed=3, dtype=torch.float64).eval()
+    found = model.generate(ids, borders=borders_of([13, 6]), assistant_model=helper, **new)
+    assert torch.equal(found[:, -12:], model.generate(ids[:, 13:], **new)[:, -12:])
+
+
+# --- other names for the same -------------------------------------------------------------------------------------
+
+
+def names_of(lengths: Sequence[int]) -> dict[str, dict[str, Tensor]]:
+    ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    numbers = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])[None]
+    return {
+        "position_ids": {"position_ids": positions},
+        "cu_seq_lens_q": {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": torch.tensor(9)},
+        "cu_seqlens": {"cu_seqlens": ends},
+        "seq_idx": {"seq_idx": numbers.int()},
+        "all": {"position_ids": positions, "cu_seq_lens_q": ends, "seq_idx": numbers},
+    }
+
+
+@pytest.mark.parametrize("name", names_of([1]))
+@pytest.mark.parametrize("layout", ["mixed", "singles"])
+def test_names_of_collators(name: str, layout: str) -> None:
+    lengths = LENGTHS[layout]
+    model, ids = model_of("5.2"), random_tokens(sum(lengths))
+    expected = differentiate(model, "reversible", 8, input_ids=ids, borders=borders_of(lengths))
+    found = differentiate(model, "reversible", 8, input_ids=ids, **names_of(lengths)[name])
+    assert_same_bits(found, expected)
+    logits = model(ids, borders=borders_of(lengths)).logits
+    assert torch.equal(model(ids, **names_of(lengths)[name]).logits, logits)
+    hidden = model.model(ids, **names_of(lengths)[name]).last_hidden_state
+    assert torch.equal(model.head(hidden), logits)
+
+
+@pytest.mark.parametrize("flags", [False, True], ids=["positions", "flash-attention"])
+def test_the_collator_of_transformers(flags: bool) -> None:
+    keywords = {"return_flash_attn_kwargs": True, "return_seq_idx": True} if flags else {}
+    documents = cut(random_tokens(60), LENGTHS["mixed"])
+    batch = DataCollatorWithFlattening(**keywords)([{"input_ids": part[0].tolist()} for part in documents])
+    model = model_of("7")
+    expected, _ = alone(model, "full", None, documents, 54)
+    found = differentiate(model, "reversible", 8, **batch)
+    assert_near(found, expected, 1e-12)
+
+
+def test_a_row_goes_on_from_its_state_unless_borders_say_otherwise() -> None:
+    model, ids = model_of("5.2").eval(), random_tokens(20)
+    state, at = random_state(model, 1), borders_of([12, 8])
+    with torch.no_grad():
+        on = model(ids, state=state, position_ids=torch.tensor([[*range(12), *range(8)]])).logits
+        anew = model(ids, state=state, borders=at).logits
+        assert torch.equal(anew, model(ids, borders=at).logits)
+        at[0, 0] = False
+        assert torch.equal(on, model(ids, state=state, borders=at).logits)
+    assert relative_error(on[:, :12], anew[:, :12]) > 1e-3 and torch.equal(on[:, 12:], anew[:, 12:])
+
+
+def test_a_row_of_one_document_is_no_packed_row() -> None:
+    """Neither kernels nor graphs become others by it."""
+    model, ids = tiny_model("5.2"), random_tokens(40)
+    expected = differentiate(model, "reversible", 8, input_ids=ids)
+    for given in (
+        {"borders": borders_of([40])},
+        {"cu_seq_lens_q": torch.tensor([0, 40])},
+        {"position_ids": torch.arange(40)[None]},
+        {"seq_idx": torch.full((1, 40), 3)},
+    ):
+        assert_same_bits(differentiate(model, "reversible", 8, input_ids=ids, **given), expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"position_ids": torch.tensor([[0, 1, 2, 3, 3, 4, 5, 6]])}, "go from 3 to 3 at token 4 of row 0"),
+        ({"position_ids": torch.tensor([[0, 1, 2, 3, 8, 9, 0, 1]])}, "go from 3 to 8 at token 4 .* give each"),
+        ({"position_ids": torch.zeros(1, 7)}, r"position_ids have shape \[1, 7\], the input \[1, 8\]"),
+        ({"cu_seq_lens_q": torch.tensor([0, 3, 7])}, "must rise from 0 to the row's 8 tokens"),
+        ({"cu_seq_lens_q": torch.tensor([0, 5, 3, 8])}, "must rise"),
+        ({"seq_idx": torch.zeros(1, 1, 8)}, "seq_idx have shape"),
+        ({"borders": torch.zeros(1, 8)}, r"borders are torch.float32 \[1, 8\]: give bool \[1, 8\]"),
+        ({"borders": torch.zeros(8, dtype=torch.bool)}, r"give bool \[1, 8\]"),
+        (
+            {"cu_seq_lens_q": torch.tensor([0, 3, 8]), "seq_idx": torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])},
+            "cu_seq_lens_q and seq_idx say of other tokens",
+        ),
+        ({"borders": borders_of([4, 4]), "cu_seqlens": torch.tensor([0, 3, 8])}, "say of other tokens"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("labels", [False, True], ids=["logits", "loss"])
+def test_what_contradicts_itself_is_refused(given: dict[str, Any], message: str, labels: bool) -> None:
+    model, ids = tiny_model("5.2"), random_tokens(8)
+    with pytest.raises(ValueError, match=message):
+        model(ids, labels=ids if labels else None, **given)
+
+
+def test_cumulative_lengths_are_of_a_single_row() -> None:
+    ids = random_tokens(8, batch=2)
+    with pytest.raises(ValueError, match="in a single row, and there are 2: use borders"):
+        tiny_model("5.2")(ids, cu_seq_lens_q=torch.tensor([0, 3, 8]))
+
+
+def test_positions_behind_a_hole() -> None:
+    """Padding inside of a packed row, by any way of counting over it."""
+    model, ids = model_of("5.2"), random_tokens(12)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0]])
+    positions = torch.tensor([[1, 1, 0, 1, 2, 3, 4, 0, 0, 1, 2, 0]])
+    at = torch.zeros(1, 12, dtype=torch.bool)
+    at[0, 6] = True  # on a masked token: it holds for the next one that counts
+    expected = model(ids, attention_mask=mask, borders=at, labels=ids).loss
+    assert torch.equal(model(ids, attention_mask=mask, position_ids=positions, labels=ids).loss, expected)
+    alone_ = [model(ids[:, part], labels=ids[:, part], num_items_in_batch=5).loss for part in ([2, 3, 4, 5], [8, 9, 10])]
+    assert relative_error(expected, sum(alone_)) <= 1e-12
+
+
+# --- the layout ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lengths", "call", "expected"),
+    [
+        ([5, 3, 1], 0, [1, 3, 5]),
+        ([5, 3, 1], 100, [5]),
+        ([100, 10, 10, 10, 10], 16, [10, 100]),
+        ([64], 16, [64]),
+        ([3, 3, 3], 0, [3]),
+        ([9, 0], 0, [9]),
+    ],
+    ids=str,
+)
+def test_spans(lengths: list[int], call: int, expected: list[int]) -> None:
+    assert ends_of_spans(torch.tensor(lengths).numpy(), call) == expected
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_token_is_laid_out_once(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    at = torch.rand(3, 70, generator=generator) < 0.1
+    valid = torch.rand(3, 70, generator=generator) < 0.8
+    valid[1] = False
+    at &= valid
+    chunk: Any = Borders(at, valid, [(torch.zeros(4),)]).chunk(torch.device("cpu"))
+    chunk = chunk.of_part(0)
+    tokens = torch.arange(210.0).view(3, 70, 1)
+    seen: list[int] = []
+
+    def step(stream: list[Tensor], state: list[Tensor], mask: Any) -> tuple[list[Tensor], list[Tensor]]:
+        (x,), (s,) = stream, state
+        there = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask.valid
+        seen.extend(x[..., 0][there].long().tolist())
+        return [x], [s + (x * there[..., None]).sum(1)]
+
+    (out,), (ends,) = chunk.run(step, [tokens], [torch.full((3, 4), 0.5)])
+    assert sorted(seen) == tokens[valid].flatten().long().tolist()
+    assert torch.equal(out[..., 0], tokens[..., 0] * valid)
+    for row in range(3):
+        document = [t for t in range(70) if valid[row, t]]
+        first = [t for t in document if at[row, t]]
+        own = document if not first else [t for t in document if t >= first[-1]]
+        begun = 0.5 if not first else 0.0
+        total = functools.reduce(lambda s, t: s + 70 * row + t, own, begun)
+        assert ends[chunk.last[row]].tolist() == [total] * 4
