@@ -93,7 +93,7 @@ def finetune(
         typer.Option("--carry-state", help="Long documents go on with their state; gradient cut per row."),
     ] = None,
     pack: Annotated[
-        bool | None, typer.Option("--pack", help="One stream of all documents; state leaks between them.")
+        bool | None, typer.Option("--pack", help="Several documents in one row, each from its own start.")
     ] = None,
     text_field: Annotated[Text, typer.Option(help="Field of the text in records.  [text]")] = None,
     prompt_field: Annotated[Text, typer.Option(help="Field of the prompt; no loss on it.  [prompt]")] = None,

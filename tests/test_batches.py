@@ -147,6 +147,9 @@ def test_collator() -> None:
     padded = Collator(pad_to_multiple_of=4)(rows)
     assert padded["input_ids"].shape == (3, 4) and "continues" not in padded
     assert Collator()(rows[2:])["input_ids"].shape == (1, 2)
+    borders = [torch.tensor([True, False, True]), torch.tensor([True]), torch.zeros(0, dtype=torch.bool)]
+    packed = Collator()([row | {"borders": at} for row, at in zip(rows, borders, strict=True)])
+    assert packed["borders"].tolist() == [[True, False, True], [True, False, False], [False] * 3]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

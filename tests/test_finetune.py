@@ -157,6 +157,25 @@ def test_the_first_step_trains(
     assert any(not torch.equal(before[name].float(), after[name].float()) for name in before)
 
 
+@pytest.mark.parametrize("version", ["4", "5.2", "6", "7"])
+def test_packed_rows_train_as_their_documents(
+    shallow: dict[str, Path], tmp_path: Path, version: str
+) -> None:
+    """One packed row is what all its documents are in one batch: the same losses, step by step."""
+    data = tmp_path / "short.jsonl"
+    texts = [f"{n} squared is {n * n}. " * (1 + n % 4) for n in range(12)]
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+    found = []
+    for pack, batch in ((True, 1), (False, len(texts))):
+        output = tmp_path / f"out-{batch}"
+        config = settings(
+            shallow[version], data, output, pack=pack, batch_size=batch, context_length=1024, lr=1e-3
+        )
+        finetune(config)
+        found.append(losses(output))
+    assert found[0] == pytest.approx(found[1], rel=1e-4) and found[0][-1] < found[0][0]
+
+
 def test_nothing_is_trained_after_the_last_step(
     shallow: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

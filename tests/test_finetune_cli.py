@@ -150,11 +150,12 @@ def test_what_is_wanted_is_named_as_the_option_that_gives_it(
     assert code == 2 and err.startswith(f"error: {message}") and err.count("\n") == 1
 
 
-def test_a_separator_is_asked_for_by_its_option(cli: Cli, bundled: dict[str, Path]) -> None:
-    common = ("finetune", bundled["5.2"], "--data", "data.txt", "--output", "out", "--pack", "--dry-run")
-    code, _, err = cli(*common)
-    assert code == 1 and "say which id stands between documents: --set end_token=0\n" in err
-    assert cli(*common, "--set", "end_token=0")[0] == 0
+def test_packing_is_reported(cli: Cli, bundled: dict[str, Path], tmp_path: Path) -> None:
+    records = "".join(f'{{"text": "{"a" * length}"}}\n' for length in (60, 50, 40, 30, 20))
+    (tmp_path / "short.jsonl").write_text(records, "utf-8")
+    common = ("finetune", bundled["5.2"], "--data", "short.jsonl", "--output", "out", "--dry-run")
+    code, _, err = cli(*common, "--pack", "--context-length", "100")
+    assert code == 0 and "pack: 5 pieces of documents in 2 rows, 100.0% full; state starts anew in each" in err
 
 
 @pytest.mark.parametrize("command", ["finetune", "eval"])

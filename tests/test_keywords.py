@@ -1,4 +1,4 @@
-"""Keywords of trainers and collators: targets that are shifted already, packed rows, copies without parameters."""
+"""Keywords of trainers and collators: targets that are shifted already, unknown ones, copies without parameters."""
 
 import inspect
 from typing import Any
@@ -8,7 +8,6 @@ import torch
 from accelerate import big_modeling
 from bptt_cases import VERSIONS, assert_agree, differentiate, random_tokens, tiny_model
 from torch import Tensor
-from transformers import DataCollatorWithFlattening
 
 from rwkv_rev import RwkvRevForCausalLM, RwkvRevModel
 from rwkv_rev.errors import StrategyError
@@ -84,38 +83,7 @@ def test_shifted_labels_of_another_shape(shape: tuple[int, ...]) -> None:
         tiny_model("4")(TOKENS, labels=TOKENS, shift_labels=wrong)
 
 
-# --- packed rows ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "keywords",
-    [
-        {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])},
-        {"position_ids": torch.tensor([0, 1, 2, 3, 3, 4, 5, 6])},
-        {"cu_seq_lens_q": torch.tensor([0, 3, 8])},
-        {"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])},
-    ],
-    ids=lambda keywords: next(iter(keywords)),
-)
-@pytest.mark.parametrize("labels", [False, True], ids=["logits", "loss"])
-def test_packed_rows_are_refused(keywords: dict[str, Any], labels: bool) -> None:
-    tokens = random_tokens(8)
-    model = tiny_model("5.2")
-    with pytest.raises(ValueError, match="several documents"):
-        model(tokens, labels=tokens if labels else None, **keywords)
-    with pytest.raises(ValueError, match="several documents"):
-        model.model(tokens, **keywords)
-
-
-@pytest.mark.parametrize("positions", [True, False])
-def test_what_collators_pack_is_refused(positions: bool) -> None:
-    """transformers' own collator for padding-free training."""
-    collate = DataCollatorWithFlattening(
-        return_flash_attn_kwargs=not positions, return_position_ids=positions
-    )
-    batch = collate([{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6, 7]}])
-    with pytest.raises(ValueError, match="several documents"):
-        tiny_model("4")(**batch)
+# --- unknown ones -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["attention_maks", "reduction", "token_type_ids", "states", "ignore_index"])

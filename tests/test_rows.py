@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from token_data import make_store
 
 from rwkv_rev.errors import DataError
+from rwkv_rev.training.best_fit import best_fit
 from rwkv_rev.training.rows import EMPTY_ROW, IGNORED, RowDataset, permutation
 from rwkv_rev.training.token_cache import load_tokens
 
@@ -109,35 +111,47 @@ def test_rows_are_exactly_the_useful_slices(
 
 @settings(max_examples=60, deadline=None)
 @given(
-    lengths=st.lists(st.integers(0, 20), min_size=1, max_size=10),
+    lengths=st.lists(st.integers(0, 20), min_size=1, max_size=12),
     context=st.integers(2, 12),
     seed=st.integers(0, 5),
 )
-def test_pack_is_one_stream_with_separators(
+def test_pack_holds_every_row_of_the_default_once(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], context: int, seed: int
 ) -> None:
-    if not sum(lengths):
+    """Whole, behind a border, with its labels but the first: no document is asked for another's beginning."""
+    if max(lengths) < 2:
         return
     store = make_store(tmp_path_factory.mktemp("store"), lengths, [min(1, length) for length in lengths])
-    rows = RowDataset(store, context, pack=True, separator=1000, seed=seed)
-    ids, labels = [], []
-    for document in permutation(len(lengths), seed, 0):
-        if lengths[document]:
-            tokens = store.tokens(int(document)).tolist()
-            ids += [*tokens, 1000]
-            labels += [IGNORED, *tokens[1:], 1000]
-    found = contents(rows)
-    dropped = len(ids) % context == 1
-    assert [token for row in found for token in row] == ids[: len(ids) - dropped]
-    assert [t for i in range(len(rows)) for t in rows[i]["labels"].tolist()] == labels[: len(ids) - dropped]
-    assert rows.lengths().tolist() == [len(row) for row in found]
-    assert all(len(row) == context for row in found[:-1])
+    plain, rows = RowDataset(store, context), RowDataset(store, context, pack=True, seed=seed)
+    found = []
+    for index in range(len(rows)):
+        row = rows[index]
+        assert len(row["input_ids"]) <= context and row["borders"][0] and not row["continues"]
+        starts = [*row["borders"].nonzero()[:, 0].tolist(), len(row["borders"])]
+        for start, stop in pairwise(starts):
+            found.append((row["input_ids"][start:stop].tolist(), row["labels"][start + 1 : stop].tolist()))
+            assert row["labels"][start] == IGNORED
+    assert sorted(found) == sorted((row["input_ids"].tolist(), row["labels"][1:].tolist()) for row in plain)
+    assert rows.lengths().tolist() == [len(row) for row in contents(rows)]
+    again = RowDataset(store, context, pack=True, seed=seed)
+    assert contents(again) == contents(rows)
 
 
-def test_pack_does_not_repeat_the_end_token(tmp_path: Path) -> None:
-    store = make_store(tmp_path, [3, 4], end_token=7)  # the second document ends in id 7 already
-    rows = RowDataset(store, 100, pack=True, seed=1)
-    assert sorted(contents(rows)[0]) == [1, 2, 3, 4, 5, 6, 7, 7]
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40), seed=st.integers(0, 5))
+def test_best_fit(lengths: list[int], seed: int) -> None:
+    """Rows as full as by the plain rule: each piece, longest first, into the fullest row with room for it."""
+    pieces, starts = best_fit(np.array(lengths), 30, permutation(len(lengths), seed, 0))
+    assert sorted(pieces.tolist()) == list(range(len(lengths)))
+    rows = [pieces[start:stop].tolist() for start, stop in pairwise(starts.tolist())]
+    plain: list[list[int]] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [row for row in plain if sum(row) + length <= 30]
+        if fitting:
+            max(fitting, key=sum).append(length)
+        else:
+            plain.append([length])
+    assert sorted(sum(lengths[piece] for piece in row) for row in rows) == sorted(map(sum, plain))
 
 
 def test_refusals(tmp_path: Path) -> None:
@@ -146,8 +160,6 @@ def test_refusals(tmp_path: Path) -> None:
         RowDataset(store, 1)
     with pytest.raises(DataError, match="exclude each other"):
         RowDataset(store, 4, pack=True, carry_state=True)
-    with pytest.raises(DataError, match="which id stands between documents: end_token=0"):
-        RowDataset(store, 4, pack=True)
     with pytest.raises(DataError, match=r"d\.jsonl:2: token id 12 at position 8 is outside"):
         RowDataset(store, 4, vocab_size=12)
     store.max_token = 0  # as where the file changes later
@@ -173,8 +185,11 @@ def test_statistics_and_warnings(tmp_path: Path) -> None:
     assert carried == (
         "2 documents are longer than the context: state carried on, gradient cut every 4 tokens",
     )
-    packed = RowDataset(store, 100, pack=True, separator=0).statistics().warnings
-    assert "longer than all documents (23 tokens)" in packed[0] and "state runs on" in packed[1]
+    packed = RowDataset(store, 20, pack=True).statistics()
+    assert packed.rows == 1
+    assert packed.warnings == (
+        "pack: 3 pieces of documents in 1 rows, 100.0% full; state starts anew in each",
+    )
 
 
 def test_rows_are_read_from_disk_one_at_a_time(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_tokens_prompts_places_and_end_tokens(data: Path, tmp_path: Path) -> Non
     assert store.lengths().tolist() == [14, 6, 6]
     assert store.prompt_lengths().tolist() == [0, 4, 0]
     assert store.text_bytes().tolist() == [13, 1, 5]
-    assert store.last_tokens().tolist() == [0, 0, 0]
+    assert store.ids_at(store.lengths() - 1).tolist() == [0, 0, 0]
     assert [store.place(i) for i in range(3)] == [
         f"{data / 'a.txt'}:1",
         f"{data / 'b.jsonl'}:1",

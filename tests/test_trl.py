@@ -321,21 +321,28 @@ def test_wrapped_packing_is_one_context(
 @pytest.mark.parametrize(
     "options",
     [
-        {"packing": True, "max_length": 128},
-        {"packing": True, "packing_strategy": "bfd_split", "max_length": 128},
+        {"packing": True, "max_length": 1024},
+        {"packing": True, "packing_strategy": "bfd_split", "max_length": 1024},
         {"padding_free": True, "max_length": None},
     ],
     ids=["bfd", "bfd_split", "padding_free"],
 )
-def test_packed_documents_are_refused(
-    options: dict[str, Any], model: RwkvRevForCausalLM, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+@TRAINERS
+def test_packed_documents_begin_anew(
+    trainer: type[SFTTrainer],
+    options: dict[str, Any],
+    model: RwkvRevForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    shallow: dict[str, Path],
+    tmp_path: Path,
 ) -> None:
-    """In one line, before anything is trained."""
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    with pytest.raises(ValueError, match=r"several documents into one row.*padded") as caught:
-        sft(SFTTrainer, model, tokenizer, tmp_path, **options)
-    assert "\n" not in str(caught.value)
-    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    """All texts in one row: the loss and the gradients of each in a row of its own."""
+    ids = columns("text", tokenizer)[1]
+    assert sum(map(len, ids)) <= 1024
+    made, steps = sft(trainer, model, tokenizer, tmp_path, **options)
+    expected, wanted = loop(shallow["5.2"], ids, ids)
+    assert losses(made) == pytest.approx(expected, rel=1e-5)
+    assert_same_steps(steps, wanted)
 
 
 @TRAINERS

@@ -168,7 +168,7 @@ class BatchOrder(Sampler[list[int]]):
         return {
             "data": self.rows.store.fingerprint,
             "context_length": self.rows.context_length,
-            "pack": self.rows.pack,
+            "pack": "best fit" if self.rows.pack else False,
             "carry_state": self.rows.carry_state,
             "seed": self.seed,
             "rows_per_step": self.slots,
@@ -181,8 +181,8 @@ class Collator:
     """Rows to a batch, padded on the right.
 
     Gives int64 [B, T]: ``input_ids`` (``pad_token_id`` on padding), ``attention_mask`` (1 on tokens),
-    ``labels`` (-100 on padding and prompts), and with ``carry_state`` also bool [B] ``continues``. T is the
-    longest row, at least 2, rounded up to ``pad_to_multiple_of``.
+    ``labels`` (-100 on padding and prompts), with ``carry_state`` also bool [B] ``continues``, and of packed rows
+    bool [B, T] ``borders``. T is the longest row, at least 2, rounded up to ``pad_to_multiple_of``.
     """
 
     def __init__(
@@ -205,6 +205,10 @@ class Collator:
             batch["input_ids"][at, :n] = row["input_ids"]
             batch["attention_mask"][at, :n] = 1
             batch["labels"][at, :n] = row["labels"]
+        if "borders" in rows[0]:
+            batch["borders"] = torch.zeros(shape, dtype=torch.bool)
+            for at, row in enumerate(rows):
+                batch["borders"][at, : len(row["borders"])] = row["borders"]
         if self.carry_state:
             batch["continues"] = torch.tensor([row["continues"] for row in rows])
         return batch

@@ -55,7 +55,7 @@ class FinetuneConfig:
         completion_field: field of the completion; ``completion`` is found without it.
         end_token: put after every document: ``auto`` is the tokenizer's own (no token for models of bytes, where
             it would be the byte 0), ``none`` no token, or an id.
-        pack: lay all documents end to end in one stream; state runs on from one into the next.
+        pack: lay several documents into one row, by best fit; state starts anew in each.
         carry_state: begin the next row of a long document with the state of the row before (gradient cut there).
         context_length: T, the most tokens that one gradient goes through.
         chunk_length: C, tokens per chunk; ``auto`` is chosen once, before the first step, by the memory that is free.
@@ -212,7 +212,7 @@ class FinetuneConfig:
                 raise ConfigError(f"{name} holds an empty text; leave it out")
         if self.pack and self.carry_state:
             raise ConfigError(
-                "--pack and --carry-state exclude each other: packed rows do not follow documents"
+                "--pack and --carry-state exclude each other: a packed row begins every document anew"
             )
         refuse_half_named(self.text_field, self.prompt_field, self.completion_field)
         if self.eval_every and not self.eval_data:

@@ -8,14 +8,16 @@ Three ways to lay a document of n tokens out:
 - ``carry_state``: the same rows, but row k > 0 has ``continues = True``: the trainer begins it with the
   state row k-1 ended in. :class:`~rwkv_rev.training.batches.BatchOrder` keeps the rows of a document in one
   batch slot, in order. The gradient is cut there;
-- ``pack``: one stream of all documents in an order drawn from ``seed``, a separator after each, cut every T
-  tokens. State runs on from one document into the next, which is why it has to be asked for.
+- ``pack``: the rows of the default, several of them in one row of at most T tokens, by best fit
+  (:mod:`rwkv_rev.training.best_fit`; ``seed`` decides between equal lengths). ``borders`` say where each begins; state
+  and token shift start there anew, so the loss is that of the default.
 
 Labels are ``input_ids`` with -100 on prompts (Hugging Face convention: the model shifts them), so the first
-token of a row is not predicted: one prediction in T. Rows without a single prediction are left out, except
+token of a document is not predicted: one prediction in T. Rows without a single prediction are left out, except
 under ``carry_state`` where a long prompt's rows build the state.
 
-Memory: rows are found by binary search, not listed; 8 to 24 bytes per document, no token.
+Memory: rows are found by binary search, not listed; 8 to 24 bytes per document, no token. Under ``pack`` 16 more for
+each row of the default.
 """
 
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ import torch
 from torch.utils.data import Dataset
 
 from rwkv_rev.errors import DataError
+from rwkv_rev.training.best_fit import best_fit
 from rwkv_rev.training.token_store import TokenStore
 
 IGNORED = -100
@@ -55,11 +58,10 @@ class RowStatistics:
 
 class RowDataset(Dataset):
     """Rows of a token store. ``rows[i]`` is a dict of ``input_ids`` and ``labels`` (int64 [n], n <= T) and
-    ``continues`` (bool).
+    ``continues`` (bool); under ``pack`` also ``borders`` (bool [n]), true where a document begins.
 
-    ``separator``: the id between packed documents; None takes the store's end token. ``vocab_size`` (None:
-    unchecked) refuses ids the model has no embedding for. Raises DataError for options that exclude each
-    other and when no row is left.
+    ``vocab_size`` (None: unchecked) refuses ids the model has no embedding for. Raises DataError for options that
+    exclude each other and when no row is left.
     """
 
     def __init__(
@@ -69,7 +71,6 @@ class RowDataset(Dataset):
         *,
         pack: bool = False,
         carry_state: bool = False,
-        separator: int | None = None,
         vocab_size: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -77,7 +78,7 @@ class RowDataset(Dataset):
             raise DataError(f"the context length is {context_length}; it must be at least 2 tokens")
         if pack and carry_state:
             raise DataError(
-                "pack and carry_state exclude each other: packed rows do not follow documents; choose one"
+                "pack and carry_state exclude each other: a packed row begins every document anew; choose one"
             )
         if vocab_size is not None:
             store.check_vocabulary(vocab_size)
@@ -86,15 +87,14 @@ class RowDataset(Dataset):
         self.pack = pack
         self.carry_state = carry_state
         self.vocab_size = vocab_size
-        self.separator = store.end_token if separator is None else separator
-        if pack:
-            self._lay_out_stream(seed)
-        else:
-            self._lay_out_rows()
-        if not len(self):
+        self._lay_out_rows()
+        if not int(self._first_row[-1]):
             raise DataError(
                 "no document has a token to predict; a row needs at least two tokens, one of them not prompt"
             )
+        if pack:
+            lengths = self._lengths()
+            self._pieces, self._starts = best_fit(lengths, context_length, permutation(len(lengths), seed, 0))
 
     def _lay_out_rows(self) -> None:
         T = self.context_length
@@ -106,32 +106,18 @@ class RowDataset(Dataset):
         rows = np.where(useful > 0, counts, 0) if self.carry_state else useful
         self._first_row = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows)])
 
-    def _lay_out_stream(self, seed: int) -> None:
-        if self.separator is None:
-            raise DataError(
-                "--pack needs a token between documents, and this tokenizer has none for the end of a text; "
-                "say which id stands between documents: --set end_token=0"
-            )
-        self._documents = permutation(len(self.store), seed, 0)
-        lengths = self.store.lengths()
-        # binidx documents usually bring their own end token; one separator is enough
-        separated = (self.store.last_tokens() != self.separator) & (lengths > 0)
-        self._separated = separated[self._documents]
-        lengths = (lengths + separated)[self._documents]
-        self._stream = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-
     def __len__(self) -> int:
-        if self.pack:
-            return int(self._stream[-1] // self.context_length + (self._stream[-1] % self.context_length > 1))
-        return int(self._first_row[-1])
+        return len(self._starts) - 1 if self.pack else int(self._first_row[-1])
 
     def lengths(self) -> np.ndarray:
         """Tokens of each row, int64 [rows]."""
+        lengths = self._lengths()
+        return np.add.reduceat(lengths[self._pieces], self._starts[:-1]) if self.pack else lengths
+
+    def _lengths(self) -> np.ndarray:
+        """Tokens of each row of the default."""
         T = self.context_length
-        lengths = np.full(len(self), T, np.int64)
-        if self.pack:
-            lengths[-1] = min(T, int(self._stream[-1]) - (len(self) - 1) * T)
-            return lengths
+        lengths = np.full(int(self._first_row[-1]), T, np.int64)
         rows = np.diff(self._first_row)
         kept = rows > 0
         last = self._first_row[1:][kept] - 1
@@ -146,10 +132,13 @@ class RowDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         if index == EMPTY_ROW:
             nothing = torch.zeros(0, dtype=torch.int64)
-            return {"input_ids": nothing, "labels": nothing, "continues": False}
+            row = {"input_ids": nothing, "labels": nothing, "continues": False}
+            return row | ({"borders": nothing.bool()} if self.pack else {})
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        ids, labels, continues = self._packed_row(index) if self.pack else self._document_row(index)
+        if self.pack:
+            return self._packed_row(index)
+        ids, labels, continues = self._document_row(index)
         return {
             "input_ids": torch.from_numpy(ids),
             "labels": torch.from_numpy(labels),
@@ -157,7 +146,7 @@ class RowDataset(Dataset):
         }
 
     def locate(self, index: int) -> tuple[int, int]:
-        """(document, position of the row's first token in it); not for packed rows."""
+        """(document, position of the first token in it) of a row; under ``pack`` of a row of the default."""
         document = int(np.searchsorted(self._first_row, index, side="right")) - 1
         k = index - int(self._first_row[document]) + int(self._skipped[document])
         return document, k * self.context_length
@@ -167,21 +156,18 @@ class RowDataset(Dataset):
         ids, labels = self._slice(document, start, start + self.context_length)
         return ids, labels, self.carry_state and start > 0
 
-    def _packed_row(self, index: int) -> tuple[np.ndarray, np.ndarray, bool]:
-        start = index * self.context_length
-        stop = min(start + self.context_length, int(self._stream[-1]))
-        at = int(np.searchsorted(self._stream, start, side="right")) - 1
-        ids, labels = [], []
-        end = -1 if self.separator is None else self.separator
-        while start < stop:
-            first, after = int(self._stream[at]), int(self._stream[at + 1])
-            piece, label = self._slice(int(self._documents[at]), start - first, stop - first)
-            if self._separated[at] and stop >= after:
-                piece, label = np.append(piece, end), np.append(label, end)
-            ids.append(piece)
+    def _packed_row(self, index: int) -> dict[str, Any]:
+        ids, labels, borders = [], [], []
+        for piece in self._pieces[self._starts[index] : self._starts[index + 1]].tolist():
+            tokens, label, _ = self._document_row(piece)
+            label[0] = IGNORED  # no document predicts it
+            ids.append(tokens)
             labels.append(label)
-            start, at = after, at + 1
-        return np.concatenate(ids), np.concatenate(labels), False
+            borders.append(np.arange(len(tokens)) == 0)
+        parts = {"input_ids": ids, "labels": labels, "borders": borders}
+        return {name: torch.from_numpy(np.concatenate(part)) for name, part in parts.items()} | {
+            "continues": False
+        }
 
     def _slice(self, document: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         ids = self.store.tokens(document, start, stop)
@@ -198,7 +184,7 @@ class RowDataset(Dataset):
         """Figures without batches; :meth:`BatchOrder.statistics` adds padding and steps."""
         lengths = self.store.lengths()
         lengths, longest = lengths[lengths > 0], int(lengths.max())
-        dropped = 0 if self.pack else int((np.diff(self._first_row) == 0).sum())
+        dropped = int((np.diff(self._first_row) == 0).sum())
         return RowStatistics(
             documents=len(self.store),
             tokens=int(lengths.sum()),
@@ -213,12 +199,12 @@ class RowDataset(Dataset):
     def _warnings(self, lengths: np.ndarray, dropped: int) -> list[str]:
         T, found = self.context_length, []
         if self.pack:
-            if self._stream[-1] < T:
-                found.append(
-                    f"the context length of {T} is longer than all documents ({self._stream[-1]} tokens)"
-                )
-            found.append("pack: documents share one stream; state runs on from each into the next")
-        elif lengths.max() < T:
+            full = float(self._lengths().sum()) / (len(self) * T)
+            found.append(
+                f"pack: {len(self._pieces):,} pieces of documents in {len(self):,} rows, {full:.1%} full; state starts "
+                "anew in each"
+            )
+        if lengths.max() < T and not self.pack:
             found.append(
                 f"the context length of {T} is longer than any document (longest: {lengths.max()} tokens)"
             )
@@ -227,13 +213,13 @@ class RowDataset(Dataset):
             found.append(
                 f"{_documents(longer)} longer than the context: state carried on, gradient cut every {T} tokens"
             )
-        elif longer and not self.pack:
+        elif longer:
             found.append(
                 f"{_documents(longer)} longer than the context: cut into rows of {T} tokens, each without the "
                 "state before (--carry-state hands it on)"
             )
         prompts = int((self.store.prompt_lengths() >= T).sum())
-        if prompts and not self.pack and not self.carry_state:
+        if prompts and not self.carry_state:
             found.append(
                 "1 prompt fills the context: its completion is trained without the whole prompt"
                 if prompts == 1

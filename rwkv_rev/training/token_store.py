@@ -165,10 +165,6 @@ class TokenStore:
             [np.full(len(part), added if part.borders is None else 0, np.int64) for part in self.parts]
         )
 
-    def last_tokens(self) -> np.ndarray:
-        """Last id of each document, -1 for an empty one, int64 [documents]."""
-        return self.ids_at(self.lengths() - 1)
-
     def ids_at(self, positions: np.ndarray) -> np.ndarray:
         """One id of each document, -1 where it has none there, int64 [documents]."""
         found = []
