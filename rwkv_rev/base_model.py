@@ -6,7 +6,6 @@ exact too and said once, where chunks cannot be told apart or more than the last
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from itertools import chain, pairwise
 from numbers import Integral
@@ -28,9 +27,8 @@ from rwkv_rev.bptt.strategy import LanguageModel, LossInputs, refuse_offloaded
 from rwkv_rev.bptt.sweeps import TwoSweeps
 from rwkv_rev.bptt_settings import BpttSettings
 from rwkv_rev.cache import Piece, RwkvRevCache, handed_over
-from rwkv_rev.cells.block import Block, FloatStates
-from rwkv_rev.cells.borders import Borders, Mask
-from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.cells.block import Block
+from rwkv_rev.cells.borders import Borders, Mask, mask_of, part_of
 from rwkv_rev.chunk_length import AutoLength
 from rwkv_rev.configuration import MOST_SIZE, RwkvRevConfig
 from rwkv_rev.errors import StrategyError
@@ -38,6 +36,7 @@ from rwkv_rev.exporting import exportable
 from rwkv_rev.first_order import transforms_of
 from rwkv_rev.forecast import SMALL_CHUNK, tokens_at_once
 from rwkv_rev.foreign_code import strangers
+from rwkv_rev.initial_states import document_starts, initial_states, state_of_rows
 from rwkv_rev.initialization import initialize_head, remake, unstored_buffers
 from rwkv_rev.inputs import masked_embeds, refuse_other_kind, rows_and_tokens, valid_tokens
 from rwkv_rev.keywords import refuse_unknown_keywords
@@ -254,11 +253,11 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
             )
             flags = None if valid is None else valid[:, part]
             collected = [embedded]
-            within = None if documents is None else documents.part(start, stop)
-            mask = _mask(flags, within)
-            x, after = self.run(embedded, state, mask, collected if output_hidden_states else None)
+            masked = partial(mask_of, flags, part_of(documents, start, stop), device)
+            streams_of = collected if output_hidden_states else None
+            x, after = self.run(embedded, state, masked(stop - start), streams_of)
             if updated is not None:
-                again = partial(self._read_first, embedded, flags, state, within)
+                again = partial(self._read_first, embedded, masked, state)
                 updated.take(after, Piece(state, stop - start, again))
             state = after
             hidden.append(self.ln_out(x))
@@ -365,59 +364,21 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
 
     @torch.no_grad()
     def _read_first(
-        self,
-        embedded: Tensor,
-        valid: Tensor | None,
-        state: ModelState,
-        borders: Borders | None,
-        count: int,
+        self, embedded: Tensor, masked: Callable[[int], Mask], state: ModelState, count: int
     ) -> ModelState:
         """State after the first ``count`` tokens of a piece [B, C, D] that began with ``state``."""
-        mask = _mask(
-            None if valid is None else valid[:, :count], None if borders is None else borders.part(0, count)
-        )
-        return self.run(embedded[:, :count], state, mask)[1]
+        return self.run(embedded[:, :count], state, masked(count))[1]
 
     @named
     def initial_state(self, batch_size: int, device: torch.device | None = None) -> ModelState:
         """What ``batch_size`` rows begin with: empty, or with the tuned WKV state; on the model's device when None."""
         weight = self.ln0.weight
-        state = ModelState.empty(self.config, batch_size, device or weight.device, weight.dtype)
-        if self.initial_wkv is None:
-            return state
-        name = self.config.architecture.memory
-        tuned = torch.stack(list(self.initial_wkv)).to(getattr(state, name).dtype)[:, None]  # [L, 1, ...]
-        return replace(state, **{name: tuned.expand(-1, batch_size, *tuned.shape[2:]).contiguous()})
+        return state_of_rows(self.config, batch_size, device, weight, self.initial_wkv)
 
     def borders(self, at: Tensor, valid: Tensor | None) -> Borders:
         """Borders [B, T], on the host and on valid tokens, with what every document begins with."""
-        weight, architecture = self.ln0.weight, self.config.architecture
-        empty = ModelState.empty(self.config, 1, weight.device, weight.dtype).each(
-            lambda tensor: tensor[:, 0]
-        )
-        starts: list[FloatStates] = [empty.layer(index) for index in range(len(self.blocks))]
-        if self.initial_wkv is not None:
-            # the parameters themselves: a layer's gradient by its own is one of the block's
-            starts = [
-                tuple(
-                    values._replace(
-                        **{
-                            field: tuned
-                            for field, name in zip(values._fields, names, strict=False)
-                            if name == architecture.memory
-                        }
-                    )
-                    for values, (_, names) in zip(layer, empty.cells, strict=True)
-                )
-                for layer, tuned in zip(starts, self.initial_wkv, strict=True)
-            ]
+        starts = document_starts(self.config, self.ln0.weight, self.initial_wkv)
         return Borders(at, None if valid is None else valid.cpu(), starts)
-
-
-def initial_states(config: RwkvRevConfig) -> nn.ParameterList:
-    """A memory of zeros for each layer (RWKV-5: [H, N, N], key index first)."""
-    shape = config.architecture.memory_shape(config)
-    return nn.ParameterList(torch.zeros(shape) for _ in range(config.num_hidden_layers))
 
 
 def _tell_of_whole_graph(bptt: BpttSettings) -> None:
@@ -428,14 +389,6 @@ def _tell_of_whole_graph(bptt: BpttSettings) -> None:
         "(without output_hidden_states, use_cache=True, or code that is not position-wise), bptt='full' says that this "
         "is meant"
     )
-
-
-def _mask(valid: Tensor | None, borders: Borders | None) -> Mask:
-    """What cells are handed of a piece's valid tokens [B, C] and borders."""
-    if borders is not None:
-        device = borders.starts[0][0][0].device
-        return borders.chunk(device if valid is None else valid.device)
-    return None if valid is None else ChunkMask.of(valid)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from rwkv_rev.bptt import LossInputs
-from rwkv_rev.cells.borders import Borders
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.exporting import exporting
 from rwkv_rev.keywords import given_targets
@@ -21,7 +20,8 @@ class Model(Protocol):
     config: RwkvRevConfig
 
     def initial_state(self, batch_size: int, device: torch.device | None = None) -> ModelState: ...
-    def borders(self, at: Tensor, valid: Tensor | None) -> Borders: ...
+    @property
+    def base_model(self) -> Any: ...
 
 
 def rows_and_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int, torch.device]:
@@ -128,7 +128,7 @@ def loss_inputs(
         divisor=_divisor(num_items_in_batch, targets, dtype),
         state=model.initial_state(batch, device) if state is None else state,
         final_state_gradient=final_state_gradient,
-        borders=None if at is None else model.borders(at, valid),
+        borders=None if at is None else model.base_model.borders(at, valid),
     )
 
 

@@ -22,7 +22,7 @@ _TAKEN = (
     "output_attentions",
     "use_cache",
 )
-"""What others hand to any model: what packs rows is read, the rest has no place here (``output_attentions`` if False)."""
+"""What others hand to any model: what packs rows is read, the rest has no effect (``output_attentions`` if False)."""
 WITH_A_HEAD = (
     "labels",
     "shift_labels",

@@ -5,9 +5,7 @@ model's gradient strategy (:mod:`rwkv_rev.bptt`), so ``model(input_ids, labels=l
 gradient of the whole context at any length. Logits are not made then unless asked for (:mod:`rwkv_rev.unmade`).
 """
 
-from dataclasses import replace
 from itertools import chain
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -15,19 +13,20 @@ from torch import Tensor, nn
 
 from rwkv_rev.adapters import refuse_carried_state
 from rwkv_rev.arguments import named
-from rwkv_rev.base_model import RwkvRevModel, RwkvRevPreTrainedModel, initial_states
+from rwkv_rev.base_model import RwkvRevModel, RwkvRevPreTrainedModel
 from rwkv_rev.bptt import choose_strategy
 from rwkv_rev.bptt.full import loss_in_one_graph
 from rwkv_rev.bptt.strategy import refuse_offloaded
-from rwkv_rev.bptt_settings import AUTO, BpttSettings
+from rwkv_rev.bptt_setting import BpttSetting
+from rwkv_rev.bptt_settings import BpttSettings
 from rwkv_rev.cache import CACHE_NAME, RwkvRevCache, handed_over
 from rwkv_rev.cells.block import Block
 from rwkv_rev.cells.borders import Borders, Mask
-from rwkv_rev.chunk_length import AutoLength
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.first_order import refuse_transforms
 from rwkv_rev.generation import RwkvRevGenerationMixin
+from rwkv_rev.initial_states import initial_states
 from rwkv_rev.inputs import loss_inputs, rows_and_tokens
 from rwkv_rev.keywords import refuse_replica, refuse_unknown_keywords
 from rwkv_rev.loss import wide
@@ -130,9 +129,6 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
     def run(self, x: Tensor, state: ModelState, mask: Mask) -> tuple[Tensor, ModelState]:
         return self.model.run(x, state, mask)
 
-    def borders(self, at: Tensor, valid: Tensor | None) -> Borders:
-        return self.model.borders(at, valid)
-
     @named
     def initial_state(self, batch_size: int, device: torch.device | None = None) -> ModelState:
         """What ``batch_size`` rows begin with when no state is given."""
@@ -167,7 +163,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
         tape: str | None = None,
         tape_dir: str | None = None,
         hidden_states: str | None = None,
-    ) -> "BpttSetting":
+    ) -> BpttSetting:
         """Choose the gradient strategy; also a context manager that puts the old one back.
 
         Args:
@@ -399,22 +395,3 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
         result = strategy.loss(self, inputs)
         logits = deferred_logits(self, inputs, result.loss) if evaluating else None
         return RwkvRevCausalLMOutput(result.loss, logits, result.state, report=result.report)
-
-
-class BpttSetting:
-    """Settings just chosen for a model; as a context manager it puts back what they replaced."""
-
-    def __init__(self, model: RwkvRevModel, chosen: dict[str, Any]) -> None:
-        self._model = model
-        self._former = {name: getattr(model.bptt, name) for name in chosen}
-        model.bptt = replace(model.bptt, **chosen)
-        if chosen.get("chunk_length") == AUTO:
-            model.auto_length = AutoLength()
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._model.bptt = replace(self._model.bptt, **self._former)

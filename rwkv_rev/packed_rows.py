@@ -10,6 +10,7 @@ Several that are given must agree. A border on a masked token is one on the row'
 is no such token. A row's first token goes on from the state, unless ``borders`` say otherwise.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -151,7 +152,7 @@ def _of_cumulative(name: str, ends: Tensor, batch: int, length: int) -> Tensor:
     if batch != 1:
         raise ValueError(f"{name} tells of documents in a single row, and there are {batch}: use borders")
     places = ends.flatten().tolist()
-    rising = all(one <= other for one, other in zip(places, places[1:], strict=False))
+    rising = all(one <= other for one, other in pairwise(places))
     if ends.dim() != 1 or len(places) < 2 or places[0] != 0 or places[-1] != length or not rising:
         raise ValueError(
             f"{name} must rise from 0 to the row's {length} tokens, by the length of each document; it is {places[:9]}"

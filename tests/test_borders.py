@@ -320,7 +320,7 @@ def test_the_tape_keeps_whole_what_a_border_forgets() -> None:
 
 def test_lossy_reversal_is_refused() -> None:
     model = tiny_model("5.2")
-    with pytest.raises(StrategyError, match="a border .* forgets them whole: use 'reversible'"):
+    with pytest.raises(StrategyError, match=r"a border .* forgets them whole: use 'reversible'"):
         differentiate(model, "reversible-lossy", 8, input_ids=random_tokens(60), borders=borders_of([20, 40]))
 
 
@@ -438,7 +438,10 @@ def test_a_row_of_one_document_is_no_packed_row() -> None:
     ("given", "message"),
     [
         ({"position_ids": torch.tensor([[0, 1, 2, 3, 3, 4, 5, 6]])}, "go from 3 to 3 at token 4 of row 0"),
-        ({"position_ids": torch.tensor([[0, 1, 2, 3, 8, 9, 0, 1]])}, "go from 3 to 8 at token 4 .* give each"),
+        (
+            {"position_ids": torch.tensor([[0, 1, 2, 3, 8, 9, 0, 1]])},
+            "go from 3 to 8 at token 4 .* give each",
+        ),
         ({"position_ids": torch.zeros(1, 7)}, r"position_ids have shape \[1, 7\], the input \[1, 8\]"),
         ({"cu_seq_lens_q": torch.tensor([0, 3, 7])}, "must rise from 0 to the row's 8 tokens"),
         ({"cu_seq_lens_q": torch.tensor([0, 5, 3, 8])}, "must rise"),
@@ -475,7 +478,10 @@ def test_positions_behind_a_hole() -> None:
     at[0, 6] = True  # on a masked token: it holds for the next one that counts
     expected = model(ids, attention_mask=mask, borders=at, labels=ids).loss
     assert torch.equal(model(ids, attention_mask=mask, position_ids=positions, labels=ids).loss, expected)
-    alone_ = [model(ids[:, part], labels=ids[:, part], num_items_in_batch=5).loss for part in ([2, 3, 4, 5], [8, 9, 10])]
+    alone_ = [
+        model(ids[:, part], labels=ids[:, part], num_items_in_batch=5).loss
+        for part in ([2, 3, 4, 5], [8, 9, 10])
+    ]
     assert relative_error(expected, sum(alone_)) <= 1e-12
 
 

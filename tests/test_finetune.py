@@ -158,9 +158,7 @@ def test_the_first_step_trains(
 
 
 @pytest.mark.parametrize("version", ["4", "5.2", "6", "7"])
-def test_packed_rows_train_as_their_documents(
-    shallow: dict[str, Path], tmp_path: Path, version: str
-) -> None:
+def test_packed_rows_train_as_their_documents(shallow: dict[str, Path], tmp_path: Path, version: str) -> None:
     """One packed row is what all its documents are in one batch: the same losses, step by step."""
     data = tmp_path / "short.jsonl"
     texts = [f"{n} squared is {n * n}. " * (1 + n % 4) for n in range(12)]

@@ -155,7 +155,9 @@ def test_packing_is_reported(cli: Cli, bundled: dict[str, Path], tmp_path: Path)
     (tmp_path / "short.jsonl").write_text(records, "utf-8")
     common = ("finetune", bundled["5.2"], "--data", "short.jsonl", "--output", "out", "--dry-run")
     code, _, err = cli(*common, "--pack", "--context-length", "100")
-    assert code == 0 and "pack: 5 pieces of documents in 2 rows, 100.0% full; state starts anew in each" in err
+    assert (
+        code == 0 and "pack: 5 pieces of documents in 2 rows, 100.0% full; state starts anew in each" in err
+    )
 
 
 @pytest.mark.parametrize("command", ["finetune", "eval"])

@@ -1,7 +1,6 @@
 """Keywords of trainers and collators: targets that are shifted already, unknown ones, copies without parameters."""
 
 import inspect
-from typing import Any
 
 import pytest
 import torch

@@ -17,8 +17,8 @@ from torch.nn.utils import parametrize
 
 from rwkv_rev import adapters, random_state
 from rwkv_rev.cells.block import Block
-from rwkv_rev.cells.borders import Borders, Mask
-from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.cells.borders import Borders, Mask, mask_of, part_of
+from rwkv_rev.cells.mask import any_per_chunk
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.foreign_code import Strangers, neftune_share, refuse_unknown, strangers
 from rwkv_rev.loss import IGNORE, cross_entropy_gradients, sum_cross_entropy, sum_of
@@ -89,11 +89,7 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens ``start`` to ``stop`` of a batch.
-
-    ``predicts``, ``is_full`` (every token counts, and none begins a document) and ``has_borders`` are known without
-    asking the device.
-    """
+    """Tokens ``start`` to ``stop``; ``predicts``, ``is_full`` (no mask) and ``has_borders`` are known on the host."""
 
     inputs: LossInputs
     index: int
@@ -110,12 +106,15 @@ class Chunk:
     def mask(self) -> Mask:
         if self.is_full:
             return None
-        if self.has_borders:
-            assert self.inputs.borders is not None
-            return self.inputs.borders.part(self.start, self.stop).chunk(self.inputs.targets.device)
-        if self.inputs.valid is None:
-            return None
-        return ChunkMask.of(self.inputs.valid[:, self.start : self.stop])
+        borders = self._borders() if self.has_borders else None
+        return mask_of(self._valid(), borders, self.inputs.targets.device, self.length)
+
+    def _valid(self) -> Tensor | None:
+        valid = self.inputs.valid
+        return None if valid is None else valid[:, self.start : self.stop]
+
+    def _borders(self) -> Borders | None:
+        return part_of(self.inputs.borders, self.start, self.stop)
 
     def targets(self) -> Tensor:
         return self.inputs.targets[:, self.start : self.stop]
@@ -154,10 +153,7 @@ class Chunk:
 
     def read(self, model: LanguageModel, state: ModelState) -> tuple[Tensor, ModelState]:
         """Normalised hidden states [B, C, D] and the state after them, by the model itself."""
-        inputs = self.inputs
-        valid = None if inputs.valid is None else inputs.valid[:, self.start : self.stop]
-        borders = None if inputs.borders is None else inputs.borders.part(self.start, self.stop)
-        return model.read(self.ids(), valid, self.embeds(), state, borders)
+        return model.read(self.ids(), self._valid(), self.embeds(), state, self._borders())
 
     def ids(self) -> Tensor | None:
         ids = self.inputs.input_ids
@@ -170,12 +166,12 @@ class Chunks(Sequence[Chunk]):
     def __init__(self, inputs: LossInputs, length: int) -> None:
         self._inputs, self._length = inputs, length
         # one transfer each, so that no chunk waits for the device later
-        self._predicts = _any_per_chunk(inputs.targets != IGNORE, length)
+        self._predicts = any_per_chunk(inputs.targets != IGNORE, length)
         if not any(self._predicts):
             # zero gradients, as ``full`` gives: data-parallel reduction waits for them
             self._predicts[-1] = 1
-        self._masked = None if inputs.valid is None else _any_per_chunk(~inputs.valid, length)
-        self._bordered = None if inputs.borders is None else _any_per_chunk(inputs.borders.at, length)
+        self._masked = None if inputs.valid is None else any_per_chunk(~inputs.valid, length)
+        self._bordered = None if inputs.borders is None else any_per_chunk(inputs.borders.at, length)
 
     def __len__(self) -> int:
         return len(self._predicts)
@@ -404,9 +400,3 @@ def in_order(leaves: list[Tensor], roles: list[tuple[Tensor, Tensor | None]]) ->
     for tensor, gradient in roles:
         by_tensor[id(tensor)] = sum_of(by_tensor.get(id(tensor)), gradient)
     return [by_tensor[id(leaf)] for leaf in leaves]
-
-
-def _any_per_chunk(flags: Tensor, length: int) -> bytearray:
-    """1 for chunks of ``length`` tokens in which one of the flags [B, T] is set."""
-    padded = torch.nn.functional.pad(flags.any(dim=0), (0, -flags.shape[1] % length))
-    return bytearray(padded.view(-1, length).any(dim=1).byte().cpu().numpy().tobytes())

@@ -45,12 +45,12 @@ class Span(NamedTuple):
     """Tokens of the S longest pieces from one time to another.
 
     Attributes:
-        index: [S l] int64, places in the flattened chunk; one behind its end where a piece has ended.
+        places: [S l] int64, in the flattened chunk; one behind its end where a piece has ended.
         rows: S.
         mask: None where no piece ends inside.
     """
 
-    index: Tensor
+    places: Tensor
     rows: int
     mask: ChunkMask | None
 
@@ -167,7 +167,7 @@ class BorderedChunk:
         ended: list[list[Tensor]] = []
         for span in self.spans:
             ended.append([part[span.rows :] for part in states])
-            given = [x.index_select(0, span.index).unflatten(0, (span.rows, -1)) for x in flat]
+            given = [x.index_select(0, span.places).unflatten(0, (span.rows, -1)) for x in flat]
             out, states = step(given, [part[: span.rows] for part in states], span.mask)
             outputs.append([part.flatten(0, 1) for part in out])
         ended.append(states)
@@ -188,6 +188,18 @@ class BorderedChunk:
         """[B C, ...] from the outputs of all spans, zeros for tokens that do not count."""
         nothing = outputs[0].new_zeros(1, *outputs[0].shape[1:])
         return torch.cat([*outputs, nothing]).index_select(0, self.places)
+
+
+def part_of(borders: Borders | None, start: int, stop: int) -> Borders | None:
+    """Borders of the tokens ``start`` to ``stop``."""
+    return None if borders is None else borders.part(start, stop)
+
+
+def mask_of(valid: Tensor | None, borders: Borders | None, device: torch.device, count: int) -> "Mask":
+    """What cells are handed of the first ``count`` of some tokens, of which these are valid and have these borders."""
+    if borders is not None:
+        return borders.part(0, count).chunk(device)
+    return None if valid is None else ChunkMask.of(valid[:, :count])
 
 
 Mask = ChunkMask | BorderedChunk | None

@@ -236,8 +236,8 @@ class ReversibleCell(nn.Module, ABC):
     def refuse_changing(self) -> None:
         """Called before the first chunk; refuses weights that will be others at each look."""
 
-    def ready(self, state: Any, x: Stream, mask: ChunkMask | None, plan: Any) -> Any:
-        """The exact ``state`` as the chunk x is computed from it: the same, or one that has passed its border."""
+    def carried(self, state: Any, x: Tensor, mask: ChunkMask | None, plan: Any = None) -> Any:
+        """The exact ``state`` as the chunk x [B, C, D] is computed from it, where that is not as it is."""
         return state
 
     def is_left(self, state: Any, after: Any) -> Tensor | None:
@@ -279,12 +279,12 @@ class ReversibleCell(nn.Module, ABC):
         if isinstance(state, Forwards):
             self.check_plan(state.plan)
             with torch.no_grad():
-                before = self.ready(state.state, x, chunk.mask, state.plan)
+                before = self.carried(state.state, residual(x), chunk.mask, state.plan)
                 out, after, print_ = self._documents(self.values(before), x, chunk)
                 return out, Advanced(self.exact(after), out, NoRemnant(), print_)
         if isinstance(state, Again):
             self.check_plan(state.plan)
-            before = self.ready(state.state, x, chunk.mask, state.plan)
+            before = self.carried(state.state, residual(x), chunk.mask, state.plan)
             start = leaves(self.values(before))
             out, after, print_ = self._documents(start, x, chunk)
             handed_on = None

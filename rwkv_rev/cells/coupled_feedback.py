@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rwkv_rev.cells.cell_plan import CellPlan
 from rwkv_rev.cells.channel_mix import ChannelMix
 from rwkv_rev.cells.contract import Advanced, Replay, ReversibleCell, leaves
 from rwkv_rev.cells.coupled import CoupledCell
 from rwkv_rev.cells.mask import ChunkMask
-from rwkv_rev.cells.shifted_cell import CellPlan, ShiftedCell
+from rwkv_rev.cells.shifted_cell import ShiftedCell
 from rwkv_rev.cells.time_mix_rwkv4 import TimeMixRwkv4
 from rwkv_rev.cells.time_mix_rwkv5 import TimeMixRwkv5
 from rwkv_rev.cells.token_cell import ExactTokenState, TokenState
@@ -101,7 +102,8 @@ class CoupledFeedback(ShiftedCell):
     """
 
     shifts = 0
-    ready, is_left = ReversibleCell.ready, ReversibleCell.is_left
+    carried = ReversibleCell.carried
+    is_left = ReversibleCell.is_left  # type: ignore[assignment]
 
     def __init__(self, feedback: CoupledCell, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)

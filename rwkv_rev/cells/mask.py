@@ -42,3 +42,9 @@ class ChunkMask:
             last=latest[:, -1],
             count=valid.sum(dim=1),
         )
+
+
+def any_per_chunk(flags: Tensor, length: int) -> bytearray:
+    """1 for chunks of ``length`` tokens in which one of the flags [B, T] is set."""
+    padded = torch.nn.functional.pad(flags.any(dim=0), (0, -flags.shape[1] % length))
+    return bytearray(padded.view(-1, length).any(dim=1).byte().cpu().numpy().tobytes())

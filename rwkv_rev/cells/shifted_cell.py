@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from rwkv_rev import random_state
+from rwkv_rev.cells.cell_plan import CellPlan
 from rwkv_rev.cells.contract import (
     Advanced,
     Replay,
@@ -110,30 +111,6 @@ class ShiftedRemnant:
 
     def tensors(self, size: Tensor | None) -> list[Tensor]:
         return [self.carried, *([] if self.memory is None else self.memory.tensors(size))]
-
-
-class CellPlan(NamedTuple):
-    """What the exact update needs of the weights, computed once per sweep: mu* [D], and the memory's plan.
-
-    ``sources`` are the tensors that both were made of.
-    """
-
-    mix: Tensor
-    memory: Any
-    sources: tuple[Tensor, ...]
-
-    def tensors(self) -> list[Tensor]:
-        """All that the plan is made of, on the device."""
-        return [self.mix, *([] if self.memory is None else self.memory.tensors())]
-
-    def prepare(self) -> None:
-        """Make now what is made at its first use, on the host: where launches are recorded, that is too late."""
-        if self.memory is not None:
-            self.memory.prepare()
-
-    def holds(self, other: "CellPlan") -> bool:
-        """Whether chunks planned so can be run by this plan, once it has the other's tensors."""
-        return self.memory is None or self.memory.holds(other.memory)
 
 
 class ShiftedCell(ReversibleCell):
@@ -313,16 +290,6 @@ class ShiftedCell(ReversibleCell):
         y = border.carry(state.shift)
         return ExactShiftedState(border.uncarry(y), state.memory, y, border)
 
-    def ready(
-        self, state: ExactShiftedState, x: Stream, mask: ChunkMask | None, plan: CellPlan | None
-    ) -> ExactShiftedState:
-        return self.carried(state, residual(x), mask, plan)
-
-    def is_left(self, state: ExactShiftedState, after: ExactShiftedState) -> Tensor:
-        assert after.border is not None and after.carried is not None
-        same, of_memory = same_bits(after.border.carry(state.shift), after.carried), super().is_left(state, after)
-        return same if of_memory is None else same & of_memory
-
     def replay(
         self,
         state: ExactShiftedState,
@@ -395,12 +362,18 @@ class ShiftedCell(ReversibleCell):
         plan: CellPlan,
     ) -> Tensor:
         """Whether the next chunk's y, and its memory if there is a contribution, are what this chunk leaves; bool."""
-        assert after.border is not None and after.carried is not None
-        same = same_bits(after.border.carry(shift), after.carried)
+        left = None
         if contribution is not None and after.memory is not None:
             left, _ = self.advance_memory(memory, contribution, mask, plan.memory)
-            same &= (left.fingerprint() == after.memory.fingerprint()).all()
-        return same
+        return self.is_left(ExactShiftedState(shift, left), after)
+
+    def is_left(self, state: ExactShiftedState, after: ExactShiftedState) -> Tensor:
+        assert after.border is not None and after.carried is not None
+        same, of_memory = (
+            same_bits(after.border.carry(state.shift), after.carried),
+            super().is_left(state, after),
+        )
+        return same if of_memory is None else same & of_memory
 
 
 def _print(contribution: Any, shift: Tensor) -> Tensor:

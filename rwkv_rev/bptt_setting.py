@@ -1,0 +1,28 @@
+"""``set_bptt``: settings that hold from now on, or for a ``with`` statement."""
+
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+from rwkv_rev.base_model import RwkvRevModel
+from rwkv_rev.bptt_settings import AUTO
+from rwkv_rev.chunk_length import AutoLength
+
+
+class BpttSetting:
+    """Settings just chosen for a model; as a context manager it puts back what they replaced."""
+
+    def __init__(self, model: RwkvRevModel, chosen: dict[str, Any]) -> None:
+        self._model = model
+        self._former = {name: getattr(model.bptt, name) for name in chosen}
+        model.bptt = replace(model.bptt, **chosen)
+        if chosen.get("chunk_length") == AUTO:
+            model.auto_length = AutoLength()
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._model.bptt = replace(self._model.bptt, **self._former)

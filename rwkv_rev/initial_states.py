@@ -1,0 +1,56 @@
+"""What rows and documents begin with: nothing, or a memory that was tuned."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_rev.cells.block import FloatStates
+from rwkv_rev.configuration import RwkvRevConfig
+from rwkv_rev.state import ModelState
+
+
+def initial_states(config: RwkvRevConfig) -> nn.ParameterList:
+    """A memory of zeros for each layer (RWKV-5: [H, N, N], key index first)."""
+    shape = config.architecture.memory_shape(config)
+    return nn.ParameterList(torch.zeros(shape) for _ in range(config.num_hidden_layers))
+
+
+def state_of_rows(
+    config: RwkvRevConfig,
+    rows: int,
+    device: torch.device | None,
+    weight: Tensor,
+    tuned: nn.ParameterList | None,
+) -> ModelState:
+    """The state before the first token of so many rows, of a model with such a ``weight``."""
+    state: ModelState = ModelState.empty(config, rows, device or weight.device, weight.dtype)
+    if tuned is None:
+        return state
+    name = config.architecture.memory
+    memory = torch.stack(list(tuned)).to(getattr(state, name).dtype)[:, None]  # [L, 1, ...]
+    return replace(state, **{name: memory.expand(-1, rows, *memory.shape[2:]).contiguous()})
+
+
+def document_starts(
+    config: RwkvRevConfig, weight: Tensor, tuned: nn.ParameterList | None
+) -> list[FloatStates]:
+    """What every document in a packed row begins with: the values of each layer's cells, without a batch.
+
+    A tuned memory is the parameter itself, so that its gradient is one of its layer's.
+    """
+    empty = ModelState.empty(config, 1, weight.device, weight.dtype).each(lambda tensor: tensor[:, 0])
+    starts: list[FloatStates] = [empty.layer(index) for index in range(config.num_hidden_layers)]
+    if tuned is None:
+        return starts
+    place = next(
+        (cell, names.index(config.architecture.memory))
+        for cell, (_, names) in enumerate(empty.cells)
+        if config.architecture.memory in names
+    )
+    for layer, parameter in enumerate(tuned):
+        cells = list(starts[layer])
+        values = cells[place[0]]
+        cells[place[0]] = values._replace(**{values._fields[place[1]]: parameter})
+        starts[layer] = tuple(cells)
+    return starts
