@@ -378,7 +378,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
     def borders(self, at: Tensor, valid: Tensor | None) -> Borders:
         """Borders [B, T], on the host and on valid tokens, with what every document begins with."""
         starts = document_starts(self.config, self.ln0.weight, self.initial_wkv)
-        return Borders(at, None if valid is None else valid.cpu(), starts)
+        return Borders(at, None if valid is None else valid.cpu(), starts, self.config.hidden_size)
 
 
 def _tell_of_whole_graph(bptt: BpttSettings) -> None:

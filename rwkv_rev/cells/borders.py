@@ -25,10 +25,6 @@ from torch import Tensor
 
 from rwkv_rev.cells.mask import ChunkMask
 
-CALL = {"cpu": 32}
-"""Tokens of a row that cost as much as a further call of a cell, by kind of device."""
-CALL_ELSEWHERE = 1024
-
 Step = Callable[[list[Tensor], list[Tensor], ChunkMask | None], tuple[list[Tensor], list[Tensor]]]
 """From tensors [S, l, ...] of a stream, [S, ...] of a state, and a mask, to those of the output and the state after."""
 
@@ -64,11 +60,13 @@ class Borders:
         valid: [B, T] bool; None where every token counts.
         starts: what every document begins with: the values, without a batch, of each cell of each layer. They may
             require gradients.
+        width: D, of the model.
     """
 
     at: Tensor
     valid: Tensor | None
     starts: Any
+    width: int = 256
 
     def part(self, start: int, stop: int) -> "Borders":
         """Of the tokens ``start`` to ``stop``."""
@@ -80,7 +78,8 @@ class Borders:
         """What cells are handed of all of it as one chunk: a mask, where it has no border."""
         valid = None if self.valid is None or bool(self.valid.all()) else self.valid
         if bool(self.at.any()):
-            return BorderedChunk.of(self.at, valid, self.starts, device)
+            call = call_cost(device, self.width)
+            return BorderedChunk.of(self.at, valid, self.starts, device, call)
         return None if valid is None else ChunkMask.of(valid.to(device))
 
 
@@ -95,6 +94,8 @@ class BorderedChunk:
         order: [P] int64, for every piece its place among those states, followed by a start for each other piece.
         places: [B C] int64, of each token among the outputs of all spans; one behind them where it does not count.
         last: [B] int64, the last piece of each row.
+        before: [B C] int64, the token before each: in the tokens behind the B rows' states and the start.
+        ends: [B] int64, the last token of each row in the same; the row's state for a row without tokens.
         starts: of the model, a layer, or a cell (:meth:`of_part`).
     """
 
@@ -104,18 +105,22 @@ class BorderedChunk:
     order: Tensor
     places: Tensor
     last: Tensor
+    before: Tensor
+    ends: Tensor
     starts: Any
 
     @classmethod
-    def of(cls, at: Tensor, valid: Tensor | None, starts: Any, device: torch.device) -> "BorderedChunk":
-        """From borders and valid tokens [B, C] on the host."""
+    def of(
+        cls, at: Tensor, valid: Tensor | None, starts: Any, device: torch.device, call: int
+    ) -> "BorderedChunk":
+        """From borders and valid tokens [B, C] on the host; ``call`` as in :func:`ends_of_spans`."""
         pieces = _pieces(at.numpy(), None if valid is None else valid.numpy())
         pieces.sort(key=lambda piece: -len(piece.places))
         lengths = np.array([len(piece.places) for piece in pieces])
         nowhere = at.numel()
         places = np.full(nowhere, -1, np.int64)
         spans, made = [], 0
-        for start, stop in pairwise([0, *ends_of_spans(lengths, CALL.get(device.type, CALL_ELSEWHERE))]):
+        for start, stop in pairwise([0, *ends_of_spans(lengths, call)]):
             rows = int((lengths > start).sum())
             index = np.full((rows, stop - start), nowhere, np.int64)
             for row, piece in enumerate(pieces[:rows]):
@@ -132,19 +137,23 @@ class BorderedChunk:
         order = np.full(len(pieces), -1, np.int64)
         order[going_on] = np.arange(len(going_on))
         order[order < 0] = np.arange(len(going_on), len(pieces))
-        last = np.zeros(len(at), np.int64)
-        ends = np.full(len(at), -1, np.int64)
+        last, ends = np.zeros(len(at), np.int64), np.full(len(at), -1, np.int64)
+        first = len(at) + 1  # of the tokens, behind the states and the start
+        before = np.full(nowhere, len(at), np.int64)
         for number, piece in enumerate(pieces):
-            end = int(piece.places[-1]) if len(piece.places) else 0
+            end = int(piece.places[-1]) + first if len(piece.places) else piece.row
             if end >= ends[piece.row]:
                 ends[piece.row], last[piece.row] = end, number
+            before[piece.places[1:]] = piece.places[:-1] + first
+            if piece.goes_on:
+                before[piece.places[:1]] = piece.row
         return cls(
             None if valid is None else ChunkMask.of(valid.to(device)),
             spans,
             _to(np.array([pieces[number].row for number in going_on], np.int64), device),
             _to(order, device),
             _to(places, device),
-            _to(last, device),
+            *(_to(index, device) for index in (last, before, ends)),
             starts,
         )
 
@@ -152,15 +161,17 @@ class BorderedChunk:
         """For one of the layers, or of a layer's cells."""
         return replace(self, starts=self.starts[index])
 
-    def run(self, step: Step, stream: list[Tensor], state: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def run(
+        self, step: Step, stream: list[Tensor], state: list[Tensor], starts: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """The output [B, C, ...], and the state after each piece [P, ...]; of the row's end is :attr:`last`.
 
         Args:
             step: one cell's chunk.
             stream: [B, C, ...].
             state: [B, ...], before the chunk.
+            starts: what documents begin with, without a batch.
         """
-        starts = [part for part in self.starts if part is not None]
         states = [self._begun(part, start) for part, start in zip(state, starts, strict=True)]
         flat = [torch.cat([x.flatten(0, 1), x.new_zeros(1, *x.shape[2:])]) for x in stream]
         outputs: list[list[Tensor]] = []
@@ -176,6 +187,14 @@ class BorderedChunk:
             [self._together(parts).unflatten(0, batch) for parts in zip(*outputs, strict=True)],
             [torch.cat(parts[::-1]) for parts in zip(*ended, strict=True)],
         )
+
+    def shifted(self, x: Tensor, shift: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Of tokens x [B, C, D] the ones before them [B, C, D], and the last of each row [B, D].
+
+        ``shift`` [B, D] stands before the rows, ``start`` [D] before each document.
+        """
+        tokens = torch.cat([shift.to(x.dtype), start.to(x.dtype)[None], x.flatten(0, 1)])
+        return tokens.index_select(0, self.before).view_as(x), tokens.index_select(0, self.ends)
 
     def _begun(self, state: Tensor, start: Tensor) -> Tensor:
         """What each piece begins with, [P, ...]."""
@@ -209,6 +228,14 @@ Mask = ChunkMask | BorderedChunk | None
 def of_part(mask: Mask, index: int) -> Mask:
     """What a layer, or a layer's cell, is handed of a mask."""
     return mask.of_part(index) if isinstance(mask, BorderedChunk) else mask
+
+
+def call_cost(device: torch.device, width: int) -> int:
+    """Tokens of a row that cost as much as a further call of a cell of this width D.
+
+    Launches take as long at any width; a token's products take D^2 on a CPU, and on a GPU, which waits for memory, D.
+    """
+    return max(1, 2**20 // (width if device.type == "cuda" else width**2))
 
 
 def _pieces(at: np.ndarray, valid: np.ndarray | None) -> list[Piece]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from rwkv_rev import random_state
+from rwkv_rev.cells.borders import BorderedChunk
 from rwkv_rev.cells.cell_plan import CellPlan
 from rwkv_rev.cells.contract import (
     Advanced,
@@ -29,6 +30,7 @@ from rwkv_rev.cells.contract import (
 )
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.recomputation import not_kept
+from rwkv_rev.cells.shifted_documents import documents
 from rwkv_rev.cells.token_shift import Border, carried_mix, last_token, mixes_and_last, token_mixes
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.reversal.fingerprint import checksum, same_bits
@@ -127,6 +129,8 @@ class ShiftedCell(ReversibleCell):
     @abstractmethod
     def project(self, *mixed: Tensor) -> Any:
         """Linear maps of the mixed inputs [B, C, D], one for each of :meth:`mixes`; independent of the memory.
+
+        A tensor, or a tuple in which those of more than two dimensions are [B, C, ...], of each token.
 
         A cell that ``reads_beside`` is given what flows beside the residual, too, behind them.
         """
@@ -366,6 +370,12 @@ class ShiftedCell(ReversibleCell):
         if contribution is not None and after.memory is not None:
             left, _ = self.advance_memory(memory, contribution, mask, plan.memory)
         return self.is_left(ExactShiftedState(shift, left), after)
+
+    def _documents(
+        self, values: ShiftedState, x: Stream, chunk: BorderedChunk
+    ) -> tuple[Stream, ShiftedState, Tensor]:
+        out, shift, memory, print_ = documents(self, values, x, chunk)
+        return out, ShiftedState(shift, memory), print_
 
     def is_left(self, state: ExactShiftedState, after: ExactShiftedState) -> Tensor:
         assert after.border is not None and after.carried is not None

@@ -1,0 +1,50 @@
+"""Documents in one row through a cell with a token shift: only its memory needs a row for each of them.
+
+The token shift is an index, so that the projection, the heavy part, is computed of all tokens as they stand.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rwkv_rev.cells.borders import BorderedChunk
+from rwkv_rev.cells.contract import Stream, beside, joined, residual
+from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.cells.recomputation import not_kept
+from rwkv_rev.cells.token_shift import mix
+from rwkv_rev.reversal.fingerprint import checksum
+
+if TYPE_CHECKING:
+    from rwkv_rev.cells.shifted_cell import ShiftedCell, ShiftedState
+
+
+def documents(
+    cell: "ShiftedCell", values: "ShiftedState", stream: Stream, chunk: BorderedChunk
+) -> tuple[Stream, Tensor, Tensor | None, Tensor]:
+    """Output, shift and memory after the chunk, and checksums of the shift and of the memory after each document."""
+    x, mixes = residual(stream), cell.mixes()
+    before, shift = chunk.shifted(x, values.shift, chunk.starts.shift)
+    mixed = [mix(x, before, mu) for mu in mixes]
+    with not_kept(mixed, lambda: [mix(x, before, mu) for mu in mixes]):
+        projection = cell.project(*mixed, *beside(stream))
+    if values.memory is None:
+        out, _ = cell.compute(projection, None, chunk.mask)
+        return joined(out, cell.handed_up(projection)), shift, None, checksum(shift)[None]
+    fields: tuple[Any, ...] = (projection,) if isinstance(projection, Tensor) else projection
+    of_tokens = [isinstance(part, Tensor) and part.dim() > 2 for part in fields]  # not [H, N], of all of them
+
+    def step(
+        parts: list[Tensor], state: list[Tensor], mask: ChunkMask | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        given = iter(parts)
+        own = [next(given) if each else part for part, each in zip(fields, of_tokens, strict=True)]
+        piece = own[0] if isinstance(projection, Tensor) else getattr(type(projection), "_make", tuple)(own)
+        out, contribution = cell.compute(piece, state[0], mask)
+        return [out], [cell.update(state[0], piece, contribution, mask)]
+
+    parts = [part for part, each in zip(fields, of_tokens, strict=True) if each]
+    (out,), (ends,) = chunk.run(step, parts, [values.memory], [chunk.starts.memory])
+    print_ = torch.stack([checksum(shift), checksum(ends)])
+    memory = ends.index_select(0, chunk.last)
+    return joined(out, cell.handed_up(projection)), shift, memory, print_
