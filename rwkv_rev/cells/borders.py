@@ -153,7 +153,9 @@ class BorderedChunk:
             _to(np.array([pieces[number].row for number in going_on], np.int64), device),
             _to(order, device),
             _to(places, device),
-            *(_to(index, device) for index in (last, before, ends)),
+            _to(last, device),
+            _to(before, device),
+            _to(ends, device),
             starts,
         )
 

@@ -103,7 +103,7 @@ class CoupledFeedback(ShiftedCell):
 
     shifts = 0
     carried = ReversibleCell.carried
-    _documents = ReversibleCell._documents  # type: ignore[assignment]
+    _documents = ReversibleCell._documents
     is_left = ReversibleCell.is_left  # type: ignore[assignment]
 
     def __init__(self, feedback: CoupledCell, *given: Any, **named: Any) -> None:
