@@ -35,7 +35,7 @@ from rwkv_rev.errors import StrategyError
 from rwkv_rev.exporting import exportable
 from rwkv_rev.first_order import transforms_of
 from rwkv_rev.forecast import SMALL_CHUNK, tokens_at_once
-from rwkv_rev.foreign_code import strangers
+from rwkv_rev.foreign_code import refuse_unknown_in_packed_rows, strangers
 from rwkv_rev.initial_states import document_starts, initial_states, state_of_rows
 from rwkv_rev.initialization import initialize_head, remake, unstored_buffers
 from rwkv_rev.inputs import masked_embeds, refuse_other_kind, rows_and_tokens, valid_tokens
@@ -377,6 +377,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
 
     def borders(self, at: Tensor, valid: Tensor | None) -> Borders:
         """Borders [B, T], on the host and on valid tokens, with what every document begins with."""
+        refuse_unknown_in_packed_rows(strangers(self))
         starts = document_starts(self.config, self.ln0.weight, self.initial_wkv)
         return Borders(at, None if valid is None else valid.cpu(), starts, self.config.hidden_size)
 

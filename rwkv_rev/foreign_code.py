@@ -171,6 +171,22 @@ def refuse_unknown(found: Strangers, strategy: str) -> None:
         )
 
 
+def refuse_unknown_in_packed_rows(found: Strangers) -> None:
+    """Refuse the same where documents are taken out of the rows that they were packed into.
+
+    Raises:
+        StrategyError: naming the code and the ways out.
+    """
+    if found.unknown:
+        where, objection = found.unknown[0]
+        declare = ", or declare it with rwkv_rev.position_wise(...) if it treats each position by itself"
+        declare = declare if objection == adapters.UNKNOWN else ""
+        raise StrategyError(
+            f"{where} {objection}, and several documents are packed into one row, which layers take apart: give each "
+            f"document a row of its own, padded, with an attention_mask{declare}"
+        )
+
+
 def neftune_share(embeddings: nn.Module, share: float) -> "_Neftune":
     """A context in which NEFTune's hook adds to a chunk, ``share`` of the context, what it would add to the whole.
 

@@ -329,6 +329,20 @@ def test_lossy_reversal_is_refused() -> None:
         differentiate(model, "reversible-lossy", 8, input_ids=random_tokens(60), borders=borders_of([20, 40]))
 
 
+@pytest.mark.parametrize("labels", [False, True], ids=["logits", "loss"])
+def test_code_that_may_look_at_positions_is_refused(labels: bool) -> None:
+    class Gate(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.cumsum(1)
+
+    model, ids = tiny_model("5.2"), random_tokens(60)
+    model.model.blocks[0].time_mix.output = torch.nn.Sequential(model.model.blocks[0].time_mix.output, Gate())
+    with model.set_bptt("full"):
+        model(ids, labels=ids)
+        with pytest.raises(StrategyError, match=r"packed into one row.*give each document a row of its own"):
+            model(ids, labels=ids if labels else None, borders=borders_of([20, 40]))
+
+
 # --- reading and generating ---------------------------------------------------------------------------------------
 
 

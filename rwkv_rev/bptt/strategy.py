@@ -106,15 +106,12 @@ class Chunk:
     def mask(self) -> Mask:
         if self.is_full:
             return None
-        borders = self._borders() if self.has_borders else None
+        borders = part_of(self.inputs.borders, self.start, self.stop) if self.has_borders else None
         return mask_of(self._valid(), borders, self.inputs.targets.device, self.length)
 
     def _valid(self) -> Tensor | None:
         valid = self.inputs.valid
         return None if valid is None else valid[:, self.start : self.stop]
-
-    def _borders(self) -> Borders | None:
-        return part_of(self.inputs.borders, self.start, self.stop)
 
     def targets(self) -> Tensor:
         return self.inputs.targets[:, self.start : self.stop]
@@ -153,7 +150,8 @@ class Chunk:
 
     def read(self, model: LanguageModel, state: ModelState) -> tuple[Tensor, ModelState]:
         """Normalised hidden states [B, C, D] and the state after them, by the model itself."""
-        return model.read(self.ids(), self._valid(), self.embeds(), state, self._borders())
+        borders = part_of(self.inputs.borders, self.start, self.stop)
+        return model.read(self.ids(), self._valid(), self.embeds(), state, borders)
 
     def ids(self) -> Tensor | None:
         ids = self.inputs.input_ids
