@@ -112,7 +112,10 @@ def cut(ids: Tensor, lengths: Sequence[int]) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [*((name, layout) for name in VERSIONS for layout in LENGTHS), *((name, "mixed") for name in OTHERS)],
+    [
+        *((name, "mixed") for name in (*VERSIONS, *OTHERS)),
+        *((name, layout) for name in ("4", "5.2", "6", "7") for layout in LENGTHS if layout != "mixed"),
+    ],
 )
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_packed_row_is_its_documents(name: str, strategy: str, layout: str) -> None:
@@ -143,7 +146,7 @@ def test_in_float32(name: str, strategy: str) -> None:
     """RMS over texts: of one, the two numbers of RWKV-5.0's decay are chance, of sums that cancel."""
     lengths, model = LENGTHS["mixed"], model_of(name, torch.float32)
     errors: dict[str, list[float]] = {}
-    for seed in range(4):
+    for seed in range(3):
         ids = random_tokens(60, seed=seed)
         expected, states = alone(model, strategy, 16, cut(ids, lengths), 54)
         found = differentiate(model, strategy, 16, input_ids=ids, borders=borders_of(lengths))
