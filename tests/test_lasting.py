@@ -116,6 +116,25 @@ def step(model: RwkvRevForCausalLM, ids: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("strategy", ["reversible", "checkpoint"])
+@pytest.mark.parametrize("version", ["4", "5.2", "7"])
+def test_a_state_that_begins_narrower_than_it_goes_on(
+    played: Callable[[bool], None], lasted: list[int], version: str, strategy: str
+) -> None:
+    """As where a model in 16 bits is trained under autocast, whose LayerNorms give float32 to the token shift."""
+    model, given = tiny_model(version), []
+    for number in range(4):
+        ids, state = random_tokens(32, 2, seed=number), random_state(model, 2, seed=number)
+        narrow = [part.bfloat16() if number_ < 2 else part for number_, part in enumerate(state.tensors())]
+        given.append({"input_ids": ids, "labels": ids, "state": type(state)(*narrow)})
+    played(False)
+    expected = train(version, strategy, given, 0.02)
+    played(True)
+    found = train(version, strategy, given, 0.02)
+    assert len(lasted) == 3
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("change", ["frozen", "moved", "hook", "eval", "autocast", "rows"])
 def test_other_work_is_not_run_by_old_recordings(
     played: Callable[[bool], None], lasted: list[int], change: str

@@ -25,7 +25,7 @@ from rwkv_rev.bptt import cuda_graphs
 from rwkv_rev.bptt.backward_sweep import Sums, differentiate
 from rwkv_rev.bptt.cuda_graphs import RecordingRunner
 from rwkv_rev.bptt.layers import by_layer
-from rwkv_rev.bptt.recordings import BackwardRecording, ForwardRecording, cloned
+from rwkv_rev.bptt.recordings import BackwardRecording, ForwardRecording, cloned, same_kind
 from rwkv_rev.bptt.runner import Runner
 from rwkv_rev.bptt.strategy import Chunk
 from rwkv_rev.cells.block import ExactStates, Plans
@@ -169,6 +169,9 @@ class Recordings:
         example = sweep.chunks[0]
         first, inner, last = (Chunk(example.inputs, i, 0, length, True, True) for i in (0, 1, 2))
         self.forward = ForwardRecording(sweep, inner, sweep.first, pool)
+        if not same_kind(self.forward.after, sweep.first):
+            # a state that was given in 16 bits goes on in 32; shapes and dtypes alone count here
+            self.forward = ForwardRecording(sweep, inner, self.forward.after, pool)
         given = sweep.inputs.final_state_gradient
         to_end = None if given is None else by_layer(given, sweep.model.blocks)
         # shapes alone count here: nothing has run, and the numbers in these tensors are whatever was there

@@ -155,8 +155,7 @@ class BackwardRecording:
             return False
         if record is not None and self._capture is not None and record.layouts != self._capture.layouts:
             return False
-        shapes = zip(_computed(self._given), _computed(states), strict=True)
-        return all(one.shape == other.shape for one, other in shapes)
+        return same_kind(self._given, states)
 
     def run(
         self,
@@ -271,6 +270,12 @@ def load(static: Chunk, chunk: Chunk) -> None:
     static.inputs.divisor.copy_(torch.as_tensor(chunk.inputs.divisor))
 
 
+def same_kind(one: list[ExactStates], other: list[ExactStates]) -> bool:
+    """Whether two lists of states have tensors of the same shapes and dtypes."""
+    pairs = zip(_computed(one), _computed(other), strict=True)
+    return all(a.shape == b.shape and a.dtype == b.dtype for a, b in pairs)
+
+
 def copy_states(targets: list[ExactStates], sources: list[ExactStates]) -> None:
     _copy(_computed(targets), _computed(sources))
 
@@ -284,4 +289,6 @@ def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
     # by dtype: PyTorch copies lists of one dtype in one launch
     for dtype in dict.fromkeys(target.dtype for target in targets):
         pairs = [pair for pair in zip(targets, sources, strict=True) if pair[0].dtype == dtype]
+        if any(torch.promote_types(dtype, source.dtype) != dtype for _, source in pairs):
+            raise RuntimeError(f"a recording that takes {dtype} was given states that are wider")
         torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
