@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from bptt_cases import load
 from torch.autograd.profiler import profile
 
 from rwkv_rev import chunk_length
@@ -19,39 +20,39 @@ TOLERANCE = 0.15
 WIDE = {
     "5.2": RwkvRevConfig(
         rwkv_version="5.2",
-        vocab_size=1000,
-        hidden_size=320,
+        vocab_size=500,
+        hidden_size=192,
         num_hidden_layers=3,
-        num_attention_heads=5,
+        num_attention_heads=3,
         head_size=64,
-        intermediate_size=1120,
+        intermediate_size=672,
     ),
     "6": RwkvRevConfig(
         rwkv_version="6",
-        vocab_size=1000,
-        hidden_size=256,
+        vocab_size=500,
+        hidden_size=128,
         num_hidden_layers=3,
-        num_attention_heads=4,
+        num_attention_heads=2,
         head_size=64,
-        intermediate_size=896,
+        intermediate_size=448,
     ),
     "7": RwkvRevConfig(
         rwkv_version="7",
-        vocab_size=1000,
-        hidden_size=256,
+        vocab_size=500,
+        hidden_size=128,
         num_hidden_layers=3,
-        num_attention_heads=4,
+        num_attention_heads=2,
         head_size=64,
-        intermediate_size=1024,
+        intermediate_size=512,
     ),
     "4": RwkvRevConfig(
         rwkv_version="4",
-        vocab_size=2000,
-        hidden_size=256,
+        vocab_size=1000,
+        hidden_size=128,
         num_hidden_layers=3,
         num_attention_heads=1,
-        head_size=256,
-        intermediate_size=1024,
+        head_size=128,
+        intermediate_size=512,
     ),
 }
 
@@ -134,7 +135,7 @@ def measured(
 def model(request: pytest.FixtureRequest, bundled: dict[str, Path]) -> RwkvRevForCausalLM:
     kind, version = request.param.split()
     if kind == "bundled":
-        return RwkvRevForCausalLM.from_pretrained(bundled[version], dtype=torch.float32)
+        return load(bundled[version], layers=3)
     torch.manual_seed(0)
     return RwkvRevForCausalLM(WIDE[version])
 
@@ -142,7 +143,7 @@ def model(request: pytest.FixtureRequest, bundled: dict[str, Path]) -> RwkvRevFo
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(
     ("context", "batch", "chunk"),
-    [(384, 1, 128), (320, 3, 64)],
+    [(384, 1, 128), (256, 3, 64)],
     ids=lambda value: str(value),
 )
 def test_device_and_tape(
@@ -165,10 +166,10 @@ def test_device_and_tape(
 def test_half_precision(version: str, strategy: str) -> None:
     torch.manual_seed(0)
     model = RwkvRevForCausalLM(WIDE[version])
-    forecast = forecasts(model, 640, 2, 256, half=True)[strategy]
-    device, _ = measured(model, strategy, 640, 2, 256, half=True)
+    forecast = forecasts(model, 320, 2, 128, half=True)[strategy]
+    device, _ = measured(model, strategy, 320, 2, 128, half=True)
     assert forecast.device == pytest.approx(device, rel=TOLERANCE)
-    assert forecast.device < 0.95 * forecasts(model, 640, 2, 256)[strategy].device
+    assert forecast.device < 0.95 * forecasts(model, 320, 2, 128)[strategy].device
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -176,8 +177,8 @@ def test_half_precision(version: str, strategy: str) -> None:
 def test_models_in_16_bits(version: str, strategy: str) -> None:
     torch.manual_seed(0)
     model = RwkvRevForCausalLM(WIDE[version]).bfloat16()
-    forecast = forecasts(model, 640, 2, 256, narrow=True, weight_bytes=2)[strategy]
-    device, _ = measured(model, strategy, 640, 2, 256)
+    forecast = forecasts(model, 320, 2, 128, narrow=True, weight_bytes=2)[strategy]
+    device, _ = measured(model, strategy, 320, 2, 128)
     assert forecast.device == pytest.approx(device, rel=TOLERANCE)
 
 
@@ -187,8 +188,8 @@ def test_checkpointed_blocks(version: str, strategy: str) -> None:
     torch.manual_seed(0)
     model = RwkvRevForCausalLM(WIDE[version]).train()
     model.model.gradient_checkpointing = True
-    forecast = forecasts(model, 640, 2, 256, checkpoint_blocks=True)[strategy]
-    device, _ = measured(model, strategy, 640, 2, 256)
+    forecast = forecasts(model, 320, 2, 128, checkpoint_blocks=True)[strategy]
+    device, _ = measured(model, strategy, 320, 2, 128)
     assert forecast.device == pytest.approx(device, rel=TOLERANCE)
 
 
@@ -201,8 +202,8 @@ def test_frozen_weights_have_no_gradient(strategy: str) -> None:
     assert model.model.initial_wkv is not None
     model.model.initial_wkv.requires_grad_(True)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    forecast = forecasts(model, 384, 1, 128, trained=trained)[strategy]
-    device, _ = measured(model, strategy, 384, 1, 128)
+    forecast = forecasts(model, 192, 1, 64, trained=trained)[strategy]
+    device, _ = measured(model, strategy, 192, 1, 64)
     assert device <= forecast.device <= 1.5 * device
 
 
@@ -229,7 +230,7 @@ def test_graph_of_other_versions(version: str) -> None:
 
 def test_only_full_and_the_tape_grow_with_the_context() -> None:
     config = WIDE["5.2"]
-    decays = [torch.full((5, 64), -0.05)] * 3
+    decays = [torch.full((3, 64), -0.05)] * 3
     short, long = (
         {
             f.strategy: f
@@ -354,7 +355,7 @@ def test_device_memory_on_cuda(
     others = torch.cuda.memory_allocated()
     torch.manual_seed(0)
     model = RwkvRevForCausalLM(WIDE[version]).cuda()
-    ids = torch.randint(0, 1000, (2, 2048), device="cuda")
+    ids = torch.randint(0, 500, (2, 2048), device="cuda")
     for _ in range(2):  # the first call also allocates workspaces of libraries
         model.zero_grad()
         torch.cuda.reset_peak_memory_stats()
