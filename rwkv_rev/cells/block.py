@@ -203,9 +203,8 @@ class ResidualBlock(nn.Module):
 def _input(norm: nn.Module, cell: ReversibleCell, stream: Stream) -> Stream:
     """What a cell is handed of a stream."""
     x = norm(residual(stream))
-    reads = next(
-        part.reads_beside for part in cell.modules() if isinstance(part, ReversibleCell)
-    )  # adapters wrap it
+    parts = (cell,) if isinstance(cell, ReversibleCell) else cell.modules()  # adapters wrap it
+    reads = next(part.reads_beside for part in parts if isinstance(part, ReversibleCell))
     return joined(x, beside(stream)) if reads else x
 
 

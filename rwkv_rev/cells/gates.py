@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwkv_rev.wkv.dispatch import choose_kernel
+from rwkv_rev.wkv.dispatch import is_fused
 
 
 def norm_and_gate(norm: nn.Module, y: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -36,7 +36,7 @@ def gated_group_norm(
         weight, bias: [D].
         gate: [B, C, D], or None for none.
     """
-    if choose_kernel(None, y) == "triton":
+    if is_fused(y):
         from rwkv_rev.cells import triton_gates
 
         return triton_gates.gated_group_norm(y, weight, bias, eps, gate, dtype)
@@ -51,7 +51,7 @@ def gated_group_norm(
 
 def squared_relu(x: Tensor) -> Tensor:
     """``max(x, 0)^2``, elementwise."""
-    if choose_kernel(None, x) == "triton":
+    if is_fused(x):
         from rwkv_rev.cells import triton_gates
 
         return triton_gates.squared_relu(x)
@@ -61,7 +61,7 @@ def squared_relu(x: Tensor) -> Tensor:
 
 def sigmoid_product(gate: Tensor, x: Tensor) -> Tensor:
     """``sigmoid(gate) * x`` in the dtype of ``gate``, elementwise."""
-    if choose_kernel(None, gate) == "triton":
+    if is_fused(gate):
         from rwkv_rev.cells import triton_gates
 
         return triton_gates.sigmoid_product(gate, x)

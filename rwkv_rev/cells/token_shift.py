@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from rwkv_rev.cells.mask import ChunkMask
-from rwkv_rev.wkv.dispatch import choose_kernel
+from rwkv_rev.wkv.dispatch import is_fused
 
 SMALLEST_COEFFICIENT = 1 / 16
 """Least ``1 - mu*`` at which a mix is inverted; the round trip of x_{a-1} then stays within about 16 ulp."""
@@ -53,7 +53,7 @@ def token_mixes(x: Tensor, shift: Tensor, mask: ChunkMask | None, mus: list[Tens
 
     On a CUDA device without a mask in one launch (:mod:`rwkv_rev.cells.triton_token_shift`).
     """
-    if mask is None and choose_kernel(None, x) == "triton":
+    if mask is None and is_fused(x):
         from rwkv_rev.cells import triton_token_shift
 
         return triton_token_shift.token_mixes(x, shift, mus)
@@ -65,7 +65,7 @@ def mixes_and_last(
     x: Tensor, shift: Tensor, mask: ChunkMask | None, mus: list[Tensor]
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """:func:`token_mixes`, and :func:`last_token` where both come of one launch, whose gradient is one launch, too."""
-    if mask is None and choose_kernel(None, x) == "triton":
+    if mask is None and is_fused(x):
         from rwkv_rev.cells import triton_token_shift
 
         return triton_token_shift.mixes_and_last(x, shift, mus)
@@ -107,7 +107,7 @@ class Border(NamedTuple):
 
     def carry(self, shift: Tensor) -> Tensor:
         """The carried y [B, D] (dtype of x) from x_{a-1} [B, D]."""
-        if choose_kernel(None, self.first) == "triton":
+        if is_fused(self.first):
             from rwkv_rev.cells import triton_token_shift
 
             return triton_token_shift.carry(shift, self.first, self.mu)
@@ -115,7 +115,7 @@ class Border(NamedTuple):
 
     def uncarry(self, y: Tensor) -> Tensor:
         """x_{a-1} [B, D] (dtype of x), the inverse of :meth:`carry`."""
-        if choose_kernel(None, self.first) == "triton":
+        if is_fused(self.first):
             from rwkv_rev.cells import triton_token_shift
 
             return triton_token_shift.uncarry(y, self.first, self.mu)

@@ -138,11 +138,12 @@ class _Wkv5(torch.autograd.Function):
         plan: SubChunks | None,
         written: _Written | None,
     ) -> tuple[Tensor, Tensor]:
+        kept = plan is not None  # by the caller, for other chunks
         plan = plan or SubChunks(log_decay, k.shape[1], counts)
         rs = plan.split(r)
         ks, vs, starts, contribution = written or _Written.of(plan, k, v)
         ctx.save_for_backward(r, k, v, log_decay, bonus, state, counts, starts)
-        ctx.plan = plan if plan.whole else None  # others hold powers for every token
+        ctx.plan = plan if kept or plan.whole else None  # others hold powers for every token
         pairs = _attention(plan, rs, ks, bonus)
         decayed = rs.mul_(plan.powers[:, :-1])
         if any(ctx.needs_input_grad):

@@ -69,6 +69,15 @@ def choose_kernel(kernel: str | None, tensor: Tensor) -> str:
     return name
 
 
+def is_fused(tensor: Tensor) -> bool:
+    """Whether kernels of CUDA devices will run for inputs like ``tensor``; on others it costs next to nothing to ask.
+
+    Raises:
+        KernelError: as :func:`choose_kernel`, on a CUDA device.
+    """
+    return tensor.is_cuda and choose_kernel(None, tensor) == "triton"
+
+
 def _refuse_unknown(name: str) -> None:
     if name not in KERNELS:
         raise KernelError(f"no wkv kernel is called {name!r}; there are {', '.join(KERNELS)}")
@@ -245,7 +254,7 @@ def decayed(
         tokens: n where no token is masked.
         counts: [B], n of each row where some are.
     """
-    if choose_kernel(None, state) == "triton":
+    if is_fused(state):
         module = importlib.import_module("rwkv_rev.wkv.triton_decay")
         return module.decayed(state, contribution, log_decay, tokens, counts)
     if counts is None:
