@@ -16,8 +16,8 @@ from rwkv_rev.modeling import RwkvRevForCausalLM
 
 
 @pytest.fixture(scope="module", params=["4", "5.2"])
-def model(request: pytest.FixtureRequest, bundled: dict[str, Path]) -> RwkvRevForCausalLM:
-    return RwkvRevForCausalLM.from_pretrained(bundled[request.param], dtype=torch.float32).eval()
+def model(request: pytest.FixtureRequest, shallow: dict[str, Path]) -> RwkvRevForCausalLM:
+    return RwkvRevForCausalLM.from_pretrained(shallow[request.param], dtype=torch.float32).eval()
 
 
 def text(tokens: int) -> torch.Tensor:
