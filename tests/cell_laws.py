@@ -223,7 +223,7 @@ def gradients_are_exact(trial: Trial) -> None:
     wide = copy.deepcopy(trial.cell).double()
     doubled = Trial(wide, _doubled(trial.state), [(x.double(), valid) for x, valid in trial.chunks])
     with use_kernel("naive"):
-        expected = [step for _, step in _gradient_pairs(doubled, wide)]
+        expected = [_step_gradients(wide, before, x, mask) for before, *_, x, mask in _forwards(doubled)]
     for (replays, _), truth in zip(_gradient_pairs(doubled, wide), expected, strict=True):
         for replay in replays:
             _agree(replay, truth, tolerance, doubled.unit)
@@ -296,11 +296,17 @@ def _gradient_pairs(
                 cell.replay(state, leaf, mask) if given is None else cell.retreat(state, leaf, mask, given)
             )
             found.append(_gradients(cell, replay.out, replay.start, replay.end, leaf))
-        values = cell.values(_carried(cell, before, x, mask))
-        start = values_like(values, [tensor.clone().requires_grad_() for tensor in tensors_of(values)])
-        leaf = x.clone().requires_grad_()
-        out, end = cell.step(start, leaf, mask)
-        yield found, _gradients(cell, out, start, end, leaf)
+        yield found, _step_gradients(cell, before, x, mask)
+
+
+def _step_gradients(
+    cell: ReversibleCell, before: Any, x: Tensor, mask: ChunkMask | None
+) -> dict[str, Tensor]:
+    values = cell.values(_carried(cell, before, x, mask))
+    start = values_like(values, [tensor.clone().requires_grad_() for tensor in tensors_of(values)])
+    leaf = x.clone().requires_grad_()
+    out, end = cell.step(start, leaf, mask)
+    return _gradients(cell, out, start, end, leaf)
 
 
 def _gradients(cell: ReversibleCell, out: Tensor, start: Any, end: Any, x: Tensor) -> dict[str, Tensor]:

@@ -50,6 +50,7 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
+    gc.set_threshold(10_000, 10, 10)  # tests leave little behind, and make many objects
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
