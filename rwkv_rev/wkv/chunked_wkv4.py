@@ -46,6 +46,7 @@ class _Layout:
         self.c = 1 << ((tokens - 1).bit_length() // 2)
         self.whole = counts is None and tokens % self.c == 0
         self.J = tokens // self.c if self.whole else tokens // self.c + 1
+        self.same = counts is None  # all rows end at the same place
         self._counts = counts
 
     def split(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -229,6 +230,8 @@ def _final(layout: _Layout, x: Tensor) -> Tensor:
     """What x [c + 1, ..., J, B, D] holds after every row's last valid token, [..., B, D]."""
     if layout.whole:
         return x[-1].select(-3, -1)
+    if layout.same:
+        return x[layout.tokens % layout.c].select(-3, layout.tokens // layout.c)
     ends = layout.counts(x)
     rows = torch.arange(x.shape[-2], device=x.device)
     return x.movedim((0, -3, -2), (0, 1, 2))[ends % layout.c, ends // layout.c, rows].movedim(0, -2)

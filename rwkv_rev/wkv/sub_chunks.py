@@ -39,7 +39,8 @@ def split(x: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     batch, tokens, heads, size = x.shape
     full, rest = divmod(tokens, length)
     blocks = x.new_empty(-(-tokens // length), batch, heads, length, size, dtype=dtype)
-    blocks[:full].copy_(x[:, : full * length].unflatten(1, (full, length)).permute(1, 0, 3, 2, 4))
+    if full:
+        blocks[:full].copy_(x[:, : full * length].unflatten(1, (full, length)).permute(1, 0, 3, 2, 4))
     if rest:
         blocks[full, :, :, :rest].copy_(x[:, full * length :].transpose(1, 2))
         blocks[full, :, :, rest:].zero_()
