@@ -91,15 +91,15 @@ def test_reversible_and_checkpoint_are_the_same_to_the_bit(kind: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def swept(cell: TokenCell, length: int, chunk: int, masked: bool) -> None:
-    """Runs a cell over ``length`` tokens and back, and holds every border against what it was."""
+def swept(cell: TokenCell, length: int, chunk: int, masked: bool, rows: int = 2) -> None:
+    """Runs a cell over ``length`` tokens of each row and back, and holds every border against what it was."""
     generator = torch.Generator().manual_seed(0)
     width = 4
-    x = torch.randn(2, chunk, width, generator=generator)
-    first = state = cell.exact(cell.empty(2))
+    x = torch.randn(rows, chunk, width, generator=generator)
+    first = state = cell.exact(cell.empty(rows))
     tape = []
     for start in range(0, length, chunk):
-        valid = torch.rand(2, chunk, generator=torch.Generator().manual_seed(start)) < 0.7
+        valid = torch.rand(rows, chunk, generator=torch.Generator().manual_seed(start)) < 0.7
         mask = ChunkMask.of(valid) if masked else None
         rolled = x.roll(start // chunk, dims=1)  # other tokens in each chunk
         advanced = cell.advance(state, rolled, mask, output=False)
@@ -125,10 +125,10 @@ def test_hundreds_of_tokens_come_back_without_drift(kind: str, masked: bool) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_65536_tokens_come_back_without_drift(kind: str) -> None:
+def test_thousands_of_tokens_come_back_without_drift(kind: str) -> None:
     torch.manual_seed(0)
-    settings = {"magnitude": 14} if kind == "coupled" else {}  # 1/8 a token
-    swept(CELLS[kind](4, 3, **settings), 65536, 16, masked=False)
+    settings = {"magnitude": 11} if kind == "coupled" else {}  # 1/8 a token
+    swept(CELLS[kind](4, 3, **settings), 8192, 16, masked=False, rows=16)
 
 
 @pytest.mark.parametrize("kind", KINDS)
