@@ -32,8 +32,8 @@ from rwkv_rev.wkv import use_kernel
 
 EXACT = ("full", "checkpoint", "reversible")
 TWO_SWEEPS = ("checkpoint", "reversible")
-LENGTHS = [512, pytest.param(2048, marks=pytest.mark.slow)]
-LAYERS = {512: 6, 2048: 2}
+LENGTHS = [512, pytest.param(4096, marks=pytest.mark.slow)]
+LAYERS = {512: 6, 4096: 2}
 """Of the trained models, the lowest, by the length of the text: all of them, or a long text."""
 BUNDLED = ("4", "5.2", "6", "7")
 WHOLE = ("4", "7")
