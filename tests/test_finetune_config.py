@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from finetune_cases import settings
 
-from rwkv_rev.errors import ConfigError
+from rwkv_rev.errors import ConfigError, StrategyError
 from rwkv_rev.training.config import FinetuneConfig, build_config
+from rwkv_rev.training.planning import plan
 
 GOOD: dict[str, Any] = {"model": "m", "data": ["d.txt"], "output": "o"}
 
@@ -213,3 +216,17 @@ def test_a_setting_given_twice(tmp_path: Path, pairs: list[str], options: dict[s
         build_config(pairs=pairs, options=options)
     (tmp_path / "run.yaml").write_text("save_every: 1\ndata: a\nmodel: a\n")
     assert build_config(file=tmp_path / "run.yaml", pairs=pairs[:1], options={}).model
+
+
+@pytest.mark.parametrize("version", ["4", "7"])
+def test_a_plan_refuses_what_cannot_be_divided_back(
+    version: str, bundled: dict[str, Path], tmp_path: Path
+) -> None:
+    """Before any data is read, and so in a dry run, too; the caller's random numbers stay as they were."""
+    data = tmp_path / "data.txt"
+    data.write_text("some text\n" * 20)
+    config = settings(bundled[version], data, tmp_path / "out", bptt="reversible-lossy")
+    before = torch.get_rng_state()
+    with pytest.raises(StrategyError, match="cannot be divided back"):
+        plan(config)
+    assert torch.equal(torch.get_rng_state(), before) and not list(tmp_path.glob("out*"))

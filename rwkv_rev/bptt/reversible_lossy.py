@@ -8,6 +8,7 @@ as forget nothing: RWKV-4 forgets whole states within a few tokens, RWKV-7's tra
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +119,18 @@ class ReversibleLossy(TwoSweeps):
                         f"{cell.undividable} cannot be divided back; use 'reversible'"
                     )
         return divided
+
+    def refuse(self, blocks: Sequence[Any], states: list[ExactStates]) -> None:
+        """Refuse blocks of a kind that cannot be divided back, whatever their weights are.
+
+        Args:
+            states: exact ones of these blocks; no number of them counts.
+
+        Raises:
+            StrategyError: names what cannot.
+        """
+        self._cells = [block.cells for block in blocks]
+        self._divided(states)
 
     def finish(self, outcome: dict[str, Any]) -> None:
         outcome["predicted_bits_lost"] = self._bits

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from rwkv_rev.bptt.reversible_lossy import ReversibleLossy
 from rwkv_rev.bptt_settings import AUTO, CHUNK_LENGTH
 from rwkv_rev.chunk_length import ChosenLength
 from rwkv_rev.configuration import RwkvRevConfig
@@ -21,6 +22,7 @@ from rwkv_rev.errors import ConfigError
 from rwkv_rev.folders.folder import refuse_links
 from rwkv_rev.folders.publish import refuse_unpublishable
 from rwkv_rev.loading import load_tokenizer
+from rwkv_rev.modeling import RwkvRevForCausalLM
 from rwkv_rev.training.batches import BatchOrder
 from rwkv_rev.training.callbacks import refuse_missing_reporter
 from rwkv_rev.training.checkpoints import RUN_NAME
@@ -107,6 +109,8 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
         shapes = {name: source.shape(name) for name in source.names()}
     if config.tune == "state":
         refuse_state_tuning(model_config.rwkv_version)
+    if config.bptt == "reversible-lossy":
+        _refuse_undividable(model_config)
     if config.tune == "lora":
         refuse_lora_targets(config.lora_targets, model_config.tie_word_embeddings, shapes)
     if isinstance(config.end_token, int) and config.end_token >= model_config.vocab_size:
@@ -203,6 +207,22 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
         identity,
         made,
     )
+
+
+def _refuse_undividable(config: RwkvRevConfig) -> None:
+    """Refuse what ``reversible-lossy`` cannot divide back, told by a small block of the architecture."""
+    small = RwkvRevConfig(
+        rwkv_version=config.rwkv_version,
+        vocab_size=8,
+        hidden_size=64,
+        num_hidden_layers=1,
+        **config.architecture.sizes(64),
+    )
+    with torch.random.fork_rng(devices=[]):
+        model = RwkvRevForCausalLM(small).model
+    state = model.initial_state(1)
+    exact = [block.exact(state.layer(layer)) for layer, block in enumerate(model.typed_blocks())]
+    ReversibleLossy(CHUNK_LENGTH).refuse(model.typed_blocks(), exact)
 
 
 def _chunk_length(config: FinetuneConfig, checkpoint: Path | None) -> ChosenLength | None:
