@@ -196,6 +196,11 @@ def inspect(
             "where --tape of finetune says, in host memory unless told otherwise. The optimizer is not included "
             f"(AdamW: {size(8 * found.parameters)})."
         )
+        if not found.bits_forgotten and any(f.tape for f in forecasts):
+            output.print_prose(
+                "How much the states forget follows from the text: the tape of reversible is at most that, and "
+                "--text FILE measures it."
+            )
         recorded = [f"{size(f.reserved)} ({f.strategy})" for f in forecasts if f.recordings]
         if recorded:
             output.print_prose(
