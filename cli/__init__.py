@@ -1,6 +1,7 @@
 """The ``rwkv-rev`` command line: thin wrappers that parse, call the library and print.
 
-One row of :data:`COMMANDS` and one file ``cli/<name>.py`` with a function of the same name make a command.
+One row of :data:`COMMANDS` and one file ``cli/<name>.py`` with a function of the same name make a command, with a
+``typer.Typer`` of that name several under one.
 Only the file of the command that is asked for is imported, and such a file imports PyTorch in its
 function's body, so that ``rwkv-rev --help`` stays instant. typer itself is imported once :func:`main` hears signals.
 """
@@ -10,10 +11,10 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from inspect import cleandoc
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rwkv_rev.cli import output
 from rwkv_rev.cli.stopping import exit_code, install_handlers, tell
@@ -29,6 +30,7 @@ COMMANDS = (
     ("init", "Make a freshly initialised model, to be trained from scratch."),
     ("verify", "Prove that a converted model computes what its original computes."),
     ("export", "Write a converted model back in the original layouts, bit for bit."),
+    ("state", "Tuned initial states as files: out of a model folder, into one, summed."),
     ("publish", "Upload a model folder to the Hub, without the paths of this machine."),
     ("generate", "Continue a text with a converted model."),
     ("finetune", "Train a model on your data, with the exact gradient of the whole context."),
@@ -68,7 +70,12 @@ def build_app(requested: str | None = None) -> "typer.Typer":
     app.callback(help=HELP)(options)
     for name, summary in COMMANDS:
         function = _load(name) if requested is None or name == requested else _not_loaded
-        app.command(name, cls=Command, help=_help(function), short_help=summary)(function)
+        if isinstance(function, typer.Typer):  # a command of several, with a help of their own
+            for each in function.registered_commands:
+                each.help = _help(each.callback)
+            app.add_typer(function, name=name, help=_help(function.info), short_help=summary)
+        else:
+            app.command(name, cls=Command, help=_help(function), short_help=summary)(function)
     return app
 
 
@@ -134,16 +141,17 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-def _help(function: Callable[..., object]) -> str:
-    """The docstring, its examples with the line ends that they have there: they are pasted."""
-    text, mark, examples = cleandoc(function.__doc__ or "").partition("Examples:\n\n")
+def _help(function: Any) -> str:
+    """The docstring (of several commands the help), its examples with the line ends that they have there: they are
+    pasted."""
+    written = getattr(function, "help", None) or function.__doc__ or ""
+    text, mark, examples = cleandoc(written).partition("Examples:\n\n")
     kept = "\b\n"  # click's mark of a paragraph that is not to be wrapped
     return text + mark + "\n\n".join(kept + example for example in examples.split("\n\n") if example)
 
 
-def _load(name: str) -> Callable[..., object]:
-    function: Callable[..., object] = getattr(importlib.import_module(f"rwkv_rev.cli.{name}"), name)
-    return function
+def _load(name: str) -> Any:
+    return getattr(importlib.import_module(f"rwkv_rev.cli.{name}"), name)
 
 
 def _not_loaded() -> None:

@@ -35,6 +35,12 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(parser=whole(), metavar="N", help="Makes the text repeatable.")
     ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="A tuned state to begin with: rwkv-rev state --help.  [the folder's]"
+        ),
+    ] = None,
     stream: Annotated[bool, typer.Option(help="Print each token as it is made.")] = True,
     device: Annotated[
         str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
@@ -49,6 +55,8 @@ def generate(
       rwkv-rev generate my-model --prompt "def main():" --max-new-tokens 64
 
       rwkv-rev generate my-model --prompt - --temperature 0 < text.txt
+
+      rwkv-rev generate my-model --prompt "User: Hello" --state poet.pth
     """
     refuse_no_model(directory)  # before anything heavy is imported
     from rwkv_rev.continuation import generate as continued
@@ -62,6 +70,7 @@ def generate(
         seed=seed,
         device=device,
         stream=stream,
+        state=state,
     )
     if not stream:
         write(text + "\n")  # as it is: this is the model's own

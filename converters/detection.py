@@ -146,7 +146,8 @@ def _refuse_foreign_kinds(where: str, checkpoint: Checkpoint) -> None:
     names = checkpoint.names()
     if names and all(name.endswith(".time_state") for name in names):
         raise CheckpointError(
-            f"{where} holds tuned initial states, not a whole model; give the model's own .pth ({some(names, 1)})"
+            f"{where} holds tuned initial states, not a whole model; convert the model's own .pth, then rwkv-rev state "
+            f"load MODEL {where} ({some(names, 1)})"
         )
     refuse_adapters(where, [checkpoint.stored_name(name) for name in names])
     for pattern, what in _FOREIGN_KINDS:

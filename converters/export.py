@@ -26,10 +26,11 @@ from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.converters.names import TensorNames, by_foreign, foreign_tensor, tensor_table
 from rwkv_rev.converters.rewriter import Entry, parse_size, shard_layout, write_shards
+from rwkv_rev.converters.torch_files import write_torch
 from rwkv_rev.errors import ConfigError, OutputError
 from rwkv_rev.folders.folder import refuse_links, tokenizer_files
 from rwkv_rev.folders.safe_input import read_object
-from rwkv_rev.folders.safe_output import check_output, require_space, whole_directory, whole_file
+from rwkv_rev.folders.safe_output import check_output, refuse_overlap, require_space, whole_directory
 from rwkv_rev.loading import load_tokenizer, missing_tokenizer
 from rwkv_rev.printable import shortened
 from rwkv_rev.tokenization.fast import fast_tokenizer
@@ -93,11 +94,7 @@ def export(
             )
     output = Path(output)
     check_output(output.absolute(), force=force, directory=to != "blinkdl")
-    inside = Path(directory).resolve()
-    if output.resolve() == inside or output.resolve() in inside.parents:
-        raise OutputError(f"{output} holds the model itself; choose another --output")
-    if inside in output.resolve().parents:
-        raise OutputError(f"{output} is inside the model's folder; choose another --output")
+    refuse_overlap(Path(directory), output)
     if to != "blinkdl":
         refuse_links(directory)
     with ConvertedModel(directory) as model:
@@ -154,14 +151,7 @@ def _as_stored(
 def _write_pth(model: ConvertedModel, table: tuple[TensorNames, ...], output: Path, *, force: bool) -> None:
     rows = by_foreign(table)
     state = {name: foreign_tensor(parts, model.tensor).contiguous() for name, parts in rows.items()}
-    # a file of Python's: torch's own tells of a full disk as of any other error
-    with whole_file(output, force=force) as path, path.open("wb") as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:
-            if error.__context__ is None:
-                raise
-            raise error.__context__ from None  # what broke the archive, a full disk or Ctrl-C; its end only failed too
+    write_torch(state, output, force=force)
 
 
 def _dtype(model: ConvertedModel, rows: list[TensorNames]) -> torch.dtype:

@@ -69,6 +69,7 @@ class _File(ABC):
 
     path: Path
     infos: dict[str, TensorInfo]
+    metadata: dict[str, str]
 
     @abstractmethod
     def tensor(self, name: str) -> torch.Tensor:
@@ -127,6 +128,16 @@ class Checkpoint:
         """Close the files; tensors already handed out stay valid."""
         for file in self._files:
             file.close()
+
+    @property
+    def is_safetensors(self) -> bool:
+        """Whether its files are safetensors, and not PyTorch's."""
+        return isinstance(self._files[0], _SafetensorsFile)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Texts that the first file holds beside tensors: safetensors' ``__metadata__``, ``_metadata`` of PyTorch's."""
+        return self._files[0].metadata
 
     def names(self) -> tuple[str, ...]:
         """Names of all tensors, in file order: the order in which reading touches each file once."""
@@ -267,7 +278,7 @@ class _SafetensorsFile(_File):
             self._handle.__enter__()
         except SafetensorError as error:
             raise damaged(path, error) from error
-        self.infos = {}
+        self.infos, self.metadata = {}, dict(self._handle.metadata() or {})
         for name in self._handle.offset_keys():
             view = self._handle.get_slice(name)
             dtype = _SAFETENSORS_DTYPES.get(view.get_dtype())
@@ -290,14 +301,16 @@ class _TorchFile(_File):
         self.path = path
         self.mapped = mapped
         self._records = ZipRecords(path) if mapped else None
-        self._state: dict[str, torch.Tensor] | None = _load(path, mapped)
+        loaded = _load(path, mapped)
+        self._state: dict[str, torch.Tensor] | None = dict(loaded)
+        self.metadata = _texts(getattr(loaded, "_metadata", None))
         if self._records is not None:
             self._records.find_storages()
         self.infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in self._state.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
         if self._state is None:
-            self._state = _load(self.path, self.mapped)
+            self._state = dict(_load(self.path, self.mapped))
         if self._records is not None:
             self._records.check(name)
         return self._state[name]
@@ -310,7 +323,7 @@ class _TorchFile(_File):
         self._state = None
 
 
-def _load(path: Path, mapped: bool) -> dict[str, torch.Tensor]:
+def _load(path: Path, mapped: bool) -> Mapping[str, torch.Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
@@ -326,7 +339,13 @@ def _load(path: Path, mapped: bool) -> dict[str, torch.Tensor]:
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dictionary of named tensors")
     _refuse_other_than_tensors(path, state)
-    return dict(state)
+    return state
+
+
+def _texts(found: object) -> dict[str, str]:
+    """The texts under texts of what a state_dict has as ``_metadata``; PyTorch's own are dictionaries."""
+    pairs = found.items() if isinstance(found, Mapping) else ()
+    return {key: value for key, value in pairs if isinstance(key, str) and isinstance(value, str)}
 
 
 def _refuse_other_than_tensors(path: Path, state: Mapping[Any, Any]) -> None:

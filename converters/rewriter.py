@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -113,7 +113,7 @@ def write_shards(
         OSError: if the system refuses to write (disk full, ...).
     """
     for shard in shards:
-        _write_shard(shard, folder, read, on_bytes)
+        write_shard(shard, folder, read, on_bytes)
     if len(shards) > 1:
         weight_map = {entry.name: shard.filename for shard in shards for entry in shard.entries}
         total = sum(shard.nbytes for shard in shards)
@@ -121,13 +121,16 @@ def write_shards(
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shard(
+def write_shard(
     shard: Shard,
     folder: Path,
     read: Callable[[Entry], torch.Tensor],
-    on_bytes: Callable[[int], object],
+    on_bytes: Callable[[int], object] = lambda count: None,
+    *,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    """Write one safetensors file; as :func:`write_shards`, with further texts in its header."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for entry in shard.entries:
         header[entry.name] = {

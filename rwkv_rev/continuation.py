@@ -8,6 +8,7 @@ from transformers import TextStreamer
 
 from rwkv_rev.arguments import checked
 from rwkv_rev.converters.converted import ConvertedModel
+from rwkv_rev.converters.state_files import read_state, refuse_other_model, set_state
 from rwkv_rev.counts import MOST
 from rwkv_rev.device import choose_device
 from rwkv_rev.errors import ConfigError, DataError
@@ -29,6 +30,7 @@ def generate(
     seed: int | None = None,
     device: str = "auto",
     stream: bool = False,
+    state: str | Path | None = None,
 ) -> str:
     """The prompt with what a converted or fine-tuned model makes of it.
 
@@ -43,10 +45,11 @@ def generate(
         seed: makes the text repeatable.
         device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
         stream: print each token to stdout as it is made.
+        state: a state file, or a folder with a tuned state, that the text begins with, whatever the folder has.
 
     Raises:
-        SourceError, CheckpointError: if the folder is not a whole model. DataError: for a prompt without tokens, or
-            of another model's.
+        SourceError, CheckpointError: if the folder is not a whole model, or the state is none of such a model.
+        DataError: for a prompt without tokens, or of another model's.
         ConfigError: for a value that means nothing. RwkvRevError: for a device that is not there.
     """
     choose_kernel(
@@ -55,6 +58,9 @@ def generate(
     _check(max_new_tokens, temperature, top_p, seed)
     with ConvertedModel(directory) as source:  # refuses what is not a whole model, in one line
         vocab_size = source.config.vocab_size
+        begin = None if state is None else read_state(state)
+        if begin is not None:
+            refuse_other_model(begin, source.config, str(directory))
     place = choose_device(device)
     tokenizer = load_tokenizer(directory)
     inputs = tokenizer(prompt, return_tensors="pt").to(place)
@@ -67,6 +73,8 @@ def generate(
         )
     dtype = torch.float32 if place.type == "cpu" else "auto"
     model = load_model(directory, place, dtype).eval()
+    if begin is not None:
+        set_state(model, begin)
     if seed is not None:
         torch.manual_seed(seed)
     sampling = {

@@ -20,7 +20,7 @@ _FLAGS = (
 )
 _OPTION = re.compile(
     r"(?<![\w-])--(no-)?([a-z]+(?:-[a-z]+)*)(?![\w-])"
-    r"(?: (?:([A-Z]+|world\|[\w|]+)|(auto|none|naive|rwkv|blinkdl|hf|disk|reversible|lora|float32))(?!\w))?"
+    r"(?: (?:([A-Z]+|world\|[\w|]+)|(auto|none|naive|rwkv-lm|rwkv|blinkdl|hf|disk|reversible|lora|float32))(?!\w))?"
 )
 _SET = re.compile(r"(?<![\w-])--set (?=\w+=)")
 _COMMAND = re.compile(r"(\b(?:rwkv-rev|pip|accelerate|torchrun|hf auth) [^,;:)]*)")  # its options are its own

@@ -18,16 +18,16 @@ from rwkv_rev.cli import COMMANDS, main
 from rwkv_rev.errors import ConfigError, RwkvRevError
 from rwkv_rev.training.config import FinetuneConfig
 
-
-def test_every_command_is_a_function() -> None:
-    for name, _ in COMMANDS:
-        assert callable(getattr(rwkv_rev, {"eval": "evaluate"}.get(name, name)))
+OTHER_NAMES = {"eval": ("evaluate",), "state": ("save_state", "load_state", "merge_states")}
+FUNCTIONS = [function for name, _ in COMMANDS for function in OTHER_NAMES.get(name, (name,))]
 
 
-@pytest.mark.parametrize("name", [name for name, _ in COMMANDS])
-def test_help_explains_every_argument(name: str) -> None:
-    """As docs/python.md says: by name, with its default, and nothing that only this process knows."""
-    function = getattr(rwkv_rev, {"eval": "evaluate"}.get(name, name))
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_command_is_a_function(name: str) -> None:
+    """And its help explains every argument, as docs/python.md says: by name, with its default, and nothing that only
+    this process knows."""
+    function = getattr(rwkv_rev, name)
+    assert callable(function)
     text = pydoc.plain(pydoc.render_doc(function))
     assert " at 0x" not in text and "**" not in text.split("\n")[2]
     explained = inspect.getdoc(function) or ""

@@ -154,7 +154,7 @@ def test_force_replaces_only_files_that_could_be_ours(tmp_path: Path) -> None:
     """No letter, no link, no pipe, no device."""
     (tmp_path / "letter.txt").write_text("dear")
     (tmp_path / "real.pth").write_bytes(b"PK\3\4")
-    outputs = {"letter.txt": "no checkpoint", "/dev/null": "a device or a pipe"}
+    outputs = {"letter.txt": "no file of weights", "/dev/null": "a device or a pipe"}
     if sys.platform == "win32":
         outputs.pop("/dev/null")
     else:

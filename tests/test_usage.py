@@ -44,9 +44,11 @@ def numeric_options() -> Iterator[tuple[str, str]]:
     """Command and option of every number."""
     for name, _ in COMMANDS:
         command: Any = typer.main.get_command(build_app(name))
-        for param in command.commands[name].params:
-            if param.metavar in ("N", "X", "T", "C", "B"):
-                yield name, param.opts[0]
+        command = command.commands[name]
+        for each in getattr(command, "commands", {name: command}).values():
+            for param in each.params:
+                if param.metavar in ("N", "X", "T", "C", "B"):
+                    yield name, param.opts[0]
 
 
 @pytest.mark.parametrize(("name", "option"), list(numeric_options()))
@@ -59,11 +61,22 @@ def test_numbers_are_plain(cli: Cli, name: str, option: str, text: str) -> None:
     )
 
 
+def functions(name: str) -> list[Any]:
+    """Of a command, or of each of several under one name."""
+    loaded = _load(name)
+    return (
+        [each.callback for each in loaded.registered_commands]
+        if isinstance(loaded, typer.Typer)
+        else [loaded]
+    )
+
+
 def test_every_number_is_looked_at() -> None:
     numbers = [
         name
         for name, _ in COMMANDS
-        for hint in typing.get_type_hints(_load(name)).values()
+        for function in functions(name)
+        for hint in typing.get_type_hints(function).values()
         if hint is Any or any(kind in (hint, *typing.get_args(hint)) for kind in (int, float))  # Any: or auto
     ]
     assert len(numbers) == len(list(numeric_options())) > 30

@@ -50,8 +50,8 @@ def check_output(output: Path, *, force: bool, directory: bool) -> None:
     """Refuse an output that ``force`` must never delete, and one that exists without ``force``.
 
     With ``force`` a directory is replaced only if it is empty or looks like a model (it holds
-    ``config.json``), a file only if it is empty or such as ``torch.save`` writes, so that a mistyped path cannot
-    delete a home folder or a letter. Links, devices and pipes are never replaced.
+    ``config.json``), a file only if it is empty or such as ``torch.save`` or safetensors write, so that a
+    mistyped path cannot delete a home folder or a letter. Links, devices and pipes are never replaced.
 
     Raises:
         OutputError: naming the output and what would work.
@@ -80,14 +80,28 @@ def check_output(output: Path, *, force: bool, directory: bool) -> None:
             raise OutputError(f"{output} is or holds the current folder; choose another --output")
     else:
         with _failures(output), output.open("rb") as file:
-            start = file.read(4)
-        if start not in (b"", b"PK\x03\x04"):
+            start, size = file.read(9), os.fstat(file.fileno()).st_size
+        safetensors = start[8:] == b"{" and int.from_bytes(start[:8], "little") < size
+        if start and not start.startswith(b"PK\x03\x04") and not safetensors:
             raise OutputError(
-                f"{output} exists and is no checkpoint as torch.save writes it, so --force does not replace it; "
-                "choose another --output"
+                f"{output} exists and is no file of weights (as torch.save or safetensors write it), so --force does "
+                "not replace it; choose another --output"
             )
     if not force:
         raise OutputError(f"{output} already exists; pass --force to replace it, or choose another --output")
+
+
+def refuse_overlap(directory: Path, output: Path) -> None:
+    """Refuse an output that is, holds or lies in the model folder that is read.
+
+    Raises:
+        OutputError: saying which.
+    """
+    inside, made = directory.resolve(), output.resolve()
+    if made == inside or made in inside.parents:
+        raise OutputError(f"{output} holds the model itself; choose another --output")
+    if inside in made.parents:
+        raise OutputError(f"{output} is inside the model's folder; choose another --output")
 
 
 @contextmanager
