@@ -31,6 +31,8 @@ COMMANDS = (
     ("verify", "Prove that a converted model computes what its original computes."),
     ("export", "Write a converted model back in the original layouts, bit for bit."),
     ("state", "Tuned initial states as files: out of a model folder, into one, summed."),
+    ("merge", "Merge an adapter of RWKV-PEFT or peft into the model it was trained on."),
+    ("adapter", "Write a LoRA in the layout of RWKV-PEFT or peft."),
     ("publish", "Upload a model folder to the Hub, without the paths of this machine."),
     ("generate", "Continue a text with a converted model."),
     ("finetune", "Train a model on your data, with the exact gradient of the whole context."),

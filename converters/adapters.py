@@ -17,7 +17,8 @@ from rwkv_rev.folders.selection import some
 _KINDS = (
     (r"\.init_lora_[AB]$", "the initial values of PiSSA"),
     (r"\.lora_(A|B|embedding_A|embedding_B|E|ranknum|magnitude_vector)\b", "LoRA"),
-    (r"\.(disha|bone|bone_\w*|miss_\w*)(\.|$)", "DiSHA (bone)"),
+    (r"\.disha$", "DiSHA"),
+    (r"\.(bone|bone_\w*|miss_\w*)(\.|$)", "DiSHA (bone)"),
     (
         r"\.(lokr|hada|oft|boft|ia3|hra|vera_lambda|vblora|fourierft|randlora|c3a|shira|road|ln_tuning"
         r"|trainable_tokens|gralora|delora|waveft|tinylora|unilora|hira|osf|psoft|lily)_\w+",
@@ -25,6 +26,7 @@ _KINDS = (
     ),
     (r"^(prompt_embeddings|prompt_encoder\.)", "peft prompt"),
 )
+_MERGED = ("LoRA", "DiSHA", "the initial values of PiSSA")
 _WHOLE = re.compile(r"(^|\.)(emb|embeddings)(\.base_layer)?\.weight$")
 
 
@@ -43,7 +45,12 @@ def refuse_adapters(where: str, names: Sequence[str]) -> None:
                 f"{where} holds {kind} adapter weights that are not merged (it has {some(found, 1)}); merge them into "
                 "the model first"
             )
+        how = (
+            "rwkv-rev merge BASE ADAPTER"
+            if kind in _MERGED
+            else "by the tool that made it, in peft merge_and_unload"
+        )
         raise CheckpointError(
-            f"{where} is a {kind} adapter alone (it has {some(found, 1)}): it needs its base model; merge it into that "
-            "(peft's merge_and_unload, RWKV-PEFT's merge script) and give the merged model"
+            f"{where} is a {kind} adapter alone (it has {some(found, 1)}): it needs its base model; convert that, then "
+            f"merge: {how}"
         )

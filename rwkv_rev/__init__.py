@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from rwkv_rev.configuration import RwkvRevConfig as RwkvRevConfig
     from rwkv_rev.continuation import generate as generate
     from rwkv_rev.conversion import convert as convert
+    from rwkv_rev.converters.adapter_export import save_adapter as save_adapter
     from rwkv_rev.converters.export import export as export
     from rwkv_rev.converters.inspection import inspect_source as inspect  # noqa: F401
+    from rwkv_rev.converters.merging import merge as merge
     from rwkv_rev.converters.state_files import load_state as load_state
     from rwkv_rev.converters.state_files import merge_states as merge_states
     from rwkv_rev.converters.state_files import save_state as save_state
@@ -68,9 +70,11 @@ _PLACES = {
     "inspect": ("rwkv_rev.converters.inspection", "inspect_source"),
     "position_wise": ("rwkv_rev.foreign_code", "position_wise"),
     "load_state": ("rwkv_rev.converters.state_files", "load_state"),
+    "merge": ("rwkv_rev.converters.merging", "merge"),
     "merge_states": ("rwkv_rev.converters.state_files", "merge_states"),
     "publish": ("rwkv_rev.folders.publish", "publish"),
     "rewrite": ("rwkv_rev.rewriting", "rewrite"),
+    "save_adapter": ("rwkv_rev.converters.adapter_export", "save_adapter"),
     "save_state": ("rwkv_rev.converters.state_files", "save_state"),
     "verify": ("rwkv_rev.equivalence.verification", "verify_directory"),
     **{name: ("rwkv_rev.errors", name) for name in _ERRORS},

@@ -18,7 +18,11 @@ from rwkv_rev.cli import COMMANDS, main
 from rwkv_rev.errors import ConfigError, RwkvRevError
 from rwkv_rev.training.config import FinetuneConfig
 
-OTHER_NAMES = {"eval": ("evaluate",), "state": ("save_state", "load_state", "merge_states")}
+OTHER_NAMES = {
+    "eval": ("evaluate",),
+    "state": ("save_state", "load_state", "merge_states"),
+    "adapter": ("save_adapter",),
+}
 FUNCTIONS = [function for name, _ in COMMANDS for function in OTHER_NAMES.get(name, (name,))]
 
 
