@@ -16,7 +16,7 @@ from rwkv_rev.folders.safe_output import check_output
 from rwkv_rev.printable import counted, printable
 
 if TYPE_CHECKING:
-    from rwkv_rev.converters.state_files import StateFile
+    from rwkv_rev.converters.tuned_states import StateFile
 
 state = typer.Typer(
     no_args_is_help=True,
@@ -75,7 +75,7 @@ def save(
     if source.is_dir():
         refuse_no_model(source)  # before anything heavy is imported
     check_output(output.absolute(), force=force, directory=False)
-    from rwkv_rev.converters.state_files import save_state
+    from rwkv_rev.converters.tuned_states import save_state
 
     with telling_if_stopped(output):
         made = save_state(source, output, to=to, force=force)
@@ -105,7 +105,7 @@ def load(
     refuse_no_model(directory)
     output = expanded(output)
     check_output(output.absolute(), force=force, directory=True)
-    from rwkv_rev.converters.state_files import load_state
+    from rwkv_rev.converters.tuned_states import load_state
 
     with telling_if_stopped(output):
         made = load_state(directory, expanded(file), output, force=force)
@@ -143,7 +143,7 @@ def merge(
     shares = None if weights is None else counts(weights, "--weights", number())
     output = expanded(output)
     check_output(output.absolute(), force=force, directory=False)
-    from rwkv_rev.converters.state_files import merge_states
+    from rwkv_rev.converters.tuned_states import merge_states
 
     with telling_if_stopped(output):
         made = merge_states(

@@ -3,8 +3,8 @@
 RWKV-PEFT (https://github.com/JL-er/RWKV-PEFT, ``rwkvLinear.py``, ``merge/``): a ``.pth`` of
 ``blocks.N.att.key.lora_A``, ``.lora_B`` or ``.disha``, besides tensors that were trained whole and replace the model's;
 ``init_pissa.pth`` holds ``.init_lora_A`` and ``.init_lora_B``. It has no alpha, which its own merge script asks for,
-too; ours say it where ``state_dict()`` has ``_metadata``. peft: a folder with ``adapter_config.json``, in our names. The formulas are those of
-:mod:`rwkv_rev.converters.additions`.
+too; ours say it where ``state_dict()`` has ``_metadata``. peft: a folder with ``adapter_config.json``, in our names.
+The formulas are those of :mod:`rwkv_rev.converters.additions`.
 """
 
 import math
@@ -151,8 +151,8 @@ def _of_peft(model: ConvertedModel, folder: Path) -> Adapter:
     if not parts:
         raise CheckpointError(f"{file} holds no adapter")
     additions: dict[str, LowRank | Disha] = {}
-    for name, found in parts.items():
-        down, up = _pair(file, name, found)
+    for name, halves in parts.items():
+        down, up = _pair(file, name, halves)
         rank = _for_module(settings, "rank_pattern", name, settings["r"])
         alpha = _for_module(settings, "alpha_pattern", name, settings["lora_alpha"])
         if rank != len(down):

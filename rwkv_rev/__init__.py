@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from rwkv_rev.converters.export import export as export
     from rwkv_rev.converters.inspection import inspect_source as inspect  # noqa: F401
     from rwkv_rev.converters.merging import merge as merge
-    from rwkv_rev.converters.state_files import load_state as load_state
-    from rwkv_rev.converters.state_files import merge_states as merge_states
-    from rwkv_rev.converters.state_files import save_state as save_state
+    from rwkv_rev.converters.tuned_states import load_state as load_state
+    from rwkv_rev.converters.tuned_states import merge_states as merge_states
+    from rwkv_rev.converters.tuned_states import save_state as save_state
     from rwkv_rev.equivalence.verification import verify_directory as verify  # noqa: F401
     from rwkv_rev.errors import CheckpointError as CheckpointError
     from rwkv_rev.errors import ConfigError as ConfigError
@@ -69,13 +69,13 @@ _PLACES = {
     "init": ("rwkv_rev.fresh", "init"),
     "inspect": ("rwkv_rev.converters.inspection", "inspect_source"),
     "position_wise": ("rwkv_rev.foreign_code", "position_wise"),
-    "load_state": ("rwkv_rev.converters.state_files", "load_state"),
+    "load_state": ("rwkv_rev.converters.tuned_states", "load_state"),
     "merge": ("rwkv_rev.converters.merging", "merge"),
-    "merge_states": ("rwkv_rev.converters.state_files", "merge_states"),
+    "merge_states": ("rwkv_rev.converters.tuned_states", "merge_states"),
     "publish": ("rwkv_rev.folders.publish", "publish"),
     "rewrite": ("rwkv_rev.rewriting", "rewrite"),
     "save_adapter": ("rwkv_rev.converters.adapter_export", "save_adapter"),
-    "save_state": ("rwkv_rev.converters.state_files", "save_state"),
+    "save_state": ("rwkv_rev.converters.tuned_states", "save_state"),
     "verify": ("rwkv_rev.equivalence.verification", "verify_directory"),
     **{name: ("rwkv_rev.errors", name) for name in _ERRORS},
 }

@@ -8,7 +8,7 @@ from transformers import TextStreamer
 
 from rwkv_rev.arguments import checked
 from rwkv_rev.converters.converted import ConvertedModel
-from rwkv_rev.converters.state_files import read_state, refuse_other_model, set_state
+from rwkv_rev.converters.tuned_states import read_state, refuse_other_model, set_state
 from rwkv_rev.counts import MOST
 from rwkv_rev.device import choose_device
 from rwkv_rev.errors import ConfigError, DataError

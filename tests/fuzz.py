@@ -12,6 +12,7 @@ import shutil
 import signal
 import struct
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,6 +192,18 @@ DATA_READERS = (
     ("finetune", "model", "--data", "DATA", "--output", "out", "--context-length", "8", "--dry-run"),
 )
 
+STATE_READERS = (
+    ("state", "save", "DATA", "--output", "out.st", "--to", "web-rwkv"),
+    ("state", "load", "model", "DATA", "--output", "out"),
+    ("state", "merge", "DATA", "DATA", "--output", "out.pth"),
+    ("generate", "model", "--prompt", "a", "--max-new-tokens", "1", "--state", "DATA"),
+)
+ADAPTER_READERS = (
+    ("merge", "model", "DATA", "--output", "out"),
+    ("adapter", "model", "DATA", "--output", "out.pth"),
+    ("adapter", "model", "DATA", "--to", "peft", "--output", "out"),
+)
+
 
 @dataclass(frozen=True)
 class Format:
@@ -284,6 +297,56 @@ def _yaml(folder: Path) -> Path:
     return folder / "run.yaml"
 
 
+def _sizes(folder: Path) -> tuple[int, int, int]:
+    """L, H and N of the model beside."""
+    config = json.loads((folder / "model" / "config.json").read_text())
+    return config["num_hidden_layers"], config["num_attention_heads"], config["head_size"]
+
+
+def _state(name: str) -> Callable[[Path], Path]:
+    def lay(folder: Path) -> Path:
+        layers, heads, size = _sizes(folder)
+        state = {f"blocks.{i}.att.time_state": torch.ones(heads, size, size).half() for i in range(layers)}
+        if name.endswith(".st"):
+            save_file(state, folder / name, {"format": "pt", "rwkv_version": "5.2"})
+        else:
+            _save(state, folder / name, rwkv_version="5.2")
+        return folder / name
+
+    return lay
+
+
+def _lora(folder: Path) -> Path:
+    layers, heads, size = _sizes(folder)
+    shapes = {"lora_A": (2, heads * size), "lora_B": (heads * size, 2)}
+    state = {
+        f"blocks.{i}.att.key.{n}": torch.ones(shape) for i in range(layers) for n, shape in shapes.items()
+    }
+    _save(state, folder / "lora.pth", lora_alpha="4.0")
+    return folder / "lora.pth"
+
+
+def _save(state: dict[str, torch.Tensor], path: Path, **metadata: str) -> None:
+    ordered = OrderedDict(state)
+    vars(ordered)["_metadata"] = metadata
+    torch.save(ordered, path)
+
+
+def _peft(folder: Path) -> Path:
+    _, heads, size = _sizes(folder)
+    (folder / "adapter").mkdir()
+    where = "base_model.model.model.blocks.0.time_mix.key."
+    state = {"lora_A.weight": torch.ones(2, heads * size), "lora_B.weight": torch.ones(heads * size, 2)}
+    save_file(
+        {where + name: tensor for name, tensor in state.items()},
+        folder / "adapter" / "adapter_model.safetensors",
+    )
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["key"], "use_rslora": False,
+                "alpha_pattern": {"time_mix.key": 3}, "rank_pattern": {}, "bias": "none"}  # fmt: skip
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    return folder / "adapter" / "adapter_config.json"
+
+
 def _reading(name: str, commands: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(name if word in ("DATA", "source") else word for word in line) for line in commands)
 
@@ -300,6 +363,10 @@ FORMATS: dict[str, Format] = {
     ".pth": Format(_pth(True), damage_pth, _reading("s.pth", CONVERTERS)),
     ".pth, bytes": Format(_pth(True), damage_bytes, _reading("s.pth", CONVERTERS[:1]), keeps_values=True),
     ".pth before 1.6": Format(_pth(False), damage_pth, _reading("s.pth", CONVERTERS)),
+    "state": Format(_state("s.pth"), damage_pth, _reading("s.pth", STATE_READERS)),
+    "state of web-rwkv": Format(_state("s.st"), damage_safetensors, _reading("s.st", STATE_READERS)),
+    "adapter": Format(_lora, damage_pth, _reading("lora.pth", ADAPTER_READERS)),
+    "adapter_config.json": Format(_peft, damage_json, _reading("adapter", ADAPTER_READERS)),
     "binidx": Format(_binidx, damage_idx, _reading("data.idx", DATA_READERS)),
     "jsonl": Format(_jsonl, damage_lines, _reading("data.jsonl", DATA_READERS)),
     "json": Format(_json, damage_json, _reading("data.json", DATA_READERS)),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import rwkv_rev
-from rwkv_rev.converters.state_files import read_state, set_state
+from rwkv_rev.converters.tuned_states import read_state, set_state
 from rwkv_rev.equivalence.naive_model import naive_logits
 from rwkv_rev.errors import CheckpointError, ConfigError, OutputError, SourceError
 
@@ -290,4 +290,7 @@ def test_other_refusals(models: dict[str, Path], tmp_path: Path) -> None:
         rwkv_rev.merge_states([out, out], out, weights=[1, float("inf")])
     with pytest.raises(OutputError, match="holds the model itself"):
         rwkv_rev.load_state(models["6"], tmp_path / "s.pth", models["6"], force=True)
+    save_file({"wkv": torch.ones(2)}, tmp_path / "talk", {"kind": "rwkv-rev state"})
+    with pytest.raises(CheckpointError, match="is the state of a conversation, which chat reads by /load"):
+        rwkv_rev.save_state(tmp_path / "talk", out)
     assert not out.exists()

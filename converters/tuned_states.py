@@ -278,6 +278,10 @@ def _of_file(path: Path, checkpoint: Checkpoint) -> TunedState:
                 f"{path} holds other tensors beside a tuned state ({some(others, 1)}); of a whole checkpoint, convert "
                 "it: its state comes along"
             )
+        if checkpoint.metadata.get("kind") == "rwkv-rev state":
+            raise CheckpointError(
+                f"{path} is the state of a conversation, which chat reads by /load, and no tuned one"
+            )
         raise CheckpointError(
             f"{path} is no state file: it holds {some(others, 1)} and no blocks.0.att.time_state"
         )
