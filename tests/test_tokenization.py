@@ -240,13 +240,13 @@ def test_padding_is_on_the_left_by_default(tokenizer: ByteLevelTokenizer) -> Non
 
 
 def test_conversations(tokenizer: ByteLevelTokenizer) -> None:
-    """By a template; which tokens are the assistant's is refused, since nobody would know."""
+    """By a template that does not say who speaks: the text, and no mask of the assistant's tokens."""
     talk = [{"role": "user", "content": "Hello"}]
     template = "{% for message in messages %}{{ message['content'] }}{% endfor %}!"
     asked = {"chat_template": template, "tokenize": True, "return_dict": True}
     ids = tokenizer.apply_chat_template(talk, **asked)["input_ids"]
     assert tokenizer.decode(ids) == "Hello!"
-    with pytest.raises(ValueError, match=r"assistant_only_loss.*prompt and completion"):
+    with pytest.raises(ValueError, match=r"assistant_only_loss.*needs {% generation %} marks"):
         tokenizer.apply_chat_template(talk, return_assistant_tokens_mask=True, **asked)
 
 

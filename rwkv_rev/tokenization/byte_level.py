@@ -22,6 +22,7 @@ from typing import Any
 
 from transformers import BatchEncoding, PreTrainedTokenizer
 
+from rwkv_rev.tokenization.chat_template import WORLD_TEMPLATE, tells_who_speaks, tokenised_chat
 from rwkv_rev.tokenization.fast import fast_tokenizer
 
 REPLACEMENT = "\ufffd".encode()
@@ -65,6 +66,8 @@ class ByteLevelTokenizer(PreTrainedTokenizer):
         # saved too, for readers of the folder that do not know this class
         own = {"padding_side": self.padding_side, "model_input_names": list(self.model_input_names)}
         super().__init__(**own | kwargs)
+        if self.chat_template is None:
+            self.chat_template = WORLD_TEMPLATE
 
     @classmethod
     def _from_pretrained(  # type: ignore[override]  # what comes behind the name is handed on as it is
@@ -134,19 +137,34 @@ class ByteLevelTokenizer(PreTrainedTokenizer):
         return (*saved, str(path))
 
     def apply_chat_template(
-        self, *args: Any, return_assistant_tokens_mask: bool = False, **kwargs: Any
+        self,
+        conversation: Any,
+        tools: Any = None,
+        documents: Any = None,
+        chat_template: str | None = None,
+        **kwargs: Any,
     ) -> Any:
-        """As in transformers, but without the mask of the assistant's tokens.
+        """As in transformers; text is cut where the assistant begins and ends, and each part tokenised by itself.
+
+        So the mask of the assistant's tokens (``return_assistant_tokens_mask=True``) is exact, and the tokens are those
+        that a chat reads (:mod:`rwkv_rev.tokenization.chat_template`). The template needs ``{% generation %}`` marks.
 
         Raises:
-            ValueError: if that mask is asked for.
+            ValueError: if that mask is asked for and nothing tells who speaks. DataError: for what the template refuses.
         """
-        if return_assistant_tokens_mask:
+        masked = bool(kwargs.get("return_assistant_tokens_mask"))
+        template = self.get_chat_template(chat_template, tools)
+        marked = tells_who_speaks(template)
+        whole = bool(kwargs.get("continue_final_message") or kwargs.get("sanitize_control_tokens"))
+        if masked and not (marked and kwargs.get("tokenize", True) and kwargs.get("return_dict", True)) or masked and whole:
             raise ValueError(
-                "the assistant's tokens (assistant_only_loss in trl) cannot be told: this tokenizer does not keep "
-                "where in the text a token is. Give conversations as prompt and completion, or ids with labels"
+                "the mask of the assistant's tokens (assistant_only_loss in trl) needs {% generation %} marks in the chat "
+                "template, tokenize=True and return_dict=True, and neither continue_final_message nor "
+                "sanitize_control_tokens"
             )
-        return super().apply_chat_template(*args, **kwargs)
+        if whole or not marked or not kwargs.get("tokenize", True):
+            return super().apply_chat_template(conversation, tools, documents, chat_template, **kwargs)
+        return tokenised_chat(self, conversation, template, tools=tools, documents=documents, **kwargs)
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
         return [self._convert_id_to_token(i) for i in self.encode_bytes(text_to_bytes(text))]
