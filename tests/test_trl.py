@@ -249,8 +249,8 @@ def test_sft(
 ) -> None:
     """Losses and gradients of three steps, with activation checkpointing, which trl switches on."""
     rows, ids, labels = columns(kind, tokenizer)
-    if kind == "assistant":
-        tokenizer = fast_tokenizer()
+    if kind == "assistant" and trainer is SFTTrainer:
+        tokenizer = fast_tokenizer()  # beside ours
     count = STEPS if kind == "text" else 1
     made, steps = sft(
         trainer, model, tokenizer, tmp_path, rows, max_steps=count, assistant_only_loss=kind == "assistant"
@@ -260,16 +260,6 @@ def test_sft(
     assert losses(made) == pytest.approx(expected[:count], rel=1e-5)
     assert expected[-1] < expected[0] and len(steps) == count
     assert_same_steps(steps, wanted)
-
-
-def test_who_speaks_is_not_known(
-    model: RwkvRevForCausalLM, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    """Tokenizers over bytes are asked for a mask that they cannot make."""
-    rows = columns("assistant", tokenizer)[0]
-    with pytest.raises(ValueError, match="Give conversations as prompt and completion") as caught:
-        sft(SFTTrainer, model, tokenizer, tmp_path, rows, assistant_only_loss=True)
-    assert "\n" not in str(caught.value)
 
 
 def test_accumulation(
