@@ -98,6 +98,20 @@ def finetune(
     text_field: Annotated[Text, typer.Option(help="Field of the text in records.  [text]")] = None,
     prompt_field: Annotated[Text, typer.Option(help="Field of the prompt; no loss on it.  [prompt]")] = None,
     completion_field: Annotated[Text, typer.Option(help="Field of the completion.  [completion]")] = None,
+    messages_field: Annotated[Text, typer.Option(help="Field of a list of turns.  [messages]")] = None,
+    data_format: Annotated[
+        Text, typer.Option(help="auto, text, completion, messages, instruction or chosen.  [auto]")
+    ] = None,
+    train_on: Annotated[
+        Literal["assistant", "all", "last"] | None,
+        typer.Option(help="What has loss: the assistant's turns, everything, its last turn."),
+    ] = None,
+    chat_template: Annotated[
+        Text,
+        typer.Option(
+            metavar="FILE", help="Template of conversations, saved with the model.  [User: and Assistant:]"
+        ),
+    ] = None,
     seed: Annotated[
         Number, typer.Option(parser=whole(), metavar="N", help="Of data order and new parameters.  [0]")
     ] = None,
@@ -148,6 +162,9 @@ def finetune(
 
       rwkv-rev finetune my-model --data chats.jsonl --output tuned \
         --tune lora --lora-rank 16
+
+      rwkv-rev finetune my-model --data rwkv-chats.jsonl --output tuned \
+        --train-on last
 
       torchrun --nproc-per-node 2 -m rwkv_rev.cli finetune \
         my-model --data corpus/ --output tuned

@@ -21,7 +21,18 @@ TALK = [
 ]
 WORLD = [  # token by token: text, and whether the assistant says it
     *(("System", 0), (":", 0), (" Be", 0), (" brief", 0), (".", 0), ("\n\n", 0)),
-    *(("User", 0), (":", 0), (" What", 0), (" is", 0), ("\n", 0), ("2", 0), ("+", 0), ("2", 0), ("?", 0), ("\n\n", 0)),
+    *(
+        ("User", 0),
+        (":", 0),
+        (" What", 0),
+        (" is", 0),
+        ("\n", 0),
+        ("2", 0),
+        ("+", 0),
+        ("2", 0),
+        ("?", 0),
+        ("\n\n", 0),
+    ),
     *(("Ass", 0), ("istant", 0), (":", 0), (' "', 1), ("4", 1), ('".', 1), ("\n\n", 1)),
     *(("User", 0), (":", 0), (" Sure", 0), ("?", 0), ("\n\n", 0), ("Ass", 0), ("istant", 0), (":", 0)),
     *((" Yes", 1), (".", 1), ("\n", 1), ("1", 1), (".", 1), (" Count", 1), (".", 1), ("\n", 1)),
@@ -88,14 +99,20 @@ def test_batches_padding_truncation_and_tensors(tokenizer: ByteLevelTokenizer) -
     cut = tokenizer.apply_chat_template(talks[0], truncation=True, max_length=8, **MARKED)
     assert cut["input_ids"] == alone[0]["input_ids"][:8] and len(cut["assistant_masks"]) == 8
     assert tokenizer.apply_chat_template(talks[0], return_dict=False) == alone[0]["input_ids"]
-    assert tokenizer.apply_chat_template(talks[0], return_tensors="pt")["input_ids"].shape == (1, len(alone[0]["input_ids"]))
+    assert tokenizer.apply_chat_template(talks[0], return_tensors="pt")["input_ids"].shape == (
+        1,
+        len(alone[0]["input_ids"]),
+    )
     asked = tokenizer.apply_chat_template(TALK[:2], add_generation_prompt=True, tokenize=False)
     assert asked.endswith("2+2?\n\nAssistant:")
 
 
 def test_what_the_template_cannot_say(tokenizer: ByteLevelTokenizer) -> None:
     for message, why in (
-        ({"role": "tool", "content": "x"}, "of the role tool; this template knows system, user and assistant"),
+        (
+            {"role": "tool", "content": "x"},
+            "of the role tool; this template knows system, user and assistant",
+        ),
         ({"role": "assistant", "content": "x", "tool_calls": [1]}, "tool_calls"),
         ({"role": "user"}, "content"),
     ):
@@ -114,7 +131,11 @@ def test_parts() -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{% for %}", "is no chat template"), ("nothing of it", "leaves out what the user says"), (None, "cannot be read")],
+    [
+        ("{% for %}", "is no chat template"),
+        ("nothing of it", "leaves out what the user says"),
+        (None, "cannot be read"),
+    ],
 )
 def test_a_file_that_is_no_template(tmp_path: Path, text: str | None, message: str) -> None:
     path = tmp_path / "t.jinja"

@@ -82,11 +82,14 @@ def test_tokens_prompts_places_and_end_tokens(data: Path, tmp_path: Path) -> Non
 
 
 def test_no_byte_ends_a_document_of_bytes_unless_asked(data: Path, tmp_path: Path) -> None:
-    """``eos_token`` of the tokenizer of bytes is an ordinary byte, which the bundled models do not know as an end."""
+    """``eos_token`` of the tokenizer of bytes is an ordinary byte, which the bundled models do not know as an end.
+
+    A completion ends with it: what answers has to learn where to end.
+    """
     tokenizer = RwkvByteTokenizer()
     assert tokenizer.eos_token_id == 0
     store = load_tokens(data, tokenizer, cache_dir=tmp_path / "cache")
-    assert store.end_token is None and texts(store) == ["first\nsecond\n", "2+2=4", "ünï"]
+    assert store.end_token is None and texts(store) == ["first\nsecond\n", "2+2=4\0", "ünï"]
     asked = load_tokens(data, tokenizer, end_token=0, cache_dir=tmp_path / "cache")
     assert asked.end_token == 0 and texts(asked)[0] == "first\nsecond\n\0"
 

@@ -136,7 +136,7 @@ class ByteLevelTokenizer(PreTrainedTokenizer):
         path.write_text(fast_tokenizer(self).backend_tokenizer.to_str(), "utf-8")  # save wants a path of text
         return (*saved, str(path))
 
-    def apply_chat_template(
+    def apply_chat_template(  # type: ignore[override]  # what it does not name is handed on as it is
         self,
         conversation: Any,
         tools: Any = None,
@@ -150,16 +150,19 @@ class ByteLevelTokenizer(PreTrainedTokenizer):
         that a chat reads (:mod:`rwkv_rev.tokenization.chat_template`). The template needs ``{% generation %}`` marks.
 
         Raises:
-            ValueError: if that mask is asked for and nothing tells who speaks. DataError: for what the template refuses.
+            ValueError: if that mask is asked for and nothing tells who speaks.
+            DataError: for what the template refuses.
         """
         masked = bool(kwargs.get("return_assistant_tokens_mask"))
         template = self.get_chat_template(chat_template, tools)
         marked = tells_who_speaks(template)
         whole = bool(kwargs.get("continue_final_message") or kwargs.get("sanitize_control_tokens"))
-        if masked and not (marked and kwargs.get("tokenize", True) and kwargs.get("return_dict", True)) or masked and whole:
+        if (masked and not (marked and kwargs.get("tokenize", True) and kwargs.get("return_dict", True))) or (
+            masked and whole
+        ):
             raise ValueError(
-                "the mask of the assistant's tokens (assistant_only_loss in trl) needs {% generation %} marks in the chat "
-                "template, tokenize=True and return_dict=True, and neither continue_final_message nor "
+                "the mask of the assistant's tokens (assistant_only_loss in trl) needs {% generation %} marks in the "
+                "chat template, tokenize=True and return_dict=True, and neither continue_final_message nor "
                 "sanitize_control_tokens"
             )
         if whole or not marked or not kwargs.get("tokenize", True):

@@ -29,7 +29,8 @@ from rwkv_rev.printable import shortened
 
 WORLD_TEMPLATE = r"""{%- for message in messages -%}
 {%- if message['role'] not in ['system', 'user', 'assistant'] -%}
-{{- raise_exception("a turn of the role " + (message['role'] | string) + "; this template knows system, user and assistant") -}}
+{%- set known = "; this template knows system, user and assistant" -%}
+{{- raise_exception("a turn of the role " + (message['role'] | string) + known) -}}
 {%- elif message['tool_calls'] -%}
 {{- raise_exception("a turn with tool_calls, which this template has no words for") -}}
 {%- endif -%}
@@ -49,6 +50,8 @@ WORLD_TEMPLATE = r"""{%- for message in messages -%}
 """
 """RWKV World's: ``System: ...``, ``User: ...`` and ``Assistant: ...``, an empty line behind each."""
 
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+"""Where transformers keeps it in a folder; it goes before one in ``tokenizer_config.json``."""
 _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 Messages = Sequence[Mapping[str, Any]]
 
@@ -75,7 +78,9 @@ def read_template(path: str | Path) -> str:
     except (TemplateError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} is no chat template: {_one_line(error)}") from error
     if "Hello" not in said:
-        raise ConfigError(f"{path} is no chat template: it leaves out what the user says (messages[0]['content'])")
+        raise ConfigError(
+            f"{path} is no chat template: it leaves out what the user says (messages[0]['content'])"
+        )
     return template
 
 
@@ -98,7 +103,12 @@ def parts(text: str, spans: Sequence[Sequence[int]]) -> list[tuple[str, bool]]:
 
 
 def render(
-    tokenizer: Any, messages: Messages, *, template: str | None = None, add_generation_prompt: bool = False, **more: Any
+    tokenizer: Any,
+    messages: Messages,
+    *,
+    template: str | None = None,
+    add_generation_prompt: bool = False,
+    **more: Any,
 ) -> tuple[str, list[list[int]]]:
     """The text of a conversation by a tokenizer's template, and the spans that the assistant says.
 
@@ -119,7 +129,7 @@ def render(
     template = template or getattr(tokenizer, "chat_template", None) or WORLD_TEMPLATE
     marked = tells_who_speaks(template)
     try:
-        texts, spans = render_jinja_template(
+        made: Any = render_jinja_template(
             conversations=[[dict(message) for message in messages]],
             chat_template=template,
             return_assistant_tokens_mask=marked,
@@ -128,7 +138,7 @@ def render(
         )
     except (TemplateError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"the chat template refuses it: {_one_line(error)}") from error
-    return texts[0], [list(span) for span in spans[0]] if marked else []
+    return made[0][0], [list(span) for span in made[1][0]] if marked else []
 
 
 def tokenised_chat(
@@ -165,7 +175,9 @@ def tokenised_chat(
     batch: dict[str, list[list[int]]] = {"input_ids": [], "assistant_masks": []}
     for messages in conversation if several else [conversation]:
         messages = getattr(messages, "messages", messages)
-        said = render(tokenizer, messages, template=template, add_generation_prompt=add_generation_prompt, **more)
+        said = render(
+            tokenizer, messages, template=template, add_generation_prompt=add_generation_prompt, **more
+        )
         ids: list[int] = []
         mask: list[int] = []
         for part, spoken in parts(*said):

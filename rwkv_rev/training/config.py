@@ -19,6 +19,7 @@ from rwkv_rev.bptt_settings import AUTO, BPTT_STRATEGIES, TAPES
 from rwkv_rev.errors import ConfigError
 from rwkv_rev.printable import shortened
 from rwkv_rev.training.plain_yaml import NotPlain, parse_yaml, read_yaml
+from rwkv_rev.training.records import FORMATS, TRAIN_ON
 from rwkv_rev.training.setting_types import as_type, described
 
 TUNE = ("full", "lora", "state")
@@ -53,8 +54,15 @@ class FinetuneConfig:
         text_field: field of the text in records; ``text`` is found without it.
         prompt_field: field of the prompt, on which there is no loss; ``prompt`` is found without it.
         completion_field: field of the completion; ``completion`` is found without it.
-        end_token: put after every document: ``auto`` is the tokenizer's own (no token for models of bytes, where
-            it would be the byte 0), ``none`` no token, or an id.
+        messages_field: field of a list of turns in records; ``messages`` and ``conversations`` are found without it.
+        data_format: what records are read as: ``auto`` (their fields tell), ``text``, ``completion``, ``messages``,
+            ``instruction``, or ``chosen``, of preference pairs the chosen answer (docs/data.md).
+        train_on: what has loss: ``assistant`` (its turns, and completions), ``last`` (its last turn) or ``all``; when
+            None the assistant's turns of conversations and everything of texts.
+        chat_template: file with the template that makes a text of a conversation, saved with the model; when None the
+            tokenizer's own, which is RWKV World's ``User:`` and ``Assistant:``.
+        end_token: put after every document: ``auto`` is the tokenizer's own (for models of bytes the byte 0, and only
+            after conversations and completions), ``none`` no token, or an id.
         pack: lay several documents into one row, by best fit; state starts anew in each.
         carry_state: begin the next row of a long document with the state of the row before (gradient cut there).
         context_length: T, the most tokens that one gradient goes through.
@@ -104,6 +112,10 @@ class FinetuneConfig:
     text_field: str | None = None
     prompt_field: str | None = None
     completion_field: str | None = None
+    messages_field: str | None = None
+    data_format: str = "auto"
+    train_on: str | None = None
+    chat_template: str | None = None
     end_token: str | int = "auto"
     pack: bool = False
     carry_state: bool = False
@@ -180,6 +192,8 @@ class FinetuneConfig:
             ("tape", TAPES),
             ("lr_schedule", SCHEDULES),
             ("report_to", REPORTERS),
+            ("data_format", FORMATS),
+            ("train_on", (None, *TRAIN_ON)),
         ):
             if (value := getattr(self, name)) not in allowed:
                 choices = ", ".join(str(choice) for choice in allowed if choice is not None)
@@ -214,7 +228,7 @@ class FinetuneConfig:
             raise ConfigError(
                 "--pack and --carry-state exclude each other: a packed row begins every document anew"
             )
-        refuse_half_named(self.text_field, self.prompt_field, self.completion_field)
+        refuse_half_named(self.text_field, self.prompt_field, self.completion_field, self.messages_field)
         if self.eval_every and not self.eval_data:
             raise ConfigError("--eval-every needs held-out text: --eval-data FILE")
         if self.warmup > 1 and self.warmup != int(self.warmup):
@@ -226,6 +240,8 @@ class FinetuneConfig:
             "text_field",
             "prompt_field",
             "completion_field",
+            "messages_field",
+            "chat_template",
             "tape_dir",
             "cache_dir",
             "resume",
@@ -243,12 +259,17 @@ class FinetuneConfig:
             raise ConfigError(f"end_token = {self.end_token!r} must be auto, none or a token id")
 
 
-def refuse_half_named(text: str | None, prompt: str | None, completion: str | None) -> None:
+def refuse_half_named(
+    text: str | None, prompt: str | None, completion: str | None, messages: str | None = None
+) -> None:
     """Raise ConfigError for names of fields that do not go together."""
     if (prompt is None) != (completion is None):
         raise ConfigError("--prompt-field and --completion-field go together; name both")
     if text is not None and prompt is not None:
         raise ConfigError("--text-field and --prompt-field exclude each other; name one of them")
+    if messages is not None and (text or prompt) is not None:
+        other = "--prompt-field" if text is None else "--text-field"
+        raise ConfigError(f"{other} and --messages-field exclude each other; name one of them")
 
 
 _LEAST: Mapping[str, int] = {
@@ -284,7 +305,7 @@ _MOST: Mapping[str, int] = {
 """A trillion tokens are more than any data holds; numpy's generators take seeds of 32 bits, Windows 61 processes."""
 _LENGTHS = ("context_length", "chunk_length", "eval_tokens")
 """Taken as ``16k`` or ``1m``, too."""
-_PATHS = ("model", "output", "tape_dir", "cache_dir", "resume")
+_PATHS = ("model", "output", "tape_dir", "cache_dir", "resume", "chat_template")
 _DEFAULTS = FinetuneConfig()
 _TYPES = typing.get_type_hints(FinetuneConfig)
 

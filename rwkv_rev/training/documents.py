@@ -3,7 +3,7 @@
 What can be read, and what one document is:
 
 - ``.txt``, ``.md``, ``.rst``, ``.py``: UTF-8, the whole file is one document, line ends untouched;
-- ``.jsonl``: one record a line; its text field, or a prompt and a completion (loss on the completion only);
+- ``.jsonl``: one record a line: a text, a prompt and a completion, a conversation (:mod:`rwkv_rev.training.records`);
 - ``.json``: an array of such records, a single one, or one a line;
 - ``.csv``: one record a row, the fields named by the first row (RFC 4180);
 - these compressed by gzip: ``.txt.gz``, ``.jsonl.gz`` and so on;
@@ -26,102 +26,23 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
 from rwkv_rev.errors import DataError
-from rwkv_rev.printable import is_utf8, shortened
+from rwkv_rev.printable import shortened
 from rwkv_rev.training.named_once import NamedTwice, json_object, refuse_twice
+from rwkv_rev.training.records import Fields, Piece, place
 
 PIECE_BYTES = 4 << 20
 _LONGEST_FIELD = (1 << 31) - 1
 _UNITS = {"parquet": "row", "hub": "row", "arrow": "row", "binidx": "document", "json": "record"}
-_NAMED = "--text-field NAME, or --prompt-field NAME and --completion-field NAME"
 _NAME = r"(?!\.)(?!\S*\.\.)[\w.-]+"  # no part of a path: .. and hidden names are none
 HUB_ID = re.compile(
     rf"(?P<id>{_NAME}(/{_NAME})?)(/(?P<config>{_NAME}))?(:(?P<split>[\w.\[\]%:+-]+))?", re.ASCII
 )
-
-
-@dataclass(frozen=True)
-class Fields:
-    """Which fields of a record hold the text.
-
-    All None: ``text``, or else ``prompt`` and ``completion``; a record with both kinds is refused as
-    ambiguous.
-    """
-
-    text: str | None = None
-    prompt: str | None = None
-    completion: str | None = None
-
-    def __post_init__(self) -> None:
-        if (self.prompt is None) != (self.completion is None):
-            raise DataError("a prompt field needs a completion field and the other way round; name both")
-        if self.text is not None and self.prompt is not None:
-            raise DataError("name either a text field or a prompt and a completion field, not both")
-
-    def refuse_unused(self, sources: "Iterable[DataSource]") -> None:
-        """Raise DataError for the name of a field where nothing has fields."""
-        named = [name for name in (self.text, self.prompt) if name is not None]
-        if named and all(source.kind in ("text", "binidx") for source in sources):
-            raise DataError(
-                f"a field {shortened(repr(named[0]))} was named, but none of the data has fields; leave it out"
-            )
-
-    def choose(self, names: Iterable[str], where: str) -> tuple[str | None, str]:
-        """(prompt field or None, text field) among ``names``; DataError naming ``where`` without one."""
-        present = set(names)
-        pair = (self.prompt or "prompt", self.completion or "completion")
-        text = self.text or "text"
-        has_pair, has_text = present.issuperset(pair), text in present
-        if self.prompt is not None:
-            has_text = False
-        elif self.text is not None:
-            has_pair = False
-        if has_pair and has_text:
-            raise DataError(
-                f"{where}: has both '{text}' and '{pair[0]}'/'{pair[1]}'; name what is to be read: {_NAMED}"
-            )
-        if has_pair:
-            return pair
-        if has_text:
-            return None, text
-        if self.prompt is not None:
-            wanted = f"'{pair[0]}' and '{pair[1]}'"
-        else:
-            wanted = f"'{text}'" if self.text is not None else f"'{text}' (or '{pair[0]}' and '{pair[1]}')"
-        found = ", ".join(map(shortened, sorted(present)[:12])) or "nothing"
-        raise DataError(f"{where}: no field {wanted}; found: {found}; name yours: {_NAMED}")
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A document, or a piece of a long one.
-
-    ``text`` carries the loss, ``prompt`` (None: no prompt) does not. ``line`` counts lines (or rows) from
-    1. ``continues``: this piece goes on with the document of the piece before it. ``many_lines``: the text
-    is raw lines of the file, so that line ``i`` of the text is line ``line + i`` of the file.
-    """
-
-    text: str
-    prompt: str | None
-    source: str
-    line: int
-    unit: str = "line"
-    continues: bool = False
-    many_lines: bool = False
-
-    @property
-    def where(self) -> str:
-        return place(self.source, self.line, self.unit)
-
-
-def place(source: str, line: int, unit: str = "line") -> str:
-    """``source:line`` as compilers write it, or ``source: row N`` for tables."""
-    return f"{source}:{line}" if unit == "line" else f"{source}: {unit} {line}"
 
 
 def one_line(error: BaseException) -> str:
@@ -171,7 +92,7 @@ class DataSource:
         """Documents in file order. Raises DataError naming file and line of what cannot be parsed."""
         fields = fields or Fields()
         if self.kind == "text":
-            return _read_text(self)
+            return (replace(piece, train_on=fields.train_on) for piece in _read_text(self))
         if self.kind in ("jsonl", "json", "csv"):
             read = {"jsonl": _read_jsonl, "json": _read_json, "csv": _read_csv}[self.kind]
             return read(self, fields)
@@ -248,7 +169,7 @@ def _read_jsonl(source: DataSource, fields: Fields) -> Iterator[Piece]:
     with _opened(source) as file:
         for number, row in _json_lines(source, file):
             where = place(source.name, number)
-            yield _piece(row, *fields.choose(_names(row, where), where), source.name, number, "line")
+            yield fields.choose(_names(row, where), where).piece(row, source.name, number, "line")
 
 
 def _json_lines(source: DataSource, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
@@ -283,7 +204,7 @@ def _read_json(source: DataSource, fields: Fields) -> Iterator[Piece]:
         raise DataError(f"{source.name}: not valid JSON: {one_line(error)}") from error
     for number, row in enumerate(values if isinstance(values, list) else [values], start=1):
         where = place(source.name, number, source.unit)
-        yield _piece(row, *fields.choose(_names(row, where), where), source.name, number, source.unit)
+        yield fields.choose(_names(row, where), where).piece(row, source.name, number, source.unit)
 
 
 def _names(row: Any, where: str) -> Iterable[str]:
@@ -304,11 +225,11 @@ def _read_csv(source: DataSource, fields: Fields) -> Iterator[Piece]:
                 if names is None:
                     names = row
                     refuse_twice(names)
-                    prompt, text = fields.choose(names, where)
+                    layout = fields.choose(names, where)
                 elif row and len(row) != len(names):
                     raise DataError(f"{where}: {len(row)} fields, but the first row names {len(names)}")
                 elif row:
-                    yield _piece(dict(zip(names, row, strict=True)), prompt, text, source.name, line, "line")
+                    yield layout.piece(dict(zip(names, row, strict=True)), source.name, line, "line")
                 line = rows.line_num + 1
         except NamedTwice as error:
             raise DataError(f"{place(source.name, line)}: {error}") from None
@@ -337,7 +258,7 @@ def _read_parquet(source: DataSource, fields: Fields) -> Iterator[Piece]:
         with parquet.ParquetFile(source.path) as table:
             names = list(table.schema_arrow.names)
             refuse_twice(names)
-            columns = [name for name in fields.choose(names, source.name) if name is not None]
+            columns = list(fields.choose(names, source.name).columns)
             batches = table.iter_batches(batch_size=256, columns=columns)
             rows = (row for batch in batches for row in batch.to_pylist())
             yield from _read_rows(source, fields, names, rows)
@@ -350,21 +271,9 @@ def _read_parquet(source: DataSource, fields: Fields) -> Iterator[Piece]:
 def _read_rows(
     source: DataSource, fields: Fields, names: Sequence[str], rows: Iterator[dict[str, Any]]
 ) -> Iterator[Piece]:
-    prompt, text = fields.choose(names, source.name)
+    layout = fields.choose(names, source.name)
     for number, row in enumerate(rows, start=1):
-        yield _piece(row, prompt, text, source.name, number, "row")
-
-
-def _piece(row: dict[str, Any], prompt: str | None, text: str, source: str, line: int, unit: str) -> Piece:
-    for name in (prompt, text):
-        if name is not None and not isinstance(row[name], str):
-            found = "null" if row[name] is None else f"a {type(row[name]).__name__}"
-            raise DataError(f"{place(source, line, unit)}: field '{name}' is {found}, not a string")
-        if name is not None and not is_utf8(row[name]):
-            raise DataError(
-                f"{place(source, line, unit)}: field '{name}' holds half a surrogate pair, no text"
-            )
-    return Piece(row[text], None if prompt is None else row[prompt], source, line, unit)
+        yield layout.piece(row, source.name, number, "row")
 
 
 def _load_hub_dataset(name: str) -> Any:

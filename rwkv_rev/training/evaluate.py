@@ -29,8 +29,8 @@ from rwkv_rev.loading import load_model, load_tokenizer
 from rwkv_rev.loss import IGNORE, LOGITS_AT_ONCE, cross_entropy
 from rwkv_rev.progress import Progress
 from rwkv_rev.training.config import refuse_half_named
-from rwkv_rev.training.documents import Fields
 from rwkv_rev.training.launch import choose_dtype
+from rwkv_rev.training.records import Fields
 from rwkv_rev.training.sources import find_sources
 from rwkv_rev.training.token_cache import load_tokens
 from rwkv_rev.training.token_store import TokenStore
@@ -227,7 +227,7 @@ def evaluate_directory(
     tokenizer = load_tokenizer(directory)
     sources = [str(source) for source in ([data] if isinstance(data, str | Path) else data)]
     fields = Fields(text_field, prompt_field, completion_field)
-    fields.refuse_unused(find_sources(sources))
+    fields.refuse_unused(source.kind for source in find_sources(sources))
     store = load_tokens(
         sources,
         tokenizer,
@@ -321,10 +321,9 @@ def _slice(
         known = min(len(tokens), size)
         ids[index, :known] = tokens[:known]
         mask[index, :known] = 1
-        following = tokens[1:]
+        counts = torch.from_numpy(store.loss(document, begin, min(begin + size + 1, stop)))
+        following = torch.where(counts, tokens, IGNORE)[1:]
         targets[index, : len(following)] = following
-        prompt = max(0, store.prompt_length(document) - begin - 1)  # targets that are still prompt
-        targets[index, :prompt] = IGNORE
     return ids, targets, mask
 
 

@@ -23,16 +23,17 @@ from rwkv_rev.folders.folder import refuse_links
 from rwkv_rev.folders.publish import refuse_unpublishable
 from rwkv_rev.loading import load_tokenizer
 from rwkv_rev.modeling import RwkvRevForCausalLM
+from rwkv_rev.tokenization.chat_template import read_template
 from rwkv_rev.training.batches import BatchOrder
 from rwkv_rev.training.callbacks import refuse_missing_reporter
 from rwkv_rev.training.checkpoints import RUN_NAME
 from rwkv_rev.training.config import FinetuneConfig
-from rwkv_rev.training.documents import Fields
 from rwkv_rev.training.identity import model_fingerprint, refuse_other_run
 from rwkv_rev.training.launch import choose_dtype, own_device, refuse_launch, training_device
 from rwkv_rev.training.lora_targets import refuse_lora_targets
 from rwkv_rev.training.memory import MemoryForecast, choose_length, forecast_memory, refuse_too_large
 from rwkv_rev.training.overlap import shared_documents
+from rwkv_rev.training.records import Fields
 from rwkv_rev.training.rows import RowDataset, RowStatistics
 from rwkv_rev.training.sources import find_sources
 from rwkv_rev.training.token_cache import load_tokens
@@ -263,12 +264,22 @@ def _load_data(
 ) -> tuple[TokenStore, TokenStore | None]:
     """The documents to train on and those held out, which get no end token; all ids have an embedding."""
 
-    fields = Fields(config.text_field, config.prompt_field, config.completion_field)
+    fields = Fields(
+        config.text_field,
+        config.prompt_field,
+        config.completion_field,
+        config.messages_field,
+        config.data_format,
+        config.train_on,
+    )
+    tokenizer = load_tokenizer(config.model)
+    if config.chat_template is not None:
+        tokenizer.chat_template = read_template(config.chat_template)
 
     def load(data: list[str], end: Any) -> TokenStore:
         return load_tokens(
             list(data),
-            load_tokenizer(config.model),
+            tokenizer,
             fields=fields,
             end_token=end,
             vocab_size=vocab_size,
@@ -278,6 +289,6 @@ def _load_data(
             keep=keep,
         )
 
-    fields.refuse_unused(find_sources([*config.data, *config.eval_data]))
+    fields.refuse_unused(source.kind for source in find_sources([*config.data, *config.eval_data]))
     end = None if config.end_token == "none" else config.end_token
     return load(config.data, end), load(config.eval_data, None) if config.eval_data else None

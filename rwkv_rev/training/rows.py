@@ -177,7 +177,7 @@ class RowDataset(Dataset):
                 f"{self.store.place(document)}: token id {bad} is outside the vocabulary, {self.vocab_size}"
             )
         labels = ids.copy()
-        labels[: max(0, self.store.prompt_length(document) - start)] = IGNORED
+        labels[~self.store.loss(document, start, stop)] = IGNORED
         return ids, labels
 
     def statistics(self) -> RowStatistics:

@@ -22,6 +22,7 @@ from rwkv_rev.folders.folder import tokenizer_files
 from rwkv_rev.folders.redaction import public
 from rwkv_rev.folders.safe_output import whole_directory
 from rwkv_rev.loading import load_config
+from rwkv_rev.tokenization.chat_template import CHAT_TEMPLATE_FILE, read_template
 from rwkv_rev.training.config import FinetuneConfig
 from rwkv_rev.training.plots import has_matplotlib, plot_losses
 from rwkv_rev.training.tuning import merged
@@ -63,6 +64,8 @@ def save_finetuned(
             dtype = _write_weights(tensors, before, folder, config.save_dtype)
         for file in tokenizer_files(source):
             shutil.copyfile(file, folder / file.name)
+        if config.chat_template is not None:
+            (folder / CHAT_TEMPLATE_FILE).write_text(read_template(config.chat_template), "utf-8", newline="")
         model_config = load_config(source)
         model_config.dtype = dtype
         model_config.has_initial_state = any(name.startswith("model.initial_wkv.") for name in tensors)

@@ -1,11 +1,12 @@
 """Tokenise once: a memory-mapped cache on disk, keyed by the content of the data and by the tokenizer.
 
-Key = SHA-256 over (format version, tokenizer, end token, fields, content hash of every source). Changed
+Key = SHA-256 over (format version, tokenizer, chat template, end tokens, fields, content hash of every source). Changed
 data or another tokenizer is another key, so a stale cache is never read; a moved or renamed file still
 finds its cache. An entry is a folder
 
     <cache>/<key>/tokens.bin      ids one after another, uint16 or uint32
     <cache>/<key>/documents.bin   one record a document (token_store.DOCUMENT)
+    <cache>/<key>/silent.bin      runs of tokens without loss (token_store.TokenPart)
     <cache>/<key>/meta.json       sizes, checked when the entry is opened; a damaged entry is built again
 
 written beside its place and renamed into it, under a lock file: two processes that start at once build it
@@ -33,12 +34,15 @@ from rwkv_rev.folders.temporary import make_temporary_folder
 from rwkv_rev.folders.user_cache import user_cache
 from rwkv_rev.progress import Progress
 from rwkv_rev.training.binidx import read_index
-from rwkv_rev.training.documents import DataSource, Fields
+from rwkv_rev.training.documents import DataSource
+from rwkv_rev.training.records import Fields
 from rwkv_rev.training.sources import Skipped, describe_skipped, find_sources
 from rwkv_rev.training.token_store import DOCUMENT, TokenPart, TokenStore
-from rwkv_rev.training.tokenise import batches, encode_in_order, tokenizer_fingerprint
+from rwkv_rev.training.tokenise import Encoded, batches, encode_in_order, tokenizer_fingerprint
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+Ends = tuple[int | None, int | None]
+"""End tokens: of texts, and of what answers."""
 
 
 def load_tokens(
@@ -57,8 +61,9 @@ def load_tokens(
 
     ``tokenizer``: any transformers tokenizer, or anything with ``encode(text) -> ids``; not needed for
     binidx alone. No special tokens are added but ``end_token``, put after every document (not after binidx
-    ones, which bring their own): an id, None for none, or "auto" for the tokenizer's ``eos_token_id`` (no token for
-    :class:`RwkvByteTokenizer`, whose end of text is an ordinary byte).
+    ones, which bring their own): an id, None for none, or "auto" for the tokenizer's ``eos_token_id`` (of
+    :class:`RwkvByteTokenizer`, whose end of text is an ordinary byte, only after conversations and completions: who
+    answers has to learn to end).
     ``num_workers`` None: one a core for large data, else 1. ``progress``: tell on stderr how far it is. ``keep`` False:
     what is not in the cache yet goes to a temporary folder, which goes with the store. Raises DataError
     (missing, empty or unparsable data, naming file and line; ids outside ``vocab_size``).
@@ -69,17 +74,18 @@ def load_tokens(
     texts = [source for source in sources if source.kind != "binidx"]
     if texts and tokenizer is None:
         raise DataError(f"{texts[0].name}: is text, and no tokenizer was given")
-    end = _document_end(tokenizer) if end_token == "auto" else end_token
-    assert end is None or isinstance(end, int)
+    end, answer_end = _document_ends(tokenizer) if end_token == "auto" else (end_token, end_token)
+    assert not isinstance(end, str) and not isinstance(answer_end, str)
+    ends = (end, answer_end)
     parts, hashes, cached, discard = [], [], None, None
     if texts:
         hashes = [source.content_hash() for source in texts]
-        key = _key(tokenizer, end, fields, hashes)
+        key = _key(tokenizer, ends, fields, hashes)
         root = Path(cache_dir).expanduser() if cache_dir is not None else user_cache("tokens")
         if not keep and _read_meta(root / key) is None:
             root, discard = make_temporary_folder("tokens")
         try:
-            cached = _open_or_build(root, key, texts, tokenizer, end, fields, num_workers, progress)
+            cached = _open_or_build(root, key, texts, tokenizer, ends, fields, num_workers, progress)
         except BaseException:
             if discard is not None:
                 discard()
@@ -98,7 +104,7 @@ def load_tokens(
     store = TokenStore(
         parts,
         fingerprint=hashlib.sha256("\n".join(hashes).encode()).hexdigest(),
-        end_token=end,
+        end_token=end if end is not None or meta.get("unended", True) else answer_end,
         empty_documents=meta["empty_documents"],
         max_token=meta["max_token"],
         cache=cached,
@@ -111,13 +117,15 @@ def load_tokens(
     return store
 
 
-def _document_end(tokenizer: Any) -> int | None:
+def _document_ends(tokenizer: Any) -> tuple[int | None, int | None]:
+    """What ends a text, and what ends an answer."""
     eos = getattr(tokenizer, "eos_token_id", None)
-    return getattr(tokenizer, "document_end_id", eos)
+    return getattr(tokenizer, "document_end_id", eos), eos
 
 
-def _key(tokenizer: Any, end: int | None, fields: Fields, hashes: list[str]) -> str:
-    recipe = [FORMAT_VERSION, tokenizer_fingerprint(tokenizer), end, astuple(fields), hashes]
+def _key(tokenizer: Any, ends: Ends, fields: Fields, hashes: list[str]) -> str:
+    template = getattr(tokenizer, "chat_template", None)
+    recipe = [FORMAT_VERSION, tokenizer_fingerprint(tokenizer), template, ends, astuple(fields), hashes]
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32]
 
 
@@ -126,7 +134,12 @@ def _part(entry: Path, texts: list[DataSource]) -> TokenPart:
     assert meta is not None
     names, units = tuple(source.name for source in texts), tuple(source.unit for source in texts)
     return TokenPart(
-        entry / "tokens.bin", np.dtype(meta["dtype"]), names, units, table_path=entry / "documents.bin"
+        entry / "tokens.bin",
+        np.dtype(meta["dtype"]),
+        names,
+        units,
+        table_path=entry / "documents.bin",
+        silent_path=entry / "silent.bin",
     )
 
 
@@ -136,6 +149,7 @@ def _read_meta(entry: Path) -> dict[str, Any] | None:
         meta = json.loads((entry / "meta.json").read_text("utf-8"))
         tokens, documents = (entry / "tokens.bin").stat().st_size, (entry / "documents.bin").stat().st_size
         whole = tokens == meta["tokens"] * np.dtype(meta["dtype"]).itemsize
+        whole = whole and (entry / "silent.bin").stat().st_size == meta["silent_runs"] * 16
         return meta if whole and documents == meta["documents"] * DOCUMENT.itemsize else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -146,7 +160,7 @@ def _open_or_build(
     key: str,
     texts: list[DataSource],
     tokenizer: Any,
-    end: int | None,
+    ends: Ends,
     fields: Fields,
     num_workers: int | None,
     progress: bool,
@@ -168,7 +182,7 @@ def _open_or_build(
                 building = root / f"{key}.building-{uuid.uuid4().hex[:8]}"
                 building.mkdir()
                 try:
-                    _build(building, texts, tokenizer, end, fields, num_workers, progress)
+                    _build(building, texts, tokenizer, ends, fields, num_workers, progress)
                     _move_into_place(building, entry)
                 finally:
                     shutil.rmtree(building, ignore_errors=True)
@@ -193,23 +207,28 @@ def _build(
     folder: Path,
     texts: list[DataSource],
     tokenizer: Any,
-    end: int | None,
+    ends: Ends,
     fields: Fields,
     num_workers: int | None,
     progress: bool,
 ) -> None:
     total = sum(source.nbytes() for source in texts)
     before = _stamps(texts)
-    dtype = np.dtype("<u2" if _vocabulary(tokenizer) <= 1 << 16 and (end or 0) < 1 << 16 else "<u4")
-    with (folder / "tokens.bin").open("wb") as tokens, (folder / "documents.bin").open("wb") as documents:
-        writer = _Writer(tokens, documents, dtype, end)
+    highest = max(_vocabulary(tokenizer), *(1 + (end or 0) for end in ends))
+    dtype = np.dtype("<u2" if highest <= 1 << 16 else "<u4")
+    with (
+        (folder / "tokens.bin").open("wb") as tokens,
+        (folder / "documents.bin").open("wb") as documents,
+        (folder / "silent.bin").open("wb") as silent,
+    ):
+        writer = _Writer(tokens, documents, silent, dtype, ends)
         with Progress("tokenising", total, "bytes", wanted=progress) as shown:
             for batch in encode_in_order(batches(texts, fields), tokenizer, num_workers, total):
                 for encoded in batch:
-                    writer.add(*encoded)
-                    shown.add(encoded[2])
+                    writer.add(encoded)
+                    shown.add(encoded.text_bytes)
         writer.close()
-        for file in (tokens, documents):
+        for file in (tokens, documents, silent):
             file.flush()
             os.fsync(file.fileno())
     if _stamps(texts) != before:
@@ -223,6 +242,8 @@ def _build(
         "documents": writer.documents,
         "empty_documents": writer.empty,
         "max_token": writer.max_token,
+        "silent_runs": writer.silent_runs,
+        "unended": writer.unended,
         "sources": [source.name for source in texts[:100]],
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
@@ -244,33 +265,45 @@ def _vocabulary(tokenizer: Any) -> int:
 class _Writer:
     """Appends documents; pieces of one document are joined and the end token put behind the last."""
 
-    def __init__(self, tokens: BinaryIO, documents: BinaryIO, dtype: np.dtype, end: int | None) -> None:
-        self._tokens_file, self._documents_file, self._dtype, self._end = tokens, documents, dtype, end
-        self._current: dict[str, int] | None = None
-        self.tokens = self.documents = self.empty = 0
-        self.max_token = -1
-
-    def add(
-        self, ids: np.ndarray, prompt: int, text_bytes: int, source: int, line: int, continues: bool
+    def __init__(
+        self, tokens: BinaryIO, documents: BinaryIO, silent: BinaryIO, dtype: np.dtype, ends: Ends
     ) -> None:
-        if not continues or self._current is None:
-            self.close()
-            self._current = {"start": self.tokens, "length": 0, "prompt": prompt, "text_bytes": 0}
-            self._current |= {"line": line, "source": source}
-        self._write(ids)
-        self._current["length"] += len(ids)
-        self._current["text_bytes"] += text_bytes
+        self._tokens_file, self._documents_file, self._silent_file = tokens, documents, silent
+        self._dtype, self._ends = dtype, ends
+        self._current: dict[str, int] | None = None
+        self._end: int | None = None
+        self._last = True  # whether the token before carries loss
+        self.tokens = self.documents = self.empty = self.silent_runs = 0
+        self.max_token = -1
+        self.unended = False
 
-    def _write(self, ids: np.ndarray) -> None:
+    def add(self, piece: Encoded) -> None:
+        if not piece.continues or self._current is None:
+            self.close()
+            self._current = {"start": self.tokens, "length": 0, "prompt": 0, "text_bytes": 0}
+            self._current |= {"line": piece.line, "source": piece.source, "ended": 0}
+            self._end = self._ends[piece.answers]
+        if self._current["prompt"] == self._current["length"]:
+            self._current["prompt"] += len(piece.loss) if not piece.loss.any() else int(piece.loss.argmax())
+        self._write(piece.ids, piece.loss)
+        self._current["length"] += len(piece.ids)
+        self._current["text_bytes"] += piece.text_bytes
+
+    def _write(self, ids: np.ndarray, loss: np.ndarray) -> None:
         if len(ids):
             self.max_token = max(self.max_token, int(ids.max()))
             if self.max_token > np.iinfo(self._dtype).max:
                 raise DataError(f"the tokenizer gave id {self.max_token}, more than its own vocabulary")
+            self._last = bool(loss[-1])
+        if not loss.all():
+            edges = np.flatnonzero(np.diff(np.concatenate([[True], loss, [True]])))
+            self._silent_file.write((edges + self.tokens).astype("<i8").tobytes())
+            self.silent_runs += len(edges) // 2
         self._tokens_file.write(ids.astype(self._dtype).tobytes())
         self.tokens += len(ids)
 
     def close(self) -> None:
-        """End the current document."""
+        """End the current document; its end carries loss if what it ends does."""
         current, self._current = self._current, None
         if current is None:
             return
@@ -278,8 +311,10 @@ class _Writer:
             self.empty += 1
             return
         if self._end is not None:
-            self._write(np.array([self._end], np.uint32))
+            self._write(np.array([self._end], np.uint32), np.array([self._last]))
             current["length"] += 1
+            current["ended"] = 1
+        self.unended |= self._end is None
         row = np.zeros(1, DOCUMENT)
         for name, value in current.items():
             row[name] = value

@@ -17,7 +17,7 @@ from rwkv_rev.errors import DataError
 from rwkv_rev.training.documents import place
 
 # One record a document in documents.bin. start, length, prompt: tokens; text_bytes: UTF-8 bytes of the
-# text that carries loss; line: where it begins in its source, from 1.
+# text that carries loss; line: where it begins in its source, from 1; ended: 1 if an end token was put behind it.
 DOCUMENT = np.dtype(
     [
         ("start", "<i8"),
@@ -26,6 +26,7 @@ DOCUMENT = np.dtype(
         ("text_bytes", "<i8"),
         ("line", "<i8"),
         ("source", "<i4"),
+        ("ended", "<i4"),
     ]
 )
 
@@ -34,7 +35,10 @@ SCANNED_AT_ONCE = 1 << 22
 
 @dataclass
 class TokenPart:
-    """Documents of one token file, with either ``table_path`` (a documents.bin) or ``borders`` (binidx)."""
+    """Documents of one token file, with either ``table_path`` (a documents.bin) or ``borders`` (binidx).
+
+    ``silent_path``: [first, one past the last) of each run of tokens without loss, int64 pairs, in order.
+    """
 
     tokens_path: Path
     dtype: np.dtype
@@ -42,6 +46,7 @@ class TokenPart:
     units: tuple[str, ...]
     table_path: Path | None = None
     borders: np.ndarray | None = None
+    silent_path: Path | None = None
     _maps: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -59,6 +64,17 @@ class TokenPart:
         if "table" not in self._maps:
             self._maps["table"] = np.memmap(self.table_path, DOCUMENT, mode="r")
         return self._maps["table"]
+
+    @property
+    def silent(self) -> np.ndarray:
+        """Runs of tokens without loss, int64 [runs, 2]."""
+        if "silent" not in self._maps:
+            path = self.silent_path
+            if path is None or path.stat().st_size == 0:  # which cannot be mapped
+                self._maps["silent"] = np.zeros((0, 2), np.int64)
+            else:
+                self._maps["silent"] = np.memmap(path, np.dtype("<i8"), mode="r").reshape(-1, 2)
+        return self._maps["silent"]
 
     def __len__(self) -> int:
         return len(self.table) if self.borders is None else len(self.borders) - 1
@@ -158,12 +174,24 @@ class TokenStore:
         """UTF-8 bytes of the text of each document that carries loss; 0 for binidx, int64 [documents]."""
         return np.concatenate([np.asarray(part.column("text_bytes"), np.int64) for part in self.parts])
 
+    def loss(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Which of the tokens ``start:stop`` of one document carry loss, bool."""
+        part, at = self._find(document)
+        first, length = part.slice_of(at)
+        start, stop, _ = slice(start, stop).indices(length)
+        counts = np.ones(max(0, stop - start), bool)
+        if part.borders is None:
+            counts[: max(0, int(part.table["prompt"][at]) - start)] = False
+            runs, begin = part.silent, first + start
+            for run in range(int(np.searchsorted(runs[:, 1], begin, side="right")), len(runs)):
+                if runs[run, 0] >= first + stop:
+                    break
+                counts[max(0, int(runs[run, 0]) - begin) : int(runs[run, 1]) - begin] = False
+        return counts
+
     def ends_added(self) -> np.ndarray:
         """End tokens put behind each document, 0 or 1, int64 [documents]; binidx documents bring their own."""
-        added = 0 if self.end_token is None else 1
-        return np.concatenate(
-            [np.full(len(part), added if part.borders is None else 0, np.int64) for part in self.parts]
-        )
+        return np.concatenate([np.asarray(part.column("ended"), np.int64) for part in self.parts])
 
     def ids_at(self, positions: np.ndarray) -> np.ndarray:
         """One id of each document, -1 where it has none there, int64 [documents]."""

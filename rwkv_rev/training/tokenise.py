@@ -1,8 +1,9 @@
 """Text to token ids, in one process or several, in order.
 
 Batches of about one mebibyte go to several processes (start method "spawn" on every platform) a few
-ahead of the reader; memory does not grow with the data. Prompt and completion are tokenised apart, so that
-the completion begins on a token border, as it does when the model generates. Errors name file and line.
+ahead of the reader; memory does not grow with the data. Prompt and completion, and the turns of a conversation, are
+tokenised apart, so that what carries loss begins on a token border, as it does when the model generates. Errors name
+file and line.
 """
 
 import hashlib
@@ -17,19 +18,30 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rwkv_rev.errors import DataError
-from rwkv_rev.training.documents import DataSource, Fields, Piece, one_line, place
+from rwkv_rev.training.conversations import parts_of
+from rwkv_rev.training.documents import DataSource, one_line
+from rwkv_rev.training.records import Fields, Piece, place
 
 BATCH_BYTES = 1 << 20
 POOL_WORTH_SECONDS = 30.0  # starting processes takes some 5 s, for the imports of the tokenizer
 PROBE = "The quick brown fox\n\n  jumps over 13 lazy dogs. Äöü ß 漢字 🙂\t\r\n"
 
-# (ids uint32, prompt tokens, UTF-8 bytes with loss, source index, line, continues)
-Encoded = tuple[np.ndarray, int, int, int, int, bool]
+
+class Encoded(NamedTuple):
+    """A piece as tokens: ids uint32 [n]; which of them carry loss, bool [n]; UTF-8 bytes with loss."""
+
+    ids: np.ndarray
+    loss: np.ndarray
+    text_bytes: int
+    source: int
+    line: int
+    continues: bool
+    answers: bool
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -83,7 +95,7 @@ def batches(texts: list[DataSource], fields: Fields) -> Iterator[list[tuple[int,
         try:
             for piece in source.pieces(fields):
                 batch.append((index, piece))
-                size += len(piece.text) + len(piece.prompt or "") + 64
+                size += piece.size
                 if size >= BATCH_BYTES:
                     yield batch
                     batch, size = [], 0
@@ -114,7 +126,7 @@ def encode_in_order(
         for batch in batches:
             encoded = _encode_batch(tokenizer, batch)
             yield encoded
-            done += sum(size for _, _, size, *_ in encoded)
+            done += sum(one.text_bytes for one in encoded)
             spent = time.perf_counter() - started
             if workers > 1 and spent > 1.0 and (total - done) / max(done, 1) * spent > POOL_WORTH_SECONDS:
                 break
@@ -153,21 +165,28 @@ def _encode_in_worker(batch: list[tuple[int, Piece]]) -> list[Encoded]:
 
 
 def _encode_batch(tokenizer: Any, batch: list[tuple[int, Piece]]) -> list[Encoded]:
-    encoded = []
-    for source, piece in batch:
-        try:
-            prompt = token_ids(tokenizer, piece.prompt or "")
-            text = token_ids(tokenizer, piece.text)
-            ids = np.array([*prompt, *text], np.uint32)
-            size = len(piece.text.encode("utf-8", "surrogatepass"))
-        except Exception as error:  # whatever a tokenizer raises; the user needs the place
-            raise DataError(
-                f"{_failing_place(tokenizer, piece)}: cannot be tokenised: {one_line(error)}"
-            ) from None
-        if prompt and not text:
-            ids = ids[:0]  # nothing to learn from: counts as empty
-        encoded.append((ids, len(prompt), size, source, piece.line, piece.continues))
-    return encoded
+    return [_encode(tokenizer, source, piece) for source, piece in batch]
+
+
+def _encode(tokenizer: Any, source: int, piece: Piece) -> Encoded:
+    ids: list[int] = []
+    loss: list[np.ndarray] = []
+    size = 0
+    try:
+        for text, counts in parts_of(tokenizer, piece):
+            found = token_ids(tokenizer, text)
+            ids += found
+            loss.append(np.full(len(found), counts))
+            size += len(text.encode("utf-8", "surrogatepass")) if counts else 0
+        values = np.array(ids, np.uint32)
+    except DataError as error:
+        raise DataError(f"{piece.where}: {error}") from None
+    except Exception as error:  # whatever a tokenizer raises; the user needs the place
+        raise DataError(
+            f"{_failing_place(tokenizer, piece)}: cannot be tokenised: {one_line(error)}"
+        ) from None
+    mask = np.concatenate([np.zeros(0, bool), *loss])
+    return Encoded(values, mask, size, source, piece.line, piece.continues, piece.answers)
 
 
 def _failing_place(tokenizer: Any, piece: Piece) -> str:

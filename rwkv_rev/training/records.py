@@ -1,0 +1,290 @@
+"""What a record of a data file is to be trained as, by the names of its fields.
+
+| format | fields | with loss |
+|---|---|---|
+| ``text`` | ``text`` | everything |
+| ``completion`` | ``prompt``, ``completion`` | the completion |
+| ``messages`` | ``messages`` or ``conversations``: turns, ``role``/``content`` or ``from``/``value`` | the assistant |
+| ``instruction`` | ``instruction``, ``input`` (may be missing or empty), ``output`` | the output |
+| ``chosen`` | of a preference pair: ``prompt``, ``chosen``; only where it is asked for | the chosen answer |
+
+Of ``completion`` and ``chosen`` both fields may be lists of turns, too. What is a list of turns becomes text by the
+tokenizer's chat template, where it is tokenised (:mod:`rwkv_rev.training.conversations`); so do instructions. Other
+fields are not read. Pairs train a model by trl's ``DPOTrainer``, which is why they are not taken without a word.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from rwkv_rev.errors import DataError
+from rwkv_rev.printable import is_utf8, shortened
+
+FORMATS = ("auto", "text", "completion", "messages", "instruction", "chosen")
+TRAIN_ON = ("assistant", "all", "last")
+_LISTS = ("messages", "conversations")
+_NAMED = (
+    "--text-field NAME, or --prompt-field NAME and --completion-field NAME, or --messages-field NAME, or "
+    f"--data-format {'|'.join(FORMATS[1:])}"
+)
+_ROLES = {
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt"), "assistant"),
+    "system": "system",
+}
+Turns = tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A document, or a piece of a long one.
+
+    ``text`` carries the loss, ``prompt`` (None: no prompt) does not. ``turns``: instead of both a conversation, of
+    which the first ``silent`` turns carry no loss. ``train_on``: one of :data:`TRAIN_ON` where it was asked for.
+    ``line`` counts lines (or rows) from 1. ``continues``: this piece goes on with the document of the piece before it.
+    ``many_lines``: the text is raw lines of the file, so that line ``i`` of the text is line ``line + i`` of the file.
+    """
+
+    text: str
+    prompt: str | None
+    source: str
+    line: int
+    unit: str = "line"
+    continues: bool = False
+    many_lines: bool = False
+    turns: Turns = ()
+    silent: int = 0
+    train_on: str | None = None
+
+    @property
+    def where(self) -> str:
+        return place(self.source, self.line, self.unit)
+
+    @property
+    def size(self) -> int:
+        """Characters, about."""
+        return len(self.text) + len(self.prompt or "") + sum(len(turn["content"]) for turn in self.turns) + 64
+
+    @property
+    def answers(self) -> bool:
+        """Whether somebody asks and somebody answers, who has to learn where to end."""
+        return bool(self.turns) or self.prompt is not None or self.train_on in ("assistant", "last")
+
+
+def place(source: str, line: int, unit: str = "line") -> str:
+    """``source:line`` as compilers write it, or ``source: row N`` for tables."""
+    return f"{source}:{line}" if unit == "line" else f"{source}: {unit} {line}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which fields of a record are read, as one of :data:`FORMATS`."""
+
+    format: str
+    columns: tuple[str, ...]
+    train_on: str | None
+
+    def piece(self, row: dict[str, Any], source: str, line: int, unit: str) -> Piece:
+        """The document that a record holds. Raises DataError naming its place."""
+        where = place(source, line, unit)
+        values = {name: row.get(name) for name in self.columns}
+        prompt: str | None = None
+        turns: Turns = ()
+        text, silent = "", 0
+        if self.format == "messages":
+            turns = _turns(values, self.columns[0], where)
+        elif self.format == "instruction":
+            asked, answer = (_text(values, name, where) for name in (self.columns[0], self.columns[-1]))
+            more = "" if row.get("input") is None else _text(row, "input", where)
+            asked = f"{asked}\n\n{more}" if more.strip() else asked
+            said = (("user", asked), ("assistant", answer))
+            for name, (_, content) in zip((self.columns[0], self.columns[-1]), said, strict=True):
+                if not content.strip():
+                    raise DataError(f"{where}: field '{name}' is empty")
+            turns = tuple({"role": role, "content": content} for role, content in said)
+        elif isinstance(values[self.columns[-1]], list):
+            turns = _turns(values, self.columns[-1], where)
+            if len(self.columns) == 2 and isinstance(values[self.columns[0]], list):
+                before = _turns(values, self.columns[0], where)
+                turns, silent = before + turns, len(before)
+            elif turns[0]["role"] == "assistant":
+                asked = _text(values, self.columns[0], where)
+                turns, silent = ({"role": "user", "content": asked}, *turns), 1
+        else:
+            text = _text(values, self.columns[-1], where)
+            prompt = _text(values, self.columns[0], where) if len(self.columns) == 2 else None
+            if self.format == "chosen" and prompt is None:
+                raise DataError(f"{where}: field 'chosen' is a text, and there is no 'prompt' before it")
+        if (
+            turns
+            and self.train_on != "all"
+            and not any(turn["role"] == "assistant" for turn in turns[silent:])
+        ):
+            raise DataError(
+                f"{where}: no turn of the assistant to train on (--train-on all takes every turn)"
+            )
+        return Piece(text, prompt, source, line, unit, turns=turns, silent=silent, train_on=self.train_on)
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Which fields of a record hold what is trained on, and what of it.
+
+    ``format`` one of :data:`FORMATS`; with ``auto`` and without names the fields that are there tell it, and a record
+    that could be read in two ways is refused as ambiguous. ``train_on`` one of :data:`TRAIN_ON`; None: the assistant's
+    turns and completions, and all of a text.
+    """
+
+    text: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    messages: str | None = None
+    format: str = "auto"
+    train_on: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) != (self.completion is None):
+            raise DataError("a prompt field needs a completion field and the other way round; name both")
+        named = [name for name in (self.text, self.prompt, self.messages) if name is not None]
+        if len(named) > 1:
+            raise DataError(
+                "name either a text field, a field of messages, or a prompt and a completion field, not both"
+            )
+        if self.format not in FORMATS or self.train_on not in (None, *TRAIN_ON):
+            raise DataError(
+                f"a data format is one of {', '.join(FORMATS)}; train_on of {', '.join(TRAIN_ON)}"
+            )
+        if self.format not in ("auto", self._named()) and named:
+            raise DataError(
+                f"a field {shortened(repr(named[0]))} was named, which data of the format {self.format} does not have"
+            )
+
+    def _named(self) -> str:
+        """The format that named fields are of."""
+        if self.text is not None:
+            return "text"
+        return "completion" if self.prompt is not None else "auto" if self.messages is None else "messages"
+
+    def refuse_unused(self, kinds: Iterable[str]) -> None:
+        """Raise DataError for the name of a field, or a format, where nothing has fields."""
+        kinds = set(kinds)
+        named = [name for name in (self.text, self.prompt, self.messages) if name is not None]
+        if named and kinds <= {"text", "binidx"}:
+            raise DataError(
+                f"a field {shortened(repr(named[0]))} was named, but none of the data has fields; leave it out"
+            )
+        if self.format != "auto" and kinds <= {"text", "binidx"}:
+            raise DataError(
+                f"the format {self.format} is one of records, and the data has none; leave it out"
+            )
+        if self.train_on in ("assistant", "last") and kinds == {"binidx"}:
+            raise DataError(
+                f"--train-on {self.train_on}: of the token ids of a .bin/.idx pair nobody can tell who speaks; "
+                "give the conversations as .jsonl"
+            )
+
+    def choose(self, names: Iterable[str], where: str) -> Layout:
+        """What to read among fields called ``names``; DataError naming ``where`` if that is nothing, or not clear."""
+        present = set(names)
+        found = self._found(present)
+        wanted = self._named() if self.format == "auto" else self.format
+        if wanted != "auto":
+            if wanted in found:
+                return Layout(wanted, found[wanted], self.train_on)
+            raise DataError(
+                f"{where}: no field {self._wanted(wanted)}; found: {_listed(present)}; name yours: {_NAMED}"
+            )
+        if len(found) > 1:
+            first, second = (_quoted(columns) for columns in list(found.values())[:2])
+            raise DataError(f"{where}: has both {first} and {second}; name what is to be read: {_NAMED}")
+        if "chosen" in found:
+            raise DataError(
+                f"{where}: a preference pair, 'chosen' and 'rejected', which trl's DPOTrainer trains on "
+                "(docs/data.md#preference-pairs); to train on the chosen answer alone: --data-format chosen"
+            )
+        for format, columns in found.items():
+            return Layout(format, columns, self.train_on)
+        raise DataError(
+            f"{where}: no field 'text' (or 'prompt' and 'completion', 'messages', 'conversations', 'instruction' and "
+            f"'output'); found: {_listed(present)}; name yours: {_NAMED}"
+        )
+
+    def _found(self, present: set[str]) -> dict[str, tuple[str, ...]]:
+        """Of each format that the fields allow, those that it reads."""
+        pair = (self.prompt or "prompt", self.completion or "completion")
+        lists = [name for name in ((self.messages,) if self.messages else _LISTS) if name in present]
+        found: dict[str, tuple[str, ...]] = {}
+        if (text := self.text or "text") in present:
+            found["text"] = (text,)
+        if present.issuperset(pair):
+            found["completion"] = pair
+        if lists:
+            found["messages"] = (lists[0],)
+        if {"instruction", "output"} <= present:
+            found["instruction"] = ("instruction", *(["input"] if "input" in present else []), "output")
+        if "chosen" in present and ("rejected" in present or self.format == "chosen"):
+            found["chosen"] = ("prompt", "chosen") if "prompt" in present else ("chosen",)
+        return found
+
+    def _wanted(self, format: str) -> str:
+        return {
+            "text": f"'{self.text or 'text'}'",
+            "completion": f"'{self.prompt or 'prompt'}' and '{self.completion or 'completion'}'",
+            "messages": f"'{self.messages}'" if self.messages else "'messages' or 'conversations'",
+            "instruction": "'instruction' and 'output'",
+            "chosen": "'chosen'",
+        }[format]
+
+
+def _listed(present: set[str]) -> str:
+    return ", ".join(map(shortened, sorted(present)[:12])) or "nothing"
+
+
+def _quoted(columns: tuple[str, ...]) -> str:
+    return "/".join(f"'{name}'" for name in columns)
+
+
+def _text(row: dict[str, Any], name: str, where: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, str):
+        found = "null" if value is None else f"a {type(value).__name__}"
+        raise DataError(f"{where}: field '{name}' is {found}, not a string")
+    if not is_utf8(value):
+        raise DataError(f"{where}: field '{name}' holds half a surrogate pair, no text")
+    return value
+
+
+def _turns(row: dict[str, Any], name: str, where: str) -> Turns:
+    """A list of turns with ``role`` and ``content``, whatever they were called."""
+    value = row.get(name)
+    if not isinstance(value, list):
+        found = "null" if value is None else f"a {type(value).__name__}"
+        raise DataError(f"{where}: field '{name}' is {found}, not a list of turns with 'role' and 'content'")
+    if not value:
+        raise DataError(f"{where}: field '{name}' is a list without turns")
+    return tuple(
+        _turn(turn, f"{where}: turn {number} of '{name}'") for number, turn in enumerate(value, start=1)
+    )
+
+
+def _turn(turn: Any, where: str) -> dict[str, Any]:
+    if not isinstance(turn, dict):
+        raise DataError(f"{where} is a {type(turn).__name__}, not an object with 'role' and 'content'")
+    who, what = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
+    for key in (who, what):
+        if not isinstance(turn.get(key), str):
+            kind = "null" if turn.get(key) is None else f"a {type(turn[key]).__name__}"
+            raise DataError(
+                f"{where} has no '{key}'; it has {_listed(set(map(str, turn)))}"
+                if key not in turn
+                else f"{where}: '{key}' is {kind}, not a string"
+            )
+    role, content = turn[who], turn[what]
+    if who == "from" and role not in _ROLES:
+        raise DataError(f"{where}: 'from' is {shortened(repr(role))}; known are {', '.join(_ROLES)}")
+    if not is_utf8(content) or not is_utf8(role):
+        raise DataError(f"{where} holds half a surrogate pair, no text")
+    if not content.strip() and role != "system":
+        raise DataError(f"{where}: its '{what}' is empty")
+    more = {key: value for key, value in turn.items() if key not in (who, what) and value is not None}
+    return more | {"role": _ROLES.get(role, role), "content": content}

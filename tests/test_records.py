@@ -1,0 +1,226 @@
+"""Formats of data: what a record becomes, token by token, and what is refused by name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_page import EXAMPLES, TURNS, Example, page_of, tokens_of
+
+from rwkv_rev.errors import DataError
+from rwkv_rev.tokenization import RwkvByteTokenizer, RwkvWorldTokenizer
+from rwkv_rev.training.records import Fields
+from rwkv_rev.training.rows import RowDataset
+from rwkv_rev.training.sources import find_sources
+from rwkv_rev.training.token_cache import load_tokens
+
+PAGE = Path(__file__).parents[1] / "docs" / "data.md"
+BEGIN, END = "<!-- written by pytest tests/test_records.py --write-docs -->\n", "<!-- end -->\n"
+ASKED = "User: What is 2+2?\n\nAssistant:"
+EXPECTED = {  # written out: parts in turn, the first without loss
+    "A text": ["", "What is 2+2? 4.|"],
+    "Prompt and completion": ["2+2=", "4|"],
+    "Messages": [ASKED, " 4.\n\n", "User: Sure?\n\nAssistant:", " Yes.\nCount!\n\n|"],
+    "Messages, `--train-on last`": [f"{ASKED} 4.\n\nUser: Sure?\n\nAssistant:", " Yes.\nCount!\n\n|"],
+    "Messages, `--train-on all`": ["", f"{ASKED} 4.\n\n|"],
+    "Conversations": [f"System: Be brief.\n\n{ASKED}", " 4.\n\n|"],
+    "Instructions": ["User: Add.\n2, 2\n\nAssistant:", " 4\n\n|"],
+    "Prompt and completion as turns": [f"{ASKED} 4.\n\nUser: Sure?\n\nAssistant:", " Yes.\nCount!\n\n|"],
+    "RWKV's own text, `--train-on assistant`": [
+        ASKED,
+        " Let me count.\n\n4.\n\n",
+        "User: Sure?\n\nAssistant:",
+        " Yes.|",
+    ],
+    "Preference pairs, `--data-format chosen`": [ASKED, " 4.\n\n|"],
+}
+"""``|`` stands for the end token."""
+
+
+@pytest.fixture(scope="module")
+def world() -> RwkvWorldTokenizer:
+    return RwkvWorldTokenizer()
+
+
+def by_byte(example: Example, folder: Path) -> list[tuple[str, bool]]:
+    return tokens_of(example, RwkvByteTokenizer(), folder)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=[example.name for example in EXAMPLES])
+def test_formats_byte_by_byte(example: Example, tmp_path: Path) -> None:
+    """A text gets no end token, which models of bytes were not trained with; answers get one."""
+    expected = [
+        ("end" if letter == "|" else repr(letter)[1:-1], bool(number % 2))
+        for number, part in enumerate(EXPECTED[example.name])
+        for letter in part
+        if not (letter == "|" and example.name == "A text")
+    ]
+    assert by_byte(example, tmp_path) == expected
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=[example.name for example in EXAMPLES])
+def test_formats_token_by_token(example: Example, world: RwkvWorldTokenizer, tmp_path: Path) -> None:
+    expected: list[tuple[str, bool]] = []
+    for number, part in enumerate(EXPECTED[example.name]):
+        ids = world.encode(part.removesuffix("|"))
+        expected += [(repr(world.decode([i]))[1:-1], bool(number % 2)) for i in ids]
+        expected += [("end", True)] * part.endswith("|")
+    assert tokens_of(example, world, tmp_path) == expected
+
+
+def test_page(world: RwkvWorldTokenizer, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """``pytest tests/test_records.py -k page --write-docs`` writes the examples in docs/data.md."""
+    before, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
+    made = f"{before}{BEGIN}\n{page_of(world, tmp_path)}\n{END}{rest.partition(END)[2]}"
+    if request.config.getoption("--write-docs"):
+        PAGE.write_text(made, "utf-8")
+    assert PAGE.read_text("utf-8") == made
+
+
+def write(path: Path, *records: Any) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
+    return path
+
+
+GOOD = {"messages": TURNS}
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"messages": "hi"}, "field 'messages' is a str, not a list of turns"),
+        ({"messages": None}, "field 'messages' is null, not a list of turns"),
+        ({"messages": []}, "field 'messages' is a list without turns"),
+        ({"messages": ["hi"]}, "turn 1 of 'messages' is a str, not an object"),
+        (
+            {"messages": [TURNS[0], {"role": "assistant"}]},
+            "turn 2 of 'messages' has no 'content'; it has role",
+        ),
+        (
+            {"messages": [{"role": "user", "content": ["a"]}]},
+            "turn 1 of 'messages': 'content' is a list, not a string",
+        ),
+        (
+            {"messages": [TURNS[0], {"role": "assistant", "content": " \n"}]},
+            "turn 2 of 'messages': its 'content' is empty",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "\ud800"}]},
+            "turn 1 of 'messages' holds half a surrogate pair",
+        ),
+        ({"messages": TURNS[:1]}, "no turn of the assistant to train on"),
+        (
+            {"conversations": [{"from": "bing", "value": "x"}]},
+            "'from' is 'bing'; known are user, human",
+        ),
+        (
+            {"conversations": [{"from": "human", "text": "x"}]},
+            "turn 1 of .* has no 'value'; it has from, text",
+        ),
+        (
+            {"messages": [*TURNS, {"role": "tool", "content": "x"}]},
+            "the chat template refuses it: .*role tool",
+        ),
+        ({"instruction": "Add.", "output": 4}, "field 'output' is a int, not a string"),
+        ({"instruction": "Add.", "input": 4, "output": "4"}, "field 'input' is a int, not a string"),
+        ({"instruction": "Add.", "output": ""}, "field 'output' is empty"),
+        ({"instruction": "Add."}, "no field 'text' .*'instruction' and 'output'"),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            "a preference pair, .*DPOTrainer.*data_format chosen",
+        ),
+        ({"prompt": "a", "completion": TURNS[:1]}, "no turn of the assistant"),
+        ({"prompt": TURNS[:1], "completion": "b"}, "field 'prompt' is a list, not a string"),
+        (GOOD | {"text": "x"}, "has both 'text' and 'messages'; name what is to be read: .*data_format"),
+    ],
+)
+def test_a_bad_row_is_named(record: Any, message: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "chat.jsonl", GOOD, record)
+    with pytest.raises(DataError, match=rf"chat\.jsonl:2: .*{message}|chat\.jsonl:2: {message}") as caught:
+        load_tokens(path, RwkvByteTokenizer(), cache_dir=tmp_path / "cache", num_workers=1)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Once upon a time", "is no conversation: it begins with 'Once upon"),
+        ("User: hi", "the assistant says nothing"),
+    ],
+)
+def test_a_text_of_which_nobody_knows_who_speaks(text: str, message: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "chat.jsonl", {"text": "User: a\n\nAssistant: b"}, {"text": text})
+    with pytest.raises(DataError, match=rf"chat\.jsonl:2: train_on assistant.*{message}"):
+        load_tokens(path, RwkvByteTokenizer(), fields=Fields(train_on="assistant"), cache_dir=tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("record", "fields", "expected"),
+    [
+        ({"talk": TURNS[:2], "text": "x"}, {"messages": "talk"}, f"{ASKED} 4.\n\n"),
+        (GOOD | {"text": "x"}, {"format": "text"}, "x"),
+        (
+            {"instruction": "a", "output": "b", "text": "x"},
+            {"format": "instruction"},
+            "User: a\n\nAssistant: b\n\n",
+        ),
+        ({"instruction": "a", "input": None, "output": "b"}, {}, "User: a\n\nAssistant: b\n\n"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, {"format": "chosen"}, "ab"),
+        (
+            {"prompt": "x", "chosen": TURNS[:2], "rejected": TURNS[:2]},
+            {"format": "chosen"},
+            f"{ASKED} 4.\n\n",
+        ),
+        (
+            {"prompt": "What is 2+2?", "chosen": TURNS[1:2], "rejected": []},
+            {"format": "chosen"},
+            f"{ASKED} 4.\n\n",
+        ),
+    ],
+)
+def test_what_is_read_by_name(record: Any, fields: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    found = by_byte(Example("", record, fields), tmp_path)
+    ended = "text" not in fields.get("format", "")
+    assert "".join(text for text, _ in found) == repr(expected)[1:-1] + "end" * ended
+
+
+@pytest.mark.parametrize(
+    ("fields", "kinds", "message"),
+    [
+        ({"messages": "m"}, ["text"], "a field 'm' was named, but none of the data has fields"),
+        ({"format": "messages"}, ["text", "binidx"], "the format messages is one of records"),
+        ({"train_on": "last"}, ["binidx"], "train_on last: of the token ids of a .bin/.idx pair"),
+    ],
+)
+def test_what_would_be_without_effect(fields: dict[str, Any], kinds: list[str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Fields(**fields).refuse_unused(kinds)
+
+
+def test_csv_and_parquet(tmp_path: Path) -> None:
+    """Instructions in a table; a list of turns in a column of a parquet file."""
+    (tmp_path / "a.csv").write_text('instruction,input,output\nAdd.,"2, 2",4\n')
+    (piece,) = find_sources(tmp_path / "a.csv")[0].pieces()
+    assert [turn["content"] for turn in piece.turns] == ["Add.\n\n2, 2", "4"]
+    pyarrow, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
+    parquet.write_table(pyarrow.table({"messages": [TURNS], "id": [1]}), tmp_path / "a.parquet")
+    (piece,) = find_sources(tmp_path / "a.parquet")[0].pieces()
+    assert list(piece.turns) == TURNS
+
+
+def test_rows_and_slices_keep_the_mask(tmp_path: Path) -> None:
+    """Labels of rows cut anywhere are those of the whole document."""
+    path = write(tmp_path / "chat.jsonl", {"text": "plain"}, GOOD, {"prompt": "a", "completion": "b"})
+    store = load_tokens(path, RwkvByteTokenizer(), cache_dir=tmp_path / "cache", num_workers=1)
+    whole = store.loss(1)
+    assert (
+        0 < whole.sum() < len(whole) and store.loss(0).all() and store.loss(2).tolist() == [False, True, True]
+    )
+    assert store.prompt_lengths().tolist() == [0, len(ASKED), 1] and store.ends_added().tolist() == [0, 1, 1]
+    for start in range(0, len(whole), 3):
+        assert store.loss(1, start, start + 7).tolist() == whole[start : start + 7].tolist()
+    labels = [label for row in RowDataset(store, 10) for label in row["labels"].tolist()]
+    ids = store.tokens(1).tolist()
+    wanted = [i if loss else -100 for i, loss in zip(ids, whole.tolist(), strict=True)]
+    first = len(ASKED) // 10 * 10  # rows of the prompt alone are left out
+    assert labels == [*b"plain", *wanted[first:], -100, *b"b\0"]
