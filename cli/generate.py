@@ -32,6 +32,24 @@ def generate(
             help="Sample from the likeliest tokens of this total probability.  [0.7]",
         ),
     ] = None,
+    top_k: Annotated[
+        int, typer.Option(parser=whole(0), metavar="N", help="Sample from so many likeliest tokens; 0: all.")
+    ] = 0,
+    presence_penalty: Annotated[
+        float,
+        typer.Option(parser=number(0), metavar="X", help="Off the logits of tokens that were said already."),
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float, typer.Option(parser=number(0), metavar="X", help="The same for each time they were said.")
+    ] = 0.0,
+    penalty_decay: Annotated[
+        float,
+        typer.Option(
+            parser=number(0, 1),
+            metavar="X",
+            help="What was said counts less, token by token, by this factor.",
+        ),
+    ] = 0.996,
     seed: Annotated[
         int | None, typer.Option(parser=whole(), metavar="N", help="Makes the text repeatable.")
     ] = None,
@@ -46,7 +64,7 @@ def generate(
         str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
     ] = "auto",
 ) -> None:
-    """Continue a text with a converted model.
+    r"""Continue a text with a converted model.
 
     The text goes to stdout, prompt included.
 
@@ -57,6 +75,9 @@ def generate(
       rwkv-rev generate my-model --prompt - --temperature 0 < text.txt
 
       rwkv-rev generate my-model --prompt "User: Hello" --state poet.pth
+
+      rwkv-rev generate my-model --prompt "Once" --top-p 0.3 \
+        --presence-penalty 0.5 --frequency-penalty 0.5
     """
     refuse_no_model(directory)  # before anything heavy is imported
     from rwkv_rev.continuation import generate as continued
@@ -67,6 +88,10 @@ def generate(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
+        top_k=top_k,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        penalty_decay=penalty_decay,
         seed=seed,
         device=device,
         stream=stream,

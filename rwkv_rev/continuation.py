@@ -1,6 +1,5 @@
 """Continue a text with a model folder: what ``rwkv-rev generate`` does."""
 
-import math
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from rwkv_rev.device import choose_device
 from rwkv_rev.errors import ConfigError, DataError
 from rwkv_rev.loading import load_model, load_tokenizer
 from rwkv_rev.printable import shortened
+from rwkv_rev.sampling import Sampling
 from rwkv_rev.wkv.dispatch import choose_kernel
 
 TOP_P = 0.7
@@ -27,6 +27,10 @@ def generate(
     max_new_tokens: int = 128,
     temperature: float = 1.0,
     top_p: float | None = None,
+    top_k: int = 0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    penalty_decay: float = 0.996,
     seed: int | None = None,
     device: str = "auto",
     stream: bool = False,
@@ -42,6 +46,10 @@ def generate(
         max_new_tokens: most tokens to add; an end token of the model ends the text before.
         temperature: 0 takes the likeliest token; higher is more random; else at least 0.01.
         top_p: sample from the likeliest tokens of this total probability; 0.7 when None. Not at temperature 0.
+        top_k: sample from so many of the likeliest tokens; 0 for all. Not at temperature 0.
+        presence_penalty: taken off the logits of tokens that were said already, the prompt apart.
+        frequency_penalty: the same for each time that they were said.
+        penalty_decay: by which what was said counts less with each token after it (:mod:`rwkv_rev.sampling`).
         seed: makes the text repeatable.
         device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
         stream: print each token to stdout as it is made.
@@ -55,7 +63,16 @@ def generate(
     choose_kernel(
         None, torch.empty(0)
     )  # refuses a name that the environment gives, before the prompt is printed
-    _check(max_new_tokens, temperature, top_p, seed)
+    _check(max_new_tokens, seed)
+    sampling = Sampling(
+        temperature,
+        TOP_P if top_p is None else top_p,
+        top_k,
+        presence_penalty,
+        frequency_penalty,
+        penalty_decay,
+    )
+    refuse_without_effect(temperature, top_p, top_k)
     with ConvertedModel(directory) as source:  # refuses what is not a whole model, in one line
         vocab_size = source.config.vocab_size
         begin = None if state is None else read_state(state)
@@ -77,37 +94,30 @@ def generate(
         set_state(model, begin)
     if seed is not None:
         torch.manual_seed(seed)
-    sampling = {
-        "do_sample": True,
-        "temperature": float(temperature),
-        "top_p": TOP_P if top_p is None else top_p,
-        "top_k": 0,
-    }
     tokens = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         max_new_tokens=max_new_tokens,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True) if stream else None,
-        **(sampling if temperature > 0 else {"do_sample": False}),
+        logits_processor=sampling.penalties(tokenizer, inputs["input_ids"].shape[1]),
+        **sampling.arguments(),
     )
     return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
 
 
-def _check(max_new_tokens: int, temperature: float, top_p: float | None, seed: int | None) -> None:
+def refuse_without_effect(temperature: float, top_p: float | None, top_k: int) -> None:
+    """Raise ConfigError for what says how to draw where nothing is drawn."""
+    for name, value in (("top_p", top_p), ("top_k", top_k or None)):
+        if temperature == 0 and value is not None:
+            raise ConfigError(
+                f"{name} = {value} is without effect at temperature = 0, the likeliest token; leave one out"
+            )
+
+
+def _check(max_new_tokens: int, seed: int | None) -> None:
     for name, value, right, wanted in (
         ("max_new_tokens", max_new_tokens, 1 <= max_new_tokens <= MOST, f"from 1 to {MOST}"),
-        (
-            "temperature",
-            temperature,
-            temperature == 0 or 0.01 <= temperature < math.inf,
-            "0, or a finite number of at least 0.01",
-        ),
-        ("top_p", top_p, top_p is None or 0 <= top_p <= 1, "from 0 to 1"),
         ("seed", seed, seed is None or 0 <= seed < 2**63, "from 0 to 2**63 - 1"),
     ):
         if not right:
             raise ConfigError(f"{name} = {shortened(repr(value))} must be {wanted}")
-    if temperature == 0 and top_p is not None:
-        raise ConfigError(
-            f"top_p = {top_p} is without effect at temperature = 0, the likeliest token; leave one out"
-        )
