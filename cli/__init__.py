@@ -35,6 +35,7 @@ COMMANDS = (
     ("adapter", "Write a LoRA in the layout of RWKV-PEFT or peft."),
     ("publish", "Upload a model folder to the Hub, without the paths of this machine."),
     ("generate", "Continue a text with a converted model."),
+    ("chat", "Talk with a model in the terminal."),
     ("finetune", "Train a model on your data, with the exact gradient of the whole context."),
     ("eval", "Bits per byte and perplexity by position in the context."),
     ("bench", "Measure speed, memory and tape on this machine."),

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from rwkv_rev.benchmark.run import run_benchmark as bench  # noqa: F401
     from rwkv_rev.configuration import RwkvRevConfig as RwkvRevConfig
     from rwkv_rev.continuation import generate as generate
+    from rwkv_rev.conversation import Chat as Chat
+    from rwkv_rev.conversation import chat as chat
     from rwkv_rev.conversion import convert as convert
     from rwkv_rev.converters.adapter_export import save_adapter as save_adapter
     from rwkv_rev.converters.export import export as export
@@ -56,11 +58,13 @@ _ERRORS = (
     "VerificationFailed",
 )
 _PLACES = {
+    "Chat": ("rwkv_rev.conversation", "Chat"),
     "RwkvRevConfig": ("rwkv_rev.configuration", "RwkvRevConfig"),
     "RwkvRevForCausalLM": ("rwkv_rev.modeling", "RwkvRevForCausalLM"),
     "RwkvRevModel": ("rwkv_rev.base_model", "RwkvRevModel"),
     "RwkvRevState": ("rwkv_rev.state", "RwkvRevState"),
     "bench": ("rwkv_rev.benchmark.run", "run_benchmark"),
+    "chat": ("rwkv_rev.conversation", "chat"),
     "convert": ("rwkv_rev.conversion", "convert"),
     "evaluate": ("rwkv_rev.training.evaluate", "evaluate_directory"),
     "export": ("rwkv_rev.converters.export", "export"),

@@ -63,7 +63,9 @@ def generate(
     choose_kernel(
         None, torch.empty(0)
     )  # refuses a name that the environment gives, before the prompt is printed
-    _check(max_new_tokens, seed)
+    if not 1 <= max_new_tokens <= MOST:
+        raise ConfigError(f"max_new_tokens = {shortened(repr(max_new_tokens))} must be from 1 to {MOST}")
+    check_seed(seed)
     sampling = Sampling(
         temperature,
         TOP_P if top_p is None else top_p,
@@ -114,10 +116,7 @@ def refuse_without_effect(temperature: float, top_p: float | None, top_k: int) -
             )
 
 
-def _check(max_new_tokens: int, seed: int | None) -> None:
-    for name, value, right, wanted in (
-        ("max_new_tokens", max_new_tokens, 1 <= max_new_tokens <= MOST, f"from 1 to {MOST}"),
-        ("seed", seed, seed is None or 0 <= seed < 2**63, "from 0 to 2**63 - 1"),
-    ):
-        if not right:
-            raise ConfigError(f"{name} = {shortened(repr(value))} must be {wanted}")
+def check_seed(seed: int | None) -> None:
+    """Raise ConfigError for a number that seeds no generator."""
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ConfigError(f"seed = {shortened(repr(seed))} must be from 0 to 2**63 - 1")

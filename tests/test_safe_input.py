@@ -26,6 +26,7 @@ COMMANDS = {  # of a model folder
     "verify": ("verify", "model", "--tokens", "4"),
     "export": ("export", "model", "--output", "out.pth"),
     "generate": ("generate", "model", "--prompt", "a", "--max-new-tokens", "1"),
+    "chat": ("chat", "model"),
     "eval": ("eval", "model", "--data", "text.txt", "--cache-dir", "cache"),
     "finetune": ("finetune", "model", "--data", "text.txt", "--output", "out", "--cache-dir", "cache"),
 }
