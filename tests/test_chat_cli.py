@@ -122,6 +122,7 @@ def test_in_a_terminal(bundled: dict[str, Path], tmp_path: Path) -> None:
             wait_for("> ")
         os.write(ours, b"/nothing\n")
         wait_for("error: /nothing is no command.*> ")
+        time.sleep(0.5)  # until it waits for the keyboard
         os.killpg(process.pid, signal.SIGINT)
         wait_for("> ")
         os.write(ours, b"\x04")

@@ -1,5 +1,6 @@
 """trl's trainers: SFTTrainer and DPOTrainer against loops written out on logits, and what they may not ask for."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -471,6 +472,29 @@ def preference(beta: float, reference: RwkvRevForCausalLM, ids: Tensor, mask: Te
         return -F.logsigmoid(beta * (chosen - rejected)).mean()
 
     return loss
+
+
+def test_dpo_of_conversations(model: RwkvRevForCausalLM, shallow: dict[str, Path], tmp_path: Path) -> None:
+    """Pairs of turns by the tokenizer's own template: the tokens that docs/data.md shows, and one step."""
+    tokenizer = AutoTokenizer.from_pretrained(shallow["5.2"])
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": "2+2?"}],
+            "chosen": [{"role": "assistant", "content": "4."}],
+            "rejected": [{"role": "assistant", "content": "5."}],
+        }
+    ]
+    made = DPOTrainer(
+        model=model,
+        args=DPOConfig(**settings(tmp_path, per_device_train_batch_size=1, max_steps=1)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    made.train()
+    row = made.train_dataset[0]
+    assert bytes(row["prompt_ids"]) == b"User: 2+2?\n\nAssistant:"
+    assert bytes(row["chosen_ids"]).removesuffix(b"\0") == b" 4.\n\n"
+    assert losses(made) == pytest.approx([math.log(2)], rel=1e-5)
 
 
 def test_dpo(

@@ -104,7 +104,7 @@ def load_tokens(
     store = TokenStore(
         parts,
         fingerprint=hashlib.sha256("\n".join(hashes).encode()).hexdigest(),
-        end_token=end if end is not None or meta.get("unended", True) else answer_end,
+        end_token=end,
         empty_documents=meta["empty_documents"],
         max_token=meta["max_token"],
         cache=cached,
@@ -243,7 +243,6 @@ def _build(
         "empty_documents": writer.empty,
         "max_token": writer.max_token,
         "silent_runs": writer.silent_runs,
-        "unended": writer.unended,
         "sources": [source.name for source in texts[:100]],
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
@@ -275,7 +274,6 @@ class _Writer:
         self._last = True  # whether the token before carries loss
         self.tokens = self.documents = self.empty = self.silent_runs = 0
         self.max_token = -1
-        self.unended = False
 
     def add(self, piece: Encoded) -> None:
         if not piece.continues or self._current is None:
@@ -314,7 +312,6 @@ class _Writer:
             self._write(np.array([self._end], np.uint32), np.array([self._last]))
             current["length"] += 1
             current["ended"] = 1
-        self.unended |= self._end is None
         row = np.zeros(1, DOCUMENT)
         for name, value in current.items():
             row[name] = value

@@ -117,9 +117,9 @@ class TokenPart:
 class TokenStore:
     """All documents as token ids.
 
-    Attributes: ``fingerprint`` (same text, tokenizer and options: same fingerprint), ``end_token`` (the id
-    every tokenised document ends with, or None), ``empty_documents`` (left out because they hold no text),
-    ``cache`` (folder or None), ``notes`` (one line each, for the user).
+    Attributes: ``fingerprint`` (same text, tokenizer and options: same fingerprint), ``end_token`` (the id that every
+    tokenised text ends with, or None; what answers may end with another), ``empty_documents`` (left out because they
+    hold no text), ``cache`` (folder or None), ``notes`` (one line each, for the user).
     """
 
     def __init__(
@@ -164,11 +164,6 @@ class TokenStore:
     def prompt_lengths(self) -> np.ndarray:
         """Leading tokens of each document that carry no loss, int64 [documents]."""
         return np.concatenate([np.asarray(part.column("prompt"), np.int64) for part in self.parts])
-
-    def prompt_length(self, document: int) -> int:
-        """Leading tokens of one document that carry no loss."""
-        part, at = self._find(document)
-        return int(part.table["prompt"][at]) if part.borders is None else 0
 
     def text_bytes(self) -> np.ndarray:
         """UTF-8 bytes of the text of each document that carries loss; 0 for binidx, int64 [documents]."""
