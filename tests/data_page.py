@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from rwkv_rev.training.records import Fields
@@ -82,10 +83,15 @@ def shown(tokens: list[tuple[str, bool]]) -> str:
     return "\n".join(lines)
 
 
+def folded(record: dict[str, Any]) -> str:
+    """A record as JSON, which is one line in a file."""
+    return "\n".join(wrap(json.dumps(record), 110, break_long_words=False, break_on_hyphens=False))
+
+
 def page_of(tokenizer: Any, folder: Path) -> str:
     """The examples in Markdown."""
     return "\n".join(
-        f"### {example.name}\n\n```\n{json.dumps(example.record)}\n```\n\nbecomes\n\n```\n"
+        f"### {example.name}\n\n```\n{folded(example.record)}\n```\n\nbecomes\n\n```\n"
         f"{shown(tokens_of(example, tokenizer, folder))}\n```\n"
         for example in EXAMPLES
     )

@@ -124,6 +124,11 @@ def test_what_the_template_cannot_say(tokenizer: ByteLevelTokenizer) -> None:
     assert render(tokenizer, TALK, template=plain)[1] == []
 
 
+def test_a_system_that_says_nothing_is_left_out(tokenizer: ByteLevelTokenizer) -> None:
+    talk = [{"role": "system", "content": " \n"}, *TALK[1:3]]
+    assert render(tokenizer, talk)[0] == render(tokenizer, TALK[1:3])[0]
+
+
 def test_parts() -> None:
     assert parts("abcdef", [(0, 2), (4, 6)]) == [("ab", True), ("cd", False), ("ef", True)]
     assert parts("abc", []) == [("abc", False)] and parts("", []) == []

@@ -41,6 +41,7 @@ def test_folder_is_complete_and_holds_the_values(tmp_path: Path, version: str) -
     result = convert(tmp_path / "a.pth", tmp_path / "model")
     assert listing(tmp_path / "model") == {
         "README.md",
+        "chat_template.jinja",
         "config.json",
         "conversion.json",
         "generation_config.json",
@@ -186,6 +187,7 @@ def test_the_tokenizer_can_be_named_or_left_out(tmp_path: Path) -> None:
     convert(tmp_path / "a.pth", tmp_path / "bytes", tokenizer="byte")
     convert(tmp_path / "a.pth", tmp_path / "without", tokenizer="none")
     assert listing(tmp_path / "bytes") - listing(tmp_path / "without") == {
+        "chat_template.jinja",
         "tokenizer.json",
         "tokenizer_config.json",
     }

@@ -40,7 +40,7 @@ WORLD_TEMPLATE = r"""{%- for message in messages -%}
 {%- generation -%}
 {{- ' ' + text + '\n\n' -}}
 {%- endgeneration -%}
-{%- else -%}
+{%- elif text or message['role'] == 'user' -%}
 {{- message['role'].capitalize() + ': ' + text + '\n\n' -}}
 {%- endif -%}
 {%- endfor -%}
