@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from rwkv_rev.configuration import RwkvRevConfig
     from rwkv_rev.modeling import RwkvRevForCausalLM
 
-Layout = Literal["rwkv-lm", "web-rwkv"]
+StateLayout = Literal["rwkv-lm", "web-rwkv"]
 VERSION_KEY = "rwkv_version"
 _NAME = re.compile(r"blocks\.(0|[1-9][0-9]{0,5})\.att\.time_state")
 _OURS = "model.initial_wkv."
@@ -315,9 +315,11 @@ def _of_file(path: Path, checkpoint: Checkpoint) -> TunedState:
     return TunedState(tuple(layers), version, str(path))
 
 
-def _write(state: TunedState, output: Path, to: Layout, *, force: bool) -> StateFile:
-    if to not in get_args(Layout):
-        raise OutputError(f"a state cannot be written as {to!r}; choose one of {', '.join(get_args(Layout))}")
+def _write(state: TunedState, output: Path, to: StateLayout, *, force: bool) -> StateFile:
+    if to not in get_args(StateLayout):
+        raise OutputError(
+            f"a state cannot be written as {to!r}; choose one of {', '.join(get_args(StateLayout))}"
+        )
     names = [f"blocks.{i}.att.time_state" for i in range(len(state.layers))]
     told = {} if state.version is None else {VERSION_KEY: state.version}
     if to == "rwkv-lm":

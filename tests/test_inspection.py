@@ -101,7 +101,9 @@ def test_the_forecast_is_only_made_when_asked(capfd: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("version", ["5.2", "6"])
-def test_a_tape_that_follows_from_the_text_is_the_most(version: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_tape_that_follows_from_the_text_is_the_most(
+    version: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         main(["inspect", f"bundled:rwkv-{version}", "--context-length", "4096", "--chunk-length", "512"])
     assert ("--text FILE measures it" in " ".join(capfd.readouterr().out.split())) == (version == "6")

@@ -77,7 +77,7 @@ def place(source: str, line: int, unit: str = "line") -> str:
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowLayout:
     """Which fields of a record are read, as one of :data:`FORMATS`."""
 
     format: str
@@ -183,14 +183,14 @@ class Fields:
                 "give the conversations as .jsonl"
             )
 
-    def choose(self, names: Iterable[str], where: str) -> Layout:
+    def choose(self, names: Iterable[str], where: str) -> RowLayout:
         """What to read among fields called ``names``; DataError naming ``where`` if that is nothing, or not clear."""
         present = set(names)
         found = self._found(present)
         wanted = self._named() if self.format == "auto" else self.format
         if wanted != "auto":
             if wanted in found:
-                return Layout(wanted, found[wanted], self.train_on)
+                return RowLayout(wanted, found[wanted], self.train_on)
             raise DataError(
                 f"{where}: no field {self._wanted(wanted)}; found: {_listed(present)}; name yours: {_NAMED}"
             )
@@ -203,7 +203,7 @@ class Fields:
                 "(docs/data.md#preference-pairs); to train on the chosen answer alone: --data-format chosen"
             )
         for format, columns in found.items():
-            return Layout(format, columns, self.train_on)
+            return RowLayout(format, columns, self.train_on)
         raise DataError(
             f"{where}: no field 'text' (or 'prompt' and 'completion', 'messages', 'conversations', 'instruction' and "
             f"'output'); found: {_listed(present)}; name yours: {_NAMED}"
