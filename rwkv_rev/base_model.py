@@ -38,7 +38,7 @@ from rwkv_rev.forecast import SMALL_CHUNK, tokens_at_once
 from rwkv_rev.foreign_code import refuse_unknown_in_packed_rows, strangers
 from rwkv_rev.initial_states import document_starts, initial_states, state_of_rows
 from rwkv_rev.initialization import initialize_head, remake, unstored_buffers
-from rwkv_rev.inputs import masked_embeds, refuse_other_kind, rows_and_tokens, valid_tokens
+from rwkv_rev.inputs import check_state, masked_embeds, rows_and_tokens, valid_tokens
 from rwkv_rev.keywords import refuse_unknown_keywords
 from rwkv_rev.outputs import RwkvRevOutput
 from rwkv_rev.packed_rows import given_borders
@@ -216,12 +216,10 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         valid = valid_tokens(attention_mask, length, batch)
         inputs_embeds = masked_embeds(inputs_embeds, valid)
         state, updated = handed_over(state=state, past_key_values=past_key_values, cache=cache)
-        state = self.initial_state(batch, device) if state is None else state
-        refuse_other_kind(self.config, state)
-        if state.batch_size != batch:
-            raise ValueError(f"the state has {state.batch_size} rows, the input {batch}")
-        if state.layers != len(self.blocks):
-            raise ValueError(f"the state has {state.layers} layers, the model {len(self.blocks)}")
+        if state is None:
+            state = self.initial_state(batch, device)
+        else:
+            check_state(self.config, state, batch)
         at = given_borders(kwargs, borders, valid, batch, length)
         documents = None if at is None else self.borders(at, valid)
         if (

@@ -111,7 +111,10 @@ def loss_inputs(
         raise ValueError(f"{name} are {given.dtype}: give token ids, int64")
     given = given.long()
     _check_labels(given, model.config.vocab_size, name)
-    _check_states(model, batch, state=state, final_state_gradient=final_state_gradient)
+    if state is not None:
+        check_state(model.config, state, batch)
+    if final_state_gradient is not None:
+        check_state(model.config, final_state_gradient, batch, "final_state_gradient")
     valid = valid_tokens(attention_mask, length, batch)
     at = given_borders(packed or {}, borders, valid, batch, length, fresh=state is None)
     if shift_labels is not None:
@@ -162,22 +165,37 @@ def _divisor(number: int | float | Tensor | None, targets: Tensor, dtype: torch.
     return number
 
 
-def refuse_other_kind(config: RwkvRevConfig, state: ModelState, name: str = "the state") -> None:
-    """Raises ValueError for the state of a model of another architecture."""
+def check_state(config: RwkvRevConfig, state: ModelState, batch: int, name: str = "the state") -> None:
+    """Refuse a state that is none of such a model and batch: all that are given are looked at here.
+
+    A state has no mark of its model. One of another model, of the same kind and shapes, is taken, as is one of the same
+    architecture and other weights. Its dtype may be another than the activations'.
+
+    Raises:
+        ValueError: for a state of another kind, with tensors of other shapes, or that are not floating-point numbers.
+    """
     kind = config.architecture.state_kind
     if not isinstance(state, kind):
         raise ValueError(
             f"{name} is a {type(state).__name__}; this model's states are of the kind {kind.__name__}"
         )
+    for part, wanted in config.architecture.state_shapes(config, batch).items():
+        tensor = getattr(state, part)
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            what = tensor.dtype if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+            raise ValueError(f"{part} of {name} is {what}: give floating-point numbers")
+        if tuple(tensor.shape) != wanted:
+            raise ValueError(
+                f"{part} of {name} has shape {list(tensor.shape)}; this model and batch need {list(wanted)}: "
+                f"{_difference(tensor, wanted)}"
+            )
 
 
-def _check_states(model: Model, batch: int, **states: ModelState | None) -> None:
-    expected = ModelState.empty(model.config, batch, "meta").tensors()
-    for name, state in states.items():
-        if state is None:
-            continue
-        refuse_other_kind(model.config, state, name)
-        shapes: list[Any] = [list(tensor.shape) for tensor in state.tensors()]
-        wanted = [list(tensor.shape) for tensor in expected]
-        if shapes != wanted:
-            raise ValueError(f"{name} has tensors of shapes {shapes}; this model and batch need {wanted}")
+def _difference(tensor: Tensor, wanted: tuple[int, ...]) -> str:
+    """What makes a shape another one, for people."""
+    if tensor.dim() == len(wanted):
+        if tensor.shape[0] != wanted[0]:
+            return f"it is of {tensor.shape[0]} layers, the model has {wanted[0]}"
+        if tensor.shape[1] != wanted[1]:
+            return f"it is of {tensor.shape[1]} rows, the input has {wanted[1]}"
+    return "it is of a model of other sizes"

@@ -59,9 +59,9 @@ def test_states_and_masks_that_do_not_fit() -> None:
             model.generate(tokens, attention_mask=mask, state=random_state(model, 2), max_new_tokens=2)
     with pytest.raises(ValueError, match=r"attention_mask has shape \[1, 11\]; it must be \[2, T\]"):
         model(tokens, attention_mask=holes[:1])
-    with pytest.raises(ValueError, match="3 layers, the model 2"):
+    with pytest.raises(ValueError, match="3 layers, the model has 2"):
         model(tokens, state=random_state(evaluated(num_hidden_layers=3), 2))
-    with pytest.raises(ValueError, match="3 rows, the input 2"):
+    with pytest.raises(ValueError, match="3 rows, the input has 2"):
         model.generate(tokens, state=random_state(model, 3), max_new_tokens=2)
 
 

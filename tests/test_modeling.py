@@ -202,7 +202,7 @@ def test_state_rows_and_shapes() -> None:
     assert state.time_shift.shape == state.channel_shift.shape == (2, 3, 16)
     assert state.wkv.shape == (2, 3, 2, 8, 8)
     assert torch.equal(state.rows(torch.tensor([2, 0])).wkv, state.wkv[:, [2, 0]])
-    with pytest.raises(ValueError, match="3 rows, the input 2"):
+    with pytest.raises(ValueError, match="3 rows, the input has 2"):
         model(random_tokens(5, batch=2), state=state)
 
 

@@ -335,15 +335,18 @@ class Architecture:
         """Of a layer's :attr:`memory`, without rows."""
         return self.shape(self.state[self.memory].shape, config)
 
+    def state_shapes(self, config: "RwkvRevConfig", batch_size: int) -> dict[str, tuple[int, ...]]:
+        """Of the tensors of a model's state, [L, B, ...], by their names."""
+        rows = (config.num_hidden_layers, batch_size)
+        return {name: (*rows, *self.shape(part.shape, config)) for name, part in self.state.items()}
+
     def empty_state(
         self, config: "RwkvRevConfig", batch_size: int, device: torch.device | str | None, dtype: torch.dtype
     ) -> ModelState:
         """The state before the first token, where activations are of ``dtype``."""
         wide = torch.promote_types(dtype, torch.float32)
-        rows = (config.num_hidden_layers, batch_size)
-        tensors = {}
+        tensors, shapes = {}, self.state_shapes(config, batch_size)
         for name, part in self.state.items():
-            shape = (*rows, *self.shape(part.shape, config))
-            tensors[name] = torch.zeros(shape, device=device, dtype=wide if part.wide else dtype)
+            tensors[name] = torch.zeros(shapes[name], device=device, dtype=wide if part.wide else dtype)
             part.begin(tensors[name])
         return self.state_kind(**tensors)

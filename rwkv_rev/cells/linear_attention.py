@@ -98,8 +98,9 @@ class LinearAttention(ReversibleCell):
 
     def step(self, state: Sums, x: Tensor, mask: ChunkMask | None = None) -> tuple[Tensor, Sums]:
         projection = self._project(x, mask)
-        y, update = linear_attention(*projection, state.memory)
-        return self._out(y, x), Sums(state.memory + update)
+        memory = state.memory.to(projection.key.dtype)  # it may come from a model of another precision
+        y, update = linear_attention(*projection, memory)
+        return self._out(y, x), Sums(memory + update)
 
     @torch.no_grad()
     def advance(
