@@ -26,7 +26,7 @@ from rwkv_rev.errors import ConfigError
 from rwkv_rev.folders.folder import RECORD_NAME
 from rwkv_rev.folders.safe_output import check_output, require_space, whole_directory
 from rwkv_rev.printable import shortened
-from rwkv_rev.random_state import capture, restore
+from rwkv_rev.random_state import capture, refuse_seed, restore
 from rwkv_rev.version import __version__
 
 SIZES = {"hidden_size": 128, "num_hidden_layers": 4}
@@ -47,7 +47,6 @@ EPSILONS = ("layer_norm_epsilon", "group_norm_epsilon")
 HEADS = {"num_attention_heads", "head_size"}
 SMALLEST_HEAD = 16
 """That comes of a width alone; smaller heads hold next to nothing, and are made only for who asks for them."""
-MOST_SEED = (1 << 63) - 1
 SHARD_SIZE = "5GB"
 
 
@@ -98,8 +97,7 @@ def init(
         OutputError: if the folder exists without ``force`` or cannot be written.
     """
     directory, given = Path(output), dict(settings or {})
-    if not 0 <= seed <= MOST_SEED:
-        raise ConfigError(f"seed = {seed} must be from 0 to {MOST_SEED}")
+    refuse_seed(seed)
     try:
         known = find(architecture)
     except ValueError as error:

@@ -13,6 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rwkv_rev.errors import ConfigError
+
+MOST_SEED = (1 << 63) - 1
+
 
 class GeneratorStates(NamedTuple):
     """States of PyTorch's generators of the CPU and of some devices, of Python's, and of numpy's global one."""
@@ -32,6 +36,12 @@ class GeneratorStates(NamedTuple):
             and bool(np.array_equal(self.numpy[1], other.numpy[1]))
             and self.numpy[3:] == other.numpy[3:]
         )
+
+
+def refuse_seed(seed: int) -> None:
+    """Raises ConfigError for a seed that some machine would not take."""
+    if not 0 <= seed <= MOST_SEED:
+        raise ConfigError(f"seed = {seed} must be from 0 to {MOST_SEED}")
 
 
 def capture(devices: Iterable[torch.device]) -> GeneratorStates:

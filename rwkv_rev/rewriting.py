@@ -1,5 +1,6 @@
 """A model with one part of its cells replaced, and all other parameters kept."""
 
+import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +10,7 @@ from rwkv_rev.architectures.registry import ARCHITECTURES
 from rwkv_rev.arguments import checked
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.errors import ConfigError
-from rwkv_rev.random_state import capture, restore
+from rwkv_rev.random_state import capture, refuse_seed, restore
 
 if TYPE_CHECKING:
     from rwkv_rev.modeling import RwkvRevForCausalLM
@@ -23,20 +24,22 @@ def rewrite(model: nn.Module, *, token_shift: str = "coupled", seed: int = 0) ->
 
     The new cells begin with what gives zeros, where the old ones gave the token before: the model computes something
     else until it is trained on (``examples/coupled_feedback``). Parameters are copies, of the same dtype on the same
-    device; how gradients are made is as the model had it.
+    device. How gradients are made (``set_bptt``, ``gradient_checkpointing_enable``), how text is generated and whether
+    it trains are as the model had them; hooks are not taken over.
 
     Args:
         model: of RWKV-4 or 5.2, without adapters.
         token_shift: ``coupled``, a coupled additive cell (:mod:`rwkv_rev.cells.coupled_feedback`).
-        seed: of the new cells' gates.
+        seed: of the new cells' gates, from 0 to 2^63 - 1.
 
     Raises:
-        ConfigError: for another token shift, and for a model that has none or is of another kind.
+        ConfigError: for another token shift or seed, and for a model that has no token shift or is of another kind.
     """
     from rwkv_rev.modeling import RwkvRevForCausalLM
 
     if token_shift not in TOKEN_SHIFTS:
         raise ConfigError(f"token_shift = {token_shift!r} must be one of {', '.join(TOKEN_SHIFTS)}")
+    refuse_seed(seed)
     if type(model) is not RwkvRevForCausalLM:
         raise ConfigError(
             f"rewrite takes a RwkvRevForCausalLM, not a {type(model).__name__}: merge adapters first, if it has any"
@@ -69,4 +72,7 @@ def rewrite(model: nn.Module, *, token_shift: str = "coupled", seed: int = 0) ->
     if strange:
         raise ConfigError(f"this model has other parameters than {known.called}: {', '.join(strange[:3])}")
     found.model.bptt = model.model.bptt
+    found.generation_config = copy.deepcopy(model.generation_config)
+    for block, former in zip(found.blocks, model.blocks, strict=True):
+        block.recompute = former.recompute
     return found.train(model.training)

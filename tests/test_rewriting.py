@@ -1,5 +1,6 @@
 """The token shift of a converted model replaced by a coupled cell: laws, gradients, what is kept, what is refused."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from bptt_cases import (
 )
 from contract_laws import LAWS, Trial, chunks
 from test_linear_attention import filled
+from torch.utils.checkpoint import checkpoint
 
 import rwkv_rev
 from rwkv_rev import RwkvRevConfig, RwkvRevForCausalLM, rewrite
@@ -198,6 +200,28 @@ def test_all_other_parameters_are_kept(version: str, dtype: torch.dtype) -> None
                            after.blocks[0].time_mix.feedback.first.of_state.weight)  # fmt: skip
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_how_it_is_computed_is_kept(every: int) -> None:
+    """Checkpointed blocks, their very function, and how text is generated; copies, which change by themselves."""
+    before = before_of("5.2", torch.float32)
+    before._set_gradient_checkpointing(True, partial(checkpoint, preserve_rng_state=False), every)
+    before.generation_config.update(max_new_tokens=7, eos_token_id=[3, 5], do_sample=True)
+    before.set_bptt("reversible", chunk_length=8)
+    after = rewrite(before)
+    assert after.model.gradient_checkpointing and after.checkpoints_blocks
+    assert [block.recompute for block in after.blocks] == [block.recompute for block in before.blocks]
+    assert (after.blocks[1].recompute is None) == (every == 2)
+    assert after.generation_config.to_dict() == before.generation_config.to_dict()
+    assert after.generation_config.max_new_tokens == 7
+    ids = random_tokens(3 * CHUNK)
+    after(ids, labels=ids).loss.backward()
+    after.model.gradient_checkpointing = False
+    after.generation_config.max_new_tokens = 9
+    after.set_bptt("full")
+    assert before.model.gradient_checkpointing and before.generation_config.max_new_tokens == 7
+    assert before.bptt.strategy == "reversible"
+
+
 def test_the_mean_of_nothing_is_mixed_in_at_first() -> None:
     """Where the shift's vector was there is zero: the same as the model whose shifts are cut, token by token."""
     before = before_of("5.2")
@@ -234,3 +258,5 @@ def test_what_is_refused() -> None:
             rewrite(other)
     with pytest.raises(ConfigError, match="takes a RwkvRevForCausalLM, not a Linear: merge adapters first"):
         rewrite(torch.nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match=f"seed = -1 must be from 0 to {2**63 - 1}"):
+        rewrite(model, seed=-1)
