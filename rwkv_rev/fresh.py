@@ -22,6 +22,7 @@ from rwkv_rev.arguments import checked
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.card import fresh_card
 from rwkv_rev.converters.rewriter import Entry, shard_layout, write_shards
+from rwkv_rev.counts import is_plain, number
 from rwkv_rev.errors import ConfigError
 from rwkv_rev.folders.folder import RECORD_NAME
 from rwkv_rev.folders.safe_output import check_output, require_space, whole_directory
@@ -42,7 +43,7 @@ SETTABLE = (
     ),
     *("layer_norm_epsilon", "group_norm_epsilon", "bonus_is_exponential", "tie_word_embeddings"),
 )
-"""Fields of the configuration that all architectures have."""
+"""Fields of the configuration that are no architecture's own."""
 EPSILONS = ("layer_norm_epsilon", "group_norm_epsilon")
 HEADS = {"num_attention_heads", "head_size"}
 SMALLEST_HEAD = 16
@@ -135,9 +136,12 @@ def init(
 
 
 def _refuse_unknown(known: Architecture, given: dict[str, Any]) -> None:
+    without = set() if known.has_heads else set(HEADS)
+    without |= set() if known.has_group_norm else {"group_norm_epsilon"}
+    without |= set() if known.has_two_bonuses else {"bonus_is_exponential"}
+    there = [name for name in (*SETTABLE, *known.fields) if name not in without]
     for name in given:
-        if name not in SETTABLE and name not in known.fields:
-            there = (*SETTABLE, *known.fields)
+        if name not in there:
             near = difflib.get_close_matches(name, there, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(there)}"
             raise ConfigError(f"{known.called} has no field {shortened(repr(name))}; {hint}")
@@ -158,10 +162,8 @@ def _config(known: Architecture, given: dict[str, Any]) -> RwkvRevConfig:
                 f"hidden_size = {width} would make {heads} heads of {size} numbers: use a multiple of 64 (of "
                 f"{SMALLEST_HEAD} at least), or say what you want with --set head_size={size}"
             )
-    given = {
-        name: float(value) if name in EPSILONS and type(value) is int else value
-        for name, value in given.items()
-    }
+    floats = {*EPSILONS, *(name for name, field in known.fields.items() if field.kind is float)}
+    given = {name: _float(value) if name in floats else value for name, value in given.items()}
     if sizes.get("intermediate_size") == 0 and "intermediate_size" not in given:
         raise ConfigError(
             f"hidden_size = {width} is too small for {known.called}: no channel mix comes of it; use more"
@@ -176,6 +178,11 @@ def _config(known: Architecture, given: dict[str, Any]) -> RwkvRevConfig:
     except (ValueError, TypeError, StrictDataclassError) as error:  # the last is of a wrong kind
         reason = " ".join(str(error.__cause__ or error).split())
         raise ConfigError(f"{known.called} cannot be made so: {shortened(reason, 300)}") from None
+
+
+def _float(value: Any) -> Any:
+    """A number that is written as one; YAML reads 1e-4, without a dot, as a text."""
+    return number(value) if type(value) is int or (type(value) is str and is_plain(value)) else value
 
 
 def _whole(value: Any) -> int:

@@ -187,6 +187,26 @@ def test_sizes_follow(tmp_path: Path) -> None:
         ("linear-attention", {"hidden_size": "wide"}, "'hidden_size' expected int, got str"),
         ("linear-attention", {"head_size": 5}, r"must equal hidden_size = 128"),
         ("linear-attention", {"dtype": "float16"}, "has no field 'dtype'"),
+        (
+            "linear-attention",
+            {"memory_exponent": -1000},
+            r"from -62 to 0 for int64: on a grid of 2\^-1000 2 would",
+        ),
+        (
+            "linear-attention",
+            {"memory_bits": 16, "memory_exponent": 1},
+            r"memory_exponent = 1 must be from -14 to 0 for int16: on a grid of 2\^1 1 would be rounded away",
+        ),
+        (
+            "linear-attention",
+            {"memory_bits": 32, "memory_numbers": "float", "memory_exponent": -24},
+            "memory_exponent = -24 must be from -23 to 0 for float32",
+        ),
+        ("coupled", {"nothing": 1}, r"intermediate_size, layer_norm_epsilon, tie_word_embeddings, cell_size"),
+        ("coupled", {"group_norm_epsilon": 1e-3}, "has no field 'group_norm_epsilon'"),
+        ("coupled", {"bonus_is_exponential": True}, "has no field 'bonus_is_exponential'"),
+        ("6", {"bonus_is_exponential": True}, "RWKV-6 has no field 'bonus_is_exponential'"),
+        ("4", {"head_size": 8}, "RWKV-4 has no field 'head_size'"),
     ],
 )
 def test_refused(tmp_path: Path, architecture: str, given: dict[str, Any], message: str) -> None:
@@ -213,6 +233,19 @@ def test_a_vocabulary_that_is_too_small(tmp_path: Path) -> None:
         CheckpointError, match="the byte tokenizer has ids up to 255 but the model only 100 rows"
     ):
         init("4", tmp_path / "model", settings={**TINY, "vocab_size": 100})
+
+
+def test_numbers_without_a_dot(cli: Cli) -> None:
+    """YAML reads 1e-9 as a text."""
+    given = ("--set", "forget_limit=1e-9", "--set", "layer_norm_epsilon=1e-6", "--set", "hidden_size=16")
+    code, out, _ = cli("init", "--architecture", "reversible-gru", "--output", "model", "--json", *given)
+    config = json.loads(out)["config"]
+    assert code == 0 and (config["forget_limit"], config["layer_norm_epsilon"]) == (1e-9, 1e-6)
+    for value in ("1_0e1", "small", "'1e'"):
+        code, _, err = cli(
+            "init", "--architecture", "reversible-gru", "--output", "b", "--set", f"forget_limit={value}"
+        )
+        assert code == 2 and "forget_limit" in err
 
 
 @pytest.mark.parametrize("pair", ["hidden_size", "hidden_size=[1", "=3"])

@@ -22,7 +22,7 @@ from rwkv_rev.cells.feed_forward import FeedForward
 from rwkv_rev.cells.linear_attention import LinearAttention, Sums, contribution, linear_attention
 from rwkv_rev.cells.stateless import NoState
 from rwkv_rev.equivalence.reversal import check_reversal
-from rwkv_rev.errors import ReversalMismatchError
+from rwkv_rev.errors import ConfigError, ReversalMismatchError
 from rwkv_rev.forecast import graph_bytes
 from rwkv_rev.reversal.additive import FORMATS, Additive, capacity
 from rwkv_rev.reversal.stepped import GridOverflowError
@@ -267,6 +267,32 @@ def test_every_format_comes_back_to_the_bit(format: str) -> None:
 def test_sixteen_bits_of_float_there_are_none() -> None:
     with pytest.raises(ValueError, match="memory_numbers = 'float' needs memory_bits = 32 or 64, not 16"):
         model_of(memory_bits=16, memory_numbers="float")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_grids_that_cannot_be_meant(format: str) -> None:
+    least = 1 - FORMATS[format][1]
+    for exponent in (least, 0):
+        LinearAttention(1, 2, format=format, exponent=exponent, group_norm_epsilon=1e-3)
+    for exponent in (-1000, least - 1, 1, 20, 1000):
+        with pytest.raises(
+            ConfigError, match=f"^exponent = {exponent} must be from {least} to 0 for {format}"
+        ):
+            LinearAttention(1, 2, format=format, exponent=exponent, group_norm_epsilon=1e-3)
+    with pytest.raises(ConfigError, match="the format 'int8' of a state does not exist"):
+        LinearAttention(1, 2, format="int8", exponent=0, group_norm_epsilon=1e-3)
+
+
+def test_the_format_is_that_of_the_sweeps() -> None:
+    """On whose grid this memory does not fit; in one graph, read or generated it is a plain sum (docs/cells.md)."""
+    model, ids = model_of(torch.float32, memory_bits=16, memory_exponent=-14), random_tokens(64, batch=2)
+    for strategy in ("reversible", "checkpoint"):
+        with pytest.raises(GridOverflowError):
+            differentiate(model, strategy, CHUNK, input_ids=ids)
+    plain = model_of(torch.float32)
+    for strategy in ("full", "truncated"):
+        assert_same_bits(*(differentiate(m, strategy, CHUNK, input_ids=ids) for m in (model, plain)))
+    assert torch.equal(model(ids).logits, plain(ids).logits)
 
 
 @pytest.mark.parametrize("format", FORMATS)

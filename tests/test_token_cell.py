@@ -24,8 +24,9 @@ from rwkv_rev import position_wise
 from rwkv_rev.cells.coupled import CoupledCell, TanhGate
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.reversible_gru import ReversibleGru
+from rwkv_rev.cells.reversible_lstm import ReversibleLstm
 from rwkv_rev.cells.token_cell import TokenCell, TokenState
-from rwkv_rev.errors import ReversalMismatchError, StrategyError
+from rwkv_rev.errors import ConfigError, ReversalMismatchError, StrategyError
 from rwkv_rev.reversal.stepped import GridOverflowError, Stepped
 
 KINDS = ("coupled", "gru", "lstm")
@@ -259,6 +260,56 @@ def test_a_gate_that_does_not_forget_but_grow_is_refused_by_name(factor: float) 
         )
         with pytest.raises(StrategyError, match=words):
             cell.advance(cell.exact(cell.empty(1, dtype=dtype)), torch.randn(1, 5, 4, dtype=dtype))
+
+
+@pytest.mark.parametrize("kind", [CoupledCell, ReversibleGru, ReversibleLstm])
+def test_sizes_that_cannot_be_meant(kind: Any) -> None:
+    for size in (0, -1, 2.5, True):
+        with pytest.raises(ConfigError, match=f"size = {size!r} must be a whole number of at least 1"):
+            kind(8, size)
+    for magnitude in (-41, 41, 100, 1.5):
+        with pytest.raises(
+            ConfigError, match=f"magnitude = {magnitude} must be a whole number from -40 to 40"
+        ):
+            kind(8, magnitude=magnitude)
+    assert kind(8, 1, magnitude=40).size == 1 and kind(7, magnitude=-40).size == 4
+
+
+class FirstColumn(nn.Module):
+    """What broadcasts."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, given: Tensor, x: Tensor) -> Tensor:
+        return self.inner(given, x)[..., :1]
+
+
+def test_gates_and_readers_of_another_shape_are_refused_by_name() -> None:
+    x = torch.randn(2, 5, 12)
+    for kind in (CoupledCell, ReversibleGru, ReversibleLstm):
+        cell, whole = kind(12), kind.update
+
+        def narrow(part: int, gates: Any, parts: Any, of: Any = (cell, whole)) -> Any:
+            decay, change = of[1](of[0], part, gates, parts)
+            return decay, change[:, :1]
+
+        cell.update = narrow
+        words = rf"a gate of layer 0 \({kind.__name__}\) gives c as \[2, 1\], and each part of the state is \[2, 6\]"
+        with pytest.raises(ConfigError, match=words):
+            cell.step(cell.empty(2), x)
+        with pytest.raises(ConfigError, match=words):
+            cell.advance(cell.exact(cell.empty(2)), x)
+    cell = CoupledCell(12, second=FirstColumn(CoupledCell(12).second))
+    cell.second.share = cell.second.inner.share
+    with pytest.raises(ConfigError, match=r"\(CoupledCell\) gives c as \[2, 1\]"):
+        cell.step(cell.empty(2), x)
+    cell = CoupledCell(12, reader=FirstColumn(CoupledCell(12).reader))
+    with pytest.raises(
+        ConfigError, match=r"reader of layer 0 \(FirstColumn\) gives \[2, 5, 1\], not \[2, 5, 12\]"
+    ):
+        cell.step(cell.empty(2), x)
 
 
 def test_an_input_that_draws_is_drawn_again() -> None:

@@ -211,6 +211,7 @@ class Architecture:
         version: its name, as ``RwkvRevConfig.rwkv_version`` has it.
         title: what people call it; RWKV and the version when None.
         has_heads: whether the memory is a matrix per head. has_group_norm: whether there is a GroupNorm behind it.
+        has_two_bonuses: whether the bonus may be stored as its logarithm, too (``bonus_is_exponential``).
         state_kind: of a model.
         state: the tensors of a layer's, by the names of ``state_kind``.
         memory: the name of that which the forecast counts and state tuning tunes.
@@ -265,6 +266,7 @@ class Architecture:
     title: str | None = None
     has_heads: bool = False
     has_group_norm: bool = False
+    has_two_bonuses: bool = False
     targets: AdapterTargets = AdapterTargets()
     float32: tuple[str, ...] = ()
     fields: Mapping[str, Field] = field(default_factory=dict)

@@ -22,7 +22,7 @@ from rwkv_rev.cells.contract import ReversibleCell
 from rwkv_rev.cells.feed_forward import FeedForward
 from rwkv_rev.cells.linear_attention import LinearAttention, Sums
 from rwkv_rev.cells.stateless import NoState
-from rwkv_rev.reversal.additive import FORMATS
+from rwkv_rev.reversal.additive import FORMATS, check_exponent
 from rwkv_rev.state import ModelState
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def _check(config: "RwkvRevConfig") -> None:
         raise ValueError(
             f"memory_numbers = {config.memory_numbers!r} needs memory_bits = 32 or 64, not {config.memory_bits}"
         )
+    check_exponent(_format(config), config.memory_exponent, "memory_exponent")
 
 
 def _exponent(config: "RwkvRevConfig") -> int:
@@ -158,7 +159,7 @@ LINEAR_ATTENTION = Architecture(
         "memory_numbers": Field(
             str, "integer", "integers, or floats of a restricted mantissa", among=("integer", "float")
         ),
-        "memory_exponent": Field(int, _exponent, "e of the memory's grid 2^e", least=-1000, most=1000),
+        "memory_exponent": Field(int, _exponent, "e of the memory's grid 2^e"),
     },
     check=_check,
     cells=_cells,

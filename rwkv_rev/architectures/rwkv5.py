@@ -153,6 +153,7 @@ def _version(version: str, *, gated: bool, per_channel: bool) -> Architecture:
         version=version,
         has_heads=True,
         has_group_norm=True,
+        has_two_bonuses=True,
         state_kind=RwkvRevState,
         state=classic.SHIFTS | {"wkv": Part("H N N", wide=True)},
         memory="wkv",

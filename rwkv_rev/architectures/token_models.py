@@ -21,7 +21,7 @@ from rwkv_rev.architectures.scan import Scan, SubLayer
 from rwkv_rev.cells.contract import ReversibleCell
 from rwkv_rev.cells.feed_forward import FeedForward
 from rwkv_rev.cells.stateless import NoState
-from rwkv_rev.cells.token_cell import TokenCell, TokenState
+from rwkv_rev.cells.token_cell import MOST_MAGNITUDE, TokenCell, TokenState
 from rwkv_rev.reversal.stepped import most_bits
 from rwkv_rev.state import ModelState
 
@@ -58,7 +58,11 @@ def fields(*, magnitude: int, wide: bool | None = None, forgets: bool = True) ->
             int, lambda config: -(-config.hidden_size // 2), "M, numbers in each part of the state", least=1
         ),
         "magnitude": Field(
-            int, magnitude, "numbers of the state stay below 2**magnitude", least=-40, most=40
+            int,
+            magnitude,
+            "numbers of the state stay below 2**magnitude",
+            least=-MOST_MAGNITUDE,
+            most=MOST_MAGNITUDE,
         ),
     }
     if wide is not None:

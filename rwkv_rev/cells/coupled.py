@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_rev.cells.token_cell import Token, TokenCell, Update
+from rwkv_rev.errors import ConfigError
 
 
 class TanhGate(nn.Module):
@@ -87,7 +88,7 @@ class CoupledCell(TokenCell):
         reader: nn.Module | None = None,
         magnitude: int = 12,
     ) -> None:
-        size = size or math.ceil(width / 2)
+        size = math.ceil(width / 2) if size is None else size
         super().__init__(size, magnitude, wide=True)  # nothing of it is kept
         self.first = first or TanhGate(size, width)
         self.second = second or TanhGate(size, width)
@@ -110,6 +111,11 @@ class CoupledCell(TokenCell):
 
     def read(self, parts: Tensor, x: Tensor) -> Tensor:
         found: Tensor = self.reader(parts.flatten(2), x)
+        if found.shape != x.shape:
+            raise ConfigError(
+                f"the reader of layer {self.layer} ({type(self.reader).__name__}) gives {list(found.shape)}, not "
+                f"{list(x.shape)}"
+            )
         return found
 
 

@@ -9,7 +9,9 @@ fingerprints goes on the tape. Cost of a chunk: C N (c + 2 N) products per head,
 
 Limits: a sum of T tokens grows with T, by sqrt(T) to T times one token's share. A format with b bits beside the sign on
 the grid 2^e holds values below 2^(b + e); one beyond ends the step with a
-:class:`~rwkv_rev.reversal.stepped.GridOverflowError` that names the layer.
+:class:`~rwkv_rev.reversal.stepped.GridOverflowError` that names the layer. The format is that of the two sweeps
+(``reversible``, ``checkpoint``) alone: ``full``, ``truncated``, reading and generation (:meth:`LinearAttention.step`)
+add plain floats, without grid or limit.
 """
 
 from collections.abc import Iterator
@@ -25,7 +27,7 @@ from rwkv_rev.cells.exact_sums import ExactSums
 from rwkv_rev.cells.gates import norm_and_gate
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.first_order import first_order, refuse_transforms
-from rwkv_rev.reversal.additive import Additive, NoRemnant
+from rwkv_rev.reversal.additive import Additive, NoRemnant, check_exponent
 from rwkv_rev.reversal.fingerprint import checksum
 from rwkv_rev.reversal.stepped import GridOverflowError
 from rwkv_rev.wkv.dispatch import choose_kernel
@@ -55,6 +57,9 @@ class LinearAttention(ReversibleCell):
         format: of the memory's numbers, of :data:`~rwkv_rev.reversal.additive.FORMATS`.
         exponent: e, of the grid 2^e.
         group_norm_epsilon: eps of the GroupNorm.
+
+    Raises:
+        ConfigError: for a format that does not exist, and a grid that cannot be meant for it.
     """
 
     inverts_memory = True
@@ -64,6 +69,7 @@ class LinearAttention(ReversibleCell):
         self, num_heads: int, head_size: int, *, format: str, exponent: int, group_norm_epsilon: float
     ) -> None:
         super().__init__()
+        check_exponent(format, exponent)
         width = num_heads * head_size
         self.num_heads, self.head_size, self.format, self.exponent = num_heads, head_size, format, exponent
         self.query = nn.Linear(width, width, bias=False)

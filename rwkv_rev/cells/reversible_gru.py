@@ -45,7 +45,7 @@ class ReversibleGru(TokenCell):
         magnitude: int = 2,
         wide: bool | None = None,
     ) -> None:
-        size = size or -(-width // 2)
+        size = -(-width // 2) if size is None else size
         super().__init__(size, magnitude, wide)
         self.least_kept = least_kept(forget_limit)
         self.input = nn.Linear(width, 6 * size)  # z, r, g of the first half, then of the second

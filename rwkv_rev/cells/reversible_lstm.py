@@ -48,7 +48,7 @@ class ReversibleLstm(TokenCell):
         magnitude: int = 8,
         wide: bool | None = None,
     ) -> None:
-        size = size or -(-width // 2)
+        size = -(-width // 2) if size is None else size
         super().__init__(size, magnitude, wide)
         self.least_kept = least_kept(forget_limit)
         self.input = nn.Linear(width, 10 * size)  # z, p, i, o, g of the first half, then of the second

@@ -23,6 +23,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -32,8 +33,11 @@ from rwkv_rev import random_state
 from rwkv_rev.cells.contract import Advanced, Replay, ReversibleCell, leaves
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.token_walk import Token, Update, Walk
-from rwkv_rev.errors import StrategyError
+from rwkv_rev.errors import ConfigError, StrategyError
 from rwkv_rev.reversal.stepped import GridOverflowError, KeptSteps, Stepped, StepsRemnant, is_recorded
+
+MOST_MAGNITUDE = 40
+"""Either way: 2**40 is beyond what a float32 tells from its neighbours, 2**-40 below what it adds to anything."""
 
 
 class TokenState(NamedTuple):
@@ -94,6 +98,9 @@ class TokenCell(ReversibleCell):
 
     Attributes:
         halves: which parts each half has, in the order of their updates.
+
+    Raises:
+        ConfigError: for a size or a magnitude that cannot be meant.
     """
 
     inverts_memory = True
@@ -101,6 +108,12 @@ class TokenCell(ReversibleCell):
 
     def __init__(self, size: int, magnitude: int, wide: bool | None = None) -> None:
         super().__init__()
+        if not _is_whole(size) or size < 1:
+            raise ConfigError(f"size = {size!r} must be a whole number of at least 1")
+        if not _is_whole(magnitude) or abs(magnitude) > MOST_MAGNITUDE:
+            raise ConfigError(
+                f"magnitude = {magnitude!r} must be a whole number from {-MOST_MAGNITUDE} to {MOST_MAGNITUDE}"
+            )
         self.size, self.magnitude, self.wide = size, magnitude, wide
 
     # --- what a subclass fills in -------------------------------------------------------------------------------
@@ -277,6 +290,10 @@ class TokenCell(ReversibleCell):
                 f"the state of layer {self.layer} ({type(self).__name__}) has left its grid: {error}; make the cell "
                 f"with magnitude={self.magnitude + 3} or more{'' if self.wide else ' (and wide=True for a finer grid)'}"
             ) from None
+
+
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 def _wide(memory: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.errors import ConfigError
 from rwkv_rev.first_order import first_order
 from rwkv_rev.reversal.bit_stack import BitStack
 from rwkv_rev.reversal.stepped import Stepped
@@ -21,6 +22,7 @@ class Steps(Protocol):
     """What a walk asks of a cell; see :class:`.token_cell.TokenCell`."""
 
     halves: ClassVar[tuple[tuple[int, ...], ...]]
+    layer: int
 
     def gates(self, half: int, token: Token, parts: Sequence[Tensor]) -> Any: ...
 
@@ -107,8 +109,14 @@ class Walk:
         return after.view(len(after), len(self._tokens), len(self.values), -1)
 
     def _masked(self, place: int, decay: Tensor | None, change: Tensor) -> Update:
-        """z and c in the state's dtype; 1 and 0 where the token does not count."""
-        dtype = self.values[0].dtype
+        """z and c in the state's dtype; 1 and 0 where the token does not count. What would be broadcast is refused."""
+        dtype, shape = self.values[0].dtype, self.values[0].shape
+        for name, given in (("z", decay), ("c", change)):
+            if given is not None and given.shape != shape:
+                raise ConfigError(
+                    f"a gate of layer {self._cell.layer} ({type(self._cell).__name__}) gives {name} as "
+                    f"{list(given.shape)}, and each part of the state is {list(shape)}"
+                )
         decay, change = None if decay is None else decay.to(dtype), change.to(dtype)
         if self._valid is None:
             return decay, change

@@ -156,6 +156,22 @@ class NoRemnant:
         return []
 
 
+def check_exponent(format: str, exponent: int, name: str = "exponent") -> None:
+    """Refuse a grid 2^e that cannot be meant: numbers of order one must fit, and be no less than one unit.
+
+    Raises:
+        ConfigError: for such an ``exponent``, which is called ``name``, and for a format that does not exist.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"the format {format!r} of a state does not exist; use {', '.join(FORMATS)}")
+    least = 1 - FORMATS[format][1]
+    if not least <= exponent <= 0:
+        why = "2 would not fit" if exponent < least else "1 would be rounded away"
+        raise ConfigError(
+            f"{name} = {exponent} must be from {least} to 0 for {format}: on a grid of 2^{exponent} {why}"
+        )
+
+
 def capacity(format: str, update_bits: int) -> int:
     """Updates of up to ``2**update_bits - 1`` units that a sum from 0 holds for certain.
 
