@@ -228,7 +228,8 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
                 ``auto`` and at most one chunk.
             return_logits: make logits beside the loss. In evaluation they are made at their first use if this is False.
             num_items_in_batch: divide the summed loss by this instead of by the number of predicted tokens.
-            final_state_gradient: gradient of a further objective by the final state, added to the loss's.
+            final_state_gradient: gradient of a further objective by the final state, added to the loss's. That by m,
+                the third part of RWKV-4's ``wkv``, is ignored: m is a gauge, on which no output depends.
             past_key_values, cache: other names for ``state``; a :class:`RwkvRevCache` is brought up to date unless
                 ``use_cache=False`` or labels are given.
             borders: [B, T] bool, true at the first token of each document packed into a row: state and token shift

@@ -190,12 +190,12 @@ def test_sizes_follow(tmp_path: Path) -> None:
         (
             "linear-attention",
             {"memory_exponent": -1000},
-            r"from -62 to 0 for int64: on a grid of 2\^-1000 2 would",
+            r"from -62 to 0 for int64: on a grid of 2\^-1000 a 1 does not fit",
         ),
         (
             "linear-attention",
             {"memory_bits": 16, "memory_exponent": 1},
-            r"memory_exponent = 1 must be from -14 to 0 for int16: on a grid of 2\^1 1 would be rounded away",
+            r"memory_exponent = 1 must be from -14 to 0 for int16: on a grid of 2\^1 a 1 is rounded away",
         ),
         (
             "linear-attention",

@@ -264,6 +264,15 @@ def test_every_format_comes_back_to_the_bit(format: str) -> None:
     assert check_reversal(model.eval(), ids[0], chunk=CHUNK, drift_steps=(16,)).passed
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_float64_gradients_are_as_near_as_the_grid_is_fine(format: str) -> None:
+    """A few units of it, in an odd number of tokens and small chunks: figures in docs/cells.md."""
+    model, ids = model_of(**settings_of(format)), random_tokens(67, batch=2)
+    full, chunked = (differentiate(model, s, 3, input_ids=ids) for s in ("full", "reversible"))
+    unit = 2.0 ** EXPONENTS[format]
+    assert unit / 50 < max(relative_errors(chunked.gradients, full.gradients).values()) < 16 * unit
+
+
 def test_sixteen_bits_of_float_there_are_none() -> None:
     with pytest.raises(ValueError, match="memory_numbers = 'float' needs memory_bits = 32 or 64, not 16"):
         model_of(memory_bits=16, memory_numbers="float")

@@ -166,9 +166,9 @@ def check_exponent(format: str, exponent: int, name: str = "exponent") -> None:
         raise ConfigError(f"the format {format!r} of a state does not exist; use {', '.join(FORMATS)}")
     least = 1 - FORMATS[format][1]
     if not least <= exponent <= 0:
-        why = "2 would not fit" if exponent < least else "1 would be rounded away"
+        why = "does not fit" if exponent < least else "is rounded away"
         raise ConfigError(
-            f"{name} = {exponent} must be from {least} to 0 for {format}: on a grid of 2^{exponent} {why}"
+            f"{name} = {exponent} must be from {least} to 0 for {format}: on a grid of 2^{exponent} a 1 {why}"
         )
 
 
