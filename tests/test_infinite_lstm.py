@@ -2,6 +2,7 @@
 
 import json
 import runpy
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,23 @@ def test_a_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert drift[0]["float64"] < 1e-12 < 1e-8 < drift[0]["float32"] < 1e-4
     assert drift[-1]["float32"] is drift[-1]["float64"] is None
     assert (tmp_path / "found.png").stat().st_size > 1000
+
+
+def test_rates_and_memory_have_axes_of_their_own() -> None:
+    """Each from zero; what was not measured is not drawn."""
+    pytest.importorskip("matplotlib")
+    example = runpy.run_path(str(EXAMPLE))
+    given = dict.fromkeys((field.name for field in fields(example["Row"])), 1)
+    measured = [(2**10, 9000.0, 5 << 20), (2**12, 8000.0, 6 << 20), (2**14, 7000.0, None)]
+    rows = [
+        example["Row"](**(given | {"context": context, "tokens_per_second": rate, "memory": memory}))
+        for context, rate, memory in measured
+    ]
+    figure = example["figure_of"](
+        rows, [example["Drift"](1, 1e-6, 1e-15, 0.0), example["Drift"](2, None, 1e-9, 0.0)]
+    )
+    rates, memories, _ = figure.axes
+    assert list(rates.lines[0].get_ydata()) == [9000, 8000, 7000]
+    assert list(memories.lines[0].get_ydata()) == [5, 6]
+    assert rates.get_ylim()[0] == memories.get_ylim()[0] == 0
+    assert memories.get_ylim()[1] < 10 and rates.get_xlim() == memories.get_xlim()

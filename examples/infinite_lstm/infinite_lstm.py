@@ -197,30 +197,34 @@ def drifts(model: Any, text: Tensor) -> list[Drift]:
     return found
 
 
-def plot(rows: list[Row], found: list[Drift], path: Path) -> None:
-    """Tokens/s and memory by context; errors by tokens back."""
+def figure_of(rows: list[Row], found: list[Drift]) -> Any:
+    """Tokens/s by context, and memory where it was measured, each from zero; errors by tokens back."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    contexts = [row.context for row in rows]
-    left.plot(contexts, [row.tokens_per_second for row in rows], marker="o", label="tokens per CPU second")
-    if rows[0].memory is not None:
-        left.plot(contexts, [(row.memory or 0) / MEGABYTE for row in rows], marker="s", label="memory, MiB")
-    left.set_xscale("log", base=2)
-    left.set_ylim(bottom=0)
-    left.set_xlabel("tokens of context")
-    left.legend()
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    rates, memories, errors = figure.subplots(1, 3)
+    rates.plot([row.context for row in rows], [row.tokens_per_second for row in rows], marker="o")
+    rates.set_ylabel("tokens per CPU second")
+    measured = [(row.context, row.memory / MEGABYTE) for row in rows if row.memory is not None]
+    if measured:
+        memories.plot(*zip(*measured, strict=True), marker="s")
+    memories.set_ylabel("memory, MiB")
+    for axes in (rates, memories):
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(rows[0].context / 1.5, rows[-1].context * 1.5)
+        seen = [0, *(value for line in axes.lines for value in line.get_ydata())]
+        axes.set_ylim(1.15 * min(seen), 1.15 * max(seen) or 1)
+        axes.set_xlabel("tokens of context")
     for name in ("float32", "float64"):
-        errors = [(row.tokens, error) for row in found if (error := getattr(row, name)) is not None]
-        right.plot(*zip(*errors, strict=True), marker="o", label=f"division in {name}")
-    right.axhline(1e-17, color="black", label="exact reversal: 0")
-    right.set_xscale("log", base=2)
-    right.set_yscale("log")
-    right.set_xlabel("tokens back")
-    right.set_ylabel("relative error of the state")
-    right.legend()
-    figure.savefig(path, dpi=110)
+        left = [(row.tokens, error) for row in found if (error := getattr(row, name)) is not None]
+        errors.plot(*zip(*left, strict=True), marker="o", label=f"division in {name}")
+    errors.axhline(1e-17, color="black", label="exact reversal: 0")
+    errors.set_xscale("log", base=2)
+    errors.set_yscale("log")
+    errors.set_xlabel("tokens back")
+    errors.set_ylabel("relative error of the state")
+    errors.legend()
+    return figure
 
 
 def parse(given: list[str] | None) -> argparse.Namespace:
@@ -282,7 +286,7 @@ def main(given: list[str] | None = None) -> tuple[list[Row], list[Drift]]:
         }
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     if arguments.plot:
-        plot(rows, found, arguments.plot)
+        figure_of(rows, found).savefig(arguments.plot, dpi=110)
     return rows, found
 
 
