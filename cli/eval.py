@@ -1,7 +1,7 @@
 """``rwkv-rev eval``: does a long context help?"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -43,6 +43,14 @@ def eval(
     completion_field: Annotated[
         str | None, typer.Option(help="Field of the completion.  [completion]")
     ] = None,
+    messages_field: Annotated[str | None, typer.Option(help="Field of a list of turns.  [messages]")] = None,
+    data_format: Annotated[
+        str, typer.Option(help="auto, text, completion, messages, instruction or chosen.")
+    ] = "auto",
+    train_on: Annotated[
+        Literal["assistant", "all", "last"] | None,
+        typer.Option(help="What is scored, as in finetune.  [the assistant's turns]", show_default=False),
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw bits per byte by position.")
     ] = None,
@@ -70,7 +78,9 @@ def eval(
       rwkv-rev eval my-book --data book.txt \
         --context-length 1048576 --plot positions.png
     """
-    refuse_half_named(text_field, prompt_field, completion_field)  # before anything heavy is imported
+    refuse_half_named(
+        text_field, prompt_field, completion_field, messages_field
+    )  # before anything heavy is imported
     refuse_no_model(directory)
     find_sources(data)
     from rwkv_rev.training.evaluate import evaluate_directory
@@ -87,6 +97,9 @@ def eval(
         text_field=text_field,
         prompt_field=prompt_field,
         completion_field=completion_field,
+        messages_field=messages_field,
+        data_format=data_format,
+        train_on=train_on,
         dtype=dtype,
         device=device,
         cache_dir=cache_dir,

@@ -170,8 +170,11 @@ def test_records_with_fields_of_other_names(
     common += ["--output", "out", "--dry-run"] if command == "finetune" else ["--json"]
     code, _, err = cli(*common)
     assert code == 1 and err.count("\n") == 1
-    assert "no field 'text' (or 'prompt' and 'completion'); found: a, q; " in err
-    assert err.endswith("name yours: --text-field NAME, or --prompt-field NAME and --completion-field NAME\n")
+    assert "no field 'text' (or 'prompt' and 'completion', " in err and "; found: a, q; " in err
+    named = set(re.findall("--[a-z-]+", err))
+    assert named >= {"--text-field", "--prompt-field", "--completion-field", "--messages-field"}
+    code, out, _ = cli(command, "--help")
+    assert code == 0 and named <= set(re.findall("--[a-z-]+", out)), "an option that it has not"
     code, out, err = cli(*common, "--prompt-field", "q", "--completion-field", "a")
     assert code == 0, err
     if command == "eval":

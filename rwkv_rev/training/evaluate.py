@@ -189,6 +189,9 @@ def evaluate_directory(
     text_field: str | None = None,
     prompt_field: str | None = None,
     completion_field: str | None = None,
+    messages_field: str | None = None,
+    data_format: str = "auto",
+    train_on: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
     cache_dir: str | Path | None = None,
@@ -205,6 +208,8 @@ def evaluate_directory(
         text_field: field of the text in records; ``text`` when None.
         prompt_field, completion_field: fields of records of which the completion alone is scored; ``prompt`` and
             ``completion`` when None.
+        messages_field, data_format, train_on: how records of conversations are read, and what of them is scored, as
+            in :class:`~rwkv_rev.training.config.FinetuneConfig`; the template is the folder's.
         dtype: of the arithmetic: auto, float32, bfloat16 or float16; auto is bfloat16 where a GPU has it.
         device: auto, cpu or cuda.
         cache_dir: where tokenised data is kept; the user's cache when None.
@@ -219,14 +224,15 @@ def evaluate_directory(
     for name, number, least in (("batch_size", batch_size, 1), ("max_tokens", max_tokens, 0)):
         if not least <= number <= MOST:
             raise ConfigError(f"{name} = {number} must be from {least} to {MOST}")
-    refuse_half_named(text_field, prompt_field, completion_field)
+    refuse_half_named(text_field, prompt_field, completion_field, messages_field)
+    named = (text_field, prompt_field, completion_field, messages_field)
+    fields = Fields(*named, data_format, train_on)
     with ConvertedModel(directory) as source:  # refuses what is not a whole model
         vocab_size = source.config.vocab_size
     place = choose_device(device)
     arithmetic = choose_dtype(dtype, place)
     tokenizer = load_tokenizer(directory)
     sources = [str(source) for source in ([data] if isinstance(data, str | Path) else data)]
-    fields = Fields(text_field, prompt_field, completion_field)
     fields.refuse_unused(source.kind for source in find_sources(sources))
     store = load_tokens(
         sources,
