@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from rwkv_rev.code_origin import origin, qualified_name
 from rwkv_rev.errors import StrategyError
 
 LAYERS = frozenset(
@@ -119,7 +120,7 @@ UNKNOWN = "is not known to treat each position by itself"
 
 def is_of_peft(code: Any) -> bool:
     """Whether a class or function is peft's own."""
-    return _origin(code).startswith("peft.")
+    return origin(code).startswith("peft.")
 
 
 def objection(module: nn.Module) -> str | None:
@@ -206,8 +207,4 @@ def put_back(layers: Iterable[Any]) -> set[int]:
 def place_of(code: Any) -> str:
     """Where in peft a class or function stands: module and name, below ``peft.``."""
     code = code.func if isinstance(code, partial) else code
-    return f"{_origin(code).removeprefix('peft.')}.{getattr(code, '__qualname__', '')}"
-
-
-def _origin(code: Any) -> str:
-    return getattr(code, "__module__", None) or type(code).__module__
+    return f"{origin(code).removeprefix('peft.')}.{qualified_name(code)}"

@@ -4,13 +4,14 @@ A chunk is computed without the tokens before it; all that it takes from them is
 somebody put into the model is therefore right in chunks only if it is *position-wise*: what it does to a token
 depends on that token's vector alone, not on where the token stands or what else is there. That cannot be seen from
 outside. PyTorch's own position-wise layers and adapters that were tested (:mod:`rwkv_rev.adapters`) are known;
-everything else has to be declared with :func:`position_wise`, and is refused by name until it is. Cells and blocks of
-one's own need no declaration: their contract (:mod:`rwkv_rev.cells.contract`) says what they do with a chunk.
+everything else has to be declared with :func:`rwkv_rev.position_wise`, and is refused by name until it is. Whose code
+it is goes by where it is defined (:mod:`rwkv_rev.code_origin`), on objects and on classes. Cells and blocks of one's
+own need no declaration: their contract (:mod:`rwkv_rev.cells.contract`) says what they do with a chunk.
 """
 
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules import activation
@@ -19,9 +20,9 @@ from torch.nn.utils import parametrize
 
 from rwkv_rev import adapters
 from rwkv_rev.cells.block import keeps_the_contract
+from rwkv_rev.code_origin import defined_in, origin, patches, qualified_name
+from rwkv_rev.declared_code import MARK, class_of, is_declared
 from rwkv_rev.errors import StrategyError
-
-MARK = "_rwkv_rev_position_wise"
 
 LAYERS: frozenset[type] = frozenset(
     {
@@ -54,23 +55,6 @@ CALLED = ("embed", "initial_state", "normalize", "read", "run")
 """Methods of a model that strategies call."""
 
 _HOOK_KINDS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-
-T = TypeVar("T", bound=Callable[..., Any])
-
-
-def position_wise(code: T) -> T:
-    """Declare that a hook, a module or a module's class treats each position by itself; returns it.
-
-    A declared hook sees one chunk after another [B, C, D], in both sweeps.
-    """
-    code_of_it = getattr(code, "__func__", code)
-    setattr(code_of_it, MARK, _own_code(code_of_it))
-    return code
-
-
-def _own_code(code: Any) -> Any:
-    """What tells a declared function from one around it, to which ``functools.wraps`` gives its attributes."""
-    return getattr(code, "__code__", True)
 
 
 class Stranger(NamedTuple):
@@ -110,17 +94,19 @@ def strangers(model: nn.Module) -> Strangers:
             _sort(hook, f"the global hook {_name(hook)}", found, _hook_objection(hook))
     for name in CALLED:
         code = vars(model).get(name) or getattr(type(model), name, None)
-        if code is not None and not getattr(code, "__module__", "").startswith("rwkv_rev."):
+        if code is not None and (name in vars(model) or not defined_in(code, ("rwkv_rev.", "torch."))):
             _sort(code, f"{type(model).__name__}.{name}", found, adapters.UNKNOWN)
     base = getattr(model, "base_model", None)  # whose forward the sweeps do not call
+    layers: set[type] = set()
     for path, module in _below(model):
+        layers.add(type(module))
         if _is_known(module):
             if module._buffers:
                 found.buffers.extend(buffer for buffer in module._buffers.values() if buffer is not None)
             for name in _norms_of_tokens(type(module)):
                 norms.update(map(id, getattr(module, name).modules()))
             continue
-        layer = _class(module)
+        layer = class_of(module)
         computed = getattr(module, "parametrizations", None) if parametrize.is_parametrized(module) else None
         for holder in (module, *(computed.modules() if isinstance(computed, nn.Module) else ())):
             found.buffers.extend(buffer for buffer in holder._buffers.values() if buffer is not None)
@@ -151,6 +137,8 @@ def strangers(model: nn.Module) -> Strangers:
             _sort(vars(module)[name], f"the replaced {name} of {path}", found, adapters.UNKNOWN)
         if getattr(module, "_compiled_call_impl", None) is not None:
             found.unknown.append(Stranger(f"the compiled call of {path}", adapters.UNKNOWN))
+    for patch in patches(layers):
+        _sort(patch.code, patch.where, found, adapters.UNKNOWN)
     more |= bool(found.unknown or found.declared)
     return found._replace(brings_tensors=more or bool(found.adapters), more=more)
 
@@ -227,7 +215,8 @@ def _below(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _is_known(module: nn.Module) -> bool:
     """Whether a module is a layer of ours or of PyTorch's just as its class says: to most there is nothing to say."""
-    own, layer = vars(module), type(module)
+    own = vars(module)
+    layer: type = type(module)
     if not _is_own(layer) or MARK in vars(layer):
         return False
     if (
@@ -247,17 +236,13 @@ def _is_known(module: nn.Module) -> bool:
     return not (own.get("scale_grad_by_freq") or any(map(_is_trainable, module._buffers.values())))
 
 
-def _class(module: nn.Module) -> type:
-    """The module's class; of a parametrized module the one that it was made of."""
-    return type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
-
-
 def _is_trainable(value: object) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
+@lru_cache(maxsize=256)
 def _is_own(layer: type) -> bool:
-    return layer in LAYERS or layer.__module__.startswith("rwkv_rev.")
+    return layer in LAYERS or (layer.__module__.startswith("rwkv_rev.") and origin(layer) != "")
 
 
 def _norms_of_tokens(layer: type) -> tuple[str, ...]:
@@ -276,11 +261,10 @@ def _layer_objection(module: nn.Module, layer: type) -> str | None:
 
 
 def _hook_objection(hook: Any) -> str | None:
-    code = hook.func if isinstance(hook, partial) else hook
-    origin = getattr(code, "__module__", None) or type(code).__module__
-    if hook is not None and origin.startswith(HOOKS):
+    if defined_in(hook, HOOKS):
         return None
-    return adapters.hook_objection(code) if adapters.is_of_peft(code) else adapters.UNKNOWN
+    code = hook.func if isinstance(hook, partial) else hook
+    return adapters.hook_objection(code) if defined_in(hook, ("peft.",)) else adapters.UNKNOWN
 
 
 def _forward_objection(module: nn.Module) -> str | None:
@@ -289,8 +273,8 @@ def _forward_objection(module: nn.Module) -> str | None:
     hooks = [hook, *getattr(hook, "hooks", ())]  # a SequentialHook has others
     layers = [forward.func if isinstance(forward, partial) else forward, *map(type, hooks)]
     former = getattr(getattr(module, "_old_forward", None), "__func__", None)
-    own = former is getattr(_class(module), "forward", None) and all(
-        layer.__module__.startswith("accelerate.") for layer in layers
+    own = former is getattr(class_of(module), "forward", None) and all(
+        origin(layer).startswith("accelerate.") for layer in layers
     )
     return None if own else adapters.UNKNOWN
 
@@ -303,17 +287,9 @@ def _replaced_methods(module: nn.Module, layer: type) -> list[str]:
     return [name for name in own if name != "forward" and callable(getattr(layer, name, None))]
 
 
-def _is_marked(code: Any) -> bool:
-    """Whether the code itself, or its very class, was declared: a subclass may do other things."""
-    code = getattr(code, "__func__", code)
-    layer = _class(code) if isinstance(code, nn.Module) else type(code)
-    mark = getattr(code, "__dict__", {}).get(MARK)
-    return (mark is not None and mark == _own_code(code)) or MARK in vars(layer)
-
-
 def _sort(code: Any, where: str, found: Strangers, objection: str | None) -> None:
-    if _is_marked(code) or (
-        objection == adapters.UNKNOWN and isinstance(code, nn.Module) and keeps_the_contract(_class(code))
+    if is_declared(code) or (
+        objection == adapters.UNKNOWN and isinstance(code, nn.Module) and keeps_the_contract(class_of(code))
     ):
         found.declared.append(where)
     elif objection is not None:
@@ -322,4 +298,4 @@ def _sort(code: Any, where: str, found: Strangers, objection: str | None) -> Non
 
 def _name(hook: Any) -> str:
     code = hook.func if isinstance(hook, partial) else hook
-    return getattr(code, "__qualname__", type(code).__name__)
+    return qualified_name(code) or type(code).__name__

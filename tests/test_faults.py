@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from rwkv_rev import RwkvRevForCausalLM
 from rwkv_rev.cells.token_shift import Border
+from rwkv_rev.declared_code import position_wise
 from rwkv_rev.errors import ReversalMismatchError
-from rwkv_rev.foreign_code import position_wise
 
 CHUNK = 6
 LAYERS = 2

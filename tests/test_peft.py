@@ -14,6 +14,7 @@ from bptt_cases import checkpoint_blocks, random_tokens, relative_error, relativ
 from peft_cases import METHODS, Method, NotInThisPeft, adapted, made, settings_of, tokens
 from torch import Tensor, nn
 
+import rwkv_rev
 from rwkv_rev import RwkvRevForCausalLM, adapters
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.foreign_code import strangers
@@ -277,7 +278,7 @@ def test_a_layer_of_peft_that_was_not_tested() -> None:
     assert [where for where, _ in found.unknown] == ["Linear at model.blocks.1.time_mix.key"]
     with pytest.raises(StrategyError, match="is not known to treat each position by itself"):
         loss_of(model, model, "reversible")
-    new._rwkv_rev_position_wise = True
+    rwkv_rev.position_wise(new)
     loss_of(model, model, "reversible").backward()
 
 

@@ -1,0 +1,75 @@
+"""Code of others that was declared to treat each position by itself (:mod:`rwkv_rev.foreign_code` says what that is).
+
+Declared is the very object, of which its mark keeps note: wrappers take over the attributes of what they wrap, and
+other closures of a factory share their code, but are other objects. A copy made by ``copy.deepcopy`` or ``pickle``
+has a mark of its own.
+"""
+
+import weakref
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+MARK = "_rwkv_rev_position_wise"
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+
+def position_wise(code: T) -> T:
+    """Declare that a hook, a module or a module's class treats each position by itself; returns it.
+
+    A declared hook sees one chunk after another [B, C, D], in both sweeps. A method of an object is declared for that
+    object; a function in a class body for all of them.
+    """
+    if isinstance(code, MethodType):
+        setattr(code.__self__, _of_method(code), _Mark(code.__self__, code.__func__))
+    else:
+        setattr(code, MARK, _Mark(code))
+    return code
+
+
+def is_declared(code: Any) -> bool:
+    """Whether the code itself, or its very class, was declared: a subclass may do other things."""
+    if isinstance(code, MethodType):
+        mark = _own(code.__self__).get(_of_method(code))
+        return (mark is not None and mark.is_of(code.__self__, code.__func__)) or _marked(code.__func__)
+    return _marked(code) or _marked(class_of(code) if isinstance(code, nn.Module) else type(code))
+
+
+def class_of(module: nn.Module) -> type:
+    """The module's class; of a parametrized module the one that it was made of."""
+    return type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
+
+
+class _Mark:
+    """On the object that was declared; what else has it was given it by a wrapper."""
+
+    def __init__(self, owner: Any, function: Any = None) -> None:
+        self._owner, self._function = weakref.ref(owner), function
+
+    def is_of(self, owner: Any, function: Any = None) -> bool:
+        return self._owner() is owner and self._function is function
+
+    def __deepcopy__(self, copies: dict[int, Any]) -> "_Mark":
+        copied = copies.get(id(self._owner()))
+        return self if copied is None else _Mark(copied, self._function)
+
+    def __reduce__(self) -> Any:
+        owner = self._owner()
+        return (object, ()) if owner is None else (_Mark, (owner, self._function))
+
+
+def _marked(code: Any) -> bool:
+    mark = _own(code).get(MARK)
+    return isinstance(mark, _Mark) and mark.is_of(code)
+
+
+def _own(code: Any) -> Any:
+    return getattr(code, "__dict__", {})
+
+
+def _of_method(code: MethodType) -> str:
+    return f"{MARK}_{code.__func__.__code__.co_name}" if hasattr(code.__func__, "__code__") else MARK
