@@ -10,8 +10,8 @@ Some attributes are notes that calls make (counts, the last output, a weight tha
 call changes that is not a module's first, the calls of the second time change again, and :func:`notes_of` says which
 that are. Whether results depend on them is to be seen from the results.
 
-Attributes of whole models (``PreTrainedModel``) are not looked at, nor whether blocks are computed once more for their
-gradient: layers do not go by them, and they are how gradients are made.
+Attributes of whole models (``PreTrainedModel``) are not looked at but for the methods that strategies call, nor whether
+blocks are computed once more for their gradient: layers do not go by them, and they are how gradients are made.
 """
 
 import copy
@@ -25,12 +25,14 @@ from torch.nn.modules import module as module_globals
 from transformers import PreTrainedModel
 
 from rwkv_rev.cells.block import keeps_the_contract
+from rwkv_rev.code_origin import origin
+from rwkv_rev.foreign_code import CALLED
 
 _HOOKS = frozenset({"_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks"})
 _TENSORS = frozenset({"_parameters", "_buffers"})
 _MACHINERY = vars(nn.Module()).keys() - _HOOKS - _TENSORS - {"training"}
 """What every module has and no result depends on; modules inside a module are looked at themselves."""
-_OF_MODELS = _HOOKS | _TENSORS | {"training"}
+_OF_MODELS = _HOOKS | _TENSORS | {"training", *CALLED}
 _CONSTANTS = frozenset({str, bool, int, float, bytes, complex, type(None), device, dtype, Size})
 
 _HARMLESS = "transformers.modeling_utils"
@@ -58,10 +60,13 @@ def settings(model: nn.Module, *, versions: bool = False) -> list[Settings]:
     have to lie in the same place, and their numbers may be others.
     """
     marks = (_same_memory, _same_numbers) if versions else (_same_place, _same_place)
-    found = [
-        Settings(path, Same(module), (type(module), type(module).forward), _own(module, *marks))
-        for path, module in model.named_modules()
-    ]
+    functions: dict[type, Any] = {}
+    found = []
+    for path, module in model.named_modules():
+        layer = type(module)
+        if layer not in functions:
+            functions[layer] = _functions(layer)
+        found.append(Settings(path, Same(module), (layer, functions[layer]), _own(module, *marks)))
     own = found[0].own
     for kind in _HOOKS:  # those on the model see whole contexts, and no chunk
         own.pop(kind, None)
@@ -99,7 +104,15 @@ def notes_of(before: list[Settings], after: list[Settings]) -> set[Place]:
 
 def _changes(old: Settings, new: Settings) -> list[str]:
     names = dict.fromkeys([*old.own, *new.own])
-    return [n for n in names if n not in old.own or n not in new.own or old.own[n] != new.own[n]]
+    return [n for n in names if _value(old, n) != _value(new, n)]
+
+
+def _value(one: Settings, name: str) -> Any:
+    """What a module has by a name, or by its class; ``()``, which no value equals, without either."""
+    if name in one.own:
+        return one.own[name]
+    inherited = getattr(one.kind[0], name, ())
+    return (type(inherited), inherited) if type(inherited) in _CONSTANTS else ()
 
 
 def _around(name: str) -> Iterator[str]:
@@ -115,6 +128,17 @@ def _words(path: str, name: str, old: Any, new: Any) -> str:
         return f"{path}{name.removeprefix('_')}"
     old, new = dict(old or ()), dict(new or ())
     return path + next(key for key in [*old, *new] if old.get(key) != new.get(key))
+
+
+def _functions(layer: type[nn.Module]) -> list[Any]:
+    """What a class calls; of whole models, what strategies call."""
+    if issubclass(layer, PreTrainedModel):
+        return [layer.forward, *(getattr(layer, name, None) for name in CALLED)]
+    bases = [base for base in layer.__mro__ if base not in (nn.Module, object)]
+    own = [
+        value for base in bases for value in vars(base).values() if callable(value) or type(value) is property
+    ]
+    return [nn.Module._call_impl, *own]
 
 
 def _own(module: nn.Module, registered: Mark, beside: Mark) -> dict[str, Any]:
@@ -142,7 +166,7 @@ def _own(module: nn.Module, registered: Mark, beside: Mark) -> dict[str, Any]:
 
 
 def _hooks(hooks: dict[int, Any]) -> list["Same"]:
-    return [Same(hook) for hook in hooks.values() if getattr(hook, "__module__", "") != _HARMLESS]
+    return [Same(hook) for hook in hooks.values() if origin(hook) != _HARMLESS]
 
 
 def _look_into(found: dict[str, Any], name: str, value: Any, mark: Mark) -> None:

@@ -19,7 +19,7 @@ from peft_cases import METHODS, Method, made, tokens
 from peft_page import peft_page
 from torch import Tensor, nn
 
-from rwkv_rev import RwkvRevForCausalLM, base_model
+from rwkv_rev import RwkvRevForCausalLM, base_model, position_wise
 from rwkv_rev.errors import StrategyError
 
 TOLERANCE = 1e-5
@@ -111,6 +111,7 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     read: list[int] = []
     run = base_model.RwkvRevModel.run
 
+    @position_wise
     @wraps(run)
     def counted(self: base_model.RwkvRevModel, x: Tensor, *others: Any) -> Any:
         read.append(x.shape[1])
