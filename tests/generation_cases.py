@@ -11,7 +11,7 @@ import torch
 from bptt_cases import tiny_model
 from torch import Tensor
 
-from rwkv_rev import RwkvRevForCausalLM
+from rwkv_rev import RwkvRevForCausalLM, position_wise
 from rwkv_rev.cache import CACHE_NAME, RwkvRevCache
 from rwkv_rev.cells.block import Block
 
@@ -36,7 +36,7 @@ def reading(model: RwkvRevForCausalLM) -> Iterator[list[int]]:
             lengths.append(x.shape[1])
         return inner(self, x, *arguments)
 
-    Block.forward = counted
+    Block.forward = position_wise(counted)
     try:
         yield lengths
     finally:

@@ -20,17 +20,19 @@ from bptt_cases import (
 )
 from torch import Tensor, nn
 
-from rwkv_rev import RwkvRevForCausalLM
+from rwkv_rev import RwkvRevForCausalLM, position_wise
 from rwkv_rev.cells.time_mix_rwkv5 import TimeMixRwkv5, TimeProjection
 from rwkv_rev.equivalence.reversal import check_reversal
 
 LENGTH, CHUNK = 43, 8
 
 
+@position_wise
 class FirstValue(TimeMixRwkv5):
     """``v_first`` [B, C, D] flows beside the residual; ``cut`` lets no gradient through it."""
 
     reads_beside = True
+    norms_of_tokens = ("ln_x",)  # said by the very class
     cut = False
 
     def project(self, *mixed: Tensor) -> TimeProjection:
@@ -44,11 +46,6 @@ class FirstValue(TimeMixRwkv5):
 
     def handed_up(self, projection: TimeProjection) -> tuple[Tensor, ...]:
         return () if self.layer else (projection.value.flatten(2),)
-
-
-FirstValue.__module__ = (
-    "rwkv_rev.cells.time_mix_first"  # code from elsewhere is not known to be position-wise
-)
 
 
 def model_of(dtype: torch.dtype = torch.float64, layers: int = 4, cut: bool = False) -> RwkvRevForCausalLM:
