@@ -11,7 +11,16 @@ from typing import Annotated, Any
 import typer
 
 from rwkv_rev.cli import output as out
-from rwkv_rev.cli.counts import number, whole
+from rwkv_rev.cli.counts import whole
+from rwkv_rev.cli.sampling import (
+    Device,
+    FrequencyPenalty,
+    PenaltyDecay,
+    PresencePenalty,
+    Temperature,
+    TopK,
+    top_p_option,
+)
 from rwkv_rev.errors import DataError, RwkvRevError
 from rwkv_rev.folders.folder import refuse_no_model
 
@@ -29,47 +38,19 @@ def chat(
     max_new_tokens: Annotated[
         int, typer.Option(parser=whole(1), metavar="N", help="Most tokens of one answer.")
     ] = 2048,
-    temperature: Annotated[
-        float,
-        typer.Option(
-            parser=number(0), metavar="X", help="0 takes the likeliest token; higher is more random."
-        ),
-    ] = 1.0,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            parser=number(0, 1),
-            metavar="X",
-            help="Sample from the likeliest tokens of this total probability.  [0.3]",
-        ),
-    ] = None,
-    top_k: Annotated[
-        int, typer.Option(parser=whole(0), metavar="N", help="Sample from so many likeliest tokens; 0: all.")
-    ] = 0,
-    presence_penalty: Annotated[
-        float,
-        typer.Option(parser=number(0), metavar="X", help="Off the logits of tokens that were said already."),
-    ] = 0.5,
-    frequency_penalty: Annotated[
-        float, typer.Option(parser=number(0), metavar="X", help="The same for each time they were said.")
-    ] = 0.5,
-    penalty_decay: Annotated[
-        float,
-        typer.Option(
-            parser=number(0, 1),
-            metavar="X",
-            help="What was said counts less, token by token, by this factor.",
-        ),
-    ] = 0.996,
+    temperature: Temperature = 1.0,
+    top_p: Annotated[float | None, top_p_option(0.3)] = None,
+    top_k: TopK = 0,
+    presence_penalty: PresencePenalty = 0.5,
+    frequency_penalty: FrequencyPenalty = 0.5,
+    penalty_decay: PenaltyDecay = 0.996,
     seed: Annotated[
         int | None, typer.Option(parser=whole(), metavar="N", help="Makes the answers repeatable.")
     ] = None,
     chat_template: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Another template than the tokenizer's.")
     ] = None,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
-    ] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Talk with a model in the terminal.
 
@@ -89,13 +70,14 @@ def chat(
       rwkv-rev chat my-model --top-p 0.5 < questions.txt
     """
     refuse_no_model(directory)  # before anything heavy is imported
-    from rwkv_rev.continuation import check_seed, refuse_without_effect
+    from rwkv_rev.continuation import refuse_without_effect
     from rwkv_rev.conversation import RWKV_SAMPLING
     from rwkv_rev.conversation import chat as opened
+    from rwkv_rev.random_state import refuse_seed
     from rwkv_rev.sampling import Sampling
 
     refuse_without_effect(temperature, top_p, top_k)
-    check_seed(seed)
+    refuse_seed(seed)
     sampling = Sampling(
         temperature,
         RWKV_SAMPLING.top_p if top_p is None else top_p,

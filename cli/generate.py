@@ -6,8 +6,17 @@ from typing import Annotated
 
 import typer
 
-from rwkv_rev.cli.counts import number, whole
+from rwkv_rev.cli.counts import whole
 from rwkv_rev.cli.output import write
+from rwkv_rev.cli.sampling import (
+    Device,
+    FrequencyPenalty,
+    PenaltyDecay,
+    PresencePenalty,
+    Temperature,
+    TopK,
+    top_p_option,
+)
 from rwkv_rev.errors import DataError
 from rwkv_rev.folders.folder import refuse_no_model
 
@@ -18,38 +27,12 @@ def generate(
     max_new_tokens: Annotated[
         int, typer.Option(parser=whole(1), metavar="N", help="Most tokens to add.")
     ] = 128,
-    temperature: Annotated[
-        float,
-        typer.Option(
-            parser=number(0), metavar="X", help="0 takes the likeliest token; higher is more random."
-        ),
-    ] = 1.0,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            parser=number(0, 1),
-            metavar="X",
-            help="Sample from the likeliest tokens of this total probability.  [0.7]",
-        ),
-    ] = None,
-    top_k: Annotated[
-        int, typer.Option(parser=whole(0), metavar="N", help="Sample from so many likeliest tokens; 0: all.")
-    ] = 0,
-    presence_penalty: Annotated[
-        float,
-        typer.Option(parser=number(0), metavar="X", help="Off the logits of tokens that were said already."),
-    ] = 0.0,
-    frequency_penalty: Annotated[
-        float, typer.Option(parser=number(0), metavar="X", help="The same for each time they were said.")
-    ] = 0.0,
-    penalty_decay: Annotated[
-        float,
-        typer.Option(
-            parser=number(0, 1),
-            metavar="X",
-            help="What was said counts less, token by token, by this factor.",
-        ),
-    ] = 0.996,
+    temperature: Temperature = 1.0,
+    top_p: Annotated[float | None, top_p_option(0.7)] = None,
+    top_k: TopK = 0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    penalty_decay: PenaltyDecay = 0.996,
     seed: Annotated[
         int | None, typer.Option(parser=whole(), metavar="N", help="Makes the text repeatable.")
     ] = None,
@@ -60,9 +43,7 @@ def generate(
         ),
     ] = None,
     stream: Annotated[bool, typer.Option(help="Print each token as it is made.")] = True,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
-    ] = "auto",
+    device: Device = "auto",
 ) -> None:
     r"""Continue a text with a converted model.
 

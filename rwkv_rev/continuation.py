@@ -13,6 +13,7 @@ from rwkv_rev.device import choose_device
 from rwkv_rev.errors import ConfigError, DataError
 from rwkv_rev.loading import load_model, load_tokenizer
 from rwkv_rev.printable import shortened
+from rwkv_rev.random_state import refuse_seed
 from rwkv_rev.sampling import Sampling
 from rwkv_rev.wkv.dispatch import choose_kernel
 
@@ -65,7 +66,7 @@ def generate(
     )  # refuses a name that the environment gives, before the prompt is printed
     if not 1 <= max_new_tokens <= MOST:
         raise ConfigError(f"max_new_tokens = {shortened(repr(max_new_tokens))} must be from 1 to {MOST}")
-    check_seed(seed)
+    refuse_seed(seed)
     sampling = Sampling(
         temperature,
         TOP_P if top_p is None else top_p,
@@ -114,9 +115,3 @@ def refuse_without_effect(temperature: float, top_p: float | None, top_k: int) -
             raise ConfigError(
                 f"{name} = {value} is without effect at temperature = 0, the likeliest token; leave one out"
             )
-
-
-def check_seed(seed: int | None) -> None:
-    """Raise ConfigError for a number that seeds no generator."""
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ConfigError(f"seed = {shortened(repr(seed))} must be from 0 to 2**63 - 1")

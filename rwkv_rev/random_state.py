@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rwkv_rev.errors import ConfigError
+from rwkv_rev.printable import shortened
 
 MOST_SEED = (1 << 63) - 1
 
@@ -38,10 +39,10 @@ class GeneratorStates(NamedTuple):
         )
 
 
-def refuse_seed(seed: int) -> None:
-    """Raises ConfigError for a seed that some machine would not take."""
-    if not 0 <= seed <= MOST_SEED:
-        raise ConfigError(f"seed = {seed} must be from 0 to {MOST_SEED}")
+def refuse_seed(seed: int | None) -> None:
+    """Raises ConfigError for a seed that some machine would not take; None is no seed."""
+    if seed is not None and not 0 <= seed <= MOST_SEED:
+        raise ConfigError(f"seed = {shortened(repr(seed))} must be from 0 to {MOST_SEED}")
 
 
 def capture(devices: Iterable[torch.device]) -> GeneratorStates:

@@ -46,7 +46,7 @@ class ReversibleLossy(TwoSweeps):
         decays = [cell.log_decay() for cells in self._cells for cell in cells]
         flat = [decay.detach().flatten() for decay in decays if decay is not None]
         self._bits = predicted_bits_lost(torch.cat(flat), inputs.length) if flat else 0.0
-        self._divided([block.exact(inputs.state.layer(layer)) for layer, block in enumerate(model.blocks)])
+        divided(self._cells, [block.exact(inputs.state.layer(n)) for n, block in enumerate(model.blocks)])
         self._length = inputs.length
         self._refuse_noise()
         self._forgotten: dict[tuple[int, int], Tensor] = {}
@@ -56,7 +56,7 @@ class ReversibleLossy(TwoSweeps):
         self._drifts: list[Tensor] = []
 
     def prepare(self, states: list[ExactStates]) -> list[ExactStates]:
-        return self._divided(states)
+        return divided(self._cells, states)
 
     def keep(self, before: list[ExactStates], advanced: list[BlockAdvanced]) -> list[list[Remnant]]:
         anchored = self._recorded % self._every == 0
@@ -106,35 +106,29 @@ class ReversibleLossy(TwoSweeps):
                 "'reversible', which is exact"
             )
 
-    def _divided(self, states: list[ExactStates]) -> list[ExactStates]:
-        divided = [
-            tuple(cell.lossy(state) for cell, state in zip(cells, layer, strict=True))
-            for cells, layer in zip(self._cells, states, strict=True)
-        ]
-        for cells, layer in zip(self._cells, divided, strict=True):
-            for cell, state in zip(cells, layer, strict=True):
-                if state is None:
-                    raise StrategyError(
-                        "reversible-lossy needs RWKV-5 or 6, or another memory that decays elementwise: "
-                        f"{cell.undividable} cannot be divided back; use 'reversible'"
-                    )
-        return divided
-
-    def refuse(self, blocks: Sequence[Any], states: list[ExactStates]) -> None:
-        """Refuse blocks of a kind that cannot be divided back, whatever their weights are.
-
-        Args:
-            states: exact ones of these blocks; no number of them counts.
-
-        Raises:
-            StrategyError: names what cannot.
-        """
-        self._cells = [block.cells for block in blocks]
-        self._divided(states)
-
     def finish(self, outcome: dict[str, Any]) -> None:
         outcome["predicted_bits_lost"] = self._bits
         outcome["drift"] = float(torch.stack(self._drifts).max()) if self._drifts else 0.0
+
+
+def divided(cells: Sequence[Sequence[Any]], states: list[ExactStates]) -> list[ExactStates]:
+    """The states [layer][cell] of ``cells`` in the form that is divided back.
+
+    Raises:
+        StrategyError: names what has no such form.
+    """
+    found = [
+        tuple(cell.lossy(state) for cell, state in zip(layer, given, strict=True))
+        for layer, given in zip(cells, states, strict=True)
+    ]
+    for layer, forms in zip(cells, found, strict=True):
+        for cell, form in zip(layer, forms, strict=True):
+            if form is None:
+                raise StrategyError(
+                    "reversible-lossy needs RWKV-5 or 6, or another memory that decays elementwise: "
+                    f"{cell.undividable} cannot be divided back; use 'reversible'"
+                )
+    return found
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rwkv_rev.bptt.reversible_lossy import ReversibleLossy
+from rwkv_rev.bptt.reversible_lossy import divided
 from rwkv_rev.bptt_settings import AUTO, CHUNK_LENGTH
 from rwkv_rev.chunk_length import ChosenLength
 from rwkv_rev.configuration import RwkvRevConfig
@@ -221,9 +221,8 @@ def _refuse_undividable(config: RwkvRevConfig) -> None:
     )
     with torch.random.fork_rng(devices=[]):
         model = RwkvRevForCausalLM(small).model
-    state = model.initial_state(1)
-    exact = [block.exact(state.layer(layer)) for layer, block in enumerate(model.typed_blocks())]
-    ReversibleLossy(CHUNK_LENGTH).refuse(model.typed_blocks(), exact)
+    (block,), state = model.typed_blocks(), model.initial_state(1)
+    divided([block.cells], [block.exact(state.layer(0))])
 
 
 def _chunk_length(config: FinetuneConfig, checkpoint: Path | None) -> ChosenLength | None:
