@@ -41,7 +41,7 @@ class Span(NamedTuple):
     """Tokens of the S longest pieces from one time to another.
 
     Attributes:
-        places: [S l] int64, in the flattened chunk; one behind its end where a piece has ended.
+        places: [S l] int64, in the flattened chunk; where a piece has ended, any.
         rows: S.
         mask: None where no piece ends inside.
     """
@@ -122,14 +122,15 @@ class BorderedChunk:
         spans, made = [], 0
         for start, stop in pairwise([0, *ends_of_spans(lengths, call)]):
             rows = int((lengths > start).sum())
-            index = np.full((rows, stop - start), nowhere, np.int64)
+            index = np.zeros((rows, stop - start), np.int64)
             for row, piece in enumerate(pieces[:rows]):
                 part = piece.places[start:stop]
+                index[row] = part[0]  # whose gradient gets zeros from where there is no token
                 index[row, : len(part)] = part
                 first = made + row * (stop - start)
                 places[part] = np.arange(first, first + len(part))
             made += index.size
-            there = torch.from_numpy(index < nowhere)
+            there = torch.from_numpy(np.arange(start, stop) < lengths[:rows, None])
             mask = None if bool(there.all()) else ChunkMask.of(there.to(device))
             spans.append(Span(_to(index.reshape(-1), device), rows, mask))
         places[places < 0] = made
@@ -175,7 +176,7 @@ class BorderedChunk:
             starts: what documents begin with, without a batch.
         """
         states = [self._begun(part, start) for part, start in zip(state, starts, strict=True)]
-        flat = [torch.cat([x.flatten(0, 1), x.new_zeros(1, *x.shape[2:])]) for x in stream]
+        flat = [x.flatten(0, 1) for x in stream]
         outputs: list[list[Tensor]] = []
         ended: list[list[Tensor]] = []
         for span in self.spans:
@@ -235,9 +236,9 @@ def of_part(mask: Mask, index: int) -> Mask:
 def call_cost(device: torch.device, width: int) -> int:
     """Tokens of a row that cost as much as a further call of a cell of this width D.
 
-    Launches take as long at any width; a token's products take D^2 on a CPU, and on a GPU, which waits for memory, D.
+    Launches take as long at any width, on a GPU as long as many tokens.
     """
-    return max(1, 2**20 // (width if device.type == "cuda" else width**2))
+    return max(1, 2**23 // width if device.type == "cuda" else 2**20 // width**2)
 
 
 def _pieces(at: np.ndarray, valid: np.ndarray | None) -> list[Piece]:

@@ -137,7 +137,8 @@ class CoupledFeedback(ShiftedCell):
     ) -> tuple[Tensor, FeedbackState]:
         read, after = fed
         projection = self._fed(x, read)
-        out, contribution = self.compute(projection, state.memory, mask)
+        seen, contribution = self.compute(projection, state.memory, mask)
+        out = self.output_of(projection, seen)
         return out, FeedbackState(after.memory, self.update(state.memory, projection, contribution, mask))
 
     @torch.no_grad()
@@ -156,7 +157,9 @@ class CoupledFeedback(ShiftedCell):
         if not wanted:
             after = ExactFeedbackState(fed.state, None)
             return Advanced(after, None, FeedbackRemnant(None), _print(fed.print, None))
-        out, contribution = self.compute(self._fed(x, fed.out), self.values(state).memory, mask, plan.memory)
+        projection = self._fed(x, fed.out)
+        seen, contribution = self.compute(projection, self.values(state).memory, mask, plan.memory)
+        out = self.output_of(projection, seen)
         memory, remnant = self.advance_memory(state.memory, contribution, mask, plan.memory)
         after = ExactFeedbackState(fed.state, memory)
         return Advanced(after, out, FeedbackRemnant(remnant), _print(fed.print, contribution))
@@ -205,7 +208,8 @@ class CoupledFeedback(ShiftedCell):
         after: ExactFeedbackState | None,
     ) -> Replay:
         start = FeedbackState(fed.start[0], leaves(self.values(state)).memory)  # type: ignore[arg-type]
-        out, contribution = self.compute(projection, start.memory, mask, plan.memory)
+        seen, contribution = self.compute(projection, start.memory, mask, plan.memory)
+        out = self.output_of(projection, seen)
         end = FeedbackState(fed.end[0], self.update(start.memory, projection, contribution, mask))  # type: ignore[arg-type]
         handed_on = fed.handed_on
         if after is not None and after.memory is not None:

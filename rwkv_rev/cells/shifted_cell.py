@@ -139,10 +139,14 @@ class ShiftedCell(ReversibleCell):
     def compute(
         self, projection: Any, memory: Tensor | None, mask: ChunkMask | None, plan: Any = None
     ) -> tuple[Tensor, Any]:
-        """Output [B, C, D] and the chunk's contribution to the memory, a tensor or a tuple of them.
+        """What is read [B, C, ...] and the chunk's contribution to the memory, a tensor or a tuple of them.
 
         ``plan`` saves time, where there is one.
         """
+
+    def output_of(self, projection: Any, read: Tensor) -> Tensor:
+        """Output [B, C, D] of what :meth:`compute` read, each token by itself; of packed documents as they stand."""
+        return read
 
     def handed_up(self, projection: Any) -> tuple[Tensor, ...]:
         """What is to flow beside the residual from here on, [B, C, ...] each; nothing new when empty."""
@@ -236,10 +240,12 @@ class ShiftedCell(ReversibleCell):
     ) -> tuple[Stream, ShiftedState]:
         """Output and next values by plain differentiable arithmetic, no rounding to a grid."""
         projection, last = self._projection(x, state.shift, mask)
-        out, contribution = self.compute(projection, state.memory, mask)
+        read, contribution = self.compute(projection, state.memory, mask)
         memory = self.update(state.memory, projection, contribution, mask)
         shift = last_token(residual(x), state.shift, mask) if last is None else last
-        return joined(out, self.handed_up(projection)), ShiftedState(shift, memory)
+        return joined(self.output_of(projection, read), self.handed_up(projection)), ShiftedState(
+            shift, memory
+        )
 
     @torch.no_grad()
     def advance(
@@ -265,11 +271,11 @@ class ShiftedCell(ReversibleCell):
             return Advanced(after, None, ShiftedRemnant(state.carried, None), _print(None, shift))
         values = self.values(state)
         projection = self.project(*token_mixes(x, state.shift, mask, self.mixes()), *further)
-        out, contribution = self.compute(projection, values.memory, mask, plan.memory)
+        read, contribution = self.compute(projection, values.memory, mask, plan.memory)
         memory, remnant = self.advance_memory(state.memory, contribution, mask, plan.memory)
         return Advanced(
             ExactShiftedState(shift, memory),
-            joined(out, self.handed_up(projection)),
+            joined(self.output_of(projection, read), self.handed_up(projection)),
             ShiftedRemnant(state.carried, remnant),
             _print(contribution, shift),
         )
@@ -345,14 +351,17 @@ class ShiftedCell(ReversibleCell):
         *,
         vouched: bool,
     ) -> Replay:
-        out, contribution = self.compute(projection, start.memory, mask, plan.memory)
+        read, contribution = self.compute(projection, start.memory, mask, plan.memory)
         memory = self.update(start.memory, projection, contribution, mask)
         shift = last_token(x, start.shift, mask) if last is None else last
         handed_on = None
         if after is not None:
             update = None if vouched else contribution
             handed_on = self._handed_on(state.memory, update, shift.detach(), after, mask, plan)
-        end, stream = ShiftedState(shift, memory), joined(out, self.handed_up(projection))
+        end, stream = (
+            ShiftedState(shift, memory),
+            joined(self.output_of(projection, read), self.handed_up(projection)),
+        )
         return Replay(state, stream, start, end, _print(contribution, shift), handed_on)
 
     @torch.no_grad()
@@ -379,10 +388,8 @@ class ShiftedCell(ReversibleCell):
 
     def is_left(self, state: ExactShiftedState, after: ExactShiftedState) -> Tensor:
         assert after.border is not None and after.carried is not None
-        same, of_memory = (
-            same_bits(after.border.carry(state.shift), after.carried),
-            super().is_left(state, after),
-        )
+        same = same_bits(after.border.carry(state.shift), after.carried)
+        of_memory = super().is_left(state, after)
         return same if of_memory is None else same & of_memory
 
 

@@ -1,6 +1,7 @@
 """Documents in one row through a cell with a token shift: only its memory needs a row for each of them.
 
-The token shift is an index, so that the projection, the heavy part, is computed of all tokens as they stand.
+The token shift is an index, so that the heavy parts, the projection and the output, are computed of all tokens as they
+stand.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,8 @@ def documents(
     with not_kept(mixed, lambda: [mix(x, before, mu) for mu in mixes]):
         projection = cell.project(*mixed, *beside(stream))
     if values.memory is None:
-        out, _ = cell.compute(projection, None, chunk.mask)
+        read, _ = cell.compute(projection, None, chunk.mask)
+        out = cell.output_of(projection, read)
         return joined(out, cell.handed_up(projection)), shift, None, checksum(shift)[None]
     fields: tuple[Any, ...] = (projection,) if isinstance(projection, Tensor) else projection
     of_tokens = [isinstance(part, Tensor) and part.dim() > 2 for part in fields]  # not [H, N], of all of them
@@ -40,11 +42,11 @@ def documents(
         given = iter(parts)
         own = [next(given) if each else part for part, each in zip(fields, of_tokens, strict=True)]
         piece = own[0] if isinstance(projection, Tensor) else getattr(type(projection), "_make", tuple)(own)
-        out, contribution = cell.compute(piece, state[0], mask)
-        return [out], [cell.update(state[0], piece, contribution, mask)]
+        read, contribution = cell.compute(piece, state[0], mask)
+        return [read], [cell.update(state[0], piece, contribution, mask)]
 
     parts = [part for part, each in zip(fields, of_tokens, strict=True) if each]
-    (out,), (ends,) = chunk.run(step, parts, [values.memory], [chunk.starts.memory])
+    (read,), (ends,) = chunk.run(step, parts, [values.memory], [chunk.starts.memory])
     print_ = torch.stack([checksum(shift), checksum(ends)])
     memory = ends.index_select(0, chunk.last)
-    return joined(out, cell.handed_up(projection)), shift, memory, print_
+    return joined(cell.output_of(projection, read), cell.handed_up(projection)), shift, memory, print_

@@ -64,11 +64,14 @@ class TimeMixRwkv4(WholeMemoryCell):
         self, projection: TimeProjection, memory: Tensor | None, mask: ChunkMask | None, plan: None = None
     ) -> tuple[Tensor, Tensor]:
         assert memory is not None
-        receptance, key, value = projection
-        wkv, after = wkv4(
+        _, key, value = projection
+        return wkv4(
             key, value, self.log_decay(), wide(self.bonus), memory, None if mask is None else mask.valid
         )
-        return self.output(sigmoid_product(receptance, wkv)), after
+
+    def output_of(self, projection: TimeProjection, read: Tensor) -> Tensor:
+        out: Tensor = self.output(sigmoid_product(projection.receptance, read))
+        return out
 
 
 def wide(parameter: Tensor) -> Tensor:

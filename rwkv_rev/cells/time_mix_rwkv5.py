@@ -125,10 +125,10 @@ class TimeMixRwkv5(ShiftedCell):
         plan: MemoryPlan | None = None,
     ) -> tuple[Tensor, Tensor]:
         assert memory is not None
-        receptance, key, value, gate, log_decay, handover = projection
+        receptance, key, value, _, log_decay, handover = projection
         bonus = wide(self.bonus)
         bonus = self._per_channel(torch.exp(bonus) if self.bonus_is_exponential else bonus)
-        y, contribution = wkv5(
+        return wkv5(
             receptance,
             key,
             value,
@@ -139,7 +139,12 @@ class TimeMixRwkv5(ShiftedCell):
             plan=None if plan is None else plan.recurrence,
             handover=handover,
         )
-        return self.output(norm_and_gate(self.ln_x, y, gate, receptance.dtype)), contribution
+
+    def output_of(self, projection: TimeProjection, read: Tensor) -> Tensor:
+        out: Tensor = self.output(
+            norm_and_gate(self.ln_x, read, projection.gate, projection.receptance.dtype)
+        )
+        return out
 
     def update(
         self, memory: Tensor | None, projection: TimeProjection, contribution: Tensor, mask: ChunkMask | None

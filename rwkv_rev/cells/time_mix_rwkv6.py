@@ -131,11 +131,16 @@ class TimeMixRwkv6(ShiftedCell):
         self, projection: TimeProjection, memory: Tensor | None, mask: ChunkMask | None, plan: None = None
     ) -> tuple[Tensor, Contribution]:
         assert memory is not None
-        receptance, key, value, log_decay, gate = projection
+        receptance, key, value, log_decay, _ = projection
         valid = None if mask is None else mask.valid
         y, *contribution = wkv6(receptance, key, value, log_decay, wide(self.bonus), memory, valid)
-        out = norm_and_gate(self.ln_x, y, gate, receptance.dtype)
-        return self.output(out), Contribution(*contribution)
+        return y, Contribution(*contribution)
+
+    def output_of(self, projection: TimeProjection, read: Tensor) -> Tensor:
+        out: Tensor = self.output(
+            norm_and_gate(self.ln_x, read, projection.gate, projection.receptance.dtype)
+        )
+        return out
 
     def update(
         self,

@@ -155,11 +155,16 @@ class TimeMixRwkv7(WholeMemoryCell):
         self, projection: TimeProjection, memory: Tensor | None, mask: ChunkMask | None, plan: None = None
     ) -> tuple[Tensor, Tensor]:
         assert memory is not None
-        receptance, key, value, log_decay, removal, rate, gate = projection
+        receptance, key, value, log_decay, removal, rate, _ = projection
         valid = None if mask is None else mask.valid
         y, after = wkv7(receptance, key, value, log_decay, removal, rate, memory, valid)
         if mask is not None:  # a product with the unit matrix would turn -0.0 into 0.0
             after = torch.where((mask.count > 0)[:, None, None, None], after, memory)
-        read = (receptance * self.bonus * key).sum(-1, keepdim=True) * value
-        out = norm_and_gate(self.ln_x, y, None, receptance.dtype) + read.flatten(2)
-        return self.output((out * gate).to(receptance.dtype)), after
+        return y, after
+
+    def output_of(self, projection: TimeProjection, read: Tensor) -> Tensor:
+        receptance, key, value, *_, gate = projection
+        own = (receptance * self.bonus * key).sum(-1, keepdim=True) * value
+        out = norm_and_gate(self.ln_x, read, None, receptance.dtype) + own.flatten(2)
+        mapped: Tensor = self.output((out * gate).to(receptance.dtype))
+        return mapped
