@@ -119,9 +119,41 @@ def finetune(
     eval_every: Annotated[
         Number, typer.Option(parser=whole(), metavar="N", help="Steps between evaluations.")
     ] = None,
+    sample_prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT|@FILE", help="Show what the model makes of it at each evaluation; repeatable."
+        ),
+    ] = None,
+    sample_tokens: Annotated[
+        Number, typer.Option(parser=whole(), metavar="N", help="Most tokens of a sample.  [64]")
+    ] = None,
+    sample_temperature: Annotated[
+        float | None, typer.Option(parser=number(), metavar="X", help="0 takes the likeliest token.  [1]")
+    ] = None,
+    sample_chat: Annotated[
+        bool | None,
+        typer.Option("--sample-chat", help="Prompts are turns of the user, samples the answers."),
+    ] = None,
+    keep_best: Annotated[
+        bool | None,
+        typer.Option("--keep-best", help="OUTPUT holds the step with the lowest held-out loss."),
+    ] = None,
+    patience: Annotated[
+        Number,
+        typer.Option(
+            parser=whole(), metavar="N", help="Stop after so many evaluations without a lower held-out loss."
+        ),
+    ] = None,
     save_every: Annotated[
         Number,
         typer.Option(parser=whole(), metavar="N", help="Steps between checkpoints; 0 for none.  [100]"),
+    ] = None,
+    save_total: Annotated[
+        Number,
+        typer.Option(
+            parser=whole(), metavar="N", help="Newest checkpoints that stay, beside the best one.  [2]"
+        ),
     ] = None,
     resume: Annotated[
         Text, typer.Option(metavar="auto|PATH", help="Go on from the newest or a named checkpoint.")
@@ -222,7 +254,15 @@ def _print_plan(planned: Any, as_json: bool) -> None:
     if as_json:
         out.print_json(values)
         return
-    unused = "lora_" if values["settings"]["tune"] != "lora" else "-"
+    unused = tuple(
+        prefix
+        for prefix, used in (
+            ("lora_", values["settings"]["tune"] == "lora"),
+            ("sample_", values["settings"]["sample_prompt"]),
+            ("min_delta", values["settings"]["patience"]),
+        )
+        if not used
+    )
     shown = {
         name: value
         for name, value in values["settings"].items()
@@ -274,14 +314,17 @@ def _recordings(memory: dict[str, Any]) -> dict[str, str]:
 
 def _print_result(result: Any) -> None:
     held_out = result.held_out
+    stopped = result.planned_steps is not None and result.steps < result.planned_steps
     fields: dict[str, object] = {
         "model": result.output,
         "tuned": f"{result.tune}, {result.trainable_parameters:,} of {result.parameters:,} parameters",
-        "steps": f"{result.steps:,}",
+        "steps": f"{result.steps:,}" + (f" of {result.planned_steps:,}" if stopped else ""),
         "training loss": _losses(result),
     }
     if held_out is not None:
         fields["held-out"] = f"{held_out[0]:.4f} to {held_out[1]:.4f} bits per byte"
+    if result.best_step is not None:
+        fields["kept"] = f"step {result.best_step:,}, the lowest held-out loss"
     fields |= {
         "speed": f"{result.tokens_per_second:,.0f} tokens/s ({result.tokens:,} tokens, {result.seconds:,.0f} s)",
         "tape": _tape(result.tape_bytes),
@@ -290,6 +333,8 @@ def _print_result(result: Any) -> None:
         "optimizer": out.human_bytes(result.optimizer_bytes),
         "log and curve": result.output / "training",
     }
+    if result.samples is not None:
+        fields["samples"] = result.samples
     if result.address:
         fields["uploaded to"] = result.address
     out.print_fields("Fine-tuned", fields)

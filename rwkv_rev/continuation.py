@@ -1,8 +1,10 @@
 """Continue a text with a model folder: what ``rwkv-rev generate`` does."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import TextStreamer
 
 from rwkv_rev.arguments import checked
@@ -97,15 +99,30 @@ def generate(
         set_state(model, begin)
     if seed is not None:
         torch.manual_seed(seed)
-    tokens = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if stream else None
+    tokens = continued(model, tokenizer, inputs["input_ids"], sampling, max_new_tokens, streamer)
+    return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
+
+
+def continued(
+    model: Any,
+    tokenizer: Any,
+    prompt: Tensor,
+    sampling: Sampling,
+    max_new_tokens: int,
+    streamer: TextStreamer | None = None,
+) -> Tensor:
+    """A prompt [1, T] of token ids with what a model in evaluation mode makes of it, [1, T + new]."""
+    tokens: Tensor = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
         max_new_tokens=max_new_tokens,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True) if stream else None,
-        logits_processor=sampling.penalties(tokenizer, inputs["input_ids"].shape[1]),
+        use_cache=True,
+        streamer=streamer,
+        logits_processor=sampling.penalties(tokenizer, prompt.shape[1]),
         **sampling.arguments(),
     )
-    return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
+    return tokens
 
 
 def refuse_without_effect(temperature: float, top_p: float | None, top_k: int) -> None:

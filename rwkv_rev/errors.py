@@ -15,6 +15,8 @@ _FLAGS = (
     "carry-state",
     "shard-optimizer",
     "checkpoint-blocks",
+    "keep-best",
+    "sample-chat",
     "reversal",
     "gradients",
 )

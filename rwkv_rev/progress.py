@@ -8,6 +8,8 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -17,6 +19,15 @@ EVERY = 30.0
 """Seconds between lines where there is no terminal."""
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 _LINE = "{desc} {percentage:3.0f}%, {n_fmt} of {total_fmt} {unit} in {elapsed}, {remaining} left{postfix}"
+
+
+@contextmanager
+def beside_bars() -> Iterator[None]:
+    """Inside, something else may write lines to stderr: bars go, and come back after it."""
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode(file=sys.stderr):
+        yield
 
 
 class Progress:

@@ -71,11 +71,11 @@ def test_damaged_checksums_and_short_files(config: FinetuneConfig) -> None:
 
 
 def test_the_run_goes_on_from_the_newest_whole_one(config: FinetuneConfig, tmp_path: Path) -> None:
-    """And ends as if nothing had been damaged; ``keep`` counts no later checkpoint as one of the newest."""
+    """And ends as if nothing had been damaged; ``save_total`` counts no later checkpoint as one of the newest."""
     older, newest = checkpoints(config.working_directory)
     expected = load_file(newest / "model.safetensors")
     flip(newest / "optimizer.pt")
-    config.keep = 1
+    config.save_total = 1
     said: list[str] = []
     run(config, notify=said.append, quiet=True)
     assert f"warning: {newest} is damaged and passed over: optimizer.pt is not what was written" in said
@@ -91,7 +91,7 @@ def test_keep_counts_the_checkpoints_before_the_present_one(
     shutil.copytree(config.working_directory / "checkpoint-4", later)
     flip(later / "optimizer.pt")
     flip(config.working_directory / "checkpoint-4" / "optimizer.pt")
-    config.keep = 1
+    config.save_total = 1
     with pytest.raises(ZeroDivisionError):
         monkeypatch.setattr("rwkv_rev.training.finetune.save_finetuned", lambda *_: 1 / 0)
         finetune(config)

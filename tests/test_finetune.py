@@ -283,7 +283,7 @@ def test_a_resumed_run_is_the_same_run(
         "chunk_length": 100,
         "max_steps": 7,
         "save_every": 3,
-        "keep": 1,
+        "save_total": 1,
     } | changes
     whole = settings(shallow["5.2"], data, tmp_path / "whole", **common)
     finetune(whole)

@@ -115,7 +115,7 @@ def test_a_resumed_run_goes_on_with_what_it_began_with(
     assert summary["plan"]["settings"]["chunk_length"] == LENGTHS[0]
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr("rwkv_rev.training.finetune.save_finetuned", lambda *_: 1 / 0)
-        finetune(changed(config, keep=5))
+        finetune(changed(config, save_total=5))
     checkpoints = sorted(config.working_directory.glob("checkpoint-*"))
     assert json.loads((checkpoints[0] / RUN_NAME).read_text())["config"]["chunk_length"] == LENGTHS[0]
     free(MUCH)

@@ -121,7 +121,7 @@ def test_what_is_put_there_meanwhile_stays(config: FinetuneConfig, monkeypatch: 
 
     sealed = trainer.seal
     monkeypatch.setattr(trainer, "seal", seal)
-    config = FinetuneConfig(**(config.to_dict() | {"keep": 1}))
+    config = FinetuneConfig(**(config.to_dict() | {"save_total": 1}))
     run(config, notify=said.append, quiet=True)
     assert said[-1] == f"warning: {work} stays: it holds checkpoint-2/thesis.txt, which no run wrote"
     assert (work / "checkpoint-2" / "thesis.txt").read_text() == "thesis"

@@ -18,6 +18,7 @@ from rwkv_rev.arguments import expanded, named_fields
 from rwkv_rev.bptt_settings import AUTO, BPTT_STRATEGIES, TAPES
 from rwkv_rev.errors import ConfigError
 from rwkv_rev.printable import shortened
+from rwkv_rev.training.evaluation_settings import refuse_evaluations
 from rwkv_rev.training.plain_yaml import NotPlain, parse_yaml, read_yaml
 from rwkv_rev.training.records import FORMATS, TRAIN_ON
 from rwkv_rev.training.setting_types import as_type, described
@@ -37,7 +38,11 @@ _ELSEWHERE = {  # transformers' names for the same, to know what was meant
     "warmup_steps": "warmup",
     "eval_steps": "eval_every",
     "save_steps": "save_every",
-    "save_total_limit": "keep",
+    "keep": "save_total",  # ours, once
+    "save_total_limit": "save_total",
+    "early_stopping_patience": "patience",
+    "early_stopping_threshold": "min_delta",
+    "load_best_model_at_end": "keep_best",
     "resume_from_checkpoint": "resume",
 }
 
@@ -92,10 +97,20 @@ class FinetuneConfig:
         checkpoint_blocks: keep only each block's input inside a chunk: less memory, a third more time.
         seed: of the order of the data, of new parameters and of dropout.
         eval_data: held-out data; read whole every ``eval_every`` steps, before the first and after the last.
-        eval_every: steps between evaluations; 0 for none but the first and the last.
+        eval_every: steps between evaluations, and samples; 0 for none but the first and the last.
         eval_tokens: at most so many tokens of the held-out data; 0 for all.
         save_every: steps between checkpoints; 0 for none.
-        keep: how many newest checkpoints stay.
+        save_total: how many newest checkpoints stay; with ``keep_best`` the best one, too.
+        keep_best: OUTPUT holds the weights of the evaluation with the lowest held-out loss, not the last; a checkpoint
+            is written at each that is the lowest so far.
+        patience: end the run after so many evaluations in a row without a lower held-out loss; None for never.
+        min_delta: nats per token by which the loss must fall for ``patience`` to begin anew.
+        sample_prompt: texts that the model continues at each evaluation, for people to read; ``@FILE`` is the text of a
+            file, ``@@`` an @ at the beginning.
+        sample_tokens: most tokens of a sample.
+        sample_temperature: 0 takes the likeliest token, else as in ``generate``, with top-p 0.7, every time from
+            ``seed``.
+        sample_chat: a prompt is what the user says, put into the chat template; the sample is the answer.
         resume: ``auto`` (newest checkpoint of OUTPUT.training, if any), the path of one, or None.
         log_every: steps between log rows.
         report_to: a further place for them: ``tensorboard``, ``wandb`` or ``trackio``.
@@ -147,7 +162,14 @@ class FinetuneConfig:
     eval_every: int = 0
     eval_tokens: int = 0
     save_every: int = 100
-    keep: int = 2
+    save_total: int = 2
+    keep_best: bool = False
+    patience: int | None = None
+    min_delta: float = 0.0
+    sample_prompt: list[str] = field(default_factory=list)
+    sample_tokens: int = 64
+    sample_temperature: float = 1.0
+    sample_chat: bool = False
     resume: str | None = None
     log_every: int = 1
     report_to: str = "none"
@@ -221,7 +243,7 @@ class FinetuneConfig:
                 raise ConfigError(f"{name} = {number} must be above 0")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout = {self.lora_dropout} must be at least 0 and below 1")
-        for name in ("data", "eval_data"):
+        for name in ("data", "eval_data", "sample_prompt"):
             if "" in getattr(self, name):
                 raise ConfigError(f"{name} holds an empty text; leave it out")
         if self.pack and self.carry_state:
@@ -229,8 +251,7 @@ class FinetuneConfig:
                 "--pack and --carry-state exclude each other: a packed row begins every document anew"
             )
         refuse_half_named(self.text_field, self.prompt_field, self.completion_field, self.messages_field)
-        if self.eval_every and not self.eval_data:
-            raise ConfigError("--eval-every needs held-out text: --eval-data FILE")
+        refuse_evaluations(self)
         if self.warmup > 1 and self.warmup != int(self.warmup):
             raise ConfigError(f"warmup = {self.warmup} must be a whole number of steps, or a share below 1")
         for name in ("lora_targets", "lora_rank", "lora_alpha", "lora_dropout"):
@@ -285,7 +306,10 @@ _LEAST: Mapping[str, int] = {
     "eval_every": 0,
     "eval_tokens": 0,
     "save_every": 0,
-    "keep": 1,
+    "save_total": 1,
+    "patience": 1,
+    "min_delta": 0,
+    "sample_tokens": 1,
     "log_every": 1,
     "num_workers": 1,
     "seed": 0,
@@ -299,6 +323,7 @@ _MOST: Mapping[str, int] = {
     "warmup": 2**40,
     "epochs": 2**20,
     "lora_rank": 2**20,
+    "sample_tokens": 2**20,
     "num_workers": 61,
     "seed": 2**32 - 1,
 }

@@ -16,20 +16,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import set_seed
+from transformers import TrainerCallback, TrainerState, set_seed
 
 from rwkv_rev.arguments import check_kinds, checked
 from rwkv_rev.bptt_settings import AUTO
 from rwkv_rev.chunk_length import shortest_of_all
 from rwkv_rev.folders.publish import publish
-from rwkv_rev.loading import load_model, load_tokenizer
+from rwkv_rev.loading import load_model
+from rwkv_rev.training.best import KeepBest, Patience, best_checkpoint, best_step
 from rwkv_rev.training.callbacks import Bar, Log, NothingLeft, StopAtBadLoss, StopWhenNothingIsLeft, read_log
+from rwkv_rev.training.checkpoints import step_of
 from rwkv_rev.training.config import FinetuneConfig, build_config
 from rwkv_rev.training.evaluate import count_token_bytes
 from rwkv_rev.training.launch import first_process
 from rwkv_rev.training.memory import MemoryInUse
 from rwkv_rev.training.planning import Plan, plan
-from rwkv_rev.training.saving import save_finetuned
+from rwkv_rev.training.samples import SAMPLES_NAME, Samples, run_tokenizer
+from rwkv_rev.training.saving import HISTORY, save_finetuned
 from rwkv_rev.training.shortage import Whereabouts, told_in_one_line
 from rwkv_rev.training.trainer import RwkvRevTrainer, training_arguments
 from rwkv_rev.training.tuning import apply_tuning, count_parameters
@@ -43,6 +46,9 @@ Sources = str | Path | Sequence[str | Path]
 @dataclass
 class FinetuneResult:
     """What a run did. Losses in nats per token; ``held_out`` bits per byte before and after, where there is any.
+
+    ``steps`` of ``planned_steps`` were trained; ``best_step`` is the one whose weights ``output`` holds, with
+    ``keep_best``; ``samples`` the file of samples, where there were prompts.
 
     Of the first process: ``memory_bytes``, the most it took beyond the loaded program, which a plan forecasts as
     ``memory.device``; ``process_bytes``, the most host memory it had, the program included; ``optimizer_bytes``.
@@ -62,6 +68,9 @@ class FinetuneResult:
     optimizer_bytes: int
     trainable_parameters: int
     parameters: int
+    planned_steps: int | None = None
+    best_step: int | None = None
+    samples: Path | None = None
     address: str | None = None
 
     @property
@@ -72,6 +81,7 @@ class FinetuneResult:
         """Plain values for JSON."""
         values = dict(self.__dict__) | {
             "output": str(self.output),
+            "samples": None if self.samples is None else str(self.samples),
             "tokens_per_second": self.tokens_per_second,
         }
         if self.held_out is not None:
@@ -83,6 +93,7 @@ class FinetuneResult:
         """What :meth:`to_dict` gave, read back from the summary in ``output``."""
         own: dict[str, Any] = {item.name: values.get(item.name) for item in fields(cls)}
         own["output"] = output
+        own["samples"] = None if own["samples"] is None else output / HISTORY / SAMPLES_NAME
         if own["held_out"] is not None:
             own["held_out"] = (own["held_out"]["before"], own["held_out"]["after"])
         return cls(**own)
@@ -139,7 +150,7 @@ def finetune(
 
 
 _KINDS = {item.name: item.type for item in fields(FinetuneConfig)}
-_KINDS |= {"eval_data": Sources, "lora_targets": Sequence[str]}
+_KINDS |= {"eval_data": Sources, "lora_targets": Sequence[str], "sample_prompt": str | Sequence[str]}
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -148,8 +159,8 @@ def _plain(name: str, value: Any) -> Any:
         return [str(source) for source in ([value] if isinstance(value, str | Path) else value)]
     if isinstance(value, Path):
         return str(value)
-    if name == "lora_targets":
-        return list(value)
+    if name in ("lora_targets", "sample_prompt"):
+        return [value] if isinstance(value, str) else list(value)
     if isinstance(value, Real) and not isinstance(value, bool):
         return int(value) if isinstance(value, Integral) else float(value)
     return value
@@ -230,11 +241,19 @@ def _train(planned: Plan, args: Any, where: Whereabouts, notify: Notify, quiet: 
     if config.checkpoint_blocks:
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable()
-    held_out = None
+    held_out, samples, watchers = None, None, list[TrainerCallback]()
     if planned.held_out is not None:
-        token_bytes = count_token_bytes(load_tokenizer(config.model), model.config.vocab_size)
+        token_bytes = count_token_bytes(run_tokenizer(config), model.config.vocab_size)
         held_out = (planned.held_out, token_bytes)
-    args.eval_on_start = held_out is not None and planned.resume_from is None
+    if config.sample_prompt:
+        samples = Samples(tuned, run_tokenizer(config), config, working / SAMPLES_NAME, notify)
+        if args.process_index == 0:
+            samples.begin(0 if planned.resume_from is None else step_of(planned.resume_from))
+    if config.keep_best:
+        watchers.append(KeepBest())
+    if config.patience is not None:
+        watchers.append(Patience(config.patience, config.min_delta, config.save_every > 0, notify))
+    args.eval_on_start = (held_out or samples) is not None and planned.resume_from is None
     log = working / LOG_NAME
     bar = Bar(quiet)
     trainer = RwkvRevTrainer(
@@ -244,7 +263,8 @@ def _train(planned: Plan, args: Any, where: Whereabouts, notify: Notify, quiet: 
         config,
         identity,
         held_out,
-        [where, Log(log, notify), StopAtBadLoss(), bar, StopWhenNothingIsLeft()],
+        samples,
+        [where, Log(log, notify), StopAtBadLoss(), bar, StopWhenNothingIsLeft(), *watchers],
         memory=memory,
         progress=not quiet and args.process_index == 0,
     )
@@ -255,10 +275,13 @@ def _train(planned: Plan, args: Any, where: Whereabouts, notify: Notify, quiet: 
             resume_from_checkpoint=None if planned.resume_from is None else str(planned.resume_from)
         )
     seconds = time.perf_counter() - began
-    if held_out is not None and not _evaluated(trainer.state):
+    if not _evaluated(trainer.state) if held_out else samples and samples.step != trainer.state.global_step:
         trainer.evaluate()
     rows = read_log(log) if args.process_index == 0 else trainer.state.log_history
-    result = _result(planned, rows, seconds, trainable, total, trainer.optimizer_bytes, memory.process)
+    best = _load_best(trainer, planned, notify) if config.keep_best else None
+    result = _result(
+        planned, rows, seconds, trainable, total, trainer.optimizer_bytes, memory.process, trainer.state, best
+    )
     if args.process_index == 0:
         where.now = f"while {config.output} was written"
         save_finetuned(tuned, planned.to_dict() | {"identity": identity}, result.to_dict(), rows, config)
@@ -273,17 +296,20 @@ def _result(
     total: int,
     optimizer_bytes: int,
     process_bytes: int,
+    state: TrainerState,
+    best: int | None,
 ) -> FinetuneResult:
     losses = [row for row in rows if "loss" in row]
-    scores = [row["eval_bits_per_byte"] for row in rows if "eval_bits_per_byte" in row]
+    scores = [(row["step"], row["eval_bits_per_byte"]) for row in rows if "eval_bits_per_byte" in row]
+    after = [score for step, score in scores if best in (None, step)]
     spent = sum(row.get("seconds", 0.0) for row in losses)
     return FinetuneResult(
         output=Path(planned.config.output),
         tune=planned.config.tune,
-        steps=planned.steps,
+        steps=state.global_step,
         first_loss=losses[0]["loss"] if losses else float("nan"),
         last_loss=losses[-1]["loss"] if losses else float("nan"),
-        held_out=(scores[0], scores[-1]) if scores else None,
+        held_out=(scores[0][1], after[-1]) if scores else None,
         tokens=sum(int(row.get("tokens", 0)) for row in losses),
         seconds=spent or seconds,
         tape_bytes=max((int(row.get("tape_bytes", 0)) for row in losses), default=0),
@@ -292,7 +318,27 @@ def _result(
         optimizer_bytes=optimizer_bytes,
         trainable_parameters=trainable,
         parameters=total,
+        planned_steps=planned.steps,
+        best_step=best,
+        samples=Path(planned.config.output) / HISTORY / SAMPLES_NAME
+        if planned.config.sample_prompt
+        else None,
     )
+
+
+def _load_best(trainer: RwkvRevTrainer, planned: Plan, notify: Notify) -> int:
+    """Give the model, in the first process, the weights of the lowest held-out loss; the step that they are of."""
+    history, step = trainer.state.log_history, trainer.state.global_step
+    if trainer.args.process_index != 0:
+        return best_step(history) or step
+    step, checkpoint, warning = best_checkpoint(
+        history, step, planned.config.working_directory, planned.resume_from, planned.identity
+    )
+    if warning is not None:
+        notify(f"warning: {warning}")
+    if checkpoint is not None:
+        trainer._load_from_checkpoint(str(checkpoint))
+    return step
 
 
 def _evaluated(state: Any) -> bool:

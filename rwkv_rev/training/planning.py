@@ -21,10 +21,9 @@ from rwkv_rev.converters.inspection import inspect_source
 from rwkv_rev.errors import ConfigError
 from rwkv_rev.folders.folder import refuse_links
 from rwkv_rev.folders.publish import refuse_unpublishable
-from rwkv_rev.loading import load_tokenizer
 from rwkv_rev.modeling import RwkvRevForCausalLM
-from rwkv_rev.tokenization.chat_template import read_template
 from rwkv_rev.training.batches import BatchOrder
+from rwkv_rev.training.best import held_out_identity, refuse_other_evaluations
 from rwkv_rev.training.callbacks import refuse_missing_reporter
 from rwkv_rev.training.checkpoints import RUN_NAME
 from rwkv_rev.training.config import FinetuneConfig
@@ -35,6 +34,7 @@ from rwkv_rev.training.memory import MemoryForecast, choose_length, forecast_mem
 from rwkv_rev.training.overlap import shared_documents
 from rwkv_rev.training.records import Fields
 from rwkv_rev.training.rows import RowDataset, RowStatistics
+from rwkv_rev.training.samples import encoded_prompts, run_tokenizer
 from rwkv_rev.training.sources import find_sources
 from rwkv_rev.training.token_cache import load_tokens
 from rwkv_rev.training.token_store import TokenStore
@@ -131,6 +131,7 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
     device = training_device(config.device)
     dtype = choose_dtype(config.dtype, torch.device(device))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    encoded_prompts(config, run_tokenizer(config), model_config.vocab_size)
     store, held_out = _load_data(config, model_config.vocab_size, progress, keep_cache)
     notes += store.notes
     if held_out is not None:
@@ -159,6 +160,8 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
         went_on, passed_over = resume_from(config)
         if went_on is not None:
             refuse_other_run(went_on, identity)
+            if config.keep_best or config.patience:
+                refuse_other_evaluations(went_on, held_out_identity(config, held_out))
     facts, longest = inspect_source(config.model), int(rows.lengths().max())
     trained = count_trained(config, model_config, shapes)
 
@@ -271,9 +274,7 @@ def _load_data(
         config.data_format,
         config.train_on,
     )
-    tokenizer = load_tokenizer(config.model)
-    if config.chat_template is not None:
-        tokenizer.chat_template = read_template(config.chat_template)
+    tokenizer = run_tokenizer(config)
 
     def load(data: list[str], end: Any) -> TokenStore:
         return load_tokens(

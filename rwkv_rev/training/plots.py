@@ -43,6 +43,22 @@ def plot_buckets(
 ) -> None:
     """One curve per name over buckets of positions."""
     axes, save = _axes(title)
+    _draw_buckets(axes, names, curves, unit)
+    save(path)
+
+
+def bucket_image(names: Sequence[str], curves: dict[str, Sequence[float]], title: str, unit: str) -> Any:
+    """:func:`plot_buckets` as a numpy array [height, width, 3] of uint8."""
+    import numpy as np
+
+    axes, _ = _axes(title)
+    _draw_buckets(axes, names, curves, unit)
+    canvas = axes.figure.canvas
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _draw_buckets(axes: Any, names: Sequence[str], curves: dict[str, Sequence[float]], unit: str) -> None:
     for label, values in curves.items():
         axes.plot(range(len(values)), values, marker="o", label=label)
     axes.set_xticks(range(len(names)), names)
@@ -50,7 +66,6 @@ def plot_buckets(
     axes.set_ylabel(unit)
     if len(curves) > 1:
         axes.legend()
-    save(path)
 
 
 def _axes(title: str) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rwkv_rev.training.checkpoints import CHECKSUMS, PREFIX, RUN_NAME, listed
 
-_FILES = re.compile(r"\.lock|\.?log\.jsonl")
+_FILES = re.compile(r"\.lock|\.?(log|samples)\.jsonl")
 _LITTER = re.compile(r"\.DS_Store|Thumbs\.db|desktop\.ini|\.nfs[0-9a-f]+")
 _CHECKPOINT = re.compile(rf"{PREFIX}-[0-9]{{1,18}}")
 _IN_CHECKPOINT = re.compile(

@@ -25,6 +25,7 @@ from rwkv_rev.loading import load_config
 from rwkv_rev.tokenization.chat_template import CHAT_TEMPLATE_FILE, read_template
 from rwkv_rev.training.config import FinetuneConfig
 from rwkv_rev.training.plots import has_matplotlib, plot_losses
+from rwkv_rev.training.samples import SAMPLES_NAME
 from rwkv_rev.training.tuning import merged
 
 SHARD_SIZE = "5GB"
@@ -81,6 +82,8 @@ def save_finetuned(
         (history / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
         summary = {"plan": planned, "result": result}
         (history / SUMMARY_NAME).write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
+        if config.sample_prompt:
+            shutil.copyfile(config.working_directory / SAMPLES_NAME, history / SAMPLES_NAME)
         events = config.working_directory / "runs"
         if events.is_dir():  # TensorBoard's
             shutil.copytree(events, history / "runs", ignore=_links)
@@ -151,6 +154,8 @@ def _card_rows(
         ("arithmetic", settings["dtype"]),
         ("training loss", f"{result['first_loss']:.4f} to {result['last_loss']:.4f} nats per token"),
     ]
+    if result.get("best_step"):
+        rows.append(("kept", f"step {result['best_step']:,}, the lowest held-out loss"))
     if config.carry_state:
         rows.append(("carried state", f"yes, gradient cut every {config.context_length:,} tokens"))
     if result.get("held_out"):

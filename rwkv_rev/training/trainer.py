@@ -11,7 +11,9 @@ What is added to it, and why:
 - log rows gain tokens per second, tape bytes and memory;
 - with ``tune = state``, checkpoints hold the tuned state alone;
 - ``shard_optimizer``: each process keeps its share of the optimizer's state (:mod:`rwkv_rev.training.sharded`);
-- evaluation is :func:`rwkv_rev.training.evaluate.evaluate_documents`, streaming, split over the processes.
+- evaluation is :func:`rwkv_rev.training.evaluate.evaluate_documents`, streaming, split over the processes; samples
+  (:mod:`rwkv_rev.training.samples`) are taken after it;
+- ``keep_best``: the checkpoint with the lowest held-out loss stays (:mod:`rwkv_rev.training.best`).
 
 Resuming: the trainer counts the batches it has taken and skips as many (:func:`accelerate.skip_first_batches` reads
 no row); random generators are restored after that.
@@ -37,12 +39,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from rwkv_rev.errors import CheckpointError
 from rwkv_rev.state import ModelState
 from rwkv_rev.training.batches import BatchOrder, RowLoader
+from rwkv_rev.training.best import best_step, held_out_identity
 from rwkv_rev.training.checkpoints import RUN_NAME, checkpoints, discard, seal, step_of
 from rwkv_rev.training.config import FinetuneConfig
 from rwkv_rev.training.evaluate import evaluate_documents
 from rwkv_rev.training.memory import MemoryInUse
 from rwkv_rev.training.remains import foreign_in
+from rwkv_rev.training.samples import Samples
 from rwkv_rev.training.sharded import ShardedOptimizer, state_bytes
+from rwkv_rev.training.tensorboard import show
 from rwkv_rev.training.token_store import TokenStore
 from rwkv_rev.training.tuning import language_model
 from rwkv_rev.training.working_folder import WRITING, refuse_foreign
@@ -62,6 +67,7 @@ class RwkvRevTrainer(Trainer):
         config: of the run.
         identity: what a checkpoint must agree with to be resumed; saved in each.
         held_out: documents to evaluate on, with the bytes of every token id.
+        samples: taken at every evaluation.
         callbacks: watchers of the run.
         memory: for the log.
         progress: tell on stderr how far an evaluation is.
@@ -75,6 +81,7 @@ class RwkvRevTrainer(Trainer):
         config: FinetuneConfig,
         identity: dict[str, Any],
         held_out: tuple[TokenStore, Tensor] | None = None,
+        samples: Samples | None = None,
         callbacks: list[TrainerCallback] | None = None,
         *,
         memory: MemoryInUse,
@@ -86,6 +93,7 @@ class RwkvRevTrainer(Trainer):
         self.run = config
         self.identity = identity
         self.held_out = held_out
+        self.samples = samples
         self.carried: ModelState | None = None
         self.report: dict[str, Any] = {}
         self.tokens = 0  # of all processes, in this run of the program
@@ -94,7 +102,9 @@ class RwkvRevTrainer(Trainer):
             model=model,
             args=args,
             train_dataset=order.rows,
-            eval_dataset=None if held_out is None else order.rows,  # only tells that there is one
+            eval_dataset=order.rows
+            if held_out or samples
+            else None,  # only tells that there is something to do
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
@@ -201,27 +211,30 @@ class RwkvRevTrainer(Trainer):
     # --- evaluation ---------------------------------------------------------------------------------------------
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        assert self.held_out is not None
-        store, token_bytes = self.held_out
         began = time.perf_counter()
-        result = evaluate_documents(
-            self.accelerator.unwrap_model(self.model),
-            store,
-            token_bytes,
-            context_length=self.run.context_length,
-            batch_size=self.run.batch_size,
-            max_tokens=self.run.eval_tokens,
-            rank=self.args.process_index,
-            world_size=self.args.world_size,
-            progress=self.progress,
-        )
-        metrics = {
-            f"{metric_key_prefix}_loss": result.total.nats_per_token,
-            f"{metric_key_prefix}_bits_per_byte": result.total.bits_per_byte,
-            f"{metric_key_prefix}_tokens": result.total.tokens,
-        }
+        result, metrics, step = None, {}, self.state.global_step
+        if self.held_out is not None:
+            store, token_bytes = self.held_out
+            result = evaluate_documents(
+                self.accelerator.unwrap_model(self.model),
+                store,
+                token_bytes,
+                context_length=self.run.context_length,
+                batch_size=self.run.batch_size,
+                max_tokens=self.run.eval_tokens,
+                rank=self.args.process_index,
+                world_size=self.args.world_size,
+                progress=self.progress,
+            )
+            metrics = {
+                f"{metric_key_prefix}_loss": result.total.nats_per_token,
+                f"{metric_key_prefix}_bits_per_byte": result.total.bits_per_byte,
+                f"{metric_key_prefix}_tokens": result.total.tokens,
+            }
+            self.log(dict(metrics))
+        samples = [] if self.samples is None else self.samples.take(step, self.args.process_index == 0)
+        show(self.callback_handler.callbacks, self.args, self.state, result, samples)
         self._since = (self._since[0] + time.perf_counter() - began, self._since[1])
-        self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -256,8 +269,9 @@ class RwkvRevTrainer(Trainer):
             (hidden / name).rename(root / name)
             shutil.rmtree(hidden, ignore_errors=True)
             past = [path for path in checkpoints(root) if step_of(path) <= self.state.global_step]
-            for old in past[: -self.run.keep]:
-                if not foreign_in(old):  # else somebody keeps something there
+            best = best_step(self.state.log_history) if self.run.keep_best else None
+            for old in past[: -self.run.save_total]:
+                if step_of(old) != best and not foreign_in(old):  # else somebody keeps something there
                     discard(old)
         self._barrier()
         self._since = (self._since[0] + time.perf_counter() - began, self._since[1])
@@ -290,6 +304,7 @@ class RwkvRevTrainer(Trainer):
         if self.args.should_save:
             run = {
                 "identity": self.identity,
+                "held_out": held_out_identity(self.run, self.held_out[0] if self.held_out else None),
                 "world_size": self.args.world_size,
                 "config": self.run.to_dict(),
             }
