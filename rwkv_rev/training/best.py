@@ -2,8 +2,8 @@
 
 Both are told by the rows of evaluations in the trainer's log, which lies in every checkpoint: a resumed run knows the
 best step so far and how many evaluations have gone by since. transformers' ``EarlyStoppingCallback`` forgets its count
-then, and its ``load_best_model_at_end`` knows only evaluations that ``save_every`` happens to meet. The evaluation before
-the first step is no candidate: there is no checkpoint of it, and a warmup may well begin with a higher loss.
+then, and its ``load_best_model_at_end`` knows only evaluations that ``save_every`` happens to meet. The evaluation
+before the first step is no candidate: there is no checkpoint of it, and a warmup may well begin with a higher loss.
 """
 
 import json
@@ -100,7 +100,7 @@ class Patience(TrainerCallback):
             what = "evaluation" if since == 1 else "evaluations"
             self.notify(
                 f"stopping after step {state.global_step} of {state.max_steps}: no lower held-out loss in {since} "
-                f"{what} since step {last}"
+                f"{what}" + (f" since step {last}" if last is not None else "")
             )
         return True
 
