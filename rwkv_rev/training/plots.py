@@ -72,9 +72,9 @@ def _axes(title: str) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_title(title)
     axes.grid(alpha=0.3)
-    return axes, lambda path: figure.savefig(path, dpi=120)
+    return axes, lambda path: figure.savefig(path)
