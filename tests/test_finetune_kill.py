@@ -35,6 +35,8 @@ def finetune(model: Path, data: Path, output: Path) -> list[str]:
         *("--context-length", "64", "--chunk-length", "25", "--batch-size", "2", "--grad-accum", "2"),
         *("--max-steps", str(STEPS), "--save-every", "2", "--resume", "auto"),
         *("--tune", "lora", "--set", "lora_dropout=0.1", "--set", "lora_rank=4"),
+        *("--eval-data", str(data), "--eval-every", "3", "--set", "eval_tokens=64", "--keep-best"),
+        *("--patience", "2", "--save-total", "1", "--sample-prompt", "7 squared", "--sample-tokens", "3"),
     ]
 
 
@@ -42,6 +44,7 @@ class Undisturbed(NamedTuple):
     model: Path
     data: Path
     rows: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
     weights: dict[str, Tensor]
     life: float  # seconds from the start to the end
     end: float  # of which after the last checkpoint was begun
@@ -58,21 +61,22 @@ def undisturbed(shallow: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     process.join(300)
     ended = time.monotonic()
     assert process.exitcode == 0, (folder / "streams.err").read_text()[-3000:]
-    rows, weights = outcome(folder / "out")
-    return Undisturbed(shallow["5.2"], data, rows, weights, ended - began, ended - last)
+    return Undisturbed(shallow["5.2"], data, *outcome(folder / "out"), ended - began, ended - last)
 
 
-def outcome(output: Path) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+def outcome(output: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Tensor]]:
     rows = read_log(output / "training" / "log.jsonl")
     kept = [{name: row[name] for name in row if name not in OF_THIS_MACHINE} for row in rows]
-    return kept, load_file(output / "model.safetensors")
+    samples = read_log(output / "training" / "samples.jsonl")
+    assert len(samples) == 4, "before the first step, after two more, and after the last"
+    return kept, samples, load_file(output / "model.safetensors")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(KILLS))
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
 def test_killed_and_resumed(undisturbed: Undisturbed, tmp_path: Path, name: str, number: int) -> None:
-    """Losses, log rows and weights to the bit, and nothing left behind."""
+    """Losses, log rows, samples and weights to the bit, and nothing left behind."""
     output, temporary = tmp_path / "here" / "killed", tmp_path / "tmp"
     output.parent.mkdir()
     temporary.mkdir()
@@ -97,8 +101,8 @@ def test_killed_and_resumed(undisturbed: Undisturbed, tmp_path: Path, name: str,
         output.rename(tmp_path / f"whole-{share}")
     done = run_command(*command, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
-    rows, weights = outcome(output)
-    assert rows == undisturbed.rows
+    rows, samples, weights = outcome(output)
+    assert rows == undisturbed.rows and samples == undisturbed.samples
     assert weights.keys() == undisturbed.weights.keys()
     assert all(tensor.equal(undisturbed.weights[name]) for name, tensor in weights.items())
     assert [path.name for path in output.parent.iterdir()] == ["killed"]
