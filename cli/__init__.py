@@ -41,8 +41,10 @@ COMMANDS = (
     ("bench", "Measure speed, memory and tape on this machine."),
 )
 
-WRITE_NOTHING = ("inspect", "verify", "generate")
-"""Of these it goes without saying that nothing was written when they were stopped."""
+WRITE_NOTHING = ("inspect", "verify", "generate", "chat", "eval", "bench")
+"""Of these it goes without saying that nothing was written when they were stopped; a chat saves what it is told to."""
+PLOT = "--plot"
+"""With which they do write something, at their end."""
 
 HELP = """Convert pretrained RWKV-4 to 7 checkpoints to reversible cells and prove that nothing changed.
 
@@ -96,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except BaseException as error:
         if (code := exit_code(error)) is not None:
             # unless the command told of more
-            tell(None if _requested(arguments) in WRITE_NOTHING else "nothing was written")
+            plots = any(argument.partition("=")[0] == PLOT for argument in arguments)
+            tell(None if _requested(arguments) in WRITE_NOTHING and not plots else "nothing was written")
             raise SystemExit(code) from None
         if isinstance(error, Exception):
             _fail(error)

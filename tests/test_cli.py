@@ -323,6 +323,13 @@ STOPPED_AT = {
     "convert": ("rwkv_rev.conversion.convert", ("convert", "bundled:rwkv-4", "--output", "out")),
     "inspect": ("rwkv_rev.converters.inspection.inspect_source", ("inspect", "bundled:rwkv-4")),
     "generate": ("rwkv_rev.continuation.generate", ("generate", "{model}", "--prompt", "a")),
+    "chat": ("rwkv_rev.conversation.chat", ("chat", "{model}")),
+    "eval": ("rwkv_rev.training.evaluate.evaluate_directory", ("eval", "{model}", "--data", __file__)),
+    "eval with a plot": (
+        "rwkv_rev.training.evaluate.evaluate_directory",
+        ("eval", "{model}", "--data", __file__, "--plot", "a.png"),
+    ),
+    "bench": ("rwkv_rev.benchmark.run.run_benchmark", ("bench", "training", "--quick")),
     "publish": ("rwkv_rev.folders.publish.publish", ("publish", "{model}", "me/model")),
 }
 
@@ -344,7 +351,7 @@ def test_one_line_whenever_a_command_is_stopped(
     assert (code, out) == ({"SIGINT": 130, "SIGTERM": 143}[signal_], "")
     lines = err.splitlines()
     assert [line for line in lines if line] == [lines[-1]]
-    if name in ("inspect", "generate"):  # which write nothing at any time
+    if name in ("inspect", "generate", "chat", "eval", "bench"):  # which write nothing at any time
         assert lines[-1] == "stopped"
     else:
         expected = {"convert": "out is not there", "publish": "the Hub has all"}
