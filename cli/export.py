@@ -45,7 +45,7 @@ def export(
     refuse_both_prints(as_json, quiet)
     output = expanded(output)
     refuse_no_model(directory)  # before anything heavy is imported
-    check_output(output.absolute(), force=force, directory=to != "blinkdl")
+    check_output(output.absolute(), force=force, directory=to != "blinkdl", reads=directory)
     from rwkv_rev.converters.export import export as run
 
     with telling_if_stopped(output):

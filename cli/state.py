@@ -104,7 +104,7 @@ def load(
     refuse_both_prints(as_json, quiet)
     refuse_no_model(directory)
     output = expanded(output)
-    check_output(output.absolute(), force=force, directory=True)
+    check_output(output.absolute(), force=force, directory=True, reads=directory)
     from rwkv_rev.converters.tuned_states import load_state
 
     with telling_if_stopped(output):

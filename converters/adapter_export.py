@@ -69,7 +69,8 @@ def save_adapter(
     if to not in ("rwkv-peft", "peft"):
         raise OutputError(f"an adapter cannot be written as {to!r}; choose rwkv-peft or peft")
     output = Path(output)
-    check_output(output.absolute(), force=force, directory=to == "peft")
+    reads = Path(base) if to == "peft" else None
+    check_output(output.absolute(), force=force, directory=to == "peft", reads=reads)
     with ConvertedModel(base) as model:
         found = read_adapter(model, adapter, alpha=alpha)
         additions = _low_rank(found, to)

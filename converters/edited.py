@@ -20,7 +20,7 @@ from rwkv_rev.converters.converted import RECORD_NAME, ConvertedModel
 from rwkv_rev.converters.rewriter import Entry, shard_layout, write_shards
 from rwkv_rev.folders.folder import tokenizer_files
 from rwkv_rev.folders.redaction import public
-from rwkv_rev.folders.safe_output import check_output, refuse_overlap, require_space, whole_directory
+from rwkv_rev.folders.safe_output import check_output, require_space, whole_directory
 from rwkv_rev.loading import load_config
 
 SHARD_SIZE = "5GB"
@@ -52,8 +52,7 @@ def write_edited(model: ConvertedModel, output: Path, edit: Edit, *, force: bool
         OutputError: if ``output`` exists without ``force``, is or holds the model, or cannot be written.
         CheckpointError: for values that are not finite.
     """
-    check_output(output.absolute(), force=force, directory=True)
-    refuse_overlap(model.directory, output)
+    check_output(output.absolute(), force=force, directory=True, reads=model.directory)
     names = [*model.names(), *(name for name in edit.changed if name not in model.names())]
     kept = {
         name: (model.shape(name), model.dtype(name)) for name in model.names() if name not in edit.changed

@@ -30,7 +30,7 @@ from rwkv_rev.converters.torch_files import write_torch
 from rwkv_rev.errors import ConfigError, OutputError
 from rwkv_rev.folders.folder import refuse_links, tokenizer_files
 from rwkv_rev.folders.safe_input import read_object
-from rwkv_rev.folders.safe_output import check_output, refuse_overlap, require_space, whole_directory
+from rwkv_rev.folders.safe_output import check_output, require_space, whole_directory
 from rwkv_rev.loading import load_tokenizer, missing_tokenizer
 from rwkv_rev.printable import shortened
 from rwkv_rev.tokenization.fast import fast_tokenizer
@@ -93,8 +93,7 @@ def export(
                 "it out, or export --to hf"
             )
     output = Path(output)
-    check_output(output.absolute(), force=force, directory=to != "blinkdl")
-    refuse_overlap(Path(directory), output)
+    check_output(output.absolute(), force=force, directory=to != "blinkdl", reads=Path(directory))
     if to != "blinkdl":
         refuse_links(directory)
     with ConvertedModel(directory) as model:

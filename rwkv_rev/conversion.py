@@ -12,7 +12,7 @@ import json
 import platform
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -151,6 +151,8 @@ def convert(
     parse_size(max_shard_size)
     parsed = source if isinstance(source, Source) else parse_source(str(source), file=file, revision=revision)
     if output is not None and not dry_run:  # refuse before anything is downloaded
+        if parsed.kind in ("file", "directory"):
+            _refuse_overlap([parsed.path], Path(output))
         check_output(Path(output).absolute(), force=force, directory=True)
     expected = expected_files(parsed)
     directory = Path(output) if output is not None else Path(default_name(parsed, expected))
@@ -161,7 +163,7 @@ def convert(
     if dry_run and not _is_here(parsed, expected):
         return Conversion(directory, expected.files, written=False)
     local = resolve(parsed, progress=progress)
-    _refuse_overlap(local, directory)
+    _refuse_overlap(local.files, directory)
     settings = _Settings(dtype, group_norm_eps, tokenizer, verify, progress)
 
     with open_checkpoint(local) as checkpoint:
@@ -323,8 +325,10 @@ def _public_name(source: Source) -> str:
     return source.path.resolve().name if source.kind in ("file", "directory") else str(source)
 
 
-def _refuse_overlap(local: LocalCheckpoint, output: Path) -> None:
+def _refuse_overlap(sources: Sequence[Path], output: Path) -> None:
+    if not output.is_dir():
+        return
     inside = output.resolve()
-    for file in local.files:
-        if inside in file.resolve().parents:
+    for file in sources:
+        if inside in (file.resolve(), *file.resolve().parents):
             raise OutputError(f"{output} holds the source {file.name}; choose another --output")

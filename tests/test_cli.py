@@ -537,6 +537,33 @@ def test_nothing_is_written_into_a_model(cli: Cli, bundled: dict[str, Path], tmp
     assert not output.exists() and not output.with_name("x.training").exists()
 
 
+@pytest.mark.parametrize("force", [(), ("--force",)])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("finetune", "model", "--data", "book.txt"),
+        ("export", "model", "--to", "hf"),
+        ("convert", "model"),
+        ("convert", "model/model.safetensors"),
+        ("merge", "model", "book.txt"),
+        ("adapter", "model", "book.txt", "--to", "peft"),
+        ("state", "load", "model", "book.txt"),
+    ],
+    ids=lambda value: " ".join(value[:2]),
+)
+def test_force_is_not_advised_where_it_replaces_nothing(
+    cli: Cli, bundled: dict[str, Path], tmp_path: Path, arguments: tuple[str, ...], force: tuple[str, ...]
+) -> None:
+    """A model is never replaced by what is made of it, so nobody is told to ask for that."""
+    shutil.copytree(bundled["4"], tmp_path / "model")
+    (tmp_path / "book.txt").write_text("text " * 100)
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    code, out, err = cli(*arguments, "--output", "model", *force)
+    assert (code, out) == (1, "") and err.count("\n") == 1
+    assert " holds the " in err and "--force" not in err and err.endswith("choose another --output\n")
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+
+
 def test_a_dry_run_refuses_where_nothing_can_be_written(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -364,7 +364,7 @@ def test_refuses_what_cannot_work(
         ({"data": [str(tmp_path / "absent.txt")]}, "no such file or folder"),
         ({"model": str(tmp_path)}, "is not a converted model"),
         ({"output": str(tmp_path / "full")}, "already exists; pass force=True"),
-        ({"output": str(shallow["5.2"]), "force": True}, "holds the model that is fine-tuned"),
+        ({"output": str(shallow["5.2"]), "force": True}, "holds the model itself"),
         ({"chunk_length": 1 << 32, "context_length": 1 << 32, "batch_size": 1 << 20}, "GB are free: use"),
         ({"tune": "state", "model": str(shallow["4"])}, "tune = state needs RWKV-5"),
         ({"tune": "lora", "lora_targets": ["query"]}, "no linear map is called 'query'; there are gate, key"),

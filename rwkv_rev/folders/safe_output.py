@@ -46,8 +46,10 @@ def check_place(output: Path) -> None:
                 raise OutputError(f"cannot write {output}: {folder} is a link that leads nowhere")
 
 
-def check_output(output: Path, *, force: bool, directory: bool) -> None:
+def check_output(output: Path, *, force: bool, directory: bool, reads: Path | None = None) -> None:
     """Refuse an output that ``force`` must never delete, and one that exists without ``force``.
+
+    ``reads``: the model folder that is read meanwhile, which ``force`` must not replace either.
 
     With ``force`` a directory is replaced only if it is empty or looks like a model (it holds
     ``config.json``), a file only if it is empty or such as ``torch.save`` or safetensors write, so that a
@@ -59,10 +61,12 @@ def check_output(output: Path, *, force: bool, directory: bool) -> None:
     check_place(output)
     if directory and not is_utf8(str(output)):
         raise OutputError(f"cannot write {output}: this name is no UTF-8, and what writes weights needs that")
-    if not os.path.lexists(output):
-        return
     if output.is_symlink():
         raise OutputError(f"{output} is a link; remove it yourself, or choose another --output")
+    if reads is not None:
+        _refuse_overlap(reads, output)
+    if not os.path.lexists(output):
+        return
     if directory and not output.is_dir():
         raise OutputError(f"{output} exists and is not a folder; choose another --output")
     if not directory and output.is_dir():
@@ -91,12 +95,8 @@ def check_output(output: Path, *, force: bool, directory: bool) -> None:
         raise OutputError(f"{output} already exists; pass --force to replace it, or choose another --output")
 
 
-def refuse_overlap(directory: Path, output: Path) -> None:
-    """Refuse an output that is, holds or lies in the model folder that is read.
-
-    Raises:
-        OutputError: saying which.
-    """
+def _refuse_overlap(directory: Path, output: Path) -> None:
+    """Refuse an output that is, holds or lies in the model folder that is read."""
     inside, made = directory.resolve(), output.resolve()
     if made == inside or made in inside.parents:
         raise OutputError(f"{output} holds the model itself; choose another --output")

@@ -33,12 +33,7 @@ _OTHERWISE_COMPARED = ("model", "data", "output", "resume", "force", "push_to_hu
 def refuse_output(config: FinetuneConfig) -> None:
     """Raise OutputError for an output that exists, holds the model, or belongs to an unfinished run."""
     output = Path(config.output).absolute()
-    check_output(output, force=config.force, directory=True)
-    inside = Path(config.model).resolve()
-    if output.resolve() == inside or output.resolve() in inside.parents:
-        raise OutputError(f"{config.output} holds the model that is fine-tuned; choose another --output")
-    if inside in output.resolve().parents:
-        raise OutputError(f"{config.output} is inside the model's folder; choose another --output")
+    check_output(output, force=config.force, directory=True, reads=Path(config.model))
     working = config.working_directory
     refuse_foreign(working)
     if config.resume is None and not config.force and checkpoints(working):
