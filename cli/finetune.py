@@ -198,6 +198,9 @@ def finetune(
       rwkv-rev finetune my-model --data rwkv-chats.jsonl --output tuned \
         --train-on last
 
+      rwkv-rev finetune my-model --data book.txt --output my-book \
+        --eval-data more.txt --eval-every 50 --keep-best --sample-prompt "Once"
+
       torchrun --nproc-per-node 2 -m rwkv_rev.cli finetune \
         my-model --data corpus/ --output tuned
 

@@ -275,7 +275,11 @@ def _train(planned: Plan, args: Any, where: Whereabouts, notify: Notify, quiet: 
             resume_from_checkpoint=None if planned.resume_from is None else str(planned.resume_from)
         )
     seconds = time.perf_counter() - began
-    if not _evaluated(trainer.state) if held_out else samples and samples.step != trainer.state.global_step:
+    if held_out is not None:
+        evaluated = _evaluated(trainer.state)
+    else:
+        evaluated = samples is None or samples.step == trainer.state.global_step
+    if not evaluated:
         trainer.evaluate()
     rows = read_log(log) if args.process_index == 0 else trainer.state.log_history
     best = _load_best(trainer, planned, notify) if config.keep_best else None
