@@ -30,6 +30,8 @@ LONGEST = (
     "test_memory_flat",
     "test_registration",
     "test_finetune",
+    "test_best",
+    "test_samples",
     "test_bptt_integration",
     "test_token_cache",
     "test_oracles",
