@@ -10,6 +10,7 @@ from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.exporting import exporting
 from rwkv_rev.keywords import given_targets
 from rwkv_rev.loss import IGNORE, next_token_targets
+from rwkv_rev.loss_weights import weights_of_targets
 from rwkv_rev.packed_rows import given_borders
 from rwkv_rev.state import ModelState
 
@@ -92,6 +93,7 @@ def loss_inputs(
     dtype: torch.dtype,
     borders: Tensor | None = None,
     packed: dict[str, Any] | None = None,
+    loss_weights: Tensor | None = None,
 ) -> LossInputs:
     """Arguments of the model's ``forward`` as a gradient strategy takes them; ``dtype`` is the loss's.
 
@@ -123,15 +125,20 @@ def loss_inputs(
         targets = next_token_targets(given, valid)
     else:  # the first token of a document is predicted by nothing
         targets = next_token_targets(given.masked_fill(at.to(given.device), IGNORE), valid)
+    weights = None
+    if loss_weights is not None:
+        weights = weights_of_targets(loss_weights, targets, valid, dtype, shifted=shift_labels is not None)
+        targets = targets.masked_fill(weights == 0, IGNORE)  # no chunk computes what does not count
     return LossInputs(
         input_ids=input_ids,
         inputs_embeds=masked_embeds(inputs_embeds, valid),
         valid=valid,
         targets=targets,
-        divisor=_divisor(num_items_in_batch, targets, dtype),
+        divisor=_divisor(num_items_in_batch, targets, weights, dtype),
         state=model.initial_state(batch, device) if state is None else state,
         final_state_gradient=final_state_gradient,
         borders=None if at is None else model.base_model.borders(at, valid),
+        weights=weights,
     )
 
 
@@ -148,7 +155,12 @@ def _check_labels(labels: Tensor, vocab_size: int, name: str) -> None:
         )
 
 
-def _divisor(number: int | float | Tensor | None, targets: Tensor, dtype: torch.dtype) -> float | Tensor:
+def _divisor(
+    number: int | float | Tensor | None, targets: Tensor, weights: Tensor | None, dtype: torch.dtype
+) -> float | Tensor:
+    if number is None and weights is not None:
+        total = weights.sum()
+        return torch.where(total > 0, total, 1)
     if number is None:
         # not a sum, which would make int64 of the flags first
         return torch.count_nonzero(targets != IGNORE).clamp(min=1).to(dtype)

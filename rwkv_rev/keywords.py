@@ -29,6 +29,7 @@ WITH_A_HEAD = (
     "logits_to_keep",
     "return_logits",
     "num_items_in_batch",
+    "loss_weights",
     "final_state_gradient",
 )
 """What the model with an output layer has a name for, and the base model none."""

@@ -41,29 +41,41 @@ def next_token_targets(labels: Tensor, valid: Tensor | None) -> Tensor:
         labels: [B, T] int64, -100 where nothing is to be predicted; not shifted.
         valid: [B, T] bool, or None when every token counts.
     """
+    return of_next_token(labels, valid, missing=IGNORE)
+
+
+def of_next_token(values: Tensor, valid: Tensor | None, *, missing: float) -> Tensor:
+    """What stands at the row's next *valid* token, [B, T]; ``missing`` at masked positions and where there is none."""
     if valid is None:
-        return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-    length = labels.shape[1]
-    positions = torch.arange(length, device=labels.device).expand_as(labels)
+        return F.pad(values[:, 1:], (0, 1), value=missing)
+    length = values.shape[1]
+    positions = torch.arange(length, device=values.device).expand_as(values)
     following = torch.where(valid, positions, length).flip(1).cummin(dim=1).values.flip(1)
     following = F.pad(following[:, 1:], (0, 1), value=length)
-    padded = F.pad(labels, (0, 1), value=IGNORE)
-    return padded.gather(1, following).masked_fill(~valid, IGNORE)
+    padded = F.pad(values, (0, 1), value=missing)
+    return padded.gather(1, following).masked_fill(~valid, missing)
 
 
 def sum_cross_entropy(
-    hidden: Tensor, head: nn.Module, targets: Tensor, *, scale: float | Tensor = 1.0, vocab_size: int
+    hidden: Tensor,
+    head: nn.Module,
+    targets: Tensor,
+    *,
+    scale: float | Tensor = 1.0,
+    vocab_size: int,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """``scale`` times the summed cross-entropy of ``head(hidden)``, without graph; float32 scalar.
 
     Args:
         hidden: [B, C, D].
         targets: [B, C] int64, -100 where ignored.
+        weights: [B, C], of each token's cross-entropy; None for 1.
     """
     total = torch.zeros((), dtype=wide(hidden.dtype), device=hidden.device)
     with torch.no_grad():
-        for part, target in _sub_chunks(hidden, targets, vocab_size):
-            total += cross_entropy(head(part), target)
+        for part, target, weight in _sub_chunks(hidden, targets, weights, vocab_size):
+            total += cross_entropy(head(part), target, weights=weight)
     return total * like(scale, total)
 
 
@@ -77,6 +89,7 @@ def cross_entropy_gradients(
     vocab_size: int,
     loss_scale: float = 1.0,
     outside: OutsideLeaves | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """The loss of :func:`sum_cross_entropy` with its finished gradients.
 
@@ -85,6 +98,7 @@ def cross_entropy_gradients(
         scale: factor of the loss.
         loss_scale: further factor on the gradients alone, against underflow in float16.
         outside: looks for leaves that are not among the parameters.
+        weights: as of :func:`sum_cross_entropy`.
 
     Returns:
         loss, d loss / d hidden [B, C, D], and d loss / d parameters (float32 sums).
@@ -94,10 +108,11 @@ def cross_entropy_gradients(
     sums: list[Tensor | None] = []
     used: list[int] = []
     scale = like(scale, total)
-    for number, (part, target) in enumerate(_sub_chunks(hidden.detach(), targets, vocab_size)):
+    parts = _sub_chunks(hidden.detach(), targets, weights, vocab_size)
+    for number, (part, target, weight) in enumerate(parts):
         part = part.requires_grad_()
         with torch.enable_grad():
-            loss = cross_entropy(head(part), target) * scale
+            loss = cross_entropy(head(part), target, weights=weight) * scale
             if number == 0:
                 leaves = leaves_of([loss], parameters)
                 known = {id(leaf) for leaf in leaves}
@@ -209,17 +224,19 @@ def linear_cross_entropy(
     scale: float | Tensor,
     vocab_size: int,
     parameters: Sequence[Tensor],
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Differentiable ``scale * sum of cross-entropies`` of ``head(hidden)``; see the module's docstring.
 
     Args:
         parameters: the model's trainable parameters, of which the head uses some.
+        weights: as of :func:`sum_cross_entropy`.
 
     Raises:
         StrategyError: for a head that depends on a trainable tensor beside them.
     """
     if not torch.is_grad_enabled() or not (hidden.requires_grad or parameters):
-        return sum_cross_entropy(hidden, head, targets, scale=scale, vocab_size=vocab_size)
+        return sum_cross_entropy(hidden, head, targets, scale=scale, vocab_size=vocab_size, weights=weights)
     outside = OutsideLeaves(parameters)
 
     def gradients(loss_scale: float) -> tuple[Tensor, list[Tensor | None]]:
@@ -232,6 +249,7 @@ def linear_cross_entropy(
             vocab_size=vocab_size,
             loss_scale=loss_scale,
             outside=outside,
+            weights=weights,
         )
         return loss, [to_hidden, *to_parameters]
 
@@ -276,15 +294,27 @@ def hooks_withheld(tensors: Sequence[Tensor]) -> Iterator[None]:
             hooks.update(kept)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "sum") -> Tensor:
-    """Nats of predictions, logits [n, V] of targets [n], in float32 at least: their sum, or [n] with ``none``."""
-    return F.cross_entropy(logits.to(wide(logits.dtype)), targets, ignore_index=IGNORE, reduction=reduction)
+def cross_entropy(
+    logits: Tensor, targets: Tensor, *, weights: Tensor | None = None, reduction: str = "sum"
+) -> Tensor:
+    """Nats of predictions, logits [n, V] of targets [n], in float32 at least: their sum, or [n] with ``none``.
+
+    With ``weights`` [n] each is taken times its own.
+    """
+    logits = logits.to(wide(logits.dtype))
+    if weights is None:
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
+    nats = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none") * weights
+    return nats.sum() if reduction == "sum" else nats
 
 
-def _sub_chunks(hidden: Tensor, targets: Tensor, vocab_size: int) -> list[tuple[Tensor, Tensor]]:
+def _sub_chunks(
+    hidden: Tensor, targets: Tensor, weights: Tensor | None, vocab_size: int
+) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     size = max(1, LOGITS_AT_ONCE // vocab_size)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    return list(zip(flat.split(size), targets.reshape(-1).split(size), strict=True))
+    flat = hidden.reshape(-1, hidden.shape[-1]).split(size)
+    of_each = [None] * len(flat) if weights is None else weights.reshape(-1).split(size)
+    return list(zip(flat, targets.reshape(-1).split(size), of_each, strict=True))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -30,6 +30,7 @@ from rwkv_rev.initial_states import initial_states
 from rwkv_rev.inputs import loss_inputs, rows_and_tokens
 from rwkv_rev.keywords import refuse_replica, refuse_unknown_keywords
 from rwkv_rev.loss import wide
+from rwkv_rev.loss_weights import refuse_without_labels
 from rwkv_rev.outputs import RwkvRevCausalLMOutput
 from rwkv_rev.packed_rows import PACKED
 from rwkv_rev.state import ModelState
@@ -203,6 +204,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
         return_dict: bool | None = None,
         return_logits: bool = False,
         num_items_in_batch: int | Tensor | None = None,
+        loss_weights: Tensor | None = None,
         final_state_gradient: ModelState | None = None,
         past_key_values: ModelState | RwkvRevCache | None = None,
         cache: ModelState | RwkvRevCache | None = None,
@@ -228,6 +230,9 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
                 ``auto`` and at most one chunk.
             return_logits: make logits beside the loss. In evaluation they are made at their first use if this is False.
             num_items_in_batch: divide the summed loss by this instead of by the number of predicted tokens.
+            loss_weights: [B, T], what each label's token counts in the loss (:mod:`rwkv_rev.loss_weights`): the
+                weighted sum is divided by the sum of the weights. They stand where their labels stand, and are shifted
+                with them; where there is no label they do not count.
             final_state_gradient: gradient of a further objective by the final state, added to the loss's. That by m,
                 the third part of RWKV-4's ``wkv``, is ignored: m is a gauge, on which no output depends.
             past_key_values, cache: other names for ``state``; a :class:`RwkvRevCache` is brought up to date unless
@@ -256,8 +261,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
         if state is not None and updated is None:  # ``generate``, which hands over a cache, has looked once
             refuse_carried_state(self)
         if labels is None and shift_labels is None:
-            if final_state_gradient is not None:
-                raise ValueError("final_state_gradient is added to a loss: give labels, too")
+            refuse_without_labels(final_state_gradient=final_state_gradient, loss_weights=loss_weights)
             if not (self.config.use_cache and not self.training if use_cache is None else use_cache):
                 updated = None
             elif updated is None and (use_cache or not self._goes_in_sweeps(input_ids, inputs_embeds, state)):
@@ -286,18 +290,19 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
                 output[CACHE_NAME] = updated
         else:
             output = self._loss(
-                input_ids,
-                attention_mask,
-                inputs_embeds,
-                state,
-                labels,
-                shift_labels,
                 return_logits,
                 output_hidden_states,
-                num_items_in_batch,
-                final_state_gradient,
-                borders,
-                kwargs,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+                state=state,
+                labels=labels,
+                shift_labels=shift_labels,
+                num_items_in_batch=num_items_in_batch,
+                loss_weights=loss_weights,
+                final_state_gradient=final_state_gradient,
+                borders=borders,
+                packed=kwargs,
             )
         if return_dict:
             return output
@@ -336,36 +341,13 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
 
     @torch.compiler.disable  # two sweeps with a tape between them are no graph
     def _loss(
-        self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        inputs_embeds: Tensor | None,
-        state: ModelState | None,
-        labels: Tensor | None,
-        shift_labels: Tensor | None,
-        return_logits: bool,
-        output_hidden_states: bool,
-        num_items_in_batch: int | Tensor | None,
-        final_state_gradient: ModelState | None,
-        borders: Tensor | None,
-        packed: dict[str, Any],
+        self, return_logits: bool, output_hidden_states: bool, **arguments: Any
     ) -> RwkvRevCausalLMOutput:
-        given = (inputs_embeds, *(() if state is None else state.tensors()))
+        """``arguments`` are those of :func:`rwkv_rev.inputs.loss_inputs`."""
+        state = arguments["state"]
+        given = (arguments["inputs_embeds"], *(() if state is None else state.tensors()))
         refuse_transforms(chain(self.parameters(), (tensor for tensor in given if tensor is not None)))
-        inputs = loss_inputs(
-            self,
-            input_ids,
-            attention_mask,
-            inputs_embeds,
-            state,
-            labels,
-            shift_labels,
-            num_items_in_batch,
-            final_state_gradient,
-            wide(self.model.ln0.weight.dtype),
-            borders,
-            packed,
-        )
+        inputs = loss_inputs(self, dtype=wide(self.model.ln0.weight.dtype), **arguments)
         length, evaluating = inputs.length, not (self.training or torch.is_grad_enabled())
         bptt = self.bptt
         size = self.model.chunk_length(*inputs.targets.shape, inputs.targets.device)

@@ -132,7 +132,12 @@ def deferred_logits(model: "RwkvRevForCausalLM", inputs: "LossInputs", loss: Ten
             hidden, _ = model.read(ids, inputs.valid, inputs.inputs_embeds, state, inputs.borders)
             logits = model.head(hidden).to(dtype)
         again = sum_cross_entropy(
-            logits, nn.Identity(), inputs.targets, scale=1 / inputs.divisor, vocab_size=logits.shape[-1]
+            logits,
+            nn.Identity(),
+            inputs.targets,
+            scale=1 / inputs.divisor,
+            vocab_size=logits.shape[-1],
+            weights=inputs.weights,
         )
         # adapters that were switched, hooks that draw: no tensor tells of them, but the loss does
         near = LIKE_THE_LOSS[autocast._enabled or model.model.ln0.weight.dtype.itemsize < 4]

@@ -74,7 +74,8 @@ class Case:
         valid: [B, T] bool, false where a token is masked; None when none is.
         state: before the first token; empty when None.
         final_objective: G; the sum of its products with the final state is differentiated too (not in the loss).
-        divisor: of the summed cross-entropy; the number of predicted tokens when None.
+        divisor: of the summed cross-entropy; the number of predicted tokens when None, or the sum of their weights.
+        weights: [B, T], what each token's own cross-entropy counts; 1 when None.
         cut: C, where the gradient is to stop at every C-th position (truncated back-propagation); 0: nowhere.
         group_norm: eps and divisor of RWKV-5's GroupNorm.
     """
@@ -86,6 +87,7 @@ class Case:
     state: State | None = None
     final_objective: State | None = None
     divisor: float | None = None
+    weights: Tensor | None = None
     cut: int = 0
     group_norm: tuple[float, float] = PUBLISHED_GROUP_NORM
 
@@ -154,7 +156,7 @@ def _run(weights: dict[str, Tensor], case: Case) -> tuple[Tensor, State]:
     places, alive = _remaining(valid)  # [B, S]
     state = _layers(_empty(weights, batch) if case.state is None else case.state)
     w = _derived(weights)
-    total, predicted = 0 * weights["emb.weight"].sum(), 0
+    total, predicted = 0 * weights["emb.weight"].sum(), 0.0
     chunk = torch.zeros(batch, dtype=torch.int64)  # of the row's last token, where the gradient is cut
     rows = torch.arange(batch)
     for step in range(places.shape[1]):
@@ -173,13 +175,14 @@ def _run(weights: dict[str, Tensor], case: Case) -> tuple[Tensor, State]:
             break
         target = case.labels[rows, places[:, step + 1]]
         counts = alive[:, step + 1] & (target != IGNORE)
-        predicted += int(counts.sum())
+        of_token = torch.ones(batch) if case.weights is None else case.weights[rows, places[:, step + 1]]
+        predicted += float(of_token[counts].double().sum())
         cross_entropy = torch.logsumexp(logits, -1) - logits[rows, target.clamp(min=0)]
-        total = total + cross_entropy[counts].sum()
+        total = total + (of_token[counts] * cross_entropy[counts]).sum()
     if case.cut:  # rows without a token in the last chunk
         state = _where((length - 1) // case.cut == chunk, state, _detached(state))
     end = State(*(torch.stack(parts) for parts in zip(*state, strict=True)))
-    return total / (max(predicted, 1) if case.divisor is None else case.divisor), end
+    return total / ((predicted or 1.0) if case.divisor is None else case.divisor), end
 
 
 def _remaining(valid: Tensor) -> tuple[Tensor, Tensor]:

@@ -304,6 +304,7 @@ def ask(model: RwkvRevForCausalLM, case: Case, strategy: str, chunk: int) -> Ans
             labels=case.labels,
             state=given,
             num_items_in_batch=case.divisor,
+            loss_weights=case.weights,
             final_state_gradient=None
             if objective is None
             else RwkvRevState(*(part.to(model.dtype) for part in objective.tensors())),

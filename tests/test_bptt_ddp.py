@@ -10,7 +10,7 @@ CHUNK = 8
 ROWS = 4
 WORLD = 2
 
-CASES = ["RWKV-5", "RWKV-4", "masked", "checkpointed blocks", "nothing to predict"]
+CASES = ["RWKV-5", "RWKV-4", "masked", "checkpointed blocks", "nothing to predict", "weighted"]
 
 pytestmark = pytest.mark.dist
 
@@ -27,6 +27,12 @@ def inputs(case: str, rank: int | None) -> dict[str, Tensor]:
         batch["attention_mask"] = mask
     if case == "nothing to predict":
         labels[:2] = -100
+    if case == "weighted":  # in each row the same weights in another order, so that they sum to the same
+        weights = torch.linspace(0, 3, 40)
+        batch["loss_weights"] = torch.stack(
+            [weights.roll(7 * row).index_fill(0, torch.tensor(0), 0) for row in range(ROWS)]
+        )
+        batch["loss_weights"] *= (weights.sum() / batch["loss_weights"].sum(1))[:, None]
     if rank is not None:
         half = ROWS // WORLD
         batch = {name: tensor[rank * half : (rank + 1) * half] for name, tensor in batch.items()}

@@ -34,11 +34,11 @@ from rwkv_rev.bptt.strategy import (
     changed_tensor,
     in_order,
     trainable,
-    uncached,
     unchanged,
     watched,
 )
 from rwkv_rev.bptt.sweeps import TwoSweeps, roles, warn_of_coarse_heads
+from rwkv_rev.bptt.uncached import uncached
 from rwkv_rev.errors import ReversalMismatchError, StrategyError
 from rwkv_rev.first_order import first_order
 from rwkv_rev.foreign_code import Strangers

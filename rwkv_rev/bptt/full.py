@@ -61,6 +61,7 @@ def loss_in_one_graph(
         scale=1 / inputs.divisor,
         vocab_size=model.vocab_size,
         parameters=wanted,
+        weights=inputs.weights,
     )
     if inputs.final_state_gradient is not None:
         added = state.inner(inputs.final_state_gradient)

@@ -125,6 +125,7 @@ def kind_of(sweep: "Sweep") -> Any:
         sweep.inputs.targets.shape[0],
         sweep.device,
         sweep.inputs.final_state_gradient is not None,
+        sweep.inputs.weights is not None,
         [tensor.dtype for tensor in sweep.inputs.state.tensors()],
         torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
         torch.are_deterministic_algorithms_enabled(),

@@ -254,6 +254,7 @@ def static(chunk: Chunk) -> Chunk:
         input_ids=inputs.input_ids[:, part].clone(),
         valid=None,
         targets=inputs.targets[:, part].clone(),
+        weights=None if inputs.weights is None else inputs.weights[:, part].clone(),
         state=inputs.state.detach(),  # whatever graph it had is the caller's
         final_state_gradient=None,
         divisor=torch.as_tensor(inputs.divisor, dtype=torch.float64).to(inputs.targets.device, copy=True),
@@ -266,6 +267,8 @@ def load(static: Chunk, chunk: Chunk) -> None:
     assert static.inputs.input_ids is not None and chunk.inputs.input_ids is not None
     static.inputs.input_ids.copy_(chunk.inputs.input_ids[:, part])
     static.inputs.targets.copy_(chunk.inputs.targets[:, part])
+    if static.inputs.weights is not None and chunk.inputs.weights is not None:
+        static.inputs.weights.copy_(chunk.inputs.weights[:, part])
     assert isinstance(static.inputs.divisor, Tensor)
     static.inputs.divisor.copy_(torch.as_tensor(chunk.inputs.divisor))
 

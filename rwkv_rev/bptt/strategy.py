@@ -4,18 +4,17 @@ A strategy sees the model through :class:`LanguageModel` and the batch through :
 :class:`LossResult` whose loss can be back-propagated by any trainer.
 """
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol, cast, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from rwkv_rev import adapters, random_state
+from rwkv_rev.bptt.uncached import uncached
 from rwkv_rev.cells.block import Block
 from rwkv_rev.cells.borders import Borders, Mask, mask_of, part_of
 from rwkv_rev.cells.mask import any_per_chunk
@@ -63,10 +62,12 @@ class LossInputs:
         input_ids: [B, T] int64, or None with ``inputs_embeds`` [B, T, D].
         valid: [B, T] bool, or None when every token counts.
         targets: [B, T] int64, what each position predicts, -100 where nothing.
-        divisor: what the summed cross-entropy is divided by (predicted tokens, or the trainer's own number).
+        divisor: what the summed cross-entropy is divided by (predicted tokens, the sum of their weights, or the
+            trainer's own number).
         state: the state before the first token; its tensors may require gradients.
         final_state_gradient: gradient of some further objective with respect to the final state.
         borders: where documents begin inside of rows; None where they do nowhere.
+        weights: [B, T] of the targets' cross-entropies, in the loss's dtype; None for 1.
     """
 
     input_ids: Tensor | None
@@ -77,6 +78,7 @@ class LossInputs:
     state: ModelState
     final_state_gradient: ModelState | None = None
     borders: Borders | None = None
+    weights: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -116,6 +118,10 @@ class Chunk:
     def targets(self) -> Tensor:
         return self.inputs.targets[:, self.start : self.stop]
 
+    def weights(self) -> Tensor | None:
+        weights = self.inputs.weights
+        return None if weights is None else weights[:, self.start : self.stop]
+
     def embeds(self) -> Tensor | None:
         embeds = self.inputs.inputs_embeds
         return None if embeds is None else embeds[:, self.start : self.stop]
@@ -146,6 +152,7 @@ class Chunk:
             vocab_size=model.vocab_size,
             loss_scale=loss_scale,
             outside=outside,
+            weights=self.weights(),
         )
 
     def read(self, model: LanguageModel, state: ModelState) -> tuple[Tensor, ModelState]:
@@ -239,7 +246,12 @@ class Strategy(ABC):
                 with neftune_share(model.get_input_embeddings(), chunk.length / inputs.length):
                     hidden, state = chunk.read(model, state)
                 part = sum_cross_entropy(
-                    hidden, model.head, chunk.targets(), scale=1 / inputs.divisor, vocab_size=model.vocab_size
+                    hidden,
+                    model.head,
+                    chunk.targets(),
+                    scale=1 / inputs.divisor,
+                    vocab_size=model.vocab_size,
+                    weights=chunk.weights(),
                 )
                 total = part if total is None else total + part
         assert total is not None
@@ -347,37 +359,6 @@ def changed_tensor(model: LanguageModel, tensors: list[Tensor], versions: list[i
             named = [*module.named_buffers(), *module.named_parameters()]
             return next((name for name, other in named if other is tensor), "a parameter")
     return None
-
-
-_one_thread = threading.RLock()
-
-
-@contextmanager
-def uncached(device: torch.device) -> Iterator[None]:
-    """The caller's autocast and parametrizations without their caches, in one thread at a time.
-
-    Weights made in a sweep without graph must not be reused in one with graph, where they would get no gradient. Those
-    caches, and the random generators, belong to the process: another thread's loss waits.
-    """
-    with _one_thread, _without_caches(device):
-        yield
-
-
-@contextmanager
-def _without_caches(device: torch.device) -> Iterator[None]:
-    kept = parametrize._cache_enabled, parametrize._cache
-    parametrize._cache_enabled, parametrize._cache = 0, {}
-    try:
-        with _uncached_autocast(device):
-            yield
-    finally:
-        parametrize._cache_enabled, parametrize._cache = kept
-
-
-def _uncached_autocast(device: torch.device) -> AbstractContextManager:
-    if not torch.is_autocast_enabled(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, dtype=torch.get_autocast_dtype(device.type), cache_enabled=False)
 
 
 def float16_gradients(parameters: list[Tensor], device: torch.device) -> bool:

@@ -44,11 +44,11 @@ from rwkv_rev.bptt.strategy import (
     float16_gradients,
     in_order,
     trainable,
-    uncached,
     unchanged,
     watched,
 )
 from rwkv_rev.bptt.sweep import Sweep
+from rwkv_rev.bptt.uncached import uncached
 from rwkv_rev.cells.block import BlockAdvanced, BlockAgain, BlockReplay, ExactStates, Plans
 from rwkv_rev.cells.contract import detached
 from rwkv_rev.foreign_code import Strangers

@@ -21,10 +21,10 @@ from rwkv_rev.bptt.strategy import (
     float16_gradients,
     in_order,
     trainable,
-    uncached,
     unchanged,
     watched,
 )
+from rwkv_rev.bptt.uncached import uncached
 from rwkv_rev.foreign_code import Strangers
 from rwkv_rev.loss import FinishedGradients, add_gradients, scaled, sum_of, wide
 from rwkv_rev.outside_leaves import OutsideLeaves

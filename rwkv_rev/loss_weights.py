@@ -1,0 +1,66 @@
+"""Weights of tokens in the model's loss.
+
+    loss = sum_t w_t nll_t / sum_t w_t
+
+over the tokens that are predicted. A weight stands where the label stands that it weighs, and is shifted with it: w_t
+belongs to token t, whose nll_t is computed from the tokens before it. Weights multiply the mask that -100 makes: where
+no token is predicted, whatever stands there does not count, and a token of weight 0 is as one without a label.
+"""
+
+import torch
+from torch import Tensor
+
+from rwkv_rev.loss import IGNORE, of_next_token
+
+
+def weights_of_targets(
+    given: Tensor, targets: Tensor, valid: Tensor | None, dtype: torch.dtype, *, shifted: bool
+) -> Tensor:
+    """What each position's prediction weighs, [B, T] in ``dtype``; 0 where nothing is predicted.
+
+    Args:
+        given: [B, T], at the labels' places.
+        targets: [B, T], what each position predicts, -100 where nothing.
+        valid: [B, T] bool, or None when every token counts.
+        dtype: the loss's.
+        shifted: labels were given as ``shift_labels``, beside the positions that predict them.
+
+    Raises:
+        ValueError: for another shape, numbers that are no weights, and weights that want a gradient.
+    """
+    if not isinstance(given, Tensor) or given.shape != targets.shape:
+        shape = list(given.shape) if isinstance(given, Tensor) else f"of a {type(given).__name__}"
+        raise ValueError(
+            f"loss_weights have shape {shape}, the labels {list(targets.shape)}: give each label its weight"
+        )
+    if given.is_complex():
+        raise ValueError(f"loss_weights are {given.dtype}: give real numbers")
+    if given.requires_grad:
+        raise ValueError(
+            "loss_weights require a gradient, and the loss gives them none: hand over loss_weights.detach()"
+        )
+    weights = given.to(targets.device, dtype)
+    if not shifted:
+        weights = of_next_token(weights, valid, missing=0)
+    weights = weights.masked_fill(targets == IGNORE, 0)
+    wrong = ~((weights >= 0) & weights.isfinite())  # NaN is neither
+    if bool(wrong.any()):
+        raise ValueError(
+            f"loss_weights hold {weights[wrong][0].item()} at a token that is predicted: a weight is a finite number "
+            "from 0 on (0 leaves the token out of the loss)"
+        )
+    return weights
+
+
+def refuse_without_labels(**given: object) -> None:
+    """Refuse what changes a loss that nobody asks for, rather than leave it without effect.
+
+    Raises:
+        ValueError: for the first of ``given`` that is not None.
+    """
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} changes the model's own loss: give labels, too (label_smoothing_factor and compute_loss_func "
+                "of Trainer take the labels away: their loss is not the model's)"
+            )
