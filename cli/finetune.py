@@ -95,6 +95,13 @@ def finetune(
     pack: Annotated[
         bool | None, typer.Option("--pack", help="Several documents in one row, each from its own start.")
     ] = None,
+    objective: Annotated[
+        Text,
+        typer.Option(
+            metavar="NAME[:KEY=VALUE],...",
+            help="next-token, position-weighted, second-pass, recall, adapt, or several.  [next-token]",
+        ),
+    ] = None,
     text_field: Annotated[Text, typer.Option(help="Field of the text in records.  [text]")] = None,
     prompt_field: Annotated[Text, typer.Option(help="Field of the prompt; no loss on it.  [prompt]")] = None,
     completion_field: Annotated[Text, typer.Option(help="Field of the completion.  [completion]")] = None,

@@ -122,7 +122,7 @@ def partly_labelled(ids: Tensor) -> Tensor:
     return labels
 
 
-@pytest.mark.parametrize("case", ["plain", "masked", "labels", "states", "rising", "tied"])
+@pytest.mark.parametrize("case", ["plain", "masked", "labels", "loss weights", "states", "rising", "tied"])
 @pytest.mark.parametrize("strategy", ["reversible", "checkpoint"])
 @pytest.mark.parametrize("version", ["4", "5.2"])
 def test_replays_are_what_would_have_run(
@@ -136,6 +136,8 @@ def test_replays_are_what_would_have_run(
         inputs["attention_mask"] = holes()
     elif case == "labels":
         inputs["labels"] = partly_labelled(ids)
+    elif case == "loss weights":
+        inputs["loss_weights"] = torch.rand(2, length, generator=torch.Generator().manual_seed(3))
     elif case == "states":
         inputs |= {"state": (state := random_state(model, 2)), "final_state_gradient": random_like(state)}
     elif case == "tied":

@@ -78,6 +78,10 @@ def batches(kind: str) -> list[dict[str, Any]]:
         elif kind == "holes" and step in (2, 4):
             batch["attention_mask"] = torch.ones_like(ids)
             batch["attention_mask"][0, 5:11] = 0
+        elif kind == "loss weights" and step != 4:
+            batch["loss_weights"] = torch.rand(
+                2, length, generator=torch.Generator().manual_seed(step)
+            ).round(decimals=1)
         elif kind == "states" and step > 0:
             state = random_state(model, 2, seed=step)
             batch |= {"state": state, "final_state_gradient": random_like(state, step)}
@@ -85,7 +89,7 @@ def batches(kind: str) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["plain", "labels", "holes", "states"])
+@pytest.mark.parametrize("kind", ["plain", "labels", "loss weights", "holes", "states"])
 @pytest.mark.parametrize("strategy", ["reversible", "checkpoint"])
 @pytest.mark.parametrize("version", ["4", "5.2"])
 def test_steps_are_what_they_would_have_been(

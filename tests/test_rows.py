@@ -13,7 +13,8 @@ from token_data import make_store
 
 from rwkv_rev.errors import DataError
 from rwkv_rev.training.best_fit import best_fit
-from rwkv_rev.training.rows import EMPTY_ROW, IGNORED, RowDataset, permutation
+from rwkv_rev.training.draws import permutation
+from rwkv_rev.training.rows import EMPTY_ROW, IGNORED, RowDataset
 from rwkv_rev.training.token_cache import load_tokens
 
 PERMUTATION_8 = [4, 0, 1, 7, 6, 2, 5, 3]

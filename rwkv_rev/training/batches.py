@@ -24,9 +24,12 @@ from torch.utils.data import DataLoader, Sampler
 
 from rwkv_rev.device import is_here
 from rwkv_rev.errors import DataError
-from rwkv_rev.training.rows import EMPTY_ROW, IGNORED, RowDataset, RowStatistics, permutation
+from rwkv_rev.training.draws import permutation
+from rwkv_rev.training.rows import EMPTY_ROW, IGNORED, RowDataset, RowStatistics
 
 WINDOW = 64
+UNSAID = {"objective": "next-token"}
+"""What a setting is where an identity does not hold it."""
 
 
 class BatchOrder(Sampler[list[int]]):
@@ -85,6 +88,7 @@ class BatchOrder(Sampler[list[int]]):
     def set_epoch(self, epoch: int) -> None:
         if epoch != self.epoch:
             self.epoch, self.position = epoch, 0
+        self.rows.epoch = epoch
 
     def schedule(self, epoch: int) -> np.ndarray:
         """Row of every slot at every step of an epoch, int64 [steps, G]; EMPTY_ROW where there is none."""
@@ -157,15 +161,17 @@ class BatchOrder(Sampler[list[int]]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on at a saved position; DataError when data, seed or batch differ from the saved run's."""
-        for name, mine in self._identity().items():
-            if state.get(name) != mine:
-                raise DataError(
-                    f"cannot resume: {name} was {state.get(name)} and is now {mine}; the order would differ"
-                )
-        self.epoch, self.position = int(state["epoch"]), int(state["position"])
+        mine = self._identity()
+        for name in dict.fromkeys([*mine, *state]):
+            was, now = (there.get(name, UNSAID.get(name)) for there in (state, mine))
+            if name not in ("epoch", "position") and was != now:
+                raise DataError(f"cannot resume: {name} was {was} and is now {now}; the order would differ")
+        self.epoch = self.rows.epoch = int(state["epoch"])
+        self.position = int(state["position"])
 
     def _identity(self) -> dict[str, Any]:
-        return {
+        objectives = {} if self.rows.objectives.plain else {"objective": str(self.rows.objectives)}
+        return objectives | {
             "data": self.rows.store.fingerprint,
             "context_length": self.rows.context_length,
             "pack": "best fit" if self.rows.pack else False,
@@ -181,8 +187,9 @@ class Collator:
     """Rows to a batch, padded on the right.
 
     Gives int64 [B, T]: ``input_ids`` (``pad_token_id`` on padding), ``attention_mask`` (1 on tokens),
-    ``labels`` (-100 on padding and prompts), with ``carry_state`` also bool [B] ``continues``, and of packed rows
-    bool [B, T] ``borders``. T is the longest row, at least 2, rounded up to ``pad_to_multiple_of``.
+    ``labels`` (-100 on padding and prompts), with ``carry_state`` also bool [B] ``continues``, of packed rows bool
+    [B, T] ``borders``, and where rows have them float32 [B, T] ``loss_weights``. T is the longest row, at least 2,
+    rounded up to ``pad_to_multiple_of``.
     """
 
     def __init__(
@@ -205,10 +212,11 @@ class Collator:
             batch["input_ids"][at, :n] = row["input_ids"]
             batch["attention_mask"][at, :n] = 1
             batch["labels"][at, :n] = row["labels"]
-        if "borders" in rows[0]:
-            batch["borders"] = torch.zeros(shape, dtype=torch.bool)
-            for at, row in enumerate(rows):
-                batch["borders"][at, : len(row["borders"])] = row["borders"]
+        for name, dtype in (("borders", torch.bool), ("loss_weights", torch.float32)):
+            if name in rows[0]:
+                batch[name] = torch.zeros(shape, dtype=dtype)
+                for at, row in enumerate(rows):
+                    batch[name][at, : len(row[name])] = row[name]
         if self.carry_state:
             batch["continues"] = torch.tensor([row["continues"] for row in rows])
         return batch

@@ -19,6 +19,7 @@ from rwkv_rev.bptt_settings import AUTO, BPTT_STRATEGIES, TAPES
 from rwkv_rev.errors import ConfigError
 from rwkv_rev.printable import shortened
 from rwkv_rev.training.evaluation_settings import refuse_evaluations
+from rwkv_rev.training.objectives.objectives import objectives_of
 from rwkv_rev.training.plain_yaml import NotPlain, parse_yaml, read_yaml
 from rwkv_rev.training.records import FORMATS, TRAIN_ON
 from rwkv_rev.training.setting_types import as_type, described
@@ -68,6 +69,8 @@ class FinetuneConfig:
             tokenizer's own, which is RWKV World's ``User:`` and ``Assistant:``.
         end_token: put after every document: ``auto`` is the tokenizer's own (for models of bytes the byte 0, and only
             after conversations and completions), ``none`` no token, or an id.
+        objective: what is asked of a context: ``next-token``, ``position-weighted``, ``second-pass``, ``recall``,
+            ``adapt``, or several, each with settings of its own: ``recall:span=64,position-weighted``.
         pack: lay several documents into one row, by best fit; state starts anew in each.
         carry_state: begin the next row of a long document with the state of the row before (gradient cut there).
         context_length: T, the most tokens that one gradient goes through.
@@ -132,6 +135,7 @@ class FinetuneConfig:
     train_on: str | None = None
     chat_template: str | None = None
     end_token: str | int = "auto"
+    objective: str = "next-token"
     pack: bool = False
     carry_state: bool = False
     context_length: int = 16384
@@ -250,6 +254,7 @@ class FinetuneConfig:
             raise ConfigError(
                 "--pack and --carry-state exclude each other: a packed row begins every document anew"
             )
+        objectives_of(self.objective).refuse_layout(pack=self.pack, carry_state=self.carry_state)
         refuse_half_named(self.text_field, self.prompt_field, self.completion_field, self.messages_field)
         refuse_evaluations(self)
         if self.warmup > 1 and self.warmup != int(self.warmup):

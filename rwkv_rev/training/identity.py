@@ -7,11 +7,11 @@ from typing import Any
 
 from rwkv_rev.architectures.registry import architecture
 from rwkv_rev.errors import CheckpointError
+from rwkv_rev.training.batches import UNSAID
 from rwkv_rev.training.checkpoints import RUN_NAME
 
 _ANEW = "begin anew, without what is there: --force, no --resume"
-_UNSAID = {"bptt": "exact"}
-"""What a setting is where an identity does not hold it."""
+_UNSAID = {"bptt": "exact", **UNSAID}
 SAMPLES = 16
 SAMPLE_BYTES = 1 << 16
 

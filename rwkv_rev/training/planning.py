@@ -7,6 +7,7 @@ checkpoint: each is one line. Nothing is written but the cache of tokenised data
 import json
 import os
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from rwkv_rev.training.identity import model_fingerprint, refuse_other_run
 from rwkv_rev.training.launch import choose_dtype, own_device, refuse_launch, training_device
 from rwkv_rev.training.lora_targets import refuse_lora_targets
 from rwkv_rev.training.memory import MemoryForecast, choose_length, forecast_memory, refuse_too_large
+from rwkv_rev.training.objectives.objectives import objectives_of
 from rwkv_rev.training.overlap import shared_documents
 from rwkv_rev.training.records import Fields
 from rwkv_rev.training.rows import RowDataset, RowStatistics
@@ -38,6 +40,7 @@ from rwkv_rev.training.samples import encoded_prompts, run_tokenizer
 from rwkv_rev.training.sources import find_sources
 from rwkv_rev.training.token_cache import load_tokens
 from rwkv_rev.training.token_store import TokenStore
+from rwkv_rev.training.tokenise import token_ids
 from rwkv_rev.training.tuning import count_trained, refuse_state_tuning
 from rwkv_rev.training.working_folder import finished_run, may_be_finished, refuse_output, resume_from
 
@@ -103,6 +106,8 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
         ConfigError, SourceError, CheckpointError, DataError, OutputError, StrategyError: one line each.
     """
     config.check()
+    objectives = objectives_of(config.objective)
+    config = replace(config, objective=str(objectives))  # with what its settings are
     refuse_launch()
     refuse_links(config.model)
     with ConvertedModel(config.model) as source:
@@ -132,6 +137,8 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
     dtype = choose_dtype(config.dtype, torch.device(device))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     encoded_prompts(config, run_tokenizer(config), model_config.vocab_size)
+    objectives = objectives.read_by(partial(token_ids, load_tokenizer(config.model)))
+    objectives.room(config.context_length)  # refuses what has no room, before the data are read
     store, held_out = _load_data(config, model_config.vocab_size, progress, keep_cache)
     notes += store.notes
     if held_out is not None:
@@ -143,6 +150,7 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
         carry_state=config.carry_state,
         vocab_size=model_config.vocab_size,
         seed=config.seed,
+        objectives=objectives,
     )
     rank = int(os.environ.get("RANK", "0"))
     order = BatchOrder(rows, config.batch_size, seed=config.seed, rank=rank, world_size=world_size)

@@ -12,6 +12,9 @@ Three ways to lay a document of n tokens out:
   (:mod:`rwkv_rev.training.best_fit`; ``seed`` decides between equal lengths). ``borders`` say where each begins; state
   and token shift start there anew, so the loss is that of the default.
 
+An objective (:mod:`rwkv_rev.training.objectives`) may put more into a row than the document's own tokens, or lay parts
+of several documents into one without a border. Slices are as long as what is made of them fits into T, then.
+
 Labels are ``input_ids`` with -100 on prompts (Hugging Face convention: the model shifts them), so the first
 token of a document is not predicted: one prediction in T. Rows without a single prediction are left out, except
 under ``carry_state`` where a long prompt's rows build the state.
@@ -20,7 +23,7 @@ Memory: rows are found by binary search, not listed; 8 to 24 bytes per document,
 each row of the default.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,9 +32,11 @@ from torch.utils.data import Dataset
 
 from rwkv_rev.errors import DataError
 from rwkv_rev.training.best_fit import best_fit
+from rwkv_rev.training.draws import permutation
+from rwkv_rev.training.objectives.objective import IGNORED, Row
+from rwkv_rev.training.objectives.objectives import Objectives
 from rwkv_rev.training.token_store import TokenStore
 
-IGNORED = -100
 EMPTY_ROW = -1  # index of a batch slot with nothing in it: a row without tokens
 
 
@@ -58,10 +63,11 @@ class RowStatistics:
 
 class RowDataset(Dataset):
     """Rows of a token store. ``rows[i]`` is a dict of ``input_ids`` and ``labels`` (int64 [n], n <= T) and
-    ``continues`` (bool); under ``pack`` also ``borders`` (bool [n]), true where a document begins.
+    ``continues`` (bool); under ``pack`` also ``borders`` (bool [n]), true where a document begins, and of objectives
+    other than the next token ``loss_weights`` (float32 [n]).
 
-    ``vocab_size`` (None: unchecked) refuses ids the model has no embedding for. Raises DataError for options that
-    exclude each other and when no row is left.
+    ``vocab_size`` (None: unchecked) refuses ids the model has no embedding for. ``epoch`` counts for what an objective
+    draws. Raises DataError for options that exclude each other and when no row is left.
     """
 
     def __init__(
@@ -73,6 +79,7 @@ class RowDataset(Dataset):
         carry_state: bool = False,
         vocab_size: int | None = None,
         seed: int = 0,
+        objectives: Objectives | None = None,
     ) -> None:
         if context_length < 2:
             raise DataError(f"the context length is {context_length}; it must be at least 2 tokens")
@@ -87,17 +94,28 @@ class RowDataset(Dataset):
         self.pack = pack
         self.carry_state = carry_state
         self.vocab_size = vocab_size
+        self.seed = seed
+        self.epoch = 0
+        self.objectives = objectives or Objectives()
+        self.objectives.refuse_layout(pack=pack, carry_state=carry_state)
+        self._room = self.objectives.room(context_length)  # tokens of a document in a row
         self._lay_out_rows()
         if not int(self._first_row[-1]):
             raise DataError(
                 "no document has a token to predict; a row needs at least two tokens, one of them not prompt"
             )
+        self._starts: np.ndarray | None = None
+        lengths = self._lengths()
+        order = permutation(len(lengths), seed, 0)
         if pack:
-            lengths = self._lengths()
-            self._pieces, self._starts = best_fit(lengths, context_length, permutation(len(lengths), seed, 0))
+            lengths = self.objectives.grown(lengths, context_length)
+            self._pieces, self._starts = best_fit(lengths, context_length, order)
+        elif (adapt := self.objectives.adapt) is not None:
+            documents = np.repeat(np.arange(len(store)), np.diff(self._first_row))
+            self._pieces, self._starts = adapt.dealt(documents, order)
 
     def _lay_out_rows(self) -> None:
-        T = self.context_length
+        T = self._room
         lengths, prompts = self.store.lengths(), self.store.prompt_lengths()
         counts = lengths // T + (lengths % T > 1)  # a last row of one token predicts nothing
         skipped = prompts // T  # rows that are prompt to their last token
@@ -107,16 +125,21 @@ class RowDataset(Dataset):
         self._first_row = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows)])
 
     def __len__(self) -> int:
-        return len(self._starts) - 1 if self.pack else int(self._first_row[-1])
+        return int(self._first_row[-1]) if self._starts is None else len(self._starts) - 1
 
     def lengths(self) -> np.ndarray:
         """Tokens of each row, int64 [rows]."""
         lengths = self._lengths()
-        return np.add.reduceat(lengths[self._pieces], self._starts[:-1]) if self.pack else lengths
+        if self._starts is None:
+            return self.objectives.grown(lengths, self.context_length)
+        if self.pack:
+            lengths = self.objectives.grown(lengths, self.context_length)
+        lengths = np.add.reduceat(lengths[self._pieces], self._starts[:-1])
+        return lengths if self.pack else self.objectives.grown(lengths, self.context_length)
 
     def _lengths(self) -> np.ndarray:
-        """Tokens of each row of the default."""
-        T = self.context_length
+        """Tokens of each row of the default, or of what is laid into rows."""
+        T = self._room
         lengths = np.full(int(self._first_row[-1]), T, np.int64)
         rows = np.diff(self._first_row)
         kept = rows > 0
@@ -133,43 +156,53 @@ class RowDataset(Dataset):
         if index == EMPTY_ROW:
             nothing = torch.zeros(0, dtype=torch.int64)
             row = {"input_ids": nothing, "labels": nothing, "continues": False}
+            row |= {} if self.objectives.plain else {"loss_weights": nothing.float()}
             return row | ({"borders": nothing.bool()} if self.pack else {})
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         if self.pack:
             return self._packed_row(index)
-        ids, labels, continues = self._document_row(index)
-        return {
-            "input_ids": torch.from_numpy(ids),
-            "labels": torch.from_numpy(labels),
-            "continues": continues,
+        if (adapt := self.objectives.adapt) is not None:
+            given = Row.joined([adapt.segment(self._slice(*self.locate(piece))) for piece in self._in(index)])
+        else:
+            given = self._slice(*self.locate(index))
+        return self._as_tensors(self._asked(given, index)) | {
+            "continues": self.carry_state and given.start > 0
         }
 
     def locate(self, index: int) -> tuple[int, int]:
-        """(document, position of the first token in it) of a row; under ``pack`` of a row of the default."""
+        """(document, position of the first token in it) of a row of the default, of which several may be one row."""
         document = int(np.searchsorted(self._first_row, index, side="right")) - 1
         k = index - int(self._first_row[document]) + int(self._skipped[document])
-        return document, k * self.context_length
+        return document, k * self._room
 
-    def _document_row(self, index: int) -> tuple[np.ndarray, np.ndarray, bool]:
-        document, start = self.locate(index)
-        ids, labels = self._slice(document, start, start + self.context_length)
-        return ids, labels, self.carry_state and start > 0
+    def _in(self, index: int) -> list[int]:
+        """What of the default a row is made of."""
+        assert self._starts is not None
+        return self._pieces[self._starts[index] : self._starts[index + 1]].tolist()
 
     def _packed_row(self, index: int) -> dict[str, Any]:
-        ids, labels, borders = [], [], []
-        for piece in self._pieces[self._starts[index] : self._starts[index + 1]].tolist():
-            tokens, label, _ = self._document_row(piece)
-            label[0] = IGNORED  # no document predicts it
-            ids.append(tokens)
-            labels.append(label)
-            borders.append(np.arange(len(tokens)) == 0)
-        parts = {"input_ids": ids, "labels": labels, "borders": borders}
-        return {name: torch.from_numpy(np.concatenate(part)) for name, part in parts.items()} | {
-            "continues": False
-        }
+        found, borders = [], []
+        for piece in self._in(index):
+            row = self._asked(self._slice(*self.locate(piece)), piece)
+            row.labels[0] = IGNORED  # no document predicts it
+            found.append(row)
+            borders.append(np.arange(len(row.ids)) == 0)
+        more = {"borders": torch.from_numpy(np.concatenate(borders)), "continues": False}
+        return self._as_tensors(Row.joined(found)) | more
 
-    def _slice(self, document: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    def _asked(self, given: Row, index: int) -> Row:
+        """What the objectives make of a row."""
+        if not self.carry_state:
+            given = replace(given, start=0)
+        return self.objectives.row(given, self.context_length, self.seed, self.epoch, index)
+
+    def _as_tensors(self, row: Row) -> dict[str, Any]:
+        found = {"input_ids": torch.from_numpy(row.ids), "labels": torch.from_numpy(row.labels)}
+        return found if self.objectives.plain else found | {"loss_weights": torch.from_numpy(row.weights)}
+
+    def _slice(self, document: int, start: int) -> Row:
+        stop = start + self._room
         ids = self.store.tokens(document, start, stop)
         if self.vocab_size is not None and len(ids) and (ids.min() < 0 or ids.max() >= self.vocab_size):
             bad = int(ids.min()) if ids.min() < 0 else int(ids.max())
@@ -178,7 +211,7 @@ class RowDataset(Dataset):
             )
         labels = ids.copy()
         labels[~self.store.loss(document, start, stop)] = IGNORED
-        return ids, labels
+        return Row.of(ids, labels, start)
 
     def statistics(self) -> RowStatistics:
         """Figures without batches; :meth:`BatchOrder.statistics` adds padding and steps."""
@@ -197,16 +230,17 @@ class RowDataset(Dataset):
         )
 
     def _warnings(self, lengths: np.ndarray, dropped: int) -> list[str]:
-        T, found = self.context_length, []
+        T, found = self._room, self.objectives.notes(self.context_length)
         if self.pack:
-            full = float(self._lengths().sum()) / (len(self) * T)
+            full = float(self.lengths().sum()) / (len(self) * self.context_length)
             found.append(
                 f"pack: {len(self._pieces):,} pieces of documents in {len(self):,} rows, {full:.1%} full; state starts "
                 "anew in each"
             )
-        if lengths.max() < T and not self.pack:
+        if lengths.max() < T and self._starts is None:
             found.append(
-                f"the context length of {T} is longer than any document (longest: {lengths.max()} tokens)"
+                f"the context length of {self.context_length} is longer than any document (longest: "
+                f"{lengths.max()} tokens)"
             )
         longer = int((lengths > T).sum())
         if longer and self.carry_state:
@@ -232,23 +266,6 @@ class RowDataset(Dataset):
                 else f"{dropped:,} documents have no token to predict and are left out"
             )
         return found
-
-
-def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of 0..n-1, int64 [n]; the same on every platform and numpy version, by sorting hashed
-    indices.
-
-    Hash: splitmix64 (Steele, Lea, Flood 2014).
-    """
-    key = _splitmix64(_splitmix64(np.array([seed % 2**64], np.uint64)) + np.array([epoch % 2**64], np.uint64))
-    return np.argsort(_splitmix64(np.arange(n, dtype=np.uint64) + key), kind="stable").astype(np.int64)
-
-
-def _splitmix64(x: np.ndarray) -> np.ndarray:
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def _documents(count: int) -> str:

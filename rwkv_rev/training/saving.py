@@ -156,6 +156,8 @@ def _card_rows(
     ]
     if result.get("best_step"):
         rows.append(("kept", f"step {result['best_step']:,}, the lowest held-out loss"))
+    if settings["objective"] != "next-token":
+        rows.append(("objective", settings["objective"]))
     if config.carry_state:
         rows.append(("carried state", f"yes, gradient cut every {config.context_length:,} tokens"))
     if result.get("held_out"):

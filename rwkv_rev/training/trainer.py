@@ -3,8 +3,8 @@
 What is added to it, and why:
 
 - batches come from :class:`~rwkv_rev.training.batches.RowLoader`, already split over processes;
-- the loss is summed and divided by the predicted tokens of *all* processes and accumulated batches, so that two
-  processes compute what one does with the doubled batch;
+- the loss is summed and divided by the predicted tokens of *all* processes and accumulated batches (or by their
+  weights, where an objective gives them some), so that two processes compute what one does with the doubled batch;
 - ``carry_state``: the state that a slot's row ended in begins its next row, and lies in the checkpoints;
 - a checkpoint is written beside its place, sealed with checksums and renamed into it: a folder called
   ``checkpoint-N`` was whole then;
@@ -126,14 +126,14 @@ class RwkvRevTrainer(Trainer):
         return RowLoader(self.order)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
-        """Predicted tokens of all processes in one optimizer step; at least 1."""
-        predicted = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batch_samples)
+        """Predicted tokens of all processes in one optimizer step, or the sum of their weights; 1 where it is 0."""
+        predicted = sum(_weight(batch) for batch in batch_samples)
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batch_samples)
-        counts = torch.tensor([predicted, tokens], device=device)
+        counts = torch.tensor([predicted, tokens], dtype=torch.float64, device=device)
         if self.args.world_size > 1:
             dist.all_reduce(counts)
         self.tokens += int(counts[1])
-        return counts[0].clamp(min=1)
+        return torch.where(counts[0] > 0, counts[0], 1)
 
     # --- loss ---------------------------------------------------------------------------------------------------
 
@@ -343,6 +343,14 @@ class RwkvRevTrainer(Trainer):
     def _barrier(self) -> None:
         if self.args.world_size > 1:
             dist.barrier()
+
+
+def _weight(batch: dict[str, Tensor]) -> float:
+    """What the predicted tokens of a batch weigh: 1 each where nothing else is said."""
+    counts = batch["labels"][:, 1:] != -100
+    if "loss_weights" not in batch:
+        return float(counts.sum())
+    return float(batch["loss_weights"][:, 1:][counts].sum(dtype=torch.float64))
 
 
 def _warmed(shape: Callable[[int], float], warmup: int) -> Callable[[int], float]:
