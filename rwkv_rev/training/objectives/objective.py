@@ -44,8 +44,8 @@ class Row:
     @classmethod
     def joined(cls, rows: list["Row"]) -> "Row":
         """One behind the other."""
-        parts = ([getattr(row, name) for row in rows] for name in ("ids", "labels", "weights"))
-        return cls(*map(np.concatenate, parts), rows[0].start)
+        ids, labels, weights = zip(*((row.ids, row.labels, row.weights) for row in rows), strict=True)
+        return cls(np.concatenate(ids), np.concatenate(labels), np.concatenate(weights), rows[0].start)
 
 
 @dataclass(frozen=True)

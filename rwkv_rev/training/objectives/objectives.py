@@ -80,10 +80,11 @@ class Objectives:
 
     def read_by(self, ids_of: Callable[[str], list[int]]) -> "Objectives":
         """With the token ids that a tokenizer gives to marks."""
-        marks = {"marker": tuple(ids_of(MARKER)), "after": tuple(ids_of(AFTER))}
         return Objectives(
             tuple(
-                dataclasses.replace(part, **marks) if isinstance(part, Recall) else part
+                dataclasses.replace(part, marker=tuple(ids_of(MARKER)), after=tuple(ids_of(AFTER)))
+                if isinstance(part, Recall)
+                else part
                 for part in self.parts
             )
         )
