@@ -1,8 +1,8 @@
 """Objectives for long contexts, side by side: same model, same data, same steps; what each of them is good for.
 
-    python examples/objectives/objectives.py [--steps 64] [--json FILE] [--plot FILE] ...
+    python examples/objectives/objectives.py [--steps 48] [--json FILE] [--plot FILE] ...
 
-The bundled RWKV-7 is fine-tuned on Python's own reference manual, a topic a document, by each objective of
+The bundled RWKV-5.2 is fine-tuned on Python's own reference manual, a topic a document, by each objective of
 ``rwkv-rev finetune --objective`` with the exact gradient, and by the next token with a gradient cut at every chunk.
 Measured on topics that are held out, in bits per byte, without weights and without a gradient:
 
@@ -23,6 +23,7 @@ import platform
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,11 @@ SEPARATORS = {"behind the marker": MARKER, "behind an empty line": AFTER}
 class Settings:
     """Of every run; lengths in tokens, which are bytes here."""
 
-    steps: int = 64
+    steps: int = 48
     context_length: int = 2048
     chunk_length: int = 512
     batch_size: int = 2
-    lr: float = 1e-3
+    lr: float = 5e-4
     held_out_rows: int = 16
     runs: list[str] = field(default_factory=lambda: list(RUNS))
 
@@ -87,16 +88,20 @@ def topics() -> tuple[list[str], list[str]]:
 
 
 def rows_of(texts: list[str], length: int, count: int) -> Tensor:
-    """[count, length] bytes: the first full contexts, each topic's in turn."""
-    cut = [text.encode()[at : at + length] for text in texts for at in range(0, len(text.encode()), length)]
-    full = [list(row) for row in cut if len(row) == length][:count]
+    """[count, length] bytes: the first full context of each topic, then the second of each."""
+    raw = [text.encode() for text in texts]
+    places = range(0, max(map(len, raw)), length)
+    cut = (list(text[place : place + length]) for place in places for text in raw)
+    full = [row for row in cut if len(row) == length][:count]
     if len(full) < count:
         raise SystemExit(f"{len(full)} held-out rows of {length} bytes, not {count}: fewer --held-out-rows")
     return torch.tensor(full)
 
 
 @torch.no_grad()
-def bits(model: RwkvRevForCausalLM, ids: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
+def bits(
+    model: RwkvRevForCausalLM, ids: Tensor, state: ModelState | None = None
+) -> tuple[Tensor, ModelState]:
     """What each token but the first costs, [B, T - 1], and the state after all."""
     costs, states = [], []
     for number, row in enumerate(ids.split(4)):
@@ -119,7 +124,7 @@ def measure(model: RwkvRevForCausalLM, rows: Tensor, settings: Settings) -> dict
     edges = settings.edges
     positions = {
         f"{start:,}-{stop:,}": costs[:, max(0, start - 1) : stop - 1].mean().item()
-        for start, stop in zip(edges, edges[1:], strict=False)
+        for start, stop in pairwise(edges)
     }
     half = rows[:, : length // 2]
     changed, _ = bits(model, torch.cat([half, rows.roll(1, 0)[:, : length // 8]], dim=1))
@@ -192,7 +197,11 @@ def tables(report: dict[str, Any]) -> str:
         lines.append(f"| {row['run']} | {tokens} | {' | '.join(f'{x:.3f}' for x in figures)} |")
     for name in SEPARATORS:
         distances = list(results[0][name])
-        lines += ["", f"| {name}, bytes back | {' | '.join(distances)} |", "|---" * (len(distances) + 1) + "|"]
+        lines += [
+            "",
+            f"| {name}, bytes back | {' | '.join(distances)} |",
+            "|---" * (len(distances) + 1) + "|",
+        ]
         for row in results:
             lines.append(f"| {row['run']} | {' | '.join(f'{x:.2f}' for x in row[name].values())} |")
     return "\n".join(lines)
@@ -235,7 +244,9 @@ def main(given: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     usual = Settings()
-    parser.add_argument("--model", default="bundled:rwkv-7", help="bundled:NAME or a model folder, of bytes")
+    parser.add_argument(
+        "--model", default="bundled:rwkv-5.2", help="bundled:NAME or a model folder, of bytes"
+    )
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=usual.runs)
     parser.add_argument("--steps", type=int, default=usual.steps)
     parser.add_argument("--context-length", type=int, default=usual.context_length)
