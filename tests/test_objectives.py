@@ -3,6 +3,7 @@
 import json
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,12 @@ from rwkv_rev.errors import CheckpointError, ConfigError, DataError
 from rwkv_rev.training.batches import BatchOrder, RowLoader
 from rwkv_rev.training.config import FinetuneConfig
 from rwkv_rev.training.draws import uniform
+from rwkv_rev.training.objectives.objective import Row
 from rwkv_rev.training.objectives.objectives import KINDS, Objectives, objectives_of
 from rwkv_rev.training.objectives.recall import AFTER, MARKER, Recall
 from rwkv_rev.training.planning import plan
 from rwkv_rev.training.rows import EMPTY_ROW, IGNORED, RowDataset
-from rwkv_rev.training.trainer import _weight
+from rwkv_rev.training.trainer import RwkvRevTrainer
 
 GOOD: dict[str, Any] = {"model": "m", "data": ["d.txt"], "output": "o"}
 M, A = [9001, 9002, 9003], [9004]
@@ -129,8 +131,6 @@ def test_distances_follow_the_equation() -> None:
     """d = span (p / span)^v of numbers that are known."""
     recall = Recall(span=4, cue=1, share=0.5, marker=(901,), after=())
     assert recall.block == 5 and recall.room(40) == 20 and recall.questions(40) == 4
-    from rwkv_rev.training.objectives.objective import Row
-
     ids = np.arange(100, 120)
     drawn = np.array([0.0, 0.5, 0.5, 0.9, 0.0, 0.0, 0.5, 0.99])  # places, then distances
     row = recall.change(Row.of(ids, ids), 40, lambda count: drawn[:count])
@@ -244,6 +244,23 @@ def test_an_epoch_draws_anew_and_a_resumed_one_the_same(tmp_path: Path, text: st
         BatchOrder(RowDataset(first.rows.store, 200), 2).load_state_dict(first.state_dict(0))
 
 
+def test_a_step_is_divided_by_its_weights(tmp_path: Path) -> None:
+    """Of all batches; by 1 where nothing counts."""
+    (batch,) = RowLoader(BatchOrder(dataset(tmp_path, [5, 12], 9, "position-weighted"), 4))
+    trainer: Any = SimpleNamespace(args=SimpleNamespace(world_size=1), tokens=0)
+
+    def items(*batches: dict[str, torch.Tensor]) -> float:
+        return RwkvRevTrainer._get_num_items_in_batch(trainer, list(batches), torch.device("cpu")).item()
+
+    counts = (batch["labels"] != IGNORED)[:, 1:]
+    weights = batch["loss_weights"][:, 1:][counts].sum().item()
+    assert items(batch, batch) == pytest.approx(2 * weights) and weights < 0.8 * int(counts.sum())
+    assert trainer.tokens == 2 * (5 + 12)
+    plain = {name: tensor for name, tensor in batch.items() if name != "loss_weights"}
+    assert items(plain) == int(counts.sum())
+    assert items(plain | {"labels": torch.full_like(batch["labels"], IGNORED)}) == 1
+
+
 def test_batches_hold_weights(tmp_path: Path) -> None:
     order = BatchOrder(dataset(tmp_path, [5, 12], 9, "position-weighted"), 4)
     (batch,) = RowLoader(order)
@@ -252,8 +269,6 @@ def test_batches_hold_weights(tmp_path: Path) -> None:
     )
     padding = batch["attention_mask"] == 0
     assert padding.any() and not batch["loss_weights"][padding].any()
-    counts = (batch["labels"] != IGNORED)[:, 1:]
-    assert _weight(batch) == pytest.approx(batch["loss_weights"][:, 1:][counts].sum().item())
     assert set(order.rows[EMPTY_ROW]) == set(order.rows[0])
 
 
