@@ -74,9 +74,13 @@ def test_figures_are_of_the_tokens_they_name(example: dict[str, Any]) -> None:
     changed, twice = asked[1][0], asked[2][0]
     assert torch.equal(changed[1, 256:], rows[0, :64]) and torch.equal(twice[:, :256], twice[:, 256:])
     mark = len(example["MARKER"].encode())
-    for (ids, with_state), distance in zip(asked[3:7], settings.distances, strict=True):
-        assert with_state and torch.equal(ids[:, mark:], rows[:, 512 - distance : 512 - distance + 32])
-    assert found["behind the marker"]["128"] == pytest.approx(sum(range(mark + 7, mark + 31)) / 24)
+    begins = [448, 480, *(512 - distance + 32 * span for distance in (128, 256, 512) for span in range(4))]
+    for (ids, with_state), begin in zip(asked[3:17], begins, strict=True):
+        assert with_state and torch.equal(ids[:, mark:], rows[:, begin : begin + 32])
+    of_128 = found["behind the marker"]["128"]
+    assert of_128["again"] == pytest.approx(sum(range(mark + 7, mark + 31)) / 24)
+    assert of_128["first"] == pytest.approx(sum(sum(range(b + 7, b + 31)) / 24 for b in begins[2:6]) / 4)
+    assert example["saved"](found["behind the marker"])[1] == of_128["first"] - of_128["again"]
 
 
 def test_the_figures_of_the_page(example: dict[str, Any]) -> None:

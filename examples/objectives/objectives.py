@@ -9,8 +9,9 @@ Measured on topics that are held out, in bits per byte, without weights and with
 - by position in a context of T tokens;
 - after a change of document: the first tokens of another topic behind the end of one, the state going on;
 - at a second reading of half a context;
-- of what is asked for again after a whole context, by how far back it stands: behind the marker of ``recall``, which
-  no other objective has seen, and behind an empty line. The first bytes of a span are given, those after them count.
+- of what is asked for again after a whole context, by how far back it stands: how much less its bytes cost than when
+  they were first read. Behind the marker of ``recall``, which no other objective has seen, and behind an empty line.
+  The first bytes of a span are given, those after them count.
 
 The next token is trained once more with another seed, in another order of the rows: what differs by no more than these
 two do is noise.
@@ -49,6 +50,8 @@ HELD_OUT = 5
 """Every so manieth topic is held out."""
 SPAN, CUE = 32, 8
 """Bytes of what is asked for again, and how many of them are given; as ``recall`` asks."""
+SPANS = 4
+"""Spans at each distance, one behind the other, the first of them so far back."""
 SEPARATORS = {"behind the marker": MARKER, "behind an empty line": AFTER}
 
 
@@ -139,9 +142,13 @@ def measure(model: RwkvRevForCausalLM, rows: Tensor, settings: Settings) -> dict
         mark = torch.tensor([list(text.encode())]).expand(len(rows), -1)
         found[name] = {}
         for distance in settings.distances:
-            span = rows[:, length - distance : length - distance + SPAN]
-            asked, _ = bits(model, torch.cat([mark, span], dim=1), after)
-            found[name][f"{distance:,}"] = asked[:, mark.shape[1] + CUE - 1 :].mean().item()
+            begins = range(length - distance, length - distance + min(distance, SPANS * SPAN), SPAN)
+            first, again = 0.0, 0.0
+            for begin in begins:
+                asked, _ = bits(model, torch.cat([mark, rows[:, begin : begin + SPAN]], dim=1), after)
+                again += asked[:, mark.shape[1] + CUE - 1 :].mean().item() / len(begins)
+                first += costs[:, begin + CUE - 1 : begin + SPAN - 1].mean().item() / len(begins)
+            found[name][f"{distance:,}"] = {"first": first, "again": again}
     return found
 
 
@@ -184,27 +191,33 @@ def compare(model: str, settings: Settings) -> dict[str, Any]:
 
 
 def tables(report: dict[str, Any]) -> str:
-    """Two tables in Markdown: of all text, and of what is asked for again."""
+    """In Markdown: of all text, and of what is asked for again."""
     results = report["results"]
     places = list(results[0]["positions"])
     lines = [
-        f"| bits per byte | tokens | {' | '.join(places)} | after a change | second reading |",
-        "|---" * (len(places) + 4) + "|",
+        f"| bits per byte | tokens | {' | '.join(places)} | after a change | first reading | second |",
+        "|---" * (len(places) + 5) + "|",
     ]
     for row in results:
-        figures = [*row["positions"].values(), row["after a change"], row["second reading"]]
+        further = (row[name] for name in ("after a change", "first reading", "second reading"))
+        figures = [*row["positions"].values(), *further]
         tokens = f"{row['tokens']:,}" if "tokens" in row else "-"
         lines.append(f"| {row['run']} | {tokens} | {' | '.join(f'{x:.3f}' for x in figures)} |")
     for name in SEPARATORS:
         distances = list(results[0][name])
         lines += [
             "",
-            f"| {name}, bytes back | {' | '.join(distances)} |",
+            f"| saved, {name}, bytes back | {' | '.join(distances)} |",
             "|---" * (len(distances) + 1) + "|",
         ]
         for row in results:
-            lines.append(f"| {row['run']} | {' | '.join(f'{x:.2f}' for x in row[name].values())} |")
+            lines.append(f"| {row['run']} | {' | '.join(f'{x:+.2f}' for x in saved(row[name]))} |")
     return "\n".join(lines)
+
+
+def saved(asked: dict[str, dict[str, float]]) -> list[float]:
+    """Bits per byte that were saved where something was asked for again, by distance."""
+    return [cost["first"] - cost["again"] for cost in asked.values()]
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
@@ -226,14 +239,13 @@ def plot(report: dict[str, Any], path: Path) -> None:
         for axis, name in zip(axes[1:], SEPARATORS, strict=True):
             back = [int(text.replace(",", "")) for text in row[name]]
             label = row["run"] if axis is axes[1] else None
-            axis.plot(back, list(row[name].values()), label=label, **style)
-            axis.set(xscale="log", xlabel="bytes back", title=f"what is asked for again, {name}")
+            axis.plot(back, saved(row[name]), label=label, **style)
+            axis.set(xscale="log", xlabel="bytes back", title=f"saved where asked for again, {name}")
     axes[0].set(xlabel="position", ylabel="bits per byte", title=f"held-out text, less {plain['run']}")
-    axes[0].axhline(0, color="0.6", linewidth=0.8)
     for axis in axes:
+        axis.axhline(0, color="0.6", linewidth=0.8)
         axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes[1:]:
-        axis.set_ylim(0, 1.05 * max(max(row[name].values()) for row in results for name in SEPARATORS))
+    axes[1].sharey(axes[2])
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
