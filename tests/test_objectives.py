@@ -1,6 +1,7 @@
 """Objectives of fine-tuning: what each makes of a document, token by token; how they are named, resumed and split."""
 
 import json
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -180,6 +181,15 @@ def test_adapt(tmp_path: Path) -> None:
     ), "but for a last token alone, which predicts nothing"
     other = dataset(tmp_path, lengths, 12, "adapt:segments=3:last=0.5", seed=1)
     assert [lists(row)[0] for row in other] != [lists(row)[0] for row in rows]
+
+
+def test_adapt_tells_of_a_document_that_fills_rows(tmp_path: Path) -> None:
+    (note, told) = dataset(tmp_path, [80, 8], 12, "adapt:segments=3").statistics().warnings[:2]
+    assert note == "adapt: a row holds 3 parts of up to 4 tokens each"
+    assert told.startswith("adapt: 12 of 22 parts share a row with another part of their document")
+    assert "share a row" not in str(
+        dataset(tmp_path, [20, 24, 20], 12, "adapt:segments=3").statistics().warnings
+    )
 
 
 def test_adapt_needs_several_documents(tmp_path: Path) -> None:
@@ -391,6 +401,22 @@ def test_a_dry_run_shows_it(shallow: dict[str, Path], tmp_path: Path) -> None:
         for note in shown["notes"]
     )
     assert shown["data"]["rows"] > plan(settings(shallow["4"], data, tmp_path / "out")).statistics.rows
+
+
+def test_on_the_command_line(
+    cli: Callable[..., tuple[int, str, str]], shallow: dict[str, Path], tmp_path: Path
+) -> None:
+    data = short_documents(tmp_path / "data.jsonl")
+    run = ["finetune", str(shallow["4"]), "--data", str(data), "--output", "out", "--context-length", "512"]
+    more = ["--dry-run", "--device", "cpu", "--cache-dir", str(tmp_path / "cache")]
+    code, shown, _ = cli(*run, *more, "--objective", "recall,position-weighted:first=0")
+    assert code == 0
+    full = "recall:span=32:cue=8:share=0.125:weight=1.0,position-weighted:power=1.0:first=0.0"
+    assert full in "".join(shown.split()), "wrapped to the width of the terminal"
+    code, _, errors = cli(*run, *more, "--objective", "recal")
+    assert code == 2 and errors.strip() == "error: objective 'recal' does not exist; did you mean recall?"
+    code, _, errors = cli(*run, *more, "--objective", "adapt", "--pack")
+    assert code == 2 and "objective adapt and --pack exclude each other" in errors
 
 
 @pytest.mark.parametrize("text", ["position-weighted", "second-pass", "recall:share=0.4", "adapt"])

@@ -111,8 +111,7 @@ class RowDataset(Dataset):
             lengths = self.objectives.grown(lengths, context_length)
             self._pieces, self._starts = best_fit(lengths, context_length, order)
         elif (adapt := self.objectives.adapt) is not None:
-            documents = np.repeat(np.arange(len(store)), np.diff(self._first_row))
-            self._pieces, self._starts = adapt.dealt(documents, order)
+            self._pieces, self._starts = adapt.dealt(self._documents(), order)
 
     def _lay_out_rows(self) -> None:
         T = self._room
@@ -176,6 +175,10 @@ class RowDataset(Dataset):
         k = index - int(self._first_row[document]) + int(self._skipped[document])
         return document, k * self._room
 
+    def _documents(self) -> np.ndarray:
+        """The document of each row of the default."""
+        return np.repeat(np.arange(len(self.store)), np.diff(self._first_row))
+
     def _in(self, index: int) -> list[int]:
         """What of the default a row is made of."""
         assert self._starts is not None
@@ -231,6 +234,14 @@ class RowDataset(Dataset):
 
     def _warnings(self, lengths: np.ndarray, dropped: int) -> list[str]:
         T, found = self._room, self.objectives.notes(self.context_length)
+        if self._starts is not None and not self.pack:
+            rows = np.repeat(np.arange(len(self)), np.diff(self._starts))
+            apart = len(np.unique(rows * len(self.store) + self._documents()[self._pieces]))
+            if doubled := len(rows) - apart:
+                found.append(
+                    f"adapt: {doubled:,} of {len(rows):,} parts share a row with another part of their document, "
+                    "which makes up too much of the data: nothing changes there"
+                )
         if self.pack:
             full = float(self.lengths().sum()) / (len(self) * self.context_length)
             found.append(
