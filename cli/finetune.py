@@ -278,6 +278,7 @@ def _print_plan(planned: Any, as_json: bool) -> None:
         for name, value in values["settings"].items()
         if value not in (None, [], False) and not name.startswith(unused)
     }
+    shown["objective"] = shown["objective"].replace(",", ", ")  # where lines may break
     out.print_fields("Settings", {**shown, "model is": values["model"], "processes": values["processes"]})
     data = values["data"]
     out.print_fields(
