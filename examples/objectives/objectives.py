@@ -221,7 +221,7 @@ def saved(asked: dict[str, dict[str, float]]) -> list[float]:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """By position, less what the next token has; and recall by distance."""
+    """By position, beyond what the next token has; and recall by distance."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -240,8 +240,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
             back = [int(text.replace(",", "")) for text in row[name]]
             label = row["run"] if axis is axes[1] else None
             axis.plot(back, saved(row[name]), label=label, **style)
-            axis.set(xscale="log", xlabel="bytes back", title=f"saved where asked for again, {name}")
-    axes[0].set(xlabel="position", ylabel="bits per byte", title=f"held-out text, less {plain['run']}")
+            axis.set(xscale="log", xlabel="bytes back", title=f"saved, {name}")
+    axes[0].set(xlabel="position", ylabel="bits per byte", title=f"held-out text, more than {plain['run']}")
     for axis in axes:
         axis.axhline(0, color="0.6", linewidth=0.8)
         axis.spines[["top", "right"]].set_visible(False)
