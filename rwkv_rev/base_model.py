@@ -220,7 +220,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
             state = self.initial_state(batch, device)
         else:
             check_state(self.config, state, batch)
-        at = given_borders(kwargs, borders, valid, batch, length)
+        at = given_borders(kwargs, borders, valid, batch, length, embedded=inputs_embeds is not None)
         documents = None if at is None else self.borders(at, valid)
         if (
             updated is None

@@ -118,7 +118,15 @@ def loss_inputs(
     if final_state_gradient is not None:
         check_state(model.config, final_state_gradient, batch, "final_state_gradient")
     valid = valid_tokens(attention_mask, length, batch)
-    at = given_borders(packed or {}, borders, valid, batch, length, fresh=state is None)
+    at = given_borders(
+        packed or {},
+        borders,
+        valid,
+        batch,
+        length,
+        fresh=state is None,
+        embedded=inputs_embeds is not None,
+    )
     if shift_labels is not None:
         targets = given_targets(given, valid)
     elif at is None:

@@ -8,8 +8,12 @@
 
 Several that are given must agree. A border on a masked token is one on the row's next valid token, and none where there
 is no such token. A row's first token goes on from the state, unless ``borders`` say otherwise.
+
+peft's prompt learning puts its virtual tokens before a row, not before each document in it, and takes ``position_ids``
+away before the model is called: packed rows are refused under it.
 """
 
+import inspect
 from itertools import pairwise
 from typing import Any
 
@@ -30,6 +34,7 @@ def given_borders(
     length: int,
     *,
     fresh: bool = False,
+    embedded: bool = False,
 ) -> Tensor | None:
     """The borders [B, T] of a batch, bool on the host and on valid tokens; None where there are none.
 
@@ -38,11 +43,19 @@ def given_borders(
         borders: as the model was given them.
         valid: [B, T] bool, or None where every token counts.
         fresh: rows begin with what documents begin with, so that a border on their first token changes nothing.
+        embedded: the input are embeddings, as peft makes them of virtual tokens and others.
 
     Raises:
         ValueError: for borders of another shape, or that contradict one another, and for positions that neither count
-            the tokens one by one nor restart at 0.
+            the tokens one by one nor restart at 0; for any under peft's prompt learning.
     """
+    named = [*(name for name in PACKED if name in kwargs), *([] if borders is None else ["borders"])]
+    if named and embedded and _under_prompt_learning():
+        raise ValueError(
+            f"{' and '.join(named)} cannot be kept under peft's prompt learning, which puts its virtual tokens before "
+            "a row, not before each document in it: give each document a row of its own, without these, or tune the "
+            "initial state, with which every document begins"
+        )
     there = {name: kwargs[name] for name in PACKED if kwargs.get(name) is not None}
     if borders is None and not there:
         return None
@@ -77,6 +90,17 @@ def given_borders(
     if fresh:
         at = at & ~first
     return at if bool(at.any()) else None
+
+
+def _under_prompt_learning() -> bool:
+    """Whether the model is called by peft with virtual tokens; the model has no other trace of it."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if type(caller).__module__.split(".")[0] == "peft" and hasattr(caller, "active_peft_config"):
+            return bool(caller.active_peft_config.is_prompt_learning)
+        frame = frame.f_back
+    return False
 
 
 def on_valid(at: Tensor, valid: Tensor | None) -> Tensor:

@@ -25,6 +25,9 @@ layer. A *chunk* is a piece of the context; `full` and `reversible` are [strateg
 - **generation**: `exact` reads each token once, and gives what reading everything again for each token gives.
   `re-reads`: peft itself reads everything again. `refused`: with the state carried; with `use_cache=False` it is exact.
 - **why**: the number of a note below the table. A note `in this type` is the message that you get.
+
+**Packed rows** are refused under prompt tuning, multitask prompts, P-tuning and CPT: virtual tokens stand before a row,
+not before each document in it. A tuned initial state is where every document begins.
 """
 
 

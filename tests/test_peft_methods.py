@@ -221,6 +221,42 @@ def test_generation_by_reading_again(method: Method, tmp_path: Path) -> None:
         wrapped(input_ids=prompt[:, :1], state=state)
 
 
+VIRTUAL = [m for m in METHODS if m.name in ("prompt tuning", "multitask prompts", "P-tuning", "CPT")]
+PACKED_ROWS = {
+    "position_ids": lambda ids: (torch.arange(ids.shape[1]) % 14)[None].expand_as(ids),
+    "seq_idx": lambda ids: (torch.arange(ids.shape[1]) // 14)[None].expand_as(ids),
+    "cu_seq_lens_q": lambda ids: torch.tensor([0, 14, ids.shape[1]]),
+    "borders": lambda ids: (torch.arange(ids.shape[1]) % 14 == 0)[None].expand_as(ids),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")  # peft's own, as it takes them away
+@pytest.mark.parametrize("name", PACKED_ROWS)
+@pytest.mark.parametrize("method", VIRTUAL, ids=str)
+def test_packed_rows_under_prompt_learning_are_refused(method: Method, name: str, tmp_path: Path) -> None:
+    """Virtual tokens stand before a row, and not before each document in it: one line, whatever borders are called."""
+    model, wrapped = made(method, tmp_path)
+    ids = tokens()[:1]
+    inputs = {key: value[:1] if isinstance(value, Tensor) else value for key, value in method.inputs.items()}
+    packed = {name: PACKED_ROWS[name](ids)}
+    for strategy, labels in product(("full", "reversible"), ({}, {"labels": ids})):
+        with (
+            model.set_bptt(strategy, chunk_length=8),
+            pytest.raises(ValueError, match=f"{name}.* give each document a row of its own") as caught,
+        ):
+            wrapped(input_ids=ids, **labels, **inputs, **packed)
+        assert "\n" not in str(caught.value)
+
+
+@torch.no_grad()
+def test_positions_that_are_none_are_nobodys_borders() -> None:
+    """As wrappers hand them on that have none: nothing is refused."""
+    model = tiny_model("5.2").eval()
+    embeddings = model.model.embeddings(tokens())
+    found = model(inputs_embeds=embeddings, position_ids=None).logits
+    assert torch.equal(found, model(inputs_embeds=embeddings).logits)
+
+
 def test_docs(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """``docs/peft.md`` is what comes of the cases above; ``--write-docs`` writes it."""
     lines: dict[str, list[str]] = {}

@@ -224,3 +224,17 @@ def test_gradient_of_other_settings(
 ) -> None:
     made = OTHERS[case](load(shallow["7"]), shallow["7"], tmp_path)
     assert_agree(made, monkeypatch)
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")  # peft's own, as it takes them away
+@pytest.mark.parametrize(
+    "options",
+    [{"packing": True, "max_length": 512}, {"padding_free": True, "max_length": None}],
+    ids=["packing", "padding-free"],
+)
+def test_packed_rows_under_prompt_learning_are_refused(
+    options: dict[str, Any], shallow: dict[str, Path], tmp_path: Path
+) -> None:
+    made = sft("text", load(shallow["7"]), shallow["7"], tmp_path, adapter=PROMPT, **options)
+    with pytest.raises(ValueError, match="give each document a row of its own"):
+        step(made)[0]("reversible")
