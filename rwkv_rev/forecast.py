@@ -42,13 +42,18 @@ the four recordings read and write, and gaps between their tensors: calibrated o
 parameters, C = 2,048, 4,096, 8,192: within 5 %). Without recordings an allocator that keeps freed blocks reserves 5 %
 more than tensors take at their peak.
 
+Documents packed into a row are cut into pieces, one in each chunk that they reach into. Of each but a row's first the
+graph keeps a state in each layer, and kernels what they make of it: 2.5 memories, from the allocator's log (5.2, 6 and
+7: 1.9 to 3.0).
+
 Chunks of up to 32 tokens are run several at once (:func:`tokens_at_once`), and forecast so.
 
 The tape's bytes are exact: remnant widths follow from the decays. Heads whose grid rises add a matrix each, once.
+Packed rows are forecast as if each chunk had a border, which puts the state on the tape whole.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -66,6 +71,7 @@ _BACKWARD_VECTORS = 5
 _LAYER_SHARE = 0.4
 _STATE_COPIES = {"checkpoint": 6, "reversible": 8}
 _STATE_ARITHMETIC = 8
+_PIECE_COPIES = 2.5
 _RECORDED = ("checkpoint", "reversible")
 RECORDED_SHARE = 1.1
 _RESERVED_SHARE = 1.05
@@ -123,6 +129,7 @@ def forecast_memory(
     fused: bool = False,
     narrow: bool = False,
     recorded: bool = False,
+    pieces: Callable[[int], int] | None = None,
     strategies: Sequence[str] = STRATEGIES,
 ) -> tuple[StrategyForecast, ...]:
     """Forecast the memory of one loss and its gradient.
@@ -141,6 +148,7 @@ def forecast_memory(
         fused: whether the CUDA kernels run.
         narrow: whether weights and activations are in 16 bits, without autocast.
         recorded: whether recordings may last over steps (on CUDA, blocks not checkpointed).
+        pieces: of rows in which documents are packed, the most pieces that so many tokens of one have; one when None.
         strategies: those to tell of, of :data:`STRATEGIES`.
     """
     chunk, cost = min(chunk_length, context_length), config.architecture.cost
@@ -160,6 +168,7 @@ def forecast_memory(
         half=half,
         narrow=narrow,
         recorded=recorded and not checkpoint_blocks,
+        pieces=pieces or (lambda count: 1),
     )
     joined = tokens_at_once(config, run.weights, batch_size, context_length, chunk)
     grouped = replace(run, chunk=joined, chunks=-(-context_length // joined))
@@ -185,6 +194,7 @@ class _Run:
     half: bool
     narrow: bool
     recorded: bool
+    pieces: Callable[[int], int]
 
 
 def _forecast(name: str, run: _Run) -> StrategyForecast:
@@ -201,6 +211,10 @@ def _forecast(name: str, run: _Run) -> StrategyForecast:
         half=run.half,
     )
     graph = round(run.graph_share * held) + run.half_copies
+    memory = NUMBER * math.prod(config.architecture.memory_shape(config))
+    pieces = run.pieces(at_once)
+    further = batch * (pieces - 1) * (1 if run.checkpoint_blocks else layers)
+    graph += round(_PIECE_COPIES * further * memory)
     if run.half and run.fused and not run.checkpoint_blocks:
         graph -= 2 * tokens * layers * config.architecture.cost.mixes * width
     sums = 0 if name == "full" or run.chunks == 1 else NUMBER * run.trained
@@ -226,7 +240,8 @@ def _forecast(name: str, run: _Run) -> StrategyForecast:
     if name in ("checkpoint", "reversible"):
         recorded = run.chunks - 2  # not what is before the first chunk and in the last
         if recorded > 0:
-            tape = recorded * _record_bytes(name, config, run.log_decays, batch, run.chunk)
+            whole = name == "checkpoint" or pieces > 1  # a border forgets all
+            tape = recorded * _record_bytes(whole, config, run.log_decays, batch, run.chunk)
     return StrategyForecast(
         strategy=name,
         parameters=run.weights,
@@ -301,14 +316,13 @@ def _state_bytes(name: str, config: RwkvRevConfig, batch: int) -> int:
 
 
 def _record_bytes(
-    name: str, config: RwkvRevConfig, log_decays: Sequence[Tensor], batch: int, length: int
+    whole: bool, config: RwkvRevConfig, log_decays: Sequence[Tensor], batch: int, length: int
 ) -> int:
     """What one chunk puts on the tape: tensors of all layers, each rounded up to the tape's alignment."""
     cost, shift = config.architecture.cost, NUMBER * batch * config.hidden_size
     total = 0
     layers: Sequence[Tensor | None] = log_decays or [None] * config.num_hidden_layers
     for log_decay in layers:
-        whole = name == "checkpoint"
         memory = cost.whole(config, batch) if whole else cost.remnant(config, log_decay, batch, length)
         total += sum(
             math.ceil(nbytes / ALIGNMENT) * ALIGNMENT for nbytes in (*[shift] * cost.shifts, *memory)

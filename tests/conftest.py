@@ -29,6 +29,7 @@ LONGEST = (
     "test_lasting",
     "test_memory_flat",
     "test_registration",
+    "test_trl_gradients",
     "test_finetune",
     "test_best",
     "test_samples",

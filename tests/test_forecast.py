@@ -108,18 +108,25 @@ def forecasts(
 
 
 def measured(
-    model: RwkvRevForCausalLM, strategy: str, context: int, batch: int, chunk: int, half: bool = False
+    model: RwkvRevForCausalLM,
+    strategy: str,
+    context: int,
+    batch: int,
+    chunk: int,
+    half: bool = False,
+    document: int | None = None,
 ) -> tuple[int, int]:
     """Device bytes at the peak, weights included, and tape bytes; the tape lies on the disk, out of the way."""
     ids = torch.randint(
         0, model.config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(0)
     )
+    borders = None if document is None else (torch.arange(context) % document == 0).expand(batch, context)
     report = {}
 
     def work() -> None:
         autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=half)
         with model.set_bptt(strategy, chunk_length=chunk, tape="disk"), autocast:
-            out = model(ids, labels=ids)
+            out = model(ids, labels=ids, borders=borders)
         report.update(out.report)
         out.loss.backward()
 
@@ -159,6 +166,30 @@ def test_device_and_tape(
         return
     assert forecast.tape <= tape <= forecast.tape + matrix * raised
     assert tape == pytest.approx(forecast.tape, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("strategy", ["full", "checkpoint", "reversible"])
+@pytest.mark.parametrize("version", WIDE)
+def test_packed_rows(version: str, strategy: str) -> None:
+    """A state for each piece of a document in the graph, and whole states on the tape."""
+    torch.manual_seed(0)
+    model = RwkvRevForCausalLM(WIDE[version])
+    context, chunk, document = 512, 256, 16
+    size = {"context": context, "batch": 1, "chunk": chunk}
+    plain = forecasts(model, **size)[strategy]
+    forecast = forecasts(model, **size, pieces=lambda count: -(-count // document))[strategy]
+    device, tape = measured(model, strategy, **size, document=document)
+    assert forecast.device == pytest.approx(device, rel=TOLERANCE)
+    before, _ = measured(model, strategy, **size)
+    if version != "4":  # three numbers per channel
+        assert device > 1.04 * before
+        assert 0.5 < (forecast.device - plain.device) / (device - before) < 1.5
+    assert forecast.tape == tape == 0
+    longer = {"context": 4 * chunk, "batch": 1, "chunk": chunk}
+    if strategy != "full":
+        _, tape = measured(model, strategy, **longer, document=document)
+        found = forecasts(model, **longer, pieces=lambda count: -(-count // document))[strategy]
+        assert tape == pytest.approx(found.tape, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -16,6 +16,7 @@ from rwkv_rev.training import finetune as module
 from rwkv_rev.training.checkpoints import RUN_NAME
 from rwkv_rev.training.config import FinetuneConfig, build_config
 from rwkv_rev.training.finetune import plan, run
+from rwkv_rev.training.rows import RowDataset
 
 Cli = Callable[..., tuple[int, str, str]]
 MUCH, LITTLE = 1 << 50, 1
@@ -83,6 +84,21 @@ def test_additions_are_forecast(config: FinetuneConfig, free: Callable[[int], No
     free(int(alone / USABLE) + 1)
     assert plan(config).config.chunk_length == LENGTHS[0]  # whose forecast of the model alone would just fit
     assert "may not fit" in plan(config).length_is
+
+
+def test_pieces_of_packed_rows_are_forecast(
+    config: FinetuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has a state in the graph, and a border puts the state on the tape whole."""
+    data = tmp_path / "short.jsonl"
+    data.write_text('{"text": "a document of some forty bytes, no more"}\n' * 60)
+    config = changed(config, data=[str(data)], pack=True, chunk_length=128)
+    memory = plan(config).memory
+    monkeypatch.setattr(RowDataset, "most_pieces", lambda self, count: 1)
+    alone = plan(config).memory
+    state = 4 * 128 * 64 * 6
+    assert memory.gradient.graph - alone.gradient.graph == 2.5 * 4 * state  # 5 pieces reach into some
+    assert memory.gradient.tape > 2 * alone.gradient.tape
 
 
 def test_a_dry_run_says_so(cli: Cli, config: FinetuneConfig) -> None:

@@ -134,6 +134,11 @@ def test_pack_holds_every_row_of_the_default_once(
             assert row["labels"][start] == IGNORED
     assert sorted(found) == sorted((row["input_ids"].tolist(), row["labels"][1:].tolist()) for row in plain)
     assert rows.lengths().tolist() == [len(row) for row in contents(rows)]
+    for count in (1, 3, context):
+        borders = [rows[index]["borders"].tolist() for index in range(len(rows))]
+        chunks = [row[start : start + count] for row in borders for start in range(0, len(row), count)]
+        assert rows.most_pieces(count) == max(sum(chunk[1:]) + 1 for chunk in chunks)
+        assert plain.most_pieces(count) == 1
     again = RowDataset(store, context, pack=True, seed=seed)
     assert contents(again) == contents(rows)
 

@@ -80,6 +80,7 @@ def forecast_memory(
     device: str,
     dtype: str,
     world_size: int = 1,
+    pieces: Callable[[int], int] | None = None,
 ) -> MemoryForecast:
     """What a run will take whose chunk length is a number.
 
@@ -90,6 +91,7 @@ def forecast_memory(
         longest: tokens of the longest row.
         device, dtype: of the arithmetic.
         world_size: number of processes.
+        pieces: of packed rows, the most pieces of documents that so many tokens of one have.
     """
     assert not isinstance(config.chunk_length, str)
     chunk, place = config.chunk_length, torch.device(device)
@@ -108,6 +110,7 @@ def forecast_memory(
         checkpoint_blocks=config.checkpoint_blocks,
         fused=runs_fused(model, place),
         recorded=dtype != "float16" and cuda_graphs.possible(place),
+        pieces=pieces,
     )
     # reversible-lossy takes a little less tape than reversible, and the same device memory
     like = "reversible" if name == "reversible-lossy" else name

@@ -184,6 +184,7 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
             device=str(own_device(device)),
             dtype=dtype,
             world_size=world_size,
+            pieces=rows.most_pieces,
         )
 
     length = _chunk_length(config, went_on) or choose_length(

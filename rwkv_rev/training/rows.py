@@ -136,6 +136,20 @@ class RowDataset(Dataset):
         lengths = np.add.reduceat(lengths[self._pieces], self._starts[:-1])
         return lengths if self.pack else self.objectives.grown(lengths, self.context_length)
 
+    def most_pieces(self, count: int) -> int:
+        """The most pieces of documents among the tokens of a row that a chunk of ``count`` tokens holds."""
+        if not self.pack:
+            return 1
+        lengths = self._lengths()[self._pieces]
+        ends = np.cumsum(lengths)
+        row = np.repeat(np.arange(len(self)), np.diff(self._starts))
+        begins = ends - lengths - (ends - lengths)[self._starts[:-1]][row]
+        first, last = begins // count, (begins + lengths - 1) // count  # chunks that it begins and ends in
+        chunks = row * (1 + int(last.max()))
+        # whatever lies between is of one piece
+        held = np.concatenate([chunks + first, (chunks + last)[last > first]])
+        return int(np.unique(held, return_counts=True)[1].max())
+
     def _lengths(self) -> np.ndarray:
         """Tokens of each row of the default, or of what is laid into rows."""
         T = self._room
