@@ -96,7 +96,7 @@ def _under_prompt_learning() -> bool:
     """Whether the model is called by peft with virtual tokens; the model has no other trace of it."""
     frame = inspect.currentframe()
     while frame is not None:
-        caller = frame.f_locals.get("self")
+        caller: Any = frame.f_locals.get("self")
         if type(caller).__module__.split(".")[0] == "peft" and hasattr(caller, "active_peft_config"):
             return bool(caller.active_peft_config.is_prompt_learning)
         frame = frame.f_back
