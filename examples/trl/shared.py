@@ -99,7 +99,9 @@ class StepMemory(TrainerCallback):
 
 
 def write(chosen: argparse.Namespace, name: str, found: dict[str, Any]) -> None:
-    """Print the figures, and put them beside those of the other examples."""
+    """Print the figures, with the most memory that a GPU gave out, and put them beside those of the other examples."""
+    if choose_device(chosen.device).type == "cuda" and (peak := torch.cuda.max_memory_allocated()):
+        found["max_memory_allocated"] = peak
     print(json.dumps(found, indent=1))
     if chosen.json is not None:
         all_of_them = json.loads(chosen.json.read_text("utf-8")) if chosen.json.is_file() else {}
