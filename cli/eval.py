@@ -8,7 +8,7 @@ import typer
 from rwkv_rev.cli import output as out
 from rwkv_rev.cli.counts import count, whole
 from rwkv_rev.folders.folder import refuse_no_model
-from rwkv_rev.training.config import refuse_half_named
+from rwkv_rev.training.records import refuse_half_named
 from rwkv_rev.training.sources import find_sources
 
 

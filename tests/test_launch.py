@@ -11,7 +11,7 @@ from finetune_cases import settings
 
 from rwkv_rev.errors import RwkvRevError
 from rwkv_rev.training.launch import choose_dtype, in_processes, own_device, refuse_launch
-from rwkv_rev.training.trainer import training_arguments
+from rwkv_rev.training.training_arguments import training_arguments
 
 CPU = torch.device("cpu")
 

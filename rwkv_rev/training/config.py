@@ -21,7 +21,7 @@ from rwkv_rev.printable import shortened
 from rwkv_rev.training.evaluation_settings import refuse_evaluations
 from rwkv_rev.training.objectives.objectives import objectives_of
 from rwkv_rev.training.plain_yaml import NotPlain, parse_yaml, read_yaml
-from rwkv_rev.training.records import FORMATS, TRAIN_ON
+from rwkv_rev.training.records import FORMATS, TRAIN_ON, refuse_half_named
 from rwkv_rev.training.setting_types import as_type, described
 
 TUNE = ("full", "lora", "state")
@@ -283,19 +283,6 @@ class FinetuneConfig:
             raise ConfigError(f"end_token = {self.end_token} must be a token id, from 0 on")
         if isinstance(self.end_token, str) and self.end_token not in ("auto", "none"):
             raise ConfigError(f"end_token = {self.end_token!r} must be auto, none or a token id")
-
-
-def refuse_half_named(
-    text: str | None, prompt: str | None, completion: str | None, messages: str | None = None
-) -> None:
-    """Raise ConfigError for names of fields that do not go together."""
-    if (prompt is None) != (completion is None):
-        raise ConfigError("--prompt-field and --completion-field go together; name both")
-    if text is not None and prompt is not None:
-        raise ConfigError("--text-field and --prompt-field exclude each other; name one of them")
-    if messages is not None and (text or prompt) is not None:
-        other = "--prompt-field" if text is None else "--text-field"
-        raise ConfigError(f"{other} and --messages-field exclude each other; name one of them")
 
 
 _LEAST: Mapping[str, int] = {

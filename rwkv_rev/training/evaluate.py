@@ -28,9 +28,8 @@ from rwkv_rev.errors import ConfigError, DataError
 from rwkv_rev.loading import load_model, load_tokenizer
 from rwkv_rev.loss import IGNORE, LOGITS_AT_ONCE, cross_entropy
 from rwkv_rev.progress import Progress
-from rwkv_rev.training.config import refuse_half_named
 from rwkv_rev.training.launch import choose_dtype
-from rwkv_rev.training.records import Fields
+from rwkv_rev.training.records import Fields, refuse_half_named
 from rwkv_rev.training.sources import find_sources
 from rwkv_rev.training.token_cache import load_tokens
 from rwkv_rev.training.token_store import TokenStore

@@ -34,7 +34,8 @@ from rwkv_rev.training.planning import Plan, plan
 from rwkv_rev.training.samples import SAMPLES_NAME, Samples, run_tokenizer
 from rwkv_rev.training.saving import HISTORY, save_finetuned
 from rwkv_rev.training.shortage import Whereabouts, told_in_one_line
-from rwkv_rev.training.trainer import RwkvRevTrainer, training_arguments
+from rwkv_rev.training.trainer import RwkvRevTrainer
+from rwkv_rev.training.training_arguments import training_arguments
 from rwkv_rev.training.tuning import apply_tuning, count_parameters
 from rwkv_rev.training.working_folder import LOG_NAME, empty, lock, named, remove, sweep
 

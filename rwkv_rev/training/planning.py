@@ -136,8 +136,9 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
     device = training_device(config.device)
     dtype = choose_dtype(config.dtype, torch.device(device))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    encoded_prompts(config, run_tokenizer(config), model_config.vocab_size)
-    objectives = objectives.read_by(partial(token_ids, load_tokenizer(config.model)))
+    tokenizer = run_tokenizer(config)
+    encoded_prompts(config, tokenizer, model_config.vocab_size)
+    objectives = objectives.read_by(partial(token_ids, tokenizer))
     objectives.room(config.context_length)  # refuses what has no room, before the data are read
     store, held_out = _load_data(config, model_config.vocab_size, progress, keep_cache)
     notes += store.notes

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from rwkv_rev.errors import DataError
+from rwkv_rev.errors import ConfigError, DataError
 from rwkv_rev.printable import is_utf8, shortened
 
 FORMATS = ("auto", "text", "completion", "messages", "instruction", "chosen")
@@ -288,3 +288,16 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
         raise DataError(f"{where}: its '{what}' is empty")
     more = {key: value for key, value in turn.items() if key not in (who, what) and value is not None}
     return more | {"role": _ROLES.get(role, role), "content": content}
+
+
+def refuse_half_named(
+    text: str | None, prompt: str | None, completion: str | None, messages: str | None = None
+) -> None:
+    """Raise ConfigError for names of fields that do not go together."""
+    if (prompt is None) != (completion is None):
+        raise ConfigError("--prompt-field and --completion-field go together; name both")
+    if text is not None and prompt is not None:
+        raise ConfigError("--text-field and --prompt-field exclude each other; name one of them")
+    if messages is not None and (text or prompt) is not None:
+        other = "--prompt-field" if text is None else "--text-field"
+        raise ConfigError(f"{other} and --messages-field exclude each other; name one of them")

@@ -138,9 +138,9 @@ class RowDataset(Dataset):
 
     def most_pieces(self, count: int) -> int:
         """The most pieces of documents among the tokens of a row that a chunk of ``count`` tokens holds."""
-        if not self.pack:
+        if not self.pack or self._starts is None:
             return 1
-        lengths = self._lengths()[self._pieces]
+        lengths = self.objectives.grown(self._lengths(), self.context_length)[self._pieces]
         ends = np.cumsum(lengths)
         row = np.repeat(np.arange(len(self)), np.diff(self._starts))
         begins = ends - lengths - (ends - lengths)[self._starts[:-1]][row]
