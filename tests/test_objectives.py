@@ -440,7 +440,7 @@ def test_a_resumed_run_is_the_same_run(shallow: dict[str, Path], tmp_path: Path)
     data = short_documents(tmp_path / "data.jsonl")
     values: dict[str, Any] = {
         "objective": "recall:share=0.4,position-weighted", "max_steps": 6, "save_every": 2, "batch_size": 6,
-        "lr_schedule": "constant", "keep": 5,
+        "lr_schedule": "constant", "save_total": 5,
     }  # fmt: skip
     finetune(settings(shallow["4"], data, tmp_path / "whole", **values))
     config = settings(shallow["4"], data, tmp_path / "cut", **values)
