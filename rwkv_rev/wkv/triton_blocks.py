@@ -17,9 +17,12 @@ PRECISIONS = {torch.float32: "tf32x3", torch.float16: "bf16x3", torch.bfloat16: 
 
 
 @triton.jit
-def launch_place(H, chunks, TILES: tl.constexpr):
-    """The launch's flat index as (head, value tile, chunk, row); heads are neighbours in memory."""
+def launch_place(H, chunks, TILES: tl.constexpr, LAST_FIRST: tl.constexpr = False):
+    """The launch's flat index as (head, value tile, chunk, row); heads are neighbours in memory. The last chunk comes
+    first where what the launch before ended with is still in the cache."""
     program = tl.program_id(0)
+    if LAST_FIRST:
+        program = tl.num_programs(0) - 1 - program
     head = program % H
     program = program // H
     tile = program % TILES

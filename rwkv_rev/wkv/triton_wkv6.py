@@ -61,7 +61,8 @@ VALUE_TILE, VALUE_KEY_TILE, VALUE_WARPS = 64, 64, 4
 KEY_TILE, KEY_VALUE_TILE, KEY_WARPS = 32, 32, 4
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _MIN_LOG_DECAY = tl.constexpr(-1e4)  # stands for all below it, as in chunked_wkv6
-_MAX_EXPONENT = tl.constexpr(40.0)  # base 2; float32 rounds such an exponent, and so its power, by about 1e-6
+# base 2; float32 rounds an exponent of 40, and so its power, by about 1e-6. Less what rounding may add
+_MAX_EXPONENT = tl.constexpr(40.0 * (1 - 2**-8))
 
 
 @triton.jit
@@ -152,10 +153,12 @@ def _halvings(choices, log2_decay, LEVELS: tl.constexpr, PRECISION: tl.constexpr
     bits = tl.zeros_like(left)  # of the block that a row of the last choice stands for
     for exponent in tl.static_range(1, LEVELS + 1):
         bits += (left < (1 << exponent)).to(tl.int32)
-    sums = _sums(_choice(choices, 2 * LEVELS + 2, LEVELS), -log2_decay, PRECISION)
-    found = tl.where(
-        tl.max(sums, 1) > _MAX_EXPONENT, bits, LEVELS
-    )  # blocks of 2^bits are too long to be a half
+    chosen = _choice(choices, 2 * LEVELS + 2, LEVELS)
+    if PRECISION == "ieee":
+        sums = tl.dot(chosen.to(tl.float32), -log2_decay, input_precision=PRECISION)
+    else:  # upper parts miss at most 2^-9 of it
+        sums = tl.dot(chosen, upper_part(-log2_decay).to(tl.bfloat16))
+    found = tl.where(tl.max(sums, 1) > _MAX_EXPONENT, bits, LEVELS)  # blocks of 2^bits are too long to be a half
     alone = tl.where(tl.max(-log2_decay, 1) > _MAX_EXPONENT, 0, LEVELS)
     return LEVELS - tl.minimum(tl.min(found, 0), tl.min(alone, 0))
 
@@ -171,7 +174,7 @@ def _outer_kernel(
     If reversed, with prefixes instead of suffixes, and the products alone.
     """
     BT: tl.constexpr = 1 << LEVELS
-    head, tile, chunk, row = launch_place(H, chunks, TILES)
+    head, tile, chunk, row = launch_place(H, chunks, TILES, not REVERSE)
     token, _exists, count = chunk_tokens(index, counts, row, chunk, T, BT, MASKED)
     i = tl.arange(0, BN)
     c = tile * BV + tl.arange(0, BV)
@@ -250,7 +253,7 @@ def _value_kernel(
 ):  # fmt: skip
     """out = (e^prefix r) S + A v; transposed, d_v = (e^suffix k) dS + A^T d_y. Both are sums over keys, in tiles."""
     BT: tl.constexpr = 1 << LEVELS
-    head, tile, chunk, row = launch_place(H, chunks, TILES)
+    head, tile, chunk, row = launch_place(H, chunks, TILES, not TRANSPOSED)
     token, exists, count = chunk_tokens(index, counts, row, chunk, T, BT, MASKED)
     c = tile * BV + tl.arange(0, BV)
     valid = tl.arange(0, BT) < count
@@ -292,7 +295,7 @@ def _key_gradient_kernel(
     ``everywhere`` [B, H, N] is added to the gradient of every log w of the row.
     """
     BT: tl.constexpr = 1 << LEVELS
-    head, key_tile, chunk, row = launch_place(H, chunks, KEY_TILES)
+    head, key_tile, chunk, row = launch_place(H, chunks, KEY_TILES, True)
     token, exists, count = chunk_tokens(index, counts, row, chunk, T, BT, MASKED)
     i = key_tile * BK + tl.arange(0, BK)
     valid = tl.arange(0, BT) < count
@@ -354,6 +357,24 @@ def _key_gradient_kernel(
     store_rows(d_r, d_receptance + d_diagonal[:, None] * u[None, :] * key, token, exists, head, i, H, N)
     store_rows(d_k, d_key + d_diagonal[:, None] * u[None, :] * receptance, token, exists, head, i, H, N)
     tl.store(d_bonus + slot * N + i, tl.sum(d_diagonal[:, None] * receptance * key, 0), mask=i < N)
+
+
+@triton.jit
+def _factor_gradient_kernel(
+    state, d_contribution, log_factor, d_log_factor, everywhere, N: tl.constexpr, BN: tl.constexpr
+):
+    """What the gradient of every log w of a row has of the factor's. States hold the decayed S_0, which the
+    contribution does not: the gradient through that path is taken out again."""
+    slot = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BN)
+    at, inside = matrix_at(state, slot, i, i, N)
+    product = tl.load(at, mask=inside, other=0.0)
+    at, inside = matrix_at(d_contribution, slot, i, i, N)
+    product *= tl.load(at, mask=inside, other=0.0)
+    place = slot * N + i
+    factor = tl.exp(tl.load(log_factor + place, mask=i < N, other=0.0))
+    found = tl.load(d_log_factor + place, mask=i < N, other=0.0) - factor * tl.sum(product, 1)
+    tl.store(everywhere + place, found.to(tl.float32), mask=i < N)
 
 
 class _Launcher:
@@ -429,6 +450,14 @@ class _Launcher:
         )  # fmt: skip
         return out
 
+    def factor_gradient(self, *inputs: Tensor) -> Tensor:
+        """``inputs``: state, d_contribution, log_factor, d_log_factor. [B, H, N], one launch instead of six."""
+        everywhere = self.empty(self.B, self.H, self.N)
+        _factor_gradient_kernel[(self.B * self.H,)](
+            *inputs, everywhere, N=self.N, BN=triton.next_power_of_2(self.N), num_warps=4 if self.block <= 64 else 8
+        )
+        return everywhere
+
     def key_gradients(self, r: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """(d_r, d_k, d_log_decay, d_bonus), the last of every chunk alone: [B, chunks, H, N]."""
         d_r, d_k, d_log_decay = torch.empty_like(r), torch.empty_like(k), torch.empty_like(self.log_decay)
@@ -477,10 +506,9 @@ class _WKV6(torch.autograd.Function):
             d_v = launch.values(
                 r, k, d_out, bonus, d_states, halvings, out=torch.empty_like(v), transposed=True
             )
-            # states hold the decayed S_0, which the contribution does not: that path is taken out again
-            everywhere = d_log_factor - torch.exp(log_factor) * (state * d_contribution).sum(-1)
+            everywhere = launch.factor_gradient(state, d_contribution, log_factor, d_log_factor.contiguous())
             d_r, d_k, d_log_decay, d_bonus = launch.key_gradients(
-                r, k, v, bonus, states, d_states, d_out, halvings, everywhere.float()
+                r, k, v, bonus, states, d_states, d_out, halvings, everywhere
             )
             d_bonus = d_bonus.sum((0, 1))
         return d_r, d_k, d_v, d_log_decay, d_bonus, d_state, None

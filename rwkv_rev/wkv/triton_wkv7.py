@@ -397,7 +397,7 @@ class _Launcher:
         v, log_decay = tokens[2:4]
         _value_gradient_kernel[self.grid(self.tiles)](
             v, self.mask, *factors, states, d_states, arrived, removed, fed, parts, d_v, *self.sizes,
-            **self.options(VALUE_REGISTERS),
+            HIGH=self.high, **self.options(VALUE_REGISTERS),
         )  # fmt: skip
         d_found, steps = self.factor(), self.matrices(CHUNK, self.N)
         _reader_gradient_kernel[self.grid(self.tiles)](
@@ -406,7 +406,7 @@ class _Launcher:
         )  # fmt: skip
         _writer_gradient_kernel[self.grid(self.tiles)](
             *tokens[2:], self.mask, *factors[:5], d_states, arrived, removed, fed, parts, d_found,
-            steps, d_k, *d_gates, *self.sizes, **self.options(WRITER_REGISTERS),
+            steps, d_k, *d_gates, *self.sizes, HIGH=self.high, **self.options(WRITER_REGISTERS),
         )  # fmt: skip
         return [d_r, d_k, d_v, *d_gates]
 

@@ -20,6 +20,7 @@ from rwkv_rev.wkv.triton_wkv7_parts import (
     _pairs,
     _place,
     _put,
+    _rest,
     _sums,
     _upper,
 )
@@ -58,11 +59,12 @@ def _through_end(
 def _value_gradient_kernel(
     v, mask, read, found, given, keys, ends, inverses, states, d_states, arrived, removed, fed, parts, d_v,
     T, H, chunks, N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
-    MASKED: tl.constexpr, LOW: tl.constexpr,
+    MASKED: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     """u (``removed``), f (``fed``), d_v and the sum of S dS (``parts``; with e^{c_n}, what c_n receives through the
     diagonal of P) of one tile of value channels. Everything is read again where it is needed: what is held in
-    registers meanwhile costs more."""
+    registers meanwhile costs more. Before A, which lets most of it cancel, u is in parts: its rounding was over half
+    the error of the gradient of the rate."""
     head, tile, slot, token, exists, valid = _place(mask, T, H, chunks, TILES, C, MASKED)
     t = tl.arange(0, C)
     c = tile * BN + tl.arange(0, BN)
@@ -78,10 +80,10 @@ def _value_gradient_kernel(
     d_value = _dot(pairs, _get(arrived, slot, t, c, C, N), d_value, LOW)
     d_value = _through_end(keys, d_states, ends, d_value, slot, c, C, N, BN, TILES, LOW)
     store_rows(d_v, d_value, token, exists, head, c, H, N)
-    pairs = _lower(_pairs(found, keys, slot, C, N, BN, TILES, LOW), C, False, LOW)
-    u = _dot(pairs, load_rows(v, token, valid, head, c, H, N), nothing, LOW)
-    u = _factor(_through(found, states, u, slot, c, C, N, BN, TILES, LOW), LOW)
-    u = _dot(_get(inverses, slot, t, t, C, C), u, nothing, LOW)
+    pairs = _lower(_pairs(found, keys, slot, C, N, BN, TILES, LOW), C, False, HIGH)
+    u = _dot(pairs, load_rows(v, token, valid, head, c, H, N), nothing, HIGH)
+    u = _through(found, states, u, slot, c, C, N, BN, TILES, LOW)
+    u = _dot(_get(inverses, slot, t, t, C, C), u, nothing, HIGH)
     _put(removed, _factor(u, LOW), slot, t, c, C, N)
     for key_tile in range(TILES):
         i = key_tile * BN + tl.arange(0, BN)
@@ -159,6 +161,24 @@ def _of_writers(
     return _dot(_upper(pairs, C, False, LOW), _get(found, slot, t, i, C, N), total, LOW)
 
 
+@triton.jit
+def _rounded_off(
+    v, arrived, d_states, read, end, slot, token, valid, head, i, H, C: tl.constexpr, N: tl.constexpr,
+    BN: tl.constexpr, TILES: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    """What the gradient of K lost where dS and triu(v d_y^T) were rounded."""
+    t = tl.arange(0, C)
+    total = tl.zeros([C, BN], tl.float32)
+    pairs = tl.zeros([C, C], tl.float32)
+    for tile in range(TILES):
+        c = tile * BN + tl.arange(0, BN)
+        value = load_rows(v, token, valid, head, c, H, N)
+        pairs = _dot(value, tl.trans(_get(arrived, slot, t, c, C, N)), pairs, LOW)
+        total = _dot(value, _rest(_get(d_states, slot, c, i, N, N), LOW), total, LOW)
+    pairs = tl.where(t[:, None] <= t[None, :], pairs, 0.0)
+    return _dot(_rest(pairs, LOW), _get(read, slot, t, i, C, N), total * end[None, :], LOW)
+
+
 @triton.jit(do_not_specialize=["T", "H", "chunks"])
 def _reader_gradient_kernel(
     v, log_decay, mask, read, found, given, keys, states, arrived, removed, fed, d_r, d_found, steps, T, H, chunks,
@@ -191,7 +211,7 @@ def _writer_gradient_kernel(
     v, log_decay, removal, rate, mask, read, found, given, keys, ends, d_states, arrived, removed, fed, parts,
     d_found, steps, d_k, d_log_decay, d_removal, d_rate, T, H, chunks,
     N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, MASKED: tl.constexpr,
-    LOW: tl.constexpr,
+    HIGH: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     """The other gradients.
 
@@ -212,6 +232,10 @@ def _writer_gradient_kernel(
         v, arrived, fed, read, found, gradient, slot, token, valid, head, i, H, False, C, N, BN, TILES, LOW
     )
     step = _get(keys, slot, t, i, C, N).to(tl.float32) * gradient
+    if HIGH != LOW:
+        gradient += _rounded_off(
+            v, arrived, d_states, read, end, slot, token, valid, head, i, H, C, N, BN, TILES, LOW
+        )
     until = _decay(log_decay, token, valid, head, i, H, N, C, True)
     store_rows(d_k, gradient * _grown(until), token, exists, head, i, H, N)
 

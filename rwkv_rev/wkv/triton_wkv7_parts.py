@@ -60,6 +60,12 @@ def _factor(x, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _rest(x, PRECISION: tl.constexpr):
+    """What :func:`_factor` leaves of x, as a factor."""
+    return _factor(x - _factor(x, PRECISION).to(tl.float32), PRECISION)
+
+
+@triton.jit
 def _place(mask, T, H, chunks, TILES: tl.constexpr, C: tl.constexpr, MASKED: tl.constexpr):
     """Of the launch's flat index (heads are neighbours in memory): head, value tile, number among all chunks,
     tokens' places in [B * T], which of them exist, and which are valid."""
