@@ -158,7 +158,9 @@ def _halvings(choices, log2_decay, LEVELS: tl.constexpr, PRECISION: tl.constexpr
         sums = tl.dot(chosen.to(tl.float32), -log2_decay, input_precision=PRECISION)
     else:  # upper parts miss at most 2^-9 of it
         sums = tl.dot(chosen, upper_part(-log2_decay).to(tl.bfloat16))
-    found = tl.where(tl.max(sums, 1) > _MAX_EXPONENT, bits, LEVELS)  # blocks of 2^bits are too long to be a half
+    found = tl.where(
+        tl.max(sums, 1) > _MAX_EXPONENT, bits, LEVELS
+    )  # blocks of 2^bits are too long to be a half
     alone = tl.where(tl.max(-log2_decay, 1) > _MAX_EXPONENT, 0, LEVELS)
     return LEVELS - tl.minimum(tl.min(found, 0), tl.min(alone, 0))
 
@@ -454,7 +456,11 @@ class _Launcher:
         """``inputs``: state, d_contribution, log_factor, d_log_factor. [B, H, N], one launch instead of six."""
         everywhere = self.empty(self.B, self.H, self.N)
         _factor_gradient_kernel[(self.B * self.H,)](
-            *inputs, everywhere, N=self.N, BN=triton.next_power_of_2(self.N), num_warps=4 if self.block <= 64 else 8
+            *inputs,
+            everywhere,
+            N=self.N,
+            BN=triton.next_power_of_2(self.N),
+            num_warps=4 if self.block <= 64 else 8,
         )
         return everywhere
 

@@ -128,55 +128,47 @@ def _leaving(x, slot, token, valid, head, t, c, H, MATRIX: tl.constexpr, C: tl.c
 @triton.jit
 def _after(
     x, d_states, slot, token, valid, head, i, H, MATRIX: tl.constexpr, C: tl.constexpr, N: tl.constexpr,
-    BN: tl.constexpr, TILES: tl.constexpr, LOW: tl.constexpr,
+    BN: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """x dS^T: with diag(e^{c_n}), what K (x = v) or B (x = u) receives from after the chunk."""
+    """x dS^T: with diag(e^{c_n}), what K (x = v) or B (x = u) receives from after the chunk; and, in PARTS, what that
+    lost where dS was rounded."""
     t = tl.arange(0, C)
     total = tl.zeros([C, BN], tl.float32)
+    lost = tl.zeros([C, BN], tl.float32)
     for tile in range(TILES):
         c = tile * BN + tl.arange(0, BN)
         leaving = _leaving(x, slot, token, valid, head, t, c, H, MATRIX, C, N)
-        total = _dot(leaving, _factor(_get(d_states, slot, c, i, N, N), LOW), total, LOW)
-    return total
+        d_state = _get(d_states, slot, c, i, N, N)
+        total = _dot(leaving, _factor(d_state, LOW), total, LOW)
+        if PARTS:
+            lost = _dot(leaving, _rest(d_state, LOW), lost, LOW)
+    return total, lost
 
 
 @triton.jit
 def _of_writers(
-    x, arrived, fed, read, found, total, slot, token, valid, head, i, H, MATRIX: tl.constexpr, C: tl.constexpr,
-    N: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, LOW: tl.constexpr,
+    x, arrived, fed, read, found, total, lost, slot, token, valid, head, i, H, MATRIX: tl.constexpr,
+    C: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """total + triu(x d_y^T) R + triu(x f^T, 1) Z: what K or B receives within the chunk."""
+    """total + triu(x d_y^T) R + triu(x f^T, 1) Z: what K or B receives within the chunk; and, in PARTS, ``lost`` with
+    what that lost where triu(x d_y^T) was rounded."""
     t = tl.arange(0, C)
     pairs = tl.zeros([C, C], tl.float32)
     for tile in range(TILES):
         c = tile * BN + tl.arange(0, BN)
         leaving = _leaving(x, slot, token, valid, head, t, c, H, MATRIX, C, N)
         pairs = _dot(leaving, tl.trans(_get(arrived, slot, t, c, C, N)), pairs, LOW)
-    total = _dot(_upper(pairs, C, True, LOW), _get(read, slot, t, i, C, N), total, LOW)
+    reader = _get(read, slot, t, i, C, N)
+    pairs = tl.where(t[:, None] <= t[None, :], pairs, 0.0)
+    total = _dot(_factor(pairs, LOW), reader, total, LOW)
+    if PARTS:
+        lost = _dot(_rest(pairs, LOW), reader, lost, LOW)
     pairs = tl.zeros([C, C], tl.float32)
     for tile in range(TILES):
         c = tile * BN + tl.arange(0, BN)
         leaving = _leaving(x, slot, token, valid, head, t, c, H, MATRIX, C, N)
         pairs = _dot(leaving, tl.trans(_get(fed, slot, t, c, C, N)), pairs, LOW)
-    return _dot(_upper(pairs, C, False, LOW), _get(found, slot, t, i, C, N), total, LOW)
-
-
-@triton.jit
-def _rounded_off(
-    v, arrived, d_states, read, end, slot, token, valid, head, i, H, C: tl.constexpr, N: tl.constexpr,
-    BN: tl.constexpr, TILES: tl.constexpr, LOW: tl.constexpr,
-):  # fmt: skip
-    """What the gradient of K lost where dS and triu(v d_y^T) were rounded."""
-    t = tl.arange(0, C)
-    total = tl.zeros([C, BN], tl.float32)
-    pairs = tl.zeros([C, C], tl.float32)
-    for tile in range(TILES):
-        c = tile * BN + tl.arange(0, BN)
-        value = load_rows(v, token, valid, head, c, H, N)
-        pairs = _dot(value, tl.trans(_get(arrived, slot, t, c, C, N)), pairs, LOW)
-        total = _dot(value, _rest(_get(d_states, slot, c, i, N, N), LOW), total, LOW)
-    pairs = tl.where(t[:, None] <= t[None, :], pairs, 0.0)
-    return _dot(_rest(pairs, LOW), _get(read, slot, t, i, C, N), total * end[None, :], LOW)
+    return _dot(_upper(pairs, C, False, LOW), _get(found, slot, t, i, C, N), total, LOW), lost
 
 
 @triton.jit(do_not_specialize=["T", "H", "chunks"])
@@ -226,43 +218,30 @@ def _writer_gradient_kernel(
     for value_tile in range(TILES):
         carried += tl.load(parts + (slot * TILES + value_tile) * N + i, mask=i < N, other=0.0)
     carried *= end
-    gradient = _after(v, d_states, slot, token, valid, head, i, H, False, C, N, BN, TILES, LOW) * end[None, :]
+    gradient, lost = _after(
+        v, d_states, slot, token, valid, head, i, H, False, C, N, BN, TILES, HIGH != LOW, LOW
+    )  # fmt: skip
+    gradient *= end[None, :]
     carried += tl.sum(_get(keys, slot, t, i, C, N).to(tl.float32) * gradient, 0)
-    gradient = _of_writers(
-        v, arrived, fed, read, found, gradient, slot, token, valid, head, i, H, False, C, N, BN, TILES, LOW
-    )
+    gradient, lost = _of_writers(
+        v, arrived, fed, read, found, gradient, lost * end[None, :], slot, token, valid, head, i, H, False,
+        C, N, BN, TILES, HIGH != LOW, LOW,
+    )  # fmt: skip
     step = _get(keys, slot, t, i, C, N).to(tl.float32) * gradient
     if HIGH != LOW:
-        gradient += _rounded_off(
-            v, arrived, d_states, read, end, slot, token, valid, head, i, H, C, N, BN, TILES, LOW
-        )
+        gradient += lost
     until = _decay(log_decay, token, valid, head, i, H, N, C, True)
     store_rows(d_k, gradient * _grown(until), token, exists, head, i, H, N)
 
-    gradient = (
-        _after(removed, d_states, slot, token, valid, head, i, H, True, C, N, BN, TILES, LOW) * end[None, :]
+    gradient, lost = _after(
+        removed, d_states, slot, token, valid, head, i, H, True, C, N, BN, TILES, False, LOW
     )
+    gradient *= end[None, :]
     carried += tl.sum(_get(given, slot, t, i, C, N).to(tl.float32) * gradient, 0)
-    gradient = _of_writers(
-        removed,
-        arrived,
-        fed,
-        read,
-        found,
-        gradient,
-        slot,
-        token,
-        valid,
-        head,
-        i,
-        H,
-        True,
-        C,
-        N,
-        BN,
-        TILES,
-        LOW,
-    )
+    gradient, lost = _of_writers(
+        removed, arrived, fed, read, found, gradient, lost, slot, token, valid, head, i, H, True,
+        C, N, BN, TILES, False, LOW,
+    )  # fmt: skip
     step += _get(given, slot, t, i, C, N).to(tl.float32) * gradient
     until = _decay(log_decay, token, valid, head, i, H, N, C, True)
     gradient *= _grown(until)
