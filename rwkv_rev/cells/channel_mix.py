@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rwkv_rev.cells.gates import sigmoid_product, squared_relu
+from rwkv_rev.cells.gates import returns_new_memory, sigmoid_product, squared_relu
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.recomputation import not_kept
 from rwkv_rev.cells.shifted_cell import ShiftedCell
@@ -45,7 +45,7 @@ class ChannelMix(ShiftedCell):
     def project(self, *mixed: Tensor) -> ChannelProjection:
         to_key, to_receptance = mixed
         key = self.key(to_key)
-        squared = squared_relu(key)
+        squared = squared_relu(key, own=returns_new_memory(self.key))
         with not_kept([squared], lambda: [squared_relu(key)]):
             value = self.value(squared)
         return ChannelProjection(self.receptance(to_receptance), value)

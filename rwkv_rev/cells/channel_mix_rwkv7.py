@@ -6,7 +6,7 @@ Unlike that of RWKV-4 to 6 it has no receptance; c is the share of the token bef
 import torch
 from torch import Tensor, nn
 
-from rwkv_rev.cells.gates import squared_relu
+from rwkv_rev.cells.gates import returns_new_memory, squared_relu
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.recomputation import not_kept
 from rwkv_rev.cells.shifted_cell import ShiftedCell
@@ -35,7 +35,7 @@ class ChannelMixRwkv7(ShiftedCell):
     def project(self, *mixed: Tensor) -> Tensor:
         (to_key,) = mixed
         key = self.key(to_key)
-        squared = squared_relu(key)
+        squared = squared_relu(key, own=returns_new_memory(self.key))
         with not_kept([squared], lambda: [squared_relu(key)]):
             out: Tensor = self.value(squared)
         return out

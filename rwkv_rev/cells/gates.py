@@ -8,8 +8,11 @@ new memory costs more than the arithmetic.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from rwkv_rev.wkv.dispatch import is_fused
+
+_LINEAR = nn.Linear.forward
 
 
 def norm_and_gate(norm: nn.Module, y: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -49,14 +52,22 @@ def gated_group_norm(
     return normalized if gate is None else F.silu(gate).mul_(normalized)
 
 
-def squared_relu(x: Tensor) -> Tensor:
-    """``max(x, 0)^2``, elementwise."""
+def squared_relu(x: Tensor, *, own: bool = False) -> Tensor:
+    """``max(x, 0)^2``, elementwise; in the memory of x where that is one's ``own`` and there are no gradients."""
     if is_fused(x):
         from rwkv_rev.cells import triton_gates
 
         return triton_gates.squared_relu(x)
-    rectified = torch.relu(x)
-    return rectified.square() if torch.is_grad_enabled() else rectified.square_()
+    if torch.is_grad_enabled():
+        return torch.relu(x).square()
+    return (torch.relu_(x) if own else torch.relu(x)).square_()
+
+
+def returns_new_memory(module: nn.Module) -> bool:
+    """Whether nobody but the caller can have what the module returns: a linear layer to which nothing is hooked."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, _global_forward_hooks, _global_forward_pre_hooks)
+    plain = type(module) is nn.Linear and nn.Linear.forward is _LINEAR and "forward" not in vars(module)
+    return plain and not any(hooks)
 
 
 def sigmoid_product(gate: Tensor, x: Tensor) -> Tensor:

@@ -119,6 +119,8 @@ class ShiftedCell(ReversibleCell):
     """A reversible cell with a token shift of constant mixes."""
 
     shifts = 1
+    mixes_are_tokens = False
+    """Whether :meth:`mixes` are 1 and 0: the token itself, and the one before."""
 
     # --- what a cell fills in ---------------------------------------------------------------------------------
 
@@ -270,7 +272,8 @@ class ShiftedCell(ReversibleCell):
             after = ExactShiftedState(shift, None)
             return Advanced(after, None, ShiftedRemnant(state.carried, None), _print(None, shift))
         values = self.values(state)
-        projection = self.project(*token_mixes(x, state.shift, mask, self.mixes()), *further)
+        mixed = token_mixes(x, state.shift, mask, self.mixes(), as_they_are=self.mixes_are_tokens)
+        projection = self.project(*mixed, *further)
         read, contribution = self.compute(projection, values.memory, mask, plan.memory)
         memory, remnant = self.advance_memory(state.memory, contribution, mask, plan.memory)
         return Advanced(
@@ -283,7 +286,7 @@ class ShiftedCell(ReversibleCell):
     def _projection(self, stream: Stream, shift: Tensor, mask: ChunkMask | None) -> tuple[Any, Tensor | None]:
         """The projection of x [B, C, D], differentiable, for which no mix is kept; the last token where it is there."""
         mixes, x = self.mixes(), residual(stream)
-        mixed, last = mixes_and_last(x, shift, mask, mixes)
+        mixed, last = mixes_and_last(x, shift, mask, mixes, as_they_are=self.mixes_are_tokens)
         with not_kept(mixed, lambda: token_mixes(x, shift, mask, mixes)):
             return self.project(*mixed, *beside(stream)), last
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rwkv_rev.cells.gates import norm_and_gate
+from rwkv_rev.cells.gates import norm_and_gate, returns_new_memory
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.shifted_cell import ExactShiftedState, ShiftedCell, ShiftedRemnant
 from rwkv_rev.cells.time_mix_rwkv4 import wide
@@ -67,6 +67,7 @@ class TimeMixRwkv6(ShiftedCell):
     """
 
     inverts_memory = True
+    mixes_are_tokens = True
     norms_of_tokens = ("ln_x",)
 
     def __init__(self, num_heads: int, head_size: int, ranks: Ranks, *, group_norm_epsilon: float) -> None:
@@ -110,13 +111,15 @@ class TimeMixRwkv6(ShiftedCell):
         now, before = mixed
         heads = (*now.shape[:2], self.num_heads, self.head_size)
         change = before - now
-        common = now + change * self.mix_before_input.to(now.dtype)
+        common = torch.addcmul(now, change, self.mix_before_input.to(now.dtype))
+        kept = torch.is_grad_enabled()
 
         def to(name: str) -> Tensor:
             down, up = getattr(self, f"{name}_mix_down"), getattr(self, f"{name}_mix_up")
-            share = getattr(self, f"mix_before_{name}") + up(torch.tanh(down(common)))
-            share = share.to(now.dtype)
-            return torch.addcmul(now, change, share, out=None if torch.is_grad_enabled() else share)
+            base, share = getattr(self, f"mix_before_{name}"), up(torch.tanh(down(common)))
+            in_place = not kept and share.dtype == base.dtype and returns_new_memory(up)
+            share = (share.add_(base) if in_place else base + share).to(now.dtype)
+            return torch.addcmul(now, change, share, out=None if kept else share)
 
         decay = wide(self.decay_base) + self.decay_up(torch.tanh(self.decay_down(to("decay"))))
         return TimeProjection(

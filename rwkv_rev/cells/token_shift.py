@@ -48,28 +48,33 @@ def last_token(x: Tensor, shift: Tensor, mask: ChunkMask | None) -> Tensor:
     return torch.cat([shift.to(x.dtype)[:, None], x], dim=1).gather(1, index)[:, 0]
 
 
-def token_mixes(x: Tensor, shift: Tensor, mask: ChunkMask | None, mus: list[Tensor]) -> tuple[Tensor, ...]:
+def token_mixes(
+    x: Tensor, shift: Tensor, mask: ChunkMask | None, mus: list[Tensor], *, as_they_are: bool = False
+) -> tuple[Tensor, ...]:
     """:func:`mix` of every token with the one before, for each of ``mus``: [B, C, D] each.
 
-    On a CUDA device without a mask in one launch (:mod:`rwkv_rev.cells.triton_token_shift`).
+    On a CUDA device without a mask in one launch (:mod:`rwkv_rev.cells.triton_token_shift`). ``as_they_are``: mus are 1
+    and 0, so that on a CPU nothing is computed.
     """
     if mask is None and is_fused(x):
         from rwkv_rev.cells import triton_token_shift
 
         return triton_token_shift.token_mixes(x, shift, mus)
     shifted = token_shift(x, shift, mask)
+    if as_they_are and x.device.type == "cpu":
+        return x, shifted
     return tuple(mix(x, shifted, mu) for mu in mus)
 
 
 def mixes_and_last(
-    x: Tensor, shift: Tensor, mask: ChunkMask | None, mus: list[Tensor]
+    x: Tensor, shift: Tensor, mask: ChunkMask | None, mus: list[Tensor], *, as_they_are: bool = False
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """:func:`token_mixes`, and :func:`last_token` where both come of one launch, whose gradient is one launch, too."""
     if mask is None and is_fused(x):
         from rwkv_rev.cells import triton_token_shift
 
         return triton_token_shift.mixes_and_last(x, shift, mus)
-    return token_mixes(x, shift, mask, mus), None
+    return token_mixes(x, shift, mask, mus, as_they_are=as_they_are), None
 
 
 def mix(x: Tensor, shifted: Tensor, mu: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rwkv_rev.exporting import exporting
 from rwkv_rev.first_order import first_order
 from rwkv_rev.wkv.naive import arithmetic_dtype
 from rwkv_rev.wkv.sub_chunks import SUB_CHUNK as SUB_CHUNK
@@ -141,6 +142,11 @@ class _Decays:
         return torch.cat([torch.ones_like(self.total[:1]), self.total[:-1].cumprod(0)])
 
 
+def _is_empty(state: Tensor) -> bool:
+    """Whether a state is zero, as before a text; asked where the answer needs no waiting."""
+    return state.device.type == "cpu" and not exporting() and not state.any()
+
+
 def _flush(x: Tensor) -> None:
     """Make zeros of what is below the smallest normal number: with it a processor computes many times as long."""
     torch.ops.aten.hardshrink.out(x, torch.finfo(x.dtype).tiny, out=x)
@@ -186,9 +192,10 @@ class _Wkv6(torch.autograd.Function):
             pairs.copy_(torch.bmm(left, right.mT).view_as(pairs))
         starts, contribution = decays.prefixes(writes, values)
         ctx.save_for_backward(r, k, v, log_decay, bonus, state, starts, among)
-        since = decays.since_the_first()
-        kept = any(ctx.needs_input_grad)
-        states = torch.addcmul(starts, since, state, out=None if kept else starts)
+        states = starts
+        if not _is_empty(state):
+            kept = any(ctx.needs_input_grad)
+            states = torch.addcmul(starts, decays.since_the_first(), state, out=None if kept else starts)
         out = reads @ states
         out.flatten(0, 2).baddbmm_(among.flatten(0, 2), values.flatten(0, 2))
         return join(out, k.shape[1], out.dtype), contribution
