@@ -4,7 +4,8 @@ By which tensors a generation is told it says itself (:mod:`rwkv_rev.architectur
 plus one, V and D come from the embedding, F from the channel mix. File names decide nothing, and ``config.json`` no
 size: published ones have ``intermediate_size: null`` and the head size in ``num_attention_heads``. It is only asked for
 what no tensor tells: the epsilons of the norms, and whether a head that is not there is the embedding
-(``tie_word_embeddings``). What it says must be possible.
+(``tie_word_embeddings``). What it says must be possible, and in a layout whose classes are made of it, true
+(:mod:`rwkv_rev.converters.contradictions`).
 
 Vectors may be stored with extra dimensions of size one ([1, 1, D] or [D], [H, 1, 1] or [H]), as published
 files differ; every other shape must be exact. Values are not looked at: see ``reading.check_finite``.
@@ -22,6 +23,7 @@ from rwkv_rev.architectures.architecture import Architecture, Layout, Stored
 from rwkv_rev.architectures.registry import UNKNOWN, generations, supported
 from rwkv_rev.configuration import MOST_LAYERS, RwkvRevConfig
 from rwkv_rev.converters.adapters import refuse_adapters
+from rwkv_rev.converters.contradictions import refuse_contradictions
 from rwkv_rev.converters.names import EMBEDDINGS, HEAD, TensorNames, tensor_table
 from rwkv_rev.converters.reading import Checkpoint
 from rwkv_rev.errors import CheckpointError
@@ -50,8 +52,8 @@ _LEFTOVERS = (
     (r"^(head_[qk]\.|copy_mask)", "a copying head"),
     (r"\.ffnPre\.", "a channel mix in the place of the first time mix"),
     (
-        r"\.attn\.x_x$",
-        "flash-linear-attention's first version, whose later ones load it, and save x_r, x_w and so on",
+        r"\.attn\.x_[rwkvag]$",
+        "mixes of flash-linear-attention's later versions beside its first one's attn.x_x",
     ),
     (r"\.time_state$", "a tuned initial state of RWKV-4 or in this layout"),
 )
@@ -132,6 +134,11 @@ def detect(checkpoint: Checkpoint) -> Detected:
     table = architecture.tensors()
     _compare_names(where, architecture, {entry.foreign for entry in table}, checkpoint)
     unusual = _compare_shapes(where, checkpoint, table)
+    config = architecture.to_config()
+    layouts = config.architecture.layouts
+    refuse_contradictions(
+        where, checkpoint, config, layouts[config.architecture.column(architecture.layout)], table
+    )
     for name in names:
         if checkpoint.dtype(name) not in FLOAT_DTYPES:
             dtype = str(checkpoint.dtype(name)).removeprefix("torch.")
@@ -204,9 +211,10 @@ def _sizes(where: str, checkpoint: Checkpoint) -> Detected:
     candidates = _candidates(names)
     there = []
     for known in candidates:
-        sign = known.name(known.architecture.sign)
+        sign = known.layout.sign or known.name(known.architecture.sign)
         if any(sign in kinds for kinds in known.by_block(names).values()):
             there.append(known)
+    there.sort(key=lambda known: not known.layout.sign)  # what has a sign of its own is told by it
     layout = candidates[0].layout
     if not there:
         oldest = candidates[-1]
@@ -301,6 +309,11 @@ def _refuse_impossible_sizes(where: str, config: dict[str, Any]) -> None:
             continue
         if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= most:
             raise CheckpointError(f"{where}: config.json is damaged: {name} = {shortened(repr(size))}")
+    tied = config.get("tie_word_embeddings")
+    if tied is not None and not isinstance(tied, bool):
+        raise CheckpointError(
+            f"{where}: config.json says tie_word_embeddings = {shortened(repr(tied))}; it must be true or false"
+        )
 
 
 def _compare_names(where: str, architecture: Detected, expected: set[str], checkpoint: Checkpoint) -> None:
@@ -333,7 +346,8 @@ def _compare_shapes(
         shape = checkpoint.shape(entry.foreign)
         if shape == entry.foreign_shape:
             continue
-        if entry.squeezable and _squeezed(shape) == _squeezed(entry.shape) and 0 not in shape:
+        usual = entry.shape if entry.piece is None else entry.foreign_shape
+        if entry.squeezable and _squeezed(shape) == _squeezed(usual) and 0 not in shape:
             unusual[entry.foreign] = shape
         else:
             wrong.append(f"{entry.foreign} is {list(shape)} instead of {list(entry.foreign_shape)}")

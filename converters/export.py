@@ -24,7 +24,7 @@ import torch
 from rwkv_rev.arguments import checked
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.converted import ConvertedModel
-from rwkv_rev.converters.names import TensorNames, by_foreign, foreign_tensor, tensor_table
+from rwkv_rev.converters.names import HEAD, TensorNames, by_foreign, foreign_tensor, tensor_table
 from rwkv_rev.converters.rewriter import Entry, parse_size, shard_layout, write_shards
 from rwkv_rev.converters.torch_files import write_torch
 from rwkv_rev.errors import ConfigError, OutputError
@@ -108,9 +108,19 @@ def export(
                 "transformers loads after import rwkv_rev"
             )
         layout = {"blinkdl": architecture.own_layout, "hf": architecture.hub_layout}.get(to, to)
+        kept = next(
+            (x for x in architecture.layouts if x.name == model.record.get("layout") and x.family), None
+        )
+        if kept is not None and kept.family == layout:  # the version of it that the original is in
+            layout = kept.name
         if layout not in (known.name for known in architecture.layouts):
             raise OutputError(f"{architecture.called} has no layout {to!r}; use --to hf or --to blinkdl")
         table = _as_stored(tensor_table(model.config, layout), layout, model.record)
+        # a folder whose config.json said that the head is the embedding comes back as it was
+        same = to != "blinkdl" and model.record.get("layout") == layout
+        tied = same and model.config.tie_word_embeddings
+        if tied:
+            table = tuple(row for row in table if row.name != HEAD)
         nbytes = sum(model.nbytes(row.name) for row in table)
         require_space(output.parent, nbytes)
         if to == "blinkdl":
@@ -127,7 +137,7 @@ def export(
 
             with whole_directory(output, force=force) as folder:
                 write_shards(shard_layout(entries, max_shard_size or SHARD_SIZE), folder, read)
-                _write_companions(model, folder, layout)
+                _write_companions(model, folder, layout, tied=tied)
         note = architecture.lost(model.config, layout)
         if note is None and to != "blinkdl" and (note := missing_tokenizer(directory)) is not None:
             note = f"{note}, and export again: the folder has none either"
@@ -157,8 +167,9 @@ def _dtype(model: ConvertedModel, rows: list[TensorNames]) -> torch.dtype:
     return reduce(torch.promote_types, [model.dtype(row.name) for row in rows])
 
 
-def _write_companions(model: ConvertedModel, folder: Path, layout: str) -> None:
-    text = json.dumps(hugging_face_config(model.config, layout), indent=2)
+def _write_companions(model: ConvertedModel, folder: Path, layout: str, *, tied: bool) -> None:
+    fields = hugging_face_config(model.config, layout) | {"tie_word_embeddings": tied}
+    text = json.dumps(fields, indent=2)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     files = tokenizer_files(model.directory)
     if (generation := model.directory / "generation_config.json").is_file():

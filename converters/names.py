@@ -6,7 +6,8 @@ Layouts:
     ``v5-hub``        the published RWKV-5 repositories with remote code (``RWKV/v5-Eagle-7B-HF``), which
                       extend the names of ``transformers``;
     ``v6-hub``        the published RWKV-6 repositories with remote code (``RWKV/v6-Finch-1B6-HF``), likewise;
-    ``fla``           flash-linear-attention's classes and the repositories that need them, RWKV-6 and RWKV-7.
+    ``fla``           flash-linear-attention's classes and the repositories that need them, RWKV-6 and RWKV-7;
+    ``fla-x_x``       its first version of RWKV-7, in which a layer's six mixes are one tensor, ``attn.x_x``.
 
 Which names there are each generation says itself (:mod:`rwkv_rev.architectures`). A tuned initial state exists in
 ``blinkdl`` alone. Shapes are written in the letters B, T, D, H, N, F, V of the README.
@@ -113,7 +114,7 @@ def tensor_table(config: RwkvRevConfig, layout: str | None = None) -> tuple[Tens
                 shape=shape,
                 foreign=prefix + foreign,
                 foreign_shape=architecture.shape(row.foreign_letters(column), config),
-                squeezable=row.piece(column) is None and (row.squeezable or len(shape) == 1),
+                squeezable=row.squeezable or (row.piece(column) is None and len(shape) == 1),
                 transposed=row.is_transposed(column),
                 piece=row.piece(column),
             )

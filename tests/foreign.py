@@ -201,6 +201,15 @@ def fla_state_dict(**kwargs: Any) -> dict[str, torch.Tensor]:
     return found
 
 
+def packed_state_dict(shape: tuple[int, ...] = (6, 32), **kwargs: Any) -> dict[str, torch.Tensor]:
+    """RWKV-7 as flash-linear-attention's first version holds it: the mixes of r, w, k, v, a, g in one tensor."""
+    found = hf_state_dict("7", **kwargs)
+    for i in range(len({name.split(".")[2] for name in found if name.startswith("model.layers.")})):
+        mixes = [found.pop(f"model.layers.{i}.attn.x_{letter}").flatten() for letter in "rwkvag"]
+        found[f"model.layers.{i}.attn.x_x"] = torch.stack(mixes).view(shape)
+    return found
+
+
 _FLA_OF_6 = {
     "att.time_maa_x": "attn.x_proj.0.mu",
     "att.time_decay": "attn.w_proj.linear.lora.2.bias",

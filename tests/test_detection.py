@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from foreign import VERSIONS, blinkdl_state_dict, fla_state_dict_of_6, hf_config, hf_state_dict
+from foreign import (
+    VERSIONS,
+    blinkdl_state_dict,
+    fla_state_dict_of_6,
+    hf_config,
+    hf_state_dict,
+    packed_state_dict,
+)
 from safetensors.torch import save_file
 
 from rwkv_rev.architectures.registry import architecture
@@ -62,7 +69,11 @@ def test_every_version(look: Any, version: str, layers: int, hugging_face: bool)
     make = hf_state_dict if hugging_face else blinkdl_state_dict
     items = list(make(version, layers=layers).items())
     random.Random(layers).shuffle(items)
-    found = look(dict(items), hf_config(version, layers=99, D=640, vocab=7) if hugging_face else None)
+    # sizes of a configuration decide nothing; flash-linear-attention's must agree
+    said = (
+        hf_config(version, layers=layers) if version == "7" else hf_config(version, layers=99, D=640, vocab=7)
+    )
+    found = look(dict(items), said if hugging_face else None)
     assert found.version == version
     heads = (1, 32) if version == "4" else (4, 8)
     assert sizes(found) == (layers, 32, *heads, 128 if version in ("4", "5.0", "7") else 96, 64)
@@ -423,9 +434,72 @@ def test_variants_of_x060(look: Any, gone: tuple[str, ...], added: tuple[str, ..
     assert "RWKV-6" in message and ("model" in message or "missing" in message)
 
 
-def test_the_first_version_of_fla(look: Any) -> None:
-    state = hf_state_dict("7") | {"model.layers.0.attn.x_x": torch.zeros(6, 32)}
-    assert "flash-linear-attention's first version" in refused(look, state)
+@pytest.mark.parametrize("shape", [(6, 32), (6, 1, 1, 32)])
+def test_the_first_version_of_fla(look: Any, shape: tuple[int, ...]) -> None:
+    """Its six mixes are one tensor."""
+    found = look(packed_state_dict(shape), hf_config("7"))
+    assert (found.version, found.layout, sizes(found)) == ("7", "fla-x_x", (2, 32, 4, 8, 128, 64))
+    mixed = hf_state_dict("7") | {"model.layers.0.attn.x_x": torch.zeros(6, 32)}
+    assert "flash-linear-attention's later versions beside its first one's attn.x_x" in refused(look, mixed)
+    wrong = packed_state_dict(shape) | {"model.layers.1.attn.x_x": torch.zeros(5, 32)}
+    assert "model.layers.1.attn.x_x is [5, 32] instead of [6, 32]" in refused(look, wrong)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "tensor"),
+    [
+        ("hidden_size", 64, r"model\.embeddings\.weight is \[64, 32\]: hidden_size would be 32"),
+        ("vocab_size", 63, r"model\.embeddings\.weight is \[64, 32\]: vocab_size would be 64"),
+        ("head_dim", 16, r"model\.layers\.0\.attn\.r_k is \[4, 8\]: head_dim would be 8"),
+        ("num_heads", 8, r"model\.layers\.0\.attn\.r_k is \[4, 8\]: num_heads would be 4"),
+        ("decay_low_rank_dim", 64, r"attn\.w_lora\.lora\.0\.weight is \[5, 32\]: .* would be 5"),
+        ("a_low_rank_dim", 64, r"attn\.a_lora\.lora\.0\.weight is \[6, 32\]: .* would be 6"),
+        (
+            "v_low_rank_dim",
+            64,
+            r"model\.layers\.1\.attn\.v_lora\.lora\.0\.weight is \[7, 32\]: .* would be 7",
+        ),
+        ("gate_low_rank_dim", 64, r"attn\.g_lora\.lora\.0\.weight is \[9, 32\]: .* would be 9"),
+        ("num_hidden_layers", 3, r"there are 2 blocks \(model\.layers\.0 to 1\)"),
+        ("intermediate_size", 96, r"model\.layers\.0\.ffn\.key\.weight is \[128, 32\]: .* would be 128"),
+        ("hidden_ratio", 3.0, r"model\.layers\.0\.ffn\.key\.weight is \[128, 32\]: hidden_ratio would be 4"),
+        ("head_dim", "8", r"attn\.r_k is \[4, 8\]: head_dim would be 8"),
+    ],
+)
+def test_a_configuration_of_fla_that_contradicts_its_tensors(
+    look: Any, field: str, value: object, tensor: str
+) -> None:
+    with pytest.raises(
+        CheckpointError, match=rf"config\.json says {field} = {value!r}, and .*{tensor}"
+    ) as caught:
+        look(hf_state_dict("7"), hf_config("7") | {field: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_configuration_of_fla_may_leave_open(look: Any) -> None:
+    names = ("num_heads", "head_dim", "intermediate_size", "hidden_ratio", "vocab_size", "v_low_rank_dim")
+    assert look(hf_state_dict("7"), hf_config("7") | dict.fromkeys(names)).version == "7"
+    assert look(hf_state_dict("7"), hf_config("7") | {"intermediate_size": 128, "hidden_ratio": 3.5}).F == 128
+    rounded = {"hidden_ratio": 2.9}  # 92, and the next multiple of 32 is 96
+    assert look(fla_state_dict_of_6(), {"model_type": "rwkv6"} | rounded).F == 96
+    with pytest.raises(CheckpointError, match=r"proj_low_rank_dim = 32, and .*would be 6"):
+        look(fla_state_dict_of_6(), {"model_type": "rwkv6", "proj_low_rank_dim": 32})
+
+
+@pytest.mark.parametrize(
+    ("version", "field", "value", "wanted"),
+    [
+        ("5.2", "head_size_divisor", "8", "it must be a number above 0.01 and below 100"),
+        ("6", "head_size_divisor", "8", "it must be a number above 0.01 and below 100"),
+        ("5.2", "layer_norm_epsilon", "1e-5", "it must be a number above 0 and below 1"),
+        ("7", "norm_eps", "1e-5", "it must be a number above 0 and below 1"),
+        ("5.2", "tie_word_embeddings", "true", "it must be true or false"),
+        ("7", "tie_word_embeddings", "true", "it must be true or false"),
+    ],
+)
+def test_numbers_that_are_text(look: Any, version: str, field: str, value: str, wanted: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"config\.json says {field} = {value!r}; {wanted}"):
+        look(hf_state_dict(version), hf_config(version) | {field: value})
 
 
 def test_not_rwkv(look: Any) -> None:

@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from foreign import VERSIONS, blinkdl_state_dict, fla_state_dict_of_6, hf_config, hf_state_dict
+from foreign import (
+    VERSIONS,
+    blinkdl_state_dict,
+    fla_state_dict_of_6,
+    hf_config,
+    hf_state_dict,
+    packed_state_dict,
+)
 from safetensors.torch import load_file, save_file
 
 from rwkv_rev.architectures.registry import architecture
@@ -104,6 +111,46 @@ def test_rwkv6_in_the_layout_of_fla_comes_back(tmp_path: Path, dtype: torch.dtyp
     )
     export(tmp_path / "two", tmp_path / "hub", to="hf")
     same_bits(hf_state_dict("6", dtype=dtype, **SIZES), load_folder(tmp_path / "hub"))
+
+
+@pytest.mark.parametrize("shape", [(6, 32), (6, 1, 1, 32)])
+@pytest.mark.parametrize("to", ["hf", "fla"])
+def test_the_first_version_of_fla_comes_back(tmp_path: Path, shape: tuple[int, ...], to: Any) -> None:
+    """Six mixes in one tensor, as the original has them; the trainer's file has them one by one."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(hf_config("7", **SIZES)))
+    save_file(packed_state_dict(shape, **SIZES), source / "model.safetensors")
+    made = convert(source, tmp_path / "model")
+    assert made.record["layout"] == "fla-x_x"
+    export(tmp_path / "model", tmp_path / "back", to=to)
+    same_bits(packed_state_dict(shape, **SIZES), load_folder(tmp_path / "back"))
+    export(tmp_path / "model", tmp_path / "b.pth")
+    expected = blinkdl_state_dict("7", **SIZES)
+    same_bits(expected, torch.load(tmp_path / "b.pth", weights_only=True))
+
+
+@pytest.mark.parametrize("version", ["5.2", "7"])
+def test_a_tied_folder_comes_back(tmp_path: Path, version: str) -> None:
+    """Without a head, as it came, and said to be tied; the trainer's file has one."""
+    state = hf_state_dict(version, **SIZES)
+    head = next(name for name in ("lm_head.weight", "head.weight") if name in state)
+    del state[head]
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(
+        json.dumps(hf_config(version, **SIZES) | {"tie_word_embeddings": True})
+    )
+    save_file(state, source / "model.safetensors")
+    convert(source, tmp_path / "model")
+    result = export(tmp_path / "model", tmp_path / "back", to="hf")
+    same_bits(state, load_folder(tmp_path / "back"))
+    assert result.tensors == len(state)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["tie_word_embeddings"] is True
+    convert(tmp_path / "back", tmp_path / "again")
+    export(tmp_path / "again", tmp_path / "b.pth")
+    tensors = torch.load(tmp_path / "b.pth", weights_only=True)
+    assert torch.equal(tensors["head.weight"], tensors["emb.weight"])
 
 
 def test_a_layout_that_a_generation_has_not(tmp_path: Path) -> None:

@@ -298,6 +298,15 @@ def test_original_of_another_architecture_is_refused(
         verify_directory(converted("bundled:rwkv-4"), original=str(checkpoints["5.2"]))
 
 
+def test_a_converted_folder_is_no_original(converted: Callable[..., Path]) -> None:
+    other = converted("bundled:rwkv-5.2")
+    with pytest.raises(
+        SourceError, match=r"is a converted model itself, and no original: name .*or leave that out"
+    ) as caught:
+        verify_directory(converted("bundled:rwkv-4"), original=str(other))
+    assert "\n" not in str(caught.value)
+
+
 def test_explicit_oracle_that_cannot_run(converted: Callable[..., Path]) -> None:
     with pytest.raises(OracleUnavailable, match="RWKV-4 only; use oracle='rwkv'"):
         verify_directory(converted("bundled:rwkv-5.2"), oracle="transformers", tokens=5)

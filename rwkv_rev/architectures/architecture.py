@@ -46,11 +46,18 @@ class Layout:
         name: of the layout.
         mark: what some names of a file in this layout begin with, and none of a file in another one.
         block: what the names of block 0's tensors begin with, but for its number.
+        sign: a tensor of blocks that tells it from another layout with the same mark.
+        says: fields of a ``config.json`` that must agree with the tensors, where it has them: letters of a size, and
+            our name of a tensor that has it.
+        family: the layout that ``export`` calls it by; its own name when empty.
     """
 
     name: str
     mark: str
     block: str
+    sign: str = ""
+    says: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    family: str = ""
 
 
 @dataclass(frozen=True)

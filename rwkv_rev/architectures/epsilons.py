@@ -22,9 +22,11 @@ def number(config: Mapping[str, Any], name: str, usual: float, *, least: float, 
     """
     value = config.get(name)
     found = usual if value is None else value
-    if isinstance(found, bool) or not isinstance(found, int | float) or not least < found < most:
+    is_number = isinstance(found, int | float) and not isinstance(found, bool)
+    if not is_number or not least < found < most:
+        kind = "" if is_number else "a number "
         raise ValueError(
-            f"config.json says {name} = {shortened(repr(value))}; it must be above {least} and below {most}"
+            f"config.json says {name} = {shortened(repr(value))}; it must be {kind}above {least} and below {most}"
         )
     return float(found)
 

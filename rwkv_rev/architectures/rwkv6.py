@@ -34,6 +34,7 @@ from rwkv_rev.architectures.architecture import (
 )
 from rwkv_rev.architectures.epsilons import by_divisor, divisor_of, number, understood
 from rwkv_rev.architectures.fields import Field
+from rwkv_rev.architectures.fla import FLA, SIZES
 from rwkv_rev.cells.channel_mix_rwkv6 import ChannelMixRwkv6
 from rwkv_rev.cells.contract import ReversibleCell
 from rwkv_rev.cells.time_mix_rwkv6 import MIXED, Ranks, TimeMixRwkv6
@@ -49,7 +50,6 @@ _HEAD_SIZE = 64  # of all published models
 _MOST_RANK = 1 << 20
 _FUSED_SUB_CHUNK = 64  # of wkv/triton_wkv6.py, which cannot be imported without triton
 _WIDE = 4096  # from here on published models have twice the ranks
-_FLA = "fla"
 _FLA_ORDER = ("receptance", "decay", "key", "value", "gate")
 
 
@@ -242,7 +242,7 @@ def _told_by(stored: Stored) -> dict[str, Any] | None:
 
 
 def _epsilons(config: Mapping[str, Any], layout: str, head_size: int) -> tuple[float, float]:
-    if layout != _FLA:
+    if layout != FLA:
         return by_divisor(config, layout, head_size)
     understood(config, hidden_act="sqrelu", attn=None)
     epsilon = number(config, "norm_eps", 1e-5, least=0, most=1)
@@ -253,7 +253,7 @@ def _epsilons(config: Mapping[str, Any], layout: str, head_size: int) -> tuple[f
 
 def _hub_config(config: "RwkvRevConfig", layout: str) -> dict[str, Any]:
     common = {"model_type": "rwkv6", "head_size_divisor": divisor_of(config.group_norm_epsilon)}
-    if layout == _FLA:
+    if layout == FLA:
         return common | {
             "architectures": ["RWKV6ForCausalLM"],
             "attn": None,
@@ -283,7 +283,7 @@ def _hub_config(config: "RwkvRevConfig", layout: str) -> dict[str, Any]:
 
 def _lost(config: "RwkvRevConfig", layout: str) -> str | None:
     eps, norms = config.group_norm_epsilon, config.layer_norm_epsilon
-    if layout == _FLA:
+    if layout == FLA:
         if math.isclose(eps, norms):
             return None
         return (
@@ -297,6 +297,13 @@ def _lost(config: "RwkvRevConfig", layout: str) -> str | None:
             f"knows {usual[0]} and {usual[1]} alone at this width: it will not load them"
         )
     return classic.lost(config, layout)
+
+
+_SAYS = SIZES | {
+    "num_heads": ("H", "time_mix.bonus"),
+    "proj_low_rank_dim": ("Rm", "time_mix.decay_mix_up.weight"),
+    "gate_low_rank_dim": ("Rw", "time_mix.decay_down.weight"),
+}
 
 
 # --- what training takes --------------------------------------------------------------------------------------------
@@ -351,7 +358,7 @@ RWKV6 = Architecture(
     layouts=(
         Layout("blinkdl", "", "blocks."),
         Layout("v6-hub", "rwkv.", "rwkv.blocks."),
-        Layout(_FLA, "model.layers.", "model.layers."),
+        Layout(FLA, "model.layers.", "model.layers.", says=_SAYS),
     ),
     outside=_OUTSIDE,
     block=_BLOCK,

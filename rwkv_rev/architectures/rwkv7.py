@@ -8,7 +8,9 @@ Initialisation: the trainer's (BlinkDL/RWKV-LM, RWKV-v7/train_temp/src/model.py)
 """
 
 import math
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,12 +24,14 @@ from rwkv_rev.architectures.architecture import (
     Cost,
     Layout,
     Part,
+    Piece,
     Row,
     RwkvPackage,
     Stored,
 )
 from rwkv_rev.architectures.epsilons import GROUP_NORM, LAYER_NORM, number, understood
 from rwkv_rev.architectures.fields import Field
+from rwkv_rev.architectures.fla import FLA, SIZES
 from rwkv_rev.cells.channel_mix_rwkv7 import ChannelMixRwkv7
 from rwkv_rev.cells.contract import ReversibleCell
 from rwkv_rev.cells.time_mix_rwkv7 import Ranks, TimeMixRwkv7
@@ -40,7 +44,8 @@ if TYPE_CHECKING:
 _FUSED_SUB_CHUNK = 64  # of wkv/triton_wkv7.py, which cannot be imported without triton
 _HEAD_SIZE = 64  # of all published models
 _MOST_RANK = 1 << 20
-FLA = "fla"
+PACKED = "fla-x_x"
+"""flash-linear-attention's first version: its six mixes are one tensor, which later ones cut when they load it."""
 _RANKS = (("decay", "w"), ("rate", "a"), ("residual", "v"), ("gate", "g"))
 """Low-rank maps, and the letter that the layouts have for them."""
 
@@ -189,6 +194,32 @@ _BLOCK = (
     classic.row("channel_mix.key.weight", "ffn.key.weight", "ffn.key.weight", "F D"),
     classic.row("channel_mix.value.weight", "ffn.value.weight", "ffn.value.weight", "D F"),
 )
+_ORDER = "rwkvag"
+"""Of the mixes in ``x_x``."""
+
+
+def _packed(row: Row) -> Row:
+    """With its place in :data:`PACKED`."""
+    mix = re.fullmatch(r"att\.x_(.)", row.foreign[0] or "")
+    shapes = row.foreign_shape if isinstance(row.foreign_shape, tuple) else (row.foreign_letters(0),) * 2
+    turned = tuple(row.is_transposed(column) for column in range(2))
+    if mix is None:
+        return replace(
+            row,
+            foreign=(*row.foreign, row.foreign[1]),
+            foreign_shape=(*shapes, shapes[1]),
+            transposed=(*turned, turned[1]),
+        )
+    return replace(
+        row,
+        foreign=(*row.foreign, "attn.x_x"),
+        foreign_shape=(*shapes, "6 D"),
+        squeezable=True,
+        pieces=(None, None, Piece(0, _ORDER.index(mix[1]), len(_ORDER))),
+    )
+
+
+_BLOCK = tuple(map(_packed, _BLOCK))
 _OUTSIDE = (
     classic.row("model.embeddings.weight", "emb.weight", "model.embeddings.weight", "V D"),
     classic.row("model.ln0.weight", "blocks.0.ln0.weight", "model.layers.0.pre_norm.weight", "D"),
@@ -230,7 +261,7 @@ def _told_by(stored: Stored) -> dict[str, Any]:
 
 def _epsilons(config: Mapping[str, Any], layout: str, head_size: int) -> tuple[float, float]:
     """flash-linear-attention's GroupNorm has N times the eps of its LayerNorms."""
-    if layout != FLA:
+    if layout not in (FLA, PACKED):
         return LAYER_NORM, GROUP_NORM
     understood(config, hidden_act="sqrelu", attn=None)
     epsilon = number(config, "norm_eps", LAYER_NORM, least=0, most=1)
@@ -261,7 +292,7 @@ def _hub_config(config: "RwkvRevConfig", layout: str) -> dict[str, Any]:
 
 def _lost(config: "RwkvRevConfig", layout: str) -> str | None:
     eps = config.group_norm_epsilon
-    if layout != FLA:
+    if layout not in (FLA, PACKED):
         return classic.lost(config, layout)
     if not math.isclose(eps, config.head_size * config.layer_norm_epsilon):
         return (
@@ -271,6 +302,16 @@ def _lost(config: "RwkvRevConfig", layout: str) -> str | None:
     if config.unused_residual:
         return "v0, v1 and v2 of layer 0, which nothing reads, have no place in this layout and are left out"
     return None
+
+
+_SAYS = SIZES | {
+    "head_dim": ("N", "time_mix.bonus"),
+    "num_heads": ("H", "time_mix.bonus"),
+    "decay_low_rank_dim": ("Rw", "time_mix.decay_down.weight"),
+    "a_low_rank_dim": ("Ra", "time_mix.rate_down.weight"),
+    "v_low_rank_dim": ("Rv", "time_mix.residual_down.weight"),
+    "gate_low_rank_dim": ("Rg", "time_mix.gate_down.weight"),
+}
 
 
 # --- what training takes --------------------------------------------------------------------------------------------
@@ -317,12 +358,16 @@ RWKV7 = Architecture(
     cells=_cells,
     initialization={TimeMixRwkv7: _initialize_time_mix, ChannelMixRwkv7: _initialize_channel_mix},
     tunes_state=True,
-    layouts=(Layout("blinkdl", "", "blocks."), Layout(FLA, "model.layers.", "model.layers.")),
-    outside=_OUTSIDE,
+    layouts=(
+        Layout("blinkdl", "", "blocks."),
+        Layout(FLA, "model.layers.", "model.layers.", says=_SAYS),
+        Layout(PACKED, "model.layers.", "model.layers.", sign="attn.x_x", says=_SAYS, family=FLA),
+    ),
+    outside=tuple(map(_packed, _OUTSIDE)),
     block=_BLOCK,
-    after=_AFTER,
+    after=tuple(map(_packed, _AFTER)),
     # value index first there, key index first here
-    initial_state=Row("model.initial_wkv.", "H N N", ("att.time_state", None), transposed=True),
+    initial_state=Row("model.initial_wkv.", "H N N", ("att.time_state", None, None), transposed=True),
     sign="time_mix.bonus",
     told_by=_told_by,
     epsilons=_epsilons,

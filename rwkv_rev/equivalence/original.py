@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rwkv_rev.architectures.scan import Scan
+from rwkv_rev.arguments import expanded
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.detection import detect
 from rwkv_rev.converters.names import (
@@ -24,6 +25,7 @@ from rwkv_rev.converters.reading import open_checkpoint
 from rwkv_rev.equivalence.expected import expected_path
 from rwkv_rev.equivalence.naive_model import LAYER_NORM_EPSILON, PUBLISHED_GROUP_NORM_EPSILON
 from rwkv_rev.errors import SourceError
+from rwkv_rev.folders.folder import is_converted
 from rwkv_rev.folders.hub import resolve
 from rwkv_rev.folders.source import Source, parse_source
 from rwkv_rev.folders.whereabouts import recall
@@ -153,7 +155,13 @@ def source_of(
     if isinstance(original, Source):
         return original
     if original is not None:
-        return parse_source(original, file=file, revision=revision)
+        source = parse_source(original, file=file, revision=revision)
+        if (folder := Path(expanded(original))).is_dir() and is_converted(folder):
+            raise SourceError(
+                f"{original} is a converted model itself, and no original: name with --original what it was converted "
+                f"from, or leave that out, and what {directory} remembers is taken"
+            )
+        return source
     if file is not None or revision is not None:
         raise SourceError("--file and --revision choose from an --original SOURCE; name it too")
     if not record.get("source"):
