@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rwkv_rev.cells import ChunkMask, ReversibleCell, TimeMixRwkv6
+from rwkv_rev.cells.channel_mix_rwkv6 import ChannelMixRwkv6
 from rwkv_rev.cells.shifted_cell import ShiftedState
 from rwkv_rev.cells.time_mix_rwkv6 import MIXED, Ranks
+from rwkv_rev.wkv import wkv6
 
 SHARES = (-0.61, -0.3, 0.0, 1e-6, 0.03, 0.1, 0.5, 0.7, 1.0, 1.34)
 BASES = (-30.0, -8.0, -3.0, 0.0, math.log(-math.log(1e-9)), 80.0)
@@ -152,3 +154,39 @@ def test_decays_are_wide_in_half_precision() -> None:
         projection = cell.project(*[torch.randn(1, 50, 16).bfloat16() * 30] * 2)
     assert projection.log_decay.dtype == torch.float32
     assert float(projection.log_decay.max()) <= 0 and projection.log_decay.isfinite().all()
+
+
+def test_what_a_hook_keeps_of_a_linear_layer_is_not_worked_on() -> None:
+    """Without gradients mixes and squares are made in place, where nobody else has what a layer returned."""
+    cell = fill(
+        TimeMixRwkv6(2, 8, Ranks(3, 2), group_norm_epsilon=64e-5),
+        torch.Generator().manual_seed(0),
+        torch.float32,
+    )
+    channel_mix = ChannelMixRwkv6(16, 24)
+    for parameter in channel_mix.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(1, 7, 16)
+    for module, names in ((cell, [f"{name}_mix_up" for name in MIXED]), (channel_mix, ["key"])):
+        with torch.no_grad():
+            alone = module.project(x, x.roll(1, 1))
+        kept: list[tuple[Tensor, Tensor]] = []
+        for name in names:
+            getattr(module, name).register_forward_hook(lambda _, __, out: kept.append((out, out.clone())))
+        with torch.no_grad():
+            hooked = module.project(x, x.roll(1, 1))
+        assert len(kept) == len(names) and all(torch.equal(*pair) for pair in kept)
+        assert all(map(torch.equal, alone, hooked))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_state_of_zeros_has_the_bits_of_a_small_one(masked: bool) -> None:
+    """What is left out where the state is zero adds nothing."""
+    r, k, v, z = torch.randn(4, 2, 70, 2, 8).unbind(0)
+    log_decay, bonus = -torch.exp(z), torch.randn(2, 8)
+    mask = torch.rand(2, 70) > 0.3 if masked else None
+    empty = torch.zeros(2, 2, 8, 8)
+    tiny = empty.clone()
+    tiny[0, 0, 0, 0] = 1e-30  # less than any rounding, and not zero
+    found = [wkv6(r, k, v, log_decay, bonus, state, mask, kernel="chunked") for state in (empty, tiny)]
+    assert all(map(torch.equal, *found))
