@@ -1,6 +1,7 @@
 """RWKV-6's time mix through the laws of tests/cell_laws.py, and what is particular to it."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -156,6 +157,10 @@ def test_decays_are_wide_in_half_precision() -> None:
     assert float(projection.log_decay.max()) <= 0 and projection.log_decay.isfinite().all()
 
 
+def _keep(kept: list[tuple[Tensor, Tensor]], module: object, given: object, out: Tensor) -> None:
+    kept.append((out, out.clone()))
+
+
 def test_what_a_hook_keeps_of_a_linear_layer_is_not_worked_on() -> None:
     """Without gradients mixes and squares are made in place, where nobody else has what a layer returned."""
     cell = fill(
@@ -171,8 +176,9 @@ def test_what_a_hook_keeps_of_a_linear_layer_is_not_worked_on() -> None:
         with torch.no_grad():
             alone = module.project(x, x.roll(1, 1))
         kept: list[tuple[Tensor, Tensor]] = []
+        keep = partial(_keep, kept)
         for name in names:
-            getattr(module, name).register_forward_hook(lambda _, __, out: kept.append((out, out.clone())))
+            getattr(module, name).register_forward_hook(keep)
         with torch.no_grad():
             hooked = module.project(x, x.roll(1, 1))
         assert len(kept) == len(names) and all(torch.equal(*pair) for pair in kept)

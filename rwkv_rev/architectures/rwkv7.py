@@ -219,7 +219,6 @@ def _packed(row: Row) -> Row:
     )
 
 
-_BLOCK = tuple(map(_packed, _BLOCK))
 _OUTSIDE = (
     classic.row("model.embeddings.weight", "emb.weight", "model.embeddings.weight", "V D"),
     classic.row("model.ln0.weight", "blocks.0.ln0.weight", "model.layers.0.pre_norm.weight", "D"),
@@ -364,7 +363,7 @@ RWKV7 = Architecture(
         Layout(PACKED, "model.layers.", "model.layers.", sign="attn.x_x", says=_SAYS, family=FLA),
     ),
     outside=tuple(map(_packed, _OUTSIDE)),
-    block=_BLOCK,
+    block=tuple(map(_packed, _BLOCK)),
     after=tuple(map(_packed, _AFTER)),
     # value index first there, key index first here
     initial_state=Row("model.initial_wkv.", "H N N", ("att.time_state", None, None), transposed=True),
