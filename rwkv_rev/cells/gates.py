@@ -65,7 +65,12 @@ def squared_relu(x: Tensor, *, own: bool = False) -> Tensor:
 
 def returns_new_memory(module: nn.Module) -> bool:
     """Whether nobody but the caller can have what the module returns: a linear layer to which nothing is hooked."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, _global_forward_hooks, _global_forward_pre_hooks)
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        _global_forward_hooks,
+        _global_forward_pre_hooks,
+    )
     plain = type(module) is nn.Linear and nn.Linear.forward is _LINEAR and "forward" not in vars(module)
     return plain and not any(hooks)
 

@@ -111,7 +111,7 @@ class TimeMixRwkv6(ShiftedCell):
         now, before = mixed
         heads = (*now.shape[:2], self.num_heads, self.head_size)
         change = before - now
-        common = torch.addcmul(now, change, self.mix_before_input.to(now.dtype))
+        common = now + change * self.mix_before_input.to(now.dtype)
         kept = torch.is_grad_enabled()
 
         def to(name: str) -> Tensor:
