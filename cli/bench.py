@@ -80,6 +80,10 @@ def bench(
             parser=whole(0), metavar="N", help="Train low-rank additions of this rank; 0: all weights."
         ),
     ] = 0,
+    quantise: Annotated[
+        Literal["nf4", "int8"] | None,
+        typer.Option(help="Frozen weights in 4 or 8 bits, under low-rank additions; needs bitsandbytes."),
+    ] = None,
     repeats: Annotated[
         int | None,
         typer.Option(
@@ -159,6 +163,7 @@ def bench(
             repeats=repeats or (1 if quick else 3),
             batch_size=batch_size,
             lora_rank=lora_rank,
+            quantise=quantise,
             memory_limit=None if memory_limit is None else parse_size(memory_limit),
             command=shlex.join(["rwkv-rev", *sys.argv[1:]]),
         )
@@ -184,13 +189,14 @@ _OF_KIND = {
             "tape",
             "batch_size",
             "lora_rank",
+            "quantise",
             "repeats",
         ),
         *("plot", "quick"),
     ),
     "memory": (
         *("shape", "dtype", "lengths", "chunk_length", "strategies", "tape", "batch_size", "lora_rank"),
-        *("memory_limit", "plot", "quick"),
+        *("quantise", "memory_limit", "plot", "quick"),
     ),
     "cpu": (
         *(

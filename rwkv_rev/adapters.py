@@ -39,6 +39,8 @@ LAYERS = frozenset(
         "tuners.loha.layer.Linear",
         "tuners.lokr.layer.Linear",
         "tuners.lora.arrow.ArrowLoraLinearLayer",
+        "tuners.lora.bnb.Linear4bit",
+        "tuners.lora.bnb.Linear8bitLt",
         "tuners.lora.dora.DoraEmbeddingLayer",
         "tuners.lora.dora.DoraLinearLayer",
         "tuners.lora.layer.Embedding",

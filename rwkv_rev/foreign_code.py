@@ -3,10 +3,11 @@
 A chunk is computed without the tokens before it; all that it takes from them is the state. A hook or a module that
 somebody put into the model is therefore right in chunks only if it is *position-wise*: what it does to a token
 depends on that token's vector alone, not on where the token stands or what else is there. That cannot be seen from
-outside. PyTorch's own position-wise layers and adapters that were tested (:mod:`rwkv_rev.adapters`) are known;
-everything else has to be declared with :func:`rwkv_rev.position_wise`, and is refused by name until it is. Whose code
-it is goes by where it is defined (:mod:`rwkv_rev.code_origin`), on objects and on classes. Cells and blocks of one's
-own need no declaration: their contract (:mod:`rwkv_rev.cells.contract`) says what they do with a chunk.
+outside. PyTorch's own position-wise layers, adapters that were tested (:mod:`rwkv_rev.adapters`) and linear maps in 4
+and 8 bits (:mod:`rwkv_rev.quantised`) are known; everything else has to be declared with
+:func:`rwkv_rev.position_wise`, and is refused by name until it is. Whose code it is goes by where it is defined
+(:mod:`rwkv_rev.code_origin`), on objects and on classes. Cells and blocks of one's own need no declaration: their
+contract (:mod:`rwkv_rev.cells.contract`) says what they do with a chunk.
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from torch.nn.modules import activation
 from torch.nn.modules import module as module_globals
 from torch.nn.utils import parametrize
 
-from rwkv_rev import adapters
+from rwkv_rev import adapters, quantised
 from rwkv_rev.cells.block import keeps_the_contract
 from rwkv_rev.code_origin import defined_in, origin, patches, qualified_name
 from rwkv_rev.declared_code import MARK, class_of, is_declared
@@ -125,7 +126,7 @@ def strangers(model: nn.Module) -> Strangers:
                     _sort(hook, words, found, _hook_objection(hook))
         if adapters.is_of_peft(layer):
             found.adapters.append(module)
-        elif not (_is_own(layer) or layer is nn.GroupNorm):
+        elif not (_is_own(layer) or layer is nn.GroupNorm or quantised.is_quantised(layer)):
             more = True
         beside = [*vars(module).values(), *module._buffers.values()]
         more |= type(module) is not layer or any(map(_is_trainable, beside))
@@ -257,6 +258,8 @@ def _layer_objection(module: nn.Module, layer: type) -> str | None:
         return "divides gradients by how often it sees a token (scale_grad_by_freq)"
     if _is_own(layer):
         return None
+    if quantised.is_quantised(layer):
+        return quantised.objection(module)
     return adapters.objection(module) if adapters.is_of_peft(layer) else adapters.UNKNOWN
 
 

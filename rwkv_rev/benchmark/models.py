@@ -17,6 +17,7 @@ from rwkv_rev.architectures.registry import architecture
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.errors import RwkvRevError
 from rwkv_rev.modeling import RwkvRevForCausalLM
+from rwkv_rev.quantised import quantise, told_to_peft
 
 STANDARD_DEVIATION = 0.01
 
@@ -69,21 +70,59 @@ def shape_config(name: str) -> RwkvRevConfig:
     )
 
 
-def benchmark_model(name: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> RwkvRevForCausalLM:
-    """The model of a shape on ``device``, weights in ``dtype`` (but what the architecture keeps in float32)."""
+def benchmark_model(
+    name: str, device: torch.device, dtype: torch.dtype, seed: int = 0, quantised: str | None = None
+) -> RwkvRevForCausalLM:
+    """The model of a shape on ``device``, weights in ``dtype`` (but what the architecture keeps in float32).
+
+    ``quantised``: kind of the frozen maps in 4 or 8 bits (:mod:`rwkv_rev.quantised`).
+    """
     torch.manual_seed(seed)
+    if quantised is not None:
+        return _quantised_model(shape_config(name), device, dtype, quantised)
     with torch.device(device):
         model = RwkvRevForCausalLM(shape_config(name))
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Linear) and not module.weight.any():
-                module.weight.normal_(std=STANDARD_DEVIATION)
-    for parameter_name, parameter in model.named_parameters():
-        if parameter_name.split(".")[-1] not in model.config.architecture.float32:
-            parameter.data = parameter.data.to(dtype)
+    _fill_zeros(model)
+    _narrow(model, dtype, model.config.architecture.float32)
     return model.train()
+
+
+def _quantised_model(
+    config: RwkvRevConfig, device: torch.device, dtype: torch.dtype, kind: str
+) -> RwkvRevForCausalLM:
+    """The model made part by part, each quantised before the next: more than one is never there in float32."""
+    with torch.device("meta"):
+        model = RwkvRevForCausalLM(config)
+    body = model.model
+    for part in (body.embeddings, body.ln0, *body.blocks, body.ln_out, model.head):
+        part.to_empty(device=device)
+        for parameter in part.parameters():
+            parameter.data.fill_(math.nan)
+        for module in reversed(list(part.modules())):  # a cell after what it is made of
+            model._init_weights(module)
+        if missing := [one for one, parameter in part.named_parameters() if parameter.isnan().any()]:
+            raise RwkvRevError(f"nothing initialises {', '.join(missing)}")
+        _fill_zeros(part)
+        if part is not model.head:
+            quantise(part, kind, dtype, device)
+        _narrow(part, dtype, config.architecture.float32)
+    told_to_peft(model, kind)
+    return model.train()
+
+
+@torch.no_grad()
+def _fill_zeros(module: nn.Module) -> None:
+    for one in module.modules():
+        if isinstance(one, nn.Linear) and not one.weight.any():
+            one.weight.normal_(std=STANDARD_DEVIATION)
+
+
+def _narrow(module: nn.Module, dtype: torch.dtype, wide: tuple[str, ...]) -> None:
+    for name, parameter in module.named_parameters():
+        if name.split(".")[-1] not in wide and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def matrix_parameters(model: nn.Module) -> int:
     """Weights that take part in matrix products (Linear layers); 6 floating-point operations each per token."""
-    return sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    return sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, nn.Linear))

@@ -15,6 +15,7 @@ from rwkv_rev.errors import ConfigError, RwkvRevError, SourceError
 from rwkv_rev.loading import load_model
 from rwkv_rev.modeling import RwkvRevForCausalLM
 from rwkv_rev.printable import shortened
+from rwkv_rev.quantised import KINDS, refuse_unusable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU = torch.device("cpu")
@@ -37,6 +38,7 @@ class BenchSettings:
         repeats: timed runs of each point; the median is reported.
         batch_size: rows at once.
         lora_rank: train low-rank additions of this rank instead of all weights; 0 for all weights.
+        quantise: kind of the frozen maps in 4 or 8 bits (:mod:`rwkv_rev.quantised`), for low-rank additions to shapes.
         memory_limit: bytes that one point may take beyond the loaded model (CPU only); None for half of what is free.
         command: what a user types to measure it again.
     """
@@ -51,6 +53,7 @@ class BenchSettings:
     repeats: int = 3
     batch_size: int = 1
     lora_rank: int = 0
+    quantise: str | None = None
     memory_limit: int | None = None
     command: str = ""
 
@@ -59,6 +62,14 @@ class BenchSettings:
         for name, least in (("repeats", 1), ("batch_size", 1), ("lora_rank", 0), ("memory_limit", 1)):
             if (number := getattr(self, name)) is not None and number < least:
                 raise ConfigError(f"{name} = {number} must be at least {least}")
+        if self.quantise is not None:
+            if self.quantise not in KINDS:
+                raise ConfigError(f"quantise = {self.quantise!r} must be one of {', '.join(KINDS)}")
+            if not self.lora_rank or self.shape not in SHAPES:
+                raise ConfigError(
+                    "quantise is for low-rank additions to a shape with random weights: give --lora-rank N and --shape "
+                    f"{', '.join(SHAPES)}"
+                )
         unknown = [name for name in self.strategies if name not in BPTT_STRATEGIES or name == "auto"]
         if unknown:
             known = ", ".join(name for name in BPTT_STRATEGIES if name != "auto")
@@ -94,7 +105,11 @@ class BenchSettings:
         Raises:
             SourceError: if there is no such shape, bundled model or folder.
         """
-        model = measured_model(self.shape, self.device, self.dtype)
+        if self.quantise is not None:
+            refuse_unusable(self.quantise, self.device)
+            model = benchmark_model(self.shape, self.device, self.dtype, quantised=self.quantise)
+        else:
+            model = measured_model(self.shape, self.device, self.dtype)
         if self.lora_rank:
             from rwkv_rev.training.config import FinetuneConfig
             from rwkv_rev.training.tuning import apply_tuning
