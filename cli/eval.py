@@ -51,6 +51,15 @@ def eval(
         Literal["assistant", "all", "last"] | None,
         typer.Option(help="What is scored, as in finetune.  [the assistant's turns]", show_default=False),
     ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="A LoRA of this model, in peft's layout.")
+    ] = None,
+    quantise: Annotated[
+        Literal["nf4", "int8"] | None,
+        typer.Option(
+            help="Linear maps in 4 or 8 bits, as finetune --quantise trains beside; needs bitsandbytes."
+        ),
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw bits per byte by position.")
     ] = None,
@@ -103,6 +112,8 @@ def eval(
         dtype=dtype,
         device=device,
         cache_dir=cache_dir,
+        adapter=adapter,
+        quantise=quantise,
         progress=True,
     )
     for text in result.notes:

@@ -78,6 +78,10 @@ def finetune(
         Literal["full", "lora", "state"] | None,
         typer.Option(help="Everything, low-rank additions, or the initial state.  [full]"),
     ] = None,
+    quantise: Annotated[
+        Literal["nf4", "int8"] | None,
+        typer.Option(help="Frozen weights in 4 or 8 bits (bitsandbytes); lora then makes an adapter alone."),
+    ] = None,
     lora_rank: Annotated[
         Number, typer.Option(parser=whole(), metavar="N", help="Rank of the additions.  [32]")
     ] = None,
@@ -201,6 +205,9 @@ def finetune(
 
       rwkv-rev finetune my-model --data chats.jsonl --output tuned \
         --tune lora --lora-rank 16
+
+      rwkv-rev finetune my-model --data chats.jsonl --output adapter \
+        --tune lora --quantise nf4
 
       rwkv-rev finetune my-model --data rwkv-chats.jsonl --output tuned \
         --train-on last
@@ -327,7 +334,7 @@ def _print_result(result: Any) -> None:
     held_out = result.held_out
     stopped = result.planned_steps is not None and result.steps < result.planned_steps
     fields: dict[str, object] = {
-        "model": result.output,
+        _what(result): result.output,
         "tuned": f"{result.tune}, {result.trainable_parameters:,} of {result.parameters:,} parameters",
         "steps": f"{result.steps:,}" + (f" of {result.planned_steps:,}" if stopped else ""),
         "training loss": _losses(result),
@@ -349,6 +356,10 @@ def _print_result(result: Any) -> None:
     if result.address:
         fields["uploaded to"] = result.address
     out.print_fields("Fine-tuned", fields)
+
+
+def _what(result: Any) -> str:
+    return "adapter" if result.adapter_only else "model"
 
 
 def _tape(nbytes: int) -> str:

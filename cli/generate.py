@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -42,6 +42,15 @@ def generate(
             metavar="FILE", help="A tuned state to begin with: rwkv-rev state --help.  [the folder's]"
         ),
     ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="A LoRA of this model, in peft's layout.")
+    ] = None,
+    quantise: Annotated[
+        Literal["nf4", "int8"] | None,
+        typer.Option(
+            help="Linear maps in 4 or 8 bits, as finetune --quantise trains beside; needs bitsandbytes."
+        ),
+    ] = None,
     stream: Annotated[bool, typer.Option(help="Print each token as it is made.")] = True,
     device: Device = "auto",
 ) -> None:
@@ -56,6 +65,8 @@ def generate(
       rwkv-rev generate my-model --prompt - --temperature 0 < text.txt
 
       rwkv-rev generate my-model --prompt "User: Hello" --state poet.pth
+
+      rwkv-rev generate my-model --prompt "Once" --adapter my-lora --quantise nf4
 
       rwkv-rev generate my-model --prompt "Once" --top-p 0.3 \
         --presence-penalty 0.5 --frequency-penalty 0.5
@@ -77,6 +88,8 @@ def generate(
         device=device,
         stream=stream,
         state=state,
+        adapter=adapter,
+        quantise=quantise,
     )
     if not stream:
         write(text + "\n")  # as it is: this is the model's own

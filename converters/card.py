@@ -69,6 +69,19 @@ def fresh_card(config: RwkvRevConfig, name: str, record: dict[str, Any]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def adapter_card(base: str, name: str, training: list[tuple[str, object]]) -> str:
+    """Markdown of the card of low-rank additions; ``base`` and ``name`` are the model's folder and theirs."""
+    header = {"library_name": "peft", "tags": ["lora", "rwkv", "rwkv-rev"]}
+    sections = [
+        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
+        f"# {plain(name)}, low-rank additions",
+        f"LoRA for {plain(base)}, without which it is nothing: `rwkv-rev generate BASE --adapter PATH`, or merged into "
+        "its weights: `rwkv-rev merge BASE PATH --output MODEL`.",
+        "## Fine-tuning\n\n" + _table(("field", "value"), training),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
 def _usage() -> str:
     return (
         "```python\n"

@@ -9,11 +9,18 @@ computed in each call). ``tests/test_adapter_memory.py`` measures both for every
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from rwkv_rev import adapters
 
-NARROW = frozenset({"tuners.lora.layer.Linear", "tuners.lora.layer.Embedding"})
+NARROW = frozenset(
+    {
+        "tuners.lora.layer.Linear",
+        "tuners.lora.layer.Embedding",
+        "tuners.lora.bnb.Linear4bit",
+        "tuners.lora.bnb.Linear8bitLt",
+    }
+)
 """Layers that compute no weights of the map's size, unless by a variant."""
 COMPUTED = 3
 GROWING = frozenset({"tuners.hra.layer.HRALinear"})
@@ -27,19 +34,22 @@ def kept_numbers(layers: Iterable[nn.Module]) -> tuple[int, int] | None:
         place = adapters.place_of(type(layer))
         if place in GROWING:
             return None
-        weight = _weight(layer)
+        weight = _map(layer)
         if weight is None or getattr(layer, "disable_adapters", False):
             continue
-        per_token += sum(weight.shape[-2:]) * max(1, len(getattr(layer, "active_adapters", ())))
+        per_token += sum(weight[-2:]) * max(1, len(getattr(layer, "active_adapters", ())))
         if place not in NARROW or getattr(layer, "lora_variant", None):
             once += COMPUTED * weight.numel()
     return per_token, once
 
 
-def _weight(layer: Any) -> Tensor | None:
-    """The matrix of the layer that an adapter stands around."""
+def _map(layer: Any) -> Size | None:
+    """Shape of the matrix of the layer that an adapter stands around."""
     if not hasattr(layer, "base_layer"):
         return None
     base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer.base_layer
     weight = getattr(base, getattr(layer, "parameter_name", "weight"), None)
-    return weight if isinstance(weight, Tensor) and weight.dim() >= 2 else None
+    if not isinstance(weight, Tensor) or weight.dim() < 2:
+        return None
+    packed = getattr(weight, "quant_state", None)  # in 4 bits
+    return weight.shape if packed is None else packed.shape

@@ -1,7 +1,7 @@
 """Continue a text with a model folder: what ``rwkv-rev generate`` does."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from rwkv_rev.converters.tuned_states import read_state, refuse_other_model, set
 from rwkv_rev.counts import MOST
 from rwkv_rev.device import choose_device
 from rwkv_rev.errors import ConfigError, DataError
-from rwkv_rev.loading import load_model, load_tokenizer
+from rwkv_rev.loading import load_adapted, load_tokenizer
 from rwkv_rev.printable import shortened
 from rwkv_rev.random_state import refuse_seed
 from rwkv_rev.sampling import Sampling
@@ -38,6 +38,8 @@ def generate(
     device: str = "auto",
     stream: bool = False,
     state: str | Path | None = None,
+    adapter: str | Path | None = None,
+    quantise: Literal["nf4", "int8"] | None = None,
 ) -> str:
     """The prompt with what a converted or fine-tuned model makes of it.
 
@@ -56,6 +58,8 @@ def generate(
         seed: makes the text repeatable.
         device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
         stream: print each token to stdout as it is made.
+        adapter: folder of a LoRA of this model, in peft's layout.
+        quantise: kind of linear maps in 4 or 8 bits (:mod:`rwkv_rev.quantised`).
         state: a state file, or a folder with a tuned state, that the text begins with, whatever the folder has.
 
     Raises:
@@ -94,7 +98,7 @@ def generate(
             f"tokenizer in {directory}"
         )
     dtype = torch.float32 if place.type == "cpu" else "auto"
-    model = load_model(directory, place, dtype).eval()
+    model = load_adapted(directory, place, dtype, quantised=quantise, adapter=adapter).eval()
     if begin is not None:
         set_state(model, begin)
     if seed is not None:

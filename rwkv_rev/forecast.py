@@ -125,6 +125,7 @@ def forecast_memory(
     trained: int | None = None,
     half: bool = False,
     weight_bytes: int = NUMBER,
+    quantised_bytes: int = 0,
     checkpoint_blocks: bool = False,
     fused: bool = False,
     narrow: bool = False,
@@ -137,13 +138,14 @@ def forecast_memory(
     Args:
         config: of the model.
         log_decays: per layer log w, of the stored shape; empty where a decay is no constant.
-        parameters: number of weights.
+        parameters: number of weights, but for those in 4 or 8 bits.
         context_length: T, tokens.
         batch_size: B, rows.
         chunk_length: C, tokens.
         trained: number of weights with a gradient; all when None.
         half: whether autocast computes in 16 bits.
         weight_bytes: of one weight.
+        quantised_bytes: of all weights in 4 or 8 bits (:mod:`rwkv_rev.quantised`).
         checkpoint_blocks: whether the graph keeps only the blocks' inputs (activation checkpointing).
         fused: whether the CUDA kernels run.
         narrow: whether weights and activations are in 16 bits, without autocast.
@@ -155,7 +157,7 @@ def forecast_memory(
     run = _Run(
         config=config,
         log_decays=log_decays,
-        weights=weight_bytes * parameters,
+        weights=weight_bytes * parameters + quantised_bytes,
         trained=parameters if trained is None else trained,
         batch=batch_size,
         context=context_length,

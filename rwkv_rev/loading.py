@@ -16,6 +16,7 @@ from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.errors import CheckpointError, RwkvRevError, SourceError
 from rwkv_rev.folders.safe_input import read_object, refuse_special_inside
 from rwkv_rev.printable import shortened
+from rwkv_rev.quantised import quantise, refuse_unusable, told_to_peft
 
 
 def load_config(directory: str | Path) -> RwkvRevConfig:
@@ -49,6 +50,67 @@ def load_model(directory: str | Path, device: torch.device | str, dtype: torch.d
         model: Any = RwkvRevForCausalLM.from_pretrained(str(directory), dtype=dtype)
         _check_generation(model)
     return model.to(device)
+
+
+def load_quantised(directory: str | Path, device: torch.device, dtype: torch.dtype, kind: str) -> Any:
+    """The model of a folder with frozen linear maps of a kind of :mod:`rwkv_rev.quantised`; the rest in ``dtype``.
+
+    The maps are made from the stored values, one after another on ``device``.
+
+    Raises:
+        RwkvRevError: where that kind cannot be had. CheckpointError: as :func:`load_model`.
+    """
+    refuse_unusable(kind, device)
+    model = load_model(directory, "cpu", "auto")
+    quantise(model, kind, dtype, device)
+    told_to_peft(model, kind)
+    kept = model._keep_in_fp32_modules_strict
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and kept.isdisjoint(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    return model.to(device)
+
+
+def load_adapted(
+    directory: str | Path,
+    device: torch.device,
+    dtype: torch.dtype | str,
+    *,
+    quantised: str | None = None,
+    adapter: str | Path | None = None,
+) -> Any:
+    """:func:`load_model`, or :func:`load_quantised`, with an adapter in peft's layout around its linear maps.
+
+    Args:
+        quantised: a kind, in which case a ``dtype`` of ``auto`` is the stored one.
+        adapter: its folder.
+
+    Raises:
+        RwkvRevError: when peft is missing. CheckpointError, SourceError: for an adapter that is none of this model.
+    """
+    from rwkv_rev.converters.adapter_files import read_adapter
+    from rwkv_rev.converters.converted import ConvertedModel
+
+    if adapter is not None:
+        if Path(adapter).is_file():
+            raise SourceError(
+                f"{adapter} is no folder of peft's: rwkv-rev adapter BASE {adapter} --to peft --output FOLDER makes one"
+            )
+        with ConvertedModel(directory) as model:
+            read_adapter(model, adapter)  # refuses what is not understood, or of another model
+    if quantised is None:
+        model = load_model(directory, device, dtype)
+    else:
+        wanted = load_config(directory).dtype if dtype == "auto" else dtype
+        model = load_quantised(directory, device, wanted or torch.float32, quantised)  # type: ignore[arg-type]
+    if adapter is not None:
+        try:
+            from peft import PeftModel
+        except ImportError as error:
+            raise RwkvRevError("an adapter needs peft: pip install 'rwkv-rev[train]'") from error
+        with _damaged(f"{adapter} cannot be loaded"):
+            PeftModel.from_pretrained(model, str(adapter))  # changes model in place
+    return model
 
 
 @contextmanager

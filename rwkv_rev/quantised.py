@@ -20,7 +20,7 @@ layers are known by their place in it.
 import copy
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from typing import Any
 
@@ -192,6 +192,22 @@ def quantise(
             made.bias = child.bias
             setattr(parent, name, made.train(child.training))
     never_packed(module)
+
+
+def restore(model: nn.Module, stored: Callable[[str], Tensor | None]) -> None:
+    """Put float32 maps on the CPU in the place of the quantised ones, with their stored weights.
+
+    Args:
+        stored: a tensor by the name that its parameter has in ``model``.
+    """
+    for path, layer in [(path, layer) for path, layer in model.named_modules() if is_quantised(type(layer))]:
+        parent, _, name = path.rpartition(".")
+        weight = stored(f"{path}.weight")
+        assert weight is not None
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, device="meta")
+        plain.weight = nn.Parameter(weight.float(), requires_grad=False)
+        plain.bias = layer.bias
+        setattr(model.get_submodule(parent), name, plain.train(layer.training))
 
 
 def told_to_peft(model: Any, kind: str) -> None:

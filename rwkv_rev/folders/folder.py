@@ -43,6 +43,11 @@ def refuse_no_model(directory: str | Path) -> None:
         raise SourceError(f"{directory} is not a folder; {_how_to_make_one(str(directory))}")
     refuse_special_inside(directory)
     if not is_converted(directory):
+        if (directory / "adapter_config.json").is_file():
+            raise CheckpointError(
+                f"{directory} is an adapter alone: generate and eval take it as --adapter {quote(str(directory))} "
+                "beside the model that it was trained on, and rwkv-rev merge puts it into that model's weights"
+            )
         raise CheckpointError(
             f"{directory} is not a converted model (config.json with model_type {MODEL_TYPE}); convert it first: "
             f"rwkv-rev convert {quote(str(directory))}"

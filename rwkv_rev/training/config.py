@@ -25,6 +25,7 @@ from rwkv_rev.training.records import FORMATS, TRAIN_ON, refuse_half_named
 from rwkv_rev.training.setting_types import as_type, described
 
 TUNE = ("full", "lora", "state")
+QUANTISE = ("nf4", "int8")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 REPORTERS = ("none", "tensorboard", "wandb", "trackio")
 SCHEDULES = ("constant", "linear", "cosine", "cosine_with_min_lr", "inverse_sqrt", "polynomial")
@@ -92,6 +93,8 @@ class FinetuneConfig:
         save_dtype: of changed tensors in the output. ``auto`` is float32, which loses nothing.
         tune: ``full`` (everything), ``lora`` (low-rank additions, merged at the end) or ``state`` (RWKV-5 to 7: the
             initial state alone).
+        quantise: of the frozen linear maps, for ``lora`` and ``state``: ``nf4`` (4 bits) or ``int8``, through
+            bitsandbytes (:mod:`rwkv_rev.quantised`). With ``lora`` the output is the adapter alone.
         lora_rank: rank of the additions.
         lora_alpha: their scale, divided by the rank; twice the rank when None.
         lora_dropout: share of their inputs that is dropped in training.
@@ -155,6 +158,7 @@ class FinetuneConfig:
     dtype: str = "auto"
     save_dtype: str = "auto"
     tune: str = "full"
+    quantise: str | None = None
     lora_rank: int = 32
     lora_alpha: float | None = None
     lora_dropout: float = 0.0
@@ -212,6 +216,7 @@ class FinetuneConfig:
                 )
         for name, allowed in (
             ("tune", TUNE),
+            ("quantise", (None, *QUANTISE)),
             ("dtype", DTYPES),
             ("save_dtype", DTYPES),
             ("bptt", BPTT_STRATEGIES),
@@ -259,6 +264,20 @@ class FinetuneConfig:
         refuse_evaluations(self)
         if self.warmup > 1 and self.warmup != int(self.warmup):
             raise ConfigError(f"warmup = {self.warmup} must be a whole number of steps, or a share below 1")
+        if self.quantise is not None and self.tune == "full":
+            raise ConfigError(
+                f"quantise = {self.quantise} belongs to --tune lora and state: weights of so few bits cannot be "
+                "trained themselves"
+            )
+        if self.quantise is not None and self.tune == "lora" and self.push_to_hub:
+            raise ConfigError(
+                "push_to_hub takes model folders, and --quantise with --tune lora makes an adapter: merge it with "
+                "rwkv-rev merge, then rwkv-rev publish"
+            )
+        if self.quantise is not None and self.tune == "lora" and self.save_dtype != "auto":
+            raise ConfigError(
+                "save_dtype is of a model folder, and --quantise with --tune lora makes an adapter"
+            )
         for name in ("lora_targets", "lora_rank", "lora_alpha", "lora_dropout"):
             if self.tune != "lora" and getattr(self, name) != getattr(_DEFAULTS, name):
                 raise ConfigError(f"{name} belongs to --tune lora; this run has tune = {self.tune}")

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.counts import MOST
 from rwkv_rev.device import choose_device
 from rwkv_rev.errors import ConfigError, DataError
-from rwkv_rev.loading import load_model, load_tokenizer
+from rwkv_rev.loading import load_adapted, load_tokenizer
 from rwkv_rev.loss import IGNORE, LOGITS_AT_ONCE, cross_entropy
 from rwkv_rev.progress import Progress
 from rwkv_rev.training.launch import choose_dtype
@@ -194,6 +194,8 @@ def evaluate_directory(
     dtype: str = "auto",
     device: str = "auto",
     cache_dir: str | Path | None = None,
+    adapter: str | Path | None = None,
+    quantise: Literal["nf4", "int8"] | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Evaluate a model folder on files: what ``rwkv-rev eval`` does.
@@ -212,6 +214,8 @@ def evaluate_directory(
         dtype: of the arithmetic: auto, float32, bfloat16 or float16; auto is bfloat16 where a GPU has it.
         device: auto, cpu or cuda.
         cache_dir: where tokenised data is kept; the user's cache when None.
+        adapter: folder of a LoRA of this model, in peft's layout.
+        quantise: kind of linear maps in 4 or 8 bits (:mod:`rwkv_rev.quantised`).
         progress: tell on stderr how far it is.
 
     Raises:
@@ -242,7 +246,9 @@ def evaluate_directory(
         cache_dir=cache_dir,
         progress=progress,
     )
-    model = load_model(directory, place, torch.float32)
+    # as in training beside them, the other weights are in the dtype of the arithmetic
+    weights = torch.float32 if quantise is None else getattr(torch, arithmetic)
+    model = load_adapted(directory, place, weights, quantised=quantise, adapter=adapter)
     result = evaluate_documents(
         model,
         store,

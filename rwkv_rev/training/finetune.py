@@ -22,7 +22,7 @@ from rwkv_rev.arguments import check_kinds, checked
 from rwkv_rev.bptt_settings import AUTO
 from rwkv_rev.chunk_length import shortest_of_all
 from rwkv_rev.folders.publish import publish
-from rwkv_rev.loading import load_model
+from rwkv_rev.loading import load_model, load_quantised
 from rwkv_rev.training.best import KeepBest, Patience, best_checkpoint, best_step
 from rwkv_rev.training.callbacks import Bar, Log, NothingLeft, StopAtBadLoss, StopWhenNothingIsLeft, read_log
 from rwkv_rev.training.checkpoints import step_of
@@ -50,6 +50,7 @@ class FinetuneResult:
 
     ``steps`` of ``planned_steps`` were trained; ``best_step`` is the one whose weights ``output`` holds, with
     ``keep_best``; ``samples`` the file of samples, where there were prompts.
+    ``adapter_only``: whether ``output`` holds the low-rank additions, to be used with the model they were trained on.
 
     Of the first process: ``memory_bytes``, the most it took beyond the loaded program, which a plan forecasts as
     ``memory.device``; ``process_bytes``, the most host memory it had, the program included; ``optimizer_bytes``.
@@ -73,6 +74,7 @@ class FinetuneResult:
     best_step: int | None = None
     samples: Path | None = None
     address: str | None = None
+    adapter_only: bool = False
 
     @property
     def tokens_per_second(self) -> float:
@@ -235,7 +237,10 @@ def _train(planned: Plan, args: Any, where: Whereabouts, notify: Notify, quiet: 
     weights = torch.float32
     if config.tune != "full" and planned.dtype != "float32":
         weights = getattr(torch, planned.dtype)  # frozen weights need no more than the arithmetic
-    model = load_model(config.model, "cpu", weights)
+    if config.quantise is None:
+        model = load_model(config.model, "cpu", weights)
+    else:
+        model = load_quantised(config.model, args.device, weights, config.quantise)
     model.set_bptt(config.bptt, chunk_length=config.chunk_length, tape=config.tape, tape_dir=config.tape_dir)
     tuned = apply_tuning(model, config)
     trainable, total = count_parameters(tuned)
@@ -328,6 +333,7 @@ def _result(
         samples=Path(planned.config.output) / HISTORY / SAMPLES_NAME
         if planned.config.sample_prompt
         else None,
+        adapter_only=planned.config.tune == "lora" and planned.config.quantise is not None,
     )
 
 

@@ -18,6 +18,7 @@ from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.forecast import RECORDED_SHARE, StrategyForecast
 from rwkv_rev.forecast import forecast_memory as forecast_strategies
+from rwkv_rev.quantised import bytes_of
 from rwkv_rev.training.config import FinetuneConfig
 
 LEAST_SHARE = 0.6
@@ -75,6 +76,7 @@ def forecast_memory(
     config: FinetuneConfig,
     *,
     parameters: int,
+    quantised: Sequence[tuple[int, int]] = (),
     trained: int,
     longest: int,
     device: str,
@@ -88,6 +90,7 @@ def forecast_memory(
         model: of the model. log_decays: per layer log w.
         config: of the run.
         parameters, trained: number of weights, and of those with a gradient.
+        quantised: shapes [out, in] of the linear maps in 4 or 8 bits.
         longest: tokens of the longest row.
         device, dtype: of the arithmetic.
         world_size: number of processes.
@@ -96,17 +99,19 @@ def forecast_memory(
     assert not isinstance(config.chunk_length, str)
     chunk, place = config.chunk_length, torch.device(device)
     name = choose_strategy(config.bptt, longest, chunk_length=chunk).name
-    half = dtype != "float32"
+    # what int8 gives is as wide as what it takes, and norms give float32
+    half = dtype != "float32" and config.quantise != "int8"
     forecasts = forecast_strategies(
         model,
         log_decays,
-        parameters,
+        parameters - sum(outputs * inputs for outputs, inputs in quantised),
         context_length=longest,
         batch_size=config.batch_size,
         chunk_length=chunk,
         trained=trained,
         half=half,
-        weight_bytes=NUMBER if config.tune == "full" or not half else 2,
+        weight_bytes=NUMBER if config.tune == "full" or dtype == "float32" else 2,
+        quantised_bytes=bytes_of(config.quantise, quantised) if config.quantise is not None else 0,
         checkpoint_blocks=config.checkpoint_blocks,
         fused=runs_fused(model, place),
         recorded=dtype != "float16" and cuda_graphs.possible(place),

@@ -6,6 +6,7 @@ checkpoint: each is one line. Nothing is written but the cache of tokenised data
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from rwkv_rev.errors import ConfigError
 from rwkv_rev.folders.folder import refuse_links
 from rwkv_rev.folders.publish import refuse_unpublishable
 from rwkv_rev.modeling import RwkvRevForCausalLM
+from rwkv_rev.quantised import refuse_unusable, stays
 from rwkv_rev.training.batches import BatchOrder
 from rwkv_rev.training.best import held_out_identity, refuse_other_evaluations
 from rwkv_rev.training.callbacks import refuse_missing_reporter
@@ -135,6 +137,8 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
     refuse_missing_reporter(config.report_to)
     device = training_device(config.device)
     dtype = choose_dtype(config.dtype, torch.device(device))
+    if config.quantise is not None:
+        refuse_unusable(config.quantise, torch.device(device))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     tokenizer = run_tokenizer(config)
     encoded_prompts(config, tokenizer, model_config.vocab_size)
@@ -180,6 +184,7 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
             facts.log_decays,
             replace(config, chunk_length=chunk),
             parameters=facts.parameters,
+            quantised=_quantised(shapes) if config.quantise is not None else (),
             trained=trained,
             longest=longest,
             device=str(own_device(device)),
@@ -248,6 +253,16 @@ def _chunk_length(config: FinetuneConfig, checkpoint: Path | None) -> ChosenLeng
     return ChosenLength(int(began), f"what {checkpoint.name} was trained with")
 
 
+def _quantised(shapes: Mapping[str, Sequence[int]]) -> list[tuple[int, int]]:
+    """Shapes of the linear maps that ``quantise`` makes small."""
+    found = []
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight")
+        if ".blocks." in name and module != name and len(shape) == 2 and not stays(module):
+            found.append((shape[0], shape[1]))
+    return found
+
+
 def _identity(config: FinetuneConfig, order: BatchOrder, steps: int, dtype: str) -> dict[str, Any]:
     """Everything that losses and weights depend on."""
     names = ["tune", "grad_accum", "lr_schedule", "warmup", "weight_decay", "max_grad_norm"]
@@ -260,6 +275,8 @@ def _identity(config: FinetuneConfig, order: BatchOrder, steps: int, dtype: str)
         "dtype": dtype,
         "order": order.state_dict(0),
     }
+    if config.quantise is not None:
+        identity["quantise"] = config.quantise
     if config.tune == "lora":
         identity["lora_targets"] = sorted(config.lora_targets)
     if config.bptt in (

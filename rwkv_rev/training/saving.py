@@ -1,5 +1,8 @@
 """Write a fine-tuned model as a normal model folder: weights, tokenizer, card, record, log and curve.
 
+Low-rank additions to weights in 4 or 8 bits are written alone, as peft's folder with the same log, curve and card: they
+were trained beside those weights, and what is stored is others.
+
 Tensors that training did not change are stored as the source stored them, bit for bit; changed ones in float32
 unless ``save_dtype`` says otherwise. ``conversion.json`` gains a ``finetuned`` list, one entry for each run, by which
 ``verify`` and ``export`` know that the values are no longer the original's.
@@ -15,7 +18,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from rwkv_rev.converters.card import model_card
+from rwkv_rev.converters.card import adapter_card, model_card
 from rwkv_rev.converters.converted import RECORD_NAME, ConvertedModel, read_record
 from rwkv_rev.converters.rewriter import Entry, shard_layout, write_shards
 from rwkv_rev.folders.folder import tokenizer_files
@@ -55,6 +58,13 @@ def save_finetuned(
     output = Path(config.output)
     planned, result = (public(json.loads(json.dumps(values, default=str))) for values in (planned, result))
     with whole_directory(output, force=config.force) as folder:
+        if result["adapter_only"]:
+            _save_adapter(model, folder, source.resolve().name)
+            _copy_tokenizer(source, folder, config)
+            card = adapter_card(source.resolve().name, output.name, _card_rows(planned, result, config))
+            (folder / "README.md").write_text(card, "utf-8")
+            _save_history(folder, planned, result, rows, config)
+            return
         if hasattr(model, "peft_config"):
             _save_adapter(model, folder / "adapter", source.resolve().name)
         with ConvertedModel(source) as before:
@@ -63,10 +73,7 @@ def save_finetuned(
             shared = plain.all_tied_weights_keys  # the head, where it is the embedding: stored once
             tensors = {n: tensor.detach() for n, tensor in plain.state_dict().items() if n not in shared}
             dtype = _write_weights(tensors, before, folder, config.save_dtype)
-        for file in tokenizer_files(source):
-            shutil.copyfile(file, folder / file.name)
-        if config.chat_template is not None:
-            (folder / CHAT_TEMPLATE_FILE).write_text(read_template(config.chat_template), "utf-8", newline="")
+        _copy_tokenizer(source, folder, config)
         model_config = load_config(source)
         model_config.dtype = dtype
         model_config.has_initial_state = any(name.startswith("model.initial_wkv.") for name in tensors)
@@ -77,18 +84,36 @@ def save_finetuned(
         (folder / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
         card = model_card(model_config, record, training=_card_rows(planned, result, config))
         (folder / "README.md").write_text(card, "utf-8")
-        history = folder / HISTORY
-        history.mkdir()
-        (history / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-        summary = {"plan": planned, "result": result}
-        (history / SUMMARY_NAME).write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
-        if config.sample_prompt:
-            shutil.copyfile(config.working_directory / SAMPLES_NAME, history / SAMPLES_NAME)
-        events = config.working_directory / "runs"
-        if events.is_dir():  # TensorBoard's
-            shutil.copytree(events, history / "runs", ignore=_links)
-        if has_matplotlib():
-            plot_losses(rows, history / "loss.png", f"{output.name}: {config.tune}".replace("$", r"\$"))
+        _save_history(folder, planned, result, rows, config)
+
+
+def _copy_tokenizer(source: Path, folder: Path, config: FinetuneConfig) -> None:
+    for file in tokenizer_files(source):
+        shutil.copyfile(file, folder / file.name)
+    if config.chat_template is not None:
+        (folder / CHAT_TEMPLATE_FILE).write_text(read_template(config.chat_template), "utf-8", newline="")
+
+
+def _save_history(
+    folder: Path,
+    planned: dict[str, Any],
+    result: dict[str, Any],
+    rows: list[dict[str, Any]],
+    config: FinetuneConfig,
+) -> None:
+    history = folder / HISTORY
+    history.mkdir()
+    (history / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    summary = {"plan": planned, "result": result}
+    (history / SUMMARY_NAME).write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
+    if config.sample_prompt:
+        shutil.copyfile(config.working_directory / SAMPLES_NAME, history / SAMPLES_NAME)
+    events = config.working_directory / "runs"
+    if events.is_dir():  # TensorBoard's
+        shutil.copytree(events, history / "runs", ignore=_links)
+    if has_matplotlib():
+        title = f"{Path(config.output).name}: {config.tune}".replace("$", r"\$")
+        plot_losses(rows, history / "loss.png", title)
 
 
 def _links(folder: str, names: list[str]) -> list[str]:
@@ -158,6 +183,8 @@ def _card_rows(
         rows.append(("kept", f"step {result['best_step']:,}, the lowest held-out loss"))
     if settings["objective"] != "next-token":
         rows.append(("objective", settings["objective"]))
+    if config.quantise is not None:
+        rows.append(("frozen weights", f"{config.quantise}, by bitsandbytes"))
     if config.carry_state:
         rows.append(("carried state", f"yes, gradient cut every {config.context_length:,} tokens"))
     if result.get("held_out"):

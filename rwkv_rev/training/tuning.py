@@ -1,8 +1,8 @@
 """What is trained: everything (``full``), low-rank additions (``lora``), or the initial state alone (``state``).
 
 ``lora`` (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models"): ``W + (alpha/rank) B A`` through
-peft, on every linear map of the blocks but not the head, merged into W at the end. The maps of both mixes matter in
-RWKV: the channel mix holds most of the weights.
+peft, on every linear map of the blocks but not the head, merged into W at the end, unless W is in 4 or 8 bits. The maps
+of both mixes matter in RWKV: the channel mix holds most of the weights.
 
 ``state`` (state tuning): the WKV state [L, H, N, N] that every context begins with, zero at first. Its gradient comes
 through the whole context and is exact. RWKV-5 to 7 only: the ``rwkv`` package, which loads it as
@@ -19,6 +19,7 @@ from torch import nn
 
 from rwkv_rev.architectures.registry import architecture, with_tuned_state
 from rwkv_rev.errors import RwkvRevError, StrategyError
+from rwkv_rev.quantised import numbers_in, restore
 from rwkv_rev.training.lora_targets import has_addition, refuse_lora_targets
 
 if TYPE_CHECKING:
@@ -56,12 +57,13 @@ def refuse_state_tuning(version: str) -> None:
 def merged(model: nn.Module, stored: Callable[[str], torch.Tensor | None]) -> "RwkvRevForCausalLM":
     """The plain model on the CPU, low-rank additions merged into it, with the frozen weights' stored values.
 
-    Frozen weights may have been rounded to the arithmetic's dtype for training.
+    Frozen weights may have been rounded to the arithmetic's dtype for training, or be in 4 or 8 bits.
 
     Args:
         model: the trained model, or peft's wrapper; it is used up.
         stored: a tensor of the source by its name, None if it has none.
     """
+    restore(model, lambda name: stored(name.replace(".base_layer.", ".")))
     model = model.cpu()
     with torch.no_grad():
         for name, parameter in language_model(model).named_parameters():
@@ -86,7 +88,7 @@ def language_model(model: Any) -> "RwkvRevForCausalLM":
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) numbers in the parameters."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    sizes = [(numbers_in(p), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
 
 
