@@ -98,6 +98,12 @@ class ConvertedModel:
         return EMBEDDINGS if shared else name
 
     def _check(self) -> None:
+        if getattr(self.config, "quantization_config", None):
+            raise CheckpointError(
+                f"{self.directory} holds weights in few bits (quantization_config in its config.json), which "
+                "from_pretrained alone reads: give the folder of the float model they were made of, with --quantise "
+                "where its weights shall be in few bits, and merge adapters into that one"
+            )
         if (layers := self.config.num_hidden_layers) > len(self.names()):
             raise CheckpointError(
                 f"{self.directory} holds {len(self.names())} tensors, too few for the {layers} layers "

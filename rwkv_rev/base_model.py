@@ -42,30 +42,19 @@ from rwkv_rev.inputs import check_state, masked_embeds, rows_and_tokens, valid_t
 from rwkv_rev.keywords import refuse_unknown_keywords
 from rwkv_rev.outputs import RwkvRevOutput
 from rwkv_rev.packed_rows import given_borders
-from rwkv_rev.quantised import never_packed, refuse_packed, with_our_exceptions
+from rwkv_rev.quantised import Quantisable, refuse_packed
 from rwkv_rev.state import ModelState
 
 logger = logging.get_logger("rwkv_rev.modeling")  # one for both models
 
 
-class RwkvRevPreTrainedModel(PreTrainedModel):
+class RwkvRevPreTrainedModel(Quantisable, PreTrainedModel):
     """Loading, saving and initialisation shared by the two models."""
 
     config: RwkvRevConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012 (declared so by the base class)
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
-        """As in transformers; of the maps that ``quantization_config`` does not name, those of
-        :data:`rwkv_rev.quantised.KEPT_IN_FLOAT` stay as they are.
-        """
-        if quantization_config is not None:
-            kwargs["quantization_config"] = with_our_exceptions(quantization_config)
-        loaded = super().from_pretrained(*args, **kwargs)
-        never_packed(loaded[0] if isinstance(loaded, tuple) else loaded)
-        return loaded
 
     def post_init(self) -> None:
         """Called when all modules are there: those that loading keeps in float32 are made so in the first place."""

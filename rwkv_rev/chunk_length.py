@@ -212,7 +212,7 @@ def _need(
         (found,) = forecast_memory(
             config,
             [torch.empty(0)] * config.num_hidden_layers,  # not looked at: a tape of two chunks is empty
-            sum(parameter.numel() for parameter in own) + head,
+            sum(parameter.numel() for parameter in own if parameter.is_floating_point()) + head,
             context_length=context,
             batch_size=rows,
             chunk_length=chunk,

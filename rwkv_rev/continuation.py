@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
+from rwkv_rev.adapted_model import load_adapted
 from rwkv_rev.arguments import checked
 from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.converters.tuned_states import read_state, refuse_other_model, set_state
 from rwkv_rev.counts import MOST
 from rwkv_rev.device import choose_device
 from rwkv_rev.errors import ConfigError, DataError
-from rwkv_rev.loading import load_adapted, load_tokenizer
+from rwkv_rev.loading import load_tokenizer
 from rwkv_rev.printable import shortened
 from rwkv_rev.random_state import refuse_seed
 from rwkv_rev.sampling import Sampling

@@ -27,7 +27,7 @@ def load_config(directory: str | Path) -> RwkvRevConfig:
     """
     path = Path(directory) / "config.json"
     read_object(path)
-    with _damaged(f"{path} is damaged"):
+    with damaged(f"{path} is damaged"):
         config = RwkvRevConfig.from_pretrained(str(directory))
     if config.dtype is not None and not getattr(config.dtype, "is_floating_point", False):
         raise CheckpointError(f"{path} is damaged: dtype = {shortened(config.dtype)}, which no weights have")
@@ -46,7 +46,7 @@ def load_model(directory: str | Path, device: torch.device | str, dtype: torch.d
     """
     from rwkv_rev.modeling import RwkvRevForCausalLM
 
-    with _damaged(f"{directory} cannot be loaded"):
+    with damaged(f"{directory} cannot be loaded"):
         model: Any = RwkvRevForCausalLM.from_pretrained(str(directory), dtype=dtype)
         _check_generation(model)
     return model.to(device)
@@ -69,48 +69,6 @@ def load_quantised(directory: str | Path, device: torch.device, dtype: torch.dty
         if parameter.is_floating_point() and kept.isdisjoint(name.split(".")):
             parameter.data = parameter.data.to(dtype)
     return model.to(device)
-
-
-def load_adapted(
-    directory: str | Path,
-    device: torch.device,
-    dtype: torch.dtype | str,
-    *,
-    quantised: str | None = None,
-    adapter: str | Path | None = None,
-) -> Any:
-    """:func:`load_model`, or :func:`load_quantised`, with an adapter in peft's layout around its linear maps.
-
-    Args:
-        quantised: a kind, in which case a ``dtype`` of ``auto`` is the stored one.
-        adapter: its folder.
-
-    Raises:
-        RwkvRevError: when peft is missing. CheckpointError, SourceError: for an adapter that is none of this model.
-    """
-    from rwkv_rev.converters.adapter_files import read_adapter
-    from rwkv_rev.converters.converted import ConvertedModel
-
-    if adapter is not None:
-        if Path(adapter).is_file():
-            raise SourceError(
-                f"{adapter} is no folder of peft's: rwkv-rev adapter BASE {adapter} --to peft --output FOLDER makes one"
-            )
-        with ConvertedModel(directory) as model:
-            read_adapter(model, adapter)  # refuses what is not understood, or of another model
-    if quantised is None:
-        model = load_model(directory, device, dtype)
-    else:
-        wanted = load_config(directory).dtype if dtype == "auto" else dtype
-        model = load_quantised(directory, device, wanted or torch.float32, quantised)  # type: ignore[arg-type]
-    if adapter is not None:
-        try:
-            from peft import PeftModel
-        except ImportError as error:
-            raise RwkvRevError("an adapter needs peft: pip install 'rwkv-rev[train]'") from error
-        with _damaged(f"{adapter} cannot be loaded"):
-            PeftModel.from_pretrained(model, str(adapter))  # changes model in place
-    return model
 
 
 @contextmanager
@@ -140,7 +98,7 @@ def load_tokenizer(name: str | Path) -> Any:
     refuse_special_inside(Path(name))
     if (missing := missing_tokenizer(name)) is not None:
         raise SourceError(missing)
-    with _damaged(f"no tokenizer can be loaded from {name}: name one with convert --tokenizer", SourceError):
+    with damaged(f"no tokenizer can be loaded from {name}: name one with convert --tokenizer", SourceError):
         refuse_unknown_fields(Path(name))
         tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
         longest = tokenizer.model_max_length
@@ -171,7 +129,7 @@ def _check_generation(model: Any) -> None:
 
 
 @contextmanager
-def _damaged(what: str, kind: type[RwkvRevError] = CheckpointError) -> Iterator[None]:
+def damaged(what: str, kind: type[RwkvRevError] = CheckpointError) -> Iterator[None]:
     """Say ``what`` and the library's reason, in one line, and keep its log to itself."""
     log = logging.getLogger("transformers")
     level = log.level

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from rwkv_rev.code_origin import origin, qualified_name
 from rwkv_rev.errors import RwkvRevError, StrategyError
+from rwkv_rev.printable import shortened
 
 KINDS = ("nf4", "int8")
 OLDEST = (0, 50)
@@ -41,6 +42,7 @@ KEPT_IN_FLOAT = ("head", "_down", "_up")
 """Ends of the names of linear maps that stay as they are: the head, and the narrow maps of decays and mixes."""
 LAYERS = frozenset({"Linear4bit", "LinearNF4", "LinearFP4", "Linear8bitLt"})
 _PLACE = "bitsandbytes.nn.modules"
+_said: set[str] = set()
 
 
 def is_quantised(layer: type) -> bool:
@@ -100,21 +102,31 @@ def never_packed(model: nn.Module) -> None:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     log = logging.getLogger("bitsandbytes.autograd._functions")
-    if found and not any(isinstance(each, _Once) for each in log.filters):
-        log.addFilter(_Once())
+    if found and _once not in log.filters:
+        log.addFilter(_once)
 
 
-class _Once(logging.Filter):
-    """Lets each message through once."""
+def _once(entry: logging.LogRecord) -> bool:
+    """A filter that lets each message through once."""
+    new = entry.getMessage() not in _said
+    _said.add(entry.getMessage())
+    return new
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._said: set[str] = set()
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        new = record.getMessage() not in self._said
-        self._said.add(record.getMessage())
-        return new
+class Quantisable:
+    """What loading a quantised model by transformers is here; a base of the models, before transformers' own."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
+        """As in transformers; where ``llm_int8_skip_modules`` does not say which maps stay as they are, those of
+        :data:`KEPT_IN_FLOAT` do.
+        """
+        if quantization_config is not None:
+            kwargs["quantization_config"] = with_our_exceptions(quantization_config)
+        above: Any = super()
+        loaded = above.from_pretrained(*args, **kwargs)
+        never_packed(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
 
 def with_our_exceptions(config: Any) -> Any:
@@ -143,14 +155,22 @@ def refuse_unusable(kind: str, device: torch.device) -> None:
         RwkvRevError: naming what is missing, and what would work.
     """
     try:
-        version = metadata.version("bitsandbytes")
+        installed = metadata.version("bitsandbytes")
     except metadata.PackageNotFoundError:
         raise RwkvRevError(f"quantise = {kind} needs bitsandbytes: {HOW_TO_INSTALL}") from None
-    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST:
+    if tuple(int(part) for part in re.findall(r"\d+", installed)[:2]) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         raise RwkvRevError(
-            f"quantise = {kind} needs bitsandbytes {oldest} or newer, not {version}: {HOW_TO_INSTALL}"
+            f"quantise = {kind} needs bitsandbytes {oldest} or newer, not {installed}: {HOW_TO_INSTALL}"
         )
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(
+        logging.ERROR
+    )  # tells of a kernel it did not fetch
+    try:
+        import bitsandbytes  # noqa: F401
+    except Exception as error:  # of all kinds, by its build and the driver
+        reason = shortened(" ".join(str(error).split()), 300)
+        raise RwkvRevError(f"bitsandbytes {installed} cannot be loaded: {reason}") from error
     if device.type not in ("cuda", "cpu"):
         raise RwkvRevError(
             f"quantise = {kind} is tested on CUDA devices and on the CPU, not on {device.type}: leave it out"

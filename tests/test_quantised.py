@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from rwkv_rev import RwkvRevForCausalLM, position_wise
 from rwkv_rev import quantised as ours
-from rwkv_rev.errors import RwkvRevError, StrategyError
+from rwkv_rev.errors import CheckpointError, RwkvRevError, StrategyError
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("peft")
@@ -284,6 +284,33 @@ def test_generation(shallow: dict[str, Path], kind: str, device: str) -> None:
     kept = model.generate(ids, max_new_tokens=6, do_sample=False)
     again = model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False)
     assert torch.equal(kept, again)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_dora(shallow: dict[str, Path], device: str) -> None:
+    """LoRA's variant that reads the weights: peft looks up what the bits stand for."""
+    model = quantised(shallow["5.2"], "nf4", torch.float32, device)
+    wrapped = with_lora(model, use_dora=True)
+    expected = gradients(model, wrapped, "full", 64)
+    for strategy in ("checkpoint", "reversible"):
+        assert whole_error(gradients(model, wrapped, strategy, 16), expected) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("kind", ours.KINDS)
+def test_saved_in_few_bits(shallow: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    """transformers' own folder: loaded as it was, trained beside, and no folder for commands, which say so."""
+    from transformers import AutoModelForCausalLM
+
+    from rwkv_rev.converters.converted import ConvertedModel
+
+    model, ids = quantised(shallow["5.2"], kind), english(30)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").requires_grad_(False).train()
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    one, other = (gradients(m, with_lora(m), "reversible", 16) for m in (model, loaded))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(CheckpointError, match="give the folder of the float model they were made of"):
+        ConvertedModel(tmp_path / "saved")
 
 
 @pytest.mark.gpu

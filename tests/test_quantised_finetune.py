@@ -12,8 +12,9 @@ from bptt_cases import english, relative_error
 from finetune_cases import counting_text, finetune, losses, settings
 from quantised_cases import quantised
 
+from rwkv_rev.adapted_model import load_adapted
 from rwkv_rev.errors import CheckpointError, ConfigError, RwkvRevError, SourceError
-from rwkv_rev.loading import load_adapted, load_model, load_quantised
+from rwkv_rev.loading import load_model, load_quantised
 from rwkv_rev.quantised import KINDS, maps_of
 from rwkv_rev.training.config import QUANTISE, FinetuneConfig
 from rwkv_rev.training.finetune import plan

@@ -20,12 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rwkv_rev.adapted_model import load_adapted
 from rwkv_rev.arguments import checked
 from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.counts import MOST
 from rwkv_rev.device import choose_device
 from rwkv_rev.errors import ConfigError, DataError
-from rwkv_rev.loading import load_adapted, load_tokenizer
+from rwkv_rev.loading import load_tokenizer
 from rwkv_rev.loss import IGNORE, LOGITS_AT_ONCE, cross_entropy
 from rwkv_rev.progress import Progress
 from rwkv_rev.training.launch import choose_dtype
