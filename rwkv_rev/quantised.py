@@ -190,6 +190,7 @@ def quantise(
     What stays is left where it is. peft is told by the attributes that transformers sets.
     """
     import bitsandbytes.nn as bnb
+    from bitsandbytes import functional
 
     for path, parent in list(module.named_modules(prefix=inside)):
         for name, child in list(parent.named_children()):
@@ -208,7 +209,8 @@ def quantise(
                     weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=made
                 ).to(device)
             else:
-                made.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(device)
+                rows, scales, _ = functional.int8_vectorwise_quant(weight.half())
+                made.weight = bnb.Int8Params(rows, requires_grad=False, CB=rows, SCB=scales)
             made.bias = child.bias
             setattr(parent, name, made.train(child.training))
     never_packed(module)

@@ -86,20 +86,20 @@ class Rounded(nn.Linear):
         return nn.functional.linear(x + (rounded - x).detach(), self.weight)
 
 
-def in_float64(wrapped: nn.Module) -> nn.Module:
-    """The same model with the weights that its own stand for, in float64."""
+def in_float64(wrapped: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """The same model with the weights that its own stand for, in float64 (or another ``dtype``)."""
     rounds = next(wrapped.parameters()).is_cuda
     skeleton: Any = copy.deepcopy(wrapped)
     for path, layer in list(skeleton.named_modules()):
         if not is_quantised(type(layer)):
             continue
         kind = Rounded if rounds and getattr(layer, "state", None) is not None else nn.Linear
-        plain = kind(layer.in_features, layer.out_features, bias=False, dtype=torch.float64)
+        plain = kind(layer.in_features, layer.out_features, bias=False)
         plain.weight.data = stands_for(layer)
         plain.requires_grad_(False)
         parent, _, name = path.rpartition(".")
         setattr(skeleton.get_submodule(parent), name, plain)
-    return skeleton.double()
+    return skeleton.to(dtype)
 
 
 def gradients(

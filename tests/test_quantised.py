@@ -113,7 +113,9 @@ def test_a_last_chunk_of_one_token(shallow: dict[str, Path], kind: str, device: 
     one = gradients(model, wrapped, "checkpoint", 40, ids)
     other = gradients(model, wrapped, "reversible", 40, ids)
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert whole_error(other, gradients(model, wrapped, "full", 96, ids)) <= 3e-5
+    error = whole_error(other, gradients(model, wrapped, "full", 96, ids))
+    print(f"RWKV-7 {kind} {device} last chunk of one token, to full: {error:.2e}")
+    assert error <= (ROUNDED if kind == "int8" and device == "cuda" else 3e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -198,10 +200,14 @@ def test_gradient_where_every_map_is_quantised(shallow: dict[str, Path], version
     model = quantised(shallow[version], "nf4", torch.float32, device, llm_int8_skip_modules=["no such"])
     assert ours.is_quantised(type(model.head))
     wrapped = with_lora(model, [*TARGETS, "decay_up", "decay_down"])
-    reference = in_float64(wrapped)
+    reference, plain = in_float64(wrapped), in_float64(wrapped, torch.float32)
     truth = gradients(reference.base_model.model, reference, "full", 64)
+    control = whole_error(gradients(plain.base_model.model, plain, "full", 64), truth)
+    print(f"RWKV-{version} every map {device}, float maps: {control:.2e}")
     for strategy in STRATEGIES:
-        assert whole_error(gradients(model, wrapped, strategy, 16), truth) <= TOLERANCE[torch.float32]
+        error = whole_error(gradients(model, wrapped, strategy, 16), truth)
+        print(f"RWKV-{version} every map {device} {strategy}: {error:.2e}")
+        assert error <= max(TOLERANCE[torch.float32], 1.5 * control), strategy
 
 
 @pytest.mark.parametrize("kind", ours.KINDS)
@@ -241,9 +247,12 @@ def test_prepared_for_training_by_peft(shallow: dict[str, Path], device: str) ->
 
     model = prepare_model_for_kbit_training(quantised(shallow["7"], "nf4", torch.bfloat16, device))
     wrapped = with_lora(model)
-    expected = gradients(model, wrapped, "full", 64)
-    for strategy in ("checkpoint", "reversible"):
-        assert whole_error(gradients(model, wrapped, strategy, 16), expected) <= TOLERANCE[torch.bfloat16]
+    reference = in_float64(wrapped)
+    truth = gradients(reference.base_model.model, reference, "full", 64)
+    for strategy in STRATEGIES:
+        error = whole_error(gradients(model, wrapped, strategy, 16), truth)
+        print(f"RWKV-7 prepared {device} {strategy}: {error:.2e}")
+        assert error <= TOLERANCE[torch.bfloat16], strategy
 
 
 @pytest.mark.parametrize("device", DEVICES)
