@@ -78,7 +78,7 @@ def test_gradient(
     allowed = max(TOLERANCE[dtype], ROUNDED if rounds else 0)
     found = {}
     for strategy in STRATEGIES:
-        for length in (16, 10):
+        for length in (16,) if strategy == "full" else (16, 10):
             each = found[strategy, length] = gradients(model, wrapped, strategy, length)
             error = whole_error(each, truth)
             record_property(f"{strategy} {length}", error)
@@ -193,6 +193,9 @@ def test_what_stays_in_float(shallow: dict[str, Path]) -> None:
     assert "model.blocks.1.time_mix.decay_up" in maps and not any("channel_mix" in name for name in maps)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:inner dimension .* is not aligned:UserWarning"
+)  # of narrow maps, on a GPU
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("version", ["6", "7"])
 def test_gradient_where_every_map_is_quantised(shallow: dict[str, Path], version: str, device: str) -> None:
