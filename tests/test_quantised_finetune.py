@@ -235,8 +235,28 @@ def test_forecast_of_weights(shallow: dict[str, Path], tmp_path: Path, kind: str
 
 
 @needs_bitsandbytes
-def test_bench(cli: CLI) -> None:
-    """Of a shape whose weights are random, made in few bits part by part."""
+@pytest.mark.parametrize("kind", KINDS)
+def test_shapes_for_bench(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """A model with random weights, made in few bits part by part: initialised, and trained beside."""
+    from rwkv_rev.benchmark import models
+    from rwkv_rev.benchmark.settings import BenchSettings
+    from rwkv_rev.benchmark.training import random_tokens, step
+
+    shape = {"rwkv_version": "7", "layers": 2, "width": 128, "vocab": 256, **models._ranks(128)}
+    monkeypatch.setitem(models.SHAPES, "tiny", shape)
+    model = BenchSettings(shape="tiny", lora_rank=4, quantise=kind).model()
+    assert len(list(maps_of(model))) == 2 * 6
+    assert models.matrix_parameters(model) > 2 * (4 * 128 * 128 + 2 * 128 * 512)
+    ids = random_tokens(model, 1, 96)
+    losses = []
+    for strategy in ("checkpoint", "reversible", "full"):
+        with model.set_bptt(strategy, chunk_length=40):
+            losses.append(step(model, ids)[1]["loss"])
+    assert losses[0] == losses[1] == pytest.approx(losses[2], rel=1e-5)
+
+
+@needs_bitsandbytes
+def test_bench_is_for_random_shapes(cli: CLI) -> None:
     code, _, errors = cli("bench", "training", "--quantise", "nf4", "--shape", "7-7b")
     assert code != 0 and "--lora-rank" in errors
     code, _, errors = cli("bench", "training", "--quantise", "nf4", "--lora-rank", 2, "--quick")
