@@ -1,5 +1,6 @@
 """What autograd keeps of a block's chunk, and that what is made again has the same bits."""
 
+import ast
 import contextlib
 import gc
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from bptt_cases import VERSIONS, differentiate, random_tokens, tiny_model
+from test_imports import sources
 from torch import Tensor, nn
 
 from rwkv_rev.cells import recomputation
@@ -197,3 +199,17 @@ def test_a_graph_that_nobody_differentiates_is_freed(version: str, broken: bool,
     if handle is not None:
         handle.remove()
     assert results() == before
+
+
+def test_functions_look_at_what_they_saved_once() -> None:
+    """Activation checkpointing gives saved tensors once (kernels of a GPU, too, which cannot run everywhere)."""
+    looked = 0
+    for path in sources().values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                looks = [
+                    n for n in ast.walk(node) if isinstance(n, ast.Attribute) and n.attr == "saved_tensors"
+                ]
+                looked += bool(looks)
+                assert len(looks) <= 1, (path.name, node.name, node.lineno)
+    assert looked > 10

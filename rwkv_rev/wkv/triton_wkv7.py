@@ -435,8 +435,9 @@ class _WKV7(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, d_out: Tensor, d_after: Tensor) -> tuple[Tensor | None, ...]:
-        *tokens, mask = ctx.saved_tensors[:7]
-        factors, prepared = _Factors(*ctx.saved_tensors[7:13]), _Prepared(*ctx.saved_tensors[13:])
+        saved = ctx.saved_tensors  # one look: activation checkpointing gives them once
+        *tokens, mask = saved[:7]
+        factors, prepared = _Factors(*saved[7:13]), _Prepared(*saved[13:])
         d_out, d_after = d_out.contiguous(), d_after.contiguous()
         with torch.cuda.device_of(d_out):
             launch = _Launcher(tokens, mask)
