@@ -119,8 +119,7 @@ class ShiftedCell(ReversibleCell):
     """A reversible cell with a token shift of constant mixes."""
 
     shifts = 1
-    mixes_are_tokens = False
-    """Whether :meth:`mixes` are 1 and 0: the token itself, and the one before."""
+    mixes_are_tokens = False  # whether they are 1 and 0: the token itself, and the one before
 
     # --- what a cell fills in ---------------------------------------------------------------------------------
 
@@ -337,9 +336,8 @@ class ShiftedCell(ReversibleCell):
             memory = self.retreat_memory(state.memory, projection, mask, remnant.memory, plan.memory)
         before = ExactShiftedState(shift, memory, remnant.carried, border)
         start = ShiftedState(shift_leaf, leaves(self.values(before)).memory)
-        return self._finish(
-            before, start, projection, last, residual(x), mask, plan, after, vouched=self.inverts_memory
-        )
+        vouched = self.inverts_memory
+        return self._finish(before, start, projection, last, residual(x), mask, plan, after, vouched=vouched)
 
     def _finish(
         self,

@@ -22,6 +22,7 @@ from rwkv_rev.training.evaluation_settings import refuse_evaluations
 from rwkv_rev.training.objectives.objectives import objectives_of
 from rwkv_rev.training.plain_yaml import NotPlain, parse_yaml, read_yaml
 from rwkv_rev.training.records import FORMATS, TRAIN_ON, refuse_half_named
+from rwkv_rev.training.setting_bounds import LEAST, MOST
 from rwkv_rev.training.setting_types import as_type, described
 
 TUNE = ("full", "lora", "state")
@@ -239,11 +240,11 @@ class FinetuneConfig:
         for name, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{name} = {value} must be a finite number")
-        for name, most in _MOST.items():
+        for name, most in MOST.items():
             number = getattr(self, name)
             if number is not None and number != AUTO and number > most:
                 raise ConfigError(f"{name} = {number} must be at most {most}")
-        for name, least in _LEAST.items():
+        for name, least in LEAST.items():
             number = getattr(self, name)
             if number is not None and number != AUTO and number < least:
                 raise ConfigError(f"{name} = {number} must be at least {least}")
@@ -304,41 +305,6 @@ class FinetuneConfig:
             raise ConfigError(f"end_token = {self.end_token!r} must be auto, none or a token id")
 
 
-_LEAST: Mapping[str, int] = {
-    "context_length": 2,
-    "chunk_length": 1,
-    "batch_size": 1,
-    "grad_accum": 1,
-    "max_steps": 1,
-    "warmup": 0,
-    "weight_decay": 0,
-    "max_grad_norm": 0,
-    "lora_rank": 1,
-    "eval_every": 0,
-    "eval_tokens": 0,
-    "save_every": 0,
-    "save_total": 1,
-    "patience": 1,
-    "min_delta": 0,
-    "sample_tokens": 1,
-    "log_every": 1,
-    "num_workers": 1,
-    "seed": 0,
-}
-_MOST: Mapping[str, int] = {
-    "context_length": 2**40,
-    "chunk_length": 2**40,
-    "batch_size": 2**20,
-    "grad_accum": 2**40,
-    "max_steps": 2**40,
-    "warmup": 2**40,
-    "epochs": 2**20,
-    "lora_rank": 2**20,
-    "sample_tokens": 2**20,
-    "num_workers": 61,
-    "seed": 2**32 - 1,
-}
-"""A trillion tokens are more than any data holds; numpy's generators take seeds of 32 bits, Windows 61 processes."""
 _LENGTHS = ("context_length", "chunk_length", "eval_tokens")
 """Taken as ``16k`` or ``1m``, too."""
 _PATHS = ("model", "output", "tape_dir", "cache_dir", "resume", "chat_template")
