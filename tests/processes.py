@@ -120,13 +120,19 @@ def _one_rank(rank: int, work: Callable[[int], Any], world: int, folder: str) ->
     torch.distributed.destroy_process_group()
 
 
-def _command(arguments: list[str], streams: str, env: dict[str, str], module: str) -> None:
+def _command(
+    arguments: list[str], streams: str, env: dict[str, str], module: str, alone: bool = True
+) -> None:
+    """``alone`` where nobody else writes to ``streams``; a rank beside its launcher has a session of its own."""
     assert START_METHOD == "spawn" or "preloaded" in sys.modules, "the server swallows an ImportError"
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the tests were started by ignores
     os.environ.clear()
     os.environ.update(env)
+    if not alone:
+        os.setsid()
     for number, ending in ((1, "out"), (2, "err")):
-        file = os.open(f"{streams}.{ending}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        how = os.O_WRONLY | os.O_APPEND | (os.O_CREAT | os.O_TRUNC if alone else 0)
+        file = os.open(f"{streams}.{ending}", how)
         os.dup2(file, number)
         os.close(file)
     torch.set_num_threads(1)
@@ -135,6 +141,34 @@ def _command(arguments: list[str], streams: str, env: dict[str, str], module: st
 
         main(arguments)
     else:
+        if module.startswith("accelerate.") and START_METHOD == "forkserver":
+            _fork_workers(streams)
         sys.argv = [module, *arguments]
         sys.modules.pop(module, None)  # imported by the server
         runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _fork_workers(streams: str) -> None:
+    """What torch's launcher starts as ``python -u -m rwkv_rev.cli ...`` is forked from the server, too."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    subprocess_handler.SubprocessHandler._popen = lambda self, args, env: _Forked(streams, args, env)
+
+
+class _Forked:
+    """As much of ``subprocess.Popen`` as the launcher asks for."""
+
+    def __init__(self, streams: str, command: Sequence[str], env: dict[str, str]) -> None:
+        python, *module, subcommand = command[:5]
+        assert (python, module) == (sys.executable, ["-u", "-m", "rwkv_rev.cli"]), command
+        self.process = _context().Process(
+            target=_command, args=([subcommand, *command[5:]], streams, env, "rwkv_rev.cli", False)
+        )
+        self.process.start()
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float) -> None:
+        self.process.join(timeout)

@@ -38,7 +38,7 @@ def two_processes(
 ) -> subprocess.CompletedProcess[str]:
     """``torchrun`` or ``accelerate launch``, then ``-m rwkv_rev.cli finetune ...``, on the CPU with gloo.
 
-    What they start are fresh interpreters.
+    What torchrun starts are fresh interpreters; what accelerate does, by torchrun's own means, is forked.
     """
     module, *launch = [*LAUNCHERS[launcher], *(options if launcher == "accelerate" else ())]
     command = [*launch, "-m", "rwkv_rev.cli", "finetune", *arguments]
