@@ -18,7 +18,7 @@ layer. A *chunk* is a piece of the context; `full` and `reversible` are [strateg
 
 - **verdict**: `exact`: you can train in chunks, evaluate and generate. `in part`: some of that is refused or limited to
   `full`; the next columns say what, the notes below say why. `refused`: none of it.
-- **training**: `exact` is the gradient of `full`, under `reversible` and `checkpoint`, in 2, 3 and 4 chunks. Where a
+- **training**: `exact` is the gradient of `full`, under `reversible` and `checkpoint`, in 2 and in 4 chunks. Where a
   method draws random numbers in training, it is the gradient of what was drawn. `full only`: the strategies that cut
   the context refuse it.
 - **evaluation** of a text longer than a chunk: `in chunks`, in memory that does not grow with it, or in `one piece`.

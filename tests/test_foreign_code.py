@@ -31,8 +31,11 @@ def model_of(version: str = "5.2") -> RwkvRevForCausalLM:
 
 
 def assert_like_full(model: RwkvRevForCausalLM, **inputs: Any) -> Outcome:
-    """Both exact strategies, from two to four chunks, agree with ``full``, whose outcome at the longest it gives."""
-    for length in (10, 20, 27):
+    """Both exact strategies, in two and in four chunks, agree with ``full``, whose outcome at the longest it gives.
+
+    Four have all borders that three have: after a first chunk, between inner ones, before a last.
+    """
+    for length in (10, 27):
         full = differentiate(model, "full", input_ids=IDS[:, :length], **inputs)
         for strategy in ("checkpoint", "reversible"):
             assert_agree(

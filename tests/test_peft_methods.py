@@ -26,8 +26,8 @@ TOLERANCE = 1e-5
 """Relative RMS error per parameter; float64, in which exact states are rounded to some 1e-8."""
 ROUNDING = 1e-7
 """The same, of the whole gradient: that of a scalar is a sum in which nearly everything may cancel."""
-CUTS = (12, 8, 6)
-"""Chunk lengths: 2, 3 and 4 chunks, one more with virtual tokens."""
+CUTS = (12, 6)
+"""Chunk lengths: 2 and 4 chunks (which have all borders that 3 have), one more with virtual tokens."""
 STRATEGIES = ("reversible", "checkpoint")
 WHOLE = 64
 """A chunk length for one piece."""
