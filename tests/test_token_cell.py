@@ -120,8 +120,8 @@ def swept(cell: TokenCell, length: int, chunk: int, masked: bool, rows: int = 2)
 def test_hundreds_of_tokens_come_back_without_drift(kind: str, masked: bool) -> None:
     """Chunks so short that every token is stepped back: nothing is kept whole but where gates are 0."""
     torch.manual_seed(0)
-    swept(CELLS[kind](4, 3), 512, 4, masked)
-    swept(fill(CELLS[kind](4, 3), torch.Generator().manual_seed(3), torch.float32), 128, 1, masked)
+    swept(CELLS[kind](4, 3), 256, 4, masked, rows=4)
+    swept(fill(CELLS[kind](4, 3), torch.Generator().manual_seed(3), torch.float32), 64, 1, masked, rows=4)
 
 
 @pytest.mark.slow
