@@ -6,12 +6,14 @@ import mmap
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from rwkv_rev.benchmark import kernels
 from rwkv_rev.benchmark.conversion import conversion_rows
 from rwkv_rev.benchmark.cpu_compare import cpu_rows
 from rwkv_rev.benchmark.environment import environment
@@ -140,7 +142,8 @@ def test_conversion_rows(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_kernel_rows() -> None:
+def test_kernel_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "errors", partial(kernels.errors, tokens=128))
     heads = [(function, (1, 40, 2, 8), torch.float32) for function in ("wkv5", "wkv6", "wkv7")]
     rows = kernel_rows(CPU, shapes=[*heads, ("wkv4", (2, 40, 16), torch.float32)])
     assert [row["kernel"] for row in rows] == ["chunked"] * 12
