@@ -1,6 +1,6 @@
 """What the server of :mod:`processes` imports before it forks: every library that a command imports sooner or later.
 
-Imports alone. Whatever computes may start threads, which do not live on in what is forked.
+Imports, and a table of patterns. Whatever computes may start threads, which do not live on in what is forked.
 """
 # ruff: noqa: F401
 
@@ -15,10 +15,12 @@ import PIL.Image
 import pydantic
 import torch.distributed.fsdp
 import torch.distributed.run
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import rwkv_rev.cli
 import rwkv_rev.modeling
 import rwkv_rev.training.finetune
 
+get_checkpoint_conversion_mapping("")  # compiles patterns of all models, which loading any of them asks for
 PIL.Image.init()  # imports its file formats
 gc.freeze()  # what is forked need not look here for garbage

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rwkv_rev.training.callbacks import read_log
 
-STEPS = 8
+STEPS = 6
 KILLS = int(os.environ.get("RWKV_REV_KILLS", "1"))
 OF_THIS_MACHINE = {"seconds", "tokens_per_second", "memory_bytes"}
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
