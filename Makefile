@@ -22,6 +22,9 @@ bin = $(VENV)/bin
 endif
 pip = $(bin)/python -m pip install --quiet
 
+# What each of the tests' processes compiles, the others would compile again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-newest test-oldest test-peers timing lint lock format clean
 .DEFAULT_GOAL := test
 
