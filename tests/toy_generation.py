@@ -67,7 +67,12 @@ class TimeMixToy(ShiftedCell):
         return Additive.of(memory)
 
     def advance_memory(
-        self, memory: Additive, contribution: Tensor, mask: ChunkMask | None, plan: Any
+        self,
+        memory: Additive,
+        projection: Projection,
+        contribution: Tensor,
+        mask: ChunkMask | None,
+        plan: Any,
     ) -> tuple[Additive, NoRemnant]:
         return memory.advance(contribution)
 

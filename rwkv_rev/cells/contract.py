@@ -160,6 +160,8 @@ class ReversibleCell(nn.Module, ABC):
     Attributes:
         shifts: how many of the state's parts, and of a remnant's tensors, are token shifts; they stand first.
         reads_beside: whether its input is the whole stream, not the residual alone.
+        lifts: whether :meth:`exact` makes a memory of the kind whose remnant is smaller and takes longer, where the
+            cell has two; sweeps set it.
         layer: index of the block the cell is in; only its initialisation and messages depend on it.
         undividable: why a memory has no form that :meth:`lossy` could give, in words for people.
         inverts_memory: whether :meth:`retreat` computes the memory before a chunk from the one after it, so that the
@@ -171,6 +173,7 @@ class ReversibleCell(nn.Module, ABC):
     layer: int = 0
     shifts: int = 0
     reads_beside: bool = False
+    lifts: bool = False
     undividable: str = "this one (RWKV-4's, say, which is forgotten within a few tokens)"
     inverts_memory: bool = False
     norms_of_tokens: tuple[str, ...] = ()

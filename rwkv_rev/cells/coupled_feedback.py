@@ -160,7 +160,7 @@ class CoupledFeedback(ShiftedCell):
         projection = self._fed(x, fed.out)
         seen, contribution = self.compute(projection, self.values(state).memory, mask, plan.memory)
         out = self.output_of(projection, seen)
-        memory, remnant = self.advance_memory(state.memory, contribution, mask, plan.memory)
+        memory, remnant = self.advance_memory(state.memory, projection, contribution, mask, plan.memory)
         after = ExactFeedbackState(fed.state, memory)
         return Advanced(after, out, FeedbackRemnant(remnant), _print(fed.print, contribution))
 
@@ -214,7 +214,9 @@ class CoupledFeedback(ShiftedCell):
         handed_on = fed.handed_on
         if after is not None and after.memory is not None:
             with torch.no_grad():
-                left, _ = self.advance_memory(state.memory, contribution.detach(), mask, plan.memory)
+                left, _ = self.advance_memory(
+                    state.memory, projection, contribution.detach(), mask, plan.memory
+                )
                 handed_on = handed_on & (left.fingerprint() == after.memory.fingerprint()).all()
         return Replay(state, out, start, end, _print(fed.print, contribution), handed_on)
 

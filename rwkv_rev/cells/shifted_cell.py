@@ -176,7 +176,7 @@ class ShiftedCell(ReversibleCell):
         return torch.float32
 
     def advance_memory(
-        self, memory: Any, contribution: Any, mask: ChunkMask | None, plan: Any
+        self, memory: Any, projection: Any, contribution: Any, mask: ChunkMask | None, plan: Any
     ) -> tuple[Any, Any]:
         """The exact memory after the chunk and its remnant."""
         return None, None
@@ -274,7 +274,7 @@ class ShiftedCell(ReversibleCell):
         mixed = token_mixes(x, state.shift, mask, self.mixes(), as_they_are=self.mixes_are_tokens)
         projection = self.project(*mixed, *further)
         read, contribution = self.compute(projection, values.memory, mask, plan.memory)
-        memory, remnant = self.advance_memory(state.memory, contribution, mask, plan.memory)
+        memory, remnant = self.advance_memory(state.memory, projection, contribution, mask, plan.memory)
         return Advanced(
             ExactShiftedState(shift, memory),
             joined(self.output_of(projection, read), self.handed_up(projection)),
@@ -358,7 +358,7 @@ class ShiftedCell(ReversibleCell):
         handed_on = None
         if after is not None:
             update = None if vouched else contribution
-            handed_on = self._handed_on(state.memory, update, shift.detach(), after, mask, plan)
+            handed_on = self._handed_on(state.memory, projection, update, shift.detach(), after, mask, plan)
         end, stream = (
             ShiftedState(shift, memory),
             joined(self.output_of(projection, read), self.handed_up(projection)),
@@ -369,6 +369,7 @@ class ShiftedCell(ReversibleCell):
     def _handed_on(
         self,
         memory: Any,
+        projection: Any,
         contribution: Any,
         shift: Tensor,
         after: ExactShiftedState,
@@ -378,7 +379,7 @@ class ShiftedCell(ReversibleCell):
         """Whether the next chunk's y, and its memory if there is a contribution, are what this chunk leaves; bool."""
         left = None
         if contribution is not None and after.memory is not None:
-            left, _ = self.advance_memory(memory, contribution, mask, plan.memory)
+            left, _ = self.advance_memory(memory, projection, contribution, mask, plan.memory)
         return self.is_left(ExactShiftedState(shift, left), after)
 
     def _documents(

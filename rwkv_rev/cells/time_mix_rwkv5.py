@@ -166,7 +166,12 @@ class TimeMixRwkv5(ShiftedCell):
         return torch.float64 if self.time_decay.dtype == torch.float64 else torch.float32
 
     def advance_memory(
-        self, memory: FixedPoint, contribution: Tensor, mask: ChunkMask | None, plan: MemoryPlan
+        self,
+        memory: FixedPoint,
+        projection: TimeProjection,
+        contribution: Tensor,
+        mask: ChunkMask | None,
+        plan: MemoryPlan,
     ) -> tuple[FixedPoint, MemoryRemnant]:
         return memory.advance(contribution, None if mask is None else mask.count, plan.reversal)
 

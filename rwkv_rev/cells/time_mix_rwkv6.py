@@ -163,7 +163,12 @@ class TimeMixRwkv6(ShiftedCell):
         return torch.float64 if self.decay_base.dtype == torch.float64 else torch.float32
 
     def advance_memory(
-        self, memory: DataDecayed, contribution: Contribution, mask: ChunkMask | None, plan: None
+        self,
+        memory: DataDecayed,
+        projection: TimeProjection,
+        contribution: Contribution,
+        mask: ChunkMask | None,
+        plan: None,
     ) -> tuple[DataDecayed, DataRemnant]:
         update, log_factor = contribution
         return memory.advance(update, None, _decay(log_factor))

@@ -17,7 +17,7 @@ factor, so that there is no fixed point to divide in, and it can be singular: wi
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,12 @@ from torch import Tensor, nn
 
 from rwkv_rev.cells.gates import norm_and_gate
 from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.cells.shifted_cell import ShiftedCell, ShiftedRemnant
 from rwkv_rev.cells.time_mix_rwkv4 import wide
-from rwkv_rev.cells.whole_memory import WholeMemoryCell
-from rwkv_rev.wkv import wkv7
+from rwkv_rev.reversal.lifting import Lifted, LiftingPlan, Transition
+from rwkv_rev.reversal.memory import Memory
+from rwkv_rev.reversal.whole import Whole
+from rwkv_rev.wkv import wkv7, wkv7_transition
 
 FASTEST_DECAY = math.exp(-0.5)
 """-log w is below it."""
@@ -54,7 +57,7 @@ class TimeProjection(NamedTuple):
     gate: Tensor  # [B, C, D]
 
 
-class TimeMixRwkv7(WholeMemoryCell):
+class TimeMixRwkv7(ShiftedCell):
     """The recurrent half of an RWKV-7 block; memory [B, H, N, N] (key index first), float32 or wider.
 
     Args:
@@ -151,6 +154,9 @@ class TimeMixRwkv7(WholeMemoryCell):
     def handed_up(self, projection: TimeProjection) -> tuple[Tensor, ...]:
         return (projection.value.flatten(2),) if self.makes_first else ()
 
+    def memory_plan(self, length: int) -> LiftingPlan | None:
+        return LiftingPlan() if self.lifts else None
+
     def compute(
         self, projection: TimeProjection, memory: Tensor | None, mask: ChunkMask | None, plan: None = None
     ) -> tuple[Tensor, Tensor]:
@@ -168,3 +174,55 @@ class TimeMixRwkv7(WholeMemoryCell):
         out = norm_and_gate(self.ln_x, read, None, receptance.dtype) + own.flatten(2)
         mapped: Tensor = self.output((out * gate).to(receptance.dtype))
         return mapped
+
+    def update(
+        self, memory: Tensor | None, projection: TimeProjection, contribution: Tensor, mask: ChunkMask | None
+    ) -> Tensor:
+        return contribution
+
+    @property
+    def inverts_memory(self) -> bool:  # type: ignore[override]
+        return self.lifts
+
+    def exact_memory(self, memory: Tensor) -> Memory:
+        return Lifted.of(memory) if self.lifts else Whole(memory)
+
+    def memory_dtype(self) -> torch.dtype:
+        return torch.float64 if self.decay_base.dtype == torch.float64 else torch.float32
+
+    def advance_memory(
+        self,
+        memory: Any,
+        projection: TimeProjection,
+        contribution: Tensor,
+        mask: ChunkMask | None,
+        plan: LiftingPlan | None,
+    ) -> tuple[Any, Any]:
+        if plan is None:
+            return memory.advance(contribution)
+        return memory.advance(_transition(projection, mask), plan)
+
+    def divided_by(self, remnant: ShiftedRemnant) -> Tensor | None:
+        """The singular values of the transition: what they are below one is what it destroys."""
+        if not self.lifts:
+            return None
+        factors: Tensor = torch.linalg.svdvals(remnant.memory.matrix.double())
+        return factors.clamp(max=1)
+
+    def retreat_memory(
+        self,
+        memory: Any,
+        projection: TimeProjection,
+        mask: ChunkMask | None,
+        remnant: Any,
+        plan: LiftingPlan | None,
+    ) -> Any:
+        if plan is None:
+            return Whole(remnant.before)
+        return memory.retreat(_transition(projection, mask), remnant)
+
+
+def _transition(projection: TimeProjection, mask: ChunkMask | None) -> Transition:
+    receptance, key, value, log_decay, removal, rate, _ = projection
+    valid = None if mask is None else mask.valid
+    return Transition(*wkv7_transition(receptance, key, value, log_decay, removal, rate, valid))

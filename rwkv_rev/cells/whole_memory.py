@@ -21,7 +21,7 @@ class WholeMemoryCell(ShiftedCell):
         return Whole(memory)
 
     def advance_memory(
-        self, memory: Whole, contribution: Tensor, mask: ChunkMask | None, plan: None
+        self, memory: Whole, projection: Any, contribution: Tensor, mask: ChunkMask | None, plan: None
     ) -> tuple[Whole, WholeRemnant]:
         return memory.advance(contribution)
 

@@ -120,6 +120,20 @@ class FixedPoint:
         after = unit.mul_(shrink).round_().add_(decayed).to(torch.int32)
         return FixedPoint(after, exponent), decayed.to(torch.int32), raised
 
+    def units(self, contribution: Tensor) -> Tensor:
+        """A contribution [B, H, N, N] in units of the grid, float64."""
+        return contribution.double() * _power(-self.exponent)
+
+    def nearest(self, units: Tensor) -> tuple["FixedPoint", Tensor]:
+        """The state nearest to ``units`` of this grid [B, H, N, N], float64, and the heads [B, H] that rose for it."""
+        largest = units.abs().amax(dim=(2, 3))
+        raised = ~(largest <= LARGEST)  # NaN too
+        exponent = torch.where(raised, self.exponent + _exponent_for(largest), self.exponent).clamp(
+            max=NON_FINITE
+        )
+        mantissa = (units * _power(self.exponent - exponent)).round_().to(torch.int32)
+        return FixedPoint(mantissa, exponent), raised
+
     def forgotten(self, kept: Tensor, decay: Tensor) -> Tensor:
         """rho = S - base(D), int32, where no grid rose; ``kept`` is D."""
         return _base(kept.double(), decay).neg_().add_(self.mantissa).to(torch.int32)

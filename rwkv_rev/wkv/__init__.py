@@ -14,6 +14,7 @@ from rwkv_rev.wkv.dispatch import (
     wkv6,
     wkv6_contribution,
     wkv7,
+    wkv7_transition,
 )
 from rwkv_rev.wkv.naive import EMPTY_EXPONENT
 
@@ -32,4 +33,5 @@ __all__ = [
     "wkv6",
     "wkv6_contribution",
     "wkv7",
+    "wkv7_transition",
 ]

@@ -25,6 +25,7 @@ hand, and cannot be differentiated again.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -51,11 +52,37 @@ def wkv7(
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RWKV-7; arguments and results as in :func:`rwkv_rev.wkv.wkv7`."""
-    if mask is not None:
-        unused = ~mask[..., None, None]
-        r, k, removal, log_decay = (x.masked_fill(unused, 0) for x in (r, k, removal, log_decay))
+    r, k, removal, log_decay = _unmasked(mask, r, k, removal, log_decay)
     out, after = _Wkv7.apply(r, k, v, log_decay, removal, rate, state.to(arithmetic_dtype(k)))
     return out, after
+
+
+def wkv7_transition(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    removal: Tensor,
+    rate: Tensor,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """P and U as in :func:`rwkv_rev.wkv.wkv7_transition`: the recurrence from [1 | 0] with the values [0 | v].
+
+    In float64, so that a state that goes through P is no less precise than by :func:`wkv7` in float32.
+    """
+    r, k, removal, log_decay = _unmasked(mask, r, k, removal, log_decay)
+    p = _Pieces.of(*(x.double() for x in (r, k, v, log_decay, removal, rate)))
+    size = k.shape[-1]
+    values = torch.cat([torch.zeros_like(p.values), p.values], -1)
+    state = values.new_zeros(*values.shape[1:3], size, 2 * size)
+    state[..., :size] = torch.eye(size, dtype=state.dtype, device=state.device)
+    transition, update = _scan(p, values, state)[-1].split(size, -1)
+    return transition.contiguous(), update.contiguous()
+
+
+def _unmasked(mask: Tensor | None, *tokens: Tensor) -> Sequence[Tensor]:
+    """Zeros where a token is masked: w is 1 there, and nothing is taken out or written."""
+    return tokens if mask is None else [x.masked_fill(~mask[..., None, None], 0) for x in tokens]
 
 
 class _Pieces(NamedTuple):
@@ -124,6 +151,20 @@ def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
+def _scan(p: _Pieces, values: Tensor, state: Tensor) -> Tensor:
+    """The states [J + 1, B, H, N, M] before and after each sub-chunk; in ``values`` [.., 2 n, M], X becomes u."""
+    states = state.new_empty(len(values) + 1, *state.shape)
+    states[0].copy_(state)
+    rows = (p.of_state, p.ends, p.to_end.mT, values, _halves(values)[0])
+    steps = zip(*(x.flatten(1, 2).unbind(0) for x in rows), strict=True)
+    places = states.flatten(1, 2).unbind(0)
+    for j, (of_state, end, to_end, written, u) in enumerate(steps):
+        u.baddbmm_(of_state, places[j])
+        torch.mul(end, places[j], out=places[j + 1])
+        places[j + 1].baddbmm_(to_end, written)
+    return states
+
+
 def _earlier(length: int, like: Tensor) -> Tensor:
     """One where a read comes after a write: Z of earlier tokens alone, R of its own token, too."""
     square = torch.ones(length, length, dtype=like.dtype, device=like.device)
@@ -143,16 +184,8 @@ class _Wkv7(torch.autograd.Function):
         state: Tensor,
     ) -> tuple[Tensor, Tensor]:
         p = _Pieces.of(r, k, v, log_decay, removal, rate)
-        states = state.new_empty(len(p.values) + 1, *state.shape)
-        states[0].copy_(state)
+        states = _scan(p, p.values, state)
         removed, _ = _halves(p.values)
-        rows = (p.of_state, p.ends, p.to_end.mT, p.values, removed)
-        steps = zip(*(x.flatten(1, 2).unbind(0) for x in rows), strict=True)
-        places = states.flatten(1, 2).unbind(0)
-        for j, (of_state, end, to_end, values, u) in enumerate(steps):
-            u.baddbmm_(of_state, places[j])
-            torch.mul(end, places[j], out=places[j + 1])
-            places[j + 1].baddbmm_(to_end, values)
         starts = states[:-1]
         kept = removed.clone() if any(ctx.needs_input_grad) else None
         ctx.save_for_backward(r, k, v, log_decay, removal, rate, starts, kept)

@@ -243,6 +243,34 @@ def wkv7(
     return _run("wkv7", kernel, r, k, v, log_decay, removal, rate, state, _as_bool(mask))
 
 
+def wkv7_transition(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    removal: Tensor,
+    rate: Tensor,
+    mask: Tensor | None = None,
+    *,
+    kernel: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What a chunk of :func:`wkv7` does to any state, without graph: ``P @ state + U``, up to rounding.
+
+    The same call gives the same bits. A row without valid tokens has the unit matrix and zeros, exactly.
+
+    Args:
+        r: changes nothing but the precision, which is that of :func:`wkv7` for the same arguments.
+
+    Returns:
+        P and U, [B, H, N, N] each.
+    """
+    batch, tokens, *_ = _shape(k, 4, "k")
+    _expect(**{name: (x, k.shape) for name, x in (("r", r), ("v", v), ("log_decay", log_decay))})
+    _expect(removal=(removal, k.shape), rate=(rate, k.shape), mask=(mask, (batch, tokens)))
+    with torch.no_grad():
+        return _run("wkv7_transition", kernel, r, k, v, log_decay, removal, rate, _as_bool(mask))
+
+
 def decayed(
     state: Tensor, contribution: Tensor, log_decay: Tensor, tokens: int, counts: Tensor | None = None
 ) -> Tensor:

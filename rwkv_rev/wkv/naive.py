@@ -167,6 +167,23 @@ def wkv7(
     return torch.stack(outputs, 1), state
 
 
+def wkv7_transition(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    removal: Tensor,
+    rate: Tensor,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What the chunk makes of the unit matrix without values, and of nothing; see :mod:`rwkv_rev.wkv.dispatch`."""
+    batch, _, heads, size = k.shape
+    one = torch.eye(size, dtype=arithmetic_dtype(k), device=k.device).expand(batch, heads, size, size)
+    _, transition = wkv7(r, k, torch.zeros_like(v), log_decay, removal, rate, one, mask)
+    _, update = wkv7(r, k, v, log_decay, removal, rate, torch.zeros_like(one), mask)
+    return transition, update
+
+
 def _steps(k: Tensor, v: Tensor, log_decay: Tensor, mask: Tensor | None) -> list[tuple[Tensor, Tensor]]:
     """Per token the state's decay [1 or B, H, N, 1] and k^T v [B, H, N, N]; one and zero where masked."""
     dtype = arithmetic_dtype(k)

@@ -464,16 +464,44 @@ def wkv7(
     Raises:
         KernelError: another dtype or a larger head.
     """
-    size = k.shape[-1]
+    tokens, valid = _accepted((r, k, v, log_decay, removal, rate), mask)
+    return _WKV7.apply(*tokens, state.float().contiguous(), valid)
+
+
+def wkv7_transition(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    removal: Tensor,
+    rate: Tensor,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """P and U [B, H, N, N] as in :func:`rwkv_rev.wkv.wkv7_transition`, float32; raises as :func:`wkv7` does."""
+    tokens, valid = _accepted((r, k, v, log_decay, removal, rate), mask)
+    batch, _, heads, size = k.shape
+    with torch.cuda.device_of(k):
+        launch = _Launcher(tokens, valid)
+        factors, prepared, _ = launch.prepare(*tokens)
+        nothing = launch.empty(batch, heads, size, size).zero_()
+        one = torch.eye(size, device=k.device).expand_as(nothing).contiguous()
+        without = torch.zeros_like(prepared.states)
+        transition = launch.scan(factors.ends, prepared, without, one, reverse=False)
+        update = launch.scan(factors.ends, prepared, prepared.states, nothing, reverse=False)
+    return transition, update
+
+
+def _accepted(given: Sequence[Tensor], mask: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+    """The tokens and the mask as kernels take them."""
+    size = given[1].shape[-1]
     if size > MAX_HEAD_SIZE:
         raise KernelError(
             f'the triton kernel takes head sizes up to {MAX_HEAD_SIZE}, not {size}; use kernel="chunked"'
         )
-    tokens = [x.contiguous() for x in (r, k, v, log_decay, removal, rate)]
+    tokens = [x.contiguous() for x in given]
     for x in tokens:
         if x.dtype not in DTYPES:
             raise KernelError(
                 f'the triton kernel takes bfloat16, float16 and float32, not {x.dtype}; use kernel="chunked"'
             )
-    valid = None if mask is None else mask.contiguous()
-    return _WKV7.apply(*tokens, state.float().contiguous(), valid)
+    return tokens, None if mask is None else mask.contiguous()
