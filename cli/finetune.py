@@ -47,6 +47,9 @@ def finetune(
         Text, typer.Option(help="auto, full, checkpoint, reversible, truncated, ...  [auto]")
     ] = None,
     tape: Annotated[Text, typer.Option(help="host, device or disk.  [host]")] = None,
+    remnants: Annotated[
+        Text, typer.Option(help="What the tape keeps of RWKV-7's states: auto, whole, lifted.  [auto]")
+    ] = None,
     batch_size: Annotated[
         Number, typer.Option(parser=whole(), metavar="N", help="Rows at once per process.  [1]")
     ] = None,

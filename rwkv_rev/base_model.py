@@ -341,6 +341,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
             chunk_length=size,
             tape=bptt.tape,
             tape_dir=bptt.tape_dir,
+            remnants=bptt.remnants,
             at_once=self.tokens_at_once(size, batch, length),
         )
         assert isinstance(strategy, TwoSweeps)

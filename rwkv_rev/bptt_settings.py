@@ -15,6 +15,7 @@ from rwkv_rev.printable import shortened
 BPTT_STRATEGIES = ("auto", "full", "checkpoint", "reversible", "reversible-lossy", "truncated")
 TAPES = ("host", "device", "disk")
 HIDDEN_STATES = ("device", "host")
+REMNANTS = ("auto", "whole", "lifted")
 AUTO = "auto"
 """The chunk length that :mod:`rwkv_rev.chunk_length` chooses."""
 CHUNK_LENGTH = 1024
@@ -34,9 +35,12 @@ class BpttSettings:
         tape_dir: folder of the ``disk`` tape; the system's temporary folder when None.
         hidden_states: where those are, and the gradient by them, that a loss of one's own is computed from: on the
             ``device`` or in ``host`` memory.
+        remnants: of memories that can be kept in two ways, RWKV-7's: ``lifted``, what a chunk forgets, by integer
+            lifting (:mod:`rwkv_rev.reversal.lifting`), for ``reversible`` and to the same bits for ``checkpoint``; or
+            the ``whole`` state. ``auto`` is ``whole``.
 
     Raises:
-        StrategyError: for a strategy, tape, length or folder that does not exist.
+        StrategyError: for a strategy, tape, length, kind of remnants or folder that does not exist.
     """
 
     strategy: str = "auto"
@@ -44,12 +48,14 @@ class BpttSettings:
     tape: str = "host"
     tape_dir: str | None = None
     hidden_states: str = "device"
+    remnants: str = "auto"
 
     def __post_init__(self) -> None:
         for field, value, known in (
             ("bptt", self.strategy, BPTT_STRATEGIES),
             ("tape", self.tape, TAPES),
             ("hidden_states", self.hidden_states, HIDDEN_STATES),
+            ("remnants", self.remnants, REMNANTS),
         ):
             if value not in known:
                 raise StrategyError(f"{field} = {value!r} does not exist; use one of {', '.join(known)}")

@@ -164,6 +164,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
         tape: str | None = None,
         tape_dir: str | None = None,
         hidden_states: str | None = None,
+        remnants: str | None = None,
     ) -> BpttSetting:
         """Choose the gradient strategy; also a context manager that puts the old one back.
 
@@ -177,6 +178,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
             hidden_states: ``device`` or ``host``, where the hidden states for a loss of your own are, and the gradient
                 by them; unchanged when None. Under ``host`` those of ``model.model`` are a CPU tensor wherever they
                 have a gradient: cut them with ``split``, and give the head one piece after another, on its device.
+            remnants: ``auto``, ``whole`` or ``lifted``, what the tape keeps of RWKV-7's states; unchanged when None.
 
         Raises:
             StrategyError: for a name or length that does not exist.
@@ -187,6 +189,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
             "tape": tape,
             "tape_dir": tape_dir,
             "hidden_states": hidden_states,
+            "remnants": remnants,
         }
         chosen = {name: value for name, value in given.items() if value is not None}
         return BpttSetting(self.model, chosen)
@@ -373,6 +376,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
             chunk_length=size,
             tape=bptt.tape,
             tape_dir=bptt.tape_dir,
+            remnants=bptt.remnants,
             at_once=self.model.tokens_at_once(size, *inputs.targets.shape),
         )
         result = strategy.loss(self, inputs)

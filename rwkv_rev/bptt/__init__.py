@@ -24,6 +24,7 @@ def choose_strategy(
     chunk_length: int | str,
     tape: str = "host",
     tape_dir: str | None = None,
+    remnants: str = "auto",
     at_once: int | None = None,
 ) -> Strategy:
     """The strategy called ``name`` for a context of ``length`` tokens.
@@ -41,7 +42,7 @@ def choose_strategy(
     if name not in STRATEGIES:
         raise StrategyError(f"bptt = {name!r} does not exist; use auto, {', '.join(STRATEGIES)}")
     kind = STRATEGIES[name]
-    return kind(at_once if at_once and kind.joins_chunks else chunk_length, tape, tape_dir)
+    return kind(at_once if at_once and kind.joins_chunks else chunk_length, tape, tape_dir, remnants)
 
 
 __all__ = ["STRATEGIES", "LossInputs", "LossResult", "Strategy", "choose_strategy"]

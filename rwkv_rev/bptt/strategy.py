@@ -216,6 +216,7 @@ class Strategy(ABC):
         chunk_length: C, tokens per chunk.
         tape: ``host``, ``device`` or ``disk``; only strategies that keep something between chunks use it.
         tape_dir: folder of the ``disk`` tape.
+        remnants: ``whole``, ``lifted`` or ``auto`` (:class:`rwkv_rev.bptt_settings.BpttSettings`).
 
     Attributes:
         joins_chunks: whether small chunks may be run several at once: the gradient is the same.
@@ -224,10 +225,13 @@ class Strategy(ABC):
     name: str
     joins_chunks = False
 
-    def __init__(self, chunk_length: int, tape: str = "host", tape_dir: str | None = None) -> None:
+    def __init__(
+        self, chunk_length: int, tape: str = "host", tape_dir: str | None = None, remnants: str = "auto"
+    ) -> None:
         self.chunk_length = chunk_length
         self.tape = tape
         self.tape_dir = tape_dir
+        self.remnants = remnants
 
     @abstractmethod
     def loss(self, model: LanguageModel, inputs: LossInputs) -> LossResult:

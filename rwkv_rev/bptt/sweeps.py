@@ -136,9 +136,10 @@ class TwoSweeps(Strategy):
         self, model: LanguageModel, inputs: LossInputs, parameters: list[Tensor], found: Strangers, tape: Tape
     ) -> Sweep:
         """What both sweeps go through, before the first chunk; for the model's own loss."""
-        self.begin(model, inputs)
         for block in model.blocks:
+            block.lift(self.remnants == "lifted")
             block.refuse_changing()
+        self.begin(model, inputs)
         chunks = inputs.chunks(self.chunk_length)
         plans = {
             length: [block.plan(length) for block in model.blocks] for length in {c.length for c in chunks}

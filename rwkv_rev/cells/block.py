@@ -141,6 +141,11 @@ class ResidualBlock(nn.Module):
         """The cells' plans for chunks of ``length`` tokens, while the weights stay as they are."""
         return tuple(cell.plan(length) for cell in self.cells)
 
+    def lift(self, wanted: bool) -> None:
+        """Choose the kind of memory of cells that have two (:meth:`.ReversibleCell.lift`)."""
+        for cell in self.cells:
+            cell.lift(wanted)
+
     def refuse_changing(self) -> None:
         """Refuse weights that would be others at each look (:meth:`.ReversibleCell.refuse_changing`)."""
         for cell in self.cells:

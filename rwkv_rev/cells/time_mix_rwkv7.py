@@ -180,6 +180,9 @@ class TimeMixRwkv7(ShiftedCell):
     ) -> Tensor:
         return contribution
 
+    def lift(self, wanted: bool) -> None:
+        self.lifts = wanted
+
     @property
     def inverts_memory(self) -> bool:  # type: ignore[override]
         return self.lifts

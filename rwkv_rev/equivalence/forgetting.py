@@ -2,11 +2,12 @@
 
 A model reads the text in chunks, as the first sweep of ``reversible`` does, and every chunk's record is counted:
 
-    remnants   what lies on the tape for the memories. Whole states where nothing could be divided out (RWKV-4 and 7);
-               where a memory decays elementwise, its remnant: bits that are known beforehand (RWKV-5), or
-               that follow from the text (RWKV-6)
-    theory     what decay destroys, ``log2(1/w)`` bits per token and element, at most the element's 32 per chunk (MacKay
-               et al. 2018, "Reversible Recurrent Neural Networks", section 3); unknown where there is no such decay
+    remnants   what lies on the tape for the memories. Whole states where nothing is inverted (RWKV-4); else what a
+               chunk forgets: bits that are known beforehand (RWKV-5), or that follow from the text (RWKV-6, and RWKV-7
+               with ``remnants="lifted"``)
+    theory     what that is at least, ``log2(1/w)`` bits per token and element of a decay, at most the element's 32 per
+               chunk (MacKay et al. 2018, "Reversible Recurrent Neural Networks", section 3); of a transition the same of
+               its singular values; unknown where there is neither
     whole      states at the same boundaries, what ``checkpoint`` keeps: 32 bits a number, where a cell has no other
                format
     tape       all of it: remnants, token shifts, fingerprints and widths
@@ -47,7 +48,7 @@ class Kept:
 
     Attributes:
         remnants, whole: bits on the tape, and of whole states.
-        theory: bits that decay destroyed; None where a memory does not decay elementwise.
+        theory: bits that decays and transitions destroyed; None where they are not known.
         shifts: bytes of carried token shifts.
         element_steps: elements of the memories, times tokens.
     """
@@ -151,14 +152,19 @@ class ChunkForgetting:
 
 @dataclass(frozen=True)
 class Forgetting:
-    """What reversal must keep of a text: ``chunks`` by chunk length; ``tokens`` were read."""
+    """What reversal must keep of a text: ``chunks`` by chunk length; ``tokens`` were read.
+
+    ``lifted``: remnants are those of ``remnants="lifted"``.
+    """
 
     tokens: int
     chunks: tuple[ChunkForgetting, ...]
+    lifted: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {"tokens": self.tokens, "chunks": [chunk.to_dict() for chunk in self.chunks]}
+        chunks = [chunk.to_dict() for chunk in self.chunks]
+        return {"tokens": self.tokens, "lifted": self.lifted, "chunks": chunks}
 
 
 @checked
@@ -216,7 +222,7 @@ def measure_forgetting(
     """The same of ``ids`` [T], by a model in eval mode; chunks that are not whole are left out."""
     with Progress("reading", len(ids) * len(chunk_lengths), "tokens", wanted=progress) as shown:
         found = tuple(_in_chunks(model, ids, chunk, shown) for chunk in chunk_lengths)
-    return Forgetting(len(ids), found)
+    return Forgetting(len(ids), found, any(cell.lifts for block in model.blocks for cell in block.cells))
 
 
 @torch.no_grad()
@@ -224,6 +230,8 @@ def _in_chunks(model: RwkvRevForCausalLM, ids: Tensor, chunk: int, shown: Progre
     whole = ids[None, : len(ids) // chunk * chunk]
     inputs = LossInputs(whole, None, None, whole, 1.0, model.model.initial_state(1))
     blocks, strategy = model.blocks, Reversible(chunk)
+    for block in blocks:
+        block.lift(True)
     plans = [block.plan(chunk) for block in blocks]
     states = [block.exact(inputs.state.layer(i)) for i, block in enumerate(blocks)]
     layers, tape_bytes = [Kept() for _ in blocks], 0

@@ -57,10 +57,7 @@ class ReversalCheck:
         context: T, tokens. chunk: C, tokens per chunk. boundaries: how many states were rebuilt, per layer.
         mismatch: the first state that did not come back to the bit, in words; None when all did.
         counted: tokens of all chunks but the first, to which the following belong.
-        used_bits: of memory remnants on the tape. theory_bits: what the decays destroyed; None where a memory does
-            not decay elementwise.
-        whole_bits: of whole memories at the same boundaries.
-        shift_bytes: of carried token shifts. tape_bytes: all that lay on the tape, fingerprints too.
+        layers: what each layer kept. tape_bytes: all that lay on the tape, fingerprints too.
         drift: plain division in float32 and float64 on the model's decays; empty where no constant decays divide.
     """
 
@@ -69,12 +66,34 @@ class ReversalCheck:
     boundaries: int
     mismatch: str | None
     counted: int
-    used_bits: int
-    theory_bits: float | None
-    whole_bits: int
-    shift_bytes: int
+    layers: tuple[Kept, ...]
     tape_bytes: int
     drift: tuple[DriftRow, ...]
+
+    @property
+    def total(self) -> Kept:
+        """Of all layers."""
+        return sum(self.layers, Kept())
+
+    @property
+    def used_bits(self) -> int:
+        """Of memory remnants on the tape."""
+        return self.total.remnants
+
+    @property
+    def theory_bits(self) -> float | None:
+        """What decays and transitions destroyed; None where it is not known."""
+        return self.total.theory
+
+    @property
+    def whole_bits(self) -> int:
+        """Of whole memories at the same boundaries."""
+        return self.total.whole
+
+    @property
+    def shift_bytes(self) -> int:
+        """Of carried token shifts."""
+        return self.total.shifts
 
     @property
     def passed(self) -> bool:
@@ -98,7 +117,7 @@ class ReversalCheck:
             "tape_bytes": self.tape_bytes,
             "tape_bytes_per_token": self.bytes_per_token,
             "shift_bytes": self.shift_bytes,
-            "memory_bits": {"used": self.used_bits, "theory": self.theory_bits, "whole": self.whole_bits},
+            "memory_bits": _bits(self.total) | {"layers": [_bits(layer) for layer in self.layers]},
             "division_drift": [
                 {
                     "steps": row.steps,
@@ -128,7 +147,7 @@ class ReversalCheck:
         ]
         lines = [line for text in prose for line in wrapped(text)]
         if not self.drift:
-            return lines
+            return lines + self._by_layer()
         lines += wrapped(
             "without remnants, by plain division (relative error in the median channel; channels with nothing left):"
         )
@@ -140,6 +159,23 @@ class ReversalCheck:
                 (f"{row.median:.1e}", f"{100 * row.lost:.0f} %")
             )
         return [*lines, *aligned(header, list(by_step.values()))]
+
+    def _by_layer(self) -> list[str]:
+        """A table of memories whose remnants follow from the text."""
+        if self.theory_bits is None or not self.whole_bits:
+            return []
+        rows = [
+            [str(number), *(f"{bits * self.chunk / max(1, layer.element_steps):.2f}" for bits in _bits(layer).values())]
+            for number, layer in enumerate(self.layers)
+        ]
+        return [
+            *wrapped("bits per element of the memories and chunk, by layer:"),
+            *aligned(["layer", "used", "theory", "whole"], rows),
+        ]
+
+
+def _bits(kept: Kept) -> dict[str, Any]:
+    return {"used": kept.remnants, "theory": kept.theory, "whole": kept.whole}
 
 
 def chunk_for(context: int, chunk: int | None, default: int) -> int:
@@ -175,12 +211,14 @@ def check_reversal(
     )
     chunks = inputs.chunks(chunk)
     blocks = model.blocks
+    for block in blocks:
+        block.lift(True)
     plans = {c.length: [block.plan(c.length) for block in blocks] for c in chunks}
     strategy = Reversible(chunk)
     states = [block.exact(inputs.state.layer(i)) for i, block in enumerate(blocks)]
     stored: list[list[LayerGraph]] = []
     decays = [cell.log_decay() for block in blocks for cell in block.cells]
-    kept, nbytes = Kept(), 0
+    kept, nbytes = [Kept() for _ in blocks], 0
     with Tape("host", ids.device) as tape:
         for part in chunks:
             x, plan = part.embed(model), plans[part.length]
@@ -196,7 +234,7 @@ def check_reversal(
             nbytes += tape.nbytes - start
             for i, (block, before, layer) in enumerate(zip(blocks, states_before, advanced, strict=True)):
                 own = layer_record(record, i, len(before))
-                kept += kept_by(block.cells, before, layer.remnants, own, part.length)
+                kept[i] += kept_by(block.cells, before, layer.remnants, own, part.length)
         mismatch = None
         for part in reversed(chunks):
             record_back = tape.pop()
@@ -234,10 +272,7 @@ def check_reversal(
         boundaries=len(chunks),
         mismatch=mismatch,
         counted=context - chunks[0].length,
-        used_bits=kept.remnants,
-        theory_bits=kept.theory,
-        whole_bits=kept.whole,
-        shift_bytes=kept.shifts,
+        layers=tuple(kept),
         tape_bytes=nbytes,
         drift=_drift([decay.detach().flatten() for decay in decays if decay is not None], drift_steps),
     )

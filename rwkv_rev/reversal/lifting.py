@@ -323,7 +323,7 @@ def _own_bits(x: Tensor) -> Tensor:
 
 def _middle(own: Tensor) -> Tensor:
     """What is added to numbers of so many bits [B, H] with their signs, so that they are none below zero."""
-    return torch.ldexp(torch.ones((), dtype=torch.float64, device=own.device), own - 1)[..., None, None]
+    return (torch.ones_like(own) << (own - 1)).double()[..., None, None]
 
 
 def _each(heads: Tensor) -> Tensor:

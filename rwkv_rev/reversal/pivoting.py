@@ -47,8 +47,8 @@ def factor(matrices: Tensor) -> Factors:
         row, column = rest[each, row_number], rest[each, :, column_number]
         pivot = diagonal[step] = row.gather(1, column_number[:, None])[:, 0]
         divisor = torch.where(pivot == 0, 1.0, pivot)[:, None]
-        torch.div(row, divisor, out=upper[:, step])
-        torch.div(column, divisor, out=lower[:, step])
+        upper[:, step] = row / divisor
+        lower[:, step] = column / divisor
         rest.baddbmm_(column[:, :, None], upper[:, step : step + 1], alpha=-1)
         # what has been taken is exactly zero from now on
         rest[each, row_number] = 0

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_rev.arguments import expanded, named_fields
-from rwkv_rev.bptt_settings import AUTO, BPTT_STRATEGIES, TAPES
+from rwkv_rev.bptt_settings import AUTO, BPTT_STRATEGIES, REMNANTS, TAPES
 from rwkv_rev.errors import ConfigError
 from rwkv_rev.printable import shortened
 from rwkv_rev.training.evaluation_settings import refuse_evaluations
@@ -80,6 +80,7 @@ class FinetuneConfig:
         bptt: gradient strategy; ``auto`` is exact at every length.
         tape: where remnants are kept, ``host``, ``device`` or ``disk``.
         tape_dir: folder of a tape on disk; the system's temporary one when None.
+        remnants: what the tape keeps of RWKV-7's states: ``whole`` ones, ``lifted`` ones (docs/lifting.md) or ``auto``.
         batch_size: rows at once per process.
         grad_accum: batches per optimizer step.
         lr: highest learning rate; when None 1e-4 for ``full``, 5e-4 for ``lora``, 0.1 for ``state``.
@@ -147,6 +148,7 @@ class FinetuneConfig:
     bptt: str = "auto"
     tape: str = "host"
     tape_dir: str | None = None
+    remnants: str = "auto"
     batch_size: int = 1
     grad_accum: int = 1
     lr: float | None = None
@@ -222,6 +224,7 @@ class FinetuneConfig:
             ("save_dtype", DTYPES),
             ("bptt", BPTT_STRATEGIES),
             ("tape", TAPES),
+            ("remnants", REMNANTS),
             ("lr_schedule", SCHEDULES),
             ("report_to", REPORTERS),
             ("data_format", FORMATS),

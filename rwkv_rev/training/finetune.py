@@ -241,7 +241,13 @@ def _train(planned: Plan, args: Any, where: Whereabouts, notify: Notify, quiet: 
         model = load_model(config.model, "cpu", weights)
     else:
         model = load_quantised(config.model, args.device, weights, config.quantise)
-    model.set_bptt(config.bptt, chunk_length=config.chunk_length, tape=config.tape, tape_dir=config.tape_dir)
+    model.set_bptt(
+        config.bptt,
+        chunk_length=config.chunk_length,
+        tape=config.tape,
+        tape_dir=config.tape_dir,
+        remnants=config.remnants,
+    )
     tuned = apply_tuning(model, config)
     trainable, total = count_parameters(tuned)
     if config.checkpoint_blocks:
