@@ -33,6 +33,7 @@ from rwkv_rev.reversal.bit_stack import BitStack, pack, widths_of
 from rwkv_rev.reversal.fixed_point import FixedPoint
 from rwkv_rev.reversal.pivoting import Factors, factor
 from rwkv_rev.reversal.stepped import is_recorded
+from rwkv_rev.wkv.dispatch import is_fused
 
 LARGEST = 2.0**31 - 2
 """Largest magnitude of t and D, so that they have 32 bits with their sign."""
@@ -64,6 +65,8 @@ class Lifted:
 
     def advance(self, transition: Transition, plan: "LiftingPlan") -> tuple["Lifted", "LiftedRemnant"]:
         """One chunk forwards."""
+        if _by_kernel(transition):
+            return self._advance_by_kernel(transition, plan)
         lift = Lift.of(transition.matrix)
         before = self.grid.mantissa.double()
         unit = self.grid.units(transition.update)
@@ -86,6 +89,8 @@ class Lifted:
 
     def retreat(self, transition: Transition, remnant: "KeptLifted") -> "Lifted":
         """One chunk backwards, from the same transition bit for bit."""
+        if _by_kernel(transition):
+            return self._retreat_by_kernel(transition, remnant)
         lifts = remnant.code >= LIFTED
         own = (remnant.code % LIFTED).to(torch.int64)
         # nothing is to be had from those of whole heads, which need not be finite
@@ -103,6 +108,23 @@ class Lifted:
         again, _ = found.nearest(transition.matrix.double() @ before + found.units(transition.update))
         same = (again.mantissa == self.grid.mantissa).all(3).all(2) & (again.exponent == self.grid.exponent)
         mantissa = torch.where(_each(lifts | same), found.mantissa, found.mantissa.bitwise_not())
+        return Lifted(FixedPoint(mantissa, remnant.exponent))
+
+    def _advance_by_kernel(
+        self, transition: Transition, plan: "LiftingPlan"
+    ) -> tuple["Lifted", "LiftedRemnant"]:
+        from rwkv_rev.reversal import triton_lifting as kernel
+
+        exponent = self.grid.exponent
+        found = kernel.advance(self.grid.mantissa, exponent, *transition, exact_bits(transition.matrix))
+        remnant = LiftedRemnant(found.values, found.widths, found.code, exponent, transition.matrix, plan)
+        return Lifted(FixedPoint(found.mantissa, found.exponent)), remnant
+
+    def _retreat_by_kernel(self, transition: Transition, remnant: "KeptLifted") -> "Lifted":
+        from rwkv_rev.reversal import triton_lifting as kernel
+
+        bits = exact_bits(transition.matrix)
+        mantissa = kernel.retreat(self.grid.mantissa, self.grid.exponent, *transition, *remnant, bits)
         return Lifted(FixedPoint(mantissa, remnant.exponent))
 
     def value(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -214,7 +236,7 @@ class Shear(NamedTuple):
 
     @classmethod
     def of(cls, triangle: Tensor) -> "Shear":
-        bits = _EXACT_BITS - math.ceil(math.log2(triangle.shape[-1]))
+        bits = exact_bits(triangle)
         scaled = triangle * 2.0**bits
         high = scaled.round()
         return cls(high, (scaled - high).mul_(2.0**bits).round_(), bits)
@@ -314,6 +336,15 @@ class KeptLifted(NamedTuple):
     words: Tensor
     code: Tensor
     exponent: Tensor
+
+
+def exact_bits(matrix: Tensor) -> int:
+    """Bits that each of the two parts of an [..., N, N] factor has for its sums to be exact."""
+    return _EXACT_BITS - math.ceil(math.log2(matrix.shape[-1]))
+
+
+def _by_kernel(transition: Transition) -> bool:
+    return is_fused(transition.matrix)
 
 
 def _own_bits(x: Tensor) -> Tensor:
