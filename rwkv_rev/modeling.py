@@ -178,19 +178,13 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
             hidden_states: ``device`` or ``host``, where the hidden states for a loss of your own are, and the gradient
                 by them; unchanged when None. Under ``host`` those of ``model.model`` are a CPU tensor wherever they
                 have a gradient: cut them with ``split``, and give the head one piece after another, on its device.
-            remnants: ``auto``, ``whole`` or ``lifted``, what the tape keeps of RWKV-7's states; unchanged when None.
+            remnants: ``auto``, ``whole`` or ``lifted``, of RWKV-7's states; unchanged when None.
 
         Raises:
             StrategyError: for a name or length that does not exist.
         """
-        given = {
-            "strategy": strategy,
-            "chunk_length": chunk_length,
-            "tape": tape,
-            "tape_dir": tape_dir,
-            "hidden_states": hidden_states,
-            "remnants": remnants,
-        }
+        given = {"strategy": strategy, "chunk_length": chunk_length, "tape": tape, "tape_dir": tape_dir}
+        given |= {"hidden_states": hidden_states, "remnants": remnants}
         chosen = {name: value for name, value in given.items() if value is not None}
         return BpttSetting(self.model, chosen)
 

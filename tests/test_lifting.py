@@ -46,7 +46,8 @@ def tokens(
     elif kind == "units":
         places = torch.randint(0, size, shape[:3], generator=generator)
         removal = torch.nn.functional.one_hot(places, size).float()
-        log_decay, rate = torch.zeros(shape), torch.randint(0, 2, shape[:3], generator=generator)[..., None].expand(shape).float()
+        log_decay = torch.zeros(shape)
+        rate = torch.randint(0, 2, shape[:3], generator=generator)[..., None].expand(shape).float()
     elif kind == "slow":
         log_decay, rate = log_decay * 1e-3, rate * 1e-2
     return [r, k, v, log_decay, torch.nn.functional.normalize(removal, dim=-1), rate]

@@ -21,7 +21,12 @@ from rwkv_rev.device import choose_device
 from rwkv_rev.reversal.lifting import KeptLifted, Lifted, LiftingPlan, Transition
 from rwkv_rev.wkv import wkv7, wkv7_transition
 
-SETTINGS = (("checkpoint", "whole"), ("reversible", "whole"), ("reversible", "lifted"), ("checkpoint", "lifted"))
+SETTINGS = (
+    ("checkpoint", "whole"),
+    ("reversible", "whole"),
+    ("reversible", "lifted"),
+    ("checkpoint", "lifted"),
+)
 
 
 def synchronize(device: torch.device) -> None:
@@ -51,7 +56,9 @@ def steps(shape: str, chunk: int, context: int, rows: int, repeats: int) -> list
 
     found = []
     for strategy, remnants in SETTINGS:
-        taken = [step(strategy, remnants) for _ in range(3 + repeats)]  # compiled, noted, recorded, then as it stays
+        taken = [
+            step(strategy, remnants) for _ in range(3 + repeats)
+        ]  # compiled, noted, recorded, then as it stays
         found.append(
             {
                 "strategy": strategy,
@@ -132,7 +139,9 @@ def main(given: list[str]) -> None:
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--parts-alone", action="store_true")
     asked = parser.parse_args(given)
-    print(json.dumps({"parts_ms": parts(asked.heads, asked.size, asked.chunk_length, asked.rows)}), flush=True)
+    print(
+        json.dumps({"parts_ms": parts(asked.heads, asked.size, asked.chunk_length, asked.rows)}), flush=True
+    )
     if not asked.parts_alone:
         steps(asked.shape, asked.chunk_length, asked.context, asked.rows, asked.repeats)
 

@@ -214,9 +214,7 @@ class Strategy(ABC):
 
     Args:
         chunk_length: C, tokens per chunk.
-        tape: ``host``, ``device`` or ``disk``; only strategies that keep something between chunks use it.
-        tape_dir: folder of the ``disk`` tape.
-        remnants: ``whole``, ``lifted`` or ``auto`` (:class:`rwkv_rev.bptt_settings.BpttSettings`).
+        tape, tape_dir, remnants: as of :class:`rwkv_rev.bptt_settings.BpttSettings`; of those who keep anything.
 
     Attributes:
         joins_chunks: whether small chunks may be run several at once: the gradient is the same.
@@ -228,10 +226,8 @@ class Strategy(ABC):
     def __init__(
         self, chunk_length: int, tape: str = "host", tape_dir: str | None = None, remnants: str = "auto"
     ) -> None:
-        self.chunk_length = chunk_length
-        self.tape = tape
-        self.tape_dir = tape_dir
-        self.remnants = remnants
+        self.chunk_length, self.remnants = chunk_length, remnants
+        self.tape, self.tape_dir = tape, tape_dir
 
     @abstractmethod
     def loss(self, model: LanguageModel, inputs: LossInputs) -> LossResult:

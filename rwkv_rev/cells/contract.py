@@ -160,7 +160,7 @@ class ReversibleCell(nn.Module, ABC):
     Attributes:
         shifts: how many of the state's parts, and of a remnant's tensors, are token shifts; they stand first.
         reads_beside: whether its input is the whole stream, not the residual alone.
-        lifts: of a cell that has two kinds of memories, whether :meth:`exact` makes the one whose remnant is smaller and
+        lifts: of a cell with two kinds of memories, whether :meth:`exact` makes the one whose remnant is smaller and
             takes longer (:meth:`lift`).
         layer: index of the block the cell is in; only its initialisation and messages depend on it.
         undividable: why a memory has no form that :meth:`lossy` could give, in words for people.
@@ -240,7 +240,7 @@ class ReversibleCell(nn.Module, ABC):
         """Called before the first chunk; refuses weights that will be others at each look."""
 
     def lift(self, wanted: bool) -> None:
-        """Called before a sweep makes plans and exact states; sets :attr:`lifts`, of a cell with two kinds of memories."""
+        """Called before a sweep makes plans and exact states: a cell with two kinds of memories sets :attr:`lifts`."""
 
     def carried(self, state: Any, x: Tensor, mask: ChunkMask | None, plan: Any = None) -> Any:
         """The exact ``state`` as the chunk x [B, C, D] is computed from it, where that is not as it is."""

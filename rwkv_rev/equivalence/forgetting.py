@@ -5,9 +5,9 @@ A model reads the text in chunks, as the first sweep of ``reversible`` does, and
     remnants   what lies on the tape for the memories. Whole states where nothing is inverted (RWKV-4); else what a
                chunk forgets: bits that are known beforehand (RWKV-5), or that follow from the text (RWKV-6, and RWKV-7
                with ``remnants="lifted"``)
-    theory     what that is at least, ``log2(1/w)`` bits per token and element of a decay, at most the element's 32 per
-               chunk (MacKay et al. 2018, "Reversible Recurrent Neural Networks", section 3); of a transition the same of
-               its singular values; unknown where there is neither
+    theory     what that is at least: of a decay ``log2(1/w)`` bits per token and element, at most the element's 32 per
+               chunk (MacKay et al. 2018, "Reversible Recurrent Neural Networks", section 3); of a transition the same
+               of its singular values; unknown where there is neither
     whole      states at the same boundaries, what ``checkpoint`` keeps: 32 bits a number, where a cell has no other
                format
     tape       all of it: remnants, token shifts, fingerprints and widths

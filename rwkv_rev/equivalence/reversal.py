@@ -165,7 +165,7 @@ class ReversalCheck:
         if self.theory_bits is None or not self.whole_bits:
             return []
         rows = [
-            [str(number), *(f"{bits * self.chunk / max(1, layer.element_steps):.2f}" for bits in _bits(layer).values())]
+            [str(number), *(f"{32 * bits / layer.whole:.2f}" for bits in _bits(layer).values())]
             for number, layer in enumerate(self.layers)
         ]
         return [

@@ -124,15 +124,15 @@ class FixedPoint:
         """A contribution [B, H, N, N] in units of the grid, float64."""
         return contribution.double() * _power(-self.exponent)
 
-    def nearest(self, units: Tensor) -> tuple["FixedPoint", Tensor]:
-        """The state nearest to ``units`` of this grid [B, H, N, N], float64, and the heads [B, H] that rose for it."""
+    def nearest(self, units: Tensor) -> "FixedPoint":
+        """The state nearest to ``units`` of this grid [B, H, N, N], float64; the grid rises where it must."""
         largest = units.abs().amax(dim=(2, 3))
         raised = ~(largest <= LARGEST)  # NaN too
         exponent = torch.where(raised, self.exponent + _exponent_for(largest), self.exponent).clamp(
             max=NON_FINITE
         )
         mantissa = (units * _power(self.exponent - exponent)).round_().to(torch.int32)
-        return FixedPoint(mantissa, exponent), raised
+        return FixedPoint(mantissa, exponent)
 
     def forgotten(self, kept: Tensor, decay: Tensor) -> Tensor:
         """rho = S - base(D), int32, where no grid rose; ``kept`` is D."""

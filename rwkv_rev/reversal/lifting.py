@@ -15,11 +15,11 @@ Hao and Shi 2001 factor a matrix into such steps), so that all that is lost is l
 q so small that every sum of N products of theirs with 31 bits is a whole number below 2**53: float64 adds them
 exactly. What that rounds off the factors is below 2**-32 for N = 64.
 
-**Bits.** The count of the t that give D is ``floor((D + 1/2) / d) - ceil((D - 1/2) / d) + 1``; rho has the bits that tell
-so many apart (none for most where |d| is near 1, none at all for |d| > 1), and as D is known before rho on the way back,
-no width is kept. Where these are not fewer than those of the head's largest t, t itself is kept. A head whose remnant
-would be no smaller than its state keeps that, in as many bits as its largest number has: so do one whose grid rises, one
-whose t or D leave 31 bits, and one that is not finite.
+**Bits.** The count of the t that give D is ``floor((D + 1/2) / d) - ceil((D - 1/2) / d) + 1``; rho has the bits that
+tell so many apart (none for most where |d| is near 1, none at all for |d| > 1), and as D is known before rho on the way
+back, no width is kept. Where these are not fewer than those of the head's largest t, t itself is kept. A head whose
+remnant would be no smaller than its state keeps that, in as many bits as its largest number has. So do one whose grid
+rises, one whose t or D leave 31 bits, and one that is not finite.
 """
 
 import math
@@ -76,7 +76,7 @@ class Lifted:
         own_before, own_turned = _own_bits(before), _own_bits(torch.where(_each(fits), found.turned, 0.0))
         widths = lift.widths(found.scaled, own_turned)
         lifts = fits & (widths.sum(dim=(2, 3)) < before.shape[-1] ** 2 * own_before)
-        whole, raised = self.grid.nearest(transition.matrix.double() @ before + unit)
+        whole = self.grid.nearest(transition.matrix.double() @ before + unit)
         mantissa = torch.where(_each(lifts), after.to(torch.int32), whole.mantissa)
         exponent = torch.where(lifts, self.grid.exponent, whole.exponent)
         own = torch.where(lifts, own_turned, own_before)
@@ -104,8 +104,8 @@ class Lifted:
         turned = lift.turned(scaled, values, widths, own)
         before = torch.where(_each(lifts), lift.to_before(turned), values - _middle(own))
         found = FixedPoint(before.to(torch.int32), remnant.exponent)
-        # a head that was kept whole vouches for the state after it as well: where that is another, so is what comes back
-        again, _ = found.nearest(transition.matrix.double() @ before + found.units(transition.update))
+        # a head that was kept whole vouches for the state after it, too: where that is another, so is what comes back
+        again = found.nearest(transition.matrix.double() @ before + found.units(transition.update))
         same = (again.mantissa == self.grid.mantissa).all(3).all(2) & (again.exponent == self.grid.exponent)
         mantissa = torch.where(_each(lifts | same), found.mantissa, found.mantissa.bitwise_not())
         return Lifted(FixedPoint(mantissa, remnant.exponent))
@@ -186,8 +186,10 @@ class Lift:
         shape = matrix.shape
         diagonal = found.diagonal.view(*shape[:3], 1)
         return cls(
-            *(places.view(*shape[:3], 1).expand(shape) for places in (found.rows, found.columns)),
-            *(Shear.of(triangle.view(shape)) for triangle in (found.lower, found.upper)),
+            found.rows.view(*shape[:3], 1).expand(shape),
+            found.columns.view(*shape[:3], 1).expand(shape),
+            Shear.of(found.lower.view(shape)),
+            Shear.of(found.upper.view(shape)),
             diagonal.abs(),
             torch.where(diagonal < 0, -1.0, 1.0).to(torch.float64),
         )
@@ -331,7 +333,7 @@ class LiftedRemnant:
 
 
 class KeptLifted(NamedTuple):
-    """The same from the tape: the numbers one behind the other, the code as uint8, and the exponent before the chunk."""
+    """The same from the tape: numbers one behind the other, the code as uint8, and the exponent before the chunk."""
 
     words: Tensor
     code: Tensor

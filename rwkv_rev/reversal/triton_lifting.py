@@ -119,7 +119,9 @@ def _turn(
         high += of_high[:, None] * x[None, :]
         low += of_low[:, None] * x[None, :]
     order = tl.load(columns + head * N + i, mask=i < N, other=0)
-    x = tl.load(mantissa + head * N * N + order[:, None] * N + c[None, :], mask=inside, other=0).to(tl.float64)
+    x = tl.load(mantissa + head * N * N + order[:, None] * N + c[None, :], mask=inside, other=0).to(
+        tl.float64
+    )
     t = x + _sum(high, low, UNIT)
     scale = tl.abs(tl.load(diagonal + head * N + i, mask=i < N, other=1.0))
     at = head * N * N + i[:, None] * N + c[None, :]
@@ -134,7 +136,9 @@ def _straight(matrix, x, head, i, c, N: tl.constexpr, BN: tl.constexpr, BC: tl.c
     for j in range(N):
         column = tl.load(matrix + (head * N + i) * N + j, mask=i < N, other=0.0).to(tl.float64)
         row = tl.load(x + (head * N + j) * N + c, mask=c < N, other=0).to(tl.float64)
-        total = tl.fma(tl.broadcast_to(column[:, None], (BN, BC)), tl.broadcast_to(row[None, :], (BN, BC)), total)
+        total = tl.fma(
+            tl.broadcast_to(column[:, None], (BN, BC)), tl.broadcast_to(row[None, :], (BN, BC)), total
+        )
     return total
 
 
@@ -222,7 +226,9 @@ def _unscale(
     else:
         order = tl.load(rows + head * N + i, mask=i < N, other=0)
         source = start + order[:, None] * N + c[None, :]
-        unit = tl.load(update + source, mask=inside, other=0.0).to(tl.float64) * _power(-tl.load(exponent + head))
+        unit = tl.load(update + source, mask=inside, other=0.0).to(tl.float64) * _power(
+            -tl.load(exponent + head)
+        )
         out = tl.load(mantissa + source, mask=inside, other=0).to(tl.float64) - _round(unit)
         high = tl.zeros((BN, BC), tl.float64)
         low = tl.zeros((BN, BC), tl.float64)
@@ -318,12 +324,12 @@ class Eliminated(NamedTuple):
 def eliminate(matrices: Tensor) -> Eliminated:
     """Of [M, N, N], float32 or float64."""
     count, size, _ = matrices.shape
-    wide = {"dtype": torch.float64, "device": matrices.device}
-    result = Eliminated(
-        *(torch.empty(count, size, dtype=torch.int32, device=matrices.device) for _ in range(2)),
-        torch.empty(count, size, **wide),
-        *(torch.empty(count, size, size, **wide) for _ in range(2)),
-    )
+
+    def steps(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.empty(count, size, *shape, dtype=dtype, device=matrices.device)
+
+    rows, columns = (steps(dtype=torch.int32) for _ in range(2))
+    result = Eliminated(rows, columns, steps(), steps(size), steps(size))
     padded = max(16, triton.next_power_of_2(size))
     with torch.cuda.device_of(matrices):
         _eliminate[(count,)](matrices.contiguous(), *result, N=size, BN=padded, num_warps=_warps(padded))
@@ -346,12 +352,9 @@ def advance(mantissa: Tensor, exponent: Tensor, matrix: Tensor, update: Tensor, 
     heads, size = mantissa.shape[0] * mantissa.shape[1], mantissa.shape[-1]
     steps = eliminate(matrix.flatten(0, 1))
     wide = [torch.empty(mantissa.shape, dtype=torch.float64, device=mantissa.device) for _ in range(2)]
-    result = Advanced(
-        torch.empty_like(mantissa),
-        torch.empty_like(exponent),
-        *(torch.empty_like(mantissa, dtype=torch.int64) for _ in range(2)),
-        torch.empty_like(exponent, dtype=torch.int64),
-    )
+    values, widths = (torch.empty_like(mantissa, dtype=torch.int64) for _ in range(2))
+    code = torch.empty_like(exponent, dtype=torch.int64)
+    result = Advanced(torch.empty_like(mantissa), torch.empty_like(exponent), values, widths, code)
     padded = max(16, triton.next_power_of_2(size))
     unit = float(2**bits)
     with torch.cuda.device_of(mantissa):
