@@ -66,7 +66,7 @@ def inspect(
 
     Works on any SOURCE that convert takes, and on converted folders. Only headers and the decays are read.
     The bits a layer forgets per step and state element, log2(1/w), are what an exact reversal has to store. Where
-    they follow from the text (RWKV-6), or whole states are stored (RWKV-4 and 7), --text measures them: the model is
+    they follow from the text (RWKV-6), or are what a transition destroys (RWKV-7), --text measures them: the model is
     loaded and reads the first T tokens of FILE, once for each chunk length.
 
     With --context-length, forecasts device and tape memory of every gradient strategy (float32, all weights trained,

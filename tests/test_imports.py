@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PLACES = {"rwkv_rev": "rwkv_rev", "converters": "rwkv_rev.converters", "cli": "rwkv_rev.cli"}
 MOST_LINES = 400
 LONGER = {
+    "rwkv_rev/reversal/triton_lifting.py": "GPU kernels, which are read side by side",
     "rwkv_rev/wkv/triton_wkv4.py": "GPU kernels, which are read side by side",
     "rwkv_rev/wkv/triton_wkv5.py": "GPU kernels, which are read side by side",
     "rwkv_rev/wkv/triton_wkv6.py": "GPU kernels, which are read side by side",

@@ -118,6 +118,7 @@ class RecordingRunner(Runner):
         # the first two chunks have made, compiled and loaded all that is made once
         repeated = repeats(chunk, self.sweep.chunks)
         if self._records and self._forward is None and chunk.index > 1 and repeated:
+            self._flush()  # what the chunk before has kept tells how much room this one's records need
             self._forward = attempt(partial(ForwardRecording, self.sweep, chunk, states))
             self._records = self._forward is not None
         if self._forward is None or not repeated:
