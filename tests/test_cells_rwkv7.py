@@ -59,6 +59,7 @@ def fill(cell: ReversibleCell, generator: torch.Generator, dtype: torch.dtype) -
 def time_mixes(draw: st.DrawFn, residual: int | None) -> tuple[ReversibleCell, int]:
     heads, size = draw(st.integers(1, 3)), draw(st.sampled_from([2, 5, 8]))
     cell = Alone(heads, size, Ranks(3, 2, 4, residual), group_norm_epsilon=64e-5)
+    cell.lift(draw(st.booleans()))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     return fill(cell, generator, draw(DTYPES)), heads * size
 

@@ -1,6 +1,6 @@
 """Draws docs/lifting.png: how one column of a state goes through the factors, and what is left on the tape.
 
-    python examples/lifting/picture.py docs/lifting.png
+python examples/lifting/picture.py docs/lifting.png
 """
 
 import sys
@@ -26,7 +26,9 @@ def shear(axes: Axes, start: float, letter: str, order: list[int]) -> None:
     """Each number takes a rounded sum of others: of those behind it (R) or before it (L)."""
     for place, target in enumerate(order):
         x = start + 0.8 * place
-        sources = [other for other in range(1, N + 1) if (other > target if letter == "R" else other < target)]
+        sources = [
+            other for other in range(1, N + 1) if (other > target if letter == "R" else other < target)
+        ]
         for source in sources:
             axes.plot([x - 0.32, x], [lane(source), lane(source)], color=SHEAR, linewidth=1.2)
             axes.annotate(
@@ -40,9 +42,7 @@ def shear(axes: Axes, start: float, letter: str, order: list[int]) -> None:
             axes.plot([x], [lane(target)], marker="o", markersize=12, color="white", markeredgecolor=SHEAR)
             axes.text(x, lane(target), "+", color=SHEAR, ha="center", va="center", fontsize=11)
     middle = start + 0.4 * (N - 1)
-    axes.text(
-        middle, N - 0.35, f"x + round({letter} x)", color=SHEAR, ha="center", va="bottom", fontsize=11
-    )
+    axes.text(middle, N - 0.35, f"x + round({letter} x)", color=SHEAR, ha="center", va="bottom", fontsize=11)
 
 
 def draw(path: Path) -> None:
@@ -84,10 +84,19 @@ def draw(path: Path) -> None:
     axes.text(SCALED, N - 0.35, "round(d t)", color=SCALE, ha="center", va="bottom", fontsize=11)
     axes.text(ADDED, N - 0.35, "round(U / g)", color=PLAIN, ha="center", va="bottom", fontsize=11)
     axes.text(
-        SCALED, -1.15, r"to the tape: $\log_2 1/|d_j|$ bits of each number", color=REMNANT, ha="center", fontsize=11
+        SCALED,
+        -1.15,
+        r"to the tape: $\log_2 1/|d_j|$ bits of each number",
+        color=REMNANT,
+        ha="center",
+        fontsize=11,
     )
-    axes.text(FIRST + 1.2, -1.75, "undone from the last number to the first", color=SHEAR, ha="center", fontsize=10)
-    axes.text(SECOND + 1.2, -1.75, "undone from the first number to the last", color=SHEAR, ha="center", fontsize=10)
+    axes.text(
+        FIRST + 1.2, -1.75, "undone from the last number to the first", color=SHEAR, ha="center", fontsize=10
+    )
+    axes.text(
+        SECOND + 1.2, -1.75, "undone from the first number to the last", color=SHEAR, ha="center", fontsize=10
+    )
     axes.set_xlim(-0.5, END + 0.8)
     axes.set_ylim(-2.1, N + 0.1)
     axes.axis("off")

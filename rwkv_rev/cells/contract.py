@@ -230,7 +230,10 @@ class ReversibleCell(nn.Module, ABC):
         return None
 
     def divided_by(self, remnant: Any) -> Tensor | None:
-        """Factors by which a memory decayed in the chunk of ``remnant``, if they follow from the data."""
+        """Factors by which a memory decayed in the chunk of ``remnant``, if they follow from the data.
+
+        The singular values of its transition, where that is no elementwise decay.
+        """
         return None
 
     def check_plan(self, plan: Any) -> None:

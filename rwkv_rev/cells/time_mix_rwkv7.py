@@ -12,8 +12,9 @@ then ``Wo (g * (GroupNorm(y) + (sum_n r k r_k) v))``. What each of these reads i
 stored c: the share of the token *before*, 1 - mu of RWKV-4 and 5. GroupNorm is as in RWKV-5 (eps 64e-5). The low-rank
 maps are linear layers, so that adapters find them; ``v_first`` [B, C, D] flows beside the residual.
 
-**The remnant of this cell is its state itself**, N D numbers a row, layer and chunk. The transition is no elementwise
-factor, so that there is no fixed point to divide in, and it can be singular: with a = 1 and w = 1 it is a projection.
+**The remnant of this cell is its state itself**, N D numbers a row, layer and chunk, or with ``remnants="lifted"`` what
+the chunk's transition destroys of it (:mod:`rwkv_rev.reversal.lifting`). The transition is no elementwise factor, so
+that there is none to divide by, and it can be singular: with a = 1 and w = 1 it is a projection.
 """
 
 import math

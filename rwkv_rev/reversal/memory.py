@@ -4,6 +4,8 @@ An exact memory is a cell's recurrent state as bits that come back. Its kinds, a
 
 * :class:`~rwkv_rev.reversal.whole.Whole`: a tensor that is kept whole; the remnant of a chunk is the state before it;
 * :class:`~rwkv_rev.reversal.fixed_point.FixedPoint`: decays elementwise on a grid; the remnant is what decay forgets;
+* :class:`~rwkv_rev.reversal.lifting.Lifted`: multiplied by any matrix, on the same grid; the remnant is what that
+  destroys;
 * :class:`~rwkv_rev.reversal.additive.Additive`: sums in a format of one's choice, which say when they are full; nothing
   is forgotten, no remnant;
 * :class:`~rwkv_rev.reversal.stepped.Stepped`: stepped token by token; the remnant is the bits that each step forgets;
