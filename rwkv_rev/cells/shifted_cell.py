@@ -359,10 +359,8 @@ class ShiftedCell(ReversibleCell):
         if after is not None:
             update = None if vouched else contribution
             handed_on = self._handed_on(state.memory, projection, update, shift.detach(), after, mask, plan)
-        end, stream = (
-            ShiftedState(shift, memory),
-            joined(self.output_of(projection, read), self.handed_up(projection)),
-        )
+        end = ShiftedState(shift, memory)
+        stream = joined(self.output_of(projection, read), self.handed_up(projection))
         return Replay(state, stream, start, end, _print(contribution, shift), handed_on)
 
     @torch.no_grad()
