@@ -95,6 +95,10 @@ def finetune(
         bool | None,
         typer.Option("--shard-optimizer", help="Spread the optimizer's state over the processes."),
     ] = None,
+    context_parallel: Annotated[
+        Number,
+        typer.Option(parser=whole(), metavar="N", help="Processes that share every row's chunks.  [1]"),
+    ] = None,
     carry_state: Annotated[
         bool | None,
         typer.Option("--carry-state", help="Long documents go on with their state; gradient cut per row."),

@@ -95,6 +95,10 @@ class KernelError(RwkvRevError, ValueError):
     """A kernel was asked for by a name that does not exist, or given tensors whose shapes do not fit."""
 
 
+class ContextParallelError(RwkvRevError):
+    """The ranks of a context group do not do the same, or one of them has failed."""
+
+
 class ReversalMismatchError(RwkvRevError):
     """A state rebuilt in the backward sweep is not the state the forward sweep left."""
 

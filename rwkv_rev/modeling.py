@@ -23,6 +23,7 @@ from rwkv_rev.cache import CACHE_NAME, RwkvRevCache, handed_over
 from rwkv_rev.cells.block import Block
 from rwkv_rev.cells.borders import Borders, Mask
 from rwkv_rev.configuration import RwkvRevConfig
+from rwkv_rev.context_parallel import ContextParallel, shared_loss, together
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.first_order import refuse_transforms
 from rwkv_rev.generation import RwkvRevGenerationMixin
@@ -37,11 +38,8 @@ from rwkv_rev.state import ModelState
 from rwkv_rev.unmade import deferred_logits
 
 
-class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
-    """RWKV language model with exact gradients over any context length.
-
-    See :meth:`forward` and :meth:`set_bptt`.
-    """
+class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin, ContextParallel):
+    """RWKV language model with exact gradients over any length: :meth:`forward`, :meth:`set_bptt`."""
 
     _tied_weights_keys = {"head.weight": "model.embeddings.weight"}  # noqa: RUF012 (with tie_word_embeddings)
 
@@ -286,21 +284,22 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
             if updated is not None:
                 output[CACHE_NAME] = updated
         else:
-            output = self._loss(
-                return_logits,
-                output_hidden_states,
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                inputs_embeds=inputs_embeds,
-                state=state,
-                labels=labels,
-                shift_labels=shift_labels,
-                num_items_in_batch=num_items_in_batch,
-                loss_weights=loss_weights,
-                final_state_gradient=final_state_gradient,
-                borders=borders,
-                packed=kwargs,
-            )
+            with together(self.model.context_group):
+                output = self._loss(
+                    return_logits,
+                    output_hidden_states,
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    inputs_embeds=inputs_embeds,
+                    state=state,
+                    labels=labels,
+                    shift_labels=shift_labels,
+                    num_items_in_batch=num_items_in_batch,
+                    loss_weights=loss_weights,
+                    final_state_gradient=final_state_gradient,
+                    borders=borders,
+                    packed=kwargs,
+                )
         if return_dict:
             return output
         reads_on = use_cache or any(given is not None for given in (state, past_key_values, cache))
@@ -348,6 +347,8 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin):
         length, evaluating = inputs.length, not (self.training or torch.is_grad_enabled())
         bptt = self.bptt
         size = self.model.chunk_length(*inputs.targets.shape, inputs.targets.device)
+        if self.model.context_group is not None:
+            return shared_loss(self, inputs, size, return_logits, output_hidden_states)
         if return_logits or output_hidden_states:
             whole = bptt.strategy in ("full", "auto") and length <= size
             if torch.is_grad_enabled() and not whole:

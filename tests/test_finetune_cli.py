@@ -82,7 +82,7 @@ def test_dry_run_touches_nothing(cli: Cli, bundled: dict[str, Path], tmp_path: P
     before = {path.name for path in tmp_path.iterdir()}
     code, out, err = cli("finetune", *common)
     assert code == 0, err
-    for text in ("Settings", "context_length  16384", "documents", "tokens per step", "tape", "lora_rank"):
+    for text in ("Settings", "context_length    16384", "documents", "tokens per step", "tape", "lora_rank"):
         assert text in out
     assert "warning: the context length of 16384 is longer than any document" in err
     code, out, _ = cli("finetune", *common, "--json")

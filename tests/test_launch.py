@@ -54,7 +54,6 @@ def test_refused_precision(monkeypatch: pytest.MonkeyPatch, asked: str, message:
         ("ACCELERATE_USE_FSDP", "FSDP"),
         ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
         ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
-        ("ACCELERATE_USE_PARALLELISM_CONFIG", "tensor or context parallelism"),
     ],
 )
 def test_split_models_are_refused(monkeypatch: pytest.MonkeyPatch, variable: str, name: str) -> None:
@@ -62,6 +61,16 @@ def test_split_models_are_refused(monkeypatch: pytest.MonkeyPatch, variable: str
     refuse_launch()
     monkeypatch.setenv(variable, "true")
     with pytest.raises(RwkvRevError, match=f"configured for {name}, .*shard_optimizer=True"):
+        refuse_launch()
+
+
+def test_other_ranks_of_a_parallelism_config_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that share a context are taken: ``tests/test_finetune_context.py``."""
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
+    refuse_launch()
+    monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
+    with pytest.raises(RwkvRevError, match="configured for tensor parallelism"):
         refuse_launch()
 
 

@@ -71,7 +71,7 @@ class Sums:
         if self.end is None:
             self.end = found.end
         if found.to_embeds is not None:
-            self.embeds.append(found.to_embeds)
+            self.embeds.append(chunk.of_all(found.to_embeds))
         if found.exactly is not None:
             self.checks.append((chunk.index, found.exactly))
 

@@ -27,4 +27,6 @@ def forward_sweep(sweep: "Sweep", runner: "Runner") -> list[ExactStates]:
         if chunk.index == 0:
             # the top layer's output is needed only to draw there what the second sweep will draw
             sweep.whole_output = sweep.whole_output or not unchanged
-    return runner.turn(states)
+    states = runner.turn(states)
+    sweep.refuse_others(states)
+    return states

@@ -19,6 +19,8 @@ from rwkv_rev.bptt.strategy import (
     float16_gradients,
     refuse_offloaded,
 )
+from rwkv_rev.bptt.truncated import Truncated
+from rwkv_rev.errors import StrategyError
 from rwkv_rev.loss import linear_cross_entropy
 
 
@@ -31,6 +33,14 @@ class Full(Strategy):
         if not torch.is_grad_enabled():
             return self.stream(model, inputs)
         parameters: list[Tensor] = list(model.parameters())
+        if inputs.group is not None and inputs.length > self.chunk_length:
+            raise StrategyError(
+                f"bptt='full' stores the graph of the whole context, {inputs.length:,} tokens of more than a chunk "
+                f"({self.chunk_length:,}), and is not split over ranks: use 'reversible', or a longer chunk_length"
+            )
+        if inputs.group is not None:  # one chunk, of which nothing is cut off
+            result = Truncated(inputs.length).loss(model, inputs)
+            return replace(result, report={"strategy": self.name, "chunk_length": inputs.length})
         if float16_gradients(parameters, inputs.targets.device):
             # one chunk: the same graph, differentiated with a loss scale
             result = Checkpoint(inputs.length, self.tape, self.tape_dir).loss(model, inputs)

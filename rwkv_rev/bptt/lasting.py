@@ -24,7 +24,6 @@ from rwkv_rev import random_state
 from rwkv_rev.bptt import cuda_graphs
 from rwkv_rev.bptt.backward_sweep import Sums, differentiate
 from rwkv_rev.bptt.cuda_graphs import RecordingRunner
-from rwkv_rev.bptt.layers import by_layer
 from rwkv_rev.bptt.recordings import BackwardRecording, ForwardRecording, cloned, same_kind
 from rwkv_rev.bptt.runner import Runner
 from rwkv_rev.bptt.strategy import Chunk
@@ -35,6 +34,7 @@ from rwkv_rev.wkv.dispatch import choose_kernel
 
 if TYPE_CHECKING:
     from rwkv_rev.bptt.sweep import Sweep
+    from rwkv_rev.distributed.context_group import ContextGroup
 
 LEAST_FREE = 0.05
 """Share of the device's memory that must be free beside recordings, for what comes between two losses."""
@@ -85,6 +85,19 @@ def recordings_for(sweep: "Sweep") -> "Recordings | None":
     return kept.recordings
 
 
+def recordings_of_all(sweep: "Sweep", group: "ContextGroup") -> "Recordings | None":
+    """:func:`recordings_for`, where ranks share a context: all of them have recordings, or none.
+
+    What NCCL sends is recorded by all ranks or by none. Recording itself sends nothing.
+    """
+    found = recordings_for(sweep)
+    if group.everywhere(found is not None):
+        return found
+    if found is not None:
+        drop(sweep)
+    return None
+
+
 def note(sweep: "Sweep", sums: Sums, *, waits: bool) -> None:
     """After a step without lasting recordings: keep what was done, and whether the device waited for the host.
 
@@ -113,6 +126,11 @@ def drop(sweep: "Sweep") -> None:
     _kept[model] = Kept(kind_of(sweep), refused=True)
 
 
+def drop_all() -> None:
+    """Drop all recordings, which the next steps make again."""
+    _kept.clear()
+
+
 def kind_of(sweep: "Sweep") -> Any:
     """All that the launches of a chunk may depend on, but numbers on the device; None where they may on more."""
     if not _can_last(sweep):
@@ -131,6 +149,7 @@ def kind_of(sweep: "Sweep") -> Any:
         torch.are_deterministic_algorithms_enabled(),
         torch.get_float32_matmul_precision(),
         choose_kernel(None, next(model.parameters())),
+        sweep.inputs.group,
         settings(model),
     )
 
@@ -168,13 +187,12 @@ class Recordings:
         others = torch.cuda.memory_reserved(sweep.device)
         pool = torch.cuda.graph_pool_handle()
         example = sweep.chunks[0]
-        first, inner, last = (Chunk(example.inputs, i, 0, length, True, True) for i in (0, 1, 2))
+        first, inner, last = (type(example)(example.inputs, i, 0, length, True, True) for i in (0, 1, 2))
         self.forward = ForwardRecording(sweep, inner, sweep.first, pool)
         if not same_kind(self.forward.after, sweep.first):
             # a state that was given in 16 bits goes on in 32; shapes and dtypes alone count here
             self.forward = ForwardRecording(sweep, inner, self.forward.after, pool)
-        given = sweep.inputs.final_state_gradient
-        to_end = None if given is None else by_layer(given, sweep.model.blocks)
+        to_end = sweep.to_end()
         # shapes alone count here: nothing has run, and the numbers in these tensors are whatever was there
         sweep.prints[0] = [print_.clone() for print_ in self.forward.prints]
         several = replace(sweep, chunks=[first, inner, last])
@@ -244,6 +262,18 @@ class NotingRunner(RecordingRunner):
         note(self.sweep, sums, waits=self.waits)
 
 
+class TogetherRunner(Runner):
+    """Runs a step of ranks that share a context without recordings, and notes what it did for the next one."""
+
+    def finish(self, sums: Sums) -> None:
+        model: Any = self.sweep.model
+        first, *others = self.sweep.random
+        draws = any(other is not first for other in others)  # the same one where nothing is drawn
+        before, kind = _kept.get(model), kind_of(self.sweep)
+        if before is None or before.kind != kind or not before.refused:
+            _kept[model] = Kept(kind, wanted=not draws)
+
+
 class LastingRunner(Runner):
     """Runs every whole chunk of a step by recordings that were made in another."""
 
@@ -258,6 +288,7 @@ class LastingRunner(Runner):
         self._flush()
         forward = self._recordings.forward
         after, coarse = forward.run(chunk, states, self.sweep.tape if chunk.index > 0 else None)
+        self.sweep.note_compared(forward.compared)
         if chunk.index == 0:
             self.sweep.prints[0] = [print_.clone() for print_ in forward.prints]
         self.sweep.note_coarse(coarse)
@@ -291,7 +322,8 @@ class LastingRunner(Runner):
 
     def finish(self, sums: Sums) -> None:
         self._recordings.finish(self.sweep, sums)
-        if not self._recordings.leaves():
+        group, leaves = self.sweep.inputs.group, self._recordings.leaves()
+        if not (leaves if group is None else group.everywhere(leaves)):
             drop(self.sweep)
 
     def _same(self, chunk: Chunk) -> bool:

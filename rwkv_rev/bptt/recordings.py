@@ -40,6 +40,7 @@ class ForwardRecording:
 
     Attributes:
         prints: of every layer in the last run.
+        compared: of every layer in the last run, likewise (:class:`.records.Record`).
         record: what the last run would put on the tape if no size depended on the data.
     """
 
@@ -57,6 +58,7 @@ class ForwardRecording:
 
         self._launches, found = _capture(run, sweep.device, pool)
         self.after, self._capture, self._excess, self.record, self.prints = found
+        self.compared = self._capture.compared
 
     def run(
         self, chunk: Chunk, states: list[ExactStates], tape: Tape | None
@@ -259,7 +261,7 @@ def static(chunk: Chunk) -> Chunk:
         final_state_gradient=None,
         divisor=torch.as_tensor(inputs.divisor, dtype=torch.float64).to(inputs.targets.device, copy=True),
     )
-    return Chunk(own, chunk.index, 0, chunk.length, predicts=True, is_full=True)
+    return type(chunk)(own, chunk.index, 0, chunk.length, predicts=True, is_full=True)
 
 
 def load(static: Chunk, chunk: Chunk) -> None:

@@ -55,12 +55,14 @@ class Record(NamedTuple):
         tensors: the record, from ``sizes`` on the host (None for what depends on no data).
         excess: computes on the device what is not zero where ``tensors(None)`` is not enough; None where it always is.
         coarse: [L, B, H] bool, parts of memories that are coarse after the chunk; None where none can be.
+        compared: of each layer what is compared, its block's print first.
     """
 
     sizes: Tensor | None
     tensors: Callable[[Tensor | None], list[list[Tensor]]]
     excess: Callable[[], Tensor | None]
     coarse: Tensor | None = None
+    compared: Sequence[Sequence[Tensor]] = ()
 
     def start(self) -> Callable[[], list[list[Tensor]]]:
         """A function that gives the record; called a chunk later, it does not wait for the device."""
@@ -98,7 +100,7 @@ def make_record(
         found = [part.excess.flatten() for part in parts if part.excess is not None]
         return torch.cat(found) if found else None
 
-    return Record(sizes.joined, tensors, excess, coarse([layer.states for layer in advanced]))
+    return Record(sizes.joined, tensors, excess, coarse([layer.states for layer in advanced]), front)
 
 
 @dataclass(frozen=True)

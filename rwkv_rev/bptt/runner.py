@@ -25,6 +25,7 @@ class Runner:
         """A chunk forwards, its record onto the tape; exact states after it, which hold until the next call."""
         sweep = self.sweep
         advanced, record = sweep.advance(chunk, states)
+        sweep.note_compared(record.compared)
         self._flush()  # only now: the device is busy with this chunk
         if chunk.index == 0:
             sweep.prints[0] = [layer.print for layer in advanced]

@@ -8,14 +8,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol, cast, overload
+from typing import TYPE_CHECKING, cast, overload
 
 import torch
 from torch import Tensor, nn
 
 from rwkv_rev import adapters, random_state
+from rwkv_rev.bptt.language_model import LanguageModel
 from rwkv_rev.bptt.uncached import uncached
-from rwkv_rev.cells.block import Block
 from rwkv_rev.cells.borders import Borders, Mask, mask_of, part_of
 from rwkv_rev.cells.mask import any_per_chunk
 from rwkv_rev.errors import StrategyError
@@ -24,34 +24,8 @@ from rwkv_rev.loss import IGNORE, cross_entropy_gradients, sum_cross_entropy, su
 from rwkv_rev.outside_leaves import OutsideLeaves
 from rwkv_rev.state import ModelState
 
-
-class LanguageModel(Protocol):
-    """What strategies need of a model."""
-
-    training: bool
-
-    @property
-    def blocks(self) -> list[Block]: ...
-    @property
-    def head(self) -> nn.Module: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def checkpoints_blocks(self) -> bool: ...
-    def get_input_embeddings(self) -> nn.Module: ...
-    def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor: ...
-    def read(
-        self,
-        input_ids: Tensor | None,
-        valid: Tensor | None,
-        inputs_embeds: Tensor | None,
-        state: ModelState,
-        borders: Borders | None = None,
-    ) -> tuple[Tensor, ModelState]: ...
-    def normalize(self, hidden: Tensor) -> Tensor: ...
-    def run(self, x: Tensor, state: ModelState, mask: Mask) -> tuple[Tensor, ModelState]: ...
-    def modules(self) -> Iterator[nn.Module]: ...
-    def parameters(self) -> Iterator[nn.Parameter]: ...
+if TYPE_CHECKING:
+    from rwkv_rev.distributed.context_group import ContextGroup
 
 
 @dataclass(frozen=True)
@@ -68,6 +42,8 @@ class LossInputs:
         final_state_gradient: gradient of some further objective with respect to the final state.
         borders: where documents begin inside of rows; None where they do nowhere.
         weights: [B, T] of the targets' cross-entropies, in the loss's dtype; None for 1.
+        group: the ranks that every chunk's tokens are split over, all of which have the same batch; None for this one.
+        kind: of chunks, where it is another one (:class:`.piece.Piece`).
     """
 
     input_ids: Tensor | None
@@ -79,6 +55,8 @@ class LossInputs:
     final_state_gradient: ModelState | None = None
     borders: Borders | None = None
     weights: Tensor | None = None
+    group: "ContextGroup | None" = None
+    kind: "type[Chunk] | None" = None
 
     @property
     def length(self) -> int:
@@ -104,6 +82,11 @@ class Chunk:
     @property
     def length(self) -> int:
         return self.stop - self.start
+
+    @property
+    def own_length(self) -> int:
+        """Tokens that are run here."""
+        return self.length
 
     def mask(self) -> Mask:
         if self.is_full:
@@ -164,6 +147,10 @@ class Chunk:
         ids = self.inputs.input_ids
         return None if ids is None else ids[:, self.start : self.stop]
 
+    def of_all(self, to_embeds: Tensor) -> Tensor:
+        """The gradient by the embeddings of the chunk's tokens, [B, C, D], from that by those that are run here."""
+        return to_embeds
+
 
 class Chunks(Sequence[Chunk]):
     """A batch in chunks of ``length`` tokens, each made when it is looked at: two bytes stand for a chunk."""
@@ -193,7 +180,8 @@ class Chunks(Sequence[Chunk]):
         stop = min(start + self._length, self._inputs.length)
         bordered = self._bordered is not None and bool(self._bordered[index])
         full = not bordered and (self._masked is None or not self._masked[index])
-        return Chunk(self._inputs, index, start, stop, bool(self._predicts[index]), full, bordered)
+        kind = self._inputs.kind or Chunk
+        return kind(self._inputs, index, start, stop, bool(self._predicts[index]), full, bordered)
 
 
 @dataclass(frozen=True)
@@ -238,12 +226,15 @@ class Strategy(ABC):
 
         Chunk after chunk, or at once where code inside the model might look at positions.
         """
-        size = inputs.length if self.strangers(model).unknown else self.chunk_length
+        found = self.strangers(model)
+        size = inputs.length if found.unknown else self.chunk_length
+        if inputs.group is not None:
+            refuse_unknown(found, "context parallelism")
         with torch.no_grad(), uncached(inputs.targets.device):
             total = None
             state = inputs.state
             for chunk in inputs.chunks(size):
-                with neftune_share(model.get_input_embeddings(), chunk.length / inputs.length):
+                with neftune_share(model.get_input_embeddings(), chunk.own_length / inputs.length):
                     hidden, state = chunk.read(model, state)
                 part = sum_cross_entropy(
                     hidden,
@@ -255,6 +246,8 @@ class Strategy(ABC):
                 )
                 total = part if total is None else total + part
         assert total is not None
+        if inputs.group is not None:
+            total = inputs.group.add(total)
         return LossResult(total, state, {"strategy": self.name, "chunk_length": self.chunk_length})
 
     def untrained(self, model: LanguageModel, inputs: LossInputs) -> LossResult:
@@ -263,7 +256,7 @@ class Strategy(ABC):
         Raises:
             StrategyError: if something that is not known does.
         """
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and inputs.group is None:
             found = self.strangers(model)
             first = inputs.chunks(inputs.length if found.unknown else self.chunk_length)[0]
             generators = random_state.capture(devices(list(model.parameters()), inputs))

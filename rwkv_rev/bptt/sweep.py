@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rwkv_rev.bptt.chunk_gradients import Objective, Parameters, Replay, own_loss
 from rwkv_rev.bptt.hidden_states import HiddenStates
-from rwkv_rev.bptt.layers import LayerGraph, advance_layers, replay_layers
+from rwkv_rev.bptt.layers import ByState, LayerGraph, advance_layers, by_layer, replay_layers
 from rwkv_rev.bptt.records import (
     Record,
     fingerprints,
@@ -21,9 +21,10 @@ from rwkv_rev.bptt.records import (
 from rwkv_rev.bptt.strategy import Chunk, LanguageModel, LossInputs
 from rwkv_rev.cells.block import BlockAdvanced, BlockAgain, ExactStates, FloatStates, Plans
 from rwkv_rev.cells.contract import residual
+from rwkv_rev.errors import ContextParallelError
 from rwkv_rev.foreign_code import Strangers
 from rwkv_rev.random_state import GeneratorStates
-from rwkv_rev.reversal.fingerprint import checksum
+from rwkv_rev.reversal.fingerprint import checksum, fingerprint
 from rwkv_rev.reversal.tape import Tape
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Sweep:
         hidden: collects the normalised hidden states in the first sweep, if they are handed out.
         hidden_prints: checksums of these, by chunk.
         objective: what the hidden states are for in the second sweep.
+        seen: a checksum of all exact states so far, where ranks share the context.
     """
 
     strategy: "TwoSweeps"
@@ -72,6 +74,7 @@ class Sweep:
     hidden: HiddenStates | None = None
     hidden_prints: dict[int, Tensor] = field(default_factory=dict)
     objective: Objective = own_loss
+    seen: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -80,6 +83,17 @@ class Sweep:
     def is_inner(self, chunk: Chunk) -> bool:
         """Whether a chunk has a record: not the first, whose states are given, nor the last."""
         return 0 < chunk.index < len(self.chunks) - 1
+
+    def to_end(self) -> ByState | None:
+        """The gradient of a further objective by the values of each layer's states after the last token; None without.
+
+        Of ranks that share a context the first one has it. All have one, be it zero: what they exchange of the last
+        chunk they exchange in its gradient, too.
+        """
+        given, group = self.inputs.final_state_gradient, self.inputs.group
+        if group is not None and (given is None or group.rank != 0):
+            given = self.inputs.state.each(lambda tensor: torch.zeros_like(tensor.detach()))
+        return None if given is None else by_layer(given, self.model.blocks)
 
     def advance(self, chunk: Chunk, states: list[ExactStates]) -> tuple[list[BlockAdvanced], Record]:
         """A chunk forwards from the exact states before it, and what it would put on the tape."""
@@ -113,6 +127,36 @@ class Sweep:
         hidden = self.model.normalize(out)
         self.hidden.take(chunk, hidden)
         self.hidden_prints[chunk.index] = checksum(hidden)
+
+    def note_compared(self, compared: Sequence[Sequence[Tensor]]) -> None:
+        """Add to :attr:`seen` what a chunk's record compares, by layers."""
+        self._note_states([part for layer in compared for part in layer[1:]])
+
+    def _note_states(self, prints: list[Tensor]) -> None:
+        """Add to :attr:`seen`: fingerprints of exact memories before a chunk."""
+        if self.inputs.group is not None and prints:
+            found = fingerprint(torch.cat([part.flatten() for part in prints]))
+            self.seen = found if self.seen is None else self.seen * 31 + found
+
+    def refuse_others(self, states: list[ExactStates]) -> None:
+        """Refuse ranks that share the context and have not held the same states to the bit; all of them raise.
+
+        Raises:
+            ContextParallelError: names the rank.
+        """
+        group = self.inputs.group
+        if group is None:
+            return
+        self._note_states([part for layer in states for part in fingerprints(layer)])
+        if self.seen is None:  # no memory is inverted
+            return
+        found = group.gather(torch.stack([self.seen, torch.full_like(self.seen, self.tape.nbytes)]))
+        other = (found != found[:1]).any(1).nonzero()
+        if len(other):
+            raise ContextParallelError(
+                f"rank {int(other[0])} of the context group does not hold the same states as rank 0: weights differ "
+                "between the ranks, or they compute with other kernels (other devices, versions or RWKV_REV_KERNEL)"
+            )
 
     def note_coarse(self, coarse: Tensor | None) -> None:
         """Add to :attr:`coarse`."""

@@ -32,9 +32,10 @@ from rwkv_rev.bptt import cuda_graphs, lasting
 from rwkv_rev.bptt.backward_sweep import SweepResult, backward_sweep
 from rwkv_rev.bptt.chunk_gradients import Parameters
 from rwkv_rev.bptt.forward_sweep import forward_sweep
-from rwkv_rev.bptt.layers import by_layer
+from rwkv_rev.bptt.piece import over_the_group
 from rwkv_rev.bptt.records import LayerRecord
 from rwkv_rev.bptt.runner import Runner
+from rwkv_rev.bptt.shared_tape import SharedTape
 from rwkv_rev.bptt.strategy import (
     LanguageModel,
     LossInputs,
@@ -117,33 +118,42 @@ class TwoSweeps(Strategy):
         outcome: dict[str, Any],
         found: Strangers,
     ) -> tuple[Tensor, tuple[Tensor, ...], list]:
-        device = inputs.targets.device
         outcome.update(strategy=self.name, chunk_length=self.chunk_length)
-        with Tape(self.tape, device, self.tape_dir) as tape:
+        with self._tape(model, inputs) as tape:
             sweep = self.begin_sweep(model, inputs, parameters, found, tape)
             runner = choose_runner(sweep)
             last = forward_sweep(sweep, runner)
             outcome["tape_bytes"] = tape.peak_nbytes
-            given = inputs.final_state_gradient
-            to_end = None if given is None else by_layer(given, model.blocks)
-            result = backward_sweep(sweep, runner, last, to_end)
+            result = backward_sweep(sweep, runner, last, sweep.to_end())
             self.finish(outcome)
         warn_of_coarse_heads(sweep)
-        wanted = sweep.parameters.tensors
-        return result.loss, tuple(result.end.tensors()), in_order(leaves, roles(inputs, wanted, result))
+        found_roles = roles(inputs, sweep.parameters.tensors, result)
+        loss, gradients = over_the_group(inputs, result.loss, leaves, in_order(leaves, found_roles))
+        return loss, tuple(result.end.tensors()), gradients
+
+    def _tape(self, model: LanguageModel, inputs: LossInputs) -> Tape:
+        device = inputs.targets.device
+        if inputs.group is None:
+            return Tape(self.tape, device, self.tape_dir)
+        groups = 1 + len(model.blocks[0].cells)
+        return SharedTape(self.tape, device, self.tape_dir, inputs.group, groups)
 
     def begin_sweep(
         self, model: LanguageModel, inputs: LossInputs, parameters: list[Tensor], found: Strangers, tape: Tape
     ) -> Sweep:
         """What both sweeps go through, before the first chunk; for the model's own loss."""
+        if self.remnants == "lifted" and inputs.group is not None:
+            raise StrategyError(
+                "remnants = 'lifted' undoes a chunk that one process has whole, and this context is shared between "
+                "processes: use remnants='whole'"
+            )
         for block in model.blocks:
             block.lift(self.remnants == "lifted")
             block.refuse_changing()
         self.begin(model, inputs)
         chunks = inputs.chunks(self.chunk_length)
-        plans = {
-            length: [block.plan(length) for block in model.blocks] for length in {c.length for c in chunks}
-        }
+        lengths = {chunk.length: None if inputs.group is None else chunk.own_length for chunk in chunks}
+        plans = {n: [block.plan(n, piece) for block in model.blocks] for n, piece in lengths.items()}
         values = [tuple(detached(state) for state in inputs.state.layer(i)) for i in range(len(model.blocks))]
         wanted = [parameter for parameter in parameters if parameter.requires_grad]
         return Sweep(
@@ -167,14 +177,18 @@ class TwoSweeps(Strategy):
 
 
 def choose_runner(sweep: Sweep) -> Runner:
-    """The runner for a sweep: by recordings where they pay."""
+    """The runner for a sweep: by recordings where they pay; ranks that share a context have the same kind of runner."""
     plain = not (sweep.strangers.declared or sweep.half or sweep.model.checkpoints_blocks)
-    if not (sweep.strategy.repeatable and plain and cuda_graphs.possible(sweep.device)):
+    able = sweep.strategy.repeatable and plain and cuda_graphs.possible(sweep.device)
+    group = sweep.inputs.group
+    if group is not None and sweep.device.type == "cuda":
+        able = group.everywhere(able)
+    if not able:
         return Runner(sweep)
-    recordings = lasting.recordings_for(sweep)
+    recordings = lasting.recordings_for(sweep) if group is None else lasting.recordings_of_all(sweep, group)
     if recordings is not None:
         return lasting.LastingRunner(sweep, recordings)
-    return lasting.NotingRunner(sweep)
+    return lasting.NotingRunner(sweep) if group is None else lasting.TogetherRunner(sweep)
 
 
 def warn_of_coarse_heads(sweep: Sweep) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rwkv_rev import random_state
+from rwkv_rev.bptt.piece import over_the_group
 from rwkv_rev.bptt.strategy import (
     Chunk,
     LanguageModel,
@@ -83,14 +84,15 @@ def _sweep(
         if chunk.index == 0:
             first = found[len(parameters) :][: len(first)]
         if found[-1] is not None:
-            embeds.append(found[-1])
+            embeds.append(chunk.of_all(found[-1]))
         del found, gradients  # or the chunk's gradients would stay in memory during the next one
     outside.refuse()
     assert total is not None
     roles = [*zip(parameters, sums, strict=True), *zip(inputs.state.tensors(), first, strict=True)]
     if inputs.inputs_embeds is not None:
         roles.append((inputs.inputs_embeds, torch.cat(embeds, dim=1)))
-    return total, tuple(state.tensors()), in_order(leaves, roles)
+    total, gradients_of_leaves = over_the_group(inputs, total, leaves, in_order(leaves, roles))
+    return total, tuple(state.tensors()), gradients_of_leaves
 
 
 def _gradients_of(
@@ -125,7 +127,10 @@ def _gradients_of(
         if outside is not None:
             outside.look([hidden, *after.tensors()], made)
         pairs = [(hidden, to_hidden)]
-        if further is not None:
+        group = chunk.inputs.group
+        if group is not None:  # what is exchanged is so in every gradient of every rank
+            pairs += [(end, torch.zeros_like(end)) for end in after.tensors()]
+        if further is not None and (group is None or group.rank == 0):
             pairs += [
                 (end, (g * loss_scale).to(end.dtype))
                 for end, g in zip(after.tensors(), further.tensors(), strict=True)

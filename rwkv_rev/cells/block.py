@@ -137,9 +137,13 @@ class ResidualBlock(nn.Module):
         """The values that outputs read from exact states."""
         return tuple(cell.values(state) for cell, state in zip(self.cells, states, strict=True))
 
-    def plan(self, length: int) -> Plans:
-        """The cells' plans for chunks of ``length`` tokens, while the weights stay as they are."""
-        return tuple(cell.plan(length) for cell in self.cells)
+    def plan(self, length: int, piece: int | None = None) -> Plans:
+        """The cells' plans for chunks of ``length`` tokens, while the weights stay as they are.
+
+        ``piece``: tokens of them that are run here, where they are split over ranks.
+        """
+        cells: list[Any] = list(self.cells)  # those of whom a piece is asked take it
+        return tuple(cell.plan(length) if piece is None else cell.plan(length, piece) for cell in cells)
 
     def lift(self, wanted: bool) -> None:
         """Choose the kind of memory of cells that have two (:meth:`.ReversibleCell.lift`)."""

@@ -17,13 +17,16 @@ the documents. Cost: that of the tokens, some padding, and a state for each piec
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rwkv_rev.cells.mask import ChunkMask
+
+if TYPE_CHECKING:
+    from rwkv_rev.cells.shared_chunk import SharedChunk
 
 Step = Callable[[list[Tensor], list[Tensor], ChunkMask | None], tuple[list[Tensor], list[Tensor]]]
 """From tensors [S, l, ...] of a stream, [S, ...] of a state, and a mask, to those of the output and the state after."""
@@ -217,20 +220,22 @@ def part_of(borders: Borders | None, start: int, stop: int) -> Borders | None:
     return None if borders is None else borders.part(start, stop)
 
 
-def mask_of(valid: Tensor | None, borders: Borders | None, device: torch.device, count: int) -> "Mask":
+def mask_of(
+    valid: Tensor | None, borders: Borders | None, device: torch.device, count: int
+) -> "BorderedChunk | ChunkMask | None":
     """What cells are handed of the first ``count`` of some tokens, of which these are valid and have these borders."""
     if borders is not None:
         return borders.part(0, count).chunk(device)
     return None if valid is None else ChunkMask.of(valid[:, :count])
 
 
-Mask = ChunkMask | BorderedChunk | None
-"""Which tokens of a chunk count, and where documents begin; None where all do, and none does."""
+Mask = Union[ChunkMask, BorderedChunk, "SharedChunk", None]
+"""Which tokens of a chunk count, where documents begin, and who has them; None where all do, none does, and we have."""
 
 
 def of_part(mask: Mask, index: int) -> Mask:
     """What a layer, or a layer's cell, is handed of a mask."""
-    return mask.of_part(index) if isinstance(mask, BorderedChunk) else mask
+    return mask if mask is None or isinstance(mask, ChunkMask) else mask.of_part(index)
 
 
 def call_cost(device: torch.device, width: int) -> int:

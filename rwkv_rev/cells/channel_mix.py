@@ -27,6 +27,8 @@ class ChannelMix(ShiftedCell):
         intermediate_size: F.
     """
 
+    passes_between_ranks = True
+
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.make_mixes(hidden_size)

@@ -20,6 +20,8 @@ class ChannelMixRwkv7(ShiftedCell):
         intermediate_size: F.
     """
 
+    passes_between_ranks = True
+
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.mix_before_key = nn.Parameter(torch.empty(hidden_size))

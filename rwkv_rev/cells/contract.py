@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from rwkv_rev.cells.borders import BorderedChunk, Mask
 from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.cells.shared_chunk import SharedChunk
 from rwkv_rev.reversal.additive import NoRemnant
 from rwkv_rev.reversal.fingerprint import checksum
 from rwkv_rev.reversal.memory import Remnant
@@ -159,6 +160,7 @@ class ReversibleCell(nn.Module, ABC):
 
     Attributes:
         shifts: how many of the state's parts, and of a remnant's tensors, are token shifts; they stand first.
+        passes_between_ranks: whether a chunk's tokens may be split over ranks (context parallelism).
         reads_beside: whether its input is the whole stream, not the residual alone.
         lifts: of a cell with two kinds of memories, whether :meth:`exact` makes the one whose remnant is smaller and
             takes longer (:meth:`lift`).
@@ -172,6 +174,7 @@ class ReversibleCell(nn.Module, ABC):
 
     layer: int = 0
     shifts: int = 0
+    passes_between_ranks: bool = False
     reads_beside: bool = False
     lifts: bool = False
     undividable: str = "this one (RWKV-4's, say, which is forgotten within a few tokens)"
@@ -182,7 +185,7 @@ class ReversibleCell(nn.Module, ABC):
     def plan(self, length: int) -> Any:
         """What chunks of C = ``length`` tokens need of the weights beyond themselves, computed once per sweep.
 
-        None, or a :class:`Plan`.
+        None, or a :class:`Plan`. A cell that :attr:`passes_between_ranks` is told how many of them are run here, too.
         """
 
     @abstractmethod
@@ -266,6 +269,8 @@ class ReversibleCell(nn.Module, ABC):
         Raises:
             StrategyError: where a hook has made other weights than the plan was made of.
         """
+        if isinstance(mask, SharedChunk):
+            return self._over_ranks(x, state, mask)
         if isinstance(mask, BorderedChunk):
             return self._over_borders(x, state, mask)
         if isinstance(state, Forwards):
@@ -282,6 +287,10 @@ class ReversibleCell(nn.Module, ABC):
         if isinstance(state, OnceMore):
             return self.step_again(state.state, state.values, x, mask)
         return self.step(state, x, mask)
+
+    def _over_ranks(self, x: Any, state: Any, chunk: SharedChunk) -> tuple[Stream | None, Any]:
+        """:meth:`forward` of this rank's piece of a chunk."""
+        raise NotImplementedError(f"the state of a {type(self).__name__} is not passed between ranks")
 
     def _over_borders(self, x: Any, state: Any, chunk: BorderedChunk) -> tuple[Stream, Any]:
         """:meth:`forward` of a chunk with borders."""

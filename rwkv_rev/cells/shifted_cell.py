@@ -8,8 +8,7 @@ through y once.
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,89 +29,14 @@ from rwkv_rev.cells.contract import (
 )
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.recomputation import not_kept
+from rwkv_rev.cells.shared_chunk import Counted, SharedChunk
 from rwkv_rev.cells.shifted_documents import documents
+from rwkv_rev.cells.shifted_ranks import over_ranks
+from rwkv_rev.cells.shifted_state import ExactShiftedState, ShiftedRemnant, ShiftedState
 from rwkv_rev.cells.token_shift import Border, carried_mix, last_token, mixes_and_last, token_mixes
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.reversal.fingerprint import checksum, same_bits
 from rwkv_rev.reversal.memory import Memory
-
-
-class ShiftedState(NamedTuple):
-    """Values of the state: shift [B, D], the last valid token's input, and memory (its shape is the cell's) or None."""
-
-    shift: Tensor
-    memory: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class ExactShiftedState:
-    """A state that is exact to the bit.
-
-    Attributes:
-        shift: [B, D], the last valid token's input vector.
-        memory: the recurrence's memory, or None.
-        carried: [B, D], the y that ``shift`` was rebuilt from, when it came out of ``retreat``.
-        border: what y was mixed with, likewise.
-    """
-
-    shift: Tensor
-    memory: Memory | None
-    carried: Tensor | None = None
-    border: Border | None = None
-
-    def tensors(self) -> list[Tensor]:
-        return [self.shift, *([] if self.memory is None else self.memory.tensors())]
-
-    def computed(self) -> list[Tensor]:
-        found = [self.shift]
-        if self.carried is not None and self.border is not None:
-            found += [self.carried, *self.border]
-        return found + ([] if self.memory is None else self.memory.computed())
-
-    def like(self, tensors: list[Tensor]) -> "ExactShiftedState":
-        shift, *rest = tensors
-        return ExactShiftedState(shift, None if self.memory is None else self.memory.like(rest))
-
-    def of_computed(self, tensors: list[Tensor]) -> "ExactShiftedState":
-        if self.carried is None:
-            return self.like(tensors)
-        shift, carried, first, mu, *rest = tensors
-        memory = None if self.memory is None else self.memory.like(rest)
-        return ExactShiftedState(shift, memory, carried, Border(first, mu))
-
-    def fingerprint(self) -> Tensor | None:
-        """Of the memory: the token shift is in the print of the chunk before."""
-        return None if self.memory is None else self.memory.fingerprint().flatten()
-
-    def coarse(self) -> Tensor | None:
-        return None if self.memory is None else self.memory.coarse()
-
-    @property
-    def when_coarse(self) -> str:
-        return "" if self.memory is None else self.memory.when_coarse
-
-    def remnant(self, tensors: list[Tensor]) -> "ShiftedRemnant":
-        carried, *rest = tensors
-        return ShiftedRemnant(carried, None if self.memory is None else self.memory.remnant(rest))
-
-
-@dataclass(frozen=True)
-class ShiftedRemnant:
-    """What one chunk forgot: the carried y [B, D], and the memory's remnant, or None."""
-
-    carried: Tensor
-    memory: Any
-
-    @property
-    def size(self) -> Tensor | None:
-        return None if self.memory is None else self.memory.size
-
-    @property
-    def excess(self) -> Tensor | None:
-        return None if self.memory is None else self.memory.excess
-
-    def tensors(self, size: Tensor | None) -> list[Tensor]:
-        return [self.carried, *([] if self.memory is None else self.memory.tensors(size))]
 
 
 class ShiftedCell(ReversibleCell):
@@ -120,6 +44,9 @@ class ShiftedCell(ReversibleCell):
 
     shifts = 1
     mixes_are_tokens = False  # whether they are 1 and 0: the token itself, and the one before
+    relayed_ranks: int = 0
+    """Up to how many ranks hand the memory on, one after another, instead of exchanging pieces (then it is kept whole,
+    and :meth:`undo` needs no contribution)."""
 
     # --- what a cell fills in ---------------------------------------------------------------------------------
 
@@ -159,7 +86,7 @@ class ShiftedCell(ReversibleCell):
         """The memory after the chunk, differentiable."""
         return None
 
-    def memory_plan(self, length: int) -> Any:
+    def memory_plan(self, length: int, piece: int | None = None) -> Any:
         """What chunks of C = ``length`` tokens need of the weights beyond themselves, or None."""
         return None
 
@@ -176,9 +103,9 @@ class ShiftedCell(ReversibleCell):
         return torch.float32
 
     def advance_memory(
-        self, memory: Any, projection: Any, contribution: Any, mask: ChunkMask | None, plan: Any
+        self, memory: Any, projection: Any, contribution: Any, mask: Any, plan: Any
     ) -> tuple[Any, Any]:
-        """The exact memory after the chunk and its remnant."""
+        """The exact memory after the chunk and its remnant; over ranks the ``projection`` is None, the mask a count."""
         return None, None
 
     def retreat_memory(
@@ -186,6 +113,31 @@ class ShiftedCell(ReversibleCell):
     ) -> Any:
         """The exact memory before the chunk, from the one after it."""
         return None
+
+    # --- the same where a chunk is split over ranks -------------------------------------------------------------
+
+    def nothing(self, projection: Any) -> Tensor:
+        """The memory [B, ...] before the first token."""
+        raise NotImplementedError(f"{type(self).__name__} has no memory")
+
+    def piece(self, projection: Any, chunk: SharedChunk, plan: Any = None) -> Any:
+        """What this rank's tokens do to a memory (:class:`~.state_exchange.StatePiece`), differentiable."""
+        raise NotImplementedError(f"{type(self).__name__} has no memory")
+
+    def received(self, rank: int, sent: list[Tensor], projection: Any, chunk: SharedChunk) -> Any:
+        """The piece of a rank, from what it sent."""
+        raise NotImplementedError(f"{type(self).__name__} has no memory")
+
+    def contribution(self, total: Any, memory: Tensor | None, whole: Counted | None) -> Any:
+        """What :meth:`advance_memory` takes of a whole chunk's piece; ``memory`` is that before it, where known."""
+        raise NotImplementedError(f"{type(self).__name__} has no memory")
+
+    def undo(self, memory: Any, contribution: Any, mask: Any, remnant: Any, plan: Any) -> Any:
+        """The exact memory before a chunk, from the one after it and its contribution."""
+        raise NotImplementedError(f"{type(self).__name__} has no memory")
+
+    def _over_ranks(self, x: Any, state: Any, chunk: SharedChunk) -> tuple[Stream | None, Any]:
+        return over_ranks(self, x, state, chunk)
 
     # --- the contract -----------------------------------------------------------------------------------------
 
@@ -218,9 +170,10 @@ class ShiftedCell(ReversibleCell):
                     "(torch.nn.utils.parametrizations), or bptt='full'"
                 )
 
-    def plan(self, length: int) -> CellPlan:
+    def plan(self, length: int, piece: int | None = None) -> CellPlan:
         """The plan for chunks of C = ``length`` tokens, while the weights stay as they are."""
-        return CellPlan(carried_mix(self.mixes()), self.memory_plan(length), tuple(self.plan_sources()))
+        memory = self.memory_plan(length) if piece is None else self.memory_plan(length, piece)
+        return CellPlan(carried_mix(self.mixes()), memory, tuple(self.plan_sources()))
 
     def exact(self, state: ShiftedState) -> ExactShiftedState:
         """The exact state nearest to values."""

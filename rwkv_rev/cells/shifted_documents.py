@@ -33,6 +33,16 @@ def documents(
         read, _ = cell.compute(projection, None, chunk.mask)
         out = cell.output_of(projection, read)
         return joined(out, cell.handed_up(projection)), shift, None, checksum(shift)[None]
+    read, ends = memories(cell, projection, values.memory, chunk)
+    print_ = torch.stack([checksum(shift), checksum(ends)])
+    memory = ends.index_select(0, chunk.last)
+    return joined(cell.output_of(projection, read), cell.handed_up(projection)), shift, memory, print_
+
+
+def memories(
+    cell: "ShiftedCell", projection: Any, memory: Tensor, chunk: BorderedChunk
+) -> tuple[Tensor, Tensor]:
+    """What is read [B, C, ...], and the memory after each document [P, ...]; rows go on from ``memory`` [B, ...]."""
     fields: tuple[Any, ...] = (projection,) if isinstance(projection, Tensor) else projection
     of_tokens = [isinstance(part, Tensor) and part.dim() > 2 for part in fields]  # not [H, N], of all of them
 
@@ -46,7 +56,5 @@ def documents(
         return [read], [cell.update(state[0], piece, contribution, mask)]
 
     parts = [part for part, each in zip(fields, of_tokens, strict=True) if each]
-    (read,), (ends,) = chunk.run(step, parts, [values.memory], [chunk.starts.memory])
-    print_ = torch.stack([checksum(shift), checksum(ends)])
-    memory = ends.index_select(0, chunk.last)
-    return joined(cell.output_of(projection, read), cell.handed_up(projection)), shift, memory, print_
+    (read,), (ends,) = chunk.run(step, parts, [memory], [chunk.starts.memory])
+    return read, ends

@@ -16,10 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rwkv_rev.cells.cell_plan import CellPlan
 from rwkv_rev.cells.gates import sigmoid_product
 from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.cells.shared_chunk import SharedChunk
+from rwkv_rev.cells.state_pieces import ScaledPiece
 from rwkv_rev.cells.whole_memory import WholeMemoryCell
-from rwkv_rev.wkv import wkv4
+from rwkv_rev.wkv import EMPTY_EXPONENT, wkv4
 
 LARGEST_TIME_DECAY = 69.0
 """Above it nothing changes: exp(69) = 9e29 is far beyond the 104 at which w underflows, and finite in float32."""
@@ -33,6 +36,8 @@ class TimeProjection(NamedTuple):
 
 class TimeMixRwkv4(WholeMemoryCell):
     """The recurrent half of an RWKV-4 block; memory [B, 3, D] = (a, b, m), float32 or wider."""
+
+    passes_between_ranks = True
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -72,6 +77,26 @@ class TimeMixRwkv4(WholeMemoryCell):
     def output_of(self, projection: TimeProjection, read: Tensor) -> Tensor:
         out: Tensor = self.output(sigmoid_product(projection.receptance, read))
         return out
+
+    def nothing(self, projection: TimeProjection) -> Tensor:
+        key = projection.key
+        dtype = torch.promote_types(key.dtype, torch.float32)
+        memory = key.new_zeros(key.shape[0], 3, key.shape[2], dtype=dtype)
+        memory[:, 2] = EMPTY_EXPONENT
+        return memory
+
+    def piece(
+        self, projection: TimeProjection, chunk: SharedChunk, plan: CellPlan | None = None
+    ) -> ScaledPiece:
+        _, key, value = projection
+        log_decay, valid = self.log_decay(), None if chunk.mask is None else chunk.mask.valid
+        _, update = wkv4(key, value, log_decay, wide(self.bonus), self.nothing(projection), valid)
+        return ScaledPiece(chunk.times(chunk.group.rank, log_decay), update)
+
+    def received(
+        self, rank: int, sent: list[Tensor], projection: TimeProjection, chunk: SharedChunk
+    ) -> ScaledPiece:
+        return ScaledPiece(chunk.times(rank, self.log_decay()), sent[0])
 
 
 def wide(parameter: Tensor) -> Tensor:

@@ -16,9 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rwkv_rev.cells.cell_plan import CellPlan
 from rwkv_rev.cells.gates import norm_and_gate
 from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.cells.shared_chunk import Counted, SharedChunk
 from rwkv_rev.cells.shifted_cell import ExactShiftedState, ShiftedCell
+from rwkv_rev.cells.state_pieces import DecayedPiece
 from rwkv_rev.cells.time_mix_rwkv4 import log_decay_of, wide
 from rwkv_rev.reversal.division import LossyState
 from rwkv_rev.reversal.fixed_point import DecayPlan, FixedPoint, MemoryRemnant, decay_plan
@@ -63,6 +66,7 @@ class TimeMixRwkv5(ShiftedCell):
         group_norm_epsilon: eps of the GroupNorm (see above).
     """
 
+    passes_between_ranks = True
     inverts_memory = True
     norms_of_tokens = ("ln_x",)
 
@@ -155,9 +159,11 @@ class TimeMixRwkv5(ShiftedCell):
             memory, contribution, projection.log_decay, length, None if mask is None else mask.count
         )
 
-    def memory_plan(self, length: int) -> MemoryPlan:
+    def memory_plan(self, length: int, piece: int | None = None) -> MemoryPlan:
         log_decay = self.log_decay()
-        return MemoryPlan(decay_plan(log_decay, length), wkv5_plan(log_decay, length))
+        return MemoryPlan(
+            decay_plan(log_decay, length), wkv5_plan(log_decay, length if piece is None else piece)
+        )
 
     def exact_memory(self, memory: Tensor) -> FixedPoint:
         return FixedPoint.of(memory)
@@ -188,16 +194,55 @@ class TimeMixRwkv5(ShiftedCell):
         remnant: MemoryRemnant,
         plan: MemoryPlan,
     ) -> FixedPoint:
-        contribution = wkv5_contribution(
+        contribution = self._written(projection, mask, plan, projection.handover)
+        return self.undo(memory, contribution, mask, remnant, plan)
+
+    def undo(
+        self,
+        memory: FixedPoint,
+        contribution: Tensor,
+        mask: ChunkMask | Counted | None,
+        remnant: MemoryRemnant,
+        plan: MemoryPlan,
+    ) -> FixedPoint:
+        return memory.retreat(contribution, None if mask is None else mask.count, remnant, plan.reversal)
+
+    def _written(
+        self,
+        projection: TimeProjection,
+        mask: ChunkMask | None,
+        plan: MemoryPlan | None,
+        handover: Wkv5Handover | None,
+    ) -> Tensor:
+        """The contribution of some tokens."""
+        return wkv5_contribution(
             projection.key,
             projection.value,
             projection.log_decay,
             None if mask is None else mask.valid,
-            plan=plan.recurrence,
-            handover=projection.handover,
+            plan=None if plan is None else plan.recurrence,
+            handover=handover,
         )
-        count = None if mask is None else mask.count
-        return memory.retreat(contribution, count, remnant, plan.reversal)
+
+    def nothing(self, projection: TimeProjection) -> Tensor:
+        key = projection.key
+        return key.new_zeros(key.shape[0], *key.shape[2:], key.shape[3], dtype=self.memory_dtype())
+
+    def piece(
+        self, projection: TimeProjection, chunk: SharedChunk, plan: CellPlan | None = None
+    ) -> DecayedPiece:
+        # documents are in rows of their own, for which nothing can be handed over
+        handover = projection.handover if chunk.mask is chunk.own else None
+        update = self._written(projection, chunk.mask, None if plan is None else plan.memory, handover)
+        return DecayedPiece(chunk.times(chunk.group.rank, projection.log_decay), update)
+
+    def received(
+        self, rank: int, sent: list[Tensor], projection: TimeProjection, chunk: SharedChunk
+    ) -> DecayedPiece:
+        return DecayedPiece(chunk.times(rank, projection.log_decay), sent[0])
+
+    def contribution(self, total: DecayedPiece, memory: Tensor | None, whole: Counted | None) -> Tensor:
+        return total.update
 
     def _per_channel(self, parameter: Tensor) -> Tensor:
         """[H, N] from a parameter stored per head or per channel."""

@@ -22,9 +22,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rwkv_rev.cells.cell_plan import CellPlan
 from rwkv_rev.cells.gates import norm_and_gate, returns_new_memory
 from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.cells.shared_chunk import Counted, SharedChunk
 from rwkv_rev.cells.shifted_cell import ExactShiftedState, ShiftedCell, ShiftedRemnant
+from rwkv_rev.cells.state_pieces import DecayedPiece, recomputed
 from rwkv_rev.cells.time_mix_rwkv4 import wide
 from rwkv_rev.reversal.data_decay import ChunkDecay, DataDecayed, DataRemnant, KeptRemnant
 from rwkv_rev.reversal.division import LossyState
@@ -66,6 +69,7 @@ class TimeMixRwkv6(ShiftedCell):
         group_norm_epsilon: eps of the GroupNorm.
     """
 
+    passes_between_ranks = True
     inverts_memory = True
     mixes_are_tokens = True
     norms_of_tokens = ("ln_x",)
@@ -190,9 +194,47 @@ class TimeMixRwkv6(ShiftedCell):
         remnant: KeptRemnant,
         plan: None,
     ) -> DataDecayed:
-        valid = None if mask is None else mask.valid
-        update, log_factor = wkv6_contribution(projection.key, projection.value, projection.log_decay, valid)
+        return self.undo(memory, self._written(projection, mask), mask, remnant, plan)
+
+    def undo(
+        self,
+        memory: DataDecayed,
+        contribution: Contribution,
+        mask: ChunkMask | Counted | None,
+        remnant: KeptRemnant,
+        plan: None,
+    ) -> DataDecayed:
+        update, log_factor = contribution
         return memory.retreat(update, None, remnant, _decay(log_factor))
+
+    def _written(self, projection: TimeProjection, mask: ChunkMask | None) -> Contribution:
+        """The contribution of some tokens."""
+        valid = None if mask is None else mask.valid
+        return Contribution(*wkv6_contribution(projection.key, projection.value, projection.log_decay, valid))
+
+    def nothing(self, projection: TimeProjection) -> Tensor:
+        key = projection.key
+        return key.new_zeros(key.shape[0], *key.shape[2:], key.shape[3], dtype=self.memory_dtype())
+
+    def piece(
+        self, projection: TimeProjection, chunk: SharedChunk, plan: CellPlan | None = None
+    ) -> DecayedPiece:
+        valid = None if chunk.mask is None else chunk.mask.valid
+
+        def written(key: Tensor, value: Tensor, log_decay: Tensor) -> tuple[Tensor, ...]:
+            return wkv6_contribution(key, value, log_decay, valid)
+
+        update, log_factor = recomputed(written, projection.key, projection.value, projection.log_decay)
+        return DecayedPiece(log_factor, update, of_data=True)
+
+    def received(
+        self, rank: int, sent: list[Tensor], projection: TimeProjection, chunk: SharedChunk
+    ) -> DecayedPiece:
+        update, log_factor = sent
+        return DecayedPiece(log_factor, update, of_data=True)
+
+    def contribution(self, total: DecayedPiece, memory: Tensor | None, whole: Counted | None) -> Contribution:
+        return Contribution(total.update, total.log_factor)
 
 
 def _log_decay(x: Tensor) -> Tensor:

@@ -24,10 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rwkv_rev.cells.cell_plan import CellPlan
 from rwkv_rev.cells.gates import norm_and_gate
 from rwkv_rev.cells.mask import ChunkMask
-from rwkv_rev.cells.shifted_cell import ShiftedCell, ShiftedRemnant
+from rwkv_rev.cells.shared_chunk import SharedChunk
+from rwkv_rev.cells.shifted_state import ShiftedRemnant
+from rwkv_rev.cells.state_pieces import MatrixPiece, recomputed
 from rwkv_rev.cells.time_mix_rwkv4 import wide
+from rwkv_rev.cells.whole_memory import WholeMemoryCell
 from rwkv_rev.reversal.lifting import Lifted, LiftingPlan, Transition
 from rwkv_rev.reversal.memory import Memory
 from rwkv_rev.reversal.whole import Whole
@@ -58,7 +62,7 @@ class TimeProjection(NamedTuple):
     gate: Tensor  # [B, C, D]
 
 
-class TimeMixRwkv7(ShiftedCell):
+class TimeMixRwkv7(WholeMemoryCell):
     """The recurrent half of an RWKV-7 block; memory [B, H, N, N] (key index first), float32 or wider.
 
     Args:
@@ -68,6 +72,8 @@ class TimeMixRwkv7(ShiftedCell):
         group_norm_epsilon: eps of the GroupNorm.
     """
 
+    passes_between_ranks = True
+    relayed_ranks = 3  # a piece takes three times what the tokens take, and more for its gradient
     reads_beside = True
     norms_of_tokens = ("ln_x",)
     undividable = (
@@ -176,11 +182,6 @@ class TimeMixRwkv7(ShiftedCell):
         mapped: Tensor = self.output((out * gate).to(receptance.dtype))
         return mapped
 
-    def update(
-        self, memory: Tensor | None, projection: TimeProjection, contribution: Tensor, mask: ChunkMask | None
-    ) -> Tensor:
-        return contribution
-
     def lift(self, wanted: bool) -> None:
         self.lifts = wanted
 
@@ -224,6 +225,37 @@ class TimeMixRwkv7(ShiftedCell):
         if plan is None:
             return Whole(remnant.before)
         return memory.retreat(_transition(projection, mask), remnant)
+
+    def nothing(self, projection: TimeProjection) -> Tensor:
+        key = projection.key
+        return key.new_zeros(
+            key.shape[0], *key.shape[2:], key.shape[3], dtype=torch.promote_types(key.dtype, torch.float32)
+        )
+
+    def piece(
+        self, projection: TimeProjection, chunk: SharedChunk, plan: CellPlan | None = None
+    ) -> MatrixPiece:
+        """From nothing with the values, and from the unit matrix without them: rows of one call."""
+        valid = None if chunk.mask is None else torch.cat([chunk.mask.valid] * 2)
+        nothing = self.nothing(projection)
+        unit = torch.eye(self.head_size, dtype=nothing.dtype, device=nothing.device).expand_as(nothing)
+        starts = torch.cat([nothing, unit])
+
+        def both(*given: Tensor) -> tuple[Tensor, ...]:
+            key, _, log_decay, removal, rate = (torch.cat([x, x]) for x in given)
+            value = torch.cat([given[1], torch.zeros_like(given[1])])
+            nothing = torch.zeros_like(key)
+            after: Tensor = wkv7(nothing, key, value, log_decay, removal, rate, starts, valid)[1]
+            return after.chunk(2)
+
+        _, key, value, log_decay, removal, rate, _ = projection
+        update, transition = recomputed(both, key, value, log_decay, removal, rate)
+        return MatrixPiece(transition, update)
+
+    def received(
+        self, rank: int, sent: list[Tensor], projection: TimeProjection, chunk: SharedChunk
+    ) -> MatrixPiece:
+        return MatrixPiece(*sent)
 
 
 def _transition(projection: TimeProjection, mask: ChunkMask | None) -> Transition:

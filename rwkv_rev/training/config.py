@@ -102,6 +102,8 @@ class FinetuneConfig:
         lora_dropout: share of their inputs that is dropped in training.
         lora_targets: linear maps that get an addition, by name; all but the head when empty.
         shard_optimizer: with several processes, each keeps its share of the optimizer's state (ZeRO stage 1).
+        context_parallel: W, processes that share every row: each has a W-th of every chunk's tokens, of which
+            ``chunk_length`` counts all. Several such groups take rows of their own.
         checkpoint_blocks: keep only each block's input inside a chunk: less memory, a third more time.
         seed: of the order of the data, of new parameters and of dropout.
         eval_data: held-out data; read whole every ``eval_every`` steps, before the first and after the last.
@@ -167,6 +169,7 @@ class FinetuneConfig:
     lora_dropout: float = 0.0
     lora_targets: list[str] = field(default_factory=list)
     shard_optimizer: bool = False
+    context_parallel: int = 1
     checkpoint_blocks: bool = False
     seed: int = 0
     eval_data: list[str] = field(default_factory=list)
@@ -264,6 +267,10 @@ class FinetuneConfig:
                 "--pack and --carry-state exclude each other: a packed row begins every document anew"
             )
         objectives_of(self.objective).refuse_layout(pack=self.pack, carry_state=self.carry_state)
+        if self.context_parallel > 1 and self.bptt == "full":
+            raise ConfigError(
+                "--context-parallel splits every chunk, and --bptt full has none: leave --bptt out, or use reversible"
+            )
         refuse_half_named(self.text_field, self.prompt_field, self.completion_field, self.messages_field)
         refuse_evaluations(self)
         if self.warmup > 1 and self.warmup != int(self.warmup):

@@ -28,7 +28,7 @@ from rwkv_rev.training.callbacks import Bar, Log, NothingLeft, StopAtBadLoss, St
 from rwkv_rev.training.checkpoints import step_of
 from rwkv_rev.training.config import FinetuneConfig, build_config
 from rwkv_rev.training.evaluate import count_token_bytes
-from rwkv_rev.training.launch import first_process
+from rwkv_rev.training.launch import first_process, share_contexts
 from rwkv_rev.training.memory import MemoryInUse
 from rwkv_rev.training.planning import Plan, plan
 from rwkv_rev.training.samples import SAMPLES_NAME, Samples, run_tokenizer
@@ -248,6 +248,8 @@ def _train(planned: Plan, args: Any, where: Whereabouts, notify: Notify, quiet: 
         tape_dir=config.tape_dir,
         remnants=config.remnants,
     )
+    if config.context_parallel > 1:
+        share_contexts(model, config.context_parallel, args.device.type)
     tuned = apply_tuning(model, config)
     trainable, total = count_parameters(tuned)
     if config.checkpoint_blocks:

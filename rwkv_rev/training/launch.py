@@ -5,9 +5,11 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from rwkv_rev.device import choose_device
 from rwkv_rev.errors import RwkvRevError
@@ -48,8 +50,15 @@ _REFUSED = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
 }
+_PARALLEL = "ACCELERATE_USE_PARALLELISM_CONFIG"
+_CONTEXT = "PARALLELISM_CONFIG_CP_SIZE"
+_OTHERS = {
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "sharded data parallelism",
+    "PARALLELISM_CONFIG_TP_SIZE": "tensor parallelism",
+    "PARALLELISM_CONFIG_SP_SIZE": "sequence parallelism",
+}
+"""Of accelerate's configuration, what ranks there are beside those that share a context."""
 
 
 _LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -62,12 +71,60 @@ def refuse_launch() -> None:
     Gradient strategies need the model whole.
     """
     _refuse_half_a_launch()
-    for variable, name in _REFUSED.items():
-        if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
+    names = [name for variable, name in _REFUSED.items() if _is_on(variable)]
+    if _is_on(_PARALLEL):
+        names += [name for variable, name in _OTHERS.items() if _ranks(variable) > 1]
+    if names:
+        raise RwkvRevError(
+            f"accelerate was configured for {names[0]}, which finetune does not support: use accelerate launch "
+            "--multi_gpu (or torchrun), --shard-optimizer to spread the optimizer's state, and --context-parallel to "
+            "share a context"
+        )
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
+
+
+def _ranks(variable: str) -> int:
+    text = os.environ.get(variable, "1").strip()
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else 1
+
+
+def context_ranks(asked: int) -> int:
+    """How many processes share a context: as asked for, or as accelerate was configured (``ParallelismConfig``).
+
+    Accelerate is not told of it afterwards: it would split a row's tokens for attention.
+
+    Raises:
+        RwkvRevError: where the two contradict each other, or the processes cannot be dealt out so.
+    """
+    if _is_on(_PARALLEL) and (configured := _ranks(_CONTEXT)) > 1:
+        if asked not in (1, configured):
             raise RwkvRevError(
-                f"accelerate was configured for {name}, which finetune does not support: use accelerate launch "
-                "--multi_gpu (or torchrun), and --shard-optimizer to spread the optimizer's state"
+                f"context_parallel = {asked}, and accelerate was configured for cp_size = {configured}: name one of "
+                "them"
             )
+        asked = configured
+    for variable in [
+        name for name in os.environ if name == _PARALLEL or name.startswith("PARALLELISM_CONFIG_")
+    ]:
+        del os.environ[variable]
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world % asked:
+        raise RwkvRevError(
+            f"context_parallel = {asked}: {world} process{'' if world == 1 else 'es'} cannot be dealt out in groups "
+            f"of {asked}; start {asked}, 2 * {asked} and so on, by torchrun --nproc-per-node {asked} -m rwkv_rev.cli "
+            "finetune"
+        )
+    return asked
+
+
+def share_contexts(model: Any, ranks: int, device: str) -> None:
+    """Let processes that follow one another share contexts, in groups of ``ranks``; others average gradients."""
+    shape = (dist.get_world_size() // ranks, ranks)
+    mesh = init_device_mesh(device, shape, mesh_dim_names=("dp", "cp"))
+    model.set_context_parallel(mesh, reduce_gradients=False)
 
 
 def _refuse_half_a_launch() -> None:

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
+from rwkv_rev.base_model import RwkvRevModel
 from rwkv_rev.bptt.reversible_lossy import divided
 from rwkv_rev.bptt_settings import AUTO, CHUNK_LENGTH
 from rwkv_rev.chunk_length import ChosenLength
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.converters.inspection import inspect_source
+from rwkv_rev.distributed.agreement import refuse_cells
 from rwkv_rev.errors import ConfigError
 from rwkv_rev.folders.folder import refuse_links
 from rwkv_rev.folders.publish import refuse_unpublishable
@@ -31,7 +33,7 @@ from rwkv_rev.training.callbacks import refuse_missing_reporter
 from rwkv_rev.training.checkpoints import RUN_NAME
 from rwkv_rev.training.config import FinetuneConfig
 from rwkv_rev.training.identity import model_fingerprint, refuse_other_run
-from rwkv_rev.training.launch import choose_dtype, own_device, refuse_launch, training_device
+from rwkv_rev.training.launch import choose_dtype, context_ranks, own_device, refuse_launch, training_device
 from rwkv_rev.training.lora_targets import refuse_lora_targets
 from rwkv_rev.training.memory import MemoryForecast, choose_length, forecast_memory, refuse_too_large
 from rwkv_rev.training.objectives.objectives import objectives_of
@@ -111,14 +113,23 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
     objectives = objectives_of(config.objective)
     config = replace(config, objective=str(objectives))  # with what its settings are
     refuse_launch()
+    config = replace(config, context_parallel=context_ranks(config.context_parallel))
+    config.check()
     refuse_links(config.model)
     with ConvertedModel(config.model) as source:
         model_config = source.config
         shapes = {name: source.shape(name) for name in source.names()}
     if config.tune == "state":
         refuse_state_tuning(model_config.rwkv_version)
-    if config.bptt == "reversible-lossy":
-        _refuse_undividable(model_config)
+    small = (
+        _small_block(model_config)
+        if config.bptt == "reversible-lossy" or config.context_parallel > 1
+        else None
+    )
+    if small is not None and config.bptt == "reversible-lossy":
+        _refuse_undividable(small)
+    if small is not None and config.context_parallel > 1:
+        refuse_cells(small.typed_blocks()[0].cells)
     if config.tune == "lora":
         refuse_lora_targets(config.lora_targets, model_config.tie_word_embeddings, shapes)
     if isinstance(config.end_token, int) and config.end_token >= model_config.vocab_size:
@@ -157,8 +168,9 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
         seed=config.seed,
         objectives=objectives,
     )
-    rank = int(os.environ.get("RANK", "0"))
-    order = BatchOrder(rows, config.batch_size, seed=config.seed, rank=rank, world_size=world_size)
+    ranks = config.context_parallel
+    rank, groups = int(os.environ.get("RANK", "0")) // ranks, world_size // ranks
+    order = BatchOrder(rows, config.batch_size, seed=config.seed, rank=rank, world_size=groups)
     statistics = order.statistics()
     per_epoch = -(-len(order) // config.grad_accum)
     steps = config.max_steps or max(1, int(-(-config.epochs * per_epoch // 1)))
@@ -175,7 +187,7 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
             refuse_other_run(went_on, identity)
             if config.keep_best or config.patience:
                 refuse_other_evaluations(went_on, held_out_identity(config, held_out))
-    facts, longest = inspect_source(config.model), int(rows.lengths().max())
+    facts, longest = inspect_source(config.model), -(-int(rows.lengths().max()) // ranks)  # of each process
     trained = count_trained(config, model_config, shapes)
 
     def forecast(chunk: int, longest: int) -> MemoryForecast:
@@ -193,11 +205,12 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
             pieces=rows.most_pieces,
         )
 
-    length = _chunk_length(config, went_on) or choose_length(
-        config, own_device(device), forecast, longest, trained
-    )
+    length = _chunk_length(config, went_on)
+    if length is None:
+        length = choose_length(config, own_device(device), forecast, longest, trained)
+        length = replace(length, tokens=length.tokens * ranks)
     config = replace(config, chunk_length=length.tokens)
-    memory = forecast(length.tokens, longest)
+    memory = forecast(-(-length.tokens // ranks), longest)
     notes += refuse_too_large(memory, own_device(device), config)
     if config.shard_optimizer and world_size == 1:
         notes.append("shard_optimizer needs several processes; this one keeps the whole state")
@@ -228,8 +241,8 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
     )
 
 
-def _refuse_undividable(config: RwkvRevConfig) -> None:
-    """Refuse what ``reversible-lossy`` cannot divide back, told by a small block of the architecture."""
+def _small_block(config: RwkvRevConfig) -> RwkvRevModel:
+    """A small model of the architecture, by whose cells can be told what they can do."""
     small = RwkvRevConfig(
         rwkv_version=config.rwkv_version,
         vocab_size=8,
@@ -238,7 +251,11 @@ def _refuse_undividable(config: RwkvRevConfig) -> None:
         **config.architecture.sizes(64),
     )
     with torch.random.fork_rng(devices=[]):
-        model = RwkvRevForCausalLM(small).model
+        return RwkvRevForCausalLM(small).model
+
+
+def _refuse_undividable(model: RwkvRevModel) -> None:
+    """Refuse what ``reversible-lossy`` cannot divide back."""
     (block,), state = model.typed_blocks(), model.initial_state(1)
     divided([block.cells], [block.exact(state.layer(0))])
 

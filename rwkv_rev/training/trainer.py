@@ -11,6 +11,7 @@ What is added to it, and why:
 - log rows gain tokens per second, tape bytes and memory;
 - with ``tune = state``, checkpoints hold the tuned state alone;
 - ``shard_optimizer``: each process keeps its share of the optimizer's state (:mod:`rwkv_rev.training.sharded`);
+- ``context_parallel``: processes in groups of W share every row (:mod:`rwkv_rev.distributed`);
 - evaluation is :func:`rwkv_rev.training.evaluate.evaluate_documents`, streaming, split over the processes; samples
   (:mod:`rwkv_rev.training.samples`) are taken after it;
 - ``keep_best``: the checkpoint with the lowest held-out loss stays (:mod:`rwkv_rev.training.best`).
@@ -131,6 +132,7 @@ class RwkvRevTrainer(Trainer):
         counts = torch.tensor([predicted, tokens], dtype=torch.float64, device=device)
         if self.args.world_size > 1:
             dist.all_reduce(counts)
+            counts /= self.run.context_parallel  # a context that is shared is in each of its processes
         self.tokens += int(counts[1])
         return torch.where(counts[0] > 0, counts[0], 1)
 
@@ -156,9 +158,9 @@ class RwkvRevTrainer(Trainer):
             # Nothing predicted: data-parallel reduction still waits for a gradient of every parameter.
             parameters = [p for p in model.parameters() if p.requires_grad]
             loss = loss + sum((0.0 * p.sum() for p in parameters), torch.zeros_like(loss))
-        loss = (
-            loss * self.args.world_size
-        )  # gradients are averaged over processes, the loss is already divided
+        # gradients are averaged over processes, the loss is already divided; of a shared context each process has as
+        # many times its own as share it
+        loss = loss * (self.args.world_size // self.run.context_parallel)
         return (loss, output) if return_outputs else loss
 
     def _start(self, continues: Tensor) -> ModelState:

@@ -400,6 +400,38 @@ class _WKV5(torch.autograd.Function):
         return d_r, d_k, d_v, d_log_decay, d_bonus, d_state, None
 
 
+class _Contribution(torch.autograd.Function):
+    """The second result of :class:`_WKV5`, of which the keys and values alone are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, k: Tensor, v: Tensor, log_decay: Tensor, mask: Tensor | None) -> Tensor:
+        ctx.save_for_backward(k, v, log_decay, mask)
+        with torch.cuda.device_of(k):
+            return _states(_Launcher(k, log_decay, mask), k, v)[1]
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, d_contribution: Tensor) -> tuple[Tensor | None, ...]:
+        k, v, log_decay, mask = ctx.saved_tensors
+        with torch.cuda.device_of(k):
+            launch = _Launcher(k, log_decay, mask)
+            states, _ = _states(launch, k, v)
+            nothing = launch.empty(*states.shape).zero_()
+            d_states, _ = launch.scan(nothing, d_contribution.contiguous(), reverse=True)
+            # nothing was read
+            r, d_out = torch.zeros_like(k), launch.empty(*k.shape).zero_()
+            bonus = torch.zeros_like(log_decay)
+            d_v = launch.values(r, k, d_out, bonus, d_states, torch.empty_like(v), transposed=True)
+            _, d_k, d_log_decay, _ = launch.key_gradients(r, k, v, log_decay, bonus, states, d_states, d_out)
+        return d_k, d_v, d_log_decay.sum((0, 1)), None
+
+
+def _states(launch: _Launcher, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """States before every chunk [B, chunks, H, N, N] of a row that begins with nothing, and the one after the last."""
+    outside = launch.empty(launch.B, launch.H, launch.N, launch.N).zero_()
+    return launch.scan(launch.outer(k, v, from_start=False), outside, reverse=False)
+
+
 def _prepare(log_decay: Tensor, *tokens: Tensor) -> tuple[Tensor, ...]:
     """A float32 decay and contiguous tensors; raises KernelError for what the kernels cannot do."""
     size = tokens[0].shape[-1]
@@ -434,11 +466,6 @@ def wkv5(
 
 def wkv5_contribution(k: Tensor, v: Tensor, log_decay: Tensor, mask: Tensor | None = None) -> Tensor:
     """The second result of :func:`wkv5` alone, the same to the bit."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, log_decay)):
-        nothing = k.new_zeros(k.shape[0], *log_decay.shape, k.shape[-1], dtype=torch.float32)
-        return wkv5(torch.zeros_like(k), k, v, log_decay, torch.zeros_like(log_decay), nothing, mask)[1]
     decay, k, v = _prepare(log_decay, k, v)
-    with torch.cuda.device_of(k):
-        launch = _Launcher(k, decay, mask)
-        outside = launch.empty(launch.B, launch.H, launch.N, launch.N).zero_()
-        return launch.scan(launch.outer(k, v, from_start=False), outside, reverse=False)[1]
+    found: Tensor = _Contribution.apply(k, v, decay, mask)
+    return found

@@ -1,0 +1,1 @@
+"""Several processes at one context: their group, and how states go from one to the next."""

@@ -1,0 +1,118 @@
+"""What a context group's ranks are given: one and the same batch, looked at before anything is computed."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rwkv_rev.distributed.context_group import ContextGroup
+from rwkv_rev.errors import ContextParallelError, StrategyError
+from rwkv_rev.reversal.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from rwkv_rev.bptt.strategy import LossInputs
+
+DIMENSION = "cp"
+"""The name of a mesh's dimension over which contexts are split, as accelerate calls it."""
+
+
+def context_group(given: Any, *, reduce_gradients: bool = True) -> ContextGroup | None:
+    """The context group of a process group or a device mesh; None for one of a single rank.
+
+    Raises:
+        ContextParallelError: for what is no such thing, or a mesh whose dimension is not to be told.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ContextParallelError(
+            "no processes are there to share a context: start several by torchrun, and call "
+            "torch.distributed.init_process_group before set_context_parallel"
+        )
+    group = given
+    if isinstance(given, dist.device_mesh.DeviceMesh):
+        names = given.mesh_dim_names or ()
+        if given.ndim > 1 and DIMENSION not in names:
+            raise ContextParallelError(
+                f"the device mesh has {given.ndim} dimensions, none of which is called {DIMENSION!r}: give one of "
+                "them, as in mesh['cp']"
+            )
+        group = given.get_group(DIMENSION if given.ndim > 1 else None)
+    if not isinstance(group, dist.ProcessGroup):
+        raise ContextParallelError(
+            "set_context_parallel takes a torch.distributed process group or a device mesh, not a "
+            f"{type(given).__name__}"
+        )
+    found = ContextGroup(group, reduce_gradients=reduce_gradients)
+    return found if found.size > 1 else None
+
+
+def refuse_cells(cells: Iterable[Any]) -> None:
+    """Refuse cells whose state cannot be passed from rank to rank.
+
+    Raises:
+        StrategyError: names the first one.
+    """
+    for cell in cells:
+        if not cell.passes_between_ranks:
+            raise StrategyError(
+                f"the state of a {type(cell).__name__} is not passed between ranks: context parallelism is for RWKV-4, "
+                "5, 6 and 7. Split batches over the processes instead (DistributedDataParallel)"
+            )
+
+
+def refuse_beside(return_logits: bool, output_hidden_states: bool) -> None:
+    """Refuse what would have to be gathered from all ranks.
+
+    Raises:
+        StrategyError: for either.
+    """
+    if return_logits or output_hidden_states:
+        asked = "return_logits" if return_logits else "output_hidden_states beside a loss"
+        raise StrategyError(
+            f"{asked} is not there under context parallelism, where each rank has a part of every chunk: call the "
+            "model without labels and without gradients, or set_context_parallel(None)"
+        )
+
+
+def agree(inputs: "LossInputs", settings: str, trained: Iterable[Tensor]) -> None:
+    """Refuse ranks that were given different batches, settings or trained parameters; all of them raise.
+
+    Raises:
+        ContextParallelError: names what differs, and where.
+    """
+    group = inputs.group
+    assert group is not None
+    device = inputs.targets.device
+    state = inputs.state.tensors()
+
+    def of(*tensors: Tensor | None) -> Tensor:
+        there = [tensor for tensor in tensors if tensor is not None]
+        shapes = crc32(repr([(str(tensor.dtype), tuple(tensor.shape)) for tensor in there]).encode())
+        return fingerprint(*there).to(device) + shapes if there else torch.tensor(-1, device=device)
+
+    masks = [None if mask is None else mask.to(torch.int32) for mask in (inputs.valid,)]
+    begins = None if inputs.borders is None else inputs.borders.at.to(torch.int32)
+    divisor = inputs.divisor if isinstance(inputs.divisor, Tensor) else torch.tensor(float(inputs.divisor))
+    known = {
+        "the gradient settings (strategy, chunk_length, training or evaluation, what is trained)": torch.tensor(
+            crc32((settings + repr([(tuple(p.shape), p.requires_grad) for p in trained])).encode()),
+            device=device,
+        ),
+        "the input": of(inputs.input_ids, inputs.inputs_embeds),
+        "the labels": of(inputs.targets),
+        "what tokens count": of(inputs.weights),
+        "the attention mask": of(*masks),
+        "the borders of documents": of(begins),
+        "what the loss is divided by": of(divisor.double()),
+        "the state": of(*state),
+    }
+    found = group.gather(torch.stack([value.to(torch.int64) for value in known.values()]))
+    wrong = (found != found[:1]).nonzero().tolist()
+    if wrong:
+        rank, which = wrong[0]
+        raise ContextParallelError(
+            f"{list(known)[which]} of rank {rank} of the context group is not that of rank 0: give every rank of the "
+            "group the whole batch (only data-parallel groups have batches of their own)"
+        )
