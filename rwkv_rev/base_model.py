@@ -32,7 +32,6 @@ from rwkv_rev.cells.borders import Borders, Mask, mask_of, part_of
 from rwkv_rev.chunk_length import AutoLength
 from rwkv_rev.configuration import MOST_SIZE, RwkvRevConfig
 from rwkv_rev.context_parallel import refuse_own_loss
-from rwkv_rev.distributed.context_group import ContextGroup
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.exporting import exportable
 from rwkv_rev.first_order import transforms_of
@@ -140,7 +139,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         super().__init__(config)
         self.bptt = BpttSettings()
         self.auto_length = AutoLength()
-        self.context_group: ContextGroup | None = None
+        self.context_group: Any = None  # ranks that share contexts, a ContextGroup
         self.embeddings: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.ln0 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
@@ -226,8 +225,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
             state = self.initial_state(batch, device)
         else:
             check_state(self.config, state, batch)
-        if self.context_group is not None:
-            refuse_own_loss((*self.parameters(), inputs_embeds, *state.tensors()))
+        refuse_own_loss(self.context_group, (*self.parameters(), inputs_embeds, *state.tensors()))
         at = given_borders(kwargs, borders, valid, batch, length, embedded=inputs_embeds is not None)
         documents = None if at is None else self.borders(at, valid)
         if (
@@ -284,13 +282,10 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         return output if return_dict else output.to_tuple()
 
     def chunk_length(self, rows: int, length: int, device: torch.device, *, handed_out: bool = False) -> int:
-        """C of a batch [rows, length]: what was set, or what ``auto`` comes to (:mod:`rwkv_rev.chunk_length`).
-
-        ``handed_out``: whether hidden states go to a loss of somebody else's. Under ``auto`` ranks have as many each.
-        """
-        ranks = 1 if self.context_group is None else self.context_group.size
+        """C of a batch [rows, length], as set or chosen; ``handed_out``: hidden states go to somebody else's loss."""
         if not isinstance(self.bptt.chunk_length, str) or not torch.is_grad_enabled():
             return self.bptt.read_length
+        ranks = 1 if self.context_group is None else self.context_group.size
         return self.auto_length.of(self, rows, -(-length // ranks), device, handed_out=handed_out) * ranks
 
     def tokens_at_once(self, chunk: int, rows: int, length: int) -> int:

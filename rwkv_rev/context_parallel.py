@@ -74,13 +74,15 @@ def shared_loss(
     return RwkvRevCausalLMOutput(result.loss, None, result.state, report=result.report)
 
 
-def refuse_own_loss(tensors: Iterable[Tensor | None]) -> None:
-    """Refuse hidden states with a gradient by any of ``tensors``, of which each rank would have a part.
+def refuse_own_loss(group: ContextGroup | None, tensors: Iterable[Tensor | None]) -> None:
+    """Refuse hidden states with a gradient by any of ``tensors``, of which each rank of a group would have a part.
 
     Raises:
         StrategyError: where one of them wants one.
     """
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+    if group is None or not torch.is_grad_enabled():
+        return
+    if any(tensor is not None and tensor.requires_grad for tensor in tensors):
         raise StrategyError(
             "a loss of your own on logits or hidden states is not split over ranks: give the model labels (or "
             "shift_labels), read under torch.no_grad(), or set_context_parallel(None)"
