@@ -6,7 +6,7 @@ heads; nothing is asked of these.
 """
 
 from rwkv_rev.architectures.architecture import Layout
-from rwkv_rev.architectures.fla import intermediate_sizes
+from rwkv_rev.architectures.fla import channel_mix_sizes
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.names import TensorNames
 from rwkv_rev.converters.reading import Checkpoint
@@ -43,7 +43,7 @@ def refuse_contradictions(
         return
     row = next(row for row in table if row.name.endswith("channel_mix.key.weight"))
     number = isinstance(ratio, int | float) and not isinstance(ratio, bool) and 0 < ratio < 1 << 20
-    if not number or config.intermediate_size not in intermediate_sizes(config.hidden_size, ratio):
+    if not number or config.intermediate_size not in channel_mix_sizes(config.hidden_size, ratio):
         raise _contradiction(
             where, checkpoint, "hidden_ratio", ratio, row, config.intermediate_size / config.hidden_size
         )

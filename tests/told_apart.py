@@ -15,7 +15,7 @@ from rwkv_rev.architectures import registry
 
 HOMES = ("architectures", "cells", "reversal", "wkv")
 """Folders of ``rwkv_rev`` where generations, cells and memories are made."""
-COMMON = {"", "architecture", "registry", "scan", "fields", "epsilons"}
+COMMON = {"", "architecture", "registry", "scan", "fields", "epsilons", "fla"}
 """Files of ``architectures/`` that are no architecture's own."""
 ASKING = {"isinstance", "issubclass"}
 PROBING = {"hasattr", "getattr", "setattr", "delattr"}

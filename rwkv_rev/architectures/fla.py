@@ -15,7 +15,7 @@ MULTIPLE = 32
 """Of which its channel mix is made as wide as ``hidden_ratio`` says, or wider, where no width is given."""
 
 
-def intermediate_sizes(hidden_size: int, ratio: float) -> tuple[int, int]:
+def channel_mix_sizes(hidden_size: int, ratio: float) -> tuple[int, int]:
     """F by ``hidden_ratio``: as it is, which our exports may say, and as it would be rounded."""
     exact = int(hidden_size * ratio)
     return exact, -(-exact // MULTIPLE) * MULTIPLE

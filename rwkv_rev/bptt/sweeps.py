@@ -52,6 +52,7 @@ from rwkv_rev.bptt.sweep import Sweep
 from rwkv_rev.bptt.uncached import uncached
 from rwkv_rev.cells.block import BlockAdvanced, BlockAgain, BlockReplay, ExactStates, Plans
 from rwkv_rev.cells.contract import detached
+from rwkv_rev.errors import StrategyError
 from rwkv_rev.foreign_code import Strangers
 from rwkv_rev.loss import FinishedGradients
 from rwkv_rev.reversal.memory import Remnant

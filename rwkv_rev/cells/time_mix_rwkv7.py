@@ -33,7 +33,6 @@ from rwkv_rev.cells.state_pieces import MatrixPiece, recomputed
 from rwkv_rev.cells.time_mix_rwkv4 import wide
 from rwkv_rev.cells.whole_memory import WholeMemoryCell
 from rwkv_rev.reversal.lifting import Lifted, LiftingPlan, Transition
-from rwkv_rev.reversal.memory import Memory
 from rwkv_rev.reversal.whole import Whole
 from rwkv_rev.wkv import wkv7, wkv7_transition
 
@@ -161,7 +160,7 @@ class TimeMixRwkv7(WholeMemoryCell):
     def handed_up(self, projection: TimeProjection) -> tuple[Tensor, ...]:
         return (projection.value.flatten(2),) if self.makes_first else ()
 
-    def memory_plan(self, length: int) -> LiftingPlan | None:
+    def memory_plan(self, length: int, piece: int | None = None) -> LiftingPlan | None:
         return LiftingPlan() if self.lifts else None
 
     def compute(
@@ -189,7 +188,7 @@ class TimeMixRwkv7(WholeMemoryCell):
     def inverts_memory(self) -> bool:  # type: ignore[override]
         return self.lifts
 
-    def exact_memory(self, memory: Tensor) -> Memory:
+    def exact_memory(self, memory: Tensor) -> Any:
         return Lifted.of(memory) if self.lifts else Whole(memory)
 
     def memory_dtype(self) -> torch.dtype:
