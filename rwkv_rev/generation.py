@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 
 from rwkv_rev.adapters import refuse_carried_state
 from rwkv_rev.cache import CACHE_NAME, RwkvRevCache, handed_over, repeated
+from rwkv_rev.packed_rows import CUMULATIVE, given_borders
 
 MODES = {
     GenerationMode.GREEDY_SEARCH: "greedy",
@@ -23,6 +24,9 @@ MODES = {
     GenerationMode.ASSISTED_GENERATION: "assisted",
 }
 """The kinds of generation that work."""
+
+NUMBERED = (*CUMULATIVE, "seq_idx")
+"""Names under which borders are given that say nothing of tokens behind the prompt."""
 
 UNCHANGED = "unchanged_past"
 """Where the loops of ``generate`` carry a past that no step may change (``use_cache=False``).
@@ -60,8 +64,9 @@ class RwkvRevGenerationMixin(GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        if inputs.get("borders") is not None:
-            inputs["borders"] = _borders_of(inputs, inputs["borders"], input_ids, inputs_embeds)
+        named = {name: inputs.pop(name) for name in NUMBERED if inputs.get(name) is not None}
+        if named or inputs.get("borders") is not None:
+            inputs["borders"] = _borders_of(inputs, named, input_ids, inputs_embeds)
         past, unchanged = inputs.pop(CACHE_NAME, None), inputs.pop(UNCHANGED, None)
         inputs["past_key_values"] = unchanged if past is None else past
         return inputs
@@ -138,18 +143,33 @@ class RwkvRevGenerationMixin(GenerationMixin):
 
 
 def _borders_of(
-    inputs: dict[str, Any], borders: Tensor, text: Tensor, prompt: Tensor | None
+    inputs: dict[str, Any], named: dict[str, Tensor], text: Tensor, prompt: Tensor | None
 ) -> Tensor | None:
-    """Those of the tokens that are read now; ``borders`` are the prompt's, and what is generated begins no document.
+    """Those of the tokens that are read now; what is generated begins no document.
 
     Args:
-        inputs: of the next forward pass.
+        inputs: of the next forward pass; its ``borders``, if there are any, are the prompt's.
+        named: other names for those of the prompt.
         text: ids of all tokens so far, without the prompt where that was ``prompt``, embeddings.
     """
-    if prompt is not None:
-        return borders if inputs.get("inputs_embeds") is not None else None
-    told, read = text.shape[1], inputs["input_ids"].shape[1]
-    return F.pad(borders, (0, told - borders.shape[1]))[:, told - read :]
+    borders: Tensor | None = inputs.get("borders")
+    if prompt is not None and inputs.get("inputs_embeds") is None:
+        return None
+    if named:
+        first = next(iter(named.values()))
+        length = first.shape[-1] if "seq_idx" in named and first is named["seq_idx"] else int(first[-1])
+    else:
+        assert borders is not None
+        length = borders.shape[1]
+    told, read = (text.shape[1], inputs["input_ids"].shape[1]) if prompt is None else (length, length)
+    if told - read >= length:  # the prompt has been read
+        return None
+    if named:
+        mask = inputs.get("attention_mask")
+        valid = None if mask is None else mask[:, :length].bool()
+        rows = len(text) if prompt is None else len(prompt)
+        borders = given_borders(named, borders, valid, rows, length)
+    return None if borders is None else F.pad(borders, (0, told - length))[:, told - read :]
 
 
 def refuse_settings(config: GenerationConfig, mode: GenerationMode, has_embeddings: bool) -> None:

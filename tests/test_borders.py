@@ -382,6 +382,20 @@ def test_generation_goes_on_from_the_last_document(
     assert not torch.equal(found, model.generate(ids, **new)[:, -7:])
 
 
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "read again"])
+@pytest.mark.parametrize("name", ["borders", "position_ids", "seq_idx", "cu_seq_lens_q"])
+@pytest.mark.parametrize("version", ["4", "5.2", "6", "7"])
+def test_generation_by_every_name(version: str, name: str, cached: bool) -> None:
+    model, ids, lengths = model_of(version).eval(), random_tokens(22), [9, 1, 12]
+    given = {"borders": borders_of(lengths)} if name == "borders" else names_of(lengths)[name]
+    given.pop("max_length_q", None)  # which generate does not know
+    new = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0, "use_cache": cached}
+    found = model.generate(ids, **given, **new)[:, -7:]
+    assert torch.equal(found, model.generate(ids[:, 10:], **new)[:, -7:])
+    if version != "4":  # which writes the same after both
+        assert not torch.equal(found, model.generate(ids, **new)[:, -7:])
+
+
 def test_assisted_generation() -> None:
     model, ids = model_of("5.2").eval(), random_tokens(19)
     new = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
