@@ -32,6 +32,7 @@ from rwkv_rev.cells.borders import Borders, Mask, mask_of, part_of
 from rwkv_rev.chunk_length import AutoLength
 from rwkv_rev.configuration import MOST_SIZE, RwkvRevConfig
 from rwkv_rev.context_parallel import refuse_own_loss
+from rwkv_rev.distributed.sharded_reading import reading
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.exporting import exportable
 from rwkv_rev.first_order import transforms_of
@@ -249,23 +250,24 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
                 )
             starts.add(length - (croppable or length))
         hidden, streams = [], []
-        for start, stop in pairwise([*sorted(starts), length]):
-            part = slice(start, stop)
-            embedded = self.embed(
-                None if input_ids is None else input_ids[:, part],
-                None if inputs_embeds is None else inputs_embeds[:, part],
-            )
-            flags = None if valid is None else valid[:, part]
-            collected = [embedded]
-            masked = partial(mask_of, flags, part_of(documents, start, stop), device)
-            streams_of = collected if output_hidden_states else None
-            x, after = self.run(embedded, state, masked(stop - start), streams_of)
-            if updated is not None:
-                again = partial(self._read_first, embedded, masked, state)
-                updated.take(after, Piece(state, stop - start, again))
-            state = after
-            hidden.append(self.ln_out(x))
-            streams.append(collected)
+        with reading(self, [*pairwise([*sorted(starts), length])]) as pieces:
+            for start, stop in pieces:
+                part = slice(start, stop)
+                embedded = self.embed(
+                    None if input_ids is None else input_ids[:, part],
+                    None if inputs_embeds is None else inputs_embeds[:, part],
+                )
+                flags = None if valid is None else valid[:, part]
+                collected = [embedded]
+                masked = partial(mask_of, flags, part_of(documents, start, stop), device)
+                streams_of = collected if output_hidden_states else None
+                x, after = self.run(embedded, state, masked(stop - start), streams_of)
+                if updated is not None:
+                    again = partial(self._read_first, embedded, masked, state)
+                    updated.take(after, Piece(state, stop - start, again))
+                state = after
+                hidden.append(self.ln_out(x))
+                streams.append(collected)
         last = _joined(hidden)
         if last.requires_grad:
             if self.training and self._would_be_cut(batch, length, device):
@@ -390,8 +392,7 @@ def _tell_of_whole_graph(bptt: BpttSettings) -> None:
     logger.warning_once(
         f"the graph of a whole context is stored: bptt={bptt.strategy!r} was not taken for this loss on logits or "
         "hidden states. Such a gradient is exact, its memory grows with the context; bptt='reversible' keeps it flat "
-        "(without output_hidden_states, use_cache=True, or code that is not position-wise), bptt='full' says that this "
-        "is meant"
+        "(without output_hidden_states, use_cache=True, or code that is not position-wise), bptt='full' means it"
     )
 
 

@@ -40,8 +40,13 @@ def is_declared(code: Any) -> bool:
 
 
 def class_of(module: nn.Module) -> type:
-    """The module's class; of a parametrized module the one that it was made of."""
-    return type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
+    """The module's class; of a parametrized module, or one that FSDP2 shards, the one that it was made of."""
+    layer = type(module)
+    if layer.__module__.startswith("torch.distributed.fsdp"):
+        layer = next(
+            base for base in layer.__mro__ if not base.__module__.startswith("torch.distributed.fsdp")
+        )
+    return layer.__bases__[0] if parametrize.is_parametrized(module) else layer
 
 
 class _Mark:

@@ -49,6 +49,9 @@ LAYERS: frozenset[type] = frozenset(
 HOOKS = ("torch.", "accelerate.", "transformers.integrations.neftune", "transformers.modeling_utils")
 """Modules whose hooks are position-wise (NEFTune's: see :func:`neftune_share`)."""
 
+SHARDING = ("torch.distributed.fsdp",)
+"""Modules whose hooks and classes bring weights, and nothing else."""
+
 _EVERY_MODULE = vars(nn.Module()).keys()
 _TOLD = frozenset({"forward", MARK})
 
@@ -117,8 +120,8 @@ def strangers(model: nn.Module) -> Strangers:
             _sort(module, f"{layer.__name__} at {path}", found, _layer_objection(module, layer))
         for kind in _HOOK_KINDS:
             hooks = getattr(module, f"_{kind}")
-            more |= bool(hooks)
             for hook in hooks.values():
+                more |= not defined_in(hook, SHARDING)
                 words = f"the hook {_name(hook)} on {path}"
                 if module is base:
                     found.unknown.append(Stranger(words, adapters.UNKNOWN))
@@ -129,7 +132,8 @@ def strangers(model: nn.Module) -> Strangers:
         elif not (_is_own(layer) or layer is nn.GroupNorm or quantised.is_quantised(layer)):
             more = True
         beside = [*vars(module).values(), *module._buffers.values()]
-        more |= type(module) is not layer or any(map(_is_trainable, beside))
+        made = type(module) is not layer and not type(module).__module__.startswith(SHARDING)
+        more |= made or any(map(_is_trainable, beside))
         if "forward" in vars(module):
             _sort(
                 vars(module)["forward"], f"the replaced forward of {path}", found, _forward_objection(module)

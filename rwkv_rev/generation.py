@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 
 from rwkv_rev.adapters import refuse_carried_state
 from rwkv_rev.cache import CACHE_NAME, RwkvRevCache, handed_over, repeated
+from rwkv_rev.distributed.shards import blocks_are_sharded
 from rwkv_rev.packed_rows import CUMULATIVE, given_borders
 
 MODES = {
@@ -81,6 +82,12 @@ class RwkvRevGenerationMixin(GenerationMixin):
     ) -> Any:
         """Put a cache into ``model_kwargs``: the past handed over, a row for each beam, or an empty one."""
         refuse_settings(generation_config, generation_mode, "inputs_embeds" in model_kwargs)
+        if blocks_are_sharded(cast(Any, self).blocks):
+            if not getattr(
+                self, "_is_fsdp_managed_module", False
+            ):  # by which transformers keeps processes in step
+                raise ValueError("the blocks are sharded, and the model is not: call fully_shard(model), too")
+            refuse_with_shards(model_kwargs, generation_config, generation_mode)
         generation_config.prefill_chunk_size = None  # forward reads a prompt in chunks of its own
         names = ("state", "past_key_values", "cache")
         state, given = handed_over(**{name: model_kwargs.pop(name, None) for name in names})
@@ -170,6 +177,23 @@ def _borders_of(
         rows = len(text) if prompt is None else len(prompt)
         borders = given_borders(named, borders, valid, rows, length)
     return None if borders is None else F.pad(borders, (0, told - length))[:, told - read :]
+
+
+def refuse_with_shards(kwargs: dict[str, Any], config: GenerationConfig, mode: GenerationMode) -> None:
+    """Raise ValueError for what processes that generate sequences of different lengths together cannot do.
+
+    The one that has ended goes on reading, to gather weights for the others: its state is no longer that of its text.
+    """
+    if mode == GenerationMode.ASSISTED_GENERATION or config.is_assistant:
+        raise ValueError(
+            "assisted generation by a sharded model: processes would take different numbers of steps"
+        )
+    handed = any(kwargs.get(name) is not None for name in ("past_key_values", "cache"))
+    if (handed or config.return_dict_in_generate) and config.use_cache is not False:
+        raise ValueError(
+            "a sharded model generates without handing out its cache, which would have read on to the end of the "
+            "longest sequence of all processes: give a state (state=...), and leave return_dict_in_generate out"
+        )
 
 
 def refuse_settings(config: GenerationConfig, mode: GenerationMode, has_embeddings: bool) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rwkv_rev.distributed.shards import placing
 from rwkv_rev.first_order import first_order
 from rwkv_rev.outside_leaves import OutsideLeaves, leaves_of
 from rwkv_rev.weight_product import WeightProduct
@@ -193,6 +194,7 @@ class FinishedGradients(torch.autograd.Function):
         with hooks_withheld(inputs):
             loss, extras, gradients = compute()
         ctx.dtypes = [tensor.dtype for tensor in inputs]
+        ctx.places = [placing(tensor) for tensor in inputs]
         # float16 would lose small ones before the incoming gradient scales them
         ctx.gradients = [
             gradient if gradient is None or tensor.dtype == torch.float16 else gradient.to(tensor.dtype)
@@ -213,7 +215,8 @@ class FinishedGradients(torch.autograd.Function):
                 by_dtype.setdefault(found.dtype, []).append(found)
         for dtype, tensors in by_dtype.items():
             torch._foreach_mul_(tensors, gradient.to(dtype))  # in a few launches for all parameters
-        return (None, *(g if g is None else g.to(d) for g, d in zip(finished, ctx.dtypes, strict=True)))
+        found = (g if g is None else g.to(d) for g, d in zip(finished, ctx.dtypes, strict=True))
+        return (None, *(g if g is None else place(g) for g, place in zip(found, ctx.places, strict=True)))
 
 
 def linear_cross_entropy(

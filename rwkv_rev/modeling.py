@@ -24,6 +24,7 @@ from rwkv_rev.cells.block import Block
 from rwkv_rev.cells.borders import Borders, Mask
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.context_parallel import ContextParallel, shared_loss, together
+from rwkv_rev.distributed.shards import auto_as_others
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.first_order import refuse_transforms
 from rwkv_rev.generation import RwkvRevGenerationMixin
@@ -366,7 +367,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin, Context
                 hidden_states=streams[0] if streams else None,
             )
         strategy = choose_strategy(
-            bptt.strategy,
+            auto_as_others(bptt.strategy, self.blocks),
             length,
             chunk_length=size,
             tape=bptt.tape,

@@ -31,14 +31,12 @@ from rwkv_rev.bptt.strategy import (
     Chunk,
     LanguageModel,
     LossInputs,
-    changed_tensor,
     in_order,
     trainable,
-    unchanged,
-    watched,
 )
 from rwkv_rev.bptt.sweeps import TwoSweeps, roles, warn_of_coarse_heads
 from rwkv_rev.bptt.uncached import uncached
+from rwkv_rev.bptt.unchanged import changed_tensor, unchanged, watched
 from rwkv_rev.errors import ReversalMismatchError, StrategyError
 from rwkv_rev.first_order import first_order
 from rwkv_rev.foreign_code import Strangers

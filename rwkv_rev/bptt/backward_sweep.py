@@ -84,7 +84,10 @@ def backward_sweep(
     ``gradient``: of a further objective, by the values of each layer's states after the last chunk; None without one.
     """
     tensors = sweep.parameters.tensors
-    sums = Sums([None] * len(tensors), OutsideLeaves(tensors))
+    whole = (
+        [] if sweep.sharded is None else [t for block in sweep.sharded.blocks for t in block.leaves.values()]
+    )
+    sums = Sums([None] * len(tensors), OutsideLeaves([*tensors, *whole]))
     following = None
     runner.begin(sums)
     for chunk in reversed(sweep.chunks):
@@ -95,6 +98,8 @@ def backward_sweep(
         if sweep.device.type != "cuda":  # there once, at the end: no chunk waits for the one before
             compare(sweep, sums)
     compare(sweep, sums)
+    if sweep.sharded is not None:
+        sweep.sharded.wait_backwards(sums.take)
     runner.finish(sums)
     sums.outside.refuse()
     assert sums.loss is not None and sums.end is not None and gradient is not None and following is not None

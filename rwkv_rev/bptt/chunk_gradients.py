@@ -6,7 +6,7 @@ the chunk's graph is differentiated with a loss scale, lowered until all gradien
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from rwkv_rev.cells.block import ExactStates, FloatStates, flat
 from rwkv_rev.cells.contract import detached, parts_of, residual
 from rwkv_rev.loss import scaled, wide
 from rwkv_rev.outside_leaves import OutsideLeaves, leaves_of
+
+if TYPE_CHECKING:
+    from rwkv_rev.distributed.sharded_blocks import ShardedBlock
 
 Replay = Callable[[Tensor], tuple[list[LayerGraph], Tensor | None]]
 """From a chunk's embedded input [B, C, D] to its layers computed again, and [L] bool, which are as they were before."""
@@ -49,12 +52,20 @@ class Parameters:
         tensors: the parameters.
         foreign: the model holds code of others, which may bring any parameter to any place: all may depend on all.
         starts: what documents begin with, by layer, where there are borders: each layer depends on its own.
+        sharded: the blocks, where they are.
     """
 
     def __init__(
-        self, model: LanguageModel, tensors: Sequence[Tensor], *, foreign: bool, starts: Any = None
+        self,
+        model: LanguageModel,
+        tensors: Sequence[Tensor],
+        *,
+        foreign: bool,
+        starts: Any = None,
+        sharded: "Sequence[ShardedBlock] | None" = None,
     ) -> None:
         self.tensors = list(tensors)
+        self.sharded = sharded
         places = {id(tensor): index for index, tensor in enumerate(self.tensors)}
         self.of_layer: list[Sequence[int]] = [range(len(self.tensors)) for _ in model.blocks]
         if not foreign:
@@ -190,6 +201,7 @@ def _gradients(
         to_top,
         to_end,
         take,
+        sharded=parameters.sharded,
         keep_none=objective
         is not own_loss,  # a recording of ours reads and writes the same tensors in each chunk
     )

@@ -27,6 +27,8 @@ def forward_sweep(sweep: "Sweep", runner: "Runner") -> list[ExactStates]:
         if chunk.index == 0:
             # the top layer's output is needed only to draw there what the second sweep will draw
             sweep.whole_output = sweep.whole_output or not unchanged
+    if sweep.sharded is not None:
+        sweep.sharded.wait_forwards()
     states = runner.turn(states)
     sweep.refuse_others(states)
     return states

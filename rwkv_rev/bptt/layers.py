@@ -11,7 +11,7 @@ Blocks are called as modules: hooks of users and of other tools are heard.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ from rwkv_rev.cells.contract import Stream, beside, joined, parts_of, residual
 from rwkv_rev.cells.recomputation import checkpointed
 from rwkv_rev.reversal.fingerprint import checksum
 from rwkv_rev.weight_product import WeightProduct
+
+if TYPE_CHECKING:
+    from rwkv_rev.distributed.sharded_blocks import ShardedBlock
 
 Take = Callable[[Sequence[int], Sequence[Tensor | WeightProduct | None]], None]
 """Is given indices of parameters and a gradient for each, to be added to what there is."""
@@ -148,6 +151,7 @@ def pull_back(
     take: Take,
     *,
     keep_none: bool = False,
+    sharded: "Sequence[ShardedBlock] | None" = None,
 ) -> tuple[Tensor | None, ByState]:
     """Gradients from the top layer down to the input of the bottom one; ``layers`` is emptied.
 
@@ -158,6 +162,7 @@ def pull_back(
         to_ends: gradients by the values of each layer's states after the chunk, or None.
         take: is given each block's parameter gradients as soon as they are there.
         keep_none: whether states that nothing depends on have None for a gradient, instead of zeros.
+        sharded: the blocks, where they are sharded; of their parameters ``take`` is given this process's parts.
 
     Returns:
         The gradient by the input of layer 0 (None without one), and by the values of each layer's states before it.
@@ -175,9 +180,15 @@ def pull_back(
             pairs += [(end, gradient) for end, gradient in ends if gradient is not None]
         given = parts_of(layer.given)
         made = [tensor for tensor in given if tensor.requires_grad]
-        wanted = [*(parameters[index] for index in indices), *starts, *made]
-        found = vjp(pairs, wanted)
-        take(indices, found[: len(indices)])
+        if sharded is None:
+            found = vjp(pairs, [*(parameters[index] for index in indices), *starts, *made])
+            take(indices, found[: len(indices)])
+        else:
+            block = sharded[number]
+            with block.at_hand():
+                own = [block.leaves.get(index, parameters[index]) for index in indices]
+                found = vjp(pairs, [*own, *starts, *made])
+            take(indices, block.reduced(indices, found[: len(indices)]))
         by_start = found[len(indices) :][: len(starts)]
         # copies: a gradient may be a view of one of the chunk's length, which would stay in memory with it
         to_starts[number] = [

@@ -5,19 +5,20 @@ A strategy sees the model through :class:`LanguageModel` and the batch through :
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast, overload
 
 import torch
 from torch import Tensor, nn
 
-from rwkv_rev import adapters, random_state
+from rwkv_rev import random_state
 from rwkv_rev.bptt.language_model import LanguageModel
 from rwkv_rev.bptt.uncached import uncached
 from rwkv_rev.cells.borders import Borders, Mask, mask_of, part_of
 from rwkv_rev.cells.mask import any_per_chunk
+from rwkv_rev.distributed.sharded_reading import gathered, go_along_with_calls
+from rwkv_rev.distributed.shards import refuse_sharded, refuse_zero3
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.foreign_code import Strangers, neftune_share, refuse_unknown, strangers
 from rwkv_rev.loss import IGNORE, cross_entropy_gradients, sum_cross_entropy, sum_of
@@ -230,10 +231,12 @@ class Strategy(ABC):
         size = inputs.length if found.unknown else self.chunk_length
         if inputs.group is not None:
             refuse_unknown(found, "context parallelism")
-        with torch.no_grad(), uncached(inputs.targets.device):
+        with torch.no_grad(), uncached(inputs.targets.device), gathered(model.head):
             total = None
             state = inputs.state
-            for chunk in inputs.chunks(size):
+            chunks = inputs.chunks(size)
+            go_along_with_calls(model, len(chunks))
+            for chunk in chunks:
                 with neftune_share(model.get_input_embeddings(), chunk.own_length / inputs.length):
                     hidden, state = chunk.read(model, state)
                 part = sum_cross_entropy(
@@ -276,18 +279,19 @@ class Strategy(ABC):
         """Code of others inside the model."""
         return strangers(cast(nn.Module, model))
 
-    def check(self, model: LanguageModel, parameters: list[Tensor]) -> Strangers:
+    def check(
+        self, model: LanguageModel, parameters: list[Tensor], *, sharded_blocks: bool = False
+    ) -> Strangers:
         """Refuse a model that cannot be differentiated chunk by chunk; gives the code of others in it.
+
+        ``sharded_blocks``: whether blocks may be sharded.
 
         Raises:
             StrategyError: for code that may look at positions, and for parameters that are not here whole.
         """
-        for parameter in parameters:
-            if hasattr(parameter, "full_tensor"):  # a DTensor
-                raise StrategyError(
-                    "the model's parameters are sharded inside it: chunks need them whole. Shard the model as one "
-                    "unit, fully_shard(model), not block by block, or use bptt = 'full'"
-                )
+        if not sharded_blocks:
+            refuse_sharded(parameters, self.name)
+        refuse_zero3(parameters)
         refuse_offloaded(parameters)
         if any(parameter.is_meta for parameter in parameters):
             raise StrategyError(
@@ -319,39 +323,6 @@ def trainable(parameters: list[Tensor], inputs: LossInputs) -> list[Tensor]:
     if inputs.inputs_embeds is not None:
         candidates.append(inputs.inputs_embeds)
     return list({id(tensor): tensor for tensor in candidates if tensor.requires_grad}.values())
-
-
-def watched(parameters: Sequence[Tensor], found: Strangers) -> list[Tensor]:
-    """Parameters and buffers, but for those that adapters take out and put back in each call."""
-    same = adapters.put_back(found.adapters)
-    return [tensor for tensor in (*parameters, *found.buffers) if id(tensor) not in same]
-
-
-@contextmanager
-def unchanged(model: LanguageModel, tensors: list[Tensor]) -> Iterator[None]:
-    """Refuses a computation that writes to ``tensors`` of the model: no chunk may see another model.
-
-    Raises:
-        StrategyError: naming a buffer or parameter that was written to.
-    """
-    versions = [tensor._version for tensor in tensors]
-    yield
-    name = changed_tensor(model, tensors, versions)
-    if name is not None:
-        raise StrategyError(
-            f"{name} was written to while the loss was computed (as spectral norm does in training), and other "
-            "chunks would see another model: use bptt='full', or put that module into eval mode"
-        )
-
-
-def changed_tensor(model: LanguageModel, tensors: list[Tensor], versions: list[int]) -> str | None:
-    """The name of a buffer or parameter that was written to since it had its version."""
-    for tensor, version in zip(tensors, versions, strict=True):
-        if tensor._version != version:
-            module = cast(nn.Module, model)
-            named = [*module.named_buffers(), *module.named_parameters()]
-            return next((name for name, other in named if other is tensor), "a parameter")
-    return None
 
 
 def float16_gradients(parameters: list[Tensor], device: torch.device) -> bool:

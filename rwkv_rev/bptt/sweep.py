@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from rwkv_rev.reversal.tape import Tape
 
 if TYPE_CHECKING:
     from rwkv_rev.bptt.sweeps import TwoSweeps
+    from rwkv_rev.distributed.sharded_blocks import ShardedBlocks
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Sweep:
         hidden_prints: checksums of these, by chunk.
         objective: what the hidden states are for in the second sweep.
         seen: a checksum of all exact states so far, where ranks share the context.
+        sharded: the blocks, where they are.
     """
 
     strategy: "TwoSweeps"
@@ -75,6 +77,12 @@ class Sweep:
     hidden_prints: dict[int, Tensor] = field(default_factory=dict)
     objective: Objective = own_loss
     seen: Tensor | None = None
+    sharded: "ShardedBlocks | None" = None
+
+    @property
+    def blocks(self) -> Sequence[Any]:
+        """The layers, as they are called."""
+        return self.model.blocks if self.sharded is None else self.sharded.blocks
 
     @property
     def device(self) -> torch.device:
@@ -98,7 +106,7 @@ class Sweep:
     def advance(self, chunk: Chunk, states: list[ExactStates]) -> tuple[list[BlockAdvanced], Record]:
         """A chunk forwards from the exact states before it, and what it would put on the tape."""
         advanced = advance_layers(
-            self.model.blocks,
+            self.blocks,
             chunk.embed(self.model, chunk.embeds()),
             states,
             self.plans[chunk.length],
@@ -185,7 +193,7 @@ class Sweep:
             )
 
         def replay(x: Tensor) -> tuple[list[LayerGraph], Tensor | None]:
-            layers = replay_layers(self.model.blocks, x, ask, chunk.mask())
+            layers = replay_layers(self.blocks, x, ask, chunk.mask())
             if record is None and chunk.index not in self.prints:
                 return layers, None
             if record is not None:

@@ -23,10 +23,10 @@ nothing draws there, are computed in the second sweep alone: loss and gradient c
 
 import warnings
 from abc import abstractmethod
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rwkv_rev.bptt import cuda_graphs, lasting
 from rwkv_rev.bptt.backward_sweep import SweepResult, backward_sweep
@@ -45,13 +45,14 @@ from rwkv_rev.bptt.strategy import (
     float16_gradients,
     in_order,
     trainable,
-    unchanged,
-    watched,
 )
 from rwkv_rev.bptt.sweep import Sweep
 from rwkv_rev.bptt.uncached import uncached
+from rwkv_rev.bptt.unchanged import unchanged, watched
 from rwkv_rev.cells.block import BlockAdvanced, BlockAgain, BlockReplay, ExactStates, Plans
 from rwkv_rev.cells.contract import detached
+from rwkv_rev.distributed.sharded_reading import gathered
+from rwkv_rev.distributed.shards import any_sharded, reshard
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.foreign_code import Strangers
 from rwkv_rev.loss import FinishedGradients
@@ -71,11 +72,20 @@ class TwoSweeps(Strategy):
     exact = True
 
     def loss(self, model: LanguageModel, inputs: LossInputs) -> LossResult:
+        if not torch.is_grad_enabled() or not trainable(list(model.parameters()), inputs):
+            return self.untrained(model, inputs)
+        reshard(model.blocks)
+        with gathered(cast(nn.Module, model)):
+            return self._by_sweeps(model, inputs)
+
+    def _by_sweeps(self, model: LanguageModel, inputs: LossInputs) -> LossResult:
         parameters: list[Tensor] = list(model.parameters())
         leaves = trainable(parameters, inputs)
-        if not torch.is_grad_enabled() or not leaves:
-            return self.untrained(model, inputs)
-        found = self.check(model, parameters)
+        if any_sharded(parameters):
+            from rwkv_rev.distributed.sharded_blocks import refuse_other_shards
+
+            refuse_other_shards(model.blocks, parameters, inputs.targets.device)
+        found = self.check(model, parameters, sharded_blocks=True)
         outcome: dict[str, Any] = {}
 
         def compute() -> tuple[Tensor, tuple[Tensor, ...], list]:
@@ -148,15 +158,31 @@ class TwoSweeps(Strategy):
                 "remnants = 'lifted' undoes a chunk that one process has whole, and this context is shared between "
                 "processes: use remnants='whole'"
             )
+        is_sharded = any_sharded(parameters)
         for block in model.blocks:
             block.lift(self.remnants == "lifted")
-            block.refuse_changing()
+            if not is_sharded:
+                block.refuse_changing()
         self.begin(model, inputs)
         chunks = inputs.chunks(self.chunk_length)
         lengths = {chunk.length: None if inputs.group is None else chunk.own_length for chunk in chunks}
-        plans = {n: [block.plan(n, piece) for block in model.blocks] for n, piece in lengths.items()}
-        values = [tuple(detached(state) for state in inputs.state.layer(i)) for i in range(len(model.blocks))]
         wanted = [parameter for parameter in parameters if parameter.requires_grad]
+        half = float16_gradients(parameters, inputs.targets.device)
+        sharded = None
+        if is_sharded:
+            from rwkv_rev.distributed.sharded_blocks import ShardedBlocks
+
+            if half:
+                raise StrategyError(
+                    "the model's blocks are sharded, and gradients in float16 need a scale that each process would "
+                    "find for itself: use bfloat16, shard the model as one unit, or use bptt = 'full'"
+                )
+            sharded = ShardedBlocks(model.blocks, wanted, len(chunks))
+            layers = [block.planned(lengths) for block in sharded.blocks]
+        else:
+            layers = [[block.plan(n, piece) for n, piece in lengths.items()] for block in model.blocks]
+        plans = {length: [layer[at] for layer in layers] for at, length in enumerate(lengths)}
+        values = [tuple(detached(state) for state in inputs.state.layer(i)) for i in range(len(model.blocks))]
         return Sweep(
             self,
             model,
@@ -172,14 +198,16 @@ class TwoSweeps(Strategy):
                 wanted,
                 foreign=found.brings_tensors,
                 starts=None if inputs.borders is None else inputs.borders.starts,
+                sharded=None if sharded is None else sharded.blocks,
             ),
-            float16_gradients(parameters, inputs.targets.device),
+            half,
+            sharded=sharded,
         )
 
 
 def choose_runner(sweep: Sweep) -> Runner:
     """The runner for a sweep: by recordings where they pay; ranks that share a context have the same kind of runner."""
-    plain = not (sweep.strangers.declared or sweep.half or sweep.model.checkpoints_blocks)
+    plain = not (sweep.strangers.declared or sweep.half or sweep.model.checkpoints_blocks or sweep.sharded)
     able = sweep.strategy.repeatable and plain and cuda_graphs.possible(sweep.device)
     group = sweep.inputs.group
     if group is not None and sweep.device.type == "cuda":

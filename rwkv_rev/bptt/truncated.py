@@ -22,10 +22,9 @@ from rwkv_rev.bptt.strategy import (
     float16_gradients,
     in_order,
     trainable,
-    unchanged,
-    watched,
 )
 from rwkv_rev.bptt.uncached import uncached
+from rwkv_rev.bptt.unchanged import unchanged, watched
 from rwkv_rev.foreign_code import Strangers
 from rwkv_rev.loss import FinishedGradients, add_gradients, scaled, sum_of, wide
 from rwkv_rev.outside_leaves import OutsideLeaves

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rwkv_rev.distributed.shards import is_sharded
 from rwkv_rev.first_order import first_order
 from rwkv_rev.weight_product import WeightProduct
 
@@ -40,7 +41,13 @@ def plain_maps(model: nn.Module, places: dict[int, int]) -> list[tuple[nn.Linear
 
 def _adds(weight: Tensor) -> bool:
     """Whether PyTorch adds products of such matrices to a float32 one."""
-    return weight.is_cuda and weight.dtype == torch.bfloat16 and hasattr(torch.ops.aten.addmm, "dtype_out")
+    sharded = is_sharded(weight)
+    return (
+        weight.is_cuda
+        and not sharded
+        and weight.dtype == torch.bfloat16
+        and hasattr(torch.ops.aten.addmm, "dtype_out")
+    )
 
 
 @contextmanager
