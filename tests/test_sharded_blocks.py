@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed
+import torch.multiprocessing
 from bptt_cases import random_state, random_tokens, relative_error, tiny_model
 from peft import LoraConfig, get_peft_model
 from processes import in_ranks
@@ -146,7 +147,7 @@ def trained(
         optimizer.step()
     for rank, state in states.items():
         named = zip(state.names(), state.tensors(), strict=True)
-        found |= {f"state {rank} {name}": tensor.grad for name, tensor in named}
+        found |= {f"state {rank} {name}": cast(Tensor, tensor.grad) for name, tensor in named}
     return {name: tensor.cpu() for name, tensor in found.items()}
 
 
@@ -204,7 +205,7 @@ def refusals(mesh: Any) -> dict[str, str]:
 def work(rank: int, kind: str = "cpu") -> dict[str, Any]:
     mesh = init_device_mesh(kind, (WORLD,))
     sharded_blocks.SMALL = 4  # these weights are small, and shall be freed
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"kind": kind}
     for name, case in CASES.items():
         model = sharded(model_of(**model_settings(case)).to(kind), mesh)
         found[name] = trained(model, [rank], **case)
@@ -233,9 +234,12 @@ def model_settings(case: Settings) -> Settings:
     return {n: v for n, v in case.items() if n not in ("uneven", "packed", "own_loss", "steps")}
 
 
-def work_on_gpus(rank: int) -> dict[str, Any]:
+def work_on_gpu(rank: int, folder: str) -> None:
     torch.cuda.set_device(rank)
-    return work(rank, "cuda")
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl", init_method=store, rank=rank, world_size=WORLD)
+    torch.save(work(rank, "cuda"), Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(
@@ -253,11 +257,14 @@ def work_on_gpus(rank: int) -> dict[str, Any]:
 )
 def by_rank(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("ranks")
-    return in_ranks(work if request.param == "cpu" else work_on_gpus, WORLD, folder)
+    if request.param == "cpu":
+        return in_ranks(work, WORLD, folder)
+    torch.multiprocessing.spawn(work_on_gpu, args=(str(folder),), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
 def assert_as_whole(by_rank: list[dict[str, Any]], name: str, case: Settings) -> None:
-    expected = trained(model_of(**model_settings(case)), list(range(WORLD)), **case)
+    expected = trained(model_of(**model_settings(case)).to(by_rank[0]["kind"]), list(range(WORLD)), **case)
     for rank, found in enumerate(by_rank):
         for key, value in found[name].items():
             truth = expected[key] / (1 / WORLD if key.startswith("state") else 1)
@@ -286,7 +293,7 @@ def test_other_ways_to_shard(by_rank: list[dict[str, Any]], name: str, case: Set
 
 def test_reads_as_the_whole_model(by_rank: list[dict[str, Any]]) -> None:
     for rank, found in enumerate(by_rank):
-        for name, expected in read(model_of(), rank).items():
+        for name, expected in read(model_of().to(found["kind"]), rank).items():
             for case in ("read", "read in parts", "read frozen"):
                 assert relative_error(found[case][name], expected) <= 1e-10, (case, name)
 
