@@ -4,7 +4,8 @@
   token begins a document, too, whatever state is handed over;
 * ``cu_seq_lens_q``, ``cu_seq_lens_k``, ``cu_seqlens`` [documents + 1]: where each begins, and the end, in a single row;
 * ``seq_idx`` [B, T]: another number in each document than in the one before;
-* ``position_ids`` [B, T] that restart at 0.
+* ``position_ids`` [B, T] that restart at 0, maybe on a masked token, from which the document's positions count on. A
+  hole of masked tokens at 0 that is as long as the text before it is refused: it might be a document's padding as well.
 
 Several that are given must agree. A border on a masked token is one on the row's next valid token, and none where there
 is no such token. A row's first token goes on from the state, unless ``borders`` say otherwise.
@@ -62,7 +63,7 @@ def given_borders(
     if exporting():
         names = " and ".join([*there, *([] if borders is None else ["borders"])])
         raise ValueError(f"{names} cannot be looked at while a model is exported: leave them out")
-    if set(there) == {"position_ids"} and borders is None and _count(there["position_ids"], valid):
+    if set(there) == {"position_ids"} and borders is None and _count(there["position_ids"]):
         return None
     valid = None if valid is None else valid.cpu()
     found: dict[str, Tensor] = {}
@@ -120,15 +121,9 @@ def _first(valid: Tensor | None, batch: int, length: int) -> Tensor:
     return there & (there.cumsum(dim=1) == 1)
 
 
-def _count(positions: Tensor, valid: Tensor | None) -> bool:
-    """Whether positions [..., T] count the tokens one by one; those of masked ones do not matter."""
-    follows = positions[..., 1:] - positions[..., :-1] == 1
-    if valid is not None:
-        valid = valid[:, -positions.shape[-1] :]
-        later = valid & (valid.cumsum(dim=1) > 1)
-        restarts = later[:, 1:] & (positions[..., 1:] == 0)
-        follows = (follows | ~(valid[:, 1:] & valid[:, :-1])) & ~restarts
-    return bool(follows.all())
+def _count(positions: Tensor) -> bool:
+    """Whether positions [..., T] count all tokens one by one."""
+    return bool((positions[..., 1:] - positions[..., :-1] == 1).all())
 
 
 def _tokens(name: str, tensor: Tensor, batch: int, length: int) -> Tensor:
@@ -144,32 +139,52 @@ def _tokens(name: str, tensor: Tensor, batch: int, length: int) -> Tensor:
     return tensor.cpu().expand(batch, length)
 
 
-def _before(numbers: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The number of the valid token before each one, [B, T], and where there is one."""
-    place = torch.arange(numbers.shape[1]).expand_as(numbers)
+def _before(shape: torch.Size, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The place of the valid token before each one, [B, T], -1 where there is none; and where both are there."""
+    place = torch.arange(shape[1]).expand(shape)
     latest = place if valid is None else torch.where(valid, place, -1).cummax(dim=1).values
     before = torch.nn.functional.pad(latest[:, :-1], (1, 0), value=-1)
-    there = before >= 0 if valid is None else (before >= 0) & valid
-    return numbers.gather(1, before.clamp(min=0)), there
+    return before, before >= 0 if valid is None else (before >= 0) & valid
 
 
 def _of_positions(positions: Tensor, valid: Tensor | None) -> Tensor:
-    before, there = _before(positions, valid)
-    beside = there if valid is None else there & torch.nn.functional.pad(valid[:, :-1], (1, 0))
-    wrong = (beside & (positions != before + 1) & (positions != 0)).nonzero()
-    if len(wrong):
-        row, token = wrong[0].tolist()
-        raise ValueError(
-            f"position_ids go from {int(before[row, token])} to {int(positions[row, token])} at token {token} of row "
-            f"{row}: they must count the tokens one by one, and restart at 0 where a document begins. Parts of one "
-            "text on several devices have no place in a recurrent state: give each row whole"
-        )
-    return there & (positions == 0)
+    """Where positions [B, T] restart; see the module's docstring.
+
+    Between a valid token of position p and the next one, of position q, are k >= 0 masked ones. The text goes on where
+    q counts the valid tokens, p + 1, or the places, p + 1 + k, and the masked ones are all at 0 or none of them is. A
+    document begins where q = 0, or where q counts the places from a masked token at 0.
+    """
+    place = torch.arange(positions.shape[1]).expand_as(positions)
+    before, there = _before(positions.shape, valid)
+    masked = place - before - 1
+    step = positions - positions.gather(1, before.clamp(min=0))
+    zeros = (positions == 0).cumsum(dim=1)
+    between = (zeros - zeros.gather(1, before.clamp(min=0))) - (positions == 0).long()
+    goes_on = ((step == 1) | (step == 1 + masked)) & ((between == 0) | (between == masked))
+    start = place - positions.long()
+    inside = (start > before) & (start < place)
+    begins = (positions == 0) | (inside & (positions.gather(1, torch.where(inside, start, place)) == 0))
+    for wrong in (there & ~goes_on & ~begins, there & goes_on & begins):
+        if bool(wrong.any()):
+            row, token = wrong.nonzero()[0].tolist()
+            last, at = positions[row, before[row, token]].item(), positions[row, token].item()
+            if goes_on[row, token]:
+                raise ValueError(
+                    f"position_ids may go on or begin a document at token {token} of row {row}: they go from {last} to "
+                    f"{at} over masked tokens at 0, which may be a hole or a document's padding. Give borders or "
+                    "seq_idx in their place, or none of them if each row is one document"
+                )
+            raise ValueError(
+                f"position_ids go from {last} to {at} at token {token} of row {row}: they must count the tokens one by "
+                "one, and restart at 0 where a document begins. Parts of one text on several devices have no place in "
+                "a recurrent state: give each row whole"
+            )
+    return there & begins
 
 
 def _of_numbers(numbers: Tensor, valid: Tensor | None) -> Tensor:
-    before, there = _before(numbers, valid)
-    return there & (numbers != before)
+    before, there = _before(numbers.shape, valid)
+    return there & (numbers != numbers.gather(1, before.clamp(min=0)))
 
 
 def _of_cumulative(name: str, ends: Tensor, batch: int, length: int) -> Tensor:
