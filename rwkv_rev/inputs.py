@@ -10,7 +10,7 @@ from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.exporting import exporting
 from rwkv_rev.keywords import given_targets
 from rwkv_rev.loss import IGNORE, next_token_targets
-from rwkv_rev.loss_weights import weights_of_targets
+from rwkv_rev.loss_weights import check_divisor, weights_of_targets
 from rwkv_rev.packed_rows import given_borders
 from rwkv_rev.state import ModelState
 
@@ -135,14 +135,25 @@ def loss_inputs(
         targets = next_token_targets(given.masked_fill(at.to(given.device), IGNORE), valid)
     weights = None
     if loss_weights is not None:
-        weights = weights_of_targets(loss_weights, targets, valid, dtype, shifted=shift_labels is not None)
+        weights = weights_of_targets(
+            loss_weights,
+            targets,
+            valid,
+            dtype,
+            shifted=shift_labels is not None,
+            divided=num_items_in_batch is not None,
+        )
         targets = targets.masked_fill(weights == 0, IGNORE)  # no chunk computes what does not count
+    divisor = _divisor(num_items_in_batch, targets, weights, dtype)
+    if weights is not None:
+        name = "the sum of loss_weights" if num_items_in_batch is None else "num_items_in_batch"
+        check_divisor(divisor, dtype, name)
     return LossInputs(
         input_ids=input_ids,
         inputs_embeds=masked_embeds(inputs_embeds, valid),
         valid=valid,
         targets=targets,
-        divisor=_divisor(num_items_in_batch, targets, weights, dtype),
+        divisor=divisor,
         state=model.initial_state(batch, device) if state is None else state,
         final_state_gradient=final_state_gradient,
         borders=None if at is None else model.base_model.borders(at, valid),

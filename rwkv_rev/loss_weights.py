@@ -5,7 +5,12 @@
 over the tokens that are predicted. A weight stands where the label stands that it weighs, and is shifted with it: w_t
 belongs to token t, whose nll_t is computed from the tokens before it. Weights multiply the mask that -100 makes: where
 no token is predicted, whatever stands there does not count, and a token of weight 0 is as one without a label.
+
+Their sum, and what takes its place under ``num_items_in_batch``, must be numbers whose inverses and products with nats
+the loss's dtype holds: between 1/s and s, with s the root of its largest number.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -14,7 +19,13 @@ from rwkv_rev.loss import IGNORE, of_next_token
 
 
 def weights_of_targets(
-    given: Tensor, targets: Tensor, valid: Tensor | None, dtype: torch.dtype, *, shifted: bool
+    given: Tensor,
+    targets: Tensor,
+    valid: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    shifted: bool,
+    divided: bool = False,
 ) -> Tensor:
     """What each position's prediction weighs, [B, T] in ``dtype``; 0 where nothing is predicted.
 
@@ -24,32 +35,68 @@ def weights_of_targets(
         valid: [B, T] bool, or None when every token counts.
         dtype: the loss's.
         shifted: labels were given as ``shift_labels``, beside the positions that predict them.
+        divided: the loss is divided by another number than their sum, of which others may be the larger part.
 
     Raises:
-        ValueError: for another shape, numbers that are no weights, and weights that want a gradient.
+        ValueError: for another shape, sparse tensors, numbers that are no weights or too large in sum, and weights
+            that want a gradient.
     """
     if not isinstance(given, Tensor) or given.shape != targets.shape:
         shape = list(given.shape) if isinstance(given, Tensor) else f"of a {type(given).__name__}"
         raise ValueError(
             f"loss_weights have shape {shape}, the labels {list(targets.shape)}: give each label its weight"
         )
+    if given.layout != torch.strided:
+        raise ValueError(f"loss_weights are {given.layout}: hand over loss_weights.to_dense()")
     if given.is_complex():
         raise ValueError(f"loss_weights are {given.dtype}: give real numbers")
     if given.requires_grad:
         raise ValueError(
             "loss_weights require a gradient, and the loss gives them none: hand over loss_weights.detach()"
         )
-    weights = given.to(targets.device, dtype)
-    if not shifted:
-        weights = of_next_token(weights, valid, missing=0)
-    weights = weights.masked_fill(targets == IGNORE, 0)
+
+    def of_targets(values: Tensor) -> Tensor:
+        values = values.to(targets.device, dtype)
+        if not shifted:
+            values = of_next_token(values, valid, missing=0)
+        return values.masked_fill(targets == IGNORE, 0)
+
+    weights = of_targets(given)
     wrong = ~((weights >= 0) & weights.isfinite())  # NaN is neither
     if bool(wrong.any()):
         raise ValueError(
             f"loss_weights hold {weights[wrong][0].item()} at a token that is predicted: a weight is a finite number "
             "from 0 on (0 leaves the token out of the loss)"
         )
+    total = weights.sum()
+    if bool(total > _root_of_largest(dtype)):
+        raise _out_of_range("the sum of loss_weights", total, dtype)
+    if not divided and bool(total == 0) and bool(of_targets(given > 0).any()):
+        raise _out_of_range("the sum of loss_weights", total, dtype)
     return weights
+
+
+def check_divisor(divisor: float | Tensor, dtype: torch.dtype, name: str) -> None:
+    """Refuse to divide the weighted sum of nats by what the loss's ``dtype`` has no inverse of.
+
+    Raises:
+        ValueError: for such a ``divisor``, called ``name``.
+    """
+    most = _root_of_largest(dtype)
+    if not 1 / most <= float(divisor) <= most:
+        raise _out_of_range(name, divisor, dtype)
+
+
+def _root_of_largest(dtype: torch.dtype) -> float:
+    return math.sqrt(torch.finfo(dtype).max)
+
+
+def _out_of_range(what: str, number: float | Tensor, dtype: torch.dtype) -> ValueError:
+    most = _root_of_largest(dtype)
+    return ValueError(
+        f"{what} is {float(number):.3g}, and a loss in {dtype} can be divided by {1 / most:.1e} to {most:.1e}: divide "
+        "loss_weights by the largest of them, and num_items_in_batch too where it is given"
+    )
 
 
 def refuse_without_labels(**given: object) -> None:

@@ -271,6 +271,7 @@ def test_autocast(strategy: str, dtype: torch.dtype) -> None:
         (torch.ones(1, 30).index_fill(1, torch.tensor([29]), torch.nan), "loss_weights hold nan at a token"),
         (torch.ones(1, 30).index_fill(1, torch.tensor([1]), torch.inf), "loss_weights hold inf at a token"),
         (torch.ones(1, 30).requires_grad_(), r"hand over loss_weights.detach\(\)"),
+        (torch.ones(1, 30).to_sparse(), r"torch.sparse_coo: hand over loss_weights.to_dense\(\)"),
     ],
 )  # fmt: skip
 def test_no_weights(weights: Any, message: str) -> None:
@@ -279,6 +280,55 @@ def test_no_weights(weights: Any, message: str) -> None:
         with pytest.raises(ValueError, match=message) as error, model.set_bptt(strategy, chunk_length=8):
             model(ids, labels=ids, loss_weights=weights)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weight"),
+    [
+        *(
+            (torch.float32, weight) for weight in (1e37, 1e30, 1e-30, 1e-44, 1e-60)
+        ),  # in float32 the last are all 0
+        *((torch.float64, weight) for weight in (1e308, 1e200, 1e-200, 1e-320)),
+    ],
+    ids=str,
+)
+def test_sums_out_of_range(dtype: torch.dtype, weight: float) -> None:
+    """Their inverse, or their products with nats, would be infinite or 0, and the gradient 0 without a word."""
+    model, ids = tiny_model("5.2", dtype=dtype), random_tokens(39)
+    weights = torch.full((1, 39), weight, dtype=torch.float64)
+    for strategy in STRATEGIES:
+        with model.set_bptt(strategy, chunk_length=8):
+            with pytest.raises(
+                ValueError, match=r"the sum of loss_weights is .* by the largest of them"
+            ) as error:
+                model(ids, labels=ids, loss_weights=weights)
+            assert "\n" not in str(error.value)
+            for total in (38 * weight, torch.tensor(38 * weight, dtype=torch.float64)):
+                with pytest.raises(ValueError, match=r"of loss_weights is|num_items_in_batch is"):
+                    model(ids, labels=ids, loss_weights=weights, num_items_in_batch=total)
+    nothing = model(ids, labels=ids, loss_weights=torch.zeros(1, 39)).loss
+    assert nothing.item() == 0 and nothing.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weight"),
+    [(torch.float32, 1e17), (torch.float32, 1e-20), (torch.float64, 1e150), (torch.float64, 1e-150)],
+    ids=str,
+)
+def test_sums_in_range(dtype: torch.dtype, weight: float) -> None:
+    """Weights are a ratio; those of one process may be next to nothing beside those of the others."""
+    model, ids = tiny_model("5.2", dtype=dtype), random_tokens(39)
+    weights = random_weights((1, 39)).double()
+    expected = differentiate(model, "reversible", 8, input_ids=ids, loss_weights=weights)
+    near = 1e-5 if dtype == torch.float32 else 1e-12
+    assert_agree(
+        differentiate(model, "reversible", 8, input_ids=ids, loss_weights=weight * weights), expected, near
+    )
+    small = 1e-60 * weights
+    found = differentiate(model, "reversible", 8, input_ids=ids, loss_weights=small, num_items_in_batch=38.0)
+    assert found.loss.item() < 1e-55 and all(
+        gradient.isfinite().all() for gradient in found.gradients.values()
+    )
 
 
 def test_weights_without_labels() -> None:
