@@ -47,7 +47,13 @@ def adapter(
     refuse_both_prints(as_json, quiet)
     refuse_no_model(base)  # before anything heavy is imported
     output = expanded(output)
-    check_output(output.absolute(), force=force, directory=to == "peft", reads=base if to == "peft" else None)
+    check_output(
+        output.absolute(),
+        force=force,
+        directory=to == "peft",
+        reads=base if to == "peft" else None,
+        inputs=[base, adapter],
+    )
     from rwkv_rev.converters.adapter_export import save_adapter
 
     with telling_if_stopped(output):

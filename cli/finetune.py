@@ -10,6 +10,7 @@ from rwkv_rev.cli.counts import count, length, number, whole
 from rwkv_rev.cli.options import refuse_both_prints
 from rwkv_rev.cli.stopping import tell
 from rwkv_rev.folders.folder import refuse_no_model
+from rwkv_rev.folders.safe_output import refuse_inputs
 from rwkv_rev.training.lora_targets import refuse_early
 from rwkv_rev.training.sources import find_sources
 
@@ -243,6 +244,7 @@ def finetune(
     refuse_no_model(settings.model)  # before anything heavy is imported
     refuse_early(settings.model, settings.lora_targets)
     find_sources([*settings.data, *settings.eval_data])
+    refuse_inputs(Path(settings.output), [config])
     from rwkv_rev.training.launch import first_process, in_processes, refuse_launch
 
     refuse_launch()

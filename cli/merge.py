@@ -63,7 +63,7 @@ def merge(
     refuse_both_prints(as_json, quiet)
     refuse_no_model(base)  # before anything heavy is imported
     output = expanded(output)
-    check_output(output.absolute(), force=force, directory=True, reads=base)
+    check_output(output.absolute(), force=force, directory=True, reads=base, inputs=[adapter, init])
     from rwkv_rev.converters.merging import merge as run
 
     with telling_if_stopped(output):

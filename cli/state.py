@@ -74,7 +74,7 @@ def save(
     source, output = expanded(source), expanded(output)
     if source.is_dir():
         refuse_no_model(source)  # before anything heavy is imported
-    check_output(output.absolute(), force=force, directory=False)
+    check_output(output.absolute(), force=force, directory=False, inputs=[source])
     from rwkv_rev.converters.tuned_states import save_state
 
     with telling_if_stopped(output):
@@ -104,7 +104,7 @@ def load(
     refuse_both_prints(as_json, quiet)
     refuse_no_model(directory)
     output = expanded(output)
-    check_output(output.absolute(), force=force, directory=True, reads=directory)
+    check_output(output.absolute(), force=force, directory=True, reads=directory, inputs=[expanded(file)])
     from rwkv_rev.converters.tuned_states import load_state
 
     with telling_if_stopped(output):
@@ -142,7 +142,7 @@ def merge(
     refuse_both_prints(as_json, quiet)
     shares = None if weights is None else counts(weights, "--weights", number())
     output = expanded(output)
-    check_output(output.absolute(), force=force, directory=False)
+    check_output(output.absolute(), force=force, directory=False, inputs=map(expanded, sources))
     from rwkv_rev.converters.tuned_states import merge_states
 
     with telling_if_stopped(output):

@@ -70,7 +70,7 @@ def save_adapter(
         raise OutputError(f"an adapter cannot be written as {to!r}; choose rwkv-peft or peft")
     output = Path(output)
     reads = Path(base) if to == "peft" else None
-    check_output(output.absolute(), force=force, directory=to == "peft", reads=reads)
+    check_output(output.absolute(), force=force, directory=to == "peft", reads=reads, inputs=[base, adapter])
     with ConvertedModel(base) as model:
         found = read_adapter(model, adapter, alpha=alpha)
         additions = _low_rank(found, to)

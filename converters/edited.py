@@ -7,7 +7,7 @@ which ``verify`` and ``export`` know that the values are no longer the original'
 import functools
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,14 +45,16 @@ class Edit:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
-def write_edited(model: ConvertedModel, output: Path, edit: Edit, *, force: bool) -> Path:
-    """Write ``output``, a model folder like that of ``model`` but for the edit; returns its path.
+def write_edited(
+    model: ConvertedModel, output: Path, edit: Edit, *, force: bool, inputs: Iterable[str | Path | None] = ()
+) -> Path:
+    """Write ``output``, a model folder like that of ``model`` but for the edit made of ``inputs``; returns its path.
 
     Raises:
-        OutputError: if ``output`` exists without ``force``, is or holds the model, or cannot be written.
+        OutputError: if ``output`` exists without ``force``, is or holds the model or an input, or cannot be written.
         CheckpointError: for values that are not finite.
     """
-    check_output(output.absolute(), force=force, directory=True, reads=model.directory)
+    check_output(output.absolute(), force=force, directory=True, reads=model.directory, inputs=inputs)
     names = [*model.names(), *(name for name in edit.changed if name not in model.names())]
     kept = {
         name: (model.shape(name), model.dtype(name)) for name in model.names() if name not in edit.changed

@@ -93,7 +93,7 @@ def merge(
             entry={"settings": {"merged": Path(adapter).name, **_facts(found)}},
             card=(("merged adapter", Path(adapter).name), *_facts(found).items()),
         )
-        path = write_edited(model, Path(output), edit, force=force)
+        path = write_edited(model, Path(output), edit, force=force, inputs=[adapter, init])
     return Merged(
         path, found.kind, len(found.additions), len(found.replaced), found.ranks, found.alphas, found.targets
     )

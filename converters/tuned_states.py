@@ -115,6 +115,7 @@ def save_state(
         SourceError, CheckpointError: for a source without a tuned state, or whose state is damaged.
         OutputError: if ``output`` exists without ``force``, cannot be written, or float16 does not hold the values.
     """
+    check_output(Path(output).absolute(), force=force, directory=False, inputs=[source])
     return _write(read_state(source), Path(output), to, force=force)
 
 
@@ -144,7 +145,7 @@ def load_state(directory: str | Path, state: str | Path, output: str | Path, *, 
             entry={"settings": {"tune": "state", "state": Path(state).name}},
             card=(("tuned initial state", Path(state).name),),
         )
-        return write_edited(model, Path(output), edit, force=force)
+        return write_edited(model, Path(output), edit, force=force, inputs=[state])
 
 
 @checked
@@ -180,7 +181,7 @@ def merge_states(
     for share in shares:
         if not abs(share) < float("inf"):
             raise ConfigError(f"weights = {share} must be finite")
-    check_output(Path(output).absolute(), force=force, directory=False)
+    check_output(Path(output).absolute(), force=force, directory=False, inputs=sources)
     states = [read_state(source) for source in sources]
     first = next((state for state in states if state.version is not None), states[0])
     for state in states:

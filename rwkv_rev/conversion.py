@@ -32,6 +32,7 @@ from rwkv_rev.converters.reading import Checkpoint, open_checkpoint
 from rwkv_rev.converters.rewriter import Entry, Shard, parse_size, shard_layout, write_shards
 from rwkv_rev.errors import CheckpointError, ConfigError, OutputError, VerificationFailed
 from rwkv_rev.folders.hub import Expected, LocalCheckpoint, expected_files, resolve
+from rwkv_rev.folders.folder import TOKENIZER_NAMES
 from rwkv_rev.folders.safe_output import check_output, check_place, require_space, whole_directory
 from rwkv_rev.folders.source import Source, parse_source
 from rwkv_rev.folders.whereabouts import remember
@@ -150,14 +151,15 @@ def convert(
         raise CheckpointError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
     parse_size(max_shard_size)
     parsed = source if isinstance(source, Source) else parse_source(str(source), file=file, revision=revision)
+    read = [] if tokenizer in TOKENIZER_NAMES else [tokenizer]
     if output is not None and not dry_run:  # refuse before anything is downloaded
         if parsed.kind in ("file", "directory"):
             _refuse_overlap([parsed.path], Path(output))
-        check_output(Path(output).absolute(), force=force, directory=True)
+        check_output(Path(output).absolute(), force=force, directory=True, inputs=read)
     expected = expected_files(parsed)
     directory = Path(output) if output is not None else Path(default_name(parsed, expected))
     if not dry_run:
-        check_output(directory.absolute(), force=force, directory=True)
+        check_output(directory.absolute(), force=force, directory=True, inputs=read)
     else:
         check_place(directory.absolute())
     if dry_run and not _is_here(parsed, expected):

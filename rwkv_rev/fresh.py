@@ -24,7 +24,7 @@ from rwkv_rev.converters.card import fresh_card
 from rwkv_rev.converters.rewriter import Entry, shard_layout, write_shards
 from rwkv_rev.counts import is_plain, number
 from rwkv_rev.errors import ConfigError
-from rwkv_rev.folders.folder import RECORD_NAME
+from rwkv_rev.folders.folder import RECORD_NAME, TOKENIZER_NAMES
 from rwkv_rev.folders.safe_output import check_output, require_space, whole_directory
 from rwkv_rev.printable import shortened
 from rwkv_rev.random_state import capture, refuse_seed, restore
@@ -104,7 +104,8 @@ def init(
     except ValueError as error:
         raise ConfigError(str(error).replace("rwkv_version", "architecture")) from None
     _refuse_unknown(known, given)
-    check_output(directory.absolute(), force=force, directory=True)
+    read = [] if tokenizer in TOKENIZER_NAMES else [tokenizer]
+    check_output(directory.absolute(), force=force, directory=True, inputs=read)
     from rwkv_rev.tokenization.choice import choose_tokenizer
 
     chosen = choose_tokenizer(given.get("vocab_size", 1 << 31), override=tokenizer)

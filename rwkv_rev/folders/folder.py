@@ -19,6 +19,8 @@ TOKENIZER_FILES = (
 )
 """Files that a model made from another takes over as they are; everything else is written anew or stays behind."""
 RECORD_NAME = "conversion.json"
+TOKENIZER_NAMES = ("world", "byte", "neox", "none")
+"""What ``tokenizer=`` takes beside paths and ids of the Hub."""
 
 
 def is_converted(directory: str | Path) -> bool:

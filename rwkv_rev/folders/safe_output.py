@@ -18,7 +18,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -46,10 +46,18 @@ def check_place(output: Path) -> None:
                 raise OutputError(f"cannot write {output}: {folder} is a link that leads nowhere")
 
 
-def check_output(output: Path, *, force: bool, directory: bool, reads: Path | None = None) -> None:
+def check_output(
+    output: Path,
+    *,
+    force: bool,
+    directory: bool,
+    reads: Path | None = None,
+    inputs: Iterable[str | Path | None] = (),
+) -> None:
     """Refuse an output that ``force`` must never delete, and one that exists without ``force``.
 
-    ``reads``: the model folder that is read meanwhile, which ``force`` must not replace either.
+    ``reads``: the model folder that is read meanwhile, which ``force`` must not replace either. ``inputs``: whatever
+    else is read, as :func:`refuse_inputs`.
 
     With ``force`` a directory is replaced only if it is empty or looks like a model (it holds
     ``config.json``), a file only if it is empty or such as ``torch.save`` or safetensors write, so that a
@@ -65,6 +73,7 @@ def check_output(output: Path, *, force: bool, directory: bool, reads: Path | No
         raise OutputError(f"{output} is a link; remove it yourself, or choose another --output")
     if reads is not None:
         _refuse_overlap(reads, output)
+    refuse_inputs(output, inputs)
     if not os.path.lexists(output):
         return
     if directory and not output.is_dir():
@@ -102,6 +111,29 @@ def _refuse_overlap(directory: Path, output: Path) -> None:
         raise OutputError(f"{output} holds the model itself; choose another --output")
     if inside in made.parents:
         raise OutputError(f"{output} is inside the model's folder; choose another --output")
+
+
+def refuse_inputs(output: Path, inputs: Iterable[str | Path | None]) -> None:
+    """Refuse an output whose replacement would delete what is read to make it; None and what is not there pass.
+
+    Raises:
+        OutputError: if ``output`` is or holds an input, or is a file of one that is a folder.
+    """
+    if not os.path.lexists(output):
+        return
+    made = output.resolve()
+    for path in (Path(each).expanduser() for each in inputs if each is not None):
+        if not os.path.lexists(path):
+            continue
+        link = path.parent.resolve() / path.name  # a link goes with the folder, though its target does not
+        whole = path.resolve()
+        if made in (whole, *whole.parents, link, *link.parents):
+            what = "is" if made in (whole, link) else "holds"
+            raise OutputError(f"{output} {what} {path}, which is read to make it; choose another --output")
+        if whole in made.parents and made.is_file():
+            raise OutputError(
+                f"{output} is a file of {path}, which is read to make it; choose another --output"
+            )
 
 
 @contextmanager

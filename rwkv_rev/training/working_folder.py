@@ -22,6 +22,7 @@ from rwkv_rev.training.checkpoints import checkpoints, damage, discard
 from rwkv_rev.training.config import FinetuneConfig
 from rwkv_rev.training.remains import foreign, foreign_in
 from rwkv_rev.training.saving import HISTORY, SUMMARY_NAME, public
+from rwkv_rev.training.sources import find_sources
 
 LOG_NAME = "log.jsonl"
 LOCK_NAME = ".lock"
@@ -31,9 +32,14 @@ _OTHERWISE_COMPARED = ("model", "data", "output", "resume", "force", "push_to_hu
 
 
 def refuse_output(config: FinetuneConfig) -> None:
-    """Raise OutputError for an output that exists, holds the model, or belongs to an unfinished run."""
+    """Raise OutputError for an output that exists, holds what is read, or belongs to an unfinished run."""
     output = Path(config.output).absolute()
-    check_output(output, force=config.force, directory=True, reads=Path(config.model))
+    resumed = None if config.resume == "auto" else config.resume
+    read = (
+        [source.path for source in find_sources([*config.data, *config.eval_data])] if output.exists() else []
+    )
+    inputs = [*read, config.chat_template, resumed]
+    check_output(output, force=config.force, directory=True, reads=Path(config.model), inputs=inputs)
     working = config.working_directory
     refuse_foreign(working)
     if config.resume is None and not config.force and checkpoints(working):
