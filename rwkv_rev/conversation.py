@@ -133,7 +133,7 @@ class Chat:
             self._unread = []
         if self.state is None or not self._begun:
             raise DataError("nothing has been said yet, so there is no state to save")
-        save_state(self.state, path)
+        save_state(self.state, path, self.model.config)
 
     def load(self, path: str | Path) -> None:
         """Go on from a state that :meth:`save` wrote.

@@ -31,8 +31,8 @@ from rwkv_rev.converters.names import by_foreign, tensor_table
 from rwkv_rev.converters.reading import Checkpoint, open_checkpoint
 from rwkv_rev.converters.rewriter import Entry, Shard, parse_size, shard_layout, write_shards
 from rwkv_rev.errors import CheckpointError, ConfigError, OutputError, VerificationFailed
-from rwkv_rev.folders.hub import Expected, LocalCheckpoint, expected_files, resolve
 from rwkv_rev.folders.folder import TOKENIZER_NAMES
+from rwkv_rev.folders.hub import Expected, LocalCheckpoint, expected_files, resolve
 from rwkv_rev.folders.safe_output import check_output, check_place, require_space, whole_directory
 from rwkv_rev.folders.source import Source, parse_source
 from rwkv_rev.folders.whereabouts import remember

@@ -179,11 +179,11 @@ def test_states_that_do_not_fit(bundled: dict[str, Path], shallow: dict[str, Pat
     ):
         other.load(tmp_path / "a.safetensors")
     (tmp_path / "b.safetensors").write_bytes(b"no state")
-    with pytest.raises(SourceError, match="cannot be read as a state"):
+    with pytest.raises(CheckpointError, match="is no conversation that /save wrote, or one that is cut"):
         other.load(tmp_path / "b.safetensors")
     with pytest.raises(SourceError, match="no such file"):
         other.load(tmp_path / "c.safetensors")
-    with pytest.raises(CheckpointError, match="is no state of this model: it holds "):
+    with pytest.raises(CheckpointError, match="is no conversation that /save wrote: it holds "):
         load_state(bundled["7"] / "model.safetensors", other.model)
 
 

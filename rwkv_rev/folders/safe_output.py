@@ -237,6 +237,10 @@ def _acquired(lock: FileLock, output: Path) -> bool:
     try:
         lock.acquire(timeout=0)
     except Timeout:
+        if not os.path.lexists(
+            lock.lock_file
+        ):  # filelock takes a place where nothing can be made for a lock's
+            raise OutputError(f"cannot write {output}: no file can be made in {output.parent}") from None
         raise OutputError(
             f"{output} is being written by another process; wait for it, or choose another --output"
         ) from None
