@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rwkv_rev.converters.adapted_modules import SELECTING, not_adapted, selects
 from rwkv_rev.converters.additions import Adapter, Disha, LowRank
 from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.converters.names import TensorNames, by_foreign, tensor_table
@@ -32,18 +33,21 @@ PEFT_PREFIX = "base_model.model."
 _PART = re.compile(r"(.+)\.(lora_A|lora_B|disha)")
 _PEFT_PART = re.compile(r"base_model\.model\.(.+)\.(lora_A|lora_B)\.weight")
 _INERT = {  # fields of peft's that change nothing in what is merged, whatever they say
-    *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern"),
-    *("layers_to_transform", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size"),
-    *("revision", "target_modules", "task_type"),
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "megatron_core"),
+    *("peft_version", "qalora_group_size", "revision", "task_type"),
 }
 _READ = {
     "alpha_pattern",
     "bias",
+    "exclude_modules",
     "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
     "lora_alpha",
     "peft_type",
     "r",
     "rank_pattern",
+    "target_modules",
     "use_rslora",
 }
 
@@ -153,6 +157,11 @@ def _of_peft(model: ConvertedModel, folder: Path) -> Adapter:
     additions: dict[str, LowRank | Disha] = {}
     for name, halves in parts.items():
         down, up = _pair(file, name, halves)
+        if (contradicted := not_adapted(settings, name)) is not None:
+            said = shortened(repr(settings[contradicted]), 80)
+            raise CheckpointError(
+                f"{file} changes {name}, and {CONFIG_NAME} says that it does not: {contradicted} = {said}"
+            )
         rank = _for_module(settings, "rank_pattern", name, settings["r"])
         alpha = _for_module(settings, "alpha_pattern", name, settings["lora_alpha"])
         if rank != len(down):
@@ -177,6 +186,13 @@ def _refuse_other_methods(folder: Path, settings: Mapping[str, Any]) -> None:
         value = settings.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
             raise CheckpointError(f"{where} is damaged: {name} = {shortened(repr(value))}")
+    if not isinstance(flag := settings.get("use_rslora"), bool | None):
+        raise CheckpointError(
+            f"{where} is damaged: use_rslora = {shortened(repr(flag))} is neither true nor false"
+        )
+    for name in SELECTING:
+        if not selects(name, settings.get(name)):
+            raise CheckpointError(f"{where} is damaged: {name} = {shortened(repr(settings[name]), 80)}")
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = settings.get(name) or {}
         if not isinstance(patterns, dict):

@@ -139,7 +139,7 @@ def test_what_is_no_conversation(
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs Linux's /proc")
 def test_a_place_where_no_file_can_be_made(chats: dict[str, Chat], saved: Path) -> None:
-    with pytest.raises(OutputError, match="^cannot write /proc/x") as caught:
+    with pytest.raises(OutputError, match=r"^cannot write /proc/x") as caught:
         chats["7"].save("/proc/x")
     assert "another process" not in str(caught.value)
     with pytest.raises(CheckpointError):
