@@ -167,7 +167,7 @@ def merge_states(
         force: replace an existing file, at the very end.
 
     Raises:
-        ConfigError: for fewer than two sources, or other weights than one finite number each.
+        ConfigError: for fewer than two sources, other weights than one finite number each, and a sum beyond float32.
         SourceError, CheckpointError, OutputError: as :func:`save_state`, and for states that do not fit each other.
     """
     if len(sources) < 2:
@@ -190,6 +190,11 @@ def merge_states(
     for parts in zip(*(state.layers for state in states), strict=True):
         total = sum(share * part.double() for share, part in zip(shares, parts, strict=True))
         assert isinstance(total, Tensor)
+        if not bool(torch.isfinite(total.float()).all()):
+            raise ConfigError(
+                f"weights = {', '.join(f'{share:g}' for share in shares)} make a sum beyond float32 in layer "
+                f"{len(layers)}; give smaller ones"
+            )
         layers.append(total.float())
     merged = replace(first, layers=tuple(layers), source="the sum")
     return _write(merged, Path(output), to, force=force)
@@ -200,7 +205,7 @@ def read_state(source: str | Path) -> TunedState:
 
     Raises:
         SourceError: if there is no such file or folder.
-        CheckpointError: if it holds no tuned state, one that is damaged, or other tensors too.
+        CheckpointError: if it holds no tuned state, one that is damaged or beyond float32, or other tensors too.
     """
     source = Path(source)
     if source.is_dir():
@@ -267,7 +272,7 @@ def _of_folder(directory: Path) -> TunedState:
             )
         layers = tuple(model.tensor(f"{_OURS}{i}").clone() for i in range(model.config.num_hidden_layers))
         for i, tensor in enumerate(layers):
-            check_finite(f"{_OURS}{i}", tensor)
+            _check_values(directory, f"{_OURS}{i}", tensor)
         return TunedState(layers, model.config.rwkv_version, str(directory))
 
 
@@ -304,7 +309,7 @@ def _of_file(path: Path, checkpoint: Checkpoint) -> TunedState:
     layers = []
     for i in range(count):
         tensor = checkpoint.tensor(stored[i])
-        check_finite(stored[i], tensor)
+        _check_values(path, stored[i], tensor)
         layers.append(
             (tensor if checkpoint.is_safetensors else tensor.mT).clone(memory_format=torch.contiguous_format)
         )
@@ -314,6 +319,14 @@ def _of_file(path: Path, checkpoint: Checkpoint) -> TunedState:
     ):
         raise CheckpointError(f"{path} says that it is a state of {shortened(repr(version))}, which has none")
     return TunedState(tuple(layers), version, str(path))
+
+
+def _check_values(where: Path, name: str, tensor: Tensor) -> None:
+    """Refuse what is not finite, or would not be in float32, in which memories are kept."""
+    check_finite(name, tensor)
+    if not bool(torch.isfinite(tensor.float()).all()):
+        largest = float(tensor.abs().max())
+        raise CheckpointError(f"{where}: {name} holds values as large as {largest:.3g}, beyond float32")
 
 
 def _write(state: TunedState, output: Path, to: StateLayout, *, force: bool) -> StateFile:

@@ -271,6 +271,28 @@ def test_another_generation(models: dict[str, Path], tmp_path: Path, layout: str
     assert rwkv_rev.merge_states([tmp_path / "s.pth", tmp_path / "of-6"], tmp_path / "o.pth").version == "6"
 
 
+def test_beyond_float32(cli: Cli, models: dict[str, Path], tmp_path: Path) -> None:
+    """In which memories are kept: neither read, nor written as infinities."""
+    large = time_state(dtype=torch.float64)
+    large["blocks.1.att.time_state"][0, 1, 2] = 1e300
+    torch.save(large, tmp_path / "large.pth")
+    torch.save(time_state(), tmp_path / "s.pth")
+    for words in (("state", "save", "large.pth", "--output", "out.pth"),
+                  ("state", "load", models["6"], "large.pth", "--output", "out"),
+                  ("state", "merge", "s.pth", "large.pth", "--output", "out.pth"),
+                  ("generate", models["6"], "--prompt", "a", "--state", "large.pth")):  # fmt: skip
+        code, out, err = cli(*words)
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert "large.pth: blocks.1.att.time_state holds values as large as 1e+300, beyond float32" in err
+    for weights in ("1e308,1e308", "1e308,-1e308", "1e39,0"):
+        code, out, err = cli("state", "merge", "s.pth", "s.pth", "--weights", weights, "--output", "out.pth")
+        beyond = weights != "1e308,-1e308"  # whose sum is zero
+        assert (code, err.count("\n")) == ((2, 1) if beyond else (0, 0))
+        assert ("make a sum beyond float32 in layer 0; give smaller ones" in err) == beyond
+        assert (tmp_path / "out.pth").exists() != beyond
+        (tmp_path / "out.pth").unlink(missing_ok=True)
+
+
 def test_other_refusals(models: dict[str, Path], tmp_path: Path) -> None:
     torch.save(time_state(), tmp_path / "s.pth")
     out = tmp_path / "out"
