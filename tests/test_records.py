@@ -110,6 +110,14 @@ GOOD = {"messages": TURNS}
         ),
         ({"messages": TURNS[:1]}, "no turn of the assistant to train on"),
         (
+            {"messages": [TURNS[0], {"role": "Assistant", "content": "x"}]},
+            "the role 'Assistant' is not known, and no turn is the assistant's.*is written 'assistant'",
+        ),
+        (
+            {"messages": [{"role": "User", "content": "x"}, {"role": "model", "content": "x"}]},
+            "the role 'User', 'model' is not known",
+        ),
+        (
             {"conversations": [{"from": "bing", "value": "x"}]},
             "'from' is 'bing'; known are user, human",
         ),

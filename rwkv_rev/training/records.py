@@ -120,6 +120,15 @@ class RowLayout:
             and self.train_on != "all"
             and not any(turn["role"] == "assistant" for turn in turns[silent:])
         ):
+            unknown = dict.fromkeys(
+                turn["role"] for turn in turns[silent:] if turn["role"] not in _ROLES.values()
+            )
+            if unknown:
+                names = ", ".join(shortened(repr(name)) for name in list(unknown)[:8])
+                raise DataError(
+                    f"{where}: the role {names} is not known, and no turn is the assistant's, to train on: its role is "
+                    "written 'assistant', the other's 'user'"
+                )
             raise DataError(
                 f"{where}: no turn of the assistant to train on (--train-on all takes every turn)"
             )
