@@ -351,7 +351,9 @@ def _print_result(result: Any) -> None:
     if held_out is not None:
         fields["held-out"] = f"{held_out[0]:.4f} to {held_out[1]:.4f} bits per byte"
     if result.best_step is not None:
-        fields["kept"] = f"step {result.best_step:,}, the lowest held-out loss"
+        worse = held_out is not None and held_out[1] >= held_out[0]
+        but = ", but none was lower than before the first step" if worse else ""
+        fields["kept"] = f"step {result.best_step:,}, the lowest held-out loss{but}"
     fields |= {
         "speed": f"{result.tokens_per_second:,.0f} tokens/s ({result.tokens:,} tokens, {result.seconds:,.0f} s)",
         "tape": _tape(result.tape_bytes),

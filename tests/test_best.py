@@ -16,7 +16,7 @@ from finetune_cases import counting_text, finetune, losses, settings
 from safetensors.torch import load_file
 
 from rwkv_rev.errors import CheckpointError, ConfigError
-from rwkv_rev.training.best import best_step, held_out_losses, without_improvement
+from rwkv_rev.training.best import best_step, held_out_losses, never_better, without_improvement
 from rwkv_rev.training.callbacks import StopAtBadLoss
 from rwkv_rev.training.checkpoints import checkpoints
 from rwkv_rev.training.config import FinetuneConfig, build_config
@@ -52,6 +52,15 @@ def test_evaluations_without_improvement() -> None:
     slow = rows(9.0, 3.0, 2.9, 2.8, 2.7)
     assert without_improvement(slow, 0.15) == (1, 3), "what falls slowly falls, in the end"
     assert without_improvement(slow, 1.0) == (3, 1)
+
+
+def test_no_step_better_than_the_beginning() -> None:
+    assert never_better(rows(2.0, 3.0, 1.9)) is None
+    assert never_better(rows(2.0, math.nan)) is None and never_better([]) is None
+    assert never_better(rows(2.0)) is None and never_better(rows(None, 3.0)) is None
+    said = never_better(rows(2.0, 3.0, 2.5, 2.6))
+    assert said is not None and "was 2.0000 before the first step and 2.5000 after step 2" in said
+    assert never_better(rows(2.0, 2.0)) is not None, "as good is not better"
 
 
 @contextmanager
@@ -312,12 +321,19 @@ def test_the_command_line(
     code, out, _ = cli(*common, "--dry-run", "--json")
     shown = json.loads(out)["settings"]
     assert (shown["keep_best"], shown["patience"], shown["save_total"]) == (True, 2, 1)
-    with held_out(FALLS_THEN_RISES):
+    with held_out(FALLS_THEN_RISES | {0: 1.5}):
         code, out, err = cli(*common)
         assert code == 0, err
         printed = " ".join(out.split())
         assert "steps 4 of 8" in printed and "kept step 2, the lowest held-out loss" in printed
         assert err.count("stopping after step 4 of 8") == 1 and err.count("no lower held-out loss") == 1
+        assert "no step was better" in err and "none was lower than before the first step" in printed
+        code, out, err = cli(*common, "--force", "--json")
+        assert err.count("warning: no step was better than the beginning: the held-out loss was") == 1
+    with held_out(FALLS_THEN_RISES | {0: 9.0}):
+        code, out, err = cli(*common, "--force")
+        assert code == 0 and "no step was better" not in err and "none was lower" not in " ".join(out.split())
+    with held_out(FALLS_THEN_RISES | {0: 1.5}):
         code, out, err = cli(*common, "--force", "--json")
     values = json.loads(out)
     assert (code, values["steps"], values["planned_steps"], values["best_step"]) == (0, 4, 8, 2)

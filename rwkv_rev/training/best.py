@@ -54,6 +54,18 @@ def without_improvement(rows: Rows, min_delta: float = 0.0) -> tuple[int, int | 
     return since, last
 
 
+def never_better(rows: Rows) -> str | None:
+    """Where no step had a lower held-out loss than the model before the first one, a line that says so; else None."""
+    before = [row["eval_loss"] for row in rows if "eval_loss" in row and row.get("step", 0) == 0]
+    best, losses = best_step(rows), held_out_losses(rows)
+    if not before or before[0] is None or best is None or losses[best] < before[0]:
+        return None
+    return (
+        f"no step was better than the beginning: the held-out loss was {before[0]:.4f} before the first step and "
+        f"{losses[best]:.4f} after step {best}, the lowest since; the model that the run began with is better"
+    )
+
+
 class KeepBest(TrainerCallback):
     """Has a checkpoint written wherever the held-out loss is lower than ever before."""
 

@@ -23,7 +23,7 @@ from rwkv_rev.bptt_settings import AUTO
 from rwkv_rev.chunk_length import shortest_of_all
 from rwkv_rev.folders.publish import publish
 from rwkv_rev.loading import load_model, load_quantised
-from rwkv_rev.training.best import KeepBest, Patience, best_checkpoint, best_step
+from rwkv_rev.training.best import KeepBest, Patience, best_checkpoint, best_step, never_better
 from rwkv_rev.training.callbacks import Bar, Log, NothingLeft, StopAtBadLoss, StopWhenNothingIsLeft, read_log
 from rwkv_rev.training.checkpoints import step_of
 from rwkv_rev.training.config import FinetuneConfig, build_config
@@ -353,8 +353,9 @@ def _load_best(trainer: RwkvRevTrainer, planned: Plan, notify: Notify) -> int:
     step, checkpoint, warning = best_checkpoint(
         history, step, planned.config.working_directory, planned.resume_from, planned.identity
     )
-    if warning is not None:
-        notify(f"warning: {warning}")
+    for line in (warning, never_better(history)):
+        if line is not None:
+            notify(f"warning: {line}")
     if checkpoint is not None:
         trainer._load_from_checkpoint(str(checkpoint))
     return step
