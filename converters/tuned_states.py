@@ -186,7 +186,7 @@ def merge_states(
     first = next((state for state in states if state.version is not None), states[0])
     for state in states:
         _refuse_differing(state, first)
-    layers = []
+    layers: list[Tensor] = []
     for parts in zip(*(state.layers for state in states), strict=True):
         total = sum(share * part.double() for share, part in zip(shares, parts, strict=True))
         assert isinstance(total, Tensor)

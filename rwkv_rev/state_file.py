@@ -154,7 +154,7 @@ def _checksum(told: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> s
     digest = hashlib.sha256(repr(sorted((k, v) for k, v in told.items() if k != _CHECKSUM)).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(repr((name, _name(tensor.dtype), tuple(tensor.shape))).encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -31,6 +31,7 @@ COMMANDS = {
     "finetune, a glob": "finetune BASE --data run/*.txt --output run",
     "finetune, eval": "finetune BASE --data book.txt --eval-data run/book.txt --eval-every 1 --output run",
     "finetune, template": "finetune BASE --data book.txt --chat-template run/t.jinja --output run",
+    "finetune, prompt": "finetune BASE --data book.txt --sample-prompt @run/book.txt --output run",
     "finetune, config": "finetune BASE --data book.txt --config run/c.yaml --output run",
     "finetune over the base": "finetune run --data book.txt --output run",
     "finetune, a link": "finetune BASE --data link.txt --output run",

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from rwkv_rev.arguments import expanded
 from rwkv_rev.errors import OutputError, RwkvRevError
 from rwkv_rev.printable import is_utf8
 
@@ -122,7 +123,7 @@ def refuse_inputs(output: Path, inputs: Iterable[str | Path | None]) -> None:
     if not os.path.lexists(output):
         return
     made = output.resolve()
-    for path in (Path(each).expanduser() for each in inputs if each is not None):
+    for path in (Path(expanded(each)) for each in inputs if each is not None):
         if not os.path.lexists(path):
             continue
         link = path.parent.resolve() / path.name  # a link goes with the folder, though its target does not

@@ -38,7 +38,10 @@ def refuse_output(config: FinetuneConfig) -> None:
     read = (
         [source.path for source in find_sources([*config.data, *config.eval_data])] if output.exists() else []
     )
-    inputs = [*read, config.chat_template, resumed]
+    prompts = [
+        text[1:] for text in config.sample_prompt if text.startswith("@") and not text.startswith("@@")
+    ]
+    inputs = [*read, *prompts, config.chat_template, resumed]
     check_output(output, force=config.force, directory=True, reads=Path(config.model), inputs=inputs)
     working = config.working_directory
     refuse_foreign(working)
