@@ -327,6 +327,8 @@ def _print_plan(planned: Any, as_json: bool) -> None:
             "tape": _tape(memory["tape"]),
         },
     )
+    for text in data["notes"]:
+        out.note(text)
     for text in values["notes"]:
         out.note(f"warning: {text}")
 

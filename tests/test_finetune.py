@@ -392,6 +392,6 @@ def test_plan_tells_and_touches_nothing(shallow: dict[str, Path], tmp_path: Path
     assert not (tmp_path / "out").exists() and not config.working_directory.exists()
     assert planned["steps"] == 1 and planned["data"]["documents"] == 1
     assert planned["tokens_per_step"] == planned["data"]["tokens"] == data.stat().st_size
-    assert any("longer than any document" in note for note in planned["notes"])
+    assert any("longer than any document" in note for note in planned["data"]["notes"])
     assert planned["settings"]["lr"] == 1e-4 and planned["memory"]["device"] > 0
     json.dumps(planned)

@@ -158,13 +158,13 @@ def test_recall_keeps_prompts_silent(tmp_path: Path) -> None:
 
 def test_adapt(tmp_path: Path) -> None:
     """Segments of different documents, the last part of each; every part once an epoch."""
-    lengths = [20, 12, 7, 9, 24]
+    lengths = [80, 48, 28, 33, 96]
     first = np.cumsum([0, *lengths])
-    rows = dataset(tmp_path, lengths, 12, "adapt:segments=3:last=0.5")
+    rows = dataset(tmp_path, lengths, 48, "adapt:segments=3:last=0.5")
     seen: list[int] = []
     for index, row in enumerate(rows):
         ids, labels, weights = lists(row)
-        assert len(ids) == rows.lengths()[index] <= 12 and "borders" not in row
+        assert len(ids) == rows.lengths()[index] <= 48 and "borders" not in row
         documents = np.searchsorted(first, np.array(ids) - 1, side="right")
         cuts = [0, *(np.flatnonzero(np.diff(ids) != 1) + 1).tolist(), len(ids)]
         segments = [ids[a:b] for a, b in pairwise(cuts)]
@@ -177,24 +177,27 @@ def test_adapt(tmp_path: Path) -> None:
     assert sorted(seen) == sorted(
         token
         for a, n in zip(first, lengths, strict=False)
-        for token in range(a + 1, a + n + 1 - (n % 4 == 1))
+        for token in range(a + 1, a + n + 1 - (n % 16 == 1))
     ), "but for a last token alone, which predicts nothing"
-    other = dataset(tmp_path, lengths, 12, "adapt:segments=3:last=0.5", seed=1)
+    other = dataset(tmp_path, lengths, 48, "adapt:segments=3:last=0.5", seed=1)
     assert [lists(row)[0] for row in other] != [lists(row)[0] for row in rows]
 
 
 def test_adapt_tells_of_a_document_that_fills_rows(tmp_path: Path) -> None:
-    (note, told) = dataset(tmp_path, [80, 8], 12, "adapt:segments=3").statistics().warnings[:2]
-    assert note == "adapt: a row holds 3 parts of up to 4 tokens each"
-    assert told.startswith("adapt: 12 of 22 parts share a row with another part of their document")
+    found = dataset(tmp_path, [320, 32], 48, "adapt:segments=3").statistics()
+    assert found.notes == ("adapt: a row holds 3 parts of up to 16 tokens each",)
+    assert found.warnings[0] == (
+        "adapt: 12 of 22 parts share a row with another part of the same document: from one to the other there is no "
+        "change to learn (it takes more documents of that length, or fewer segments)"
+    )
     assert "share a row" not in str(
-        dataset(tmp_path, [20, 24, 20], 12, "adapt:segments=3").statistics().warnings
+        dataset(tmp_path, [80, 96, 80], 48, "adapt:segments=3").statistics().warnings
     )
 
 
 def test_adapt_needs_several_documents(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="objective adapt needs several documents"):
-        dataset(tmp_path, [40], 12, "adapt")
+        dataset(tmp_path, [400], 64, "adapt")
 
 
 def test_several_at_once(tmp_path: Path) -> None:
@@ -306,6 +309,10 @@ def test_batches_hold_weights(tmp_path: Path) -> None:
         ("recall:span=x", "objective recall: span = 'x' is not a plain whole number"),
         ("recall:span", "objective recall: span = '' is not"),
         ("recall:span=1", "objective recall: span = 1 must be at least 2"),
+        (
+            "recall:span=4",
+            "recall: span = 4 leaves no room behind its cue of 8 tokens: span must be at least 9, or set cue to less than 4",
+        ),
         ("recall:cue=32", "objective recall: cue = 32 must be from 1 to 31"),
         ("recall:share=0.9", "objective recall: share = 0.9 must be from 0.001 to 0.5"),
         ("recall:weight=nan", "weight = nan must be"),
@@ -343,7 +350,12 @@ def test_layouts_that_make_no_sense(text: str, layout: dict[str, bool], message:
     ("text", "length", "message"),
     [
         ("second-pass", 3, "needs a context of 4 tokens"),
-        ("adapt:segments=5", 9, "5 segments of at least 2 tokens need a context of 10 tokens, not 9"),
+        (
+            "adapt:segments=99",
+            512,
+            "segments = 99 leaves 5 tokens for each part of a row, fewer than 16: give at most 32 segments, or a longer",
+        ),
+        ("adapt:segments=2", 31, "segments = 2 leaves 15 tokens .*, fewer than 16: give a longer context"),
         (
             "recall",
             300,
@@ -398,7 +410,7 @@ def test_a_dry_run_shows_it(shallow: dict[str, Path], tmp_path: Path) -> None:
     )
     assert any(
         note.startswith("recall: a full row holds 168 tokens of text and 2 questions")
-        for note in shown["notes"]
+        for note in shown["data"]["notes"]
     )
     assert shown["data"]["rows"] > plan(settings(shallow["4"], data, tmp_path / "out")).statistics.rows
 

@@ -14,6 +14,7 @@ from token_data import make_store
 from rwkv_rev.errors import DataError
 from rwkv_rev.training.best_fit import best_fit
 from rwkv_rev.training.draws import permutation
+from rwkv_rev.training.objectives.objectives import objectives_of
 from rwkv_rev.training.rows import EMPTY_ROW, IGNORED, RowDataset
 from rwkv_rev.training.token_cache import load_tokens
 
@@ -182,10 +183,10 @@ def test_statistics_and_warnings(tmp_path: Path) -> None:
     statistics = RowDataset(store, 100).statistics()
     assert (statistics.documents, statistics.tokens, statistics.longest, statistics.shortest) == (3, 20, 9, 3)
     assert (statistics.rows, statistics.dropped_documents) == (3, 0)
-    assert statistics.warnings == (
-        "the context length of 100 is longer than any document (longest: 9 tokens)",
-    )
-    assert RowDataset(store, 9).statistics().warnings == ()
+    assert statistics.warnings == (), "nothing is lost"
+    assert statistics.notes == ("the context length of 100 is longer than any document (longest: 9 tokens)",)
+    whole = RowDataset(store, 9).statistics()
+    assert whole.warnings == whole.notes == ()
     assert "2 documents are longer than the context: cut" in RowDataset(store, 4).statistics().warnings[0]
     carried = RowDataset(store, 4, carry_state=True).statistics().warnings
     assert carried == (
@@ -193,8 +194,35 @@ def test_statistics_and_warnings(tmp_path: Path) -> None:
     )
     packed = RowDataset(store, 20, pack=True).statistics()
     assert packed.rows == 1
-    assert packed.warnings == (
-        "pack: 3 pieces of documents in 1 rows, 100.0% full; state starts anew in each",
+    assert packed.warnings == ()
+    assert packed.notes == ("pack: 3 pieces of documents in 1 rows, 100.0% full; state starts anew in each",)
+
+
+@pytest.mark.parametrize(
+    ("objective", "layout", "limit", "pieces", "hint"),
+    [
+        ("next-token", {}, "the context", 64, " (--carry-state hands it on)"),
+        ("next-token", {"pack": True}, "the context", 64, ""),
+        ("adapt:segments=2", {}, "the 32 tokens of a document that a row holds", 32, ""),
+        ("second-pass", {}, "the 32 tokens of a document that a row holds", 32, ""),
+        (
+            "recall:span=4:cue=1:share=0.25",
+            {},
+            "the 48 tokens of a document that a row holds",
+            48,
+            " (--carry-state hands it on)",
+        ),
+    ],
+)
+def test_the_limit_of_a_document_is_the_room_that_a_row_has(
+    tmp_path: Path, objective: str, layout: dict[str, bool], limit: str, pieces: int, hint: str
+) -> None:
+    """--carry-state is named only where it may be given."""
+    store = make_store(tmp_path, [100, 100], [70, 0])
+    rows = RowDataset(store, 64, objectives=objectives_of(objective), **layout)
+    assert rows.statistics().warnings[-2:] == (
+        f"2 documents are longer than {limit}: cut into pieces of {pieces} tokens, each without the state before{hint}",
+        f"1 prompt fills {limit}: its completion is trained without the whole prompt",
     )
 
 

@@ -197,8 +197,9 @@ def run(config: FinetuneConfig, *, notify: Notify | None = None, quiet: bool = F
             planned.length_is = "the shortest of all processes"
         config = planned.config = replace(planned.config, chunk_length=length)
     first = first_process()
-    for note in planned.notes if first else ():
-        notify(f"warning: {note}")
+    if first:
+        for note in (*planned.statistics.notes, *(f"warning: {note}" for note in planned.notes)):
+            notify(note)
     if first and made is None and asked == AUTO:
         notify(f"chunks of {planned.config.chunk_length:,} tokens: {planned.length_is}")
     if first and config.resume == "auto" and made is None and planned.resume_from is None:

@@ -84,7 +84,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         statistics = dict(self.statistics.__dict__)
-        statistics["warnings"] = list(statistics["warnings"])
+        statistics |= {name: list(statistics[name]) for name in ("notes", "warnings")}
         return {
             "settings": self.settings,
             "model": f"{self.model_config.architecture.called}, {self.model_config.num_hidden_layers} layers of "

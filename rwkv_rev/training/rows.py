@@ -45,8 +45,8 @@ class RowStatistics:
     """Figures about the data. Lengths in tokens; ``padding_share`` of all positions in an epoch's batches
     (0 without batches).
 
-    ``empty_documents`` hold no text, ``dropped_documents`` nothing to predict. ``warnings``: one line each,
-    for the user.
+    ``empty_documents`` hold no text, ``dropped_documents`` nothing to predict. One line each for the user: ``notes``
+    on what rows look like, ``warnings`` of what is lost.
     """
 
     documents: int
@@ -58,6 +58,7 @@ class RowStatistics:
     dropped_documents: int
     padding_share: float = 0.0
     steps: int = 0
+    notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -243,46 +244,53 @@ class RowDataset(Dataset):
             rows=len(self),
             empty_documents=self.store.empty_documents,
             dropped_documents=dropped,
+            notes=tuple(self._notes(lengths)),
             warnings=tuple(self._warnings(lengths, dropped)),
         )
 
-    def _warnings(self, lengths: np.ndarray, dropped: int) -> list[str]:
-        T, found = self._room, self.objectives.notes(self.context_length)
-        if self._starts is not None and not self.pack:
-            rows = np.repeat(np.arange(len(self)), np.diff(self._starts))
-            apart = len(np.unique(rows * len(self.store) + self._documents()[self._pieces]))
-            if doubled := len(rows) - apart:
-                found.append(
-                    f"adapt: {doubled:,} of {len(rows):,} parts share a row with another part of their document, "
-                    "which makes up too much of the data: nothing changes there"
-                )
+    def _notes(self, lengths: np.ndarray) -> list[str]:
+        found = self.objectives.notes(self.context_length)
         if self.pack:
             full = float(self.lengths().sum()) / (len(self) * self.context_length)
             found.append(
                 f"pack: {len(self._pieces):,} pieces of documents in {len(self):,} rows, {full:.1%} full; state starts "
                 "anew in each"
             )
-        if lengths.max() < T and self._starts is None:
+        if lengths.max() < self._room and self._starts is None:
             found.append(
                 f"the context length of {self.context_length} is longer than any document (longest: "
                 f"{lengths.max()} tokens)"
             )
-        longer = int((lengths > T).sum())
-        if longer and self.carry_state:
+        return found
+
+    def _warnings(self, lengths: np.ndarray, dropped: int) -> list[str]:
+        T, found = self._room, list[str]()
+        limit = "the context" if T == self.context_length else f"the {T:,} tokens of a document that a row holds"
+        if self._starts is not None and not self.pack:
+            rows = np.repeat(np.arange(len(self)), np.diff(self._starts))
+            apart = len(np.unique(rows * len(self.store) + self._documents()[self._pieces]))
+            if doubled := len(rows) - apart:
+                found.append(
+                    f"adapt: {doubled:,} of {len(rows):,} parts share a row with another part of the same document: "
+                    "from one to the other there is no change to learn (it takes more documents of that length, or "
+                    "fewer segments)"
+                )
+        if longer := int((lengths > T).sum()):
             found.append(
-                f"{_documents(longer)} longer than the context: state carried on, gradient cut every {T} tokens"
-            )
-        elif longer:
-            found.append(
-                f"{_documents(longer)} longer than the context: cut into rows of {T} tokens, each without the "
-                "state before (--carry-state hands it on)"
+                f"{_documents(longer)} longer than {limit}: "
+                + (
+                    f"state carried on, gradient cut every {T} tokens"
+                    if self.carry_state
+                    else f"cut into pieces of {T} tokens, each without the state before"
+                    + (" (--carry-state hands it on)" if self.objectives.carries and not self.pack else "")
+                )
             )
         prompts = int((self.store.prompt_lengths() >= T).sum())
         if prompts and not self.carry_state:
             found.append(
-                "1 prompt fills the context: its completion is trained without the whole prompt"
+                f"1 prompt fills {limit}: its completion is trained without the whole prompt"
                 if prompts == 1
-                else f"{prompts:,} prompts fill the context: their completions are trained without the whole prompt"
+                else f"{prompts:,} prompts fill {limit}: their completions are trained without the whole prompt"
             )
         if dropped:
             found.append(

@@ -17,6 +17,9 @@ import numpy as np
 from rwkv_rev.errors import ConfigError, DataError
 from rwkv_rev.training.objectives.objective import IGNORED, Objective, Row
 
+LEAST_PART = 16
+"""Tokens: in fewer a state has hardly learned what it is to change to."""
+
 
 @dataclass(frozen=True)
 class Adapt(Objective):
@@ -35,12 +38,13 @@ class Adapt(Objective):
         self.require("last", 0.001, 1)
 
     def room(self, length: int) -> int:
-        if length < 2 * self.segments:
+        if (part := length // self.segments) < LEAST_PART:
+            fewer = f"at most {length // LEAST_PART:,} segments, or " if length >= 2 * LEAST_PART else ""
             raise ConfigError(
-                f"objective adapt: {self.segments} segments of at least 2 tokens need a context of "
-                f"{2 * self.segments} tokens, not {length}"
+                f"objective adapt: segments = {self.segments} leaves {part} tokens for each part of a row, fewer than "
+                f"{LEAST_PART}: give {fewer}a longer context"
             )
-        return length // self.segments
+        return part
 
     def segment(self, row: Row) -> Row:
         """A part of a document as a segment of a row."""

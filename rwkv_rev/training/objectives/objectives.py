@@ -49,6 +49,11 @@ class Objectives:
         """The one that lays parts of several documents into a row."""
         return next((part for part in self.parts if isinstance(part, Adapt)), None)
 
+    @property
+    def carries(self) -> bool:
+        """Whether rows may go on with the state of the row before."""
+        return all(other != "carry_state" for part in self.parts for other, _ in part.not_with)
+
     def room(self, length: int) -> int:
         """Tokens of one document that a row of ``length`` tokens holds at most.
 

@@ -43,6 +43,11 @@ class Recall(Objective):
 
     def __post_init__(self) -> None:
         self.require("span", 2)
+        if self.cue >= self.span != type(self).span:
+            raise ConfigError(
+                f"objective recall: span = {self.span} leaves no room behind its cue of {self.cue} tokens: span must "
+                f"be at least {self.cue + 1}, or set cue to less than {self.span}"
+            )
         self.require("cue", 1, self.span - 1)
         self.require("share", 0.001, 0.5)
         self.require("weight", 0.001, 1000)
