@@ -290,7 +290,7 @@ def _print_plan(planned: Any, as_json: bool) -> None:
         if not used
     )
     shown = {
-        name: value
+        name: ", ".join(map(str, value)) if isinstance(value, list) else value
         for name, value in values["settings"].items()
         if value not in (None, [], False) and not name.startswith(unused)
     }
@@ -301,7 +301,8 @@ def _print_plan(planned: Any, as_json: bool) -> None:
         "\nData",
         {
             "documents": f"{data['documents']:,}",
-            "tokens": f"{data['tokens']:,} (shortest {data['shortest']:,}, longest {data['longest']:,})",
+            "tokens": f"{data['tokens']:,}, of which {data['loss_tokens']:,} with loss "
+            f"(shortest document {data['shortest']:,}, longest {data['longest']:,})",
             "rows": f"{data['rows']:,}",
             "padding": f"{data['padding_share']:.1%}",
         },

@@ -159,6 +159,22 @@ def test_packing_is_reported(cli: Cli, bundled: dict[str, Path], tmp_path: Path)
     assert err == "pack: 5 pieces of documents in 2 rows, 100.0% full; state starts anew in each\n", "no warning"
 
 
+def test_a_dry_run_shows_what_has_loss(cli: Cli, bundled: dict[str, Path], tmp_path: Path) -> None:
+    talk = [{"role": role, "content": "Hi."} for role in ("user", "assistant") * 2]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": talk}), "utf-8")
+    common = ("finetune", bundled["5.2"], "--data", "chat.jsonl", "--output", "out", "--dry-run")
+    code, out, err = cli(*common, "--data", "data.txt", "--sample-prompt", "Hi")
+    assert code == 0, err
+    text = (tmp_path / "data.txt").stat().st_size
+    loss, tokens = 2 * len(" Hi.\n\n") + 1, len("User: Hi.\n\nAssistant: Hi.\n\n") * 2 + 1
+    assert f"tokens {text + tokens:,}, of which {text + loss:,} with loss" in " ".join(out.split())
+    assert re.search("^data +chat.jsonl, data.txt *$", out, re.M) and "['" not in out
+    code, out, _ = cli(*common, "--json", "--train-on", "last")
+    found = json.loads(out)
+    assert (found["data"]["tokens"], found["data"]["loss_tokens"]) == (tokens, loss - len(" Hi.\n\n"))
+    assert found["settings"]["data"] == ["chat.jsonl"]
+
+
 @pytest.mark.parametrize("command", ["finetune", "eval"])
 def test_records_with_fields_of_other_names(
     cli: Cli, bundled: dict[str, Path], tmp_path: Path, command: str

@@ -176,12 +176,24 @@ def test_tokenising_errors_name_the_record(data: Path, tmp_path: Path) -> None:
         load_tokens(data, Bytes(), cache_dir=tmp_path / "cache")
 
 
-@pytest.mark.parametrize("content", ["", '{"text": ""}\n'])
-def test_empty_data_is_refused(tmp_path: Path, content: str) -> None:
+EMPTY = "field '{}' is empty, and no other record holds text to train on"
+
+
+@pytest.mark.parametrize(
+    ("content", "fields", "message"),
+    [
+        ("", {}, ": the data holds no text at all"),
+        ('\n{"text": ""}\n', {}, ":2: " + EMPTY.format("text")),
+        ('{"prompt": "a", "completion": ""}', {}, ":1: " + EMPTY.format("completion")),
+        ('{"q": "a", "a": ""}', {"prompt": "q", "completion": "a"}, ":1: " + EMPTY.format("a")),
+        ('{"prompt": "a", "chosen": ""}', {"format": "chosen"}, ":1: " + EMPTY.format("chosen")),
+    ],
+)
+def test_empty_data_is_refused(tmp_path: Path, content: str, fields: dict[str, str], message: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(content)
-    with pytest.raises(DataError, match=r"a\.jsonl: the data holds no text at all"):
-        load_tokens(path, Bytes(), cache_dir=tmp_path / "cache")
+    with pytest.raises(DataError, match=r"a\.jsonl" + message):
+        load_tokens(path, Bytes(), fields=Fields(**fields), cache_dir=tmp_path / "cache")
 
 
 def test_data_that_changes_while_it_is_read_is_refused(

@@ -42,7 +42,7 @@ EMPTY_ROW = -1  # index of a batch slot with nothing in it: a row without tokens
 
 @dataclass(frozen=True)
 class RowStatistics:
-    """Figures about the data. Lengths in tokens; ``padding_share`` of all positions in an epoch's batches
+    """Figures about the data. Lengths in tokens; ``loss_tokens`` carry loss in their document; ``padding_share`` of all positions in an epoch's batches
     (0 without batches).
 
     ``empty_documents`` hold no text, ``dropped_documents`` nothing to predict. One line each for the user: ``notes``
@@ -51,6 +51,7 @@ class RowStatistics:
 
     documents: int
     tokens: int
+    loss_tokens: int
     longest: int
     shortest: int
     rows: int
@@ -239,6 +240,7 @@ class RowDataset(Dataset):
         return RowStatistics(
             documents=len(self.store),
             tokens=int(lengths.sum()),
+            loss_tokens=self.store.loss_tokens(),
             longest=longest,
             shortest=int(lengths.min()),
             rows=len(self),

@@ -234,7 +234,7 @@ def _build(
     if _stamps(texts) != before:
         raise DataError("the data changed while it was being tokenised; start again when it is complete")
     if not writer.documents:
-        raise DataError(f"{texts[0].name}: the data holds no text at all; every document is empty")
+        raise DataError(_nothing(texts, fields))
     meta = {
         "format": FORMAT_VERSION,
         "dtype": dtype.str,
@@ -246,6 +246,17 @@ def _build(
         "sources": [source.name for source in texts[:100]],
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
+
+
+def _nothing(texts: list[DataSource], fields: Fields) -> str:
+    """What to say where no document holds text: the first record and its field, if there are records."""
+    source, piece = next(((s, p) for s in texts for p in s.pieces(fields)), (texts[0], None))
+    if piece is None or source.kind == "text" or piece.text:
+        return f"{texts[0].name}: the data holds no text at all; every document is empty"
+    name = fields.text or "text"
+    if piece.prompt is not None:
+        name = "chosen" if fields.format == "chosen" else fields.completion or "completion"
+    return f"{piece.where}: field '{name}' is empty, and no other record holds text to train on"
 
 
 def _stamps(texts: list[DataSource]) -> list[tuple[int, int]]:

@@ -184,6 +184,13 @@ class TokenStore:
                 counts[max(0, int(runs[run, 0]) - begin) : int(runs[run, 1]) - begin] = False
         return counts
 
+    def loss_tokens(self) -> int:
+        """Tokens of all documents that carry loss."""
+        return self.total_tokens - sum(
+            int(np.diff(part.silent, axis=1).sum() if part.silent_path else part.column("prompt").sum())
+            for part in self.parts
+        )
+
     def ends_added(self) -> np.ndarray:
         """End tokens put behind each document, 0 or 1, int64 [documents]; binidx documents bring their own."""
         return np.concatenate([np.asarray(part.column("ended"), np.int64) for part in self.parts])
