@@ -387,5 +387,5 @@ def _losses(result: Any) -> str:
     """The first and the last step's, with what they are not: a measure of progress."""
     last = f", {result.last_loss:.4f} in step {result.steps:,}" if result.steps > 1 else ""
     noise = "; --eval-data FILE measures progress" if result.held_out is None else ""
-    other = ", of other rows" if last else ""
+    other = ", of other rows" if last and not result.same_rows else ""
     return f"{result.first_loss:.4f} in step 1{last} (nats per token{other}{noise})"

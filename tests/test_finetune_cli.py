@@ -73,6 +73,8 @@ def test_a_tape_of_no_bytes_is_explained(cli: Cli, bundled: dict[str, Path]) -> 
         printed = " ".join(out.split())
         assert why in printed
     assert "(nats per token; --eval-data FILE measures progress)" in printed
+    code, out, _ = cli(*common[:-1], 2000, "--output", "same", "--max-steps", 2)
+    assert code == 0 and re.search(r"1, [\d.]+ in step 2 \(nats per token; --eval", " ".join(out.split())), "one row"
     code, out, _ = cli(*common, "--chunk-length", 50, "--output", "four", "--dry-run")
     assert code == 0 and "need a record" not in " ".join(out.split())
 

@@ -48,7 +48,7 @@ Sources = str | Path | Sequence[str | Path]
 class FinetuneResult:
     """What a run did. Losses in nats per token; ``held_out`` bits per byte before and after, where there is any.
 
-    ``steps`` of ``planned_steps`` were trained; ``best_step`` is the one whose weights ``output`` holds, with
+    ``steps`` of ``planned_steps`` were trained, all on the same rows with ``same_rows``; ``best_step`` is the one whose weights ``output`` holds, with
     ``keep_best``; ``samples`` the file of samples, where there were prompts.
     ``adapter_only``: whether ``output`` holds the low-rank additions, to be used with the model they were trained on.
 
@@ -71,6 +71,7 @@ class FinetuneResult:
     trainable_parameters: int
     parameters: int
     planned_steps: int | None = None
+    same_rows: bool = False
     best_step: int | None = None
     samples: Path | None = None
     address: str | None = None
@@ -338,6 +339,7 @@ def _result(
         trainable_parameters=trainable,
         parameters=total,
         planned_steps=planned.steps,
+        same_rows=len(planned.order) <= planned.config.grad_accum,
         best_step=best,
         samples=Path(planned.config.output) / HISTORY / SAMPLES_NAME
         if planned.config.sample_prompt
