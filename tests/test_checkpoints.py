@@ -7,7 +7,7 @@ import pytest
 from finetune_cases import copied_run, finetune, stopped_run
 from safetensors.torch import load_file
 
-from rwkv_rev.errors import CheckpointError
+from rwkv_rev.errors import CheckpointError, OutputError
 from rwkv_rev.training.checkpoints import CHECKSUMS, checkpoints, damage, seal
 from rwkv_rev.training.config import FinetuneConfig
 from rwkv_rev.training.finetune import plan, run
@@ -143,6 +143,12 @@ def test_a_run_that_was_finished_is_not_trained_again(
     other = FinetuneConfig(**(config.to_dict() | {"lr": 0.5}))
     with pytest.raises(Exception, match="already exists; pass force=True"):
         plan(other)
+    for changes, message in (
+        ({}, r"out is finished already: this very run has made it, nothing is left to train \(resume='auto' takes"),
+        ({"lr": 0.5}, "already exists; pass force=True"),
+    ):
+        with pytest.raises(OutputError, match=message):
+            plan(FinetuneConfig(**(config.to_dict() | {"resume": None} | changes)))
     *older, newest = checkpoints(config.working_directory)
     assert older
     newest.rename(tmp_path / "gone")

@@ -22,7 +22,7 @@ from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.converters.inspection import inspect_source
 from rwkv_rev.distributed.agreement import refuse_cells
-from rwkv_rev.errors import ConfigError
+from rwkv_rev.errors import ConfigError, OutputError
 from rwkv_rev.folders.folder import refuse_links
 from rwkv_rev.folders.publish import refuse_unpublishable
 from rwkv_rev.modeling import RwkvRevForCausalLM
@@ -181,6 +181,11 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
         made = finished_run(config, identity, config.to_dict() | chosen)
         if made is None:
             refuse_output(config)
+        elif config.resume is None:
+            raise OutputError(
+                f"{config.output} is finished already: this very run has made it, nothing is left to train (--resume "
+                "auto takes it as it is); choose another --output to train once more"
+            )
     if made is None:  # else whatever a kill has left of its checkpoints
         went_on, passed_over = resume_from(config)
         if went_on is not None:

@@ -77,7 +77,10 @@ def named(working: Path, found: list[Path]) -> str:
 
 def may_be_finished(config: FinetuneConfig) -> bool:
     """Whether :func:`finished_run` is worth asking: it needs the data, which takes time to read."""
-    return config.resume == "auto" and not config.force and _summary(config) is not None
+    if config.force or config.resume not in (None, "auto") or (summary := _summary(config)) is None:
+        return False
+    there, mine = summary["plan"].get("settings"), public(config.to_dict())
+    return config.resume == "auto" or (isinstance(there, dict) and there.get("data") == mine["data"])
 
 
 def finished_run(
