@@ -144,7 +144,10 @@ def test_a_run_that_was_finished_is_not_trained_again(
     with pytest.raises(Exception, match="already exists; pass force=True"):
         plan(other)
     for changes, message in (
-        ({}, r"out is finished already: this very run has made it, nothing is left to train \(resume='auto' takes"),
+        (
+            {},
+            r"out is finished already: this very run has made it, nothing is left to train \(resume='auto' takes",
+        ),
         ({"lr": 0.5}, "already exists; pass force=True"),
     ):
         with pytest.raises(OutputError, match=message):

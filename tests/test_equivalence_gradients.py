@@ -45,6 +45,8 @@ def test_bundled_models_pass(model: RwkvRevForCausalLM, chunk: int) -> None:
     assert truncated.errors is not None
     assert truncated.errors["decay"].rms > 0.1  # visibly not the gradient of the context
     assert "use 'reversible'" in str(by_name["reversible-lossy"].refusal)
+    told = [line for line in found.lines() if "not run" in line or "use 'reversible'" in line]
+    assert told == ["reversible-lossy: not run, this model does not allow it (--json says why)"]
     json.dumps(found.to_dict(), allow_nan=False)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])

@@ -74,7 +74,9 @@ def test_a_tape_of_no_bytes_is_explained(cli: Cli, bundled: dict[str, Path]) -> 
         assert why in printed
     assert "(nats per token; --eval-data FILE measures progress)" in printed
     code, out, _ = cli(*common[:-1], 2000, "--output", "same", "--max-steps", 2)
-    assert code == 0 and re.search(r"1, [\d.]+ in step 2 \(nats per token; --eval", " ".join(out.split())), "one row"
+    assert code == 0 and re.search(r"1, [\d.]+ in step 2 \(nats per token; --eval", " ".join(out.split())), (
+        "one row"
+    )
     code, out, _ = cli(*common, "--chunk-length", 50, "--output", "four", "--dry-run")
     assert code == 0 and "need a record" not in " ".join(out.split())
 
@@ -158,7 +160,9 @@ def test_packing_is_reported(cli: Cli, bundled: dict[str, Path], tmp_path: Path)
     common = ("finetune", bundled["5.2"], "--data", "short.jsonl", "--output", "out", "--dry-run")
     code, _, err = cli(*common, "--pack", "--context-length", "100")
     assert code == 0
-    assert err == "pack: 5 pieces of documents in 2 rows, 100.0% full; state starts anew in each\n", "no warning"
+    assert err == "pack: 5 pieces of documents in 2 rows, 100.0% full; state starts anew in each\n", (
+        "no warning"
+    )
 
 
 def test_a_dry_run_shows_what_has_loss(cli: Cli, bundled: dict[str, Path], tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from rwkv_rev.training.objectives.recall import AFTER, MARKER
 RUNS: dict[str, dict[str, Any]] = {
     "truncated next-token": {"bptt": "truncated"},
     "next-token": {},
-    "next-token, other seed": {"seed": 1},
+    "next-token with another seed": {"seed": 1},
     "position-weighted": {"objective": "position-weighted"},
     "second-pass": {"objective": "second-pass"},
     "recall": {"objective": "recall"},
@@ -232,7 +232,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     plain = next((row for row in results if row["run"] == "next-token"), results[0])
     for number, row in enumerate(results):
         style = {"color": f"C{number}", "marker": "o", "markersize": 3, "linewidth": 1.4}
-        style["linestyle"] = "--" if row["run"] in (BEFORE, "next-token, other seed") else "-"
+        style["linestyle"] = "--" if row["run"] in (BEFORE, "next-token with another seed") else "-"
         if row["run"] != BEFORE:
             gains = [row["positions"][name] - plain["positions"][name] for name in plain["positions"]]
             axes[0].plot(list(plain["positions"]), gains, **style)
@@ -259,13 +259,16 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument(
         "--model", default="bundled:rwkv-5.2", help="bundled:NAME or a model folder, of bytes"
     )
-    parser.add_argument("--runs", nargs="+", choices=RUNS, default=usual.runs)
-    parser.add_argument("--steps", type=int, default=usual.steps)
-    parser.add_argument("--context-length", type=int, default=usual.context_length)
-    parser.add_argument("--chunk-length", type=int, default=usual.chunk_length)
-    parser.add_argument("--batch-size", type=int, default=usual.batch_size)
-    parser.add_argument("--lr", type=float, default=usual.lr)
-    parser.add_argument("--held-out-rows", type=int, default=usual.held_out_rows)
+    names = "which to make, of: " + ", ".join(f"'{name}'" for name in RUNS)
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=usual.runs, metavar="RUN", help=names)
+    parser.add_argument("--steps", type=int, default=usual.steps, help="of the optimizer, in each run")
+    parser.add_argument("--context-length", type=int, default=usual.context_length, help="bytes of a row")
+    parser.add_argument(
+        "--chunk-length", type=int, default=usual.chunk_length, help="bytes; truncated cuts here"
+    )
+    parser.add_argument("--batch-size", type=int, default=usual.batch_size, help="rows of a step")
+    parser.add_argument("--lr", type=float, default=usual.lr, help="learning rate")
+    parser.add_argument("--held-out-rows", type=int, default=usual.held_out_rows, help="rows to measure on")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the results to this file")
     parser.add_argument("--plot", type=Path, metavar="OUT", help="write the curves to this PNG")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")

@@ -161,7 +161,11 @@ class GradientCheck:
             for s in self.strategies
             if s.in_float64 is not None and s.failure is None
         ]
-        prose += [f"{s.name}: not run, {s.refusal}" for s in self.strategies if s.refusal is not None]
+        prose += [
+            f"{s.name}: not run, this model does not allow it (--json says why)"
+            for s in self.strategies
+            if s.refusal is not None
+        ]
         if self.failure is not None:
             prose.append(f"gradients: FAIL, {self.failure}")
         title = (

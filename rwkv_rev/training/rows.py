@@ -267,7 +267,9 @@ class RowDataset(Dataset):
 
     def _warnings(self, lengths: np.ndarray, dropped: int) -> list[str]:
         T, found = self._room, list[str]()
-        limit = "the context" if T == self.context_length else f"the {T:,} tokens of a document that a row holds"
+        limit = (
+            "the context" if T == self.context_length else f"the {T:,} tokens of a document that a row holds"
+        )
         if self._starts is not None and not self.pack:
             rows = np.repeat(np.arange(len(self)), np.diff(self._starts))
             apart = len(np.unique(rows * len(self.store) + self._documents()[self._pieces]))
