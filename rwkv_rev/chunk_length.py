@@ -76,7 +76,7 @@ def choose(strategy: str, device: torch.device, need: Callable[[int], int] | Non
         return ChosenLength(CHUNK_LENGTH, _WITHOUT_CHOICE[strategy])
     if device.type not in FORECAST_ON:
         if device.type == "cpu":
-            return ChosenLength(ON_CPU, "chosen: within 6 % of the fastest in our measurements on a CPU")
+            return ChosenLength(ON_CPU, "chosen as within 6 % of the fastest in our measurements on a CPU")
         return ChosenLength(CHUNK_LENGTH, f"the memory of {device.type} devices is not forecast")
     if need is None:
         return ChosenLength(CHUNK_LENGTH, "what code of others keeps is not forecast")

@@ -105,7 +105,7 @@ def test_a_dry_run_says_so(cli: Cli, config: FinetuneConfig) -> None:
     common = ("finetune", config.model, "--data", *config.data, "--output", "dry", "--device", "cpu")
     code, out, err = cli(*common, "--dry-run")
     assert code == 0, err
-    assert re.search(rf"chunk length +{ON_CPU:,} \(chosen: within 6 % of the fastest", out)
+    assert re.search(rf"chunk length +{ON_CPU:,} \(chosen as within 6 % of the fastest", out)
     code, out, _ = cli(*common, "--dry-run", "--json", "--chunk-length", "auto")
     values = json.loads(out)
     assert values["settings"]["chunk_length"] == ON_CPU and "fastest" in values["chunk_length_is"]
