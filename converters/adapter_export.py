@@ -117,9 +117,10 @@ def _write_rwkv_peft(
 ) -> None:
     theirs = {row.name: name for name, row in linear_maps(model).items() if name != "head"}
     if unknown := [name for name in additions if name not in theirs]:
+        maps = ",".join(dict.fromkeys(name.split(".")[-2] for name in theirs))
         raise OutputError(
             f"RWKV-PEFT adapts the large maps of blocks alone, and this adapter has {some(unknown, 1)}; train one with "
-            "--set 'lora_targets=[receptance, key, value, gate, output]', or merge it: rwkv-rev merge BASE ADAPTER"
+            f"--lora-targets {maps}, or merge it: rwkv-rev merge BASE ADAPTER"
         )
     tensors = {}
     for name, addition in additions.items():

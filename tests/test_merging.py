@@ -381,7 +381,10 @@ def test_alphas_and_beginnings(models: dict[str, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"target_modules": ["decay_down"]}, "RWKV-PEFT adapts the large maps of blocks alone.*decay_down"),
+        (
+            {"target_modules": ["decay_down"]},
+            "large maps of blocks alone.*decay_down.*lora_targets receptance,key,value,output,gate, or",
+        ),
         ({"target_modules": ["head", "key"]}, "RWKV-PEFT adapts the large maps of blocks alone.*head"),
         (
             {"target_modules": ["key"], "rank_pattern": {"time_mix.key": 2}},
