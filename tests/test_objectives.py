@@ -311,7 +311,7 @@ def test_batches_hold_weights(tmp_path: Path) -> None:
         ("recall:span=1", "objective recall: span = 1 must be at least 2"),
         (
             "recall:span=4",
-            "recall: span = 4 leaves no room behind its cue of 8 tokens: span must be at least 9, or set cue to less than 4",
+            "recall: span = 4 leaves no room behind its cue of 8 tokens: span must be at least 9, or set cue to less",
         ),
         ("recall:cue=32", "objective recall: cue = 32 must be from 1 to 31"),
         ("recall:share=0.9", "objective recall: share = 0.9 must be from 0.001 to 0.5"),
@@ -353,7 +353,7 @@ def test_layouts_that_make_no_sense(text: str, layout: dict[str, bool], message:
         (
             "adapt:segments=99",
             512,
-            "segments = 99 leaves 5 tokens for each part of a row, fewer than 16: give at most 32 segments, or a longer",
+            "segments = 99 leaves 5 tokens for each part of a row, fewer than 16: give at most 32 segments, or a",
         ),
         ("adapt:segments=2", 31, "segments = 2 leaves 15 tokens .*, fewer than 16: give a longer context"),
         (

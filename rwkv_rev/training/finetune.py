@@ -48,8 +48,8 @@ Sources = str | Path | Sequence[str | Path]
 class FinetuneResult:
     """What a run did. Losses in nats per token; ``held_out`` bits per byte before and after, where there is any.
 
-    ``steps`` of ``planned_steps`` were trained, all on the same rows with ``same_rows``; ``best_step`` is the one whose weights ``output`` holds, with
-    ``keep_best``; ``samples`` the file of samples, where there were prompts.
+    ``steps`` of ``planned_steps`` were trained, all on the same rows with ``same_rows``; ``best_step`` is the one whose
+    weights ``output`` holds, with ``keep_best``; ``samples`` the file of samples, where there were prompts.
     ``adapter_only``: whether ``output`` holds the low-rank additions, to be used with the model they were trained on.
 
     Of the first process: ``memory_bytes``, the most it took beyond the loaded program, which a plan forecasts as

@@ -42,8 +42,8 @@ EMPTY_ROW = -1  # index of a batch slot with nothing in it: a row without tokens
 
 @dataclass(frozen=True)
 class RowStatistics:
-    """Figures about the data. Lengths in tokens; ``loss_tokens`` carry loss in their document; ``padding_share`` of all positions in an epoch's batches
-    (0 without batches).
+    """Figures about the data. Lengths in tokens; ``loss_tokens`` carry loss in their document;
+    ``padding_share`` of all positions in an epoch's batches (0 without batches).
 
     ``empty_documents`` hold no text, ``dropped_documents`` nothing to predict. One line each for the user: ``notes``
     on what rows look like, ``warnings`` of what is lost.
@@ -266,10 +266,9 @@ class RowDataset(Dataset):
         return found
 
     def _warnings(self, lengths: np.ndarray, dropped: int) -> list[str]:
-        T, found = self._room, list[str]()
-        limit = (
-            "the context" if T == self.context_length else f"the {T:,} tokens of a document that a row holds"
-        )
+        T, found, limit = self._room, list[str](), "the context"
+        if self.context_length != T:
+            limit = f"the {T:,} tokens of a document that a row holds"
         if self._starts is not None and not self.pack:
             rows = np.repeat(np.arange(len(self)), np.diff(self._starts))
             apart = len(np.unique(rows * len(self.store) + self._documents()[self._pieces]))
