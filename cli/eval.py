@@ -7,6 +7,7 @@ import typer
 
 from rwkv_rev.cli import output as out
 from rwkv_rev.cli.counts import count, whole
+from rwkv_rev.cli.options import Adapter, Quantise
 from rwkv_rev.folders.folder import refuse_no_model
 from rwkv_rev.training.records import refuse_half_named
 from rwkv_rev.training.sources import find_sources
@@ -51,15 +52,8 @@ def eval(
         Literal["assistant", "all", "last"] | None,
         typer.Option(help="What is scored, as in finetune.  [the assistant's turns]", show_default=False),
     ] = None,
-    adapter: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="A LoRA of this model, in peft's layout.")
-    ] = None,
-    quantise: Annotated[
-        Literal["nf4", "int8"] | None,
-        typer.Option(
-            help="Linear maps in 4 or 8 bits, as finetune --quantise trains beside; needs bitsandbytes."
-        ),
-    ] = None,
+    adapter: Adapter = None,
+    quantise: Quantise = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw bits per byte by position.")
     ] = None,

@@ -2,11 +2,12 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from rwkv_rev.cli.counts import whole
+from rwkv_rev.cli.options import Adapter, Quantise
 from rwkv_rev.cli.output import write
 from rwkv_rev.cli.sampling import (
     Device,
@@ -42,15 +43,8 @@ def generate(
             metavar="FILE", help="A tuned state to begin with: rwkv-rev state --help.  [the folder's]"
         ),
     ] = None,
-    adapter: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="A LoRA of this model, in peft's layout.")
-    ] = None,
-    quantise: Annotated[
-        Literal["nf4", "int8"] | None,
-        typer.Option(
-            help="Linear maps in 4 or 8 bits, as finetune --quantise trains beside; needs bitsandbytes."
-        ),
-    ] = None,
+    adapter: Adapter = None,
+    quantise: Quantise = None,
     stream: Annotated[bool, typer.Option(help="Print each token as it is made.")] = True,
     device: Device = "auto",
 ) -> None:

@@ -1,8 +1,20 @@
-"""Checks that several commands share: a wrong value, or an option without effect, is a usage error (exit code 2)."""
+"""Options and checks that several commands share: a wrong value, or one without effect, is a usage error (exit 2)."""
 
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
+
+Adapter = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="A LoRA of this model, in peft's layout.")
+]
+Quantise = Annotated[
+    Literal["nf4", "int8"] | None,
+    typer.Option(
+        help="Linear maps in 4 or 8 bits, as finetune --quantise trains beside; needs bitsandbytes."
+    ),
+]
 
 DEFAULT_SHARD_SIZE = "5GB"
 
