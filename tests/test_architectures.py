@@ -56,7 +56,7 @@ def test_a_generation_agrees_with_its_cells(version: str) -> None:
     decay = cells["time_mix"].log_decay()
     assert (decay is None) == (known.log_decay is None)  # no constant
     assert decay is None or decay.numel() == math.prod(known.shape(known.keys, config))
-    assert len(config.architecture.layouts) == (3 if version == "6" else 2)
+    assert len(config.architecture.layouts) == (3 if version in ("6", "7") else 2)
     with pytest.raises(
         ValueError, match=f"'none' does not exist for RWKV-{version}; use '{known.hub_layout}'"
     ):

@@ -68,7 +68,7 @@ def outcome(output: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], d
     rows = read_log(output / "training" / "log.jsonl")
     kept = [{name: row[name] for name in row if name not in OF_THIS_MACHINE} for row in rows]
     samples = read_log(output / "training" / "samples.jsonl")
-    assert len(samples) == 4, "before the first step, after two more, and after the last"
+    assert len(samples) == 3, "before the first step, after one more, and after the last"
     return kept, samples, load_file(output / "model.safetensors")
 
 

@@ -120,6 +120,7 @@ KNOW_FOREIGN = {
     "rwkv_rev/benchmark/rwkv_timer.py": "runs the rwkv package",
     "rwkv_rev/equivalence/oracles.py": "runs the rwkv package",
     "rwkv_rev/equivalence/rwkv_worker.py": "runs the rwkv package",
+    "rwkv_rev/state_file.py": "says of a tuned state that it is none of a conversation",
 }
 
 

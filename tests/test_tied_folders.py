@@ -63,7 +63,6 @@ def test_export_and_inspection(version: str, tmp_path: Path) -> None:
     assert before.config.tie_word_embeddings and after.config.tie_word_embeddings
     export(tmp_path / "model", tmp_path / "hf", to="hf")
     back = load_file(tmp_path / "hf" / "model.safetensors")
-    assert torch.equal(back.pop(HEAD), state[EMBEDDINGS])  # an export holds both
     assert set(back) == set(state) and all(torch.equal(back[name], state[name]) for name in state)
     assert verify_directory(tmp_path / "model", oracle="naive", tokens=20).passed
     (tmp_path / "again").mkdir()
@@ -88,5 +87,5 @@ def test_fine_tuning(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tied", [False, None, "yes", 1])
 def test_a_head_is_missing_where_the_configuration_does_not_tie(tied: object, tmp_path: Path) -> None:
     source = tied_folder(tmp_path / "source", tie_word_embeddings=tied)
-    with pytest.raises(CheckpointError, match=r"missing head\.weight"):
+    with pytest.raises(CheckpointError, match=r"missing head\.weight|it must be true or false"):
         convert(source, tmp_path / "model")
