@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rwkv_rev.reversal.fixed_point import FixedPoint, remnant_bits
+from rwkv_rev.reversal.on_grid import OnGrid
 from rwkv_rev.reversal.packing import BitPacking
 
 
@@ -29,15 +30,8 @@ class ChunkDecay(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DataDecayed:
+class DataDecayed(OnGrid):
     """A memory on a :class:`FixedPoint`'s grid whose factor is another one in each chunk."""
-
-    grid: FixedPoint
-
-    @classmethod
-    def of(cls, value: Tensor) -> "DataDecayed":
-        """The memory nearest to a float state [B, H, N, N]."""
-        return cls(FixedPoint.of(value))
 
     def advance(
         self, contribution: Tensor, count: None, plan: ChunkDecay
@@ -51,30 +45,6 @@ class DataDecayed:
     ) -> "DataDecayed":
         """One chunk backwards, from the same contribution and factor bit for bit."""
         return DataDecayed(retreat(self.grid, contribution, plan.factor[..., 0], remnant))
-
-    def value(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The state [B, H, N, N] as floats, rounded once."""
-        return self.grid.value(dtype)
-
-    def tensors(self) -> list[Tensor]:
-        return self.grid.tensors()
-
-    def computed(self) -> list[Tensor]:
-        return self.grid.computed()
-
-    def like(self, tensors: list[Tensor]) -> "DataDecayed":
-        return DataDecayed(self.grid.like(tensors))
-
-    of_computed = like
-
-    def fingerprint(self) -> Tensor:
-        """Checksum of the state's bits, int64 [B, H]."""
-        return self.grid.fingerprint()
-
-    when_coarse = FixedPoint.when_coarse
-
-    def coarse(self) -> Tensor:
-        return self.grid.coarse()
 
     def remnant(self, tensors: list[Tensor]) -> "KeptRemnant":
         """What :meth:`DataRemnant.tensors` kept."""

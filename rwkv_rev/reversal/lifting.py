@@ -31,6 +31,7 @@ from torch import Tensor
 
 from rwkv_rev.reversal.bit_stack import BitStack, pack, widths_of
 from rwkv_rev.reversal.fixed_point import FixedPoint
+from rwkv_rev.reversal.on_grid import OnGrid
 from rwkv_rev.reversal.pivoting import Factors, factor
 from rwkv_rev.reversal.stepped import is_recorded
 from rwkv_rev.wkv.dispatch import is_fused
@@ -53,15 +54,8 @@ class Transition(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Lifted:
+class Lifted(OnGrid):
     """A memory on a :class:`FixedPoint`'s grid, [B, H, N, N], that another matrix is multiplied to in each chunk."""
-
-    grid: FixedPoint
-
-    @classmethod
-    def of(cls, value: Tensor) -> "Lifted":
-        """The memory nearest to a float state [B, H, N, N]."""
-        return cls(FixedPoint.of(value))
 
     def advance(self, transition: Transition, plan: "LiftingPlan") -> tuple["Lifted", "LiftedRemnant"]:
         """One chunk forwards."""
@@ -126,30 +120,6 @@ class Lifted:
         bits = exact_bits(transition.matrix)
         mantissa = kernel.retreat(self.grid.mantissa, self.grid.exponent, *transition, *remnant, bits)
         return Lifted(FixedPoint(mantissa, remnant.exponent))
-
-    def value(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The state [B, H, N, N] as floats, rounded once."""
-        return self.grid.value(dtype)
-
-    def tensors(self) -> list[Tensor]:
-        return self.grid.tensors()
-
-    def computed(self) -> list[Tensor]:
-        return self.grid.computed()
-
-    def like(self, tensors: list[Tensor]) -> "Lifted":
-        return Lifted(self.grid.like(tensors))
-
-    of_computed = like
-
-    def fingerprint(self) -> Tensor:
-        """Checksum of the state's bits, int64 [B, H]."""
-        return self.grid.fingerprint()
-
-    when_coarse = FixedPoint.when_coarse
-
-    def coarse(self) -> Tensor:
-        return self.grid.coarse()
 
     def remnant(self, tensors: list[Tensor]) -> "KeptLifted":
         """What :meth:`LiftedRemnant.tensors` kept."""
