@@ -163,8 +163,8 @@ def _borders_of(
     if prompt is not None and inputs.get("inputs_embeds") is None:
         return None
     if named:
-        first = next(iter(named.values()))
-        length = first.shape[-1] if "seq_idx" in named and first is named["seq_idx"] else int(first[-1])
+        name, first = next(iter(named.items()))
+        length = int(first[-1]) if name in CUMULATIVE else first.shape[-1]
     else:
         assert borders is not None
         length = borders.shape[1]

@@ -215,8 +215,8 @@ class FinishedGradients(torch.autograd.Function):
                 by_dtype.setdefault(found.dtype, []).append(found)
         for dtype, tensors in by_dtype.items():
             torch._foreach_mul_(tensors, gradient.to(dtype))  # in a few launches for all parameters
-        found = (g if g is None else g.to(d) for g, d in zip(finished, ctx.dtypes, strict=True))
-        return (None, *(g if g is None else place(g) for g, place in zip(found, ctx.places, strict=True)))
+        found = zip(finished, ctx.dtypes, ctx.places, strict=True)
+        return (None, *(g if g is None else place(g.to(dtype)) for g, dtype, place in found))
 
 
 def linear_cross_entropy(

@@ -1,1 +1,1 @@
-"""Several processes at one context: their group, and how states go from one to the next."""
+"""Several processes at one context, or with a part of the weights each: who they are, and what goes between them."""

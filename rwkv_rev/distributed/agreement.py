@@ -92,7 +92,7 @@ def agree(inputs: "LossInputs", settings: str, trained: Iterable[Tensor]) -> Non
         shapes = crc32(repr([(str(tensor.dtype), tuple(tensor.shape)) for tensor in there]).encode())
         return fingerprint(*there).to(device) + shapes if there else torch.tensor(-1, device=device)
 
-    masks = [None if mask is None else mask.to(torch.int32) for mask in (inputs.valid,)]
+    mask = None if inputs.valid is None else inputs.valid.to(torch.int32)
     begins = None if inputs.borders is None else inputs.borders.at.to(torch.int32)
     divisor = inputs.divisor if isinstance(inputs.divisor, Tensor) else torch.tensor(float(inputs.divisor))
     known = {
@@ -103,7 +103,7 @@ def agree(inputs: "LossInputs", settings: str, trained: Iterable[Tensor]) -> Non
         "the input": of(inputs.input_ids, inputs.inputs_embeds),
         "the labels": of(inputs.targets),
         "what tokens count": of(inputs.weights),
-        "the attention mask": of(*masks),
+        "the attention mask": of(mask),
         "the borders of documents": of(begins),
         "what the loss is divided by": of(divisor.double()),
         "the state": of(*state),
