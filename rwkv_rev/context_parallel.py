@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rwkv_rev.arguments import named
-from rwkv_rev.bptt import choose_strategy
+from rwkv_rev.bptt import choose_strategy, lasting
 from rwkv_rev.bptt.piece import Piece
 from rwkv_rev.bptt.strategy import LossInputs
 from rwkv_rev.distributed.agreement import agree, context_group, refuse_beside, refuse_cells
@@ -35,12 +35,14 @@ class ContextParallel:
                 If not, each has W times those of its own tokens: for a wrapper that takes their mean over all processes
                 (DistributedDataParallel, ``fully_shard``), and would sum over the group once more.
 
-        Losses, states and gradients are those of one process. Every rank makes the same calls.
+        Losses, states and gradients are those of one process. Every rank makes the same calls. On GPUs, recorded
+        launches hold the group: ``set_context_parallel(None)`` before ``destroy_process_group``, which waits for them.
 
         Raises:
             ContextParallelError: for what is no such group, or one that this process is not in.
             StrategyError: for a model whose state cannot be passed from rank to rank.
         """
+        lasting.forget(self)  # type: ignore[arg-type]
         if group is not None:
             refuse_cells(cell for block in self.blocks for cell in block.cells)
         self.model.context_group = (

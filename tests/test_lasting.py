@@ -303,3 +303,11 @@ def test_little_memory_drops_them(
     for _ in range(5):
         step(model, random_tokens(24))
     assert len(lasted) == 1
+
+
+def test_a_model_that_changes_its_group_keeps_no_recordings() -> None:
+    """They hold the communicator of the group before, and NCCL waits for them when that is ended."""
+    model = tiny_model("5.2")
+    lasting._kept[model] = lasting.Kept("what was done")
+    model.set_context_parallel(None)
+    assert model not in lasting._kept

@@ -126,6 +126,15 @@ def drop(sweep: "Sweep") -> None:
     _kept[model] = Kept(kind_of(sweep), refused=True)
 
 
+def forget(model: nn.Module) -> None:
+    """Drop what is kept for a model and its parts, as if it had made no step.
+
+    Recordings hold the communicator by which ranks share a context, and NCCL does not let go of it before they do.
+    """
+    for module in model.modules():
+        _kept.pop(module, None)
+
+
 def drop_all() -> None:
     """Drop all recordings, which the next steps make again."""
     _kept.clear()

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from rwkv_rev.bptt import lasting
 from rwkv_rev.device import choose_device
 from rwkv_rev.errors import RwkvRevError
 from rwkv_rev.printable import shortened
@@ -28,6 +29,7 @@ def in_processes() -> Iterator[None]:
     with _stdout_for_us() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else nullcontext():
         yield
         if dist.is_available() and dist.is_initialized():
+            lasting.drop_all()  # recordings hold the group
             dist.destroy_process_group()
 
 
