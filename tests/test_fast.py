@@ -1,6 +1,7 @@
 """``tokenizer.json`` of our tokenizers: the same ids by the ``tokenizers`` library, and by transformers alone."""
 
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -131,6 +132,29 @@ def test_added_tokens(kind: type[ByteLevelTokenizer], tmp_path: Path) -> None:
     assert (
         PreTrainedTokenizerFast.from_pretrained(tmp_path)("<|end|>é").input_ids == ours("<|end|>é").input_ids
     )
+
+
+def test_offsets_come_from_our_classes_too(tmp_path: Path) -> None:
+    """``AutoTokenizer`` gives our class where this package is imported; asked for offsets it leaves none out."""
+    RwkvWorldTokenizer().save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    texts = ["Grüße, 世界! 🙂\n\nUser: x", "a"]
+    for text, ids, offsets in zip(
+        texts,
+        *(tokenizer(texts, return_offsets_mapping=True)[k] for k in ("input_ids", "offset_mapping")),
+        strict=True,
+    ):
+        assert ids == tokenizer(text)["input_ids"]
+        for index, (begin, end) in zip(ids, offsets, strict=True):
+            written = tokenizer.decode_bytes([index])
+            assert written in text[begin:end].encode() and end > begin
+    tokenizer = RwkvByteTokenizer()
+    cut = tokenizer(texts, padding=True, truncation=True, max_length=3, return_offsets_mapping=True)
+    assert [len(row) for row in cut["offset_mapping"]] == [3, 3] and cut["offset_mapping"][1][0] == (0, 0)
+    tokenizer.add_tokens(["<new>"])
+    assert tokenizer("a<new>", return_offsets_mapping=True)["offset_mapping"] == [(0, 1), (1, 6)]
+    again = pickle.loads(pickle.dumps(tokenizer))
+    assert again("a<new>", return_offsets_mapping=True)["offset_mapping"] == [(0, 1), (1, 6)]
 
 
 def test_an_id_that_the_library_cannot_give_is_refused() -> None:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import BatchEncoding, PreTrainedTokenizer
+from transformers import BatchEncoding, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from rwkv_rev.tokenization.chat_template import WORLD_TEMPLATE, tells_who_speaks, tokenised_chat
 from rwkv_rev.tokenization.fast import fast_tokenizer
@@ -181,6 +181,8 @@ class ByteLevelTokenizer(PreTrainedTokenizer):
     def _encode_plus(  # type: ignore[override]
         self, text: Any, text_pair: Any = None, **kwargs: Any
     ) -> BatchEncoding:
+        if kwargs.get("return_offsets_mapping"):
+            return self._with_offsets()._encode_plus(text, text_pair, **kwargs)
         # Straight to ids; the base class goes through one string per token. Batches return here one by one.
         plain = kwargs.get("split_special_tokens", self.split_special_tokens)
         if plain and not kwargs.get("sanitize_control_tokens"):
@@ -189,6 +191,19 @@ class ByteLevelTokenizer(PreTrainedTokenizer):
             if isinstance(text_pair, str) and text_pair:
                 text_pair = self.encode_bytes(text_to_bytes(text_pair))
         return super()._encode_plus(text, text_pair, **kwargs)
+
+    def _with_offsets(self) -> PreTrainedTokenizerFast:
+        """The same tokenizer over the ``tokenizers`` library, which tells where in a text each token stands."""
+        settings = (
+            *((i, repr(token)) for i, token in sorted(self.added_tokens_decoder.items())),
+            *(self.padding_side, self.truncation_side, self.split_special_tokens, self.model_max_length),
+            *map(str, self.special_tokens_map.items()),
+        )
+        known, fast = getattr(self, "_fast", (None, None))
+        if fast is None or known != settings:
+            fast = fast_tokenizer(self)
+            self._fast = settings, fast
+        return fast
 
     def _decode(
         self,
