@@ -402,7 +402,7 @@ class _Launcher:
         d_found, steps = self.factor(), self.matrices(CHUNK, self.N)
         _reader_gradient_kernel[self.grid(self.tiles)](
             v, log_decay, self.mask, *factors[:4], states, arrived, removed, fed, d_r, d_found, steps,
-            *self.sizes, **self.options(READER_REGISTERS),
+            *self.sizes, HIGH=self.high, **self.options(READER_REGISTERS),
         )  # fmt: skip
         _writer_gradient_kernel[self.grid(self.tiles)](
             *tokens[2:], self.mask, *factors[:5], d_states, arrived, removed, fed, parts, d_found,

@@ -76,8 +76,8 @@ def _value_gradient_kernel(
     _put(fed, f, slot, t, c, C, N)
     pairs = _upper(_pairs(keys, found, slot, C, N, BN, TILES, LOW), C, False, LOW)
     d_value = _dot(pairs, f, nothing, LOW)
-    pairs = _upper(_pairs(keys, read, slot, C, N, BN, TILES, LOW), C, True, LOW)
-    d_value = _dot(pairs, _get(arrived, slot, t, c, C, N), d_value, LOW)
+    pairs = _upper(_pairs(keys, read, slot, C, N, BN, TILES, LOW), C, True, HIGH)
+    d_value = _dot(pairs, _get(arrived, slot, t, c, C, N), d_value, HIGH)
     d_value = _through_end(keys, d_states, ends, d_value, slot, c, C, N, BN, TILES, LOW)
     store_rows(d_v, d_value, token, exists, head, c, H, N)
     pairs = _lower(_pairs(found, keys, slot, C, N, BN, TILES, LOW), C, False, HIGH)
@@ -99,9 +99,13 @@ def _of_readers(
     x, v, removed, states, given, keys, slot, token, valid, head, i, H, ITSELF: tl.constexpr, C: tl.constexpr,
     N: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """x S^T + tril(x u^T) B + tril(x v^T) K: the gradient of R from x = d_y, of Z from x = f (without diagonals)."""
+    """x S^T + tril(x u^T) B + tril(x v^T) K: the gradient of R from x = d_y, of Z from x = f (without diagonals); and
+    what the rounding of the last triangle left."""
     t = tl.arange(0, C)
     total = tl.zeros([C, BN], tl.float32)
+    for tile in range(TILES):
+        c = tile * BN + tl.arange(0, BN)
+        total = _dot(_get(x, slot, t, c, C, N), _factor(_get(states, slot, c, i, N, N), LOW), total, LOW)
     pairs = tl.zeros([C, C], tl.float32)
     for tile in range(TILES):
         c = tile * BN + tl.arange(0, BN)
@@ -113,10 +117,7 @@ def _of_readers(
         value = load_rows(v, token, valid, head, c, H, N)
         pairs = _dot(_get(x, slot, t, c, C, N), tl.trans(value), pairs, LOW)
     total = _dot(_lower(pairs, C, ITSELF, LOW), _get(keys, slot, t, i, C, N), total, LOW)
-    for tile in range(TILES):
-        c = tile * BN + tl.arange(0, BN)
-        total = _dot(_get(x, slot, t, c, C, N), _factor(_get(states, slot, c, i, N, N), LOW), total, LOW)
-    return total
+    return total, _lower(_rest(pairs, LOW), C, ITSELF, LOW)
 
 
 @triton.jit
@@ -175,20 +176,23 @@ def _of_writers(
 def _reader_gradient_kernel(
     v, log_decay, mask, read, found, given, keys, states, arrived, removed, fed, d_r, d_found, steps, T, H, chunks,
     N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, MASKED: tl.constexpr,
-    LOW: tl.constexpr,
+    HIGH: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     """d_r, the part of the removal's gradient that passes through Z (``d_found``) and that of log_decay's that passes
-    through R and Z (``steps``), of one tile of key channels."""
+    through R and Z (``steps``), of one tile of key channels. d_r gets back what rounding tril(d_y v^T) took, after
+    ``steps`` has used the rounded form, in which pairs cancel."""
     head, tile, slot, token, exists, valid = _place(mask, T, H, chunks, TILES, C, MASKED)
     t = tl.arange(0, C)
     i = tile * BN + tl.arange(0, BN)
-    gradient = _of_readers(
+    gradient, rest = _of_readers(
         arrived, v, removed, states, given, keys, slot, token, valid, head, i, H, True, C, N, BN, TILES, LOW
     )
+    step = _get(read, slot, t, i, C, N).to(tl.float32) * gradient
+    if HIGH != LOW:
+        gradient = _dot(rest, _get(keys, slot, t, i, C, N), gradient, LOW)
     until = _decay(log_decay, token, valid, head, i, H, N, C, True)
     store_rows(d_r, gradient * tl.exp(until), token, exists, head, i, H, N)
-    step = _get(read, slot, t, i, C, N).to(tl.float32) * gradient
-    gradient = _of_readers(
+    gradient, _unused = _of_readers(
         fed, v, removed, states, given, keys, slot, token, valid, head, i, H, False, C, N, BN, TILES, LOW
     )
     before = _decay(log_decay, token, valid, head, i, H, N, C, False)
