@@ -28,7 +28,7 @@ Estimate for an H100, bfloat16, (B, T, H, N) = (8, 4096, 32, 64), 16384 chunks o
 factor, 5.9 GB forwards and 8.2 GB backwards, 4.7 ms of memory traffic; 0.7 Tflop in products, 1 ms. A walk over chunks
 of 16 with the state in registers would move half of that, but for T = 32768 it has 2048 dependent steps of five
 products each in only H N / 16 = 128 programs; P makes it 512 steps of one product. Kept for the backward pass: R, Z, B,
-K, P, Q, A and S, 20 bytes for each number of r.
+K, P, Q, A and S, 22 bytes for each number of r.
 
 All sums are float32. bfloat16 inputs: A, W, P and the scan in bfloat16 parts of their factors (relative error 2^-17),
 all else with factors rounded to bfloat16 (errors of 3e-3, of the order of what rounding the results to that dtype
@@ -135,7 +135,7 @@ def _solve_kernel(
     inverse = _inverse(tl.where(t[:, None] > t[None, :], pairs, 0.0), C, MERGES, HIGH)
     rounded = _factor(inverse, LOW)
     _put(inverses, rounded, slot, t, t, C, C)
-    if LOW == "bf16":
+    if HIGH != LOW:
         _put(finer, inverse - rounded.to(tl.float32), slot, t, t, C, C)
 
 
@@ -151,7 +151,7 @@ def _transition_kernel(
     t = tl.arange(0, C)
     i = tile * BN + tl.arange(0, BN)
     inverse = _get(inverses, slot, t, t, C, C)
-    if LOW == "bf16":
+    if HIGH != LOW:
         inverse = inverse.to(tl.float32) + _get(finer, slot, t, t, C, C).to(tl.float32)
     z = -load_rows(removal, token, valid, head, i, H, N).to(tl.float32)
     z *= tl.exp(_decay(log_decay, token, valid, head, i, H, N, C, False))
@@ -284,6 +284,7 @@ class _Factors(NamedTuple):
     keys: Tensor  # K
     ends: Tensor  # [B, J, H, N], c_n
     inverses: Tensor  # [B, J, H, C, C], A
+    finer: Tensor | None  # what its rounding left
 
 
 class _Prepared(NamedTuple):
@@ -335,11 +336,11 @@ class _Launcher:
         squares = [self.matrices(CHUNK, CHUNK, self.rounded) for _ in range(2)]
         ends = self.empty(self.B, self.chunks, self.H, self.N)
         read, found, given, keys = (self.factor() for _ in range(4))
-        factors = _Factors(read, found, given, keys, ends, squares[0])
+        finer = torch.empty_like(squares[0]) if self.high != self.low else None
+        factors = _Factors(read, found, given, keys, ends, squares[0], finer)
         moves = self.matrices(self.N, self.N, torch.bfloat16 if self.split else torch.float32)
         rests = torch.empty_like(moves) if self.split else None
         corrected = self.factor()
-        finer = torch.empty_like(squares[0]) if self.low == "bf16" else None
         _scale_kernel[self.grid(self.tiles)](
             r, k, gates[0], self.mask, factors.read, factors.keys, ends, *self.sizes, **self.fixed
         )
@@ -353,7 +354,7 @@ class _Launcher:
         )  # fmt: skip
         prepared = _Prepared(moves, rests, self.factor(), self.matrices(self.N, self.N))
         _prepare_kernel[self.grid(1)](
-            v, self.mask, *factors, corrected, prepared.readers, squares[1], prepared.states, *self.sizes,
+            v, self.mask, *factors[:6], corrected, prepared.readers, squares[1], prepared.states, *self.sizes,
             **self.options(PREPARE_REGISTERS),
         )  # fmt: skip
         return factors, prepared, squares[1]
@@ -437,7 +438,7 @@ class _WKV7(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor, d_after: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # one look: activation checkpointing gives them once
         *tokens, mask = saved[:7]
-        factors, prepared = _Factors(*saved[7:13]), _Prepared(*saved[13:])
+        factors, prepared = _Factors(*saved[7:14]), _Prepared(*saved[14:])
         d_out, d_after = d_out.contiguous(), d_after.contiguous()
         with torch.cuda.device_of(d_out):
             launch = _Launcher(tokens, mask)

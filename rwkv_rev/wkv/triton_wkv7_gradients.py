@@ -57,14 +57,14 @@ def _through_end(
 
 @triton.jit(do_not_specialize=["T", "H", "chunks"])
 def _value_gradient_kernel(
-    v, mask, read, found, given, keys, ends, inverses, states, d_states, arrived, removed, fed, parts, d_v,
+    v, mask, read, found, given, keys, ends, inverses, finer, states, d_states, arrived, removed, fed, parts, d_v,
     T, H, chunks, N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
     MASKED: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     """u (``removed``), f (``fed``), d_v and the sum of S dS (``parts``; with e^{c_n}, what c_n receives through the
     diagonal of P) of one tile of value channels. Everything is read again where it is needed: what is held in
-    registers meanwhile costs more. Before A, which lets most of it cancel, u is in parts: its rounding was over half
-    the error of the gradient of the rate."""
+    registers meanwhile costs more. Before A, which lets most of it cancel, u is in parts, and so is A: their
+    rounding was over half the error of the gradient of the rate. So is triu(K R^T), the largest part of d_v's."""
     head, tile, slot, token, exists, valid = _place(mask, T, H, chunks, TILES, C, MASKED)
     t = tl.arange(0, C)
     c = tile * BN + tl.arange(0, BN)
@@ -83,7 +83,10 @@ def _value_gradient_kernel(
     pairs = _lower(_pairs(found, keys, slot, C, N, BN, TILES, LOW), C, False, HIGH)
     u = _dot(pairs, load_rows(v, token, valid, head, c, H, N), nothing, HIGH)
     u = _through(found, states, u, slot, c, C, N, BN, TILES, LOW)
-    u = _dot(_get(inverses, slot, t, t, C, C), u, nothing, HIGH)
+    small = nothing
+    if HIGH != LOW:
+        small = _dot(_get(finer, slot, t, t, C, C), u, nothing, LOW)
+    u = _dot(_get(inverses, slot, t, t, C, C), u, small, HIGH)
     _put(removed, _factor(u, LOW), slot, t, c, C, N)
     for key_tile in range(TILES):
         i = key_tile * BN + tl.arange(0, BN)
