@@ -96,17 +96,21 @@ MAX_HEAD_SIZE = 128
 
 @triton.jit(do_not_specialize=["T", "H", "chunks"])
 def _scale_kernel(
-    r, k, log_decay, mask, read, keys, ends, T, H, chunks,
+    r, k, log_decay, mask, read, readers, keys, ends, T, H, chunks,
     N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, MASKED: tl.constexpr,
-    LOW: tl.constexpr,
+    HIGH: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """R (``read``), K (``keys``) and c_n (``ends``) of one tile of key channels."""
+    """R (``read``, with ``readers`` what its rounding left), K (``keys``) and c_n (``ends``) of one tile of key
+    channels."""
     head, tile, slot, token, _exists, valid = _place(mask, T, H, chunks, TILES, C, MASKED)
     t = tl.arange(0, C)
     i = tile * BN + tl.arange(0, BN)
     until = _decay(log_decay, token, valid, head, i, H, N, C, True)
     receptance = load_rows(r, token, valid, head, i, H, N).to(tl.float32) * tl.exp(until)
-    _put(read, _factor(receptance, LOW), slot, t, i, C, N)
+    rounded = _factor(receptance, LOW)
+    _put(read, rounded, slot, t, i, C, N)
+    if HIGH != LOW:
+        _put(readers, receptance - rounded.to(tl.float32), slot, t, i, C, N)
     key = load_rows(k, token, valid, head, i, H, N).to(tl.float32) * _grown(until)
     _put(keys, _factor(key, LOW), slot, t, i, C, N)
     end = tl.sum(tl.where(t[:, None] == C - 1, until, 0.0), 0)
@@ -174,9 +178,10 @@ def _transition_kernel(
 def _prepare_kernel(
     v, mask, read, found, given, keys, ends, inverses, corrected, readers, scores, products, T, H, chunks,
     N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, MASKED: tl.constexpr,
-    LOW: tl.constexpr,
+    HIGH: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """Q (``readers``), what stands before v in y_0 (``scores``) and U^T (``products``)."""
+    """Q (``readers``, in place of what R's rounding left: rounded twice it was a third of the error of the state's
+    gradient), what stands before v in y_0 (``scores``) and U^T (``products``)."""
     head, _tile, slot, token, _exists, valid = _place(mask, T, H, chunks, 1, C, MASKED)
     t = tl.arange(0, C)
     among = _lower(_pairs(found, keys, slot, C, N, BN, TILES, LOW), C, False, LOW)
@@ -189,6 +194,8 @@ def _prepare_kernel(
     for tile in range(TILES):
         i = tile * BN + tl.arange(0, BN)
         reader = _get(read, slot, t, i, C, N).to(tl.float32)
+        if HIGH != LOW:
+            reader += _get(readers, slot, t, i, C, N).to(tl.float32)
         reader = _dot(removed, _get(corrected, slot, t, i, C, N), reader, LOW)
         _put(readers, _factor(reader, LOW), slot, t, i, C, N)
         writer = _get(keys, slot, t, i, C, N).to(tl.float32)
@@ -340,10 +347,11 @@ class _Launcher:
         factors = _Factors(read, found, given, keys, ends, squares[0], finer)
         moves = self.matrices(self.N, self.N, torch.bfloat16 if self.split else torch.float32)
         rests = torch.empty_like(moves) if self.split else None
-        corrected = self.factor()
+        readers, corrected = self.factor(), self.factor()
         _scale_kernel[self.grid(self.tiles)](
-            r, k, gates[0], self.mask, factors.read, factors.keys, ends, *self.sizes, **self.fixed
-        )
+            r, k, gates[0], self.mask, factors.read, readers, factors.keys, ends, *self.sizes, HIGH=self.high,
+            **self.fixed,
+        )  # fmt: skip
         _solve_kernel[self.grid(1)](
             *gates, self.mask, factors.found, factors.given, factors.inverses, finer, *self.sizes, MERGES=MERGES,
             HIGH=self.high, **self.options(SOLVE_REGISTERS),
@@ -352,10 +360,10 @@ class _Launcher:
             *gates, self.mask, factors.ends, factors.inverses, finer, corrected, moves, rests, *self.sizes,
             SPLIT=self.split, HIGH=self.high, **self.options(TRANSITION_REGISTERS),
         )  # fmt: skip
-        prepared = _Prepared(moves, rests, self.factor(), self.matrices(self.N, self.N))
+        prepared = _Prepared(moves, rests, readers, self.matrices(self.N, self.N))
         _prepare_kernel[self.grid(1)](
             v, self.mask, *factors[:6], corrected, prepared.readers, squares[1], prepared.states, *self.sizes,
-            **self.options(PREPARE_REGISTERS),
+            HIGH=self.high, **self.options(PREPARE_REGISTERS),
         )  # fmt: skip
         return factors, prepared, squares[1]
 
