@@ -32,20 +32,22 @@ class Case(NamedTuple):
     masked: bool = False
     narrow: bool = False  # log_decay, removal and rate in ``dtype``, too, rather than in float32
     autocast: bool = False  # the key and the value in float32
-    at_most: tuple[str, float] = ("out", 1.0)  # a gradient of which a factor is in parts, and its error
+    at_most: tuple[tuple[str, float], ...] = ()  # gradients of which a factor is in parts, and their errors
 
     def __str__(self) -> str:
         flags = "-masked" * self.masked + "-narrow" * self.narrow + "-autocast" * self.autocast
         return f"{'x'.join(map(str, self.shape))}-{self.edge}-{str(self.dtype)[6:]}{flags}"
 
 
+PROJECTED = (("d_rate", 4.8e-3), ("d_r", 4.4e-3), ("d_v", 4.6e-3))
+DRAWN = (("d_k", 3.0e-3), ("d_v", 3.0e-3), ("d_state", 2.4e-3))
 SMALL = [
     Case((1, 37, 2, 16)),
     Case((1, 70, 1, 20), "repeated", masked=True),
-    Case((1, 65, 1, 64), "projections", torch.bfloat16, at_most=("d_rate", 4.8e-3)),
+    Case((1, 65, 1, 64), "projections", torch.bfloat16, at_most=PROJECTED),
     Case((1, 130, 1, 16), "strongest", torch.bfloat16, masked=True, narrow=True),
     Case((1, 20, 1, 72), "drawn", torch.float16, masked=True),
-    Case((1, 70, 1, 16), "drawn", torch.bfloat16, autocast=True, at_most=("d_k", 3.0e-3)),
+    Case((1, 70, 1, 16), "drawn", torch.bfloat16, autocast=True, at_most=DRAWN),
 ]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # few combinations of head size, dtypes and mask: the first call of each compiles for 10 to 40 seconds
@@ -131,8 +133,8 @@ def compare(case: Case, device: str) -> dict[str, float]:
     for name, x, error in zip(NAMES, actual, errors.values(), strict=True):
         limit = exact if x.dtype == torch.float32 else rounded
         assert error <= limit, (name, error, limit)
-    name, most = case.at_most
-    assert errors[name] <= most, (name, errors[name], most)
+    for name, most in case.at_most:
+        assert errors[name] <= most, (name, errors[name], most)
     return errors
 
 

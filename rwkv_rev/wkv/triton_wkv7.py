@@ -25,16 +25,17 @@ digits where one key comes again and again. e^{-c} stays below e^{0.607 n}, 7e16
 apart and multiplied in float32: masked tokens change no bit of the state, and a = 1, w = 1 is nothing special.
 
 Estimate for an H100, bfloat16, (B, T, H, N) = (8, 4096, 32, 64), 16384 chunks of 64: 0.134 GB for each bfloat16
-factor, 5.9 GB forwards and 8.2 GB backwards, 4.7 ms of memory traffic; 0.7 Tflop in products, 1 ms. A walk over chunks
+factor, 6.2 GB forwards and 8.3 GB backwards, 4.8 ms of memory traffic; 0.7 Tflop in products, 1 ms. A walk over chunks
 of 16 with the state in registers would move half of that, but for T = 32768 it has 2048 dependent steps of five
 products each in only H N / 16 = 128 programs; P makes it 512 steps of one product. Kept for the backward pass: R, Z, B,
 K, P, Q, A and S, 22 bytes for each number of r.
 
 All sums are float32. bfloat16 inputs: A, W, P and the scan in bfloat16 parts of their factors (relative error 2^-17),
 all else with factors rounded to bfloat16 (errors of 3e-3, of the order of what rounding the results to that dtype
-takes); float16 in such parts throughout, float32 in three parts of each factor (2^-24). No atomic operation: results
-are the same to the bit. One configuration per head size, nothing is tuned at run time. float64 is refused. Over 400
-lines, because both directions share every helper and the scan.
+takes), but for those whose rounding was most of an error: R in Q, A and its right-hand side in u, three triangles in
+d_r, d_k and d_v; float16 in such parts throughout, float32 in three parts of each factor (2^-24). No atomic operation:
+results are the same to the bit. One configuration per head size, nothing is tuned at run time. float64 is refused. Over
+400 lines, because both directions share every helper and the scan.
 """
 
 # mypy: disable-error-code="no-untyped-def"
