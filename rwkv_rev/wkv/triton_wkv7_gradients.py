@@ -201,7 +201,7 @@ def _reader_gradient_kernel(
     before = _decay(log_decay, token, valid, head, i, H, N, C, False)
     _put(d_found, _factor(gradient * tl.exp(before), LOW), slot, t, i, C, N)
     own = _get(found, slot, t, i, C, N).to(tl.float32) * gradient
-    step = _sums(t[:, None] <= t[None, :], step + own, HIGH == LOW) - own
+    step = _sums(t[:, None] <= t[None, :], step + own) - own
     _put(steps, step, slot, t, i, C, N)
 
 
@@ -258,6 +258,6 @@ def _writer_gradient_kernel(
     gradient -= _get(d_found, slot, t, i, C, N).to(tl.float32)
     store_rows(d_removal, gradient, token, exists, head, i, H, N)
 
-    step = _get(steps, slot, t, i, C, N) - _sums(t[:, None] <= t[None, :], step, HIGH == LOW)
+    step = _get(steps, slot, t, i, C, N) - _sums(t[:, None] <= t[None, :], step)
     step = tl.where(valid[:, None], step + carried[None, :], 0.0)
     store_rows(d_log_decay, step, token, exists, head, i, H, N)

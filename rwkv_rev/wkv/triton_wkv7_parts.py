@@ -112,17 +112,15 @@ def _put(x, value, slot, i, c, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _sums(kept, x, EXACT: tl.constexpr):
-    """Sums over the rows of x that ``kept`` names, as products: a scan over rows costs more. But for float32's rounding
-    EXACT, or with x to 2^-17."""
+def _sums(kept, x):
+    """Sums over the rows of x that ``kept`` names, as products: a scan over rows costs more. Exact but for float32."""
     kept = tl.where(kept, 1.0, 0.0).to(tl.bfloat16)
     total = tl.zeros(x.shape, tl.float32)
     if x.dtype == tl.bfloat16:
         total = _dot(kept, x, total, "bf16")
     else:
         high, middle, low = _thirds(x)
-        if EXACT:
-            total = _dot(kept, low, total, "bf16")
+        total = _dot(kept, low, total, "bf16")
         total = _dot(kept, middle, total, "bf16")
         total = _dot(kept, high, total, "bf16")
     return total
@@ -135,7 +133,7 @@ def _decay(log_decay, token, valid, head, channel, H, N: tl.constexpr, C: tl.con
     kept = t[:, None] > t[None, :]
     if ITSELF:
         kept = t[:, None] >= t[None, :]
-    return _sums(kept, load_rows(log_decay, token, valid, head, channel, H, N), True)
+    return _sums(kept, load_rows(log_decay, token, valid, head, channel, H, N))
 
 
 @triton.jit
