@@ -226,7 +226,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
             state = self.initial_state(batch, device)
         else:
             check_state(self.config, state, batch)
-        refuse_own_loss(self.context_group, (*self.parameters(), inputs_embeds, *state.tensors()))
+        refuse_own_loss(self.context_group, chain(self.parameters(), [inputs_embeds], state.tensors()))
         at = given_borders(kwargs, borders, valid, batch, length, embedded=inputs_embeds is not None)
         documents = None if at is None else self.borders(at, valid)
         if (

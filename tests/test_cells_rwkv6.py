@@ -13,6 +13,7 @@ from torch import Tensor
 from rwkv_rev.cells import ChunkMask, ReversibleCell, TimeMixRwkv6
 from rwkv_rev.cells.channel_mix_rwkv6 import ChannelMixRwkv6
 from rwkv_rev.cells.shifted_cell import ShiftedState
+from rwkv_rev.cells.time_mix_rwkv5 import TimeMixRwkv5
 from rwkv_rev.cells.time_mix_rwkv6 import MIXED, Ranks
 from rwkv_rev.wkv import wkv6
 
@@ -161,28 +162,41 @@ def _keep(kept: list[tuple[Tensor, Tensor]], module: object, given: object, out:
     kept.append((out, out.clone()))
 
 
-def test_what_a_hook_keeps_of_a_linear_layer_is_not_worked_on() -> None:
-    """Without gradients mixes and squares are made in place, where nobody else has what a layer returned."""
-    cell = fill(
+def _hooked_cells() -> dict[str, tuple[ReversibleCell, list[str]]]:
+    six = fill(
         TimeMixRwkv6(2, 8, Ranks(3, 2), group_norm_epsilon=64e-5),
         torch.Generator().manual_seed(0),
         torch.float32,
     )
+    five = TimeMixRwkv5(2, 8, (2, 8), gated=True, bonus_is_exponential=False, group_norm_epsilon=64e-5)
     channel_mix = ChannelMixRwkv6(16, 24)
-    for parameter in channel_mix.parameters():
+    for parameter in (*five.parameters(), *channel_mix.parameters()):
         torch.nn.init.normal_(parameter, std=0.3)
+    return {
+        "rwkv6": (six, [*(f"{name}_mix_up" for name in MIXED), "decay_up", "gate"]),
+        "rwkv5": (five, ["gate"]),
+        "channel mix": (channel_mix, ["key", "receptance"]),
+    }
+
+
+@pytest.mark.parametrize("which", ["rwkv6", "rwkv5", "channel mix"])
+def test_what_a_hook_keeps_of_a_linear_layer_is_not_worked_on(which: str) -> None:
+    """Without gradients a cell works in the memory of what a layer returned, where nobody else has that."""
+    cell, names = _hooked_cells()[which]
     x = torch.randn(1, 7, 16)
-    for module, names in ((cell, [f"{name}_mix_up" for name in MIXED]), (channel_mix, ["key"])):
-        with torch.no_grad():
-            alone = module.project(x, x.roll(1, 1))
-        kept: list[tuple[Tensor, Tensor]] = []
-        keep = partial(_keep, kept)
-        for name in names:
-            getattr(module, name).register_forward_hook(keep)
-        with torch.no_grad():
-            hooked = module.project(x, x.roll(1, 1))
-        assert len(kept) == len(names) and all(torch.equal(*pair) for pair in kept)
-        assert all(map(torch.equal, alone, hooked))
+    memory = None if which == "channel mix" else torch.randn(1, 2, 8, 8)
+    start = ShiftedState(torch.randn(1, 16), memory)
+    with torch.no_grad():
+        alone = cell.step(start, x)[0]
+    kept: list[tuple[Tensor, Tensor]] = []
+    for name in names:
+        getattr(cell, name).register_forward_hook(partial(_keep, kept))
+    with torch.no_grad():
+        hooked = cell.step(start, x)[0]
+    assert len(kept) == len(names) and all(torch.equal(*pair) for pair in kept)
+    assert isinstance(alone, Tensor) and isinstance(hooked, Tensor) and torch.equal(alone, hooked)
+    with torch.enable_grad():
+        torch.testing.assert_close(cell.step(start, x)[0].detach(), alone)
 
 
 @pytest.mark.parametrize("masked", [False, True])

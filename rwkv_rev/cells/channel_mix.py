@@ -55,4 +55,5 @@ class ChannelMix(ShiftedCell):
     def compute(
         self, projection: ChannelProjection, memory: Tensor | None, mask: ChunkMask | None, plan: None = None
     ) -> tuple[Tensor, None]:
-        return sigmoid_product(projection.receptance, projection.value), None
+        own = returns_new_memory(self.receptance)
+        return sigmoid_product(projection.receptance, projection.value, own=own), None

@@ -15,7 +15,9 @@ from rwkv_rev.wkv.dispatch import is_fused
 _LINEAR = nn.Linear.forward
 
 
-def norm_and_gate(norm: nn.Module, y: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+def norm_and_gate(
+    norm: nn.Module, y: Tensor, gate: Tensor | None, dtype: torch.dtype, *, own: bool = False
+) -> Tensor:
     """``norm(y) * silu(gate)``, [B, C, D] in ``dtype``; arguments as those of :func:`gated_group_norm`.
 
     A GroupNorm is computed by its formula. What other tools have put in its place, or hooked to it, is called as a
@@ -23,14 +25,21 @@ def norm_and_gate(norm: nn.Module, y: Tensor, gate: Tensor | None, dtype: torch.
     """
     hooks = (norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks)
     if isinstance(norm, nn.GroupNorm) and not any(hooks) and "forward" not in vars(norm):
-        return gated_group_norm(y, norm.weight, norm.bias, norm.eps, gate, dtype)
+        return gated_group_norm(y, norm.weight, norm.bias, norm.eps, gate, dtype, own=own)
     rows = y.flatten(0, 1).flatten(1).to(next(norm.parameters()).dtype)
     normalized = norm(rows).view(*y.shape[:2], -1).to(dtype)
     return normalized if gate is None else normalized * F.silu(gate)
 
 
 def gated_group_norm(
-    y: Tensor, weight: Tensor, bias: Tensor, eps: float, gate: Tensor | None, dtype: torch.dtype
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    gate: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    own: bool = False,
 ) -> Tensor:
     """``GroupNorm(y) * silu(gate)`` with a group per head (Eagle and Finch paper, eq. 9), [B, C, D] in ``dtype``.
 
@@ -38,6 +47,7 @@ def gated_group_norm(
         y: [B, C, H, N] float32 or wider, as the norm is computed.
         weight, bias: [D].
         gate: [B, C, D], or None for none.
+        own: whether the memory of ``gate`` may be taken where there are no gradients.
     """
     if is_fused(y):
         from rwkv_rev.cells import triton_gates
@@ -49,7 +59,7 @@ def gated_group_norm(
         normalized = (normalized * weight + bias).to(dtype)
         return normalized if gate is None else normalized * F.silu(gate)
     normalized = normalized.mul_(weight).add_(bias).to(dtype)
-    return normalized if gate is None else F.silu(gate).mul_(normalized)
+    return normalized if gate is None else F.silu(gate, inplace=own).mul_(normalized)
 
 
 def squared_relu(x: Tensor, *, own: bool = False) -> Tensor:
@@ -75,11 +85,12 @@ def returns_new_memory(module: nn.Module) -> bool:
     return plain and not any(hooks)
 
 
-def sigmoid_product(gate: Tensor, x: Tensor) -> Tensor:
-    """``sigmoid(gate) * x`` in the dtype of ``gate``, elementwise."""
+def sigmoid_product(gate: Tensor, x: Tensor, *, own: bool = False) -> Tensor:
+    """``sigmoid(gate) * x`` in the dtype of ``gate``, elementwise; ``own`` as in :func:`squared_relu`, of the gate."""
     if is_fused(gate):
         from rwkv_rev.cells import triton_gates
 
         return triton_gates.sigmoid_product(gate, x)
-    factor = torch.sigmoid(gate)
-    return factor * x.to(gate.dtype) if torch.is_grad_enabled() else factor.mul_(x.to(gate.dtype))
+    if torch.is_grad_enabled():
+        return torch.sigmoid(gate) * x.to(gate.dtype)
+    return (torch.sigmoid_(gate) if own else torch.sigmoid(gate)).mul_(x.to(gate.dtype))

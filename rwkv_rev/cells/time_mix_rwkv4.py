@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_rev.cells.cell_plan import CellPlan
-from rwkv_rev.cells.gates import sigmoid_product
+from rwkv_rev.cells.gates import returns_new_memory, sigmoid_product
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.shared_chunk import SharedChunk
 from rwkv_rev.cells.state_pieces import ScaledPiece
@@ -75,7 +75,8 @@ class TimeMixRwkv4(WholeMemoryCell):
         )
 
     def output_of(self, projection: TimeProjection, read: Tensor) -> Tensor:
-        out: Tensor = self.output(sigmoid_product(projection.receptance, read))
+        own = returns_new_memory(self.receptance)
+        out: Tensor = self.output(sigmoid_product(projection.receptance, read, own=own))
         return out
 
     def nothing(self, projection: TimeProjection) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_rev.cells.cell_plan import CellPlan
-from rwkv_rev.cells.gates import norm_and_gate
+from rwkv_rev.cells.gates import norm_and_gate, returns_new_memory
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.shared_chunk import Counted, SharedChunk
 from rwkv_rev.cells.shifted_cell import ExactShiftedState, ShiftedCell
@@ -145,9 +145,9 @@ class TimeMixRwkv5(ShiftedCell):
         )
 
     def output_of(self, projection: TimeProjection, read: Tensor) -> Tensor:
-        out: Tensor = self.output(
-            norm_and_gate(self.ln_x, read, projection.gate, projection.receptance.dtype)
-        )
+        gate, dtype = projection.gate, projection.receptance.dtype
+        own = self.gate is not None and returns_new_memory(self.gate)
+        out: Tensor = self.output(norm_and_gate(self.ln_x, read, gate, dtype, own=own))
         return out
 
     def update(

@@ -115,7 +115,7 @@ class TimeMixRwkv6(ShiftedCell):
         now, before = mixed
         heads = (*now.shape[:2], self.num_heads, self.head_size)
         change = before - now
-        common = now + change * self.mix_before_input.to(now.dtype)
+        common = torch.addcmul(now, change, self.mix_before_input.to(now.dtype))
         kept = torch.is_grad_enabled()
 
         def to(name: str) -> Tensor:
@@ -125,7 +125,9 @@ class TimeMixRwkv6(ShiftedCell):
             share = (share.add_(base) if in_place else base + share).to(now.dtype)
             return torch.addcmul(now, change, share, out=None if kept else share)
 
-        decay = wide(self.decay_base) + self.decay_up(torch.tanh(self.decay_down(to("decay"))))
+        decay, base = self.decay_up(torch.tanh(self.decay_down(to("decay")))), wide(self.decay_base)
+        in_place = not kept and decay.dtype == base.dtype and returns_new_memory(self.decay_up)
+        decay = decay.add_(base) if in_place else base + decay
         return TimeProjection(
             self.receptance(to("receptance")).view(heads),
             self.key(to("key")).view(heads),
@@ -144,9 +146,9 @@ class TimeMixRwkv6(ShiftedCell):
         return y, Contribution(*contribution)
 
     def output_of(self, projection: TimeProjection, read: Tensor) -> Tensor:
-        out: Tensor = self.output(
-            norm_and_gate(self.ln_x, read, projection.gate, projection.receptance.dtype)
-        )
+        gate, dtype = projection.gate, projection.receptance.dtype
+        own = returns_new_memory(self.gate)
+        out: Tensor = self.output(norm_and_gate(self.ln_x, read, gate, dtype, own=own))
         return out
 
     def update(

@@ -186,7 +186,7 @@ class _Wkv6(torch.autograd.Function):
         decays, (writes, values) = _Decays(log_decay, bonus.dtype), _written(k, v)
         reads = split(r, decays.length, bonus.dtype)
         among = reads.new_zeros(*reads.shape[:-1], decays.length)  # A
-        among.diagonal(dim1=-2, dim2=-1).copy_(torch.linalg.vecdot(reads * bonus[:, None], writes))
+        among.diagonal(dim1=-2, dim2=-1).copy_((reads * writes).mul_(bonus[:, None]).sum(-1))
         for half, left, right in decays.levels(reads, writes):
             pairs = _pairs(among, half)
             pairs.copy_(torch.bmm(left, right.mT).view_as(pairs))
