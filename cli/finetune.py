@@ -325,7 +325,11 @@ def _print_plan(planned: Any, as_json: bool) -> None:
             },
             "memory": f"{out.human_bytes(memory['device'])} of tensors {BEYOND}{kept}",
             **_recordings(memory),
-            "tape": _tape(memory["tape"]),
+            "tape": ("about " if memory["tape_is_estimate"] and memory["tape"] else "")
+            + _tape(memory["tape"]),
+            **(
+                {"remnants": f"{values['remnants']} ({values['remnants_are']})"} if values["remnants"] else {}
+            ),
         },
     )
     for text in data["notes"]:

@@ -110,13 +110,15 @@ def inspect(
     found = inspect_source(source, file=file, revision=revision, progress=True)
     for note in found.notes:
         output.note(f"note: {note}")
-    forecasts, limits, measured = None, None, chunk_length
+    forecasts, lifted, limits, measured = None, None, None, chunk_length
     if context_length is not None:
         from rwkv_rev.forecast import STRATEGIES, forecast_memory
 
         on_gpu = kind == "cuda"
 
-        def forecast(context: int, chunk: int, names: Sequence[str] = STRATEGIES) -> tuple[Any, ...]:
+        def forecast(
+            context: int, chunk: int, names: Sequence[str] = STRATEGIES, *, lifted: bool = False
+        ) -> tuple[Any, ...]:
             return forecast_memory(
                 found.config,
                 found.log_decays,
@@ -127,11 +129,14 @@ def inspect(
                 fused=on_gpu,
                 recorded=on_gpu,
                 strategies=names,
+                lifted=lifted,
             )
 
         if chunk_length == AUTO:
             chunk_length = _chosen(kind, found.parameters, forecast)
         forecasts = forecast(context_length, chunk_length)
+        if found.config.architecture.cost.lifted is not None:
+            (lifted,) = forecast(context_length, chunk_length, ("reversible",), lifted=True)
     if numerics and not found.log_decays:
         raise RwkvRevError(
             f"--numerics is about decays that are constants: {found.fields()['version']} has none"
@@ -158,6 +163,8 @@ def inspect(
         document = found.to_dict()
         if forecasts is not None:
             document["memory_forecast"] = [forecast.to_dict() for forecast in forecasts]
+        if lifted is not None:
+            document["lifted_forecast"] = lifted.to_dict()
         if forgetting is not None:
             document["forgetting"] = forgetting.to_dict()
         if limits is not None:
@@ -185,10 +192,11 @@ def inspect(
             ["strategy", ">weights", ">gradients", ">graph", ">states", ">device peak", ">tape"],
             [
                 [
-                    f.strategy,
-                    *(size(n) for n in (f.parameters, f.gradients, f.graph, f.states, f.device, f.tape)),
+                    f"{f.strategy}, lifted" if f.lifted else f.strategy,
+                    *(size(n) for n in (f.parameters, f.gradients, f.graph, f.states, f.device)),
+                    f"about {size(f.tape)}" if f.lifted and f.tape else size(f.tape),
                 ]
-                for f in forecasts
+                for f in (*forecasts, *([] if lifted is None else [lifted]))
             ],
         )
         output.print_prose(
@@ -196,7 +204,13 @@ def inspect(
             "where --tape of finetune says, in host memory unless told otherwise. The optimizer is not included "
             f"(AdamW: {size(8 * found.parameters)})."
         )
-        if not found.bits_forgotten and any(f.tape for f in forecasts):
+        if lifted is not None:
+            output.print_prose(
+                "lifted: with --remnants lifted. How much that keeps follows from weights and text; the estimate is "
+                "by a trained model that forgets much, whole states are the most, and --text FILE measures it."
+                + _chosen_remnants(kind, found.config, min(chunk_length, context_length or 1))
+            )
+        elif not found.bits_forgotten and any(f.tape for f in forecasts):
             output.print_prose(
                 "How much the states forget follows from the text: the tape of reversible is at most that, and "
                 "--text FILE measures it."
@@ -300,6 +314,19 @@ def _chosen(kind: str, parameters: int, forecast: Callable[..., tuple[Any, ...]]
         return max(one.reserved for one in each) + 8 * parameters
 
     return choose("auto", device, need).tokens
+
+
+def _chosen_remnants(kind: str, config: Any, chunk: int) -> str:
+    """What ``--remnants auto`` would be in training all weights on this machine."""
+    import torch
+
+    from rwkv_rev.device import is_here
+    from rwkv_rev.remnants import choose_remnants
+
+    if not is_here(device := torch.device(kind)):
+        return ""
+    chosen = choose_remnants("auto", "reversible", config, chunk=chunk, device=device, trains_all=True)
+    return f" By default remnants are {chosen.kind} here: {chosen.why}."
 
 
 def _steps(measured: float) -> str:

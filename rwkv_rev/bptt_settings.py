@@ -37,7 +37,7 @@ class BpttSettings:
             ``device`` or in ``host`` memory.
         remnants: of memories that can be kept in two ways, RWKV-7's: ``lifted``, what a chunk forgets, by integer
             lifting (:mod:`rwkv_rev.reversal.lifting`), for ``reversible`` and to the same bits for ``checkpoint``; or
-            the ``whole`` state. ``auto`` is ``whole``.
+            the ``whole`` state. What ``auto`` is: :mod:`rwkv_rev.remnants`.
 
     Raises:
         StrategyError: for a strategy, tape, length, kind of remnants or folder that does not exist.

@@ -33,9 +33,8 @@ from rwkv_rev.architectures.architecture import NUMBER
 from rwkv_rev.bptt import cuda_graphs
 from rwkv_rev.bptt_settings import CHUNK_LENGTH, BpttSettings
 from rwkv_rev.configuration import RwkvRevConfig
-from rwkv_rev.forecast import RECORDED_SHARE, StrategyForecast, forecast_memory
+from rwkv_rev.forecast import RECORDED_SHARE, StrategyForecast, forecast_memory, runs_fused
 from rwkv_rev.foreign_code import strangers
-from rwkv_rev.wkv.dispatch import choose_kernel
 
 LENGTHS = tuple(2**power for power in range(8, 15))
 """From 256 to 16,384 tokens."""
@@ -111,12 +110,6 @@ def shortest_of_all(tokens: int, device: torch.device) -> int:
     shared = torch.tensor(tokens, device=device)
     dist.all_reduce(shared, dist.ReduceOp.MIN)
     return int(shared)
-
-
-def runs_fused(config: RwkvRevConfig, device: torch.device) -> bool:
-    """Whether the CUDA kernels run, of which a forecast wants to know."""
-    keys = config.architecture.shape(config.architecture.keys, config)
-    return choose_kernel(None, torch.empty((0, 0, *keys), device=device)) == "triton"
 
 
 class Model(Protocol):

@@ -67,10 +67,15 @@ def shared_loss(
     refuse_beside(return_logits, output_hidden_states)
     bptt = model.bptt
     inputs = replace(inputs, group=model.model.context_group, kind=Piece)
-    settings = f"{bptt.strategy} {size} {torch.is_grad_enabled()} {model.training}"
+    settings = f"{bptt.strategy} {size} {bptt.remnants} {torch.is_grad_enabled()} {model.training}"
     agree(inputs, settings, model.parameters())
     strategy = choose_strategy(
-        bptt.strategy, inputs.length, chunk_length=size, tape=bptt.tape, tape_dir=bptt.tape_dir
+        bptt.strategy,
+        inputs.length,
+        chunk_length=size,
+        tape=bptt.tape,
+        tape_dir=bptt.tape_dir,
+        remnants=bptt.remnants,
     )
     result = strategy.loss(model, inputs)
     return RwkvRevCausalLMOutput(result.loss, None, result.state, report=result.report)

@@ -49,6 +49,8 @@ graph keeps a state in each layer, and kernels what they make of it: 2.5 memorie
 Chunks of up to 32 tokens are run several at once (:func:`tokens_at_once`), and forecast so.
 
 The tape's bytes are exact: remnant widths follow from the decays. Heads whose grid rises add a matrix each, once.
+RWKV-6's are the most that any text takes. RWKV-7's are those of whole states, or where they are *lifted* an estimate:
+what the model took that forgets more of the two in docs/lifting.md. Another may take more, at most whole states.
 Packed rows are forecast as if each chunk had a border, which puts the state on the tape whole.
 """
 
@@ -57,6 +59,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rwkv_rev.architectures.architecture import NUMBER
@@ -64,6 +67,7 @@ from rwkv_rev.bptt_settings import CHUNK_LENGTH
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.loss import LOGITS_AT_ONCE
 from rwkv_rev.reversal.tape import ALIGNMENT
+from rwkv_rev.wkv.dispatch import choose_kernel
 
 STRATEGIES = ("full", "checkpoint", "reversible", "truncated")
 _LOGIT_COPIES = 3
@@ -71,6 +75,9 @@ _BACKWARD_VECTORS = 5
 _LAYER_SHARE = 0.4
 _STATE_COPIES = {"checkpoint": 6, "reversible": 8}
 _STATE_ARITHMETIC = 8
+_LIFTED_COPIES = 3
+_LIFTED_ARITHMETIC = 4
+"""Of what :class:`~rwkv_rev.reversal.lifting.LiftedRemnant` has until it is packed, and of a lift in float64."""
 _PIECE_COPIES = 2.5
 _RECORDED = ("checkpoint", "reversible")
 RECORDED_SHARE = 1.1
@@ -95,6 +102,7 @@ class StrategyForecast:
         states: boundary states besides the graph.
         device: the peak of all of it; less than the sum, since gradients grow as the graph is freed.
         tape: on the host, or where the tape lies.
+        lifted: whether remnants are lifted; the tape of ``reversible`` is an estimate then.
         recordings: what recordings of launches hold between steps, if they last.
         reserved: what the device must have for all of it, with recordings if they last.
     """
@@ -108,6 +116,7 @@ class StrategyForecast:
     tape: int
     recordings: int
     reserved: int
+    lifted: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -132,6 +141,7 @@ def forecast_memory(
     recorded: bool = False,
     pieces: Callable[[int], int] | None = None,
     strategies: Sequence[str] = STRATEGIES,
+    lifted: bool = False,
 ) -> tuple[StrategyForecast, ...]:
     """Forecast the memory of one loss and its gradient.
 
@@ -152,6 +162,7 @@ def forecast_memory(
         recorded: whether recordings may last over steps (on CUDA, blocks not checkpointed).
         pieces: of rows in which documents are packed, the most pieces that so many tokens of one have; one when None.
         strategies: those to tell of, of :data:`STRATEGIES`.
+        lifted: whether remnants are lifted, of an architecture that can.
     """
     chunk, cost = min(chunk_length, context_length), config.architecture.cost
     run = _Run(
@@ -171,6 +182,7 @@ def forecast_memory(
         narrow=narrow,
         recorded=recorded and not checkpoint_blocks,
         pieces=pieces or (lambda count: 1),
+        lifted=lifted and cost.lifted is not None,
     )
     joined = tokens_at_once(config, run.weights, batch_size, context_length, chunk)
     grouped = replace(run, chunk=joined, chunks=-(-context_length // joined))
@@ -197,6 +209,7 @@ class _Run:
     narrow: bool
     recorded: bool
     pieces: Callable[[int], int]
+    lifted: bool
 
 
 def _forecast(name: str, run: _Run) -> StrategyForecast:
@@ -220,7 +233,8 @@ def _forecast(name: str, run: _Run) -> StrategyForecast:
     if run.half and run.fused and not run.checkpoint_blocks:
         graph -= 2 * tokens * layers * config.architecture.cost.mixes * width
     sums = 0 if name == "full" or run.chunks == 1 else NUMBER * run.trained
-    states = _state_bytes(name, config, batch)
+    lifted = run.lifted and name in _RECORDED
+    states = _state_bytes(name, config, batch, lifted=lifted)
     head = NUMBER * min(config.vocab_size * width, run.trained)
     logits = NUMBER * min(tokens * config.vocab_size, LOGITS_AT_ONCE)
     layer = (gradients - 2 * head) / layers
@@ -242,8 +256,10 @@ def _forecast(name: str, run: _Run) -> StrategyForecast:
     if name in ("checkpoint", "reversible"):
         recorded = run.chunks - 2  # not what is before the first chunk and in the last
         if recorded > 0:
-            whole = name == "checkpoint" or pieces > 1  # a border forgets all
-            tape = recorded * _record_bytes(whole, config, run.log_decays, batch, run.chunk)
+            kind = "lifted" if lifted else "own"
+            if name == "checkpoint" or pieces > 1:  # a border forgets all
+                kind = "whole"
+            tape = recorded * record_bytes(kind, config, run.log_decays, batch, run.chunk)
     return StrategyForecast(
         strategy=name,
         parameters=run.weights,
@@ -254,6 +270,7 @@ def _forecast(name: str, run: _Run) -> StrategyForecast:
         tape=tape,
         recordings=recordings,
         reserved=round(reserved),
+        lifted=lifted,
     )
 
 
@@ -280,6 +297,12 @@ def graph_bytes(
     vectors = vectors * width + (1 if again else 2) * config.intermediate_size
     inputs = config.num_hidden_layers * width if checkpoint_blocks else 0
     return NUMBER * (batch * length * (layers * vectors + 2 * width + inputs) + layers * state)
+
+
+def runs_fused(config: RwkvRevConfig, device: torch.device) -> bool:
+    """Whether the CUDA kernels run, of which a forecast wants to know."""
+    keys = config.architecture.shape(config.architecture.keys, config)
+    return choose_kernel(None, torch.empty((0, 0, *keys), device=device)) == "triton"
 
 
 def tokens_at_once(config: RwkvRevConfig, weights: int, batch: int, length: int, chunk: int) -> int:
@@ -310,22 +333,35 @@ def tokens_at_once(config: RwkvRevConfig, weights: int, batch: int, length: int,
     return chunk
 
 
-def _state_bytes(name: str, config: RwkvRevConfig, batch: int) -> int:
+def _state_bytes(name: str, config: RwkvRevConfig, batch: int, *, lifted: bool = False) -> int:
     """What a strategy keeps of memories beside the graph."""
     memory = NUMBER * batch * math.prod(config.architecture.memory_shape(config))
     copies = _STATE_COPIES.get(name)
-    return 0 if copies is None else (copies * config.num_hidden_layers + _STATE_ARITHMETIC) * memory
+    if copies is None:
+        return 0
+    more, arithmetic = (_LIFTED_COPIES, _LIFTED_ARITHMETIC) if lifted else (0, 0)
+    return ((copies + more) * config.num_hidden_layers + _STATE_ARITHMETIC + arithmetic) * memory
 
 
-def _record_bytes(
-    whole: bool, config: RwkvRevConfig, log_decays: Sequence[Tensor], batch: int, length: int
+def record_bytes(
+    kind: str, config: RwkvRevConfig, log_decays: Sequence[Tensor], batch: int, length: int
 ) -> int:
-    """What one chunk puts on the tape: tensors of all layers, each rounded up to the tape's alignment."""
+    """What one chunk puts on the tape: tensors of all layers, each rounded up to the tape's alignment.
+
+    ``kind``: ``whole`` states, ``lifted`` remnants (an estimate), or the architecture's ``own``.
+    """
     cost, shift = config.architecture.cost, NUMBER * batch * config.hidden_size
     total = 0
     layers: Sequence[Tensor | None] = log_decays or [None] * config.num_hidden_layers
     for log_decay in layers:
-        memory = cost.whole(config, batch) if whole else cost.remnant(config, log_decay, batch, length)
+        if kind == "lifted" and cost.lifted is not None:
+            memory = cost.lifted(config, batch, length)
+        else:
+            memory = (
+                cost.whole(config, batch)
+                if kind == "whole"
+                else cost.remnant(config, log_decay, batch, length)
+            )
         total += sum(
             math.ceil(nbytes / ALIGNMENT) * ALIGNMENT for nbytes in (*[shift] * cost.shifts, *memory)
         )

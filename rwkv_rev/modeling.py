@@ -177,7 +177,8 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin, Context
             hidden_states: ``device`` or ``host``, where the hidden states for a loss of your own are, and the gradient
                 by them; unchanged when None. Under ``host`` those of ``model.model`` are a CPU tensor wherever they
                 have a gradient: cut them with ``split``, and give the head one piece after another, on its device.
-            remnants: ``auto``, ``whole`` or ``lifted``, of RWKV-7's states; unchanged when None.
+            remnants: ``whole`` or ``lifted``, of RWKV-7's states, or ``auto`` (:mod:`rwkv_rev.remnants`); unchanged
+                when None.
 
         Raises:
             StrategyError: for a name or length that does not exist.

@@ -64,6 +64,12 @@ def own_loss(rank: int) -> None:
     model_of()(random_tokens(30)).logits.sum().backward()
 
 
+def lifted(rank: int) -> None:
+    model = model_of("7")
+    model.set_bptt("reversible", remnants="lifted")
+    loss(model)
+
+
 def logits_beside(rank: int) -> None:
     tokens = random_tokens(30)
     model_of()(tokens, labels=tokens, return_logits=True)
@@ -123,6 +129,7 @@ REFUSED: dict[str, tuple[Callable[[int], None], type[RwkvRevError], str]] = {
     "full": (full, StrategyError, "use 'reversible'"),
     "lossy": (lossy, StrategyError, "cannot be divided back; use 'reversible'"),
     "a loss of one's own": (own_loss, StrategyError, "give the model labels"),
+    "lifted states": (lifted, StrategyError, "use remnants='whole'"),
     "logits beside the loss": (
         logits_beside,
         StrategyError,

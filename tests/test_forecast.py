@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from bptt_cases import load
+from bptt_cases import english, load
 from torch.autograd.profiler import profile
 
 from rwkv_rev import chunk_length
@@ -115,17 +115,20 @@ def measured(
     chunk: int,
     half: bool = False,
     document: int | None = None,
+    ids: torch.Tensor | None = None,
+    remnants: str = "whole",
 ) -> tuple[int, int]:
     """Device bytes at the peak, weights included, and tape bytes; the tape lies on the disk, out of the way."""
-    ids = torch.randint(
-        0, model.config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(0)
-    )
+    if ids is None:
+        ids = torch.randint(
+            0, model.config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(0)
+        )
     borders = None if document is None else (torch.arange(context) % document == 0).expand(batch, context)
     report = {}
 
     def work() -> None:
         autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=half)
-        with model.set_bptt(strategy, chunk_length=chunk, tape="disk"), autocast:
+        with model.set_bptt(strategy, chunk_length=chunk, tape="disk", remnants=remnants), autocast:
             out = model(ids, labels=ids, borders=borders)
         report.update(out.report)
         out.loss.backward()
@@ -190,6 +193,31 @@ def test_packed_rows(version: str, strategy: str) -> None:
         _, tape = measured(model, strategy, **longer, document=document)
         found = forecasts(model, **longer, pieces=lambda count: -(-count // document))[strategy]
         assert tape == pytest.approx(found.tape, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "reversible"])
+def test_lifted(bundled: dict[str, Path], strategy: str) -> None:
+    """Real text by a trained model, which is what the estimate is of; and no more than whole states at any length."""
+    model, size = load(bundled["7"]), {"context": 256 + 9, "batch": 1, "chunk": 64}
+    forecast = forecasts(model, **size, lifted=True)[strategy]
+    whole = forecasts(model, **size)[strategy]
+    device, tape = measured(model, strategy, **size, ids=english(256 + 9), remnants="lifted")
+    assert forecast.device == pytest.approx(device, rel=TOLERANCE)
+    assert forecast.tape == pytest.approx(tape, rel=TOLERANCE)
+    assert forecast.lifted and not whole.lifted and forecast.states > whole.states
+    assert (forecast.tape < 0.5 * whole.tape) == (strategy == "reversible")
+    longer = {"context": 65536, "batch": 1, "chunk": 16384}
+    most, found = (forecasts(model, **longer, lifted=lifted)[strategy].tape for lifted in (False, True))
+    assert most <= found <= 1.01 * most
+
+
+@pytest.mark.parametrize("length", [64, 256, 512])
+def test_lifted_tape(bundled: dict[str, Path], length: int) -> None:
+    model, ids = load(bundled["7"]), english(4 * length)
+    with model.set_bptt("reversible", chunk_length=length, remnants="lifted"):
+        tape = model(ids, labels=ids).report["tape_bytes"]
+    forecast = forecasts(model, 4 * length, 1, length, lifted=True)["reversible"]
+    assert forecast.tape == pytest.approx(tape, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -46,7 +46,7 @@ def check(found: ReversalCheck) -> None:
 
 
 @pytest.mark.parametrize(
-    ("context", "chunk"), [(16 * 9 + 5, 16), (64 * 5 + 1, 64), (256 * 16, 256), (512 * 2 + 77, 512)]
+    ("context", "chunk"), [(16 * 9 + 5, 16), (64 * 5 + 1, 64), (256 * 16 + 5, 256), (512 * 2 + 77, 512)]
 )
 def test_every_state_of_the_bundled_model(shallow: dict[str, Path], context: int, chunk: int) -> None:
     found = check_reversal(load(shallow["7"]).eval(), english(context)[0], chunk=chunk)
@@ -82,6 +82,34 @@ def test_gradients_of_a_trained_model(shallow: dict[str, Path]) -> None:
     found, whole = (lifted(model, strategy, 64, input_ids=ids) for strategy in ("reversible", "checkpoint"))
     assert_same_bits(found, whole)
     assert_agree(found, lifted(model, "full", 300, input_ids=ids))
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "autocast"])
+def test_gradients_over_4096_tokens(shallow: dict[str, Path], half: bool) -> None:
+    """And five more, a chunk of their own; the whole table: ``examples/lifting/exact.py``."""
+    model, ids = load(shallow["7"], layers=2), english(4096 + 5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        assert_same_bits(*(lifted(model, s, 256, input_ids=ids) for s in ("reversible", "checkpoint")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("chunk", [64, 512])
+@pytest.mark.parametrize("which", ["bundled", "peer"])
+def test_whole_models_over_4096_tokens(
+    bundled: dict[str, Path], tmp_path: Path, which: str, chunk: int, half: bool
+) -> None:
+    """Every state of every layer, its bits, and the gradient."""
+    folder = bundled["7"]
+    if which == "peer":
+        if not PEER.exists():
+            pytest.skip("no checkpoint of a peer here")
+        rwkv_rev.convert(PEER, folder := tmp_path / "model")
+    model, ids = load(folder), english(4096 + 5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        check(check_reversal(model.eval(), ids[0], chunk=chunk))
+        model.train()
+        assert_same_bits(*(lifted(model, s, chunk, input_ids=ids) for s in ("reversible", "checkpoint")))
 
 
 def test_masks_borders_and_states_that_go_on() -> None:

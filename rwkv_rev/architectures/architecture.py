@@ -158,6 +158,7 @@ class Cost:
         whole: bytes of each tensor of a memory on the tape where it is kept whole, by (config, B).
         remnant: bytes of each tensor that one chunk puts there otherwise, fingerprints too but no token shifts, by
             (config, log w of the stored shape or None, B, C).
+        lifted: the same of remnants that are lifted, an estimate, by (config, B, C); None where no memory can be.
         shifts: how many token shifts of D numbers it puts there besides.
         half, narrow: what the graph takes of its float32 size under autocast to 16 bits, and in a model of 16 bits.
     """
@@ -168,6 +169,7 @@ class Cost:
     states: Callable[["RwkvRevConfig", int, int, bool], int]
     whole: Callable[["RwkvRevConfig", int], list[int]]
     remnant: Callable[["RwkvRevConfig", Tensor | None, int, int], list[int]]
+    lifted: Callable[["RwkvRevConfig", int, int], list[int]] | None = None
     shifts: int = 2
     half: float = 2 / 3
     narrow: float = 0.6

@@ -14,12 +14,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from transformers import initialization as init
 
-from rwkv_rev.architectures import classic, rwkv7_scan
+from rwkv_rev.architectures import classic, rwkv7_scan, rwkv7_tape
 from rwkv_rev.architectures.architecture import (
-    NUMBER,
     Architecture,
     Cost,
     Layout,
@@ -329,14 +327,6 @@ def _states(config: "RwkvRevConfig", batch: int, length: int, fused: bool) -> in
     return batch * config.hidden_size * ((pieces + 2) * config.head_size + missing)
 
 
-def _whole(config: "RwkvRevConfig", batch: int) -> list[int]:
-    return [NUMBER * batch * config.hidden_size * config.head_size]
-
-
-def _remnant(config: "RwkvRevConfig", log_decay: Tensor | None, batch: int, length: int) -> list[int]:
-    return [8, *_whole(config, batch)]  # a fingerprint, and the state itself
-
-
 RWKV7 = Architecture(
     version="7",
     has_heads=True,
@@ -382,8 +372,9 @@ RWKV7 = Architecture(
         fused_vectors=29,
         mixes=7,
         states=_states,
-        whole=_whole,
-        remnant=_remnant,
+        whole=rwkv7_tape.whole,
+        remnant=rwkv7_tape.remnant,
+        lifted=rwkv7_tape.lifted,
         half=0.8,
         narrow=0.72,
     ),

@@ -49,13 +49,16 @@ from rwkv_rev.bptt.strategy import (
 from rwkv_rev.bptt.sweep import Sweep
 from rwkv_rev.bptt.uncached import uncached
 from rwkv_rev.bptt.unchanged import unchanged, watched
+from rwkv_rev.bptt_settings import AUTO
 from rwkv_rev.cells.block import BlockAdvanced, BlockAgain, BlockReplay, ExactStates, Plans
 from rwkv_rev.cells.contract import detached
+from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.distributed.sharded_reading import gathered
 from rwkv_rev.distributed.shards import any_sharded, reshard
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.foreign_code import Strangers
 from rwkv_rev.loss import FinishedGradients
+from rwkv_rev.remnants import choose_remnants
 from rwkv_rev.reversal.memory import Remnant
 from rwkv_rev.reversal.tape import Tape
 from rwkv_rev.state import ModelState
@@ -135,12 +138,30 @@ class TwoSweeps(Strategy):
             runner = choose_runner(sweep)
             last = forward_sweep(sweep, runner)
             outcome["tape_bytes"] = tape.peak_nbytes
+            if _lifts(model):
+                outcome["remnants"] = "lifted"
             result = backward_sweep(sweep, runner, last, sweep.to_end())
             self.finish(outcome)
         warn_of_coarse_heads(sweep)
         found_roles = roles(inputs, sweep.parameters.tensors, result)
         loss, gradients = over_the_group(inputs, result.loss, leaves, in_order(leaves, found_roles))
         return loss, tuple(result.end.tensors()), gradients
+
+    def _lifted(self, model: LanguageModel, inputs: LossInputs, parameters: list[Tensor]) -> bool:
+        """Whether remnants are lifted, as set or chosen."""
+        config = getattr(model, "config", None)  # a model of one's own blocks needs none
+        if self.remnants != AUTO or not isinstance(config, RwkvRevConfig):
+            return self.remnants == "lifted"
+        chosen = choose_remnants(
+            AUTO,
+            self.name,
+            config,
+            chunk=self.chunk_length,
+            device=inputs.targets.device,
+            trains_all=all(parameter.requires_grad for parameter in parameters),
+            shared=inputs.group is not None,
+        )
+        return chosen.kind == "lifted"
 
     def _tape(self, model: LanguageModel, inputs: LossInputs) -> Tape:
         device = inputs.targets.device
@@ -153,15 +174,17 @@ class TwoSweeps(Strategy):
         self, model: LanguageModel, inputs: LossInputs, parameters: list[Tensor], found: Strangers, tape: Tape
     ) -> Sweep:
         """What both sweeps go through, before the first chunk; for the model's own loss."""
-        if self.remnants == "lifted" and inputs.group is not None:
+        lifted = self._lifted(model, inputs, parameters)
+        for block in model.blocks:
+            block.lift(lifted)
+        if inputs.group is not None and _lifts(model):
             raise StrategyError(
                 "remnants = 'lifted' undoes a chunk that one process has whole, and this context is shared between "
                 "processes: use remnants='whole'"
             )
         is_sharded = any_sharded(parameters)
-        for block in model.blocks:
-            block.lift(self.remnants == "lifted")
-            if not is_sharded:
+        if not is_sharded:
+            for block in model.blocks:
                 block.refuse_changing()
         self.begin(model, inputs)
         chunks = inputs.chunks(self.chunk_length)
@@ -203,6 +226,10 @@ class TwoSweeps(Strategy):
             half,
             sharded=sharded,
         )
+
+
+def _lifts(model: LanguageModel) -> bool:
+    return any(cell.lifts for block in model.blocks for cell in block.cells)
 
 
 def choose_runner(sweep: Sweep) -> Runner:

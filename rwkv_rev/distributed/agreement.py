@@ -96,7 +96,7 @@ def agree(inputs: "LossInputs", settings: str, trained: Iterable[Tensor]) -> Non
     begins = None if inputs.borders is None else inputs.borders.at.to(torch.int32)
     divisor = inputs.divisor if isinstance(inputs.divisor, Tensor) else torch.tensor(float(inputs.divisor))
     known = {
-        "the gradient settings (strategy, chunk_length, training or evaluation, what is trained)": torch.tensor(
+        "the gradient settings (strategy, chunk_length, remnants, training or not, what is trained)": torch.tensor(
             crc32((settings + repr([(tuple(p.shape), p.requires_grad) for p in trained])).encode()),
             device=device,
         ),

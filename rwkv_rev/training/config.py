@@ -80,7 +80,8 @@ class FinetuneConfig:
         bptt: gradient strategy; ``auto`` is exact at every length.
         tape: where remnants are kept, ``host``, ``device`` or ``disk``.
         tape_dir: folder of a tape on disk; the system's temporary one when None.
-        remnants: what the tape keeps of RWKV-7's states: ``whole`` ones, ``lifted`` ones (docs/lifting.md) or ``auto``.
+        remnants: what the tape keeps of RWKV-7's states: ``whole`` ones, ``lifted`` ones, or ``auto``, which lifts
+            where that pays (docs/lifting.md).
         batch_size: rows at once per process.
         grad_accum: batches per optimizer step.
         lr: highest learning rate; when None 1e-4 for ``full``, 5e-4 for ``lora``, 0.1 for ``state``.
@@ -265,6 +266,11 @@ class FinetuneConfig:
         if self.pack and self.carry_state:
             raise ConfigError(
                 "--pack and --carry-state exclude each other: a packed row begins every document anew"
+            )
+        if self.context_parallel > 1 and self.remnants == "lifted":
+            raise ConfigError(
+                "--remnants lifted undoes a chunk that one process has whole, and --context-parallel shares each: use "
+                "--remnants whole"
             )
         objectives_of(self.objective).refuse_layout(pack=self.pack, carry_state=self.carry_state)
         if self.context_parallel > 1 and self.bptt == "full":

@@ -203,6 +203,9 @@ def run(config: FinetuneConfig, *, notify: Notify | None = None, quiet: bool = F
             notify(note)
     if first and made is None and asked == AUTO:
         notify(f"chunks of {planned.config.chunk_length:,} tokens: {planned.length_is}")
+    chosen = planned.remnants
+    if first and made is None and config.remnants == AUTO and chosen.why and planned.memory.gradient.tape:
+        notify(f"the tape keeps {chosen.kind} states: {chosen.why}")
     if first and config.resume == "auto" and made is None and planned.resume_from is None:
         notify("no checkpoint to go on from: the run begins with step 1")
     taken = lock(working) if first else None
@@ -248,7 +251,7 @@ def _train(planned: Plan, args: Any, where: Whereabouts, notify: Notify, quiet: 
         chunk_length=config.chunk_length,
         tape=config.tape,
         tape_dir=config.tape_dir,
-        remnants=config.remnants,
+        remnants=planned.remnants.kind,
     )
     if config.context_parallel > 1:
         share_contexts(model, config.context_parallel, args.device.type)

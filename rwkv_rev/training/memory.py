@@ -13,10 +13,10 @@ from torch import Tensor
 
 from rwkv_rev.architectures.architecture import NUMBER
 from rwkv_rev.bptt import choose_strategy, cuda_graphs
-from rwkv_rev.chunk_length import ChosenLength, choose, free_bytes, runs_fused
+from rwkv_rev.chunk_length import ChosenLength, choose, free_bytes
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.errors import StrategyError
-from rwkv_rev.forecast import RECORDED_SHARE, StrategyForecast
+from rwkv_rev.forecast import RECORDED_SHARE, StrategyForecast, runs_fused
 from rwkv_rev.forecast import forecast_memory as forecast_strategies
 from rwkv_rev.quantised import bytes_of
 from rwkv_rev.training.config import FinetuneConfig
@@ -67,6 +67,7 @@ class MemoryForecast:
             "recordings": self.gradient.recordings,
             "reserved": self.reserved,
             "tape": self.gradient.tape,
+            "tape_is_estimate": self.gradient.lifted and self.gradient.strategy == "reversible",
         }
 
 
@@ -83,6 +84,7 @@ def forecast_memory(
     dtype: str,
     world_size: int = 1,
     pieces: Callable[[int], int] | None = None,
+    lifted: bool = False,
 ) -> MemoryForecast:
     """What a run will take whose chunk length is a number.
 
@@ -95,6 +97,7 @@ def forecast_memory(
         device, dtype: of the arithmetic.
         world_size: number of processes.
         pieces: of packed rows, the most pieces of documents that so many tokens of one have.
+        lifted: whether remnants are.
     """
     assert not isinstance(config.chunk_length, str)
     chunk, place = config.chunk_length, torch.device(device)
@@ -116,6 +119,7 @@ def forecast_memory(
         fused=runs_fused(model, place),
         recorded=dtype != "float16" and cuda_graphs.possible(place),
         pieces=pieces,
+        lifted=lifted,
     )
     # reversible-lossy takes a little less tape than reversible, and the same device memory
     like = "reversible" if name == "reversible-lossy" else name

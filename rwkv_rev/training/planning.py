@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from rwkv_rev.base_model import RwkvRevModel
+from rwkv_rev.bptt import choose_strategy
 from rwkv_rev.bptt.reversible_lossy import divided
 from rwkv_rev.bptt_settings import AUTO, CHUNK_LENGTH
 from rwkv_rev.chunk_length import ChosenLength
@@ -27,6 +28,7 @@ from rwkv_rev.folders.folder import refuse_links
 from rwkv_rev.folders.publish import refuse_unpublishable
 from rwkv_rev.modeling import RwkvRevForCausalLM
 from rwkv_rev.quantised import refuse_unusable, stays
+from rwkv_rev.remnants import ChosenRemnants, choose_remnants
 from rwkv_rev.training.batches import BatchOrder
 from rwkv_rev.training.best import held_out_identity, refuse_other_evaluations
 from rwkv_rev.training.callbacks import refuse_missing_reporter
@@ -53,7 +55,8 @@ from rwkv_rev.training.working_folder import finished_run, may_be_finished, refu
 class Plan:
     """What a run will do: ``steps`` of the optimizer, ``tokens_per_step`` without masked ones, on average.
 
-    ``config`` has the chunk length that was chosen, if it was, and ``length_is`` says why. ``identity`` is what a
+    ``config`` has the chunk length that was chosen, if it was, and ``length_is`` says why. ``remnants`` are what the
+    setting of that name came to. ``identity`` is what a
     checkpoint must agree with to be resumed, and an output to be this run's; ``made`` is the outcome where this very
     run has been finished before.
     """
@@ -68,6 +71,7 @@ class Plan:
     tokens_per_step: float
     memory: MemoryForecast
     length_is: str
+    remnants: ChosenRemnants
     resume_from: Path | None
     notes: tuple[str, ...]
     order: BatchOrder = field(repr=False)
@@ -94,6 +98,8 @@ class Plan:
             "steps": self.steps,
             "tokens_per_step": self.tokens_per_step,
             "chunk_length_is": self.length_is,
+            "remnants": self.remnants.kind if self.remnants.why else None,
+            "remnants_are": self.remnants.why,
             "memory": self.memory.to_dict(),
             "finished": self.made is not None,
             "resume_from": None if self.resume_from is None else str(self.resume_from),
@@ -195,6 +201,17 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
     facts, longest = inspect_source(config.model), -(-int(rows.lengths().max()) // ranks)  # of each process
     trained = count_trained(config, model_config, shapes)
 
+    def remnants(chunk: int, longest: int) -> ChosenRemnants:
+        return choose_remnants(
+            config.remnants,
+            choose_strategy(config.bptt, longest, chunk_length=chunk).name,
+            model_config,
+            chunk=chunk,
+            device=own_device(device),
+            trains_all=config.tune == "full",
+            shared=ranks > 1,
+        )
+
     def forecast(chunk: int, longest: int) -> MemoryForecast:
         return forecast_memory(
             model_config,
@@ -208,6 +225,7 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
             dtype=dtype,
             world_size=world_size,
             pieces=rows.most_pieces,
+            lifted=remnants(chunk, longest).kind == "lifted",
         )
 
     length = _chunk_length(config, went_on)
@@ -216,6 +234,7 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
         length = replace(length, tokens=length.tokens * ranks)
     config = replace(config, chunk_length=length.tokens)
     memory = forecast(-(-length.tokens // ranks), longest)
+    chosen = remnants(-(-length.tokens // ranks), longest)
     notes += refuse_too_large(memory, own_device(device), config)
     if config.shard_optimizer and world_size == 1:
         notes.append("shard_optimizer needs several processes; this one keeps the whole state")
@@ -237,6 +256,7 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
         float(rows.lengths().sum()) / max(1, per_epoch),
         memory,
         length.why,
+        chosen,
         went_on,
         (*statistics.warnings, *notes, *passed_over),
         order,
