@@ -58,7 +58,7 @@ def test_lifted_where_both_were_measured(gpu: dict[str, Any]) -> None:
         ({"strategy": "checkpoint"}, "checkpoint keeps no less"),
         ({"device": torch.device("cpu")}, "a CPU"),
         ({"capability": (8, 9)}, "Tiny 2000"),
-        ({"fused": False}, "without its kernel"),
+        ({"fused": False}, "no kernel on cuda"),
         ({"asked": "whole"}, "as set"),
     ],
     ids=str,
