@@ -288,7 +288,7 @@ def _print_forgetting(found: "Forgetting") -> None:
         theory = (
             " theory: log2 of 1 over the singular values of its transitions, each from 0 to 32 bits per element and "
             "chunk; remnants may be below it, as few numbers of a state have 32 bits. They are those of "
-            "--remnants lifted; without it, whole states are kept."
+            "--remnants lifted, the default where docs/lifting.md says so; else whole states are kept."
         )
     if total.whole and total.remnants == total.whole:
         theory += " Remnants are whole states here: no factor is divided out."

@@ -234,7 +234,7 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
         length = replace(length, tokens=length.tokens * ranks)
     config = replace(config, chunk_length=length.tokens)
     memory = forecast(-(-length.tokens // ranks), longest)
-    chosen = remnants(-(-length.tokens // ranks), longest)
+    kept = remnants(-(-length.tokens // ranks), longest)
     notes += refuse_too_large(memory, own_device(device), config)
     if config.shard_optimizer and world_size == 1:
         notes.append("shard_optimizer needs several processes; this one keeps the whole state")
@@ -256,7 +256,7 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
         float(rows.lengths().sum()) / max(1, per_epoch),
         memory,
         length.why,
-        chosen,
+        kept,
         went_on,
         (*statistics.warnings, *notes, *passed_over),
         order,
