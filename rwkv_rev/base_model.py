@@ -288,7 +288,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         if not isinstance(self.bptt.chunk_length, str) or not torch.is_grad_enabled():
             return self.bptt.read_length
         ranks = 1 if self.context_group is None else self.context_group.size
-        return self.auto_length.of(self, rows, -(-length // ranks), device, handed_out=handed_out) * ranks
+        return ranks * self.auto_length.of(self, rows, length, device, ranks, handed_out=handed_out)
 
     def tokens_at_once(self, chunk: int, rows: int, length: int) -> int:
         """Tokens in which chunks of ``chunk`` are run, of a batch [rows, length] (:func:`.forecast.tokens_at_once`)."""

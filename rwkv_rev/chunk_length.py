@@ -133,12 +133,20 @@ class AutoLength:
 
     @torch.compiler.disable
     def of(
-        self, model: Model, rows: int, length: int, device: torch.device, *, handed_out: bool = False
+        self,
+        model: Model,
+        rows: int,
+        length: int,
+        device: torch.device,
+        ranks: int = 1,
+        *,
+        handed_out: bool = False,
     ) -> int:
-        """C for a batch [rows, length] on ``device``.
+        """C for a batch [rows, length] on ``device``; each rank's part of it, of ``ranks`` that share the rows.
 
         ``handed_out``: whether hidden states go to a loss of somebody else's.
         """
+        length = -(-length // ranks)
         if model.bptt.strategy in _WITHOUT_CHOICE:
             return CHUNK_LENGTH
         parameters = list(model.parameters())
@@ -161,7 +169,7 @@ class AutoLength:
             if kept is None:
                 unknown = "one of its adapters"
             if not unknown and kept is not None:
-                need = _need(model, rows, length, device, handed_out, kept)
+                need = _need(model, rows, length, device, ranks, handed_out, kept)
         chosen = choose(model.bptt.strategy, device, need)
         if device.type in FORECAST_ON:
             chosen = ChosenLength(shortest_of_all(chosen.tokens, device), chosen.why)
@@ -182,7 +190,13 @@ class AutoLength:
 
 
 def _need(
-    model: Model, rows: int, length: int, device: torch.device, handed_out: bool, kept: tuple[int, int]
+    model: Model,
+    rows: int,
+    length: int,
+    device: torch.device,
+    ranks: int,
+    handed_out: bool,
+    kept: tuple[int, int],
 ) -> Callable[[int], int]:
     """Bytes by chunk length, beside the weights, which are there.
 
@@ -216,6 +230,7 @@ def _need(
             fused=runs_fused(config, device),
             narrow=size == 2 and not half,
             recorded=cuda_graphs.possible(device),
+            ranks=ranks,
             strategies=(strategy,),
         )
         return found

@@ -51,6 +51,12 @@ Chunks of up to 32 tokens are run several at once (:func:`tokens_at_once`), and 
 The tape's bytes are exact: remnant widths follow from the decays. Heads whose grid rises add a matrix each, once.
 RWKV-6's are the most that any text takes. RWKV-7's are those of whole states, or where they are *lifted* an estimate:
 what the model took that forgets more of the two in docs/lifting.md. Another may take more, at most whole states.
+Ranks that share a context keep a W-th of every record each (:mod:`rwkv_rev.bptt.shared_tape`).
+
+Of weights that are spread over processes block by block (FSDP2, *shards*) a process keeps its part, with its part of
+the sums and of the gradients; whole are, beside it, the block that is computed in the dtype of the arithmetic, its
+gradient twice in float32 (as it was made, and by process), embedding and head.
+
 Packed rows are forecast as if each chunk had a border, which puts the state on the tape whole.
 """
 
@@ -140,6 +146,8 @@ def forecast_memory(
     narrow: bool = False,
     recorded: bool = False,
     pieces: Callable[[int], int] | None = None,
+    ranks: int = 1,
+    shards: int = 1,
     strategies: Sequence[str] = STRATEGIES,
     lifted: bool = False,
 ) -> tuple[StrategyForecast, ...]:
@@ -161,21 +169,29 @@ def forecast_memory(
         narrow: whether weights and activations are in 16 bits, without autocast.
         recorded: whether recordings may last over steps (on CUDA, blocks not checkpointed).
         pieces: of rows in which documents are packed, the most pieces that so many tokens of one have; one when None.
+        ranks: W, processes that share a context; row and chunk are counted above by each one's W-th alone.
+        shards: processes over which the weights are spread block by block.
         strategies: those to tell of, of :data:`STRATEGIES`.
         lifted: whether remnants are lifted, of an architecture that can.
     """
     chunk, cost = min(chunk_length, context_length), config.architecture.cost
+    trained = parameters if trained is None else trained
+    outside = 2 * config.vocab_size * config.hidden_size
+    block = (parameters - outside) / config.num_hidden_layers if shards > 1 else 0.0
+    whole = (2 if half or narrow else NUMBER) * (block + outside) if shards > 1 else 0.0
     run = _Run(
         config=config,
         log_decays=log_decays,
-        weights=weight_bytes * parameters + quantised_bytes,
-        trained=parameters if trained is None else trained,
+        weights=(weight_bytes * parameters + quantised_bytes) // shards + round(whole),
+        trained=trained // shards,
+        whole_gradients=round(2 * NUMBER * block) if trained == parameters else 0,
+        ranks=ranks,
         batch=batch_size,
         context=context_length,
         chunk=chunk,
         chunks=-(-context_length // chunk),
         graph_share=cost.narrow if narrow else cost.half if half else 1.0,
-        half_copies=2 * (parameters - 2 * config.vocab_size * config.hidden_size) if half else 0,
+        half_copies=2 * (parameters - outside) if half and weight_bytes > 2 and shards == 1 else 0,
         checkpoint_blocks=checkpoint_blocks,
         fused=fused,
         half=half,
@@ -197,6 +213,8 @@ class _Run:
     log_decays: Sequence[Tensor]
     weights: int
     trained: int
+    whole_gradients: int
+    ranks: int
     batch: int
     context: int
     chunk: int
@@ -247,6 +265,7 @@ def _forecast(name: str, run: _Run) -> StrategyForecast:
         terms.append(gradients - max(0.0, layer) - head + graph - inputs + states + workspace)
     else:
         terms.append(graph + states + _LOGIT_COPIES * logits + head)
+    terms = [term + run.whole_gradients for term in terms]
     device = run.weights + sums + round(max(*terms, gradients + states))
     recordings, reserved = 0, _RESERVED_SHARE * device
     if run.recorded and run.chunks > 1 and name in _RECORDED:
@@ -259,7 +278,10 @@ def _forecast(name: str, run: _Run) -> StrategyForecast:
             kind = "lifted" if lifted else "own"
             if name == "checkpoint" or pieces > 1:  # a border forgets all
                 kind = "whole"
-            tape = recorded * record_bytes(kind, config, run.log_decays, batch, run.chunk)
+            one = record_bytes(
+                kind, config, run.log_decays, batch, run.ranks * run.chunk, narrow=run.narrow
+            )
+            tape = recorded * math.ceil(one / (run.ranks * ALIGNMENT)) * ALIGNMENT
     return StrategyForecast(
         strategy=name,
         parameters=run.weights,
@@ -344,13 +366,20 @@ def _state_bytes(name: str, config: RwkvRevConfig, batch: int, *, lifted: bool =
 
 
 def record_bytes(
-    kind: str, config: RwkvRevConfig, log_decays: Sequence[Tensor], batch: int, length: int
+    kind: str,
+    config: RwkvRevConfig,
+    log_decays: Sequence[Tensor],
+    batch: int,
+    length: int,
+    *,
+    narrow: bool = False,
 ) -> int:
     """What one chunk puts on the tape: tensors of all layers, each rounded up to the tape's alignment.
 
-    ``kind``: ``whole`` states, ``lifted`` remnants (an estimate), or the architecture's ``own``.
+    ``kind``: ``whole`` states, ``lifted`` remnants (an estimate), or the architecture's ``own``. ``narrow``: activations
+    are in 16 bits.
     """
-    cost, shift = config.architecture.cost, NUMBER * batch * config.hidden_size
+    cost, shift = config.architecture.cost, (2 if narrow else NUMBER) * batch * config.hidden_size
     total = 0
     layers: Sequence[Tensor | None] = log_decays or [None] * config.num_hidden_layers
     for log_decay in layers:

@@ -224,6 +224,19 @@ def test_what_is_counted(free: Callable[[int], None]) -> None:
     assert (plain - frozen) * USABLE >= 4 * 4 * count
 
 
+def test_a_shared_tape_is_counted_once(free: Callable[[int], None]) -> None:
+    """Of each rank its share, where the tape lies on the device."""
+    model, device = tiny_model("7"), torch.device("cpu")
+    needs = {}
+    for tape, ranks in (("host", 1), ("device", 1), ("device", 2)):
+        model.set_bptt("reversible", tape=tape)
+        needs[tape, ranks] = chunk_length._need(model.model, 1, 60000 // ranks, device, ranks, False, (0, 0))(
+            64
+        )
+    whole, share = (needs["device", ranks] - needs["host", 1] for ranks in (1, 2))
+    assert 0 < share < 0.3 * whole  # half as many chunks, of which half a record each
+
+
 def in_a_rank(rank: int) -> list[tuple[int, Tensor]]:
     """One device has little memory left; its first context is a long one, the other's a short one."""
     chunk_length.FORECAST_ON = ("cpu",)

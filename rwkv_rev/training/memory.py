@@ -95,7 +95,7 @@ def forecast_memory(
         quantised: shapes [out, in] of the linear maps in 4 or 8 bits.
         longest: tokens of the longest row.
         device, dtype: of the arithmetic.
-        world_size: number of processes.
+        world_size: number of processes; of those that share a context, chunk length and longest row are each one's own.
         pieces: of packed rows, the most pieces of documents that so many tokens of one have.
         lifted: whether remnants are.
     """
@@ -120,21 +120,30 @@ def forecast_memory(
         recorded=dtype != "float16" and cuda_graphs.possible(place),
         pieces=pieces,
         lifted=lifted,
+        ranks=config.context_parallel,
     )
     # reversible-lossy takes a little less tape than reversible, and the same device memory
     like = "reversible" if name == "reversible-lossy" else name
     (gradient,) = (forecast for forecast in forecasts if forecast.strategy == like)
-    shares = world_size if config.shard_optimizer else 1
-    copies = (config.grad_accum > 1) + (world_size > 1)
     return MemoryForecast(
         gradient,
-        optimizer=_ADAM * trained // shares,
-        kept_gradients=copies * NUMBER * trained,
+        optimizer=optimizer_bytes(trained, world_size if config.shard_optimizer else 1),
+        kept_gradients=kept_gradient_bytes(trained, world_size, config.grad_accum),
         tokens_at_once=longest if name == "full" else min(chunk, longest),
         tape_beside=gradient.tape
         if config.tape == "device" or (config.tape, device) == ("host", "cpu")
         else 0,
     )
+
+
+def optimizer_bytes(trained: int, shares: int = 1) -> int:
+    """AdamW's two moments in float32, spread over so many processes."""
+    return _ADAM * trained // shares
+
+
+def kept_gradient_bytes(trained: int, world_size: int, grad_accum: int = 1) -> int:
+    """Further copies of the gradients: accumulated ones, and the buckets of several processes."""
+    return ((grad_accum > 1) + (world_size > 1)) * NUMBER * trained
 
 
 def choose_length(

@@ -1,0 +1,47 @@
+"""The tape's forecast where ranks share a context, against what each of them has put there (gloo)."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import in_ranks
+from test_forecast import TOLERANCE, WIDE, forecasts
+
+from rwkv_rev.modeling import RwkvRevForCausalLM
+
+pytestmark = pytest.mark.dist
+
+CONTEXT, CHUNK, ROWS = 390, 60, 2
+"""Seven chunks, the last of them half as long; both lengths are multiples of 2 and 3."""
+CASES = [(version, strategy) for version in WIDE for strategy in ("reversible", "checkpoint")]
+
+
+def model_of(version: str) -> Any:
+    torch.manual_seed(0)
+    return RwkvRevForCausalLM(WIDE[version])
+
+
+def work(rank: int) -> dict[tuple[str, str], int]:
+    found = {}
+    tokens = torch.randint(500, (ROWS, CONTEXT), generator=torch.Generator().manual_seed(0))
+    for version, strategy in CASES:
+        model = model_of(version)
+        model.set_context_parallel(dist.group.WORLD)
+        model.set_bptt(strategy, chunk_length=CHUNK)
+        found[version, strategy] = model(tokens, labels=tokens).report["tape_bytes"]
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_tape_of_a_rank(world: int, tmp_path: Any) -> None:
+    """Its share of each record; without ``ranks`` the forecast was W times that."""
+    tapes = in_ranks(work, world, tmp_path)
+    for version, strategy in CASES:
+        size = {"context": CONTEXT // world, "batch": ROWS, "chunk": CHUNK // world}
+        forecast = forecasts(model_of(version), **size, ranks=world)[strategy].tape
+        tape = max(each[version, strategy] for each in tapes)
+        if (version, strategy) == ("6", "reversible"):  # the most that any data take
+            assert tape <= forecast
+        else:
+            assert forecast <= tape <= (1 + TOLERANCE) * forecast, (version, strategy)
