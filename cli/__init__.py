@@ -37,11 +37,12 @@ COMMANDS = (
     ("generate", "Continue a text with a converted model."),
     ("chat", "Talk with a model in the terminal."),
     ("finetune", "Train a model on your data, with the exact gradient of the whole context."),
+    ("plan", "Memory, speed and tape of training over many GPUs, without any."),
     ("eval", "Bits per byte and perplexity by position in the context."),
     ("bench", "Measure speed, memory and tape on this machine."),
 )
 
-WRITE_NOTHING = ("inspect", "verify", "generate", "chat", "eval", "bench")
+WRITE_NOTHING = ("inspect", "verify", "generate", "chat", "plan", "eval", "bench")
 """Of these it goes without saying that nothing was written when they were stopped; a chat saves what it is told to."""
 PLOT = "--plot"
 """With which they do write something, at their end."""

@@ -49,8 +49,8 @@ def bench(
     shape: Annotated[
         str | None,
         typer.Option(
-            help="5.2-15m, 5.2-0.1b, 5.2-1.5b, 5.2-7b, 6-1.5b, 6-7b, 7-0.1b, 7-1.5b, 7-7b, 4-0.1b, 4-0.4b, "
-            "bundled:NAME or a model folder."
+            help="5.2-15m, 5.2-0.1b, 5.2-1.5b, 5.2-7b, 6-1.5b, 6-3b, 6-7b, 6-14b, 7-0.1b, 7-1.5b, 7-3b, "
+            "7-7b, 7-13b, 4-0.1b, 4-0.4b, bundled:NAME or a model folder."
         ),
     ] = None,
     device: Annotated[

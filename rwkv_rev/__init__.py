@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from rwkv_rev.fresh import init as init
     from rwkv_rev.modeling import RwkvRevForCausalLM as RwkvRevForCausalLM
     from rwkv_rev.rewriting import rewrite as rewrite
+    from rwkv_rev.simulation.combinations import combine as plan  # noqa: F401
     from rwkv_rev.state import RwkvRevState as RwkvRevState
     from rwkv_rev.training.evaluate import evaluate_directory as evaluate  # noqa: F401
     from rwkv_rev.training.finetune import finetune as finetune
@@ -75,6 +76,7 @@ _PLACES = {
     "load_state": ("rwkv_rev.converters.tuned_states", "load_state"),
     "merge": ("rwkv_rev.converters.merging", "merge"),
     "merge_states": ("rwkv_rev.converters.tuned_states", "merge_states"),
+    "plan": ("rwkv_rev.simulation.combinations", "combine"),
     "position_wise": ("rwkv_rev.declared_code", "position_wise"),
     "publish": ("rwkv_rev.folders.publish", "publish"),
     "rewrite": ("rwkv_rev.rewriting", "rewrite"),

@@ -167,13 +167,21 @@ def test_what_cannot_be_measured_is_refused() -> None:
 
 
 def test_shapes_of_published_models() -> None:
-    """RWKV-7's ranks are those of the published models; 1.5B and 7B are the numbers of weights."""
+    """RWKV-7's ranks are those of the published models; and numbers of weights are theirs."""
     ranks = ("decay_rank", "rate_rank", "residual_rank", "gate_rank")
     found = {
         name: tuple(getattr(shape_config(name), rank) for rank in ranks) for name in SHAPES if name[0] == "7"
     }
-    assert found == {"7-0.1b": (64, 64, 32, 128), "7-1.5b": (96, 96, 64, 256), "7-7b": (128, 128, 96, 480)}
-    for name, billions in (("6-1.5b", 1.6), ("7-1.5b", 1.53), ("7-7b", 7.2), ("6-7b", 7.6), ("7-0.1b", 0.19)):
+    assert found == {
+        "7-0.1b": (64, 64, 32, 128),
+        "7-1.5b": (96, 96, 64, 256),
+        "7-3b": (96, 96, 64, 320),
+        "7-7b": (128, 128, 96, 480),
+        "7-13b": (128, 128, 96, 480),
+    }
+    published = {"6-1.5b": 1.6, "6-3b": 3.1, "6-7b": 7.6, "6-14b": 14.1, "7-0.1b": 0.19}
+    published |= {"7-1.5b": 1.53, "7-3b": 2.9, "7-7b": 7.2, "7-13b": 13.3}
+    for name, billions in published.items():
         with torch.device("meta"):
             model = RwkvRevForCausalLM(shape_config(name))
         assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.02), name

@@ -21,7 +21,9 @@ MEANINGS: dict[str, dict[str, tuple[str, ...]]] = {
             *("rwkv_rev/cells/", "rwkv_rev/reversal/", "rwkv_rev/bptt/", "rwkv_rev/wkv/"),
             *("rwkv_rev/equivalence/reversal.py", "rwkv_rev/equivalence/forgetting.py"),
         ),
-        "what a training run will do, as people see it": ("rwkv_rev/training/planning.py", "cli/finetune.py"),
+        "what a training run will do, as people see it": (
+            *("rwkv_rev/training/planning.py", "cli/finetune.py", "cli/plan.py"),
+        ),
     },
     "record": {
         "what one chunk leaves on the tape": (

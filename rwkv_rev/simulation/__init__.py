@@ -1,0 +1,1 @@
+"""What training over many devices would take, from what was measured on few."""
