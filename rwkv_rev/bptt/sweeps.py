@@ -50,6 +50,7 @@ from rwkv_rev.bptt.sweep import Sweep
 from rwkv_rev.bptt.uncached import uncached
 from rwkv_rev.bptt.unchanged import unchanged, watched
 from rwkv_rev.bptt_settings import AUTO
+from rwkv_rev.cells.at_once import of_all
 from rwkv_rev.cells.block import BlockAdvanced, BlockAgain, BlockReplay, ExactStates, Plans
 from rwkv_rev.cells.contract import detached
 from rwkv_rev.configuration import RwkvRevConfig
@@ -202,9 +203,9 @@ class TwoSweeps(Strategy):
                 )
             sharded = ShardedBlocks(model.blocks, wanted, len(chunks))
             layers = [block.planned(lengths) for block in sharded.blocks]
+            plans = {length: [layer[at] for layer in layers] for at, length in enumerate(lengths)}
         else:
-            layers = [[block.plan(n, piece) for n, piece in lengths.items()] for block in model.blocks]
-        plans = {length: [layer[at] for layer in layers] for at, length in enumerate(lengths)}
+            plans = {n: of_all(model.blocks, "plan", n, piece) for n, piece in lengths.items()}
         values = [tuple(detached(state) for state in inputs.state.layer(i)) for i in range(len(model.blocks))]
         return Sweep(
             self,
@@ -212,7 +213,7 @@ class TwoSweeps(Strategy):
             inputs,
             chunks,
             plans,
-            self.prepare([block.exact(state) for block, state in zip(model.blocks, values, strict=True)]),
+            self.prepare(of_all(model.blocks, "exact", own=values)),
             tape,
             devices(parameters, inputs),
             found,

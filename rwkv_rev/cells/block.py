@@ -4,7 +4,7 @@ A block goes through a chunk in the same three ways as its cells (:mod:`rwkv_rev
 differentiable, exact without graph, and with graph from an exact state before or after the chunk.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_rev import random_state
+from rwkv_rev.cells.at_once import of_all
 from rwkv_rev.cells.borders import Mask, of_part
 from rwkv_rev.cells.contract import (
     Again,
@@ -133,6 +134,18 @@ class ResidualBlock(nn.Module):
         """The exact states nearest to values."""
         return tuple(cell.exact(state) for cell, state in zip(self.cells, states, strict=True))
 
+    @classmethod
+    def exact_at_once(
+        cls, blocks: "Sequence[ResidualBlock]", states: Sequence[FloatStates]
+    ) -> list[ExactStates]:
+        """:meth:`exact` of several blocks, each of its states."""
+        if len({len(block.cells) for block in blocks}) > 1:
+            return [block.exact(values) for block, values in zip(blocks, states, strict=True)]
+        columns = zip(
+            zip(*(block.cells for block in blocks), strict=True), zip(*states, strict=True), strict=True
+        )
+        return list(zip(*(of_all(cells, "exact", own=values) for cells, values in columns), strict=True))
+
     def values(self, states: ExactStates) -> FloatStates:
         """The values that outputs read from exact states."""
         return tuple(cell.values(state) for cell, state in zip(self.cells, states, strict=True))
@@ -144,6 +157,17 @@ class ResidualBlock(nn.Module):
         """
         cells: list[Any] = list(self.cells)  # those of whom a piece is asked take it
         return tuple(cell.plan(length) if piece is None else cell.plan(length, piece) for cell in cells)
+
+    @classmethod
+    def plan_at_once(
+        cls, blocks: "Sequence[ResidualBlock]", length: int, piece: int | None = None
+    ) -> list[Plans]:
+        """:meth:`plan` of several blocks."""
+        given = (length,) if piece is None else (length, piece)
+        if len({len(block.cells) for block in blocks}) > 1:
+            return [block.plan(*given) for block in blocks]
+        columns = zip(*(block.cells for block in blocks), strict=True)
+        return list(zip(*(of_all(cells, "plan", *given) for cells in columns), strict=True))
 
     def lift(self, wanted: bool) -> None:
         """Choose the kind of memory of cells that have two (:meth:`.ReversibleCell.lift`)."""

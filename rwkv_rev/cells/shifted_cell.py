@@ -8,6 +8,7 @@ through y once.
 """
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from rwkv_rev import random_state
+from rwkv_rev.cells.at_once import of_all
 from rwkv_rev.cells.borders import BorderedChunk
 from rwkv_rev.cells.cell_plan import CellPlan
 from rwkv_rev.cells.contract import (
@@ -33,7 +35,14 @@ from rwkv_rev.cells.shared_chunk import Counted, SharedChunk
 from rwkv_rev.cells.shifted_documents import documents
 from rwkv_rev.cells.shifted_ranks import over_ranks
 from rwkv_rev.cells.shifted_state import ExactShiftedState, ShiftedRemnant, ShiftedState
-from rwkv_rev.cells.token_shift import Border, carried_mix, last_token, mixes_and_last, token_mixes
+from rwkv_rev.cells.token_shift import (
+    Border,
+    carried_mix,
+    carried_mixes,
+    last_token,
+    mixes_and_last,
+    token_mixes,
+)
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.reversal.fingerprint import checksum, same_bits
 from rwkv_rev.reversal.memory import Memory
@@ -175,10 +184,35 @@ class ShiftedCell(ReversibleCell):
         memory = self.memory_plan(length) if piece is None else self.memory_plan(length, piece)
         return CellPlan(carried_mix(self.mixes()), memory, tuple(self.plan_sources()))
 
+    @classmethod
+    def plan_at_once(
+        cls, cells: "Sequence[ShiftedCell]", length: int, piece: int | None = None
+    ) -> list[CellPlan]:
+        """:meth:`plan` of several layers."""
+        memories = of_all(cells, "memory_plan", *((length,) if piece is None else (length, piece)))
+        mixes = carried_mixes([cell.mixes() for cell in cells])
+        sources = [tuple(cell.plan_sources()) for cell in cells]
+        return list(map(CellPlan, mixes, memories, sources))
+
     def exact(self, state: ShiftedState) -> ExactShiftedState:
         """The exact state nearest to values."""
         memory = None if state.memory is None else self.exact_memory(state.memory.detach())
         return ExactShiftedState(state.shift.detach(), memory)
+
+    @classmethod
+    def exact_at_once(
+        cls, cells: "Sequence[ShiftedCell]", states: Sequence[ShiftedState]
+    ) -> list[ExactShiftedState]:
+        """:meth:`exact` of several layers, each of its state."""
+        given = [None if state.memory is None else state.memory.detach() for state in states]
+        there = [memory is not None for memory in given]
+        if any(there) and not all(there):
+            return [cell.exact(state) for cell, state in zip(cells, states, strict=True)]
+        memories: Sequence[Any] = of_all(cells, "exact_memory", own=given) if any(there) else given
+        return [
+            ExactShiftedState(state.shift.detach(), memory)
+            for state, memory in zip(states, memories, strict=True)
+        ]
 
     def lossy(self, state: ExactShiftedState) -> ExactShiftedState | None:
         return state if state.memory is None else None

@@ -10,12 +10,14 @@ The matrix is reversed exactly in fixed point (:mod:`rwkv_rev.reversal.fixed_poi
 ``log2(1/w)`` bits per step and element.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from rwkv_rev.cells.at_once import alike, of_all
 from rwkv_rev.cells.cell_plan import CellPlan
 from rwkv_rev.cells.gates import norm_and_gate, returns_new_memory
 from rwkv_rev.cells.mask import ChunkMask
@@ -24,7 +26,7 @@ from rwkv_rev.cells.shifted_cell import ExactShiftedState, ShiftedCell
 from rwkv_rev.cells.state_pieces import DecayedPiece
 from rwkv_rev.cells.time_mix_rwkv4 import log_decay_of, wide
 from rwkv_rev.reversal.division import LossyState
-from rwkv_rev.reversal.fixed_point import DecayPlan, FixedPoint, MemoryRemnant, decay_plan
+from rwkv_rev.reversal.fixed_point import DecayPlan, FixedPoint, MemoryRemnant, decay_plan, decay_plans
 from rwkv_rev.wkv import Wkv5Handover, decayed, wkv5, wkv5_contribution, wkv5_plan
 
 
@@ -121,6 +123,14 @@ class TimeMixRwkv5(ShiftedCell):
         """log w per head and channel [H, N], <= 0, natural logarithm, float32 or wider."""
         return self._per_channel(log_decay_of(self.time_decay))
 
+    @classmethod
+    def log_decay_at_once(cls, cells: "Sequence[TimeMixRwkv5]") -> list[Tensor]:
+        stored: list[Tensor] = [cell.time_decay for cell in cells]
+        if not alike(stored):
+            return [cell.log_decay() for cell in cells]
+        decays = log_decay_of(torch.stack(stored)).unbind(0)
+        return [cell._per_channel(decay) for cell, decay in zip(cells, decays, strict=True)]
+
     def compute(
         self,
         projection: TimeProjection,
@@ -165,8 +175,28 @@ class TimeMixRwkv5(ShiftedCell):
             decay_plan(log_decay, length), wkv5_plan(log_decay, length if piece is None else piece)
         )
 
+    @classmethod
+    def memory_plan_at_once(
+        cls, cells: "Sequence[TimeMixRwkv5]", length: int, piece: int | None = None
+    ) -> list[MemoryPlan]:
+        tokens = length if piece is None else piece
+        log_decays = of_all(cells, "log_decay")
+        if not alike(log_decays):
+            return [cell.memory_plan(length, piece) for cell in cells]
+        reversal = decay_plans(torch.stack(log_decays), length)
+        return [
+            MemoryPlan(plan, wkv5_plan(log_decay, tokens))
+            for plan, log_decay in zip(reversal, log_decays, strict=True)
+        ]
+
     def exact_memory(self, memory: Tensor) -> FixedPoint:
         return FixedPoint.of(memory)
+
+    @classmethod
+    def exact_memory_at_once(
+        cls, cells: "Sequence[TimeMixRwkv5]", memories: Sequence[Tensor]
+    ) -> list[FixedPoint]:
+        return FixedPoint.of_each(memories)
 
     def memory_dtype(self) -> torch.dtype:
         return torch.float64 if self.time_decay.dtype == torch.float64 else torch.float32

@@ -16,6 +16,7 @@ head and channel (:mod:`rwkv_rev.reversal.data_decay`); its remnant costs ``sum_
 element, at most 32, and a byte per row of the matrix that says how many.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -164,6 +165,12 @@ class TimeMixRwkv6(ShiftedCell):
 
     def exact_memory(self, memory: Tensor) -> DataDecayed:
         return DataDecayed.of(memory)
+
+    @classmethod
+    def exact_memory_at_once(
+        cls, cells: "Sequence[TimeMixRwkv6]", memories: Sequence[Tensor]
+    ) -> list[DataDecayed]:
+        return DataDecayed.of_each(memories)
 
     def memory_dtype(self) -> torch.dtype:
         return torch.float64 if self.decay_base.dtype == torch.float64 else torch.float32

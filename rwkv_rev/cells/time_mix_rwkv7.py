@@ -18,6 +18,7 @@ that there is none to divide by, and it can be singular: with a = 1 and w = 1 it
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -190,6 +191,12 @@ class TimeMixRwkv7(WholeMemoryCell):
 
     def exact_memory(self, memory: Tensor) -> Any:
         return Lifted.of(memory) if self.lifts else Whole(memory)
+
+    @classmethod
+    def exact_memory_at_once(cls, cells: "Sequence[TimeMixRwkv7]", memories: Sequence[Tensor]) -> list[Any]:
+        if all(cell.lifts for cell in cells):
+            return Lifted.of_each(memories)
+        return [cell.exact_memory(memory) for cell, memory in zip(cells, memories, strict=True)]
 
     def memory_dtype(self) -> torch.dtype:
         return torch.float64 if self.decay_base.dtype == torch.float64 else torch.float32

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rwkv_rev.cells.at_once import alike
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.wkv.dispatch import is_fused
 
@@ -84,10 +85,22 @@ def mix(x: Tensor, shifted: Tensor, mu: Tensor) -> Tensor:
 
 def carried_mix(mixes: list[Tensor]) -> Tensor:
     """mu* [D], float64: per channel the best-conditioned of the cell's mixes; 0 where that one cannot be inverted."""
-    stacked = torch.stack([mu.detach() for mu in mixes]).double()
-    seen = 1 - stacked
-    best = seen.abs().argmax(dim=0)[None]
-    mu, seen = stacked.gather(0, best)[0], seen.gather(0, best)[0]
+    return _carried(torch.stack([mu.detach() for mu in mixes]).double())
+
+
+def carried_mixes(layers: list[list[Tensor]]) -> list[Tensor]:
+    """:func:`carried_mix` of each layer's mixes, in few launches where they are of one kind."""
+    if len({len(mixes) for mixes in layers}) > 1 or not alike(mu for mixes in layers for mu in mixes):
+        return [carried_mix(mixes) for mixes in layers]
+    stacked = torch.stack([mu.detach() for mixes in layers for mu in mixes]).double()
+    return list(_carried(stacked.unflatten(0, (len(layers), -1))).unbind(0))
+
+
+def _carried(mixes: Tensor) -> Tensor:
+    """mu* [..., D] of mixes [..., M, D], float64."""
+    seen = 1 - mixes
+    best = seen.abs().argmax(dim=-2, keepdim=True)
+    mu, seen = mixes.gather(-2, best).squeeze(-2), seen.gather(-2, best).squeeze(-2)
     return torch.where((seen < 1) & (seen >= SMALLEST_COEFFICIENT), mu, 0.0)
 
 

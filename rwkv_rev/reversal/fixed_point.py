@@ -23,7 +23,7 @@ of the context, so after a spike of 10,000 times the usual size states have some
 :meth:`FixedPoint.coarse` finds heads that have come to this.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -45,6 +45,8 @@ COARSE_BITS = 12
 """Below it even a head's largest number is off by more than 1e-4 of itself."""
 NON_FINITE = 1024
 """Exponent of a head that holds inf or NaN: ``2**1024`` is inf in float64, so all its values are inf or NaN."""
+AT_ONCE = 2**24
+"""Numbers of several states that are put on their grids at once: 128 MiB in float64."""
 _FLOAT64_BIAS = 1023
 _FLOAT64_MANTISSA_BITS = 52
 ROOM = 2.0**-0.125
@@ -78,6 +80,18 @@ class FixedPoint:
         exponent = _exponent_for(value.abs().amax(dim=(2, 3))).clamp(max=NON_FINITE)
         mantissa = (value * _power(-exponent)).round_().to(torch.int32)
         return cls(mantissa, exponent)
+
+    @classmethod
+    def of_each(cls, values: Sequence[Tensor]) -> list["FixedPoint"]:
+        """:meth:`of` of several float states of one shape, and what is asked of them first, in few launches."""
+        if len({(value.shape, value.dtype, value.device) for value in values}) > 1:
+            return [cls.of(value) for value in values]
+        found: list[FixedPoint] = []
+        rows, several = len(values[0]), max(1, AT_ONCE // max(1, values[0].numel()))
+        for start in range(0, len(values), several):
+            whole = cls.of(torch.cat(list(values[start : start + several])))
+            found += map(cls, *(tensor.split(rows) for tensor in whole.computed()))
+        return found
 
     def value(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The state [B, H, N, N] as floats, rounded once."""
@@ -337,15 +351,24 @@ class DecayPlan:
 
 def decay_plan(log_decay: Tensor, length: int) -> DecayPlan:
     """Plan for chunks of up to ``length`` tokens; ``log_decay`` [H, N] is log w, natural."""
+    return decay_plans(log_decay[None], length)[0]
+
+
+def decay_plans(log_decay: Tensor, length: int) -> list[DecayPlan]:
+    """:func:`decay_plan` of each layer in ``log_decay`` [L, H, N]."""
     log_decay = log_decay.detach().double()
     decay = torch.exp(length * log_decay)
     fused = choose_kernel(None, torch.empty(0, device=log_decay.device)) == "triton"
-    kernels = fused and log_decay.shape[1] % 8 == 0
-    if not kernels:
-        return DecayPlan(log_decay, decay[None, :, :, None], start_copy(remnant_bits(decay).flatten()))
-    room = torch.where(decay == 1, decay, decay * ROOM)
-    both = start_copy(remnant_bits(torch.stack([decay, room])).flatten(1))
-    return DecayPlan(log_decay, decay[None, :, :, None], lambda: both()[1], kernels, lambda: both()[0])
+    kernels = fused and log_decay.shape[2] % 8 == 0
+    room = torch.where(decay == 1, decay, decay * ROOM) if kernels else decay
+    bits = start_copy(remnant_bits(torch.stack([decay, room]) if kernels else decay[None]).flatten(2))
+
+    def plan(layer: int) -> DecayPlan:
+        needed = (lambda: bits()[0, layer]) if kernels else None
+        widths = lambda: bits()[-1, layer]  # noqa: E731
+        return DecayPlan(log_decay[layer], decay[layer, None, :, :, None], widths, kernels, needed)
+
+    return [plan(layer) for layer in range(len(decay))]
 
 
 def remnant_bits(decay: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What memories share whose state lies on a :class:`FixedPoint`'s grid, whatever they do with it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -19,6 +20,11 @@ class OnGrid:
     def of(cls, value: Tensor) -> Self:
         """The memory nearest to a float state [B, H, N, N]."""
         return cls(FixedPoint.of(value))
+
+    @classmethod
+    def of_each(cls, values: Sequence[Tensor]) -> list[Self]:
+        """:meth:`of` of several float states, in few launches."""
+        return list(map(cls, FixedPoint.of_each(values)))
 
     def value(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The state [B, H, N, N] as floats, rounded once."""
