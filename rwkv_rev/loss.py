@@ -171,6 +171,31 @@ def _add(totals: list[Tensor], gradients: list[Tensor]) -> None:
         torch._foreach_add_([total for total, _ in pairs], [gradient for _, gradient in pairs])
 
 
+def finished(gradients: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients of ``tensors`` in the dtypes of these; those in float16 as they are.
+
+    Float16 would lose small ones before the incoming gradient scales them.
+    """
+    half, pairs = torch.float16, list(zip(gradients, tensors, strict=True))
+    return in_dtypes(gradients, [g.dtype if g is not None and t.dtype == half else t.dtype for g, t in pairs])
+
+
+def in_dtypes(gradients: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> list[Tensor | None]:
+    """Each gradient in its dtype; those that are not yet, in a few launches for all."""
+    found = list(gradients)
+    groups: dict[Any, list[int]] = {}
+    for index, (gradient, dtype) in enumerate(zip(gradients, dtypes, strict=True)):
+        if gradient is not None and gradient.dtype != dtype:
+            groups.setdefault((gradient.dtype, dtype, gradient.device), []).append(index)
+    for (_, dtype, _), places in groups.items():
+        old = [gradient for index in places if (gradient := found[index]) is not None]
+        new = [torch.empty_like(gradient, dtype=dtype) for gradient in old]
+        torch._foreach_copy_(new, old)
+        for index, gradient in zip(places, new, strict=True):
+            found[index] = gradient
+    return found
+
+
 def sum_of(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     """The sum of two gradients, either of which may be none."""
     if first is None or second is None:
@@ -195,11 +220,7 @@ class FinishedGradients(torch.autograd.Function):
             loss, extras, gradients = compute()
         ctx.dtypes = [tensor.dtype for tensor in inputs]
         ctx.places = [placing(tensor) for tensor in inputs]
-        # float16 would lose small ones before the incoming gradient scales them
-        ctx.gradients = [
-            gradient if gradient is None or tensor.dtype == torch.float16 else gradient.to(tensor.dtype)
-            for gradient, tensor in zip(gradients, inputs, strict=True)
-        ]
+        ctx.gradients = finished(gradients, inputs)
         ctx.mark_non_differentiable(*extras)
         return (loss, *extras)
 
@@ -208,15 +229,15 @@ class FinishedGradients(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
         if ctx.gradients is None:
             raise RuntimeError("the gradients of this loss were already used; call the model again")
-        finished, ctx.gradients = ctx.gradients, None
+        given, ctx.gradients = ctx.gradients, None
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for found in finished:
+        for found in given:
             if found is not None:
                 by_dtype.setdefault(found.dtype, []).append(found)
         for dtype, tensors in by_dtype.items():
             torch._foreach_mul_(tensors, gradient.to(dtype))  # in a few launches for all parameters
-        found = zip(finished, ctx.dtypes, ctx.places, strict=True)
-        return (None, *(g if g is None else place(g.to(dtype)) for g, dtype, place in found))
+        found = zip(in_dtypes(given, ctx.dtypes), ctx.places, strict=True)
+        return (None, *(g if g is None else place(g) for g, place in found))
 
 
 def linear_cross_entropy(

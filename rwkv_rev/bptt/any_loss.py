@@ -40,7 +40,7 @@ from rwkv_rev.bptt.unchanged import changed_tensor, unchanged, watched
 from rwkv_rev.errors import ReversalMismatchError, StrategyError
 from rwkv_rev.first_order import first_order
 from rwkv_rev.foreign_code import Strangers
-from rwkv_rev.loss import hooks_withheld
+from rwkv_rev.loss import hooks_withheld, in_dtypes
 from rwkv_rev.module_settings import Place, Settings, first_change, notes_of, settings
 from rwkv_rev.outside_leaves import OutsideLeaves
 from rwkv_rev.reversal.fingerprint import checksum
@@ -92,7 +92,7 @@ class _HiddenStates(torch.autograd.Function):
         with torch.inference_mode(False):  # whose tensors no graph may hold
             given = [g.clone() if g is not None and g.is_inference() else g for g in (to_hidden, *to_state)]
             found = reading.context.run(reading.backward, given[0], given[1:])
-        return (None, *(g if g is None else g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True)))
+        return (None, *in_dtypes(found, ctx.dtypes))
 
 
 class _Reading:
@@ -161,6 +161,7 @@ class _Reading:
                 sweep.tape,
             ):
                 result = backward_sweep(sweep, self._runner, self._last, to_end)
+                result.refuse()
         finally:
             random_state.restore(now)
         objective.compare()

@@ -1,5 +1,6 @@
 """The second sweep: from the last chunk to the first, states back and gradients with them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from rwkv_rev.cells.block import ExactStates, FloatStates
 from rwkv_rev.errors import ReversalMismatchError
 from rwkv_rev.loss import add_gradients
 from rwkv_rev.outside_leaves import OutsideLeaves
+from rwkv_rev.reversal.host_copy import start_copy
 from rwkv_rev.state import ModelState
 from rwkv_rev.weight_product import WeightProduct
 
@@ -33,13 +35,18 @@ LIKELY_CAUSES = (
 
 @dataclass
 class SweepResult:
-    """Loss, state after the last token, and gradients by parameters, the first state and the embeddings."""
+    """Loss, state after the last token, and gradients by parameters, the first state and the embeddings.
+
+    ``refuse`` must be called before any of it is handed out: it waits for the device, and raises what
+    :func:`backward_sweep` says.
+    """
 
     loss: Tensor
     end: ModelState
     to_parameters: list[Tensor | None]
     to_first: ModelState
     to_embeds: Tensor | None
+    refuse: Callable[[], None]
 
 
 @dataclass
@@ -82,6 +89,10 @@ def backward_sweep(
     """Gradients of all chunks, from the last, whose exact ``states`` before it are given, to the first.
 
     ``gradient``: of a further objective, by the values of each layer's states after the last chunk; None without one.
+
+    Raises:
+        ReversalMismatchError: a layer did not compute the same in both sweeps. On a GPU by the result's ``refuse``.
+        StrategyError: a tensor that is no parameter takes part; likewise.
     """
     tensors = sweep.parameters.tensors
     whole = (
@@ -96,12 +107,18 @@ def backward_sweep(
             # whoever draws after this loss goes on from the last token, not from the first chunk
             following = random_state.capture(sweep.places)
         if sweep.device.type != "cuda":  # there once, at the end: no chunk waits for the one before
-            compare(sweep, sums)
-    compare(sweep, sums)
+            comparison(sweep, sums)()
+    compare = comparison(sweep, sums)
+    if sweep.sharded is not None or sweep.inputs.group is not None:
+        compare()  # before anything is exchanged
     if sweep.sharded is not None:
         sweep.sharded.wait_backwards(sums.take)
     runner.finish(sums)
-    sums.outside.refuse()
+
+    def refuse() -> None:
+        compare()
+        sums.outside.refuse()
+
     assert sums.loss is not None and sums.end is not None and gradient is not None and following is not None
     random_state.restore(following)
     kind = type(sweep.inputs.state)
@@ -111,6 +128,7 @@ def backward_sweep(
         sums.parameters,
         _by_first(kind, gradient),
         torch.cat(sums.embeds[::-1], dim=1) if sums.embeds else None,
+        refuse,
     )
 
 
@@ -154,24 +172,27 @@ def differentiate(
     return found.states, found.to_start
 
 
-def compare(sweep: "Sweep", sums: Sums) -> None:
-    """Take the checks off the list.
+def comparison(sweep: "Sweep", sums: Sums) -> Callable[[], None]:
+    """Take the checks off the list; what is returned looks at them, and waits for the device only then.
 
     A loss that is not finite is not looked into: infinities and NaN have no bits to rely on, and it is conspicuous.
 
     Raises:
-        ReversalMismatchError: a layer did not compute the same in both sweeps.
+        ReversalMismatchError: by what is returned, where a layer did not compute the same in both sweeps.
     """
     taken = sums.checks.copy()
     sums.checks.clear()
-    if not taken or bool(torch.cat([exactly for _, exactly in taken]).all()):
-        return
-    if sums.loss is None or not bool(sums.loss.isfinite()):
-        return
-    for index, exactly in taken:
-        if not exactly.all():
-            layer, chunk = int((~exactly).nonzero()[0]), sweep.chunks[index]
-            raise ReversalMismatchError(
-                f"layer {layer} computed other numbers for chunk {index} (tokens {chunk.start} to {chunk.stop - 1}) "
-                f"in the second sweep than in the first. {LIKELY_CAUSES}"
-            )
+    same = start_copy(torch.cat([exactly for _, exactly in taken]).all()) if taken else None
+
+    def look() -> None:
+        if same is None or bool(same()) or sums.loss is None or not bool(sums.loss.isfinite()):
+            return
+        for index, exactly in taken:
+            if not exactly.all():
+                layer, chunk = int((~exactly).nonzero()[0]), sweep.chunks[index]
+                raise ReversalMismatchError(
+                    f"layer {layer} computed other numbers for chunk {index} (tokens {chunk.start} to "
+                    f"{chunk.stop - 1}) in the second sweep than in the first. {LIKELY_CAUSES}"
+                )
+
+    return look

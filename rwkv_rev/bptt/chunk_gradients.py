@@ -70,9 +70,11 @@ class Parameters:
         self.of_layer: list[Sequence[int]] = [range(len(self.tensors)) for _ in model.blocks]
         if not foreign:
             begun = [[] if starts is None else flat(starts[number]) for number in range(len(model.blocks))]
-            own = ([*block.parameters(), *start] for block, start in zip(model.blocks, begun, strict=True))
-            ids = ({id(tensor) for tensor in tensors} for tensors in own)
-            self.of_layer = [sorted(places[each] for each in found if each in places) for found in ids]
+            for number, (block, start) in enumerate(zip(model.blocks, begun, strict=True)):
+                own = [*start]
+                for module in block.modules():  # without the names that ``parameters()`` makes of each
+                    own += module._parameters.values()
+                self.of_layer[number] = sorted({places[id(one)] for one in own if id(one) in places})
         self.maps = [] if foreign or not isinstance(model, nn.Module) else plain_maps(model, places)
         """Linear maps that add their weights' gradients themselves, and the indices of these."""
 

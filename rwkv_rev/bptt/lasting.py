@@ -247,14 +247,20 @@ class Recordings:
 
     def hand_over(self, sweep: "Sweep", sums: Sums) -> None:
         """Copy what of a step's sums could be written to by the next one."""
+        places, totals = [], []
         for index, (total, parameter) in enumerate(
             zip(sums.parameters, sweep.parameters.tensors, strict=True)
         ):
-            handed_out = parameter.dtype == torch.float16 or (
-                total is not None and total.dtype == parameter.dtype
-            )
-            if total is not None and total is self._sums[index] and handed_out:
-                sums.parameters[index] = total.clone()
+            if total is None or total is not self._sums[index]:
+                continue
+            if parameter.dtype in (torch.float16, total.dtype):  # else it is handed out in another dtype
+                places.append(index)
+                totals.append(total)
+        copies = [torch.empty_like(total) for total in totals]
+        if copies:
+            torch._foreach_copy_(copies, totals)
+        for index, copy in zip(places, copies, strict=True):
+            sums.parameters[index] = copy
 
     def leaves(self, room: int = 0) -> bool:
         """Whether the device has memory left beside them, and ``room`` bytes more."""
@@ -289,7 +295,9 @@ class LastingRunner(Runner):
     def __init__(self, sweep: "Sweep", recordings: Recordings) -> None:
         super().__init__(sweep)
         self._recordings = recordings
-        sweep.first = cloned(sweep.first)  # with all that is computed of them, which three runs ask for
+        sweep.first = [  # with all that is computed of them, which three runs ask for
+            tuple(state.of_computed(state.computed()) for state in layer) for layer in sweep.first
+        ]
 
     def advance(self, chunk: Chunk, states: list[ExactStates]) -> list[ExactStates]:
         if not self._same(chunk):

@@ -58,7 +58,7 @@ from rwkv_rev.distributed.sharded_reading import gathered
 from rwkv_rev.distributed.shards import any_sharded, reshard
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.foreign_code import Strangers
-from rwkv_rev.loss import FinishedGradients
+from rwkv_rev.loss import FinishedGradients, finished
 from rwkv_rev.remnants import choose_remnants
 from rwkv_rev.reversal.memory import Remnant
 from rwkv_rev.reversal.tape import Tape
@@ -76,15 +76,20 @@ class TwoSweeps(Strategy):
     exact = True
 
     def loss(self, model: LanguageModel, inputs: LossInputs) -> LossResult:
-        if not torch.is_grad_enabled() or not trainable(list(model.parameters()), inputs):
+        parameters: list[Tensor] = list(model.parameters())
+        leaves = trainable(parameters, inputs) if torch.is_grad_enabled() else []
+        if not leaves:
             return self.untrained(model, inputs)
         reshard(model.blocks)
-        with gathered(cast(nn.Module, model)):
-            return self._by_sweeps(model, inputs)
+        with gathered(cast(nn.Module, model)) as changed:
+            if changed:
+                parameters = list(model.parameters())
+                leaves = trainable(parameters, inputs)
+            return self._by_sweeps(model, inputs, parameters, leaves)
 
-    def _by_sweeps(self, model: LanguageModel, inputs: LossInputs) -> LossResult:
-        parameters: list[Tensor] = list(model.parameters())
-        leaves = trainable(parameters, inputs)
+    def _by_sweeps(
+        self, model: LanguageModel, inputs: LossInputs, parameters: list[Tensor], leaves: list[Tensor]
+    ) -> LossResult:
         if any_sharded(parameters):
             from rwkv_rev.distributed.sharded_blocks import refuse_other_shards
 
@@ -146,6 +151,8 @@ class TwoSweeps(Strategy):
         warn_of_coarse_heads(sweep)
         found_roles = roles(inputs, sweep.parameters.tensors, result)
         loss, gradients = over_the_group(inputs, result.loss, leaves, in_order(leaves, found_roles))
+        gradients = finished(gradients, leaves)
+        result.refuse()  # only now: the device has been busy with the last chunk
         return loss, tuple(result.end.tensors()), gradients
 
     def _lifted(self, model: LanguageModel, inputs: LossInputs, parameters: list[Tensor]) -> bool:

@@ -31,11 +31,11 @@ def plain_maps(model: nn.Module, places: dict[int, int]) -> list[tuple[nn.Linear
     """
     found: list[tuple[nn.Linear, int]] = []
     for module in model.modules():
-        if not isinstance(module, nn.Linear) or id(module.weight) not in places:
+        if type(module) is not nn.Linear or "forward" in vars(module):  # no map, or another tool's own
             continue
-        derived = type(module) is not nn.Linear or "forward" in vars(module)  # another tool's own
-        if not derived and module.bias is None and _adds(module.weight):
-            found.append((module, places[id(module.weight)]))
+        weight = module.weight
+        if id(weight) in places and module.bias is None and _adds(weight):
+            found.append((module, places[id(weight)]))
     return found
 
 

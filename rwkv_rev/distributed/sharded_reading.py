@@ -38,10 +38,13 @@ def go_along_with_calls(model: Any, calls: int) -> None:
 
 
 @contextmanager
-def gathered(*modules: nn.Module) -> Iterator[None]:
-    """What is not a block, whole and without FSDP2's hooks inside, where it is sharded; blocks without hooks."""
+def gathered(*modules: nn.Module) -> Iterator[bool]:
+    """What is not a block, whole and without FSDP2's hooks inside, where it is sharded; blocks without hooks.
+
+    Gives whether there was anything to do: modules hold other parameters then.
+    """
     if not (in_a_group() and any(hasattr(p, "unshard") for module in modules for p in module.modules())):
-        yield
+        yield False
         return
     from rwkv_rev.distributed.sharded_blocks import unhooked, units_outside
 
@@ -49,7 +52,7 @@ def gathered(*modules: nn.Module) -> Iterator[None]:
         for unit in units_outside(module):
             unit.unshard()
     with unhooked(part for module in modules for part in module.modules()):
-        yield
+        yield True
 
 
 @contextmanager
