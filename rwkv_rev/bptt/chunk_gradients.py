@@ -71,7 +71,7 @@ class Parameters:
         if not foreign:
             begun = [[] if starts is None else flat(starts[number]) for number in range(len(model.blocks))]
             for number, (block, start) in enumerate(zip(model.blocks, begun, strict=True)):
-                own = [*start]
+                own: list[Any] = [*start]
                 for module in block.modules():  # without the names that ``parameters()`` makes of each
                     own += module._parameters.values()
                 self.of_layer[number] = sorted({places[id(one)] for one in own if id(one) in places})

@@ -186,6 +186,7 @@ class ReversibleCell(nn.Module, ABC):
         """What chunks of C = ``length`` tokens need of the weights beyond themselves, computed once per sweep.
 
         None, or a :class:`Plan`. A cell that :attr:`passes_between_ranks` is told how many of them are run here, too.
+        A class may make those of several layers in few launches, as of :meth:`exact` (:mod:`rwkv_rev.cells.at_once`).
         """
 
     @abstractmethod
