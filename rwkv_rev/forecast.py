@@ -278,9 +278,7 @@ def _forecast(name: str, run: _Run) -> StrategyForecast:
             kind = "lifted" if lifted else "own"
             if name == "checkpoint" or pieces > 1:  # a border forgets all
                 kind = "whole"
-            one = record_bytes(
-                kind, config, run.log_decays, batch, run.ranks * run.chunk, narrow=run.narrow
-            )
+            one = record_bytes(kind, config, run.log_decays, batch, run.ranks * run.chunk, narrow=run.narrow)
             tape = recorded * math.ceil(one / (run.ranks * ALIGNMENT)) * ALIGNMENT
     return StrategyForecast(
         strategy=name,
@@ -376,8 +374,8 @@ def record_bytes(
 ) -> int:
     """What one chunk puts on the tape: tensors of all layers, each rounded up to the tape's alignment.
 
-    ``kind``: ``whole`` states, ``lifted`` remnants (an estimate), or the architecture's ``own``. ``narrow``: activations
-    are in 16 bits.
+    ``kind``: ``whole`` states, ``lifted`` remnants (an estimate), or the architecture's ``own``. ``narrow``:
+    activations are in 16 bits.
     """
     cost, shift = config.architecture.cost, (2 if narrow else NUMBER) * batch * config.hidden_size
     total = 0
