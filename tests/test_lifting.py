@@ -6,7 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rwkv_rev.reversal.fixed_point import NON_FINITE, FixedPoint
+from rwkv_rev.reversal.decay_arithmetic import NON_FINITE
+from rwkv_rev.reversal.fixed_point import FixedPoint
 from rwkv_rev.reversal.lifting import LIFTED, KeptLifted, Lift, Lifted, LiftedRemnant, LiftingPlan, Transition
 from rwkv_rev.wkv import wkv7, wkv7_transition
 

@@ -11,14 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rwkv_rev.reversal.fixed_point import (
-    COARSE_BITS,
-    NON_FINITE,
-    SMALLEST_EXPONENT,
-    TARGET_BITS,
-    FixedPoint,
-    decay_plan,
-)
+from rwkv_rev.reversal.decay_arithmetic import NON_FINITE, SMALLEST_EXPONENT, TARGET_BITS
+from rwkv_rev.reversal.fixed_point import COARSE_BITS, FixedPoint, decay_plan
 
 pytest.importorskip("triton")
 

@@ -170,10 +170,9 @@ class TimeMixRwkv5(ShiftedCell):
         )
 
     def memory_plan(self, length: int, piece: int | None = None) -> MemoryPlan:
-        log_decay = self.log_decay()
-        return MemoryPlan(
-            decay_plan(log_decay, length), wkv5_plan(log_decay, length if piece is None else piece)
-        )
+        log_decay, wide = self.log_decay(), self.memory_dtype() == torch.float64
+        reversal = decay_plan(log_decay, length, wide=wide)
+        return MemoryPlan(reversal, wkv5_plan(log_decay, length if piece is None else piece))
 
     @classmethod
     def memory_plan_at_once(
@@ -190,7 +189,7 @@ class TimeMixRwkv5(ShiftedCell):
         ]
 
     def exact_memory(self, memory: Tensor) -> FixedPoint:
-        return FixedPoint.of(memory)
+        return FixedPoint.of(memory, wide=self.memory_dtype() == torch.float64)
 
     @classmethod
     def exact_memory_at_once(

@@ -164,7 +164,7 @@ class TimeMixRwkv6(ShiftedCell):
         return torch.exp(log_factor).to(update.dtype)[..., None] * memory + update
 
     def exact_memory(self, memory: Tensor) -> DataDecayed:
-        return DataDecayed.of(memory)
+        return DataDecayed.of(memory, wide=self.memory_dtype() == torch.float64)
 
     @classmethod
     def exact_memory_at_once(

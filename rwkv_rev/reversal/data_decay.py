@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_rev.reversal.fixed_point import FixedPoint, remnant_bits
+from rwkv_rev.reversal.fixed_point import FixedPoint
 from rwkv_rev.reversal.on_grid import OnGrid
 from rwkv_rev.reversal.packing import BitPacking
 
@@ -61,7 +61,7 @@ def advance(memory: FixedPoint, contribution: Tensor, decay: Tensor) -> tuple[Fi
     """
     factor = decay[..., None]
     after, kept, raised = memory.decayed(contribution, factor)
-    return after, DataRemnant(remnant_bits(decay), raised, memory, kept, factor)
+    return after, DataRemnant(memory.arithmetic.bits(decay), raised, memory, kept, factor)
 
 
 def retreat(memory: FixedPoint, contribution: Tensor, decay: Tensor, remnant: "KeptRemnant") -> FixedPoint:
@@ -70,7 +70,7 @@ def retreat(memory: FixedPoint, contribution: Tensor, decay: Tensor, remnant: "K
     if remnant.widths is None:
         mantissa = remnant.packed.view_as(memory.mantissa)
     else:
-        packing = BitPacking(remnant.widths.tolist(), memory.mantissa.device)
+        packing = BitPacking(remnant.widths.tolist(), memory.mantissa.device, memory.mantissa.dtype)
         rho = packing.unpack(remnant.packed, torch.Size((1, rows, columns))).view_as(memory.mantissa)
         whole = packing.whole.view(decay.shape)[..., None]
         mantissa = memory.undecayed(contribution, decay[..., None], rho, whole)
@@ -90,7 +90,7 @@ class DataRemnant:
         widths: [B, H, N] int64, bits of each row's remnant.
         raised: [B, H] bool, heads whose grid rose.
         before: the state before the chunk (a reference, not a copy).
-        kept: D, int32. decay: Lambda [B, H, N, 1].
+        kept: D, a mantissa. decay: Lambda [B, H, N, 1].
     """
 
     widths: Tensor
@@ -115,7 +115,7 @@ class DataRemnant:
         widths, raised = size[: self.widths.numel()], size[self.widths.numel() :]
         rows = (1, self.widths.numel(), mantissa.shape[-1])
         rho = self.before.forgotten(self.kept, self.decay)
-        packing = BitPacking(widths.tolist(), mantissa.device)
+        packing = BitPacking(widths.tolist(), mantissa.device, mantissa.dtype)
         found = [packing.pack(rho.view(rows), mantissa.view(rows)), self.widths.flatten().to(torch.uint8)]
         heads = raised.nonzero()[:, 0].to(mantissa.device)
         if len(heads):
@@ -141,7 +141,7 @@ class KeptRemnant:
     def of(cls, tensors: list[Tensor]) -> "KeptRemnant":
         """From what :meth:`DataRemnant.tensors` kept."""
         first, second, *raised = tensors
-        if first.dtype == torch.int32:
+        if first.dtype != torch.uint8:
             everyone = torch.arange(second.numel(), device=second.device)
             return cls(first, None, (everyone, first.flatten(0, 1), second.flatten()))
         return cls(first, second, (raised[0], raised[1], raised[2]) if raised else None)

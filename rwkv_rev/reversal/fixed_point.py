@@ -3,24 +3,25 @@
 S is held as integers on a power-of-two grid, ``S = mantissa * 2**exponent``, one exponent per batch row and head,
 only ever rising. A chunk of n valid tokens multiplies by ``Lambda = w**n`` and adds its contribution U:
 
-    D   = round(Lambda * S)            in float64
+    D   = round(Lambda * S)
     S'  = D + round(U / grid)
     rho = S - base(D),   base(D) = ceil((D - 1/2) / Lambda)      the remnant
 
-and in reverse ``D = S' - round(U / grid)``, ``S = base(D) + rho``. Every quantity is an integer that float64 holds
-exactly or a float64 expression evaluated twice on the same bits, so S comes back exactly whatever the rounding of
-the division. ``base(D)`` is the least integer that Lambda sends to D: rho counts from there and needs
-``log2(1/Lambda)`` bits rounded up (at most one more), the information the decay destroys (MacKay et al. 2018,
-"Reversible Recurrent Neural Networks", section 3, account for it in the same way, with rational decays and a
-buffer). Where that is 32 bits or more the mantissa itself is the remnant.
+and in reverse ``D = S' - round(U / grid)``, ``S = base(D) + rho``. Every quantity is a whole number that is held exactly
+or an expression evaluated twice on the same bits, so S comes back exactly whatever the rounding of the division.
+Mantissas have 31 bits, and 61 in models in float64: :mod:`rwkv_rev.reversal.decay_arithmetic`. ``base(D)`` is the
+least integer that Lambda sends to D: rho counts from there and needs ``log2(1/Lambda)`` bits rounded up (at most one
+more), the information the decay destroys (MacKay et al. 2018, "Reversible Recurrent Neural Networks", section 3,
+account for it in the same way, with rational decays and a buffer). Where those are 32 bits the narrow mantissa itself
+is the remnant.
 
 The width of rho follows from Lambda alone, so packing needs no look at the data (no host synchronisation). Only a
 *rise* of the grid does: those heads keep their mantissa whole. A state that has overflowed to inf or NaN stays
 non-finite for good (:data:`NON_FINITE`): a diverged run ends in a NaN loss, never in plausible integers.
 
 Limit: the grid never falls. A state is as precise as 2**-27 of the largest number its head has held since the start
-of the context, so after a spike of 10,000 times the usual size states have some 1e-4 relative error until the end;
-:meth:`FixedPoint.coarse` finds heads that have come to this.
+of the context (2**-58 in float64), so after a spike of 10,000 times the usual size states have some 1e-4 relative error
+until the end; :meth:`FixedPoint.coarse` finds heads that have come to this.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,28 +32,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rwkv_rev.reversal.decay_arithmetic import (
+    LARGEST,
+    NON_FINITE,
+    SMALLEST_EXPONENT,
+    TARGET_BITS,
+    Arithmetic,
+    arithmetic_of,
+    exponent_for,
+    power,
+    risen,
+)
 from rwkv_rev.reversal.fingerprint import head_fingerprints
 from rwkv_rev.reversal.host_copy import start_copy
 from rwkv_rev.reversal.packing import BitPacking
 from rwkv_rev.wkv.dispatch import choose_kernel
 
-LARGEST = 2**31 - 2
-"""Largest magnitude before rounding (so that int32 holds it after); above it the grid rises."""
-TARGET_BITS = 27
-"""Bits of the largest mantissa after a rise: 3 more than float32 keeps, 4 doublings below the next rise."""
-SMALLEST_EXPONENT = -200
 COARSE_BITS = 12
 """Below it even a head's largest number is off by more than 1e-4 of itself."""
-NON_FINITE = 1024
-"""Exponent of a head that holds inf or NaN: ``2**1024`` is inf in float64, so all its values are inf or NaN."""
 AT_ONCE = 2**24
 """Numbers of several states that are put on their grids at once: 128 MiB in float64."""
-_FLOAT64_BIAS = 1023
-_FLOAT64_MANTISSA_BITS = 52
 ROOM = 2.0**-0.125
 """Factor on a chunk's decay for which a kernel's layout has room: an eighth of a bit per element."""
-SLACK = 2.0**-19
-"""Bound on the float64 error of ``Lambda * S`` and of the division, in units of the grid, with room to spare."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class FixedPoint:
     """A state on its grid.
 
     Attributes:
-        mantissa: [B, H, N, N] int32.
+        mantissa: [B, H, N, N] int32, or int64 of a model in float64.
         exponent: [B, H] int32; the state's value is ``mantissa * 2**exponent``.
         floats: the value in float32, where the kernel that made the state gave it.
         prints: the fingerprint, likewise.
@@ -74,22 +75,27 @@ class FixedPoint:
     found_coarse: Tensor | None = None
 
     @classmethod
-    def of(cls, value: Tensor) -> "FixedPoint":
-        """The grid state nearest to a float state [B, H, N, N]."""
+    def of(cls, value: Tensor, *, wide: bool = False) -> "FixedPoint":
+        """The grid state nearest to a float state [B, H, N, N]; ``wide``: of 61 bits, as a model in float64 has."""
+        own = arithmetic_of(wide=wide)
         value = value.double()
-        exponent = _exponent_for(value.abs().amax(dim=(2, 3))).clamp(max=NON_FINITE)
-        mantissa = (value * _power(-exponent)).round_().to(torch.int32)
-        return cls(mantissa, exponent)
+        exponent = exponent_for(value.abs().amax(dim=(2, 3)), own.target_bits).clamp(max=NON_FINITE)
+        return cls(own.units(value, exponent).to(own.dtype), exponent)
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """Of the mantissa's format."""
+        return arithmetic_of(wide=self.mantissa.dtype == torch.int64)
 
     @classmethod
-    def of_each(cls, values: Sequence[Tensor]) -> list["FixedPoint"]:
+    def of_each(cls, values: Sequence[Tensor], *, wide: bool = False) -> list["FixedPoint"]:
         """:meth:`of` of several float states of one shape, and what is asked of them first, in few launches."""
         if len({(value.shape, value.dtype, value.device) for value in values}) > 1:
-            return [cls.of(value) for value in values]
+            return [cls.of(value, wide=wide) for value in values]
         found: list[FixedPoint] = []
         rows, several = len(values[0]), max(1, AT_ONCE // max(1, values[0].numel()))
         for start in range(0, len(values), several):
-            whole = cls.of(torch.cat(list(values[start : start + several])))
+            whole = cls.of(torch.cat(list(values[start : start + several])), wide=wide)
             found += map(cls, *(tensor.split(rows) for tensor in whole.computed()))
         return found
 
@@ -97,7 +103,7 @@ class FixedPoint:
         """The state [B, H, N, N] as floats, rounded once."""
         if self.floats is not None and dtype == torch.float32:
             return self.floats
-        return (self.mantissa.double() * _power(self.exponent)).to(dtype)
+        return (self.mantissa.double() * power(self.exponent)).to(dtype)
 
     def advance(
         self, contribution: Tensor, count: Tensor | None, plan: "DecayPlan"
@@ -121,41 +127,29 @@ class FixedPoint:
         return after, MemoryRemnant(pack, raised, self)
 
     def decayed(self, contribution: Tensor, decay: Tensor) -> tuple["FixedPoint", Tensor, Tensor]:
-        """S' = D + round(U / grid) by ``decay`` [B or 1, H, N, 1] float64; D int32, and the heads [B, H] that rose."""
-        decayed = decay * self.mantissa
-        unit = contribution.double() * _power(-self.exponent)
-        largest = (decayed + unit).abs_().amax(dim=(2, 3))
-        raised = ~(largest <= LARGEST)  # NaN too
-        exponent = torch.where(raised, self.exponent + _exponent_for(largest), self.exponent).clamp(
-            max=NON_FINITE
-        )
-        shrink = _power(self.exponent - exponent)
-        decayed = decayed.mul_(shrink).round_()
-        after = unit.mul_(shrink).round_().add_(decayed).to(torch.int32)
-        return FixedPoint(after, exponent), decayed.to(torch.int32), raised
+        """S' by ``decay`` [B or 1, H, N, 1] float64, the mantissa D, and the heads [B, H] that rose."""
+        found = self.arithmetic.decayed(self.mantissa, self.exponent, contribution, decay)
+        return FixedPoint(found.mantissa, found.exponent), found.kept, found.raised
 
     def units(self, contribution: Tensor) -> Tensor:
-        """A contribution [B, H, N, N] in units of the grid, float64."""
-        return contribution.double() * _power(-self.exponent)
+        """A contribution [B, H, N, N] in units of the grid, float64, not rounded."""
+        return contribution.double() * power(-self.exponent)
 
     def nearest(self, units: Tensor) -> "FixedPoint":
-        """The state nearest to ``units`` of this grid [B, H, N, N], float64; the grid rises where it must."""
-        largest = units.abs().amax(dim=(2, 3))
-        raised = ~(largest <= LARGEST)  # NaN too
-        exponent = torch.where(raised, self.exponent + _exponent_for(largest), self.exponent).clamp(
-            max=NON_FINITE
-        )
-        mantissa = (units * _power(self.exponent - exponent)).round_().to(torch.int32)
+        """The state of 31 bits nearest to ``units`` of this grid [B, H, N, N], float64; it rises where it must."""
+        _, exponent = risen(units.abs().amax(dim=(2, 3)), self.exponent, LARGEST, TARGET_BITS)
+        mantissa = (units * power(self.exponent - exponent)).round_().to(torch.int32)
         return FixedPoint(mantissa, exponent)
 
     def forgotten(self, kept: Tensor, decay: Tensor) -> Tensor:
-        """rho = S - base(D), int32, where no grid rose; ``kept`` is D."""
-        return _base(kept.double(), decay).neg_().add_(self.mantissa).to(torch.int32)
+        """rho = S - base(D), of the mantissa's format, where no grid rose; ``kept`` is D."""
+        return self.arithmetic.base(kept, decay).neg_().add_(self.mantissa).to(self.mantissa.dtype)
 
     def undecayed(self, contribution: Tensor, decay: Tensor, rho: Tensor, whole: Tensor) -> Tensor:
         """The mantissa before a chunk that left this state; rows in ``whole`` hold it in place of rho."""
-        decayed = (contribution.double() * _power(-self.exponent)).round_().neg_().add_(self.mantissa)
-        return torch.where(whole, rho, _base(decayed, decay).add_(rho).to(torch.int32))
+        decayed = self.arithmetic.units(contribution, self.exponent).neg_().add_(self.mantissa)
+        found = self.arithmetic.base(decayed, decay).add_(rho).to(rho.dtype)
+        return torch.where(whole, rho, found)
 
     def retreat(
         self, contribution: Tensor, count: Tensor | None, remnant: "MemoryRemnant", plan: "DecayPlan"
@@ -305,6 +299,7 @@ class DecayPlan:
         kernels: whether updates run in :mod:`rwkv_rev.reversal.triton_fixed_point`. Their layout has room for decays
             that are a little faster, so that it serves for many steps of a training.
         needed: the widths without that room, likewise; None where they are the same.
+        dtype: of the mantissas.
     """
 
     log_decay: Tensor
@@ -312,11 +307,12 @@ class DecayPlan:
     widths: Callable[[], Tensor]
     kernels: bool = False
     needed: Callable[[], Tensor] | None = None
+    dtype: torch.dtype = torch.int32
 
     @cached_property
     def packing(self) -> BitPacking:
         """Layout of the remnants, [H * N] rows."""
-        return BitPacking(self.widths().tolist(), self.log_decay.device)
+        return BitPacking(self.widths().tolist(), self.log_decay.device, self.dtype)
 
     @cached_property
     def planes(self) -> Any:
@@ -349,51 +345,25 @@ class DecayPlan:
         return torch.exp(count.double()[:, None, None, None] * self.log_decay[None, :, :, None])
 
 
-def decay_plan(log_decay: Tensor, length: int) -> DecayPlan:
-    """Plan for chunks of up to ``length`` tokens; ``log_decay`` [H, N] is log w, natural."""
-    return decay_plans(log_decay[None], length)[0]
+def decay_plan(log_decay: Tensor, length: int, *, wide: bool = False) -> DecayPlan:
+    """Plan for chunks of up to ``length`` tokens; ``log_decay`` [H, N] is log w, natural; ``wide`` as of the state."""
+    return decay_plans(log_decay[None], length, wide=wide)[0]
 
 
-def decay_plans(log_decay: Tensor, length: int) -> list[DecayPlan]:
+def decay_plans(log_decay: Tensor, length: int, *, wide: bool = False) -> list[DecayPlan]:
     """:func:`decay_plan` of each layer in ``log_decay`` [L, H, N]."""
     log_decay = log_decay.detach().double()
     decay = torch.exp(length * log_decay)
+    own = arithmetic_of(wide=wide)
     fused = choose_kernel(None, torch.empty(0, device=log_decay.device)) == "triton"
-    kernels = fused and log_decay.shape[2] % 8 == 0
+    kernels = fused and log_decay.shape[2] % 8 == 0 and not wide
     room = torch.where(decay == 1, decay, decay * ROOM) if kernels else decay
-    bits = start_copy(remnant_bits(torch.stack([decay, room]) if kernels else decay[None]).flatten(2))
+    bits = start_copy(own.bits(torch.stack([decay, room]) if kernels else decay[None]).flatten(2))
 
     def plan(layer: int) -> DecayPlan:
         needed = (lambda: bits()[0, layer]) if kernels else None
         widths = lambda: bits()[-1, layer]  # noqa: E731
-        return DecayPlan(log_decay[layer], decay[layer, None, :, :, None], widths, kernels, needed)
+        factor = decay[layer, None, :, :, None]
+        return DecayPlan(log_decay[layer], factor, widths, kernels, needed, own.dtype)
 
     return [plan(layer) for layer in range(len(decay))]
-
-
-def remnant_bits(decay: Tensor) -> Tensor:
-    """Bits that rho needs for each Lambda in ``decay`` (float64, any shape): 0 for Lambda = 1, 32 for "whole"."""
-    largest = torch.floor(1 / decay + 2 * SLACK).clamp(max=2.0**32)
-    _, bits = torch.frexp(largest)
-    return torch.where(decay == 1, 0, bits.clamp(max=32)).to(torch.int64)
-
-
-def _base(decayed: Tensor, decay: Tensor) -> Tensor:
-    """The least integer that Lambda sends to D, up to :data:`SLACK` (so D itself for Lambda = 1), float64."""
-    return (decayed - 0.5).div_(decay).sub_(SLACK).ceil_()
-
-
-def _power(exponent: Tensor) -> Tensor:
-    """2**exponent [B, H, 1, 1], float64, exact: written into the exponent bits of the format."""
-    bits = (exponent.to(torch.int64) + _FLOAT64_BIAS) << _FLOAT64_MANTISSA_BITS
-    return bits.view(torch.float64)[:, :, None, None]
-
-
-def _exponent_for(largest: Tensor) -> Tensor:
-    """The exponent at which a value of magnitude ``largest`` [B, H] has :data:`TARGET_BITS` bits.
-
-    :data:`SMALLEST_EXPONENT` for 0; for inf and NaN so large that any sum with it exceeds NON_FINITE.
-    """
-    _, exponent = torch.frexp(largest)
-    exponent = torch.where(largest > 0, exponent - TARGET_BITS, SMALLEST_EXPONENT).clamp(-500, 500)
-    return torch.where(largest.isfinite(), exponent, 4 * NON_FINITE).to(torch.int32)

@@ -17,9 +17,9 @@ class OnGrid:
     grid: FixedPoint
 
     @classmethod
-    def of(cls, value: Tensor) -> Self:
-        """The memory nearest to a float state [B, H, N, N]."""
-        return cls(FixedPoint.of(value))
+    def of(cls, value: Tensor, *, wide: bool = False) -> Self:
+        """The memory nearest to a float state [B, H, N, N]; ``wide`` as of :meth:`FixedPoint.of`."""
+        return cls(FixedPoint.of(value, wide=wide))
 
     @classmethod
     def of_each(cls, values: Sequence[Tensor]) -> list[Self]:

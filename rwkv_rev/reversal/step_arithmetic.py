@@ -115,9 +115,17 @@ class Integers:
     def preimages(self, kept: Tensor, decay: Tensor, largest: int) -> tuple[Tensor, Tensor]:
         first = self.least(kept, decay, largest)
         last = (self.least(kept + 1, decay, largest) - first - 1).clamp_(min=0)
-        last = torch.where(last < 1 << 53, last, last & ~1023)  # so that float64 does not round it up
-        _, widths = torch.frexp(last.double())
-        return torch.where(kept == self.lost, self.lost, first), widths.to(torch.int64)
+        return torch.where(kept == self.lost, self.lost, first), self._widths(last)
+
+    def most_widths(self, decay: Tensor) -> Tensor:
+        """Bits that tell apart what z sends to any D, int64: 0 for z = 1, 62 for 0.
+
+        There is room for a z that is 4 of float64's last digits smaller: the same exponential, computed in another
+        place of a vector, may be one smaller.
+        """
+        whole = self._whole(decay)
+        last = torch.div(self._ONE - 1, (whole - (whole >> 50) - 1).clamp_(min=1), rounding_mode="floor")
+        return torch.where(decay == 1, 0, self._widths(last))
 
     def least(self, target: Tensor, decay: Tensor, largest: int) -> Tensor:
         """As above: ``ceil((2**62 D - 2**61) / Z)``.
@@ -133,6 +141,12 @@ class Integers:
         short = target * self._ONE - (self._ONE >> 1) - whole * guess  # modulo 2**64
         found = guess - torch.div(-short, whole, rounding_mode="floor")
         return found.clamp(-largest, largest + 1)
+
+    def _widths(self, last: Tensor) -> Tensor:
+        """Bits of numbers from 0 to ``last``."""
+        last = torch.where(last < 1 << 53, last, last & ~1023)  # so that float64 does not round it up
+        _, widths = torch.frexp(last.double())
+        return widths.to(torch.int64)
 
     def _whole(self, decay: Tensor) -> Tensor:
         """Z, from 1 to 2**62."""
