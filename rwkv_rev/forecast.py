@@ -48,7 +48,8 @@ graph keeps a state in each layer, and kernels what they make of it: 2.5 memorie
 
 Chunks of up to 32 tokens are run several at once (:func:`tokens_at_once`), and forecast so.
 
-The tape's bytes are exact: remnant widths follow from the decays. Heads whose grid rises add a matrix each, once.
+The tape's bytes are exact: remnant widths follow from the decays. Heads whose grid rises add a matrix each, once. (In
+float64 all of it is wider, by about a factor of two, and not forecast by itself.)
 RWKV-6's are the most that any text takes. RWKV-7's are those of whole states, or where they are *lifted* an estimate:
 what the model took that forgets more of the two in docs/lifting.md. Another may take more, at most whole states.
 Ranks that share a context keep a W-th of every record each (:mod:`rwkv_rev.bptt.shared_tape`).

@@ -34,6 +34,8 @@ from rwkv_rev.reversal.drift import division_drift
 FORMATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 STATE_BITS = 32
 """Bits of a state element: no chunk forgets more."""
+WIDE_STATE_BITS = 62
+"""Those of a model in float64."""
 DECAY_QUANTILES = {"25 %": 0.25, "median": 0.5, "75 %": 0.75, "99 %": 0.99}
 """Channels, by how fast they forget, for which :func:`format_limits` looks at plain division."""
 LONGEST_MEASURED = 2048
@@ -55,9 +57,9 @@ def bits_forgotten_per_step(log_decay: Tensor) -> Tensor:
     return -log_decay.double() / math.log(2.0) + 0.0  # 0, not -0
 
 
-def bits_forgotten(log_decay: Tensor, length: int) -> Tensor:
-    """Bits per state element that a chunk of ``length`` tokens forgets, at most :data:`STATE_BITS`; float64."""
-    return (bits_forgotten_per_step(log_decay) * length).clamp(max=STATE_BITS)
+def bits_forgotten(log_decay: Tensor, length: int, most: int = STATE_BITS) -> Tensor:
+    """Bits per state element that a chunk of ``length`` tokens forgets, at most all that it has; float64."""
+    return (bits_forgotten_per_step(log_decay) * length).clamp(max=most)
 
 
 def mantissa_bits(dtype: torch.dtype) -> int:

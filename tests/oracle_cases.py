@@ -276,14 +276,7 @@ class Bounds:
 
 FLOAT32 = Bounds(5e-7, 5e-6, overall=2e-6, each=1e-5, rounding=HALF_ULP)
 FLOAT64 = Bounds(1e-12, 1e-12, overall=1e-11, each=1e-10)
-GRID = Bounds(1e-8, 5e-8, overall=1e-7, each=1e-6, rounding=2.0**-28)
-"""float64 arithmetic on an RWKV-5 state that is held on a grid of 27 to 31 bits."""
 LOSSY = Bounds(1e-6, 1e-6, overall=2e-6, each=2e-5)
-
-
-def float64_bounds(name: str, strategy: str) -> Bounds:
-    on_grid = strategy in ("checkpoint", "reversible", "auto") and not name.endswith(("4", "7"))
-    return GRID if on_grid else FLOAT64
 
 
 def ask(model: RwkvRevForCausalLM, case: Case, strategy: str, chunk: int) -> Answer:

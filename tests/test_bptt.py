@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from bptt_cases import (
-    AGREE,
     AS_CLOSE,
     VERSIONS,
     Outcome,
@@ -244,11 +243,8 @@ def placed(padding: str, row: int, length: int) -> torch.Tensor:
 @pytest.mark.parametrize("strategy", EXACT)
 @pytest.mark.parametrize("version", VERSIONS)
 def test_padded_rows_are_as_alone(version: str, strategy: str, padding: str) -> None:
-    """Loss, gradient and final state of a row do not depend on its padding, its holes and its neighbours.
-
-    In float64, where only the grid of the exact states (2**-27 of the largest element) tells the strategies apart.
-    """
-    tolerance = 1e-10 if strategy == "full" else AGREE
+    """Loss, gradient and final state of a row do not depend on its padding, its holes and its neighbours."""
+    tolerance = 1e-10
     model = tiny_model(version, dtype=torch.float64)
     count = len(ROW_LENGTHS)
     state = random_state(model, count)

@@ -69,7 +69,9 @@ def test_values_are_those_of_a_float64_scan(wide: bool) -> None:
         contribution = torch.randn(2, 3, 8, 8, generator=generator, dtype=torch.float64)
         exact = decay[..., None] * exact + contribution
         state, _ = advance(state, contribution, decay)
-    assert float((state.value(torch.float64) - exact).abs().max() / exact.abs().max()) <= (2.0**-51 if wide else 2.0**-24)
+    assert float((state.value(torch.float64) - exact).abs().max() / exact.abs().max()) <= (
+        2.0**-51 if wide else 2.0**-24
+    )
 
 
 @BOTH

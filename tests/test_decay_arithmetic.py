@@ -52,7 +52,9 @@ def _decayed(state: Tensor, decay: Tensor, *, wide: bool) -> Tensor:
     nothing = torch.zeros(1, 1, *state.shape)
     exponent = torch.zeros(1, 1, dtype=torch.int32)
     own = arithmetic_of(wide=wide)
-    found = own.decayed(state.clamp(-EXTREME[wide] + 1, EXTREME[wide] - 1)[None, None], exponent, nothing, decay[:, None])
+    found = own.decayed(
+        state.clamp(-EXTREME[wide] + 1, EXTREME[wide] - 1)[None, None], exponent, nothing, decay[:, None]
+    )
     assert not found.raised.any()
     return found.kept[0, 0]
 

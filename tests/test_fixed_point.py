@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from test_decay_arithmetic import BOTH, ULP, ladder, mantissas
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from rwkv_rev.reversal.decay_arithmetic import (
     arithmetic_of,
 )
 from rwkv_rev.reversal.fixed_point import DecayPlan, FixedPoint, MemoryRemnant, decay_plan
+
 
 def plan_of(decay: Tensor, *, wide: bool) -> DecayPlan:
     """A plan whose Lambdas are exactly ``decay`` [H, N]."""

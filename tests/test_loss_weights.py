@@ -25,7 +25,6 @@ from oracle_cases import (
     Question,
     Subject,
     case_of,
-    float64_bounds,
     make,
     seeded,
 )
@@ -85,7 +84,7 @@ def test_gradients(
         question.check(strategy, chunk, FLOAT32)
     question.check("full", chunks[0], FLOAT64, torch.float64)
     strategy = ("checkpoint", "reversible")[turn % 2]
-    question.check(strategy, chunks[3], float64_bounds(name, strategy), torch.float64)
+    question.check(strategy, chunks[3], FLOAT64, torch.float64)
     truncated = Question(one, replace(question.case, cut=7))
     truncated.check("truncated", 7, FLOAT64, torch.float64)
 
@@ -99,9 +98,7 @@ def test_whatever_part_of_the_logits_is_made_at_once(
     case = case_of(one, "holes", "scattered", "given")
     question = Question(one, replace(case, weights=random_weights(case.labels.shape)))
     for strategy in ("full", "reversible"):
-        question.check(
-            strategy, 8, FLOAT64 if strategy == "full" else float64_bounds("7", strategy), torch.float64
-        )
+        question.check(strategy, 8, FLOAT64, torch.float64)
 
 
 # --- what weights mean ---------------------------------------------------------------------------------------------
@@ -156,7 +153,7 @@ def test_masked_places_do_not_count() -> None:
     junk = weights.masked_fill(mask == 0, -torch.inf)
     for strategy in ("full", "checkpoint", "reversible"):
         found = differentiate(model, strategy, 8, input_ids=ids, attention_mask=mask, loss_weights=junk)
-        assert_agree(found, expected, 1e-6)
+        assert_agree(found, expected, 1e-11)
 
 
 def test_no_weight_at_all_is_no_label_at_all() -> None:

@@ -11,28 +11,33 @@ from torch import Tensor
 from rwkv_rev.reversal.packing import BitPacking
 
 
-def values_of(bits: list[int], batch: int, columns: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def values_of(
+    bits: list[int], batch: int, columns: int, generator: torch.Generator, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Values with every bit of their widths in play (0, the largest, random), and a tensor for whole rows."""
     rows = []
     for width in bits:
-        highest = 2 ** min(width, 31) - 1
+        highest = 2 ** min(width, 31 if dtype == torch.int32 else 62) - 1
         row = torch.randint(0, highest + 1, (batch, columns), generator=generator)
         ends = torch.randint(0, 3, (batch, columns), generator=generator)
         row = torch.where(ends == 0, highest, torch.where(ends == 1, 0, row))
         rows.append(row)
-    values = torch.stack(rows, dim=1).to(torch.int32)
-    whole = torch.randint(-(2**31), 2**31, values.shape, generator=generator).to(torch.int32)
+    values = torch.stack(rows, dim=1).to(dtype)
+    whole = torch.randint(-(2**31), 2**31, values.shape, generator=generator).to(dtype)
     return values, whole
 
 
-def assert_round_trip(bits: list[int], batch: int, columns: int, seed: int = 0) -> None:
-    packing = BitPacking(bits)
-    values, whole = values_of(bits, batch, columns, torch.Generator().manual_seed(seed))
+def assert_round_trip(
+    bits: list[int], batch: int, columns: int, seed: int = 0, dtype: torch.dtype = torch.int32
+) -> None:
+    packing = BitPacking(bits, dtype=dtype)
+    values, whole = values_of(bits, batch, columns, torch.Generator().manual_seed(seed), dtype)
     packed = packing.pack(values, whole)
     assert packed.dtype == torch.uint8 and packed.dim() == 1
     assert packed.numel() == packing.nbytes(batch, columns)
     expected = torch.where(packing.whole[None, :, None], whole, values)
-    assert torch.equal(packing.unpack(packed, values.shape), expected)
+    found = packing.unpack(packed, values.shape)
+    assert found.dtype == dtype and torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("columns", [1, 3, 8, 64])
@@ -51,6 +56,24 @@ def test_every_width(width: int, columns: int) -> None:
 )
 def test_mixed_widths(bits: list[int], batch: int, columns: int, seed: int) -> None:
     assert_round_trip(bits, batch, columns, seed)
+
+
+@pytest.mark.parametrize("columns", [1, 3, 64])
+@pytest.mark.parametrize("width", range(64))
+def test_every_wide_width(width: int, columns: int) -> None:
+    """Of int64; none of its rows is whole."""
+    assert_round_trip([width] * 3, 2, columns, dtype=torch.int64)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    st.lists(st.integers(0, 63), min_size=1, max_size=20),
+    st.integers(1, 4),
+    st.integers(1, 9),
+    st.integers(0, 99),
+)
+def test_mixed_wide_widths(bits: list[int], batch: int, columns: int, seed: int) -> None:
+    assert_round_trip(bits, batch, columns, seed, torch.int64)
 
 
 def test_size_is_the_sum_of_the_widths() -> None:
@@ -85,3 +108,5 @@ def test_input_is_left_alone_and_need_not_be_contiguous() -> None:
 def test_impossible_widths_are_refused(bits: list[int]) -> None:
     with pytest.raises(ValueError, match="between 0 and 32"):
         BitPacking(bits)
+    with pytest.raises(ValueError, match="between 0 and 63"):
+        BitPacking([2 * width for width in bits], dtype=torch.int64)

@@ -67,11 +67,10 @@ def gradient_of_the_sum(version: str) -> tuple[torch.Tensor, dict[str, torch.Ten
 def test_the_gradient_is_that_of_both_uses(strategy: str, version: str) -> None:
     loss, expected = gradient_of_the_sum(version)
     found = differentiate(tied_model(version, dtype=torch.float64), strategy, 8, input_ids=TOKENS)
-    assert relative_error(found.loss, loss) < 1e-6
+    assert relative_error(found.loss, loss) < 1e-12
     assert found.gradients.keys() == expected.keys()
     errors = {name: relative_error(found.gradients[name], gradient) for name, gradient in expected.items()}
-    # boundary states are kept on a grid of 2^-27
-    assert max(errors.values()) < (1e-9 if strategy == "full" else 2e-6), errors
+    assert max(errors.values()) < 1e-10, errors
 
 
 def test_truncated_in_one_chunk_is_the_gradient() -> None:

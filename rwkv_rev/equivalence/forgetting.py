@@ -6,10 +6,10 @@ A model reads the text in chunks, as the first sweep of ``reversible`` does, and
                chunk forgets: bits that are known beforehand (RWKV-5), or that follow from the text (RWKV-6, and RWKV-7
                with ``remnants="lifted"``)
     theory     what that is at least: of a decay ``log2(1/w)`` bits per token and element, at most the element's 32 per
-               chunk (MacKay et al. 2018, "Reversible Recurrent Neural Networks", section 3); of a transition the same
-               of its singular values; unknown where there is neither
+               chunk, 62 of a model in float64 (MacKay et al. 2018, "Reversible Recurrent Neural Networks", section
+               3); of a transition the same of its singular values; unknown where there is neither
     whole      states at the same boundaries, what ``checkpoint`` keeps: 32 bits a number, where a cell has no other
-               format
+               format; 64 of a model in float64
     tape       all of it: remnants, token shifts, fingerprints and widths
 
 The first chunk is not counted: the state before it is given. Costs a forward pass for every chunk length.
@@ -33,7 +33,7 @@ from rwkv_rev.cells.block import ExactStates
 from rwkv_rev.cells.contract import ReversibleCell, tensors_of
 from rwkv_rev.errors import CheckpointError, ConfigError, DataError
 from rwkv_rev.modeling import RwkvRevForCausalLM
-from rwkv_rev.numerics import bits_forgotten
+from rwkv_rev.numerics import STATE_BITS, WIDE_STATE_BITS, bits_forgotten
 from rwkv_rev.progress import Progress
 from rwkv_rev.reversal.memory import Remnant
 from rwkv_rev.reversal.tape import Tape
@@ -90,7 +90,9 @@ def kept_by(
         whole = sum(tensor.nbytes for tensor in state.tensors()[cell.shifts :] if tensor.numel() in counts)
         found += Kept(
             remnants=8 * sum(sizes[cell.shifts :]),
-            theory=_destroyed(cell, remnant, elements, length),
+            theory=_destroyed(
+                cell, remnant, elements, length, WIDE_STATE_BITS if whole > 4 * elements else STATE_BITS
+            ),
             whole=8 * whole,
             shifts=sum(sizes[: cell.shifts]),
             element_steps=elements * length,
@@ -98,12 +100,12 @@ def kept_by(
     return found
 
 
-def _destroyed(cell: ReversibleCell, remnant: Any, elements: int, length: int) -> float | None:
-    """Bits that a chunk's decay destroyed of a memory of so many elements."""
+def _destroyed(cell: ReversibleCell, remnant: Any, elements: int, length: int, most: int) -> float | None:
+    """Bits that a chunk's decay destroyed of a memory of so many elements, of ``most`` bits each."""
     if (log_decay := cell.log_decay()) is not None:
-        return float(bits_forgotten(log_decay, length).sum()) * elements / log_decay.numel()
+        return float(bits_forgotten(log_decay, length, most).sum()) * elements / log_decay.numel()
     if (factor := cell.divided_by(remnant)) is not None:  # of the whole chunk
-        return float(bits_forgotten(factor.log(), 1).sum()) * elements / factor.numel()
+        return float(bits_forgotten(factor.log(), 1, most).sum()) * elements / factor.numel()
     return None if elements else 0.0
 
 

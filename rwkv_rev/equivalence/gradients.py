@@ -43,7 +43,8 @@ FLOOR = 2e-6
 OVERALL_FLOOR = 5e-7
 """The same over all tensors, 4 units: gradients summed over very many chunks round as often."""
 GRID = 1 / 16
-"""Rounding of boundary states, whose grid is 2^-27 of the largest in float64 too, in terms of float32's 2^-24."""
+"""Rounding of boundary states on a grid of 2^-27 of the largest, which lifted ones have in float64 too, in terms of
+float32's 2^-24."""
 STRATEGIES = ("full", "checkpoint", "reversible", "reversible-lossy", "truncated")
 EXACT = ("checkpoint", "reversible")
 GROUPS = (

@@ -37,7 +37,7 @@ _MOST_SHIFT = 62
 
 
 class Decayed(NamedTuple):
-    """What a chunk leaves: S' and D [B, H, N, M] as mantissas, exponents [B, H] int32, and the heads [B, H] that rose."""
+    """What a chunk leaves: S' and D [B, H, N, M] as mantissas, exponents [B, H], and the heads [B, H] that rose."""
 
     mantissa: Tensor
     kept: Tensor

@@ -44,7 +44,7 @@ def same_bits(one: Tensor, other: Tensor) -> Tensor:
 
 
 def head_fingerprints(mantissa: Tensor, exponent: Tensor) -> Tensor:
-    """Checksum of each head, int64 [B, H], of a fixed-point state [B, H, N, N] int32 and its exponents [B, H]."""
+    """Checksum of each head, int64 [B, H], of a fixed-point state [B, H, N, N], int32 or int64, and its exponents."""
     words = mantissa.flatten(2)
     return (words * _factors(words.shape[2], words.device)).sum(dim=2) * 3 + exponent
 

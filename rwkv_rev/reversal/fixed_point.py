@@ -7,11 +7,11 @@ only ever rising. A chunk of n valid tokens multiplies by ``Lambda = w**n`` and 
     S'  = D + round(U / grid)
     rho = S - base(D),   base(D) = ceil((D - 1/2) / Lambda)      the remnant
 
-and in reverse ``D = S' - round(U / grid)``, ``S = base(D) + rho``. Every quantity is a whole number that is held exactly
-or an expression evaluated twice on the same bits, so S comes back exactly whatever the rounding of the division.
-Mantissas have 31 bits, and 61 in models in float64: :mod:`rwkv_rev.reversal.decay_arithmetic`. ``base(D)`` is the
-least integer that Lambda sends to D: rho counts from there and needs ``log2(1/Lambda)`` bits rounded up (at most one
-more), the information the decay destroys (MacKay et al. 2018, "Reversible Recurrent Neural Networks", section 3,
+and in reverse ``D = S' - round(U / grid)``, ``S = base(D) + rho``. Every quantity is a whole number that is held
+exactly or an expression evaluated twice on the same bits, so S comes back exactly whatever the rounding of the
+division. Mantissas have 31 bits, and 61 in models in float64: :mod:`rwkv_rev.reversal.decay_arithmetic`. ``base(D)`` is
+the least integer that Lambda sends to D: rho counts from there and needs ``log2(1/Lambda)`` bits rounded up (at most
+one more), the information the decay destroys (MacKay et al. 2018, "Reversible Recurrent Neural Networks", section 3,
 account for it in the same way, with rational decays and a buffer). Where those are 32 bits the narrow mantissa itself
 is the remnant.
 

@@ -13,7 +13,7 @@ Hao and Shi 2001 factor a matrix into such steps), so that all that is lost is l
 
 **The same bits in any order of summation.** L and R are used as ``(high + low / 2**q) / 2**q`` with whole high and low,
 q so small that every sum of N products of theirs with 31 bits is a whole number below 2**53: float64 adds them
-exactly. What that rounds off the factors is below 2**-32 for N = 64.
+exactly. What that rounds off the factors is below 2**-32 for N = 64. So models in float64 have 31 bits here, too.
 
 **Bits.** The count of the t that give D is ``floor((D + 1/2) / d) - ceil((D - 1/2) / d) + 1``; rho has the bits that
 tell so many apart (none for most where |d| is near 1, none at all for |d| > 1), and as D is known before rho on the way
