@@ -46,16 +46,15 @@ def test_sizes(version: str) -> None:
 
 @pytest.mark.parametrize("version", ["5.2", "6"])
 def test_a_model_in_float64_has_states_of_twice_the_bits(version: str) -> None:
-    model, chunk, ids = tiny_model(version, dtype=torch.float64).eval(), 48, random_tokens(240)
+    model, chunk, ids = tiny_model(version, dtype=torch.float64).eval(), 48, random_tokens(250)
     (found,) = measure_forgetting(model, ids[0], [chunk]).chunks
     elements = WIDTH * HEAD_SIZE * 4
     for layer in found.layers:
         assert layer.whole == 64 * elements
         risen = 2 * (64 * HEAD_SIZE**2 + 96) * WIDTH // HEAD_SIZE  # the most that heads whose grid rises add
         assert 0 < layer.theory <= layer.remnants <= layer.theory + (1 + 8 / HEAD_SIZE) * elements + risen
-    with model.set_bptt("reversible", chunk_length=chunk):
-        found_tape = differentiate(model, "reversible", chunk, input_ids=ids).report["tape_bytes"]
-    assert found.tape_bytes == found_tape
+    # a gradient keeps nothing of its last chunk
+    assert found.tape_bytes == differentiate(model, "reversible", chunk, input_ids=ids).report["tape_bytes"]
 
 
 def test_what_data_forget(monkeypatch: pytest.MonkeyPatch) -> None:
