@@ -22,7 +22,7 @@ from rwkv_rev.cells.token_cell import TokenCell
 from rwkv_rev.wkv import use_kernel
 
 # Relative to each tensor's RMS (gradients, float64) or largest element (states, outputs).
-GRADIENT_TOLERANCE = 1e-10
+GRADIENT_TOLERANCE = 1e-8  # a norm of two numbers may cancel nearly all
 # of cells whose state is rounded at each token, against plain arithmetic in the same precision
 STEPPED_TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.3}
 VALUE_TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.1}

@@ -122,7 +122,9 @@ def partly_labelled(ids: Tensor) -> Tensor:
     return labels
 
 
-@pytest.mark.parametrize("case", ["plain", "masked", "labels", "loss weights", "states", "rising", "tied"])
+@pytest.mark.parametrize(
+    "case", ["plain", "masked", "labels", "loss weights", "states", "rising", "tied", "float64"]
+)
 @pytest.mark.parametrize("strategy", ["reversible", "checkpoint"])
 @pytest.mark.parametrize("version", ["4", "5.2"])
 def test_replays_are_what_would_have_run(
@@ -130,7 +132,8 @@ def test_replays_are_what_would_have_run(
 ) -> None:
     # chunks of one token: each may lift a grid
     length, chunk = (LENGTH // CHUNK, 1) if case == "rising" else (LENGTH, CHUNK)
-    model, ids = tiny_model(version), random_tokens(length, 2)
+    dtype = torch.float64 if case == "float64" else torch.float32
+    model, ids = tiny_model(version, dtype=dtype), random_tokens(length, 2)
     inputs: dict[str, Any] = {"input_ids": ids}
     if case == "masked":
         inputs["attention_mask"] = holes()

@@ -350,7 +350,9 @@ def test_neftune_adds_to_a_chunk_what_it_adds_to_the_whole(monkeypatch: pytest.M
     full = differentiate(model, "full", input_ids=IDS)
     for strategy in ("checkpoint", "reversible"):
         place, starts = itertools.count(), [0, 8, 16, 24, 16, 8, 0]
-        assert_agree(differentiate(model, strategy, CHUNK, input_ids=IDS), full, AGREE)
+        assert_agree(
+            differentiate(model, strategy, CHUNK, input_ids=IDS), full, 1e-6
+        )  # the hook scales in float32
     assert model.model.embeddings.neftune_noise_alpha == 5
     place, starts = itertools.count(), [0, 8, 16, 24]
     differentiate(model, "truncated", CHUNK, input_ids=IDS)

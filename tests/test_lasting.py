@@ -50,9 +50,15 @@ def lasted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return runs
 
 
-def train(version: str, strategy: str, batches: list[dict[str, Any]], lr: float) -> list[Tensor]:
+def train(
+    version: str,
+    strategy: str,
+    batches: list[dict[str, Any]],
+    lr: float,
+    dtype: torch.dtype = torch.float32,
+) -> list[Tensor]:
     """Losses, gradients and final states of steps of plain gradient descent."""
-    model = tiny_model(version)
+    model = tiny_model(version, dtype=dtype)
     found: list[Tensor] = []
     with model.set_bptt(strategy, chunk_length=CHUNK), use_kernel("naive"):
         for batch in batches:
@@ -111,6 +117,21 @@ def test_steps_are_what_they_would_have_been(
     assert len(lasted) >= 3 and Played.replays > 30
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("strategy", ["reversible", "checkpoint"])
+@pytest.mark.parametrize("version", ["5.2", "6"])
+def test_steps_in_float64(
+    played: Callable[[bool], None], lasted: list[int], version: str, strategy: str
+) -> None:
+    """Whose memories are integers of another width."""
+    given = batches("plain")
+    played(False)
+    expected = train(version, strategy, given, 0.02, torch.float64)
+    played(True)
+    found = train(version, strategy, given, 0.02, torch.float64)
+    assert len(lasted) >= 3
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def step(model: RwkvRevForCausalLM, ids: Tensor) -> dict[str, Tensor]:

@@ -190,7 +190,9 @@ class Recordings:
         tensors = sweep.parameters.tensors
         self._sums: list[Tensor | None] = [None] * len(tensors) if sums is None else sums.copy()
         self._device = sweep.device
-        self._loss = torch.zeros((), dtype=torch.float32, device=sweep.device)
+        in_float64 = any(p.dtype == torch.float64 for p in sweep.model.parameters())
+        dtype = torch.float64 if in_float64 else torch.float32
+        self._loss = torch.zeros((), dtype=dtype, device=sweep.device)
         of_recordings = Sums(self._sums, None, loss=self._loss)  # type: ignore[arg-type]
         torch.cuda.empty_cache()
         others = torch.cuda.memory_reserved(sweep.device)
