@@ -4,6 +4,7 @@ import functools
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from bptt_cases import (
     assert_same_bits,
     checkpoint_blocks,
     differentiate,
+    english,
+    load,
     random_like,
     random_state,
     random_tokens,
@@ -127,6 +130,17 @@ def test_a_packed_row_is_its_documents(name: str, strategy: str, layout: str) ->
     found = differentiate(model, strategy, chunk, input_ids=ids, borders=borders_of(lengths))
     assert_near(found, expected, tolerance_of(name, strategy))
     assert_states(found.state, states[-1], tolerance_of(name, strategy))
+
+
+@pytest.mark.parametrize("version", ["4", "5.2", "6", "7"])
+def test_trained_models_on_text(version: str, bundled: dict[str, Path]) -> None:
+    """In float64, through several chunks; a document over three of them, and one of one token."""
+    lengths = [70, 1, 25]
+    model, ids = load(bundled[version], torch.float64), english(sum(lengths))
+    expected, states = alone(model, "reversible", 24, cut(ids, lengths), sum(lengths) - len(lengths))
+    found = differentiate(model, "reversible", 24, input_ids=ids, borders=borders_of(lengths))
+    assert_near(found, expected, 1e-12)
+    assert_states(found.state, states[-1], 1e-12)
 
 
 @pytest.mark.parametrize("name", [*VERSIONS, *OTHERS])
