@@ -193,7 +193,7 @@ def test_a_failed_check_exits_3(
 
         monkeypatch.setattr(FixedPoint, "retreat", off_by_one)
     else:
-        monkeypatch.setattr(gradients, "AGREEMENT", 1e-12)
+        monkeypatch.setattr(gradients, "AGREEMENT", 1e-18)
         monkeypatch.setattr(gradients, "GRID", 0)
     arguments = [model, "--oracle", "naive", "--tokens", "20", "--context", "24", "--chunk", "6"]
     arguments += ["--no-gradients"] if check == "reversal" else ["--no-reversal"]
