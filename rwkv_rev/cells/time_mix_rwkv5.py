@@ -180,9 +180,10 @@ class TimeMixRwkv5(ShiftedCell):
     ) -> list[MemoryPlan]:
         tokens = length if piece is None else piece
         log_decays = of_all(cells, "log_decay")
-        if not alike(log_decays):
+        dtypes = {cell.memory_dtype() for cell in cells}
+        if not alike(log_decays) or len(dtypes) > 1:
             return [cell.memory_plan(length, piece) for cell in cells]
-        reversal = decay_plans(torch.stack(log_decays), length)
+        reversal = decay_plans(torch.stack(log_decays), length, wide=dtypes == {torch.float64})
         return [
             MemoryPlan(plan, wkv5_plan(log_decay, tokens))
             for plan, log_decay in zip(reversal, log_decays, strict=True)
@@ -195,7 +196,10 @@ class TimeMixRwkv5(ShiftedCell):
     def exact_memory_at_once(
         cls, cells: "Sequence[TimeMixRwkv5]", memories: Sequence[Tensor]
     ) -> list[FixedPoint]:
-        return FixedPoint.of_each(memories)
+        dtypes = {cell.memory_dtype() for cell in cells}
+        if len(dtypes) > 1:
+            return [cell.exact_memory(memory) for cell, memory in zip(cells, memories, strict=True)]
+        return FixedPoint.of_each(memories, wide=dtypes == {torch.float64})
 
     def memory_dtype(self) -> torch.dtype:
         return torch.float64 if self.time_decay.dtype == torch.float64 else torch.float32

@@ -170,7 +170,10 @@ class TimeMixRwkv6(ShiftedCell):
     def exact_memory_at_once(
         cls, cells: "Sequence[TimeMixRwkv6]", memories: Sequence[Tensor]
     ) -> list[DataDecayed]:
-        return DataDecayed.of_each(memories)
+        dtypes = {cell.memory_dtype() for cell in cells}
+        if len(dtypes) > 1:
+            return [cell.exact_memory(memory) for cell, memory in zip(cells, memories, strict=True)]
+        return DataDecayed.of_each(memories, wide=dtypes == {torch.float64})
 
     def memory_dtype(self) -> torch.dtype:
         return torch.float64 if self.decay_base.dtype == torch.float64 else torch.float32

@@ -22,9 +22,9 @@ class OnGrid:
         return cls(FixedPoint.of(value, wide=wide))
 
     @classmethod
-    def of_each(cls, values: Sequence[Tensor]) -> list[Self]:
+    def of_each(cls, values: Sequence[Tensor], *, wide: bool = False) -> list[Self]:
         """:meth:`of` of several float states, in few launches."""
-        return list(map(cls, FixedPoint.of_each(values)))
+        return list(map(cls, FixedPoint.of_each(values, wide=wide)))
 
     def value(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The state [B, H, N, N] as floats, rounded once."""
