@@ -96,6 +96,10 @@ def finetune(
         bool | None,
         typer.Option("--shard-optimizer", help="Spread the optimizer's state over the processes."),
     ] = None,
+    shard_model: Annotated[
+        bool | None,
+        typer.Option("--shard-model", help="Spread weights, gradients and optimizer over the processes."),
+    ] = None,
     context_parallel: Annotated[
         Number,
         typer.Option(parser=whole(), metavar="N", help="Processes that share every row's chunks.  [1]"),

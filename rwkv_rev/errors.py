@@ -14,6 +14,7 @@ _FLAGS = (
     "pack",
     "carry-state",
     "shard-optimizer",
+    "shard-model",
     "checkpoint-blocks",
     "keep-best",
     "sample-chat",

@@ -89,15 +89,28 @@ def alone(shallow: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     return finetune(config), folder / "one"
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("launcher", "launch"),
+    [
+        ("torchrun", []),
+        pytest.param("accelerate", ["--multi_gpu"], marks=pytest.mark.slow),
+        pytest.param("accelerate", ["--use_fsdp", "--fsdp_version", "2"], marks=pytest.mark.slow),
+    ],
+    ids=["torchrun", "accelerate", "its FSDP plugin"],
+)
 def test_same_losses_as_one_process(
-    shallow: dict[str, Path], alone: tuple[FinetuneResult, Path], data: Path, tmp_path: Path, launcher: str
+    shallow: dict[str, Path],
+    alone: tuple[FinetuneResult, Path],
+    data: Path,
+    tmp_path: Path,
+    launcher: str,
+    launch: list[str],
 ) -> None:
     arguments = [
         *options(shallow["5.2"], data, tmp_path / "two", tmp_path / "cache"),
         *("--batch-size", 1, "--grad-accum", 2, "--eval-data", data, "--json"),
     ]
-    done = two_processes(*arguments, launcher=launcher)
+    done = two_processes(*arguments, launcher=launcher, options=launch)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Warning" not in done.stderr and "deprecated" not in done.stderr, done.stderr
     result = json.loads(done.stdout)
@@ -186,16 +199,6 @@ def kill_at_a_checkpoint(arguments: list[object], work: Path, env: dict[str, str
         rank.join()
     psutil.wait_procs(group)
     assert checkpoints(work) and not work.with_name(work.stem).exists(), "killed too late or too early"
-
-
-@pytest.mark.slow
-def test_accelerate_configured_for_fsdp(shallow: dict[str, Path], data: Path, tmp_path: Path) -> None:
-    arguments = options(shallow["5.2"], data, tmp_path / "out", tmp_path / "cache")
-    done = two_processes(*arguments, launcher="accelerate", options=("--use_fsdp", "--fsdp_version", "2"))
-    assert done.returncode != 0
-    errors = {line for line in done.stderr.splitlines() if line.startswith("error: ")}
-    assert len(errors) == 1 and "FSDP, which finetune does not support: use" in errors.pop(), done.stderr
-    assert not (tmp_path / "out.training").exists()
 
 
 @pytest.mark.slow

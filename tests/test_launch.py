@@ -10,7 +10,7 @@ import torch
 from finetune_cases import settings
 
 from rwkv_rev.errors import RwkvRevError
-from rwkv_rev.training.launch import choose_dtype, in_processes, own_device, refuse_launch
+from rwkv_rev.training.launch import choose_dtype, in_processes, own_device, refuse_launch, shards_model
 from rwkv_rev.training.training_arguments import training_arguments
 
 CPU = torch.device("cpu")
@@ -51,7 +51,6 @@ def test_refused_precision(monkeypatch: pytest.MonkeyPatch, asked: str, message:
 @pytest.mark.parametrize(
     ("variable", "name"),
     [
-        ("ACCELERATE_USE_FSDP", "FSDP"),
         ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
         ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
     ],
@@ -60,8 +59,47 @@ def test_split_models_are_refused(monkeypatch: pytest.MonkeyPatch, variable: str
     monkeypatch.setenv(variable, "false")
     refuse_launch()
     monkeypatch.setenv(variable, "true")
-    with pytest.raises(RwkvRevError, match=f"configured for {name}, .*shard_optimizer=True"):
+    with pytest.raises(RwkvRevError, match=f"configured for {name}, .*shard_model=True"):
         refuse_launch()
+
+
+def test_accelerates_fsdp_plugin_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in ("2", None):
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
+        if version is not None:
+            monkeypatch.setenv("FSDP_VERSION", version)
+        assert shards_model(False)
+        assert "ACCELERATE_USE_FSDP" not in os.environ and "FSDP_STATE_DICT_TYPE" not in os.environ
+    assert shards_model(True) and not shards_model(False)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"FSDP_VERSION": "1"}, "version 1, .* --fsdp_version 2"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "offload_params, .* leave it out"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "activation_checkpointing: .*checkpoint_blocks=true"),
+        ({"FSDP_IGNORED_MODULES": "head"}, "ignored_modules, .* leave it out"),
+    ],
+)
+def test_another_fsdp_plugin_is_refused(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+) -> None:
+    for name, value in {"ACCELERATE_USE_FSDP": "true", **variables}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RwkvRevError, match=message):
+        shards_model(False)
+
+
+def test_shards_of_a_parallelism_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_DP_SHARD_SIZE", "2")
+    refuse_launch()
+    assert shards_model(False)
+    monkeypatch.setenv("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "2")
+    with pytest.raises(RwkvRevError, match=r"replicas of shards: .* leave dp_replicate_size out"):
+        shards_model(False)
 
 
 def test_other_ranks_of_a_parallelism_config_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,7 @@ class ContextGroup:
             # what every rank finds out by itself, from the same numbers, or has been told
             if isinstance(error, ContextParallelError):
                 raise
-            if not (_is_of_connections(error) or (self._on_gpu and self._failed)):
+            if not (is_of_connections(error) or (self._on_gpu and self._failed)):
                 self._tell(f"rank {self.rank} of the context group failed: {_in_one_line(error)}")
                 raise
             reason = (
@@ -210,7 +210,7 @@ def _named(name: str, before: str) -> Any:
     return getattr(dist, name, None) or getattr(dist, before)
 
 
-def _is_of_connections(error: BaseException) -> bool:
+def is_of_connections(error: BaseException) -> bool:
     """Whether an error says that another process is not there."""
     text = str(error)
     named = any(

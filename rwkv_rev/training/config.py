@@ -24,6 +24,7 @@ from rwkv_rev.training.plain_yaml import NotPlain, parse_yaml, read_yaml
 from rwkv_rev.training.records import FORMATS, TRAIN_ON, refuse_half_named
 from rwkv_rev.training.setting_bounds import LEAST, MOST
 from rwkv_rev.training.setting_types import as_type, described
+from rwkv_rev.training.sharding_settings import refuse_sharding
 
 TUNE = ("full", "lora", "state")
 QUANTISE = ("nf4", "int8")
@@ -103,6 +104,8 @@ class FinetuneConfig:
         lora_dropout: share of their inputs that is dropped in training.
         lora_targets: linear maps that get an addition, by name; all but the head when empty.
         shard_optimizer: with several processes, each keeps its share of the optimizer's state (ZeRO stage 1).
+        shard_model: with several processes, each keeps its part of every weight, of its gradient and of the optimizer's
+            state (FSDP2, block by block); so does accelerate's FSDP plugin of version 2.
         context_parallel: W, processes that share every row: each has a W-th of every chunk's tokens, of which
             ``chunk_length`` counts all. Several such groups take rows of their own.
         checkpoint_blocks: keep only each block's input inside a chunk: less memory, a third more time.
@@ -170,6 +173,7 @@ class FinetuneConfig:
     lora_dropout: float = 0.0
     lora_targets: list[str] = field(default_factory=list)
     shard_optimizer: bool = False
+    shard_model: bool = False
     context_parallel: int = 1
     checkpoint_blocks: bool = False
     seed: int = 0
@@ -279,6 +283,7 @@ class FinetuneConfig:
             )
         refuse_half_named(self.text_field, self.prompt_field, self.completion_field, self.messages_field)
         refuse_evaluations(self)
+        refuse_sharding(self)
         if self.warmup > 1 and self.warmup != int(self.warmup):
             raise ConfigError(f"warmup = {self.warmup} must be a whole number of steps, or a share below 1")
         if self.quantise is not None and self.tune == "full":

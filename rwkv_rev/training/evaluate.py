@@ -25,6 +25,7 @@ from rwkv_rev.arguments import checked
 from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.counts import MOST
 from rwkv_rev.device import choose_device
+from rwkv_rev.distributed.sharded_reading import go_along_with_calls
 from rwkv_rev.errors import ConfigError, DataError
 from rwkv_rev.loading import load_tokenizer
 from rwkv_rev.loss import IGNORE, LOGITS_AT_ONCE, cross_entropy
@@ -157,6 +158,7 @@ def evaluate_documents(
     model.eval()
     try:
         mine = batches[rank::world_size]
+        go_along_with_calls(lm.model, sum(_calls(batch, lm.bptt.read_length) for batch in mine))
         total = sum(stop - start for batch in mine for _, start, stop in batch)
         with (
             torch.autocast(device.type, dtype=dtype, enabled=dtype is not None),
@@ -284,6 +286,11 @@ def count_token_bytes(tokenizer: Any, vocab_size: int) -> Tensor:
         exact = all(character in alphabet for character in token)
         counts[index] = len(token) if exact else len(tokenizer.decode([index]).encode("utf-8", "replace"))
     return counts
+
+
+def _calls(rows: list[tuple[int, int, int]], size: int) -> int:
+    """How many pieces a batch is read in."""
+    return -(-(max(stop - start for _, start, stop in rows) - 1) // size)
 
 
 def _add_batch(

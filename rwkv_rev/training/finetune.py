@@ -33,6 +33,7 @@ from rwkv_rev.training.memory import MemoryInUse
 from rwkv_rev.training.planning import Plan, plan
 from rwkv_rev.training.samples import SAMPLES_NAME, Samples, run_tokenizer
 from rwkv_rev.training.saving import HISTORY, save_finetuned
+from rwkv_rev.training.sharded_model import shard, whole_weights
 from rwkv_rev.training.shortage import Whereabouts, told_in_one_line
 from rwkv_rev.training.trainer import RwkvRevTrainer
 from rwkv_rev.training.training_arguments import training_arguments
@@ -260,6 +261,8 @@ def _train(planned: Plan, args: Any, where: Whereabouts, notify: Notify, quiet: 
     if config.checkpoint_blocks:
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable()
+    if config.shard_model:
+        shard(tuned, model.blocks, args.device.type)
     held_out, samples, watchers = None, None, list[TrainerCallback]()
     if planned.held_out is not None:
         token_bytes = count_token_bytes(run_tokenizer(config), model.config.vocab_size)
@@ -305,8 +308,13 @@ def _train(planned: Plan, args: Any, where: Whereabouts, notify: Notify, quiet: 
     result = _result(
         planned, rows, seconds, trainable, total, trainer.optimizer_bytes, memory.process, trainer.state, best
     )
+    where.now = f"while {config.output} was written"
+    if config.shard_model:
+        found = whole_weights(tuned)
+        if args.process_index == 0:
+            tuned = apply_tuning(load_model(config.model, "cpu", weights), config)
+            assert not tuned.load_state_dict(found, strict=False).unexpected_keys
     if args.process_index == 0:
-        where.now = f"while {config.output} was written"
         save_finetuned(tuned, planned.to_dict() | {"identity": identity}, result.to_dict(), rows, config)
     return result
 
@@ -352,16 +360,26 @@ def _result(
 
 
 def _load_best(trainer: RwkvRevTrainer, planned: Plan, notify: Notify) -> int:
-    """Give the model, in the first process, the weights of the lowest held-out loss; the step that they are of."""
+    """Give the model the weights of the lowest held-out loss; the step that they are of.
+
+    Where it is not sharded, the first process's model alone gets them.
+    """
     history, step = trainer.state.log_history, trainer.state.global_step
-    if trainer.args.process_index != 0:
+    first, sharded = trainer.args.process_index == 0, planned.config.shard_model
+    if not (first or sharded):
         return best_step(history) or step
-    step, checkpoint, warning = best_checkpoint(
-        history, step, planned.config.working_directory, planned.resume_from, planned.identity
-    )
-    for line in (warning, never_better(history)):
-        if line is not None:
-            notify(f"warning: {line}")
+    checkpoint = None
+    if first:
+        step, checkpoint, warning = best_checkpoint(
+            history, step, planned.config.working_directory, planned.resume_from, planned.identity
+        )
+        for line in (warning, never_better(history)):
+            if line is not None:
+                notify(f"warning: {line}")
+    if sharded:
+        told: list[Any] = [step, checkpoint]
+        dist.broadcast_object_list(told)
+        step, checkpoint = told
     if checkpoint is not None:
         trainer._load_from_checkpoint(str(checkpoint))
     return step

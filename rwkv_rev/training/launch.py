@@ -48,19 +48,24 @@ def _stdout_for_us() -> Iterator[None]:
 
 
 _ACCELERATE_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
+_SHARDED = "ACCELERATE_USE_FSDP"
 _REFUSED = {
-    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
 }
 _PARALLEL = "ACCELERATE_USE_PARALLELISM_CONFIG"
 _CONTEXT = "PARALLELISM_CONFIG_CP_SIZE"
+_SPREAD = "PARALLELISM_CONFIG_DP_SHARD_SIZE"
 _OTHERS = {
-    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "sharded data parallelism",
     "PARALLELISM_CONFIG_TP_SIZE": "tensor parallelism",
     "PARALLELISM_CONFIG_SP_SIZE": "sequence parallelism",
 }
-"""Of accelerate's configuration, what ranks there are beside those that share a context."""
+"""Of accelerate's configuration, what ranks there are beside those that share a context or shards."""
+_UNSHARDED = {
+    "FSDP_OFFLOAD_PARAMS": "offload_params, and chunks need a block's weights on the device: leave it out",
+    "FSDP_ACTIVATION_CHECKPOINTING": "activation_checkpointing: leave it out, and use --set checkpoint_blocks=true",
+}
+_WHOLE_BLOCKS = "FSDP shards whole blocks of the model, each over all processes"
 
 
 _LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -68,10 +73,7 @@ _HOW = "unset these variables for one process, or start by torchrun or accelerat
 
 
 def refuse_launch() -> None:
-    """Raise RwkvRevError for half of what a launcher says, and for a model that it splits.
-
-    Gradient strategies need the model whole.
-    """
+    """Raise RwkvRevError for half of what a launcher says, and for a model that it splits otherwise than we do."""
     _refuse_half_a_launch()
     names = [name for variable, name in _REFUSED.items() if _is_on(variable)]
     if _is_on(_PARALLEL):
@@ -79,8 +81,8 @@ def refuse_launch() -> None:
     if names:
         raise RwkvRevError(
             f"accelerate was configured for {names[0]}, which finetune does not support: use accelerate launch "
-            "--multi_gpu (or torchrun), --shard-optimizer to spread the optimizer's state, and --context-parallel to "
-            "share a context"
+            "--multi_gpu (or torchrun), --shard-optimizer to spread the optimizer's state, --shard-model (or "
+            "accelerate's FSDP, version 2) to spread the weights too, and --context-parallel to share a context"
         )
 
 
@@ -91,6 +93,39 @@ def _is_on(variable: str) -> bool:
 def _ranks(variable: str) -> int:
     text = os.environ.get(variable, "1").strip()
     return int(text) if re.fullmatch("[0-9]{1,9}", text) else 1
+
+
+def shards_model(asked: bool) -> bool:
+    """Whether weights are spread over the processes: as asked for, or as accelerate was configured (its FSDP plugin).
+
+    Accelerate is not told of it afterwards: units, gradients and checkpoints are ours.
+
+    Raises:
+        RwkvRevError: for what its plugin would do otherwise.
+    """
+    if _is_on(_PARALLEL) and _ranks(_SPREAD) > 1:
+        if _ranks("PARALLELISM_CONFIG_DP_REPLICATE_SIZE") > 1:
+            raise RwkvRevError(
+                f"accelerate was configured for replicas of shards: {_WHOLE_BLOCKS}; leave dp_replicate_size out"
+            )
+        asked = True
+    if _is_on(_SHARDED):
+        if (version := os.environ.get("FSDP_VERSION", "2").strip()) != "2":
+            raise RwkvRevError(
+                f"accelerate was configured for FSDP of version {shortened(version)}, and finetune shards by version "
+                "2: accelerate launch --use_fsdp --fsdp_version 2"
+            )
+        for variable, why in _UNSHARDED.items():
+            if _is_on(variable):
+                raise RwkvRevError(f"accelerate's FSDP was configured with {why}")
+        if os.environ.get("FSDP_IGNORED_MODULES", "").strip() not in ("", "None"):
+            raise RwkvRevError(
+                f"accelerate's FSDP was configured with ignored_modules, and {_WHOLE_BLOCKS}: leave it out"
+            )
+        asked = True
+    for variable in [name for name in os.environ if name == _SHARDED or name.startswith("FSDP_")]:
+        del os.environ[variable]
+    return asked
 
 
 def context_ranks(asked: int) -> int:

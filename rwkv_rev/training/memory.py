@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,7 @@ def forecast_memory(
     """
     assert not isinstance(config.chunk_length, str)
     chunk, place = config.chunk_length, torch.device(device)
+    shards = world_size if config.shard_model else 1
     name = choose_strategy(config.bptt, longest, chunk_length=chunk).name
     # what int8 gives is as wide as what it takes, and norms give float32
     half = dtype != "float32" and config.quantise != "int8"
@@ -117,18 +118,19 @@ def forecast_memory(
         quantised_bytes=bytes_of(config.quantise, quantised) if config.quantise is not None else 0,
         checkpoint_blocks=config.checkpoint_blocks,
         fused=runs_fused(model, place),
-        recorded=dtype != "float16" and cuda_graphs.possible(place),
+        recorded=dtype != "float16" and cuda_graphs.possible(place) and not config.shard_model,
         pieces=pieces,
         lifted=lifted,
         ranks=config.context_parallel,
+        shards=shards,
     )
     # reversible-lossy takes a little less tape than reversible, and the same device memory
     like = "reversible" if name == "reversible-lossy" else name
     (gradient,) = (forecast for forecast in forecasts if forecast.strategy == like)
     return MemoryForecast(
         gradient,
-        optimizer=optimizer_bytes(trained, world_size if config.shard_optimizer else 1),
-        kept_gradients=kept_gradient_bytes(trained, world_size, config.grad_accum),
+        optimizer=optimizer_bytes(trained, world_size if config.shard_optimizer else shards),
+        kept_gradients=kept_gradient_bytes(trained, world_size // shards, config.grad_accum) // shards,
         tokens_at_once=longest if name == "full" else min(chunk, longest),
         tape_beside=gradient.tape
         if config.tape == "device" or (config.tape, device) == ("host", "cpu")

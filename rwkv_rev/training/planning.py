@@ -35,7 +35,14 @@ from rwkv_rev.training.callbacks import refuse_missing_reporter
 from rwkv_rev.training.checkpoints import RUN_NAME
 from rwkv_rev.training.config import FinetuneConfig
 from rwkv_rev.training.identity import model_fingerprint, refuse_other_run
-from rwkv_rev.training.launch import choose_dtype, context_ranks, own_device, refuse_launch, training_device
+from rwkv_rev.training.launch import (
+    choose_dtype,
+    context_ranks,
+    own_device,
+    refuse_launch,
+    shards_model,
+    training_device,
+)
 from rwkv_rev.training.lora_targets import refuse_lora_targets
 from rwkv_rev.training.memory import MemoryForecast, choose_length, forecast_memory, refuse_too_large
 from rwkv_rev.training.objectives.objectives import objectives_of
@@ -43,6 +50,7 @@ from rwkv_rev.training.overlap import shared_documents
 from rwkv_rev.training.records import Fields
 from rwkv_rev.training.rows import RowDataset, RowStatistics
 from rwkv_rev.training.samples import encoded_prompts, run_tokenizer
+from rwkv_rev.training.sharding_settings import refuse_sharding
 from rwkv_rev.training.sources import find_sources
 from rwkv_rev.training.token_cache import load_tokens
 from rwkv_rev.training.token_store import TokenStore
@@ -119,6 +127,7 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
     objectives = objectives_of(config.objective)
     config = replace(config, objective=str(objectives))  # with what its settings are
     refuse_launch()
+    config = replace(config, shard_model=shards_model(config.shard_model))  # before its variables are gone
     config = replace(config, context_parallel=context_ranks(config.context_parallel))
     config.check()
     refuse_links(config.model)
@@ -154,6 +163,7 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
     refuse_missing_reporter(config.report_to)
     device = training_device(config.device)
     dtype = choose_dtype(config.dtype, torch.device(device))
+    refuse_sharding(replace(config, dtype=dtype))
     if config.quantise is not None:
         refuse_unusable(config.quantise, torch.device(device))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -238,6 +248,9 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
     notes += refuse_too_large(memory, own_device(device), config)
     if config.shard_optimizer and world_size == 1:
         notes.append("shard_optimizer needs several processes; this one keeps the whole state")
+    if config.shard_model and world_size == 1:
+        notes.append("shard_model needs several processes; this one keeps the whole model")
+        config = replace(config, shard_model=False)
     if device == "cuda" and world_size == 1 and torch.cuda.device_count() > 1:
         count = torch.cuda.device_count()
         notes.append(

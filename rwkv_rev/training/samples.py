@@ -3,7 +3,7 @@
 A text begins, as every document does, with the model's initial state, the tuned one where that is trained, and is what
 ``generate`` makes of the same weights with the same seed. Sampling leaves no trace in training: the random generators
 are set back, and so is what was in training mode. Of several processes the first alone samples; the others wait for it
-in their next step.
+in their next step. Where they share the weights, all of them sample the same.
 """
 
 import json
@@ -29,6 +29,7 @@ from rwkv_rev.tables import WIDTH
 from rwkv_rev.tokenization.chat_template import read_template
 from rwkv_rev.training.callbacks import read_log
 from rwkv_rev.training.config import FinetuneConfig
+from rwkv_rev.training.sharded_model import apart
 from rwkv_rev.training.tuning import language_model
 
 SAMPLES_NAME = "samples.jsonl"
@@ -133,12 +134,14 @@ class Samples:
     def take(self, step: int, first_process: bool) -> list[dict[str, Any]]:
         """The rows of one evaluation, which are written and told; none but in the first process."""
         self.step = step
+        if not (first_process or self.config.shard_model):
+            return []
+        prompts, texts = [prompt for prompt, _ in self._prompts], apart(self.model, self._sampled)
         if not first_process:
             return []
-        prompts = [prompt for prompt, _ in self._prompts]
         rows = [
             {"step": step, "prompt": prompt, "text": text}
-            for prompt, text in zip(prompts, self._sampled(), strict=True)
+            for prompt, text in zip(prompts, texts, strict=True)
         ]
         self._write([*(row for row in read_log(self.path) if row["step"] < step), *rows])
         with beside_bars():

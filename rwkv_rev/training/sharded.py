@@ -125,7 +125,7 @@ def state_bytes(optimizer: Any) -> int:
     found = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
     found = found.inner if isinstance(found, ShardedOptimizer) else found
     return sum(
-        tensor.nbytes
+        getattr(tensor, "_local_tensor", tensor).nbytes
         for state in found.state.values()
         for tensor in state.values()
         if isinstance(tensor, Tensor)

@@ -1,4 +1,4 @@
-"""Out of memory, out of disk: one line that says which, when, and what helps.
+"""Out of memory, out of disk, out of processes: one line that says which, when, and what helps.
 
 Memory runs out as ``torch.OutOfMemoryError`` (a GPU), ``MemoryError`` (Python, numpy) or a plain RuntimeError of
 torch's CPU allocator; a disk as an OSError, or as an error of safetensors and of torch's zip writer, which name no
@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rwkv_rev.distributed.context_group import is_of_connections
 from rwkv_rev.errors import OutputError, RwkvRevError
 from rwkv_rev.training.config import FinetuneConfig
 from rwkv_rev.training.working_folder import what_is_kept
@@ -52,7 +53,7 @@ def told_in_one_line(config: FinetuneConfig, where: Whereabouts) -> Iterator[Non
     """Context manager that turns a shortage inside it into one line.
 
     Raises:
-        OutOfMemory: where memory ran out. OutputError: where the disk did.
+        OutOfMemory: where memory ran out. OutputError: where the disk did. RwkvRevError: where a process is gone.
     """
     try:
         yield
@@ -67,6 +68,11 @@ def told_in_one_line(config: FinetuneConfig, where: Whereabouts) -> Iterator[Non
             raise OutputError(
                 f"no room left on the disk of {config.working_directory} or the quota is used up, {where.now}: "
                 "make room (a checkpoint has the size of the model and, with tune = full, twice that); "
+                f"{what_is_kept(config)}"
+            ) from error
+        if not isinstance(error, RwkvRevError) and is_of_connections(error):
+            raise RwkvRevError(
+                f"another process of this run has ended, or cannot be reached any more, {where.now}: "
                 f"{what_is_kept(config)}"
             ) from error
         raise
@@ -102,8 +108,8 @@ def _smaller(config: FinetuneConfig) -> list[str]:
         remedies.append("--set checkpoint_blocks=true")
     if config.tape != "disk":
         remedies.append("--tape disk")
-    if not config.shard_optimizer:
-        remedies.append("--shard-optimizer with several processes")
+    if not (config.shard_optimizer or config.shard_model):
+        remedies.append("--shard-optimizer or --shard-model with several processes")
     return remedies
 
 

@@ -11,6 +11,7 @@ What is added to it, and why:
 - log rows gain tokens per second, tape bytes and memory;
 - with ``tune = state``, checkpoints hold the tuned state alone;
 - ``shard_optimizer``: each process keeps its share of the optimizer's state (:mod:`rwkv_rev.training.sharded`);
+- ``shard_model``: and of weights and gradients (:mod:`rwkv_rev.training.sharded_model`), outside of accelerate's hands;
 - ``context_parallel``: processes in groups of W share every row (:mod:`rwkv_rev.distributed`);
 - evaluation is :func:`rwkv_rev.training.evaluate.evaluate_documents`, streaming, split over the processes; samples
   (:mod:`rwkv_rev.training.samples`) are taken after it;
@@ -24,6 +25,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,14 @@ from rwkv_rev.training.memory import MemoryInUse
 from rwkv_rev.training.remains import foreign_in
 from rwkv_rev.training.samples import Samples
 from rwkv_rev.training.sharded import ShardedOptimizer, state_bytes
+from rwkv_rev.training.sharded_model import (
+    Sharded,
+    apart,
+    take_state,
+    take_weights,
+    whole_state,
+    whole_weights,
+)
 from rwkv_rev.training.tensorboard import show
 from rwkv_rev.training.token_store import TokenStore
 from rwkv_rev.training.tuning import language_model
@@ -154,7 +164,7 @@ class RwkvRevTrainer(Trainer):
             self.carried = output.state.detach()
         self._note(output.report or {})
         loss = output.loss
-        if not (inputs["labels"] != -100).any():
+        if not self.run.shard_model and not (inputs["labels"] != -100).any():
             # Nothing predicted: data-parallel reduction still waits for a gradient of every parameter.
             parameters = [p for p in model.parameters() if p.requires_grad]
             loss = loss + sum((0.0 * p.sum() for p in parameters), torch.zeros_like(loss))
@@ -165,7 +175,7 @@ class RwkvRevTrainer(Trainer):
 
     def _start(self, continues: Tensor) -> ModelState:
         """The state each slot begins with: carried where its row continues a document, else initial."""
-        fresh = language_model(self.model).initial_state(len(continues))
+        fresh = apart(self.model, lambda: language_model(self.model).initial_state(len(continues)))
         if self.carried is None:
             return fresh
         chosen = [
@@ -181,6 +191,15 @@ class RwkvRevTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices only; decays, bonuses, mixes, norms and initial states keep their size."""
         return [n for n, p in model.named_parameters() if p.dim() == 2 and n.endswith(".weight")]
+
+    def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        if self.run.shard_model:
+            return Sharded(model, self.accelerator.autocast)
+        return super()._wrap_model(model, *args, **kwargs)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not self.run.shard_model:  # else it is there
+            super()._move_model_to_device(model, device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         created = self.optimizer is None
@@ -216,10 +235,9 @@ class RwkvRevTrainer(Trainer):
         result, metrics, step = None, {}, self.state.global_step
         if self.held_out is not None:
             store, token_bytes = self.held_out
-            result = evaluate_documents(
-                self.accelerator.unwrap_model(self.model),
-                store,
-                token_bytes,
+            model = self.accelerator.unwrap_model(self.model)
+            read = partial(
+                evaluate_documents,
                 context_length=self.run.context_length,
                 batch_size=self.run.batch_size,
                 max_tokens=self.run.eval_tokens,
@@ -227,6 +245,7 @@ class RwkvRevTrainer(Trainer):
                 world_size=self.args.world_size,
                 progress=self.progress,
             )
+            result = apart(model, lambda: read(model, store, token_bytes))
             metrics = {
                 f"{metric_key_prefix}_loss": result.total.nats_per_token,
                 f"{metric_key_prefix}_bits_per_byte": result.total.bits_per_byte,
@@ -278,6 +297,12 @@ class RwkvRevTrainer(Trainer):
         self._since = (self._since[0] + time.perf_counter() - began, self._since[1])
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.run.shard_model:
+            state = whole_state(self.optimizer)
+            if self.args.should_save and self.lr_scheduler is not None:
+                torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            return None
         sharded = getattr(self.optimizer, "optimizer", None)
         if not isinstance(sharded, ShardedOptimizer):
             return super()._save_optimizer_and_scheduler(output_dir)
@@ -286,13 +311,16 @@ class RwkvRevTrainer(Trainer):
         sharded.release()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        sharded = getattr(self.optimizer, "optimizer", None)
-        if not isinstance(sharded, ShardedOptimizer) or checkpoint is None:
+        sharded: Any = getattr(self.optimizer, "optimizer", None)
+        in_parts = self.run.shard_model or isinstance(sharded, ShardedOptimizer)
+        if not in_parts or checkpoint is None:
             return super()._load_optimizer_and_scheduler(checkpoint)
         folder = Path(checkpoint)  # mapped, not read: the device gets this process's share alone
-        sharded.load_state_dict(
-            torch.load(folder / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
-        )
+        saved = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
+        if self.run.shard_model:
+            take_state(self.optimizer, saved)
+        else:
+            sharded.load_state_dict(saved)
         assert self.lr_scheduler is not None
         self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
 
@@ -312,11 +340,15 @@ class RwkvRevTrainer(Trainer):
             (folder / RUN_NAME).write_text(json.dumps(run, indent=1), "utf-8")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.run.shard_model:
+            state_dict = whole_weights(self.model)
         if self.run.tune != "state":
             return super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return None
         folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
-        trained = {
+        trained = state_dict or {
             n: p.detach().cpu().contiguous()
             for n, p in language_model(self.model).named_parameters()
             if p.requires_grad
@@ -325,10 +357,8 @@ class RwkvRevTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        if self.run.tune == "state":
-            own = dict(language_model(self.model).named_parameters())
-            for name, tensor in load_file(folder / TUNED_NAME).items():
-                own[name].data.copy_(tensor)
+        if self.run.tune == "state" or self.run.shard_model:
+            take_weights(self.model, folder)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.order.rows.carry_state:
