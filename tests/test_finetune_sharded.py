@@ -56,6 +56,7 @@ KINDS: dict[str, tuple[str, int, list[object]]] = {
     "full, stored": ("5.2", 2, ["--bptt", "full"]),
     "lora": ("6", 2, ["--tune", "lora", "--lora-rank", 4]),
     "state in three": ("7", 3, ["--tune", "state"]),
+    "shared contexts in four": ("7", 4, ["--pack"]),
     "carried": ("5.2", 2, ["--carry-state"]),
     "packed, blocks recomputed": ("7", 2, ["--pack", "--set", "checkpoint_blocks=true"]),
 }
@@ -69,7 +70,8 @@ def test_the_run_of_one_process(shallow: dict[str, Path], tmp_path: Path, kind: 
     documents(tmp_path)
     seen = ["--eval-data", tmp_path / "data.jsonl", "--sample-prompt", "3 squared", "--sample-tokens", 6]
     one = run(1, options(shallow[version], tmp_path, "one", ROWS, *more, *seen))
-    given = options(shallow[version], tmp_path, "parts", ROWS // world, *more, *seen)
+    groups, shared = (2, ["--context-parallel", 2]) if world == 4 else (world, [])
+    given = options(shallow[version], tmp_path, "parts", ROWS // groups, *more, *seen, *shared)
     parts = run(world, given, **PLUGIN) if world == 2 else run(world, [*given, "--shard-model"])
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "one"), rel=5e-5)
     assert parts["tokens"] == one["tokens"]

@@ -12,6 +12,7 @@ from torch import Tensor
 from rwkv_rev.bptt.strategy import Chunk, LanguageModel, LossInputs
 from rwkv_rev.cells.borders import Borders, mask_of
 from rwkv_rev.cells.shared_chunk import SharedChunk
+from rwkv_rev.distributed.shards import shared_with
 from rwkv_rev.foreign_code import neftune_share
 from rwkv_rev.loss import IGNORE
 from rwkv_rev.state import ModelState
@@ -109,13 +110,19 @@ class Piece(Chunk):
 def over_the_group(
     inputs: LossInputs, loss: Tensor, leaves: Sequence[Tensor], gradients: list
 ) -> tuple[Tensor, list]:
-    """Loss and gradients of ``leaves`` over all ranks of the batch's context group, from this rank's share of them."""
+    """Loss and gradients of ``leaves`` over all ranks of the batch's context group, from this rank's share of them.
+
+    Parts of a sharded block's gradient may be the mean over these ranks already.
+    """
     group = inputs.group
     if group is None:
         return loss, gradients
     loss = group.add(loss.clone())
     if group.reduce_gradients:
-        return loss, group.sums(gradients)
+        means = [group.ranks <= shared_with(leaf) for leaf in leaves]
+        pairs = list(zip(gradients, means, strict=True))
+        summed = iter(group.sums([gradient for gradient, is_mean in pairs if not is_mean]))
+        return loss, [gradient * group.size if is_mean else next(summed) for gradient, is_mean in pairs]
     given = [*inputs.state.tensors(), *([] if inputs.inputs_embeds is None else [inputs.inputs_embeds])]
     own = {id(tensor) for tensor in given}
     places = [place for place, leaf in enumerate(leaves) if id(leaf) in own]

@@ -93,7 +93,7 @@ class TwoSweeps(Strategy):
         if any_sharded(parameters):
             from rwkv_rev.distributed.sharded_blocks import refuse_other_shards
 
-            refuse_other_shards(model.blocks, parameters, inputs.targets.device)
+            refuse_other_shards(model.blocks, parameters, inputs.targets.device, inputs.group)
         found = self.check(model, parameters, sharded_blocks=True)
         outcome: dict[str, Any] = {}
 

@@ -39,6 +39,7 @@ class ContextGroup:
     Attributes:
         rank: of this process in the group.
         size: W.
+        ranks: of all its processes, among all there are.
     """
 
     def __init__(self, group: "dist.ProcessGroup", *, reduce_gradients: bool = True) -> None:
@@ -49,9 +50,10 @@ class ContextGroup:
             raise ContextParallelError(
                 "this process is none of the context group's: give each process its own group"
             )
+        self.ranks = set(dist.get_process_group_ranks(group))
         self._on_gpu = "nccl" in dist.get_backend(group)
         self._store = dist.distributed_c10d._get_default_store()
-        self._name = f"rwkv-rev/context/{'-'.join(map(str, dist.get_process_group_ranks(group)))}"
+        self._name = f"rwkv-rev/context/{'-'.join(map(str, sorted(self.ranks)))}"
         self._losses = 0
         self._failed: str | None = None
 

@@ -31,11 +31,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from rwkv_rev.distributed.shards import reshard
+from rwkv_rev.distributed.shards import reshard, shared_with
 from rwkv_rev.errors import StrategyError
 
 if TYPE_CHECKING:
     from rwkv_rev.cells.block import Plans, ResidualBlock
+    from rwkv_rev.distributed.context_group import ContextGroup
 
 # PyTorch gave both other names
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -278,13 +279,20 @@ def _of_fsdp(hook: Callable[..., Any]) -> bool:
 
 
 def refuse_other_shards(
-    blocks: "Sequence[ResidualBlock]", parameters: Sequence[Tensor], device: torch.device
+    blocks: "Sequence[ResidualBlock]",
+    parameters: Sequence[Tensor],
+    device: torch.device,
+    group: "ContextGroup | None" = None,
 ) -> None:
     """Refuse what is sharded otherwise than FSDP2 shards a model's blocks, or parts of them.
 
+    Args:
+        group: that shares the context.
+
     Raises:
         StrategyError: for shards that FSDP2 did not make, along other dimensions, on another device, of weights that
-            are not floating-point, and for another reduction or another output than its own.
+            are not floating-point, for another reduction or another output than its own, and for processes that
+            share a context where nobody would take the sum over them.
     """
     known = {id(parameter) for block in blocks for parameter in block.parameters()}
     where = "shard the model by fully_shard(block) for each block and then fully_shard(model)"
@@ -305,6 +313,13 @@ def refuse_other_shards(
             raise StrategyError(
                 f"a parameter of shape {list(parameter.shape)} is placed as {list(parameter.placements)}, as "
                 f"fully_shard does not: {where}, or use bptt = 'full'"
+            )
+        common = set[int]() if group is None else group.ranks & shared_with(parameter)
+        if group is not None and not (common == group.ranks or (len(common) == 1 and group.reduce_gradients)):
+            raise StrategyError(
+                "the model's blocks are sharded over other processes than those that share the context, and their "
+                "gradients would not be summed over these: shard over all processes (mesh['dp', 'cp']._flatten()), or "
+                "over mesh['dp'] with set_context_parallel(..., reduce_gradients=True)"
             )
         if parameter.device.type != device.type:
             raise StrategyError(

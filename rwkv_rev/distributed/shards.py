@@ -73,6 +73,11 @@ def in_a_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def shared_with(parameter: Tensor) -> set[int]:
+    """The processes that have parts of a parameter, replicas too; none where it is here whole."""
+    return set(cast(Any, parameter).device_mesh.mesh.flatten().tolist()) if is_sharded(parameter) else set()
+
+
 def placing(parameter: Tensor) -> Callable[[Tensor], Tensor]:
     """Makes the gradient of ``parameter`` of this process's part of it; as it is where the parameter is here whole."""
     if not is_sharded(parameter):
