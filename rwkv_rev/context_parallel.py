@@ -14,6 +14,7 @@ from rwkv_rev.bptt.piece import Piece
 from rwkv_rev.bptt.strategy import LossInputs
 from rwkv_rev.distributed.agreement import agree, context_group, refuse_beside, refuse_cells
 from rwkv_rev.distributed.context_group import ContextGroup
+from rwkv_rev.distributed.shards import auto_as_others
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.outputs import RwkvRevCausalLMOutput
 
@@ -70,7 +71,7 @@ def shared_loss(
     settings = f"{bptt.strategy} {size} {bptt.remnants} {torch.is_grad_enabled()} {model.training}"
     agree(inputs, settings, model.parameters())
     strategy = choose_strategy(
-        bptt.strategy,
+        auto_as_others(bptt.strategy, model.blocks),
         inputs.length,
         chunk_length=size,
         tape=bptt.tape,

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from rwkv_rev.distributed import sharded_blocks
 from rwkv_rev.errors import StrategyError
 
-LENGTH, SHORT = 37, 11
+LENGTH, SHORT = 37, 7
 """Tokens of a row; where rows differ the first process's, or group's, is short."""
 
 pytestmark = [
@@ -38,6 +38,8 @@ FOUR: dict[str, Settings] = {
     "7 checkpoint": {"version": "7", "bptt": "checkpoint", "uneven": True},
     "6 lora, summed first": {"version": "6", "tune": "lora", "summed": True},
     "7 state": {"version": "7", "tune": "state"},
+    "auto, uneven": {"bptt": "auto", "uneven": True},
+    "one chunk, full": {"bptt": "full", "length": SHORT},
     "4 float32": {"version": "4", "dtype": torch.float32},
     "packed": {"version": "7", "packed": True},
     "replicas": {"mesh": "replicas", "uneven": True},
@@ -47,20 +49,25 @@ FOUR: dict[str, Settings] = {
 
 
 def settings_of(case: Settings) -> Settings:
-    return {name: value for name, value in model_settings(case).items() if name not in ("summed", "mesh")}
+    return {
+        name: value
+        for name, value in model_settings(case).items()
+        if name not in ("summed", "mesh", "length")
+    }
 
 
-def row(at: int, rows: int, uneven: bool) -> Tensor:
-    return random_tokens(LENGTH, batch=rows)[at : at + 1, : SHORT if uneven and at == 0 else LENGTH]
+def row(at: int, rows: int, case: Settings) -> Tensor:
+    length = SHORT if case.get("uneven") and at == 0 else case.get("length", LENGTH)
+    return random_tokens(LENGTH, batch=rows)[at : at + 1, :length]
 
 
 def trained(model: Any, own: list[int], rows: int, case: Settings) -> dict[str, Tensor]:
     """Whole gradients and losses of these rows."""
     found = {}
     for at in own:
-        ids = row(at, rows, case.get("uneven", False))
+        ids = row(at, rows, case)
         borders = torch.zeros_like(ids, dtype=torch.bool)
-        borders[:, [3, 9]] = True
+        borders[:, [3, 6]] = True
         loss = model(ids, labels=ids, **({"borders": borders} if case.get("packed") else {})).loss
         (loss / len(own)).backward()
         found[f"loss {at}"] = loss.detach()

@@ -20,6 +20,7 @@ from rwkv_rev.bptt.strategy import (
     refuse_offloaded,
 )
 from rwkv_rev.bptt.truncated import Truncated
+from rwkv_rev.distributed.shards import any_sharded
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.loss import linear_cross_entropy
 
@@ -39,7 +40,8 @@ class Full(Strategy):
                 f"({self.chunk_length:,}), and is not split over ranks: use 'reversible', or a longer chunk_length"
             )
         if inputs.group is not None:  # one chunk, of which nothing is cut off
-            result = Truncated(inputs.length).loss(model, inputs)
+            one = Checkpoint if any_sharded(parameters) else Truncated
+            result = one(inputs.length).loss(model, inputs)
             return replace(result, report={"strategy": self.name, "chunk_length": inputs.length})
         if float16_gradients(parameters, inputs.targets.device):
             # one chunk: the same graph, differentiated with a loss scale
