@@ -1,5 +1,6 @@
 """A model whose contexts are shared by the ranks of a process group: what is asked of it, and its loss."""
 
+import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -82,13 +83,33 @@ def shared_loss(
     return RwkvRevCausalLMOutput(result.loss, None, result.state, report=result.report)
 
 
+def refuse_accelerates_ranks() -> None:
+    """Refuse contexts that accelerate splits for attention: each rank would take its tokens for the whole context.
+
+    Raises:
+        StrategyError: naming ``set_context_parallel``.
+    """
+    state: Any = sys.modules.get("accelerate.state")
+    config = None if state is None else state.AcceleratorState._shared_state.get("parallelism_config")
+    for name, what in (("cp_size", "context parallelism"), ("sp_size", "sequence parallelism")):
+        if config is not None and (getattr(config, name, 1) or 1) > 1:
+            raise StrategyError(
+                f"accelerate's ParallelismConfig has {name} = {getattr(config, name)}: its {what} splits a context "
+                "for attention, and a recurrent state would begin anew on each rank; leave it out and call "
+                "model.set_context_parallel(group), or use rwkv-rev finetune --context-parallel"
+            )
+
+
 def refuse_own_loss(group: ContextGroup | None, tensors: Iterable[Tensor | None]) -> None:
     """Refuse hidden states with a gradient by any of ``tensors``, of which each rank of a group would have a part.
 
     Raises:
-        StrategyError: where one of them wants one.
+        StrategyError: where one of them wants one, or as :func:`refuse_accelerates_ranks`.
     """
-    if group is None or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
+        return
+    refuse_accelerates_ranks()
+    if group is None:
         return
     if any(tensor is not None and tensor.requires_grad for tensor in tensors):
         raise StrategyError(

@@ -23,7 +23,7 @@ from rwkv_rev.cache import CACHE_NAME, RwkvRevCache, handed_over
 from rwkv_rev.cells.block import Block
 from rwkv_rev.cells.borders import Borders, Mask
 from rwkv_rev.configuration import RwkvRevConfig
-from rwkv_rev.context_parallel import ContextParallel, shared_loss, together
+from rwkv_rev.context_parallel import ContextParallel, refuse_accelerates_ranks, shared_loss, together
 from rwkv_rev.distributed.shards import auto_as_others
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.first_order import refuse_transforms
@@ -343,6 +343,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin, Context
     ) -> RwkvRevCausalLMOutput:
         """``arguments`` are those of :func:`rwkv_rev.inputs.loss_inputs`."""
         state = arguments["state"]
+        refuse_accelerates_ranks()
         given = (arguments["inputs_embeds"], *(() if state is None else state.tensors()))
         refuse_transforms(chain(self.parameters(), (tensor for tensor in given if tensor is not None)))
         inputs = loss_inputs(self, dtype=wide(self.model.ln0.weight.dtype), **arguments)

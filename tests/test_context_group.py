@@ -241,3 +241,22 @@ def test_a_mismatch_on_one_rank_ends_all(tmp_path: Any) -> None:
     ), found
     assert any(kind == ReversalMismatchError.__name__ for kind, *_ in found)
     assert max(seconds for *_, seconds in found) < SHORTLY
+
+
+@pytest.mark.parametrize("setting", ["cp_size", "sp_size"])
+@pytest.mark.parametrize("own_loss", [False, True])
+def test_contexts_that_accelerate_splits_are_refused(
+    monkeypatch: pytest.MonkeyPatch, setting: str, own_loss: bool
+) -> None:
+    """As its ``Accelerator(parallelism_config=...)`` leaves the state that all share."""
+    from accelerate import ParallelismConfig
+    from accelerate.state import AcceleratorState
+
+    more = {"sp_backend": "deepspeed"} if setting == "sp_size" else {}
+    config = ParallelismConfig(**{setting: 2}, **more)
+    monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", config)
+    model, ids = tiny_model("5.2"), random_tokens(30)
+    with pytest.raises(StrategyError, match=rf"{setting} = 2: .* model\.set_context_parallel"):
+        model(ids, labels=None if own_loss else ids)
+    with torch.no_grad():
+        model(ids)  # every process reads its own

@@ -11,6 +11,8 @@ from processes import in_ranks
 from safetensors.torch import save_file
 from test_sharded_blocks import model_of
 
+from rwkv_rev.errors import ConfigError
+from rwkv_rev.training.config import FinetuneConfig
 from rwkv_rev.training.sharded import state_bytes
 from rwkv_rev.training.sharded_model import shard, take_state, take_weights, whole_state, whole_weights
 
@@ -22,6 +24,21 @@ pytestmark = [
     pytest.mark.dist,
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shard_optimizer": True}, "optimizer's state too: leave shard_optimizer"),
+        ({"bptt": "truncated"}, "use bptt='reversible'"),
+        ({"quantise": "nf4", "tune": "lora"}, "quantise = nf4 makes others"),
+        ({"dtype": "float16"}, "use dtype bfloat16"),
+    ],
+)
+def test_what_does_not_go_together(settings: dict[str, Any], message: str) -> None:
+    config = FinetuneConfig(model="m", data=["d"], output="o", shard_model=True, **settings)
+    with pytest.raises(ConfigError, match=message):
+        config.check()
 
 
 def made(tune: str) -> tuple[Any, torch.optim.Optimizer]:
