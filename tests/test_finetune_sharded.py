@@ -87,6 +87,18 @@ def test_the_run_of_one_process(shallow: dict[str, Path], tmp_path: Path, kind: 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_half_precision(shallow: dict[str, Path], tmp_path: Path, tune: str) -> None:
+    """As two processes that have the model whole each: rows of the same shapes, by the same autocast."""
+    documents(tmp_path)
+    more = ["--tune", tune, "--dtype", "bfloat16"]
+    run(2, options(shallow["7"], tmp_path, "whole", 3, *more))
+    run(2, options(shallow["7"], tmp_path, "parts", 3, *more, "--shard-model"))
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=5e-5)
+    assert_same_folder(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.slow
 def test_goes_on_with_another_number_of_processes(shallow: dict[str, Path], tmp_path: Path) -> None:
     """A killed rank ends the others within a minute, in one line; the best step is kept, whoever trained it."""
     documents(tmp_path)
