@@ -87,6 +87,34 @@ def check_mixes(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None
         assert torch.equal(mixed[..., 1], x[..., 1])
 
 
+def check_documents(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    """Mixes in packed rows, the first token of which may begin a document, too."""
+    from rwkv_rev.cells import triton_token_shift
+
+    batch, length, heads, size = shape
+    width = heads * size
+    at = torch.rand(batch, length, generator=torch.Generator().manual_seed(2)) < 0.2
+    at[0, 0], at[-1, -1] = True, True
+    for count in (1, 4, 6):
+        x, shift, start, *mus = drawn(
+            (batch, length, width), (batch, width), (width,), *[(width,)] * count, dtype=dtype, device=device
+        )
+        begun = (at.to(device, torch.uint8), start)
+
+        def formula(x: Tensor, shift: Tensor, *mus: Tensor) -> tuple[Tensor, ...]:
+            first = at.to(device)[..., None]
+            shifted = torch.where(first, start.to(x), token_shift.token_shift(x, shift, None))  # noqa: B023
+            return *(token_shift.mix(x, shifted, mu) for mu in mus), token_shift.last_token(x, shift, None)
+
+        def fast(x: Tensor, shift: Tensor, *mus: Tensor) -> tuple[Tensor, ...]:
+            mixes, last = triton_token_shift.mixes_and_last(x, shift, list(mus), begun)  # noqa: B023
+            again = triton_token_shift.token_mixes(x, shift, list(mus), begun)  # noqa: B023
+            assert all(map(torch.equal, mixes, again))
+            return *mixes, last
+
+        compare(fast, formula, [x, shift, *mus], dtype)
+
+
 def check_borders(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     """The carried y, with a mu per channel and per row and channel, and its inverse."""
     from rwkv_rev.cells import triton_token_shift
@@ -183,7 +211,7 @@ def check_gates(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", LARGE, ids=str)
-@pytest.mark.parametrize("check", [check_mixes, check_borders, check_decay, check_gates])
+@pytest.mark.parametrize("check", [check_mixes, check_documents, check_borders, check_decay, check_gates])
 def test_kernels_on_the_device(
     check: Callable[..., None], shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
@@ -202,6 +230,6 @@ def test_kernels_in_the_interpreter() -> None:
 if __name__ == "__main__":
     for shape in SMALL:
         for dtype in DTYPES:
-            for check in (check_mixes, check_borders, check_decay, check_gates):
+            for check in (check_mixes, check_documents, check_borders, check_decay, check_gates):
                 check(shape, dtype, "cpu")
             print("compared")

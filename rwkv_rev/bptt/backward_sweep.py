@@ -83,22 +83,34 @@ class Sums:
             self.checks.append((chunk.index, found.exactly))
 
 
+def no_sums(sweep: "Sweep") -> Sums:
+    """What the chunks of a sweep add to, before the first of them."""
+    tensors = sweep.parameters.tensors
+    whole = (
+        [] if sweep.sharded is None else [t for block in sweep.sharded.blocks for t in block.leaves.values()]
+    )
+    return Sums([None] * len(tensors), OutsideLeaves([*tensors, *whole]))
+
+
 def backward_sweep(
-    sweep: "Sweep", runner: "Runner", states: list[ExactStates], gradient: ByState | None
+    sweep: "Sweep",
+    runner: "Runner",
+    states: list[ExactStates],
+    gradient: ByState | None,
+    sums: Sums | None = None,
 ) -> SweepResult:
     """Gradients of all chunks, from the last, whose exact ``states`` before it are given, to the first.
 
     ``gradient``: of a further objective, by the values of each layer's states after the last chunk; None without one.
+    ``sums``: of other parts of the batch, to which loss and gradients of parameters are added; None where there are
+    none.
 
     Raises:
         ReversalMismatchError: a layer did not compute the same in both sweeps. On a GPU by the result's ``refuse``.
         StrategyError: a tensor that is no parameter takes part; likewise.
     """
-    tensors = sweep.parameters.tensors
-    whole = (
-        [] if sweep.sharded is None else [t for block in sweep.sharded.blocks for t in block.leaves.values()]
-    )
-    sums = Sums([None] * len(tensors), OutsideLeaves([*tensors, *whole]))
+    sums = no_sums(sweep) if sums is None else sums
+    sums.end, sums.embeds = None, []
     following = None
     runner.begin(sums)
     for chunk in reversed(sweep.chunks):

@@ -167,7 +167,7 @@ def _can_last(sweep: "Sweep") -> bool:
     length = sweep.strategy.chunk_length
     if sweep.strangers.more or sweep.inputs.input_ids is None:
         return False
-    if sum(chunk.length == length for chunk in sweep.chunks) < 2:
+    if sum(chunk.planned_length == length for chunk in sweep.chunks) < 2:
         return False
     return all(plan.holds(plan) for plan in _each(sweep.plans[length]))
 

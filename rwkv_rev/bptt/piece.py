@@ -37,6 +37,10 @@ class Piece(Chunk):
     def own_length(self) -> int:
         return -(-self.length // self.group.size)
 
+    @property
+    def planned_length(self) -> int:
+        return self.length
+
     @cached_property
     def own(self) -> slice:
         """This rank's tokens that are there."""

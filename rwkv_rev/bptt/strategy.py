@@ -6,7 +6,7 @@ A strategy sees the model through :class:`LanguageModel` and the batch through :
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast, overload
 
 import torch
@@ -45,6 +45,7 @@ class LossInputs:
         weights: [B, T] of the targets' cross-entropies, in the loss's dtype; None for 1.
         group: the ranks that every chunk's tokens are split over, all of which have the same batch; None for this one.
         kind: of chunks, where it is another one (:class:`.piece.Piece`).
+        whole_length: T of the batch that this is a part of; None for a whole one.
     """
 
     input_ids: Tensor | None
@@ -58,10 +59,30 @@ class LossInputs:
     weights: Tensor | None = None
     group: "ContextGroup | None" = None
     kind: "type[Chunk] | None" = None
+    whole_length: int | None = None
 
     @property
     def length(self) -> int:
         return self.targets.shape[1]
+
+    def taken(self, places: Tensor, *, ends: bool) -> "LossInputs":
+        """Of the tokens at ``places``, int64 [n] on the host, alone; ``ends``: the last one is the batch's."""
+        index = places.to(self.targets.device)
+
+        def of(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.index_select(1, index.to(tensor.device))
+
+        return replace(
+            self,
+            input_ids=of(self.input_ids),
+            inputs_embeds=of(self.inputs_embeds),
+            valid=of(self.valid),
+            targets=self.targets.index_select(1, index),
+            final_state_gradient=self.final_state_gradient if ends else None,
+            borders=None if self.borders is None else self.borders.taken(places),
+            weights=of(self.weights),
+            whole_length=self.length,
+        )
 
     def chunks(self, length: int) -> "Chunks":
         """The batch in chunks of ``length`` tokens; the last may be shorter."""
@@ -89,6 +110,11 @@ class Chunk:
         """Tokens that are run here."""
         return self.length
 
+    @property
+    def planned_length(self) -> int:
+        """What cells plan for: of a chunk with borders the memory's plan is not used, and any will do."""
+        return 1 if self.has_borders else self.length
+
     def mask(self) -> Mask:
         if self.is_full:
             return None
@@ -112,7 +138,8 @@ class Chunk:
 
     def embed(self, model: LanguageModel, embeds: Tensor | None = None) -> Tensor:
         """The chunk's input to block 0, [B, C, D]."""
-        with neftune_share(model.get_input_embeddings(), self.length / self.inputs.length):
+        whole = self.inputs.whole_length or self.inputs.length
+        with neftune_share(model.get_input_embeddings(), self.length / whole):
             return model.embed(self.ids(), embeds)
 
     def loss(

@@ -88,6 +88,11 @@ class Sweep:
     def device(self) -> torch.device:
         return self.inputs.targets.device
 
+    def part(self, inputs: LossInputs) -> "Sweep":
+        """The sweep through a part of the batch."""
+        chunks = inputs.chunks(self.strategy.chunk_length)
+        return replace(self, inputs=inputs, chunks=chunks, prints={}, random=[], hidden_prints={})
+
     def is_inner(self, chunk: Chunk) -> bool:
         """Whether a chunk has a record: not the first, whose states are given, nor the last."""
         return 0 < chunk.index < len(self.chunks) - 1
@@ -109,7 +114,7 @@ class Sweep:
             self.blocks,
             chunk.embed(self.model, chunk.embeds()),
             states,
-            self.plans[chunk.length],
+            self.plans[chunk.planned_length],
             chunk.mask(),
             whole_output=self.whole_output or chunk.index == 0 or self.hidden is not None,
         )
@@ -181,7 +186,7 @@ class Sweep:
         known = self.first if chunk.index == 0 else states
 
         def ask(layer: int) -> BlockAgain:
-            plans = self.plans[chunk.length][layer]
+            plans = self.plans[chunk.planned_length][layer]
             again = BlockAgain(known[layer], plans)
             if record is not None:
                 recover = whole_again if chunk.has_borders else self.strategy.recover

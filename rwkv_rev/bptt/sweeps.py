@@ -23,15 +23,18 @@ nothing draws there, are computed in the second sweep alone: loss and gradient c
 
 import warnings
 from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from rwkv_rev.bptt import cuda_graphs, lasting
-from rwkv_rev.bptt.backward_sweep import SweepResult, backward_sweep
+from rwkv_rev.bptt.backward_sweep import SweepResult, backward_sweep, no_sums
 from rwkv_rev.bptt.chunk_gradients import Parameters
 from rwkv_rev.bptt.forward_sweep import forward_sweep
+from rwkv_rev.bptt.parts import Part, embeds_of_all, parts_of
 from rwkv_rev.bptt.piece import over_the_group
 from rwkv_rev.bptt.records import LayerRecord
 from rwkv_rev.bptt.runner import Runner
@@ -140,19 +143,31 @@ class TwoSweeps(Strategy):
     ) -> tuple[Tensor, tuple[Tensor, ...], list]:
         outcome.update(strategy=self.name, chunk_length=self.chunk_length)
         with self._tape(model, inputs) as tape:
-            sweep = self.begin_sweep(model, inputs, parameters, found, tape)
-            runner = choose_runner(sweep)
-            last = forward_sweep(sweep, runner)
-            outcome["tape_bytes"] = tape.peak_nbytes
+            parts = [Part(inputs)] if any_sharded(parameters) else parts_of(inputs, self.chunk_length)
+            whole = self.begin_sweep(model, inputs, parameters, found, tape, [part.inputs for part in parts])
+            sums, results = no_sums(whole), []
+            for part in parts:
+                sweep = whole if part.inputs is inputs else whole.part(part.inputs)
+                runner = choose_runner(sweep, alone=sweep is whole)
+                last = forward_sweep(sweep, runner)
+                outcome["tape_bytes"] = tape.peak_nbytes
+                result = backward_sweep(sweep, runner, last, sweep.to_end(), sums)
+                results.append(result)
+                warn_of_coarse_heads(sweep)
             if _lifts(model):
                 outcome["remnants"] = "lifted"
-            result = backward_sweep(sweep, runner, last, sweep.to_end())
             self.finish(outcome)
-        warn_of_coarse_heads(sweep)
+        result = replace(
+            result,
+            end=next(one.end for one, part in zip(results, parts, strict=True) if part.holds_last),
+            to_first=next(one.to_first for one, part in zip(results, parts, strict=True) if part.holds_first),
+            to_embeds=embeds_of_all(parts, [one.to_embeds for one in results], inputs.inputs_embeds),
+        )
         found_roles = roles(inputs, sweep.parameters.tensors, result)
         loss, gradients = over_the_group(inputs, result.loss, leaves, in_order(leaves, found_roles))
         gradients = finished(gradients, leaves)
-        result.refuse()  # only now: the device has been busy with the last chunk
+        for one in results:
+            one.refuse()  # only now: the device has been busy with the last chunk
         return loss, tuple(result.end.tensors()), gradients
 
     def _lifted(self, model: LanguageModel, inputs: LossInputs, parameters: list[Tensor]) -> bool:
@@ -179,9 +194,18 @@ class TwoSweeps(Strategy):
         return SharedTape(self.tape, device, self.tape_dir, inputs.group, groups)
 
     def begin_sweep(
-        self, model: LanguageModel, inputs: LossInputs, parameters: list[Tensor], found: Strangers, tape: Tape
+        self,
+        model: LanguageModel,
+        inputs: LossInputs,
+        parameters: list[Tensor],
+        found: Strangers,
+        tape: Tape,
+        parts: Sequence[LossInputs] = (),
     ) -> Sweep:
-        """What both sweeps go through, before the first chunk; for the model's own loss."""
+        """What both sweeps go through, before the first chunk; for the model's own loss.
+
+        ``parts``: that the batch is swept through in, if not at once.
+        """
         lifted = self._lifted(model, inputs, parameters)
         for block in model.blocks:
             block.lift(lifted)
@@ -196,7 +220,10 @@ class TwoSweeps(Strategy):
                 block.refuse_changing()
         self.begin(model, inputs)
         chunks = inputs.chunks(self.chunk_length)
-        lengths = {chunk.length: None if inputs.group is None else chunk.own_length for chunk in chunks}
+        planned = [chunk for part in parts for chunk in part.chunks(self.chunk_length)] or chunks
+        lengths = {
+            chunk.planned_length: None if inputs.group is None else chunk.own_length for chunk in planned
+        }
         wanted = [parameter for parameter in parameters if parameter.requires_grad]
         half = float16_gradients(parameters, inputs.targets.device)
         sharded = None
@@ -240,8 +267,11 @@ def _lifts(model: LanguageModel) -> bool:
     return any(cell.lifts for block in model.blocks for cell in block.cells)
 
 
-def choose_runner(sweep: Sweep) -> Runner:
-    """The runner for a sweep: by recordings where they pay; ranks that share a context have the same kind of runner."""
+def choose_runner(sweep: Sweep, *, alone: bool = True) -> Runner:
+    """The runner for a sweep: by recordings where they pay; ranks that share a context have the same kind of runner.
+
+    ``alone``: the sweep is no part of another batch, whose sums it would go on with.
+    """
     plain = not (sweep.strangers.declared or sweep.half or sweep.model.checkpoints_blocks or sweep.sharded)
     able = sweep.strategy.repeatable and plain and cuda_graphs.possible(sweep.device)
     group = sweep.inputs.group
@@ -249,6 +279,8 @@ def choose_runner(sweep: Sweep) -> Runner:
         able = group.everywhere(able)
     if not able:
         return Runner(sweep)
+    if not alone:
+        return cuda_graphs.RecordingRunner(sweep) if cuda_graphs.worthwhile(sweep.chunks) else Runner(sweep)
     recordings = lasting.recordings_for(sweep) if group is None else lasting.recordings_of_all(sweep, group)
     if recordings is not None:
         return lasting.LastingRunner(sweep, recordings)

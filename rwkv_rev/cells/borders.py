@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.cells.token_shift import mix
+from rwkv_rev.wkv.dispatch import is_fused
 
 if TYPE_CHECKING:
     from rwkv_rev.cells.shared_chunk import SharedChunk
@@ -76,6 +78,11 @@ class Borders:
         valid = None if self.valid is None else self.valid[:, start:stop]
         return replace(self, at=self.at[:, start:stop], valid=valid)
 
+    def taken(self, places: Tensor) -> "Borders":
+        """Of the tokens at ``places``, int64 [n]."""
+        valid = None if self.valid is None else self.valid.index_select(1, places)
+        return replace(self, at=self.at.index_select(1, places), valid=valid)
+
     @torch.compiler.disable
     def chunk(self, device: torch.device) -> "BorderedChunk | ChunkMask | None":
         """What cells are handed of all of it as one chunk: a mask, where it has no border."""
@@ -99,6 +106,8 @@ class BorderedChunk:
         last: [B] int64, the last piece of each row.
         before: [B C] int64, the token before each: in the tokens behind the B rows' states and the start.
         ends: [B] int64, the last token of each row in the same; the row's state for a row without tokens.
+        begins: [B, C] uint8, 1 where a document begins.
+        dense: whether the token before each one that counts is its neighbour, but where a row or a document begins.
         starts: of the model, a layer, or a cell (:meth:`of_part`).
     """
 
@@ -110,6 +119,8 @@ class BorderedChunk:
     last: Tensor
     before: Tensor
     ends: Tensor
+    begins: Tensor
+    dense: bool
     starts: Any
 
     @classmethod
@@ -160,6 +171,9 @@ class BorderedChunk:
             _to(last, device),
             _to(before, device),
             _to(ends, device),
+            _to(at.to(torch.uint8).numpy(), device),
+            valid is None
+            or bool((~valid | at | torch.nn.functional.pad(valid[:, :-1], (1, 0), value=True)).all()),
             starts,
         )
 
@@ -183,7 +197,8 @@ class BorderedChunk:
         outputs: list[list[Tensor]] = []
         ended: list[list[Tensor]] = []
         for span in self.spans:
-            ended.append([part[span.rows :] for part in states])
+            if span.rows < len(self.order):
+                ended.append([part[span.rows :] for part in states])
             given = [x.index_select(0, span.places).unflatten(0, (span.rows, -1)) for x in flat]
             out, states = step(given, [part[: span.rows] for part in states], span.mask)
             outputs.append([part.flatten(0, 1) for part in out])
@@ -191,19 +206,46 @@ class BorderedChunk:
         batch = stream[0].shape[:2]
         return (
             [self._together(parts).unflatten(0, batch) for parts in zip(*outputs, strict=True)],
-            [torch.cat(parts[::-1]) for parts in zip(*ended, strict=True)],
+            [_joined(parts[::-1]) for parts in zip(*ended, strict=True)],
         )
+
+    def mixes(
+        self, x: Tensor, shift: Tensor, start: Tensor, mus: list[Tensor]
+    ) -> tuple[Sequence[Tensor], Tensor, Callable[[], Sequence[Tensor]]]:
+        """Mixes of tokens x [B, C, D] with the ones before them, the last of each row [B, D], and the former again.
+
+        ``shift`` and ``start`` as of :meth:`shifted`. On a CUDA device in one launch, if there are no holes.
+        """
+        if self.dense and not start.requires_grad and is_fused(x):
+            from rwkv_rev.cells import triton_token_shift
+
+            begun = (self.begins, start)
+
+            def again() -> Sequence[Tensor]:
+                return triton_token_shift.token_mixes(x, shift, mus, begun)
+
+            if self.mask is None:
+                return *triton_token_shift.mixes_and_last(x, shift, mus, begun), again
+            return again(), self._tokens(x, shift, start).index_select(0, self.ends), again
+        before, last = self.shifted(x, shift, start)
+        return [mix(x, before, mu) for mu in mus], last, lambda: [mix(x, before, mu) for mu in mus]
 
     def shifted(self, x: Tensor, shift: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         """Of tokens x [B, C, D] the ones before them [B, C, D], and the last of each row [B, D].
 
         ``shift`` [B, D] stands before the rows, ``start`` [D] before each document.
         """
-        tokens = torch.cat([shift.to(x.dtype), start.to(x.dtype)[None], x.flatten(0, 1)])
+        tokens = self._tokens(x, shift, start)
         return tokens.index_select(0, self.before).view_as(x), tokens.index_select(0, self.ends)
+
+    def _tokens(self, x: Tensor, shift: Tensor, start: Tensor) -> Tensor:
+        """What :attr:`before` and :attr:`ends` point into."""
+        return torch.cat([shift.to(x.dtype), start.to(x.dtype)[None], x.flatten(0, 1)])
 
     def _begun(self, state: Tensor, start: Tensor) -> Tensor:
         """What each piece begins with, [P, ...]."""
+        if not len(self.rows):
+            return start.to(state.dtype).expand(len(self.order), *start.shape)
         rows = state.index_select(0, self.rows)
         # not by an index: the gradient of a start is a sum, in one order
         starts = start.to(state.dtype).expand(len(self.order) - len(rows), *start.shape)
@@ -211,8 +253,13 @@ class BorderedChunk:
 
     def _together(self, outputs: Sequence[Tensor]) -> Tensor:
         """[B C, ...] from the outputs of all spans, zeros for tokens that do not count."""
-        nothing = outputs[0].new_zeros(1, *outputs[0].shape[1:])
-        return torch.cat([*outputs, nothing]).index_select(0, self.places)
+        if self.mask is not None:
+            outputs = [*outputs, outputs[0].new_zeros(1, *outputs[0].shape[1:])]
+        return _joined(outputs).index_select(0, self.places)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def part_of(borders: Borders | None, start: int, stop: int) -> Borders | None:

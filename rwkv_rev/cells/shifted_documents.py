@@ -13,7 +13,6 @@ from rwkv_rev.cells.borders import BorderedChunk
 from rwkv_rev.cells.contract import Stream, beside, joined, residual
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.recomputation import not_kept
-from rwkv_rev.cells.token_shift import mix
 from rwkv_rev.reversal.fingerprint import checksum
 
 if TYPE_CHECKING:
@@ -25,9 +24,8 @@ def documents(
 ) -> tuple[Stream, Tensor, Tensor | None, Tensor]:
     """Output, shift and memory after the chunk, and checksums of the shift and of the memory after each document."""
     x, mixes = residual(stream), cell.mixes()
-    before, shift = chunk.shifted(x, values.shift, chunk.starts.shift)
-    mixed = [mix(x, before, mu) for mu in mixes]
-    with not_kept(mixed, lambda: [mix(x, before, mu) for mu in mixes]):
+    mixed, shift, again = chunk.mixes(x, values.shift, chunk.starts.shift, mixes)
+    with not_kept(mixed, again):
         projection = cell.project(*mixed, *beside(stream))
     if values.memory is None:
         read, _ = cell.compute(projection, None, chunk.mask)

@@ -1,9 +1,10 @@
 """Every mix of a token with the one before on a CUDA device: one Triton launch each way instead of some forty.
 
-The formulas of :func:`rwkv_rev.cells.token_shift.mix`, in float32, rounded once; for chunks without a mask. The
-gradients of the coefficients are summed block by block and then over the blocks, always in the same order. More than
-:data:`MOST_MIXES` take several launches. The carried y (:class:`rwkv_rev.cells.token_shift.Border`) is computed in
-float64, one launch each way.
+The formulas of :func:`rwkv_rev.cells.token_shift.mix`, in float32, rounded once; for chunks without a mask. Where a
+document begins, ``begins`` [B, T] uint8, its ``start`` [D] is before it, which gets no gradient. The gradients of the
+coefficients are summed block by block and then over the blocks, always in the same order. More than :data:`MOST_MIXES`
+take several launches. The carried y (:class:`rwkv_rev.cells.token_shift.Border`) is computed in float64, one launch
+each way.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -34,12 +35,22 @@ def _mixed(x, before, mu):
 
 
 @triton.jit
-def _before(x, shift, token, channel, here, row, T, D):
+def _before(x, shift, begins, start, token, channel, here, row, T, D, BORDERS: tl.constexpr):
     """Vectors of the tokens before ``token`` [BT], float32; that of token 0 is the row's ``shift``."""
     at = (row * T + token - 1)[:, None] * D + channel[None, :]
     earlier = tl.load(x + at, mask=here & (token > 0)[:, None], other=0.0)
     first = tl.load(shift + row * D + channel, mask=channel < D, other=0.0).to(x.dtype.element_ty)
-    return tl.where((token == 0)[:, None], first[None, :], earlier).to(tl.float32)
+    before = tl.where((token == 0)[:, None], first[None, :], earlier)
+    if BORDERS:
+        anew = tl.load(start + channel, mask=channel < D, other=0.0).to(x.dtype.element_ty)
+        before = tl.where(_begins(begins, token, row, T)[:, None], anew[None, :], before)
+    return before.to(tl.float32)
+
+
+@triton.jit
+def _begins(begins, token, row, T):
+    """Whether documents begin at ``token`` [BT]; none does behind the row."""
+    return tl.load(begins + row * T + token, mask=token < T, other=0) != 0
 
 
 @triton.jit
@@ -50,8 +61,8 @@ def _mu(mu, x, channel, D):
 
 @triton.jit
 def _forward_kernel(
-    x, shift, mu0, mu1, mu2, mu3, out0, out1, out2, out3, T, D, tiles,
-    MIXES: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    x, shift, begins, start, mu0, mu1, mu2, mu3, out0, out1, out2, out3, T, D, tiles,
+    MIXES: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BORDERS: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // tiles).to(tl.int64)
     token = (tl.program_id(0) % tiles) * BT + tl.arange(0, BT)
@@ -59,7 +70,7 @@ def _forward_kernel(
     here = (token < T)[:, None] & (channel < D)[None, :]
     at = (row * T + token)[:, None] * D + channel[None, :]
     now = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
-    before = _before(x, shift, token, channel, here, row, T, D)
+    before = _before(x, shift, begins, start, token, channel, here, row, T, D, BORDERS)
     tl.store(out0 + at, _mixed(now, before, _mu(mu0, x, channel, D)[None, :]), mask=here)
     if MIXES > 1:
         tl.store(out1 + at, _mixed(now, before, _mu(mu1, x, channel, D)[None, :]), mask=here)
@@ -70,11 +81,14 @@ def _forward_kernel(
 
 
 @triton.jit
-def _pull_back(gradient, x, mu, change, d_now, at, channel, token, here, T, D):
-    """The gradient by x with one mix's share added, and that by mu for every token, both [BT, BD]."""
+def _pull_back(gradient, x, mu, change, d_now, at, channel, read, here, D):
+    """The gradient by x with one mix's share added, and that by mu for every token, both [BT, BD].
+
+    ``read`` [BT]: whether the token after it reads a token.
+    """
     coefficient = _mu(mu, x, channel, D)[None, :]
     now = tl.load(gradient + at, mask=here, other=0.0).to(tl.float32)
-    after = tl.load(gradient + at + D, mask=here & (token + 1 < T)[:, None], other=0.0).to(tl.float32)
+    after = tl.load(gradient + at + D, mask=here & read[:, None], other=0.0).to(tl.float32)
     return d_now + now * coefficient + after * (1.0 - coefficient), now * change
 
 
@@ -111,33 +125,37 @@ def _uncarry_kernel(y, first, mu, shift, size, D, PER_ROW: tl.constexpr, BLOCK: 
 
 @triton.jit
 def _backward_kernel(
-    x, shift, mu0, mu1, mu2, mu3, g0, g1, g2, g3, g_last, d_x, d_mu, d_shift, T, D, tiles,
+    x, shift, begins, start, mu0, mu1, mu2, mu3, g0, g1, g2, g3, g_last, d_x, d_mu, d_shift, T, D, tiles,
     MIXES: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, STEPS: tl.constexpr, LAST: tl.constexpr,
+    BORDERS: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // tiles).to(tl.int64)
-    start = (tl.program_id(0) % tiles) * BT * STEPS
+    origin = (tl.program_id(0) % tiles) * BT * STEPS
     channel = tl.program_id(1) * BD + tl.arange(0, BD)
     total0 = tl.zeros((BT, BD), tl.float32)
     total1 = tl.zeros((BT, BD), tl.float32)
     total2 = tl.zeros((BT, BD), tl.float32)
     total3 = tl.zeros((BT, BD), tl.float32)
     for step in range(STEPS):
-        token = start + step * BT + tl.arange(0, BT)
+        token = origin + step * BT + tl.arange(0, BT)
         here = (token < T)[:, None] & (channel < D)[None, :]
         at = (row * T + token)[:, None] * D + channel[None, :]
         now = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
-        change = now - _before(x, shift, token, channel, here, row, T, D)
+        change = now - _before(x, shift, begins, start, token, channel, here, row, T, D, BORDERS)
+        read = token + 1 < T
+        if BORDERS:
+            read = read & (_begins(begins, token + 1, row, T) == 0)
         d_now = tl.zeros((BT, BD), tl.float32)
-        d_now, part = _pull_back(g0, x, mu0, change, d_now, at, channel, token, here, T, D)
+        d_now, part = _pull_back(g0, x, mu0, change, d_now, at, channel, read, here, D)
         total0 += part
         if MIXES > 1:
-            d_now, part = _pull_back(g1, x, mu1, change, d_now, at, channel, token, here, T, D)
+            d_now, part = _pull_back(g1, x, mu1, change, d_now, at, channel, read, here, D)
             total1 += part
         if MIXES > 2:
-            d_now, part = _pull_back(g2, x, mu2, change, d_now, at, channel, token, here, T, D)
+            d_now, part = _pull_back(g2, x, mu2, change, d_now, at, channel, read, here, D)
             total2 += part
         if MIXES > 3:
-            d_now, part = _pull_back(g3, x, mu3, change, d_now, at, channel, token, here, T, D)
+            d_now, part = _pull_back(g3, x, mu3, change, d_now, at, channel, read, here, D)
             total3 += part
         if LAST:
             ends = here & (token == T - 1)[:, None]
@@ -145,7 +163,7 @@ def _backward_kernel(
                 tl.float32
             )
         tl.store(d_x + at, d_now, mask=here)
-    if start == 0:
+    if origin == 0:
         first = _through_first(g0, x, mu0, row, channel, T, D)
         if MIXES > 1:
             first += _through_first(g1, x, mu1, row, channel, T, D)
@@ -153,6 +171,8 @@ def _backward_kernel(
             first += _through_first(g2, x, mu2, row, channel, T, D)
         if MIXES > 3:
             first += _through_first(g3, x, mu3, row, channel, T, D)
+        if BORDERS:
+            first = tl.where(tl.load(begins + row * T) != 0, 0.0, first)
         tl.store(d_shift + row * D + channel, first, mask=channel < D)
     partial = d_mu + tl.program_id(0).to(tl.int64) * MIXES * D + channel
     tl.store(partial, tl.sum(total0, 0), mask=channel < D)
@@ -164,19 +184,25 @@ def _backward_kernel(
         tl.store(partial + 3 * D, tl.sum(total3, 0), mask=channel < D)
 
 
+Begun = tuple[Tensor, Tensor]
+"""Where documents begin, [B, T] uint8, and what is before their first token, [D]."""
+
+
 class _Mixes(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, last: bool, x: Tensor, shift: Tensor, *mus: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, last: bool, begun: Begun | None, x: Tensor, shift: Tensor, *mus: Tensor
+    ) -> tuple[Tensor, ...]:
         batch, length, width = x.shape
         tiles = triton.cdiv(length, TOKENS)
         outs = tuple(torch.empty_like(x) for _ in mus)
         with torch.cuda.device_of(x):
             _forward_kernel[(batch * tiles, triton.cdiv(width, CHANNELS))](
-                x, shift, *_padded(mus), *_padded(outs), length, width, tiles,
-                MIXES=len(mus), BT=TOKENS, BD=CHANNELS, num_warps=4,
+                x, shift, *(begun or (x, x)), *_padded(mus), *_padded(outs), length, width, tiles,
+                MIXES=len(mus), BT=TOKENS, BD=CHANNELS, BORDERS=begun is not None, num_warps=4,
             )  # fmt: skip
         ctx.save_for_backward(x, shift, *mus)
-        ctx.last = last
+        ctx.last, ctx.begun = last, begun
         return (*outs, x[:, -1].clone()) if last else outs
 
     @staticmethod
@@ -192,13 +218,20 @@ class _Mixes(torch.autograd.Function):
         to_mixes = gradients[: len(mus)]
         with torch.cuda.device_of(x):
             _backward_kernel[(batch * tiles, triton.cdiv(width, CHANNELS))](
-                x, shift, *_padded(mus), *_padded(to_mixes), gradients[-1], d_x, d_mu, d_shift, length, width, tiles,
-                MIXES=len(mus), BT=TOKENS, BD=CHANNELS, STEPS=STEPS, LAST=ctx.last, num_warps=4,
+                x, shift, *(ctx.begun or (x, x)), *_padded(mus), *_padded(to_mixes), gradients[-1], d_x, d_mu, d_shift,
+                length, width, tiles, MIXES=len(mus), BT=TOKENS, BD=CHANNELS, STEPS=STEPS, LAST=ctx.last,
+                BORDERS=ctx.begun is not None, num_warps=4,
             )  # fmt: skip
         total = d_mu.sum(0)
         if len({mu.dtype for mu in mus}) == 1:
             total = total.to(mus[0].dtype)  # in one launch
-        return None, d_x, d_shift, *(part.to(mu.dtype) for part, mu in zip(total.unbind(0), mus, strict=True))
+        return (
+            None,
+            None,
+            d_x,
+            d_shift,
+            *(part.to(mu.dtype) for part, mu in zip(total.unbind(0), mus, strict=True)),
+        )
 
 
 def _padded(tensors: tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
@@ -206,21 +239,25 @@ def _padded(tensors: tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
     return [*tensors, *[tensors[-1]] * (MOST_MIXES - len(tensors))]
 
 
-def token_mixes(x: Tensor, shift: Tensor, mus: list[Tensor]) -> tuple[Tensor, ...]:
+def token_mixes(
+    x: Tensor, shift: Tensor, mus: list[Tensor], begun: Begun | None = None
+) -> tuple[Tensor, ...]:
     """As :func:`rwkv_rev.cells.token_shift.token_mixes` without a mask.
 
     x [B, C, D] in bfloat16, float16 or float32 on a CUDA device.
     """
     x, shift = x.contiguous(), shift.contiguous()
-    return tuple(mix for some in _launches(mus) for mix in _Mixes.apply(False, x, shift, *some))
+    return tuple(mix for some in _launches(mus) for mix in _Mixes.apply(False, begun, x, shift, *some))
 
 
-def mixes_and_last(x: Tensor, shift: Tensor, mus: list[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
+def mixes_and_last(
+    x: Tensor, shift: Tensor, mus: list[Tensor], begun: Begun | None = None
+) -> tuple[tuple[Tensor, ...], Tensor]:
     """:func:`token_mixes`, and the last token [B, D], which comes of the first launch."""
     x, shift = x.contiguous(), shift.contiguous()
     first, *others = _launches(mus)
-    *mixes, last = _Mixes.apply(True, x, shift, *first)
-    further = [mix for some in others for mix in _Mixes.apply(False, x, shift, *some)]
+    *mixes, last = _Mixes.apply(True, begun, x, shift, *first)
+    further = [mix for some in others for mix in _Mixes.apply(False, begun, x, shift, *some)]
     return (*mixes, *further), last
 
 

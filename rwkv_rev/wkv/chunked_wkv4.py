@@ -30,7 +30,7 @@ from torch import Tensor
 from rwkv_rev.exporting import exporting
 from rwkv_rev.first_order import first_order
 from rwkv_rev.wkv import linear_wkv4, naive
-from rwkv_rev.wkv.compaction import Compaction
+from rwkv_rev.wkv.compaction import Compaction, kept_with
 from rwkv_rev.wkv.naive import EMPTY_EXPONENT, LOWEST_LOG_DECAY, arithmetic_dtype
 
 
@@ -252,7 +252,7 @@ def wkv4(
         if fits and linear_wkv4.fits(k, bonus, state):
             return linear_wkv4.LinearWkv4.apply(k, v, log_decay, bonus, state, c)
         return _Wkv4.apply(k, v, log_decay, bonus, state, None)
-    compaction = Compaction(mask)
+    compaction = kept_with(mask, Compaction)
     out, state = _Wkv4.apply(
         compaction.pack(k), compaction.pack(v), log_decay, bonus, state, compaction.counts
     )

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from rwkv_rev.first_order import first_order
 from rwkv_rev.wkv import naive
-from rwkv_rev.wkv.compaction import Compaction
+from rwkv_rev.wkv.compaction import Compaction, kept_with
 from rwkv_rev.wkv.naive import LOWEST_LOG_DECAY, arithmetic_dtype
 from rwkv_rev.wkv.sub_chunks import SUB_CHUNK as SUB_CHUNK
 from rwkv_rev.wkv.sub_chunks import Level, SubChunks
@@ -247,7 +247,7 @@ def wkv5(
     if mask is None:
         written = None if handover is None else handover.take()
         return _Wkv5.apply(r, k, v, log_decay, bonus, state, None, _fitting(plan, k), written)
-    compaction = Compaction(mask)
+    compaction = kept_with(mask, Compaction)
     r, k, v = (compaction.pack(x) for x in (r, k, v))
     out, contribution = _Wkv5.apply(r, k, v, log_decay, bonus, state, compaction.counts, None, None)
     return compaction.unpack(out), contribution
@@ -274,7 +274,7 @@ def wkv5_contribution(
     log_decay = log_decay.to(arithmetic_dtype(k)).clamp(min=LOWEST_LOG_DECAY)
     if mask is None:
         return _Wkv5Contribution.apply(k, v, log_decay, None)
-    compaction = Compaction(mask)
+    compaction = kept_with(mask, Compaction)
     return _Wkv5Contribution.apply(compaction.pack(k), compaction.pack(v), log_decay, compaction.counts)
 
 

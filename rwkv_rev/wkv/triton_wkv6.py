@@ -39,6 +39,7 @@ from torch import Tensor
 
 from rwkv_rev.errors import KernelError
 from rwkv_rev.first_order import first_order
+from rwkv_rev.wkv.compaction import kept_with, order_of
 from rwkv_rev.wkv.limits import LARGEST_TRITON_HEAD
 from rwkv_rev.wkv.triton_blocks import (
     PRECISIONS,
@@ -392,9 +393,7 @@ class _Launcher:
         self.choices = _choices(like.device)
         self.index = self.counts = None
         if mask is not None:
-            # a permutation of each row's tokens, the valid ones first and in order
-            self.index = torch.argsort(~mask, dim=1, stable=True).to(torch.int32)
-            self.counts = mask.sum(1, dtype=torch.int32)
+            self.index, self.counts = kept_with(mask, order_of)
         self.fixed = {
             "N": self.N, "LEVELS": LEVELS, "MASKED": mask is not None,
             "PRECISION": PRECISIONS[like.dtype], "num_stages": 1,
