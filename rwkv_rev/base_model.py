@@ -6,6 +6,7 @@ exact too and said once, where chunks cannot be told apart or more than the last
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import chain, pairwise
 from numbers import Integral
@@ -21,8 +22,8 @@ from transformers.utils import logging
 from rwkv_rev.adapters import refuse_recomputing
 from rwkv_rev.arguments import named
 from rwkv_rev.bptt import choose_strategy
-from rwkv_rev.bptt.any_loss import hidden_states
-from rwkv_rev.bptt.layers import run_layers
+from rwkv_rev.bptt.any_loss import hidden_states, tell_of_whole_graph
+from rwkv_rev.bptt.layers import by_layer, run_layers
 from rwkv_rev.bptt.strategy import LanguageModel, LossInputs, refuse_offloaded
 from rwkv_rev.bptt.sweeps import TwoSweeps
 from rwkv_rev.bptt_settings import BpttSettings
@@ -33,6 +34,7 @@ from rwkv_rev.chunk_length import AutoLength
 from rwkv_rev.configuration import MOST_SIZE, RwkvRevConfig
 from rwkv_rev.context_parallel import refuse_own_loss
 from rwkv_rev.distributed.sharded_reading import reading
+from rwkv_rev.document_states import Asked, ends_asked_for
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.exporting import exportable
 from rwkv_rev.first_order import transforms_of
@@ -195,6 +197,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         croppable: int = 0,
         return_dict: bool | None = None,
         borders: Tensor | None = None,
+        return_document_states: Asked = False,
         **kwargs: Any,
     ) -> RwkvRevOutput | tuple[Any, ...]:
         """Hidden states after ``ln_out``, and the state to go on from.
@@ -208,6 +211,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
             past_key_values, cache: the same as ``state``; a :class:`RwkvRevCache` is brought up to date.
             croppable: tokens at the end that a recording cache may be asked to forget (0: all).
             borders: [B, T] bool, true at the first token of each document packed into a row; see the model with a head.
+            return_document_states: also return the state after every document, by rows and in order; differentiable.
 
         With gradients disabled, contexts longer than ``set_bptt``'s ``chunk_length`` run chunk by chunk, of 1,024
         tokens under ``auto``. What :meth:`RwkvRevForCausalLM.set_bptt` says of ``hidden_states`` is of the output.
@@ -228,10 +232,12 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
             check_state(self.config, state, batch)
         refuse_own_loss(self.context_group, chain(self.parameters(), [inputs_embeds], state.tensors()))
         at = given_borders(kwargs, borders, valid, batch, length, embedded=inputs_embeds is not None)
-        documents = None if at is None else self.borders(at, valid)
+        ends = ends_asked_for(return_document_states, self, at, valid, (batch, length))
+        documents = None if at is None else replace(self.borders(at, valid), ends=ends)
         if (
             updated is None
             and not output_hidden_states
+            and ends is None
             and self.goes_in_sweeps(batch, length, device, inputs_embeds, *state.tensors())
         ):
             read = self._in_sweeps(input_ids, inputs_embeds, valid, state, documents)
@@ -261,7 +267,9 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
                 collected = [embedded]
                 masked = partial(mask_of, flags, part_of(documents, start, stop), device)
                 streams_of = collected if output_hidden_states else None
-                x, after = self.run(embedded, state, masked(stop - start), streams_of)
+                x, after = self.run(embedded, state, (mask := masked(stop - start)), streams_of)
+                if ends is not None:
+                    ends.part(start, stop).take(type(state), mask, by_layer(after, self.typed_blocks()))
                 if updated is not None:
                     again = partial(self._read_first, embedded, masked, state)
                     updated.take(after, Piece(state, stop - start, again))
@@ -271,12 +279,13 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         last = _joined(hidden)
         if last.requires_grad:
             if self.training and self._would_be_cut(batch, length, device):
-                _tell_of_whole_graph(self.bptt)
+                tell_of_whole_graph(self.bptt)
             if self.bptt.hidden_states == "host":
                 last = last.to("cpu")
         output = RwkvRevOutput(
             last_hidden_state=last,
             state=exportable(state),
+            document_states=ends.states() if ends is not None and return_document_states is True else None,
             hidden_states=tuple(_joined(list(parts)) for parts in zip(*streams, strict=True))
             if output_hidden_states
             else None,
@@ -385,15 +394,6 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         refuse_unknown_in_packed_rows(strangers(self))
         starts = document_starts(self.config, self.ln0.weight, self.initial_wkv)
         return Borders(at, None if valid is None else valid.cpu(), starts, self.config.hidden_size)
-
-
-def _tell_of_whole_graph(bptt: BpttSettings) -> None:
-    """Warn once where a context would have been cut into chunks, had the model computed the loss."""
-    logger.warning_once(
-        f"the graph of a whole context is stored: bptt={bptt.strategy!r} was not taken for this loss on logits or "
-        "hidden states. Such a gradient is exact, its memory grows with the context; bptt='reversible' keeps it flat "
-        "(without output_hidden_states, use_cache=True, or code that is not position-wise), bptt='full' means it"
-    )
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

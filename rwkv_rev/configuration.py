@@ -53,7 +53,7 @@ class RwkvRevConfig(PreTrainedConfig):
     """
 
     model_type = "rwkv_rev"
-    keys_to_ignore_at_inference = ["state", "past_key_values", "cache", "report"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["state", "past_key_values", "cache", "report", "document_states"]  # noqa: RUF012
 
     rwkv_version: str = "5.2"
     vocab_size: int = 65536

@@ -25,6 +25,7 @@ from rwkv_rev.cells.borders import Borders, Mask
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.context_parallel import ContextParallel, refuse_accelerates_ranks, shared_loss, together
 from rwkv_rev.distributed.shards import auto_as_others
+from rwkv_rev.document_states import beside_a_loss, with_ends
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.first_order import refuse_transforms
 from rwkv_rev.generation import RwkvRevGenerationMixin
@@ -98,6 +99,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin, Context
             output_hidden_states=streams,
             return_dict=True,
             borders=None if borders is None else borders.at,
+            return_document_states=False if borders is None or borders.ends is None else borders.ends,
         )
         # they may be handed out in host memory; a loss of ours reads them here
         place = (input_ids if inputs_embeds is None else inputs_embeds).device  # type: ignore[union-attr]
@@ -206,6 +208,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin, Context
         past_key_values: ModelState | RwkvRevCache | None = None,
         cache: ModelState | RwkvRevCache | None = None,
         borders: Tensor | None = None,
+        return_document_states: bool = False,
         **kwargs: Any,
     ) -> RwkvRevCausalLMOutput | tuple[Any, ...]:
         """Logits, or with ``labels`` the loss.
@@ -239,6 +242,8 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin, Context
                 state that comes back is that of each row's last document. ``cu_seq_lens_q``, ``seq_idx`` and
                 ``position_ids`` that restart at 0 say the same of all documents but a row's first
                 (:mod:`rwkv_rev.packed_rows`). Targets in ``shift_labels`` are taken as they are.
+            return_document_states: also return the state after every document, a row for each, by rows and in order
+                (``document_states``). Without labels they have a gradient, beside a loss it is refused.
 
         Returns:
             :class:`RwkvRevCausalLMOutput`. With labels, ``state`` carries no graph. Tuples are without the state where
@@ -275,6 +280,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin, Context
                 return_dict=True,
                 croppable=logits_to_keep if isinstance(logits_to_keep, int) else 0,
                 borders=borders,
+                return_document_states=return_document_states,
                 **{name: kwargs[name] for name in PACKED if name in kwargs},
             )
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -282,6 +288,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin, Context
                 logits=self.head(self._for_the_head(hidden.last_hidden_state, kept)),
                 state=hidden.state,
                 hidden_states=hidden.hidden_states,
+                document_states=hidden.document_states,
             )
             if updated is not None:
                 output[CACHE_NAME] = updated
@@ -290,6 +297,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin, Context
                 output = self._loss(
                     return_logits,
                     output_hidden_states,
+                    return_document_states,
                     input_ids=input_ids,
                     attention_mask=attention_mask,
                     inputs_embeds=inputs_embeds,
@@ -304,7 +312,8 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin, Context
                 )
         if return_dict:
             return output
-        reads_on = use_cache or any(given is not None for given in (state, past_key_values, cache))
+        asked = use_cache or return_document_states
+        reads_on = asked or any(given is not None for given in (state, past_key_values, cache))
         if output.loss is None and (torch.is_grad_enabled() or reads_on):
             return tuple(getattr(output, name) for name in output)
         # trainers take everything behind the loss, and in predicting all of a tuple, for predictions
@@ -339,7 +348,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin, Context
 
     @torch.compiler.disable  # two sweeps with a tape between them are no graph
     def _loss(
-        self, return_logits: bool, output_hidden_states: bool, **arguments: Any
+        self, return_logits: bool, output_hidden_states: bool, return_document_states: bool, **arguments: Any
     ) -> RwkvRevCausalLMOutput:
         """``arguments`` are those of :func:`rwkv_rev.inputs.loss_inputs`."""
         state = arguments["state"]
@@ -347,6 +356,8 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin, Context
         given = (arguments["inputs_embeds"], *(() if state is None else state.tensors()))
         refuse_transforms(chain(self.parameters(), (tensor for tensor in given if tensor is not None)))
         inputs = loss_inputs(self, dtype=wide(self.model.ln0.weight.dtype), **arguments)
+        if return_document_states:
+            inputs = with_ends(inputs, self.model.context_group)
         length, evaluating = inputs.length, not (self.training or torch.is_grad_enabled())
         bptt = self.bptt
         size = self.model.chunk_length(*inputs.targets.shape, inputs.targets.device)
@@ -367,6 +378,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin, Context
                 logits=self.head(hidden) if return_logits or evaluating else None,
                 state=after.detach(),
                 hidden_states=streams[0] if streams else None,
+                document_states=beside_a_loss(inputs, loss),
             )
         strategy = choose_strategy(
             auto_as_others(bptt.strategy, self.blocks),
@@ -379,4 +391,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin, Context
         )
         result = strategy.loss(self, inputs)
         logits = deferred_logits(self, inputs, result.loss) if evaluating else None
-        return RwkvRevCausalLMOutput(result.loss, logits, result.state, report=result.report)
+        states = beside_a_loss(inputs, result.loss)
+        return RwkvRevCausalLMOutput(
+            result.loss, logits, result.state, report=result.report, document_states=states
+        )

@@ -15,11 +15,15 @@ from rwkv_rev.state import ModelState, of_batch_first
 
 @dataclass
 class RwkvRevOutput(ModelOutput):
-    """Hidden states after ``ln_out`` [B, T, D], the state after the last token, each layer's residual stream."""
+    """Hidden states after ``ln_out`` [B, T, D], the state after the last token, each layer's residual stream.
+
+    ``document_states``, where they were asked for, has a row for every document.
+    """
 
     last_hidden_state: Tensor | None = None
     state: ModelState | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    document_states: ModelState | None = None
 
 
 @dataclass
@@ -28,6 +32,7 @@ class RwkvRevCausalLMOutput(ModelOutput):
 
     Beside a loss there are logits only if they were asked for.
     ``report`` tells what the gradient strategy did (name, tape bytes, drift; see :mod:`rwkv_rev.bptt`).
+    ``document_states`` are those after every document, where they were asked for.
     The state is there once more as a cache, under the name that the installed transformers knows.
     """
 
@@ -36,6 +41,7 @@ class RwkvRevCausalLMOutput(ModelOutput):
     state: ModelState | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     report: dict[str, Any] | None = field(default=None)
+    document_states: ModelState | None = None
     if CACHE_NAME == "cache":
         cache: RwkvRevCache | None = None
     else:
@@ -47,8 +53,10 @@ class RwkvRevCausalLMOutput(ModelOutput):
             OrderedDict.pop(self, "logits", None)
             object.__setattr__(self, "logits", None)
         super().__post_init__()
-        if isinstance(self.state, list):  # made again out of ``items``
-            self.state = of_batch_first(self.state)
+        for name in ("state", "document_states"):
+            found = getattr(self, name)
+            if isinstance(found, list):  # made again out of ``items``
+                setattr(self, name, of_batch_first(found))
         if self.loss is not None and self.logits is None:
             object.__setattr__(self, "logits", unmade.LOGITS)
 
@@ -61,6 +69,8 @@ class RwkvRevCausalLMOutput(ModelOutput):
             return super().items()
         values = dict(super().items())
         values.pop("report", None)
-        if isinstance(self.state, ModelState):  # a tuple in graphs that torch.export made
-            values["state"] = self.state.batch_first()
+        for name in ("state", "document_states"):
+            found = getattr(self, name)
+            if isinstance(found, ModelState):  # a tuple in graphs that torch.export made
+                values[name] = found.batch_first()
         return values.items()

@@ -43,7 +43,7 @@ MEANINGS: dict[str, dict[str, tuple[str, ...]]] = {
     "work": {},
     "graph": {
         "what PyTorch keeps for a gradient": (
-            *("rwkv_rev/bptt/layers.py", "rwkv_rev/bptt/full.py", "rwkv_rev/base_model.py"),
+            *("rwkv_rev/bptt/layers.py", "rwkv_rev/bptt/full.py", "rwkv_rev/bptt/any_loss.py"),
             *("rwkv_rev/cells/token_walk.py", "rwkv_rev/forecast.py", "rwkv_rev/architectures/"),
         ),
     },

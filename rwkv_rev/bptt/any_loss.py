@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from rwkv_rev import random_state
 from rwkv_rev.bptt.backward_sweep import LIKELY_CAUSES, backward_sweep
@@ -37,6 +38,7 @@ from rwkv_rev.bptt.strategy import (
 from rwkv_rev.bptt.sweeps import TwoSweeps, roles, warn_of_coarse_heads
 from rwkv_rev.bptt.uncached import uncached
 from rwkv_rev.bptt.unchanged import changed_tensor, unchanged, watched
+from rwkv_rev.bptt_settings import BpttSettings
 from rwkv_rev.errors import ReversalMismatchError, StrategyError
 from rwkv_rev.first_order import first_order
 from rwkv_rev.foreign_code import Strangers
@@ -46,6 +48,8 @@ from rwkv_rev.outside_leaves import OutsideLeaves
 from rwkv_rev.reversal.fingerprint import checksum
 from rwkv_rev.reversal.tape import Tape
 from rwkv_rev.state import ModelState
+
+logger = logging.get_logger(__name__)
 
 
 def hidden_states(
@@ -336,3 +340,12 @@ def _autocast_now(device: torch.device) -> Any:
 
 def _autocast_of(kind: str) -> tuple[bool, torch.dtype]:
     return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+
+def tell_of_whole_graph(bptt: BpttSettings) -> None:
+    """Warn once where a context would have been cut into chunks, had the model computed the loss."""
+    logger.warning_once(
+        f"the graph of a whole context is stored: bptt={bptt.strategy!r} was not taken for this loss on logits or "
+        "hidden states. Such a gradient is exact, its memory grows with the context; bptt='reversible' keeps it flat "
+        "(without output_hidden_states, use_cache=True, or code that is not position-wise), bptt='full' means it"
+    )

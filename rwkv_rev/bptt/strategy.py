@@ -125,6 +125,13 @@ class Chunk:
         valid = self.inputs.valid
         return None if valid is None else valid[:, self.start : self.stop]
 
+    def take_ends(self, mask: Mask, layers: Sequence[Sequence[Tensor]]) -> None:
+        """The states of documents that end in the chunk, if they are asked for; ``layers`` are those after it."""
+        borders = self.inputs.borders
+        if borders is not None and borders.ends is not None:
+            with torch.no_grad():
+                borders.ends.part(self.start, self.stop).take(type(self.inputs.state), mask, layers)
+
     def targets(self) -> Tensor:
         return self.inputs.targets[:, self.start : self.stop]
 

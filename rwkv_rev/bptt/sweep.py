@@ -19,7 +19,7 @@ from rwkv_rev.bptt.records import (
     whole_again,
 )
 from rwkv_rev.bptt.strategy import Chunk, LanguageModel, LossInputs
-from rwkv_rev.cells.block import BlockAdvanced, BlockAgain, ExactStates, FloatStates, Plans
+from rwkv_rev.cells.block import BlockAdvanced, BlockAgain, ExactStates, FloatStates, Plans, flat
 from rwkv_rev.cells.contract import residual
 from rwkv_rev.errors import ContextParallelError
 from rwkv_rev.foreign_code import Strangers
@@ -88,9 +88,8 @@ class Sweep:
     def device(self) -> torch.device:
         return self.inputs.targets.device
 
-    def part(self, inputs: LossInputs) -> "Sweep":
+    def part(self, inputs: LossInputs, chunks: Sequence[Chunk]) -> "Sweep":
         """The sweep through a part of the batch."""
-        chunks = inputs.chunks(self.strategy.chunk_length)
         return replace(self, inputs=inputs, chunks=chunks, prints={}, random=[], hidden_prints={})
 
     def is_inner(self, chunk: Chunk) -> bool:
@@ -198,7 +197,9 @@ class Sweep:
             )
 
         def replay(x: Tensor) -> tuple[list[LayerGraph], Tensor | None]:
-            layers = replay_layers(self.blocks, x, ask, chunk.mask())
+            mask = chunk.mask()
+            layers = replay_layers(self.blocks, x, ask, mask)
+            chunk.take_ends(mask, [flat(layer.replay.end) for layer in layers])
             if record is None and chunk.index not in self.prints:
                 return layers, None
             if record is not None:

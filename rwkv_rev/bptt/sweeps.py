@@ -40,6 +40,7 @@ from rwkv_rev.bptt.records import LayerRecord
 from rwkv_rev.bptt.runner import Runner
 from rwkv_rev.bptt.shared_tape import SharedTape
 from rwkv_rev.bptt.strategy import (
+    Chunk,
     LanguageModel,
     LossInputs,
     LossResult,
@@ -144,10 +145,12 @@ class TwoSweeps(Strategy):
         outcome.update(strategy=self.name, chunk_length=self.chunk_length)
         with self._tape(model, inputs) as tape:
             parts = [Part(inputs)] if any_sharded(parameters) else parts_of(inputs, self.chunk_length)
-            whole = self.begin_sweep(model, inputs, parameters, found, tape, [part.inputs for part in parts])
+            # all before the first one is computed: no part waits for the device later
+            each = [part.inputs.chunks(self.chunk_length) for part in parts]
+            whole = self.begin_sweep(model, inputs, parameters, found, tape, each)
             sums, results = no_sums(whole), []
-            for part in parts:
-                sweep = whole if part.inputs is inputs else whole.part(part.inputs)
+            for part, chunks in zip(parts, each, strict=True):
+                sweep = whole.part(part.inputs, chunks) if len(parts) > 1 else whole
                 runner = choose_runner(sweep, alone=sweep is whole)
                 last = forward_sweep(sweep, runner)
                 outcome["tape_bytes"] = tape.peak_nbytes
@@ -200,11 +203,11 @@ class TwoSweeps(Strategy):
         parameters: list[Tensor],
         found: Strangers,
         tape: Tape,
-        parts: Sequence[LossInputs] = (),
+        parts: Sequence[Sequence[Chunk]] = (),
     ) -> Sweep:
         """What both sweeps go through, before the first chunk; for the model's own loss.
 
-        ``parts``: that the batch is swept through in, if not at once.
+        ``parts``: chunks of the parts that the batch is swept through in, if not at once.
         """
         lifted = self._lifted(model, inputs, parameters)
         for block in model.blocks:
@@ -219,8 +222,8 @@ class TwoSweeps(Strategy):
             for block in model.blocks:
                 block.refuse_changing()
         self.begin(model, inputs)
-        chunks = inputs.chunks(self.chunk_length)
-        planned = [chunk for part in parts for chunk in part.chunks(self.chunk_length)] or chunks
+        chunks = parts[0] if len(parts) == 1 else inputs.chunks(self.chunk_length)
+        planned = [chunk for part in parts or [chunks] for chunk in part]
         lengths = {
             chunk.planned_length: None if inputs.group is None else chunk.own_length for chunk in planned
         }
@@ -273,8 +276,9 @@ def choose_runner(sweep: Sweep, *, alone: bool = True) -> Runner:
     ``alone``: the sweep is no part of another batch, whose sums it would go on with.
     """
     plain = not (sweep.strangers.declared or sweep.half or sweep.model.checkpoints_blocks or sweep.sharded)
+    borders, group = sweep.inputs.borders, sweep.inputs.group
+    plain = plain and (borders is None or borders.ends is None)
     able = sweep.strategy.repeatable and plain and cuda_graphs.possible(sweep.device)
-    group = sweep.inputs.group
     if group is not None and sweep.device.type == "cuda":
         able = group.everywhere(able)
     if not able:

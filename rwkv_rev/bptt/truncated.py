@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rwkv_rev import random_state
+from rwkv_rev.bptt.layers import by_layer
 from rwkv_rev.bptt.piece import over_the_group
 from rwkv_rev.bptt.strategy import (
     Chunk,
@@ -118,7 +119,9 @@ def _gradients_of(
             )
         )
         with torch.enable_grad():
-            x, after = model.run(chunk.embed(model, embeds), start, chunk.mask())
+            mask = chunk.mask()
+            x, after = model.run(chunk.embed(model, embeds), start, mask)
+            chunk.take_ends(mask, by_layer(after, model.blocks))
             hidden = model.normalize(x)
         made = [*start.tensors(), *([] if embeds is None else [embeds])]
         leaves = [*parameters, *(tensor for tensor in made if tensor.requires_grad)]

@@ -15,7 +15,7 @@ the documents. Cost: that of the tokens, some padding, and a state for each piec
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.token_shift import mix
+from rwkv_rev.document_ends import DocumentEnds
 from rwkv_rev.wkv.dispatch import is_fused
 
 if TYPE_CHECKING:
@@ -66,22 +67,26 @@ class Borders:
         starts: what every document begins with: the values, without a batch, of each cell of each layer. They may
             require gradients.
         width: D, of the model.
+        ends: where documents end; None where nobody asks for their final states.
     """
 
     at: Tensor
     valid: Tensor | None
     starts: Any
     width: int = 256
+    ends: DocumentEnds | None = None
 
     def part(self, start: int, stop: int) -> "Borders":
         """Of the tokens ``start`` to ``stop``."""
         valid = None if self.valid is None else self.valid[:, start:stop]
-        return replace(self, at=self.at[:, start:stop], valid=valid)
+        ends = None if self.ends is None else self.ends.part(start, stop)
+        return replace(self, at=self.at[:, start:stop], valid=valid, ends=ends)
 
     def taken(self, places: Tensor) -> "Borders":
         """Of the tokens at ``places``, int64 [n]."""
         valid = None if self.valid is None else self.valid.index_select(1, places)
-        return replace(self, at=self.at.index_select(1, places), valid=valid)
+        ends = None if self.ends is None else self.ends.taken(places)
+        return replace(self, at=self.at.index_select(1, places), valid=valid, ends=ends)
 
     @torch.compiler.disable
     def chunk(self, device: torch.device) -> "BorderedChunk | ChunkMask | None":
@@ -89,7 +94,8 @@ class Borders:
         valid = None if self.valid is None or bool(self.valid.all()) else self.valid
         if bool(self.at.any()):
             call = call_cost(device, self.width)
-            return BorderedChunk.of(self.at, valid, self.starts, device, call)
+            numbers = None if self.ends is None else self.ends.numbers
+            return BorderedChunk.of(self.at, valid, self.starts, device, call, numbers)
         return None if valid is None else ChunkMask.of(valid.to(device))
 
 
@@ -109,6 +115,10 @@ class BorderedChunk:
         begins: [B, C] uint8, 1 where a document begins.
         dense: whether the token before each one that counts is its neighbour, but where a row or a document begins.
         starts: of the model, a layer, or a cell (:meth:`of_part`).
+        ended: [E] int64, the pieces whose documents end, and their last tokens in the flattened [B C], by the
+            documents' numbers; None where nobody asks for their states.
+        kept: these states, of each cell by its layer and its place there.
+        path: of the cell.
     """
 
     mask: ChunkMask | None
@@ -122,12 +132,24 @@ class BorderedChunk:
     begins: Tensor
     dense: bool
     starts: Any
+    ended: tuple[Tensor, Tensor] | None = None
+    kept: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)
+    path: tuple[int, ...] = ()
 
     @classmethod
     def of(
-        cls, at: Tensor, valid: Tensor | None, starts: Any, device: torch.device, call: int
+        cls,
+        at: Tensor,
+        valid: Tensor | None,
+        starts: Any,
+        device: torch.device,
+        call: int,
+        numbers: Tensor | None = None,
     ) -> "BorderedChunk":
-        """From borders and valid tokens [B, C] on the host; ``call`` as in :func:`ends_of_spans`."""
+        """From borders and valid tokens [B, C] on the host; ``call`` as in :func:`ends_of_spans`.
+
+        ``numbers``: of :class:`rwkv_rev.document_ends.DocumentEnds`.
+        """
         pieces = _pieces(at.numpy(), None if valid is None else valid.numpy())
         pieces.sort(key=lambda piece: -len(piece.places))
         lengths = np.array([len(piece.places) for piece in pieces])
@@ -144,8 +166,8 @@ class BorderedChunk:
                 first = made + row * (stop - start)
                 places[part] = np.arange(first, first + len(part))
             made += index.size
-            there = torch.from_numpy(np.arange(start, stop) < lengths[:rows, None])
-            mask = None if bool(there.all()) else ChunkMask.of(there.to(device))
+            there = np.arange(start, stop) < lengths[:rows, None]
+            mask = None if there.all() else ChunkMask.of(_to(there, device))
             spans.append(Span(_to(index.reshape(-1), device), rows, mask))
         places[places < 0] = made
         going_on = [number for number, piece in enumerate(pieces) if piece.goes_on]
@@ -162,8 +184,14 @@ class BorderedChunk:
             before[piece.places[1:]] = piece.places[:-1] + first
             if piece.goes_on:
                 before[piece.places[:1]] = piece.row
+        ended = None
+        if numbers is not None:
+            lasts = np.array([piece.places[-1] if len(piece.places) else -1 for piece in pieces])
+            of_pieces = np.where(lasts < 0, -1, numbers.flatten().numpy()[lasts])
+            chosen = np.argsort(of_pieces, kind="stable")[(of_pieces < 0).sum() :]
+            ended = (_to(chosen, device), _to(lasts[chosen], device))
         return cls(
-            None if valid is None else ChunkMask.of(valid.to(device)),
+            None if valid is None else ChunkMask.of(_to(valid.contiguous().numpy(), device)),
             spans,
             _to(np.array([pieces[number].row for number in going_on], np.int64), device),
             _to(order, device),
@@ -175,11 +203,26 @@ class BorderedChunk:
             valid is None
             or bool((~valid | at | torch.nn.functional.pad(valid[:, :-1], (1, 0), value=True)).all()),
             starts,
+            ended,
         )
 
     def of_part(self, index: int) -> "BorderedChunk":
         """For one of the layers, or of a layer's cells."""
-        return replace(self, starts=self.starts[index])
+        return replace(self, starts=self.starts[index], path=(*self.path, index))
+
+    def keep(self, ends: Sequence[Tensor], tokens: Sequence[Tensor] = ()) -> None:
+        """Of the final states of a cell's documents what is asked for.
+
+        Args:
+            ends: the parts of the state after each piece, [P, ...].
+            tokens: parts before them that are a vector of the last token, [B, C, ...].
+        """
+        if self.ended is not None:
+            pieces, lasts = self.ended
+            self.kept[self.path] = [
+                *(part.flatten(0, 1).index_select(0, lasts) for part in tokens),
+                *(part.index_select(0, pieces) for part in ends),
+            ]
 
     def run(
         self, step: Step, stream: list[Tensor], state: list[Tensor], starts: list[Tensor]
@@ -325,5 +368,6 @@ def ends_of_spans(lengths: np.ndarray, call: int) -> list[int]:
 
 
 def _to(index: np.ndarray, device: torch.device) -> Tensor:
+    """On the device, without waiting for what it has to do before."""
     found = torch.from_numpy(index)
     return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)

@@ -328,6 +328,7 @@ class ReversibleCell(nn.Module, ABC):
             return parts_of(out), tensors_of(after)
 
         stream, ends = chunk.run(step, parts_of(x), tensors_of(values), tensors_of(chunk.starts))
+        chunk.keep(ends)
         after = values_like(values, [end.index_select(0, chunk.last) for end in ends])
         print_ = torch.stack([checksum(end.detach()) for end in ends])
         return joined(stream[0], tuple(stream[1:])), after, print_

@@ -28,10 +28,12 @@ def documents(
     with not_kept(mixed, again):
         projection = cell.project(*mixed, *beside(stream))
     if values.memory is None:
+        chunk.keep([], [x])
         read, _ = cell.compute(projection, None, chunk.mask)
         out = cell.output_of(projection, read)
         return joined(out, cell.handed_up(projection)), shift, None, checksum(shift)[None]
     read, ends = memories(cell, projection, values.memory, chunk)
+    chunk.keep([ends], [x])
     print_ = torch.stack([checksum(shift), checksum(ends)])
     memory = ends.index_select(0, chunk.last)
     return joined(cell.output_of(projection, read), cell.handed_up(projection)), shift, memory, print_
