@@ -58,7 +58,8 @@ Of weights that are spread over processes block by block (FSDP2, *shards*) a pro
 the sums and of the gradients; whole are, beside it, the block that is computed in the dtype of the arithmetic, its
 gradient twice in float32 (as it was made, and by process), embedding and head.
 
-Packed rows are forecast as if each chunk had a border, which puts the state on the tape whole.
+Packed rows are forecast as if each chunk had a border, which puts the state on the tape whole; a single row whose
+documents are shorter than a chunk puts nothing there (:mod:`rwkv_rev.bptt.parts`).
 """
 
 import math
