@@ -2,6 +2,8 @@
 
 import functools
 import math
+import sys
+import types
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +18,7 @@ from bptt_cases import (
     checkpoint_blocks,
     differentiate,
     english,
+    grouped_errors,
     load,
     random_like,
     random_state,
@@ -27,9 +30,12 @@ from test_linear_attention import filled
 from torch import Tensor
 from transformers import DataCollatorWithFlattening
 
+import rwkv_rev.cells
 from rwkv_rev import RwkvRevConfig, RwkvRevForCausalLM
 from rwkv_rev.architectures.registry import architecture
+from rwkv_rev.cells import borders
 from rwkv_rev.cells.borders import Borders, ends_of_spans
+from rwkv_rev.cells.token_shift import mix
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.state import ModelState
 from rwkv_rev.wkv import use_kernel
@@ -534,6 +540,30 @@ def test_positions_behind_a_hole() -> None:
     assert relative_error(expected, sum(alone_)) <= 1e-12
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("chunk", [16, 24], ids=["a long one", "parts"])
+@pytest.mark.parametrize("name", ["4", "5.2", "6", "7"])
+def test_on_a_gpu(name: str, chunk: int, masked: bool) -> None:
+    """Kernels and fused mixes, against the documents in float64; the exact tapes agree to the bit."""
+    lengths, ids = LENGTHS["mixed"], random_tokens(60)
+    mask = torch.ones(1, 60, dtype=torch.long)
+    mask[0, 40:43], mask[0, 55:] = (0, 0) if masked else (1, 1)
+    given = {"input_ids": ids, "attention_mask": mask, "borders": borders_of(lengths)}
+    expected = differentiate(model_of(name), "full", **given)
+    model = model_of(name, torch.float32).cuda()
+    on_device = {name: tensor.cuda() for name, tensor in given.items()}
+    found = [
+        differentiate(model, strategy, chunk, **on_device)
+        for strategy in ("full", "checkpoint", "reversible")
+    ]
+    for outcome in found:
+        gradients = {name: gradient.cpu() for name, gradient in outcome.gradients.items()}
+        assert grouped_errors(gradients, expected.gradients)["all"] <= TOLERANCE[torch.float32]
+    assert_same_bits(found[1], found[2])
+
+
 # --- the layout ---------------------------------------------------------------------------------------------------
 
 
@@ -581,3 +611,39 @@ def test_every_token_is_laid_out_once(seed: int) -> None:
         begun = 0.5 if not first else 0.0
         total = functools.reduce(lambda s, t: s + 70 * row + t, own, begun)
         assert ends[chunk.last[row]].tolist() == [total] * 4
+
+
+@pytest.mark.parametrize("holes", [None, "behind documents", "anywhere"])
+def test_mixes_in_one_launch(holes: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken where the token before is the neighbour; the launch itself is tested in test_triton_cells.py."""
+    launches = []
+
+    def mixes(
+        x: Tensor, shift: Tensor, mus: list[Tensor], begun: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, ...]:
+        launches.append(begun)
+        before = torch.cat([shift[:, None], x[:, :-1]], dim=1)
+        before = torch.where(begun[0].bool()[..., None], begun[1], before)
+        return tuple(mix(x, before, mu) for mu in mus)
+
+    stub: Any = types.ModuleType("triton_token_shift")
+    stub.token_mixes = mixes
+    stub.mixes_and_last = lambda x, *given: (mixes(x, *given), x[:, -1])
+    monkeypatch.setitem(sys.modules, "rwkv_rev.cells.triton_token_shift", stub)
+    monkeypatch.setattr(rwkv_rev.cells, "triton_token_shift", stub, raising=False)
+    at = borders_of([13, 7, 20], [40])
+    at[1, 0], valid = False, torch.ones(2, 40, dtype=torch.bool)
+    if holes == "behind documents":
+        valid[0, 10:13], valid[0, 38:], valid[1, 30:] = False, False, False
+    elif holes:
+        valid[0, 5:7] = False
+    chunk: Any = Borders(at, valid, [()]).chunk(torch.device("cpu"))
+    x, shift, start, *mus = (torch.randn(*size, 6) for size in ((2, 40), (2,), (), (), ()))
+    expected, last, _ = chunk.mixes(x, shift, start, mus)
+    assert not launches
+    monkeypatch.setattr(borders, "is_fused", lambda x: True)
+    found, found_last, again = chunk.mixes(x, shift, start, mus)
+    assert len(launches) == (holes != "anywhere")
+    for one, repeated, other in zip(found, again(), expected, strict=True):
+        assert torch.equal(one[valid], other[valid]) and torch.equal(one, repeated)
+    assert torch.equal(found_last, last)
