@@ -26,6 +26,7 @@ from rwkv_rev.cells.borders import Borders
 from rwkv_rev.packed_rows import given_borders
 
 SHORT = [5, 9, 1, 12, 3, 7, 2, 14, 6, 1]  # 60 tokens, each at most one chunk of 16
+APART = [4, 9, 1, 12, 3, 7, 2, 1, 7, 14]  # the first and the last one in other parts
 WITH_A_LONG_ONE = [5, 9, 40, 12, 3, 7, 2, 14, 6, 1]
 
 
@@ -61,7 +62,7 @@ def test_documents_shorter_than_a_chunk_are_computed_once(
     assert_states(found.state, states[-1], 1e-12)
 
 
-@pytest.mark.parametrize("lengths", [SHORT, WITH_A_LONG_ONE], ids=["short", "a long one"])
+@pytest.mark.parametrize("lengths", [SHORT, APART, WITH_A_LONG_ONE], ids=["short", "apart", "a long one"])
 @pytest.mark.parametrize("name", [*VERSIONS, "reversible-gru", "coupled-5.2"])
 def test_masks_states_embeddings_and_weights(name: str, lengths: list[int]) -> None:
     """Left padding, a hole, padding behind; a row that goes on, and hands its end on."""
@@ -90,7 +91,9 @@ def test_masks_states_embeddings_and_weights(name: str, lengths: list[int]) -> N
         return found, [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
 
     full, to_full = outcome("full")
-    assert len(parts_of(_inputs(at, mask.bool()), 16)) > 1
+    parts = parts_of(_inputs(at, mask.bool()), 16)
+    assert len(parts) > 1
+    assert any(part.holds_first and part.holds_last for part in parts) == (lengths is not APART)
     for strategy in ("checkpoint", "reversible"):
         found, to_found = outcome(strategy)
         # the state that is given is put on its grid, and a long document's between its chunks
