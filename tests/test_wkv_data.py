@@ -126,6 +126,14 @@ def test_chunked_is_the_recurrence(version: str, edge: str, mask: str) -> None:
                     assert error(one, other) <= limit, (tokens, dtype, number, error(one, other))
 
 
+@pytest.mark.parametrize("edge", EDGES7)
+def test_gates_in_sixteen_bits_are_multiplied_in_float32(edge: str) -> None:
+    arguments = [x.to(torch.bfloat16) for x in case7(70, edge)]
+    results = wkv7(*arguments, kernel="chunked")
+    truth = wkv7(*(x.double() for x in arguments), kernel="naive")
+    assert max(map(error, results, truth)) <= TOLERANCES[torch.bfloat16][0]
+
+
 def test_naive_6_is_the_formula() -> None:
     r, k, v, log_decay, bonus, state = case6(5, batch=1, heads=1)
     out = wkv6(r, k, v, log_decay, bonus, state, kernel="naive")[0][0, :, 0]

@@ -124,7 +124,7 @@ class _Pieces(NamedTuple):
         (z, receptance), (b, key), (x, v_) = _halves(reads), _halves(writes), _halves(values)
         torch.mul(removal, before, out=z).neg_()
         torch.mul(r, decays, out=receptance)
-        torch.mul(removal, rate, out=b).mul_(grown)
+        b.copy_(removal).mul_(rate).mul_(grown)  # not in the dtype of the two
         torch.mul(k, grown, out=key)
         v_.copy_(v)
         among = (reads @ writes.mT).mul_(_earlier(length, reads))
