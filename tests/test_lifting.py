@@ -6,9 +6,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rwkv_rev.reversal.decay_arithmetic import NON_FINITE
+from rwkv_rev.reversal.decay_arithmetic import LARGEST, NON_FINITE
 from rwkv_rev.reversal.fixed_point import FixedPoint
-from rwkv_rev.reversal.lifting import LIFTED, KeptLifted, Lift, Lifted, LiftedRemnant, LiftingPlan, Transition
+from rwkv_rev.reversal.lifting import (
+    LIFTED,
+    KeptLifted,
+    Lift,
+    Lifted,
+    LiftedRemnant,
+    LiftingPlan,
+    Shear,
+    Transition,
+    _own_bits,
+    exact_bits,
+)
 from rwkv_rev.wkv import wkv7, wkv7_transition
 
 PROPERTIES = settings(
@@ -152,6 +163,36 @@ def test_sums_do_not_depend_on_their_order() -> None:
         other = type(shear)(shear.high[..., order], shear.low[..., order], shear.bits)
         assert torch.equal(shear.add(x) - x, other.add(x[:, :, order]) - x[:, :, order])
         assert torch.equal(shear.subtract(shear.add(x)), x)
+
+
+@pytest.mark.parametrize("size", [16, 33, 64, 96, 128])
+def test_sums_of_the_largest_numbers_are_exact(size: int) -> None:
+    """Every entry and every number as large and as odd as they get: whole numbers of Python's say what the sums are."""
+    entry = 1 - 2.0 ** -exact_bits(torch.empty(size, size)) * 2 / 3
+    shear = Shear.of(torch.full((1, 1, size, size), entry, dtype=torch.float64).tril(-1))
+    largest = 2**31 - 3
+    x = torch.full((1, 1, size, 1), float(largest), dtype=torch.float64)
+    for part in (shear.high, shear.low):
+        assert int((part @ x)[0, 0, -1, 0]) == sum(int(number) * largest for number in part[0, 0, -1])
+    assert int(shear.low.abs().max()) > 0
+
+
+@pytest.mark.parametrize("kind", ["any", "projections", "one key", "slow"])
+@pytest.mark.parametrize("length", [16, 256])
+def test_the_smaller_of_remnant_and_state_is_kept(kind: str, length: int) -> None:
+    generator = torch.Generator().manual_seed(11)
+    state = Lifted.of(torch.randn(1, 2, 16, 16, generator=generator))
+    for _ in range(3):
+        transition = Transition(*wkv7_transition(*tokens(kind, 16, length, generator, batch=1)))
+        lift, before = Lift.of(transition.matrix), state.grid.mantissa.double()
+        found = lift.forwards(before)
+        after = found.lifted + state.grid.units(transition.update).round()
+        largest = torch.stack([found.turned, found.scaled, after]).abs().amax(dim=(0, 3, 4))
+        lifted = lift.widths(found.scaled, _own_bits(found.turned)).sum(dim=(2, 3))
+        whole = before.shape[-1] ** 2 * _own_bits(before)
+        state, remnant = state.advance(transition, LiftingPlan())
+        used = remnant.widths.sum(dim=(2, 3))
+        assert torch.equal(used, torch.where(largest <= LARGEST, torch.minimum(lifted, whole), whole))
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])

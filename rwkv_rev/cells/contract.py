@@ -161,6 +161,8 @@ class ReversibleCell(nn.Module, ABC):
     Attributes:
         shifts: how many of the state's parts, and of a remnant's tensors, are token shifts; they stand first.
         passes_between_ranks: whether a chunk's tokens may be split over ranks (context parallelism).
+        relayed_ranks: up to how many of them hand the memory on, one after another, instead of exchanging pieces (then
+            it is kept whole, and undoing a chunk needs no contribution).
         reads_beside: whether its input is the whole stream, not the residual alone.
         lifts: of a cell with two kinds of memories, whether :meth:`exact` makes the one whose remnant is smaller and
             takes longer (:meth:`lift`).
@@ -175,6 +177,7 @@ class ReversibleCell(nn.Module, ABC):
     layer: int = 0
     shifts: int = 0
     passes_between_ranks: bool = False
+    relayed_ranks: int = 0
     reads_beside: bool = False
     lifts: bool = False
     undividable: str = "this one (RWKV-4's, say, which is forgotten within a few tokens)"

@@ -53,9 +53,6 @@ class ShiftedCell(ReversibleCell):
 
     shifts = 1
     mixes_are_tokens = False  # whether they are 1 and 0: the token itself, and the one before
-    relayed_ranks: int = 0
-    """Up to how many ranks hand the memory on, one after another, instead of exchanging pieces (then it is kept whole,
-    and :meth:`undo` needs no contribution)."""
 
     # --- what a cell fills in ---------------------------------------------------------------------------------
 

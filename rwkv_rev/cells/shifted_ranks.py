@@ -6,8 +6,8 @@ memory, whatever that is, is a piece (:mod:`rwkv_rev.cells.state_pieces`); the p
 ranks advance the same exact memory by the composition of all pieces, to the same bits.
 
 Where a piece costs more than what the tokens read (a matrix, for RWKV-7) and the ranks are few, the memory goes from
-rank to rank instead (:attr:`.ShiftedCell.relayed_ranks`): each waits for the recurrence, and for nothing else, of the
-one before.
+rank to rank instead (:attr:`.ReversibleCell.relayed_ranks`): each waits for the recurrence, and for nothing else, of
+the one before.
 
 The token shift is kept as it is, not mixed with the chunk's first token, which other ranks do not know.
 """

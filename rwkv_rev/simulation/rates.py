@@ -73,6 +73,8 @@ class Generation:
         gap: seconds of a layer's chunk in which a card that replays recordings has little or nothing to do.
         unrecorded: seconds that a layer's chunk takes longer where launches are not recorded.
         piece: what a piece takes beside what its tokens take, in forwards of the recurrence.
+        matrices: as large as the memory, of which a piece is made: what its tokens write, and what they do to a memory.
+        factors: numbers per channel that a piece has beside them.
     """
 
     forward: float
@@ -81,14 +83,16 @@ class Generation:
     gap: float
     unrecorded: float
     piece: float
+    matrices: int = 1
+    factors: int = 0
 
 
 _TOKENS = 32768 * 2048
 GENERATIONS = {
     "4": Generation(0.38e-3 / _TOKENS, 1.35e-3 / _TOKENS, 335, 0.2e-3, 2.3e-3, 1),
     "5": Generation(0.77e-3 / _TOKENS, 3.06e-3 / _TOKENS, 126, 0.2e-3, 6e-3, 1),
-    "6": Generation(1.49e-3 / _TOKENS, 4.85e-3 / _TOKENS, 330, 0.65e-3, 6e-3, 1),
-    "7": Generation(2.6e-3 / _TOKENS, 6.7e-3 / _TOKENS, 380, 0.6e-3, 9e-3, 3),
+    "6": Generation(1.49e-3 / _TOKENS, 4.85e-3 / _TOKENS, 330, 0.65e-3, 6e-3, 1, factors=1),
+    "7": Generation(2.6e-3 / _TOKENS, 6.7e-3 / _TOKENS, 380, 0.6e-3, 9e-3, 3, matrices=2),
 }
 STEP = 0.02
 """Seconds of a step in which the card waits, however long it is: plans, exact states, the optimizer's start."""

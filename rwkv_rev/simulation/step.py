@@ -15,8 +15,8 @@ ceil(T / C) chunks. Its seconds are
     gradients       a reduction over all cards, once per step
 
 one after another: nothing is said to be hidden behind anything else, where that was not measured. RWKV-7's memory goes
-from rank to rank where ranks are few (:attr:`.ShiftedCell.relayed_ranks`): then each waits for the recurrence of those
-before it. RWKV-4 to 6, and RWKV-7 between more ranks, exchange pieces.
+from rank to rank where ranks are few (:attr:`.ReversibleCell.relayed_ranks`): then each waits for the recurrence of
+those before it. RWKV-4 to 6, and RWKV-7 between more ranks, exchange pieces.
 """
 
 import math
@@ -30,7 +30,6 @@ from torch import nn
 from rwkv_rev.architectures.architecture import NUMBER
 from rwkv_rev.benchmark.models import matrix_parameters, shape_config
 from rwkv_rev.bptt.lasting import LEAST_FREE
-from rwkv_rev.cells.shifted_cell import ShiftedCell
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.forecast import RECORDED_SHARE, StrategyForecast, forecast_memory
 from rwkv_rev.modeling import RwkvRevForCausalLM
@@ -86,9 +85,7 @@ def sizes_of(shape: str) -> Sizes:
         head,
         sum(one.in_features + one.out_features for one in maps),
         sum(one.in_features for one in maps),
-        max(
-            (cell.relayed_ranks for cell in model.blocks[0].cells if isinstance(cell, ShiftedCell)), default=0
-        ),
+        max(cell.relayed_ranks for cell in model.blocks[0].cells),
     )
 
 
@@ -315,10 +312,10 @@ def piece_bytes(sizes: Sizes, rows: int, ranks: int) -> int:
     """What a rank tells the others of its tokens, in a layer."""
     config = sizes.config
     memory = NUMBER * rows * math.prod(config.architecture.memory_shape(config))
-    kind = config.rwkv_version[0]
-    if kind == "7":
-        return memory if ranks <= sizes.relayed else 2 * memory
-    return memory + (NUMBER * rows * config.hidden_size if kind == "6" else 0)
+    if ranks <= sizes.relayed:
+        return memory
+    known = rates.GENERATIONS[config.rwkv_version[0]]
+    return known.matrices * memory + known.factors * NUMBER * rows * config.hidden_size
 
 
 def _exchange(sizes: Sizes, step: Step, layout: Layout, tape: int) -> float:
