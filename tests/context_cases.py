@@ -43,6 +43,7 @@ class Case:
     length: int = LENGTH
     padded: bool = False
     packed: bool = False
+    ends_padded: bool = False  # documents that end in padding, behind which a piece begins
     state: bool = True
     embeds: bool = False
     prepare: Callable[[Any], Any] = lambda model: model
@@ -70,7 +71,13 @@ class Case:
             mask[0, : self.length // 3] = 0  # a chunk without a token in one row
             mask[1, 5] = mask[1, 20:31] = 0
             found["attention_mask"] = mask.to(device)
-        if self.packed:
+        if self.ends_padded:
+            mask = torch.ones_like(tokens)
+            mask[:, 15:19] = 0
+            found["attention_mask"] = mask.to(device)
+            found["borders"] = torch.zeros_like(mask, dtype=torch.bool).to(device)
+            found["borders"][:, [0, 19]] = True
+        elif self.packed:
             at = torch.zeros(2, self.length, dtype=torch.bool)
             at[0, [0, 1, 2, 17, 24, 33, 34]] = True  # several in a piece, none in others
             at[1, [0, self.length - 5]] = True
@@ -170,6 +177,7 @@ CASES: dict[str, Case] = {
     **{f"{v} padded": case for v, case in of_versions(padded=True).items()},
     **{f"{v} packed": case for v, case in of_versions(packed=True).items()},
     **{f"{v} packed, padded": Case(v, packed=True, padded=True) for v in ("5.2", "6", "7")},
+    **{f"{v} ends padded": Case(v, chunk=11, length=30, ends_padded=True) for v in ("5.2", "7")},
     **{f"{v} whole pieces": Case(v, chunk=12, length=36) for v in VERSIONS},
     **{f"{v} float32": Case(v, dtype=torch.float32, padded=True) for v in VERSIONS},
     **{

@@ -52,6 +52,13 @@ def other_weights(rank: int) -> None:
     loss(model_of(seed=rank))
 
 
+def other_head(rank: int) -> None:
+    model = model_of()
+    if rank:  # no state depends on it
+        model.head.weight.data[3, 2] += 1e-3
+    loss(model)
+
+
 def full(rank: int) -> None:
     loss(model_of(strategy="full"))
 
@@ -125,7 +132,12 @@ REFUSED: dict[str, tuple[Callable[[int], None], type[RwkvRevError], str]] = {
     ),
     "other labels": (other_labels, ContextParallelError, "the labels of rank 1"),
     "another chunk": (other_chunk, ContextParallelError, "the gradient settings (strategy, chunk_length"),
-    "other weights": (other_weights, ContextParallelError, "does not hold the same states as rank 0"),
+    "other weights": (
+        other_weights,
+        ContextParallelError,
+        "the weights of rank 1 of the context group is not that",
+    ),
+    "another output layer": (other_head, ContextParallelError, "start all ranks from the same weights"),
     "full": (full, StrategyError, "use 'reversible'"),
     "lossy": (lossy, StrategyError, "cannot be divided back; use 'reversible'"),
     "a loss of one's own": (own_loss, StrategyError, "give the model labels"),

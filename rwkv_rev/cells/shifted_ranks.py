@@ -222,7 +222,8 @@ def _relayed(
         handed_on = tied(nothing, memory)
         if rank == chunk.group.rank:
             read, left = _read_here(cell, projection, tied(memory, nothing), chunk, plan)
-            handed_on = tied(left, nothing)
+            # of a piece that ends in padding behind a border nothing else might depend on what came before it
+            handed_on = tied(tied(left, nothing), memory)
         memory = gather(handed_on, chunk.group)[rank]
     assert read is not None
     return read, memory

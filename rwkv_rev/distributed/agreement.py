@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rwkv_rev.distributed.context_group import ContextGroup
+from rwkv_rev.distributed.shards import is_sharded
 from rwkv_rev.errors import ContextParallelError, StrategyError
-from rwkv_rev.reversal.fingerprint import fingerprint
+from rwkv_rev.reversal.fingerprint import checksum, fingerprint
 
 if TYPE_CHECKING:
     from rwkv_rev.bptt.strategy import LossInputs
@@ -76,12 +77,24 @@ def refuse_beside(return_logits: bool, output_hidden_states: bool) -> None:
         )
 
 
-def agree(inputs: "LossInputs", settings: str, trained: Iterable[Tensor]) -> None:
-    """Refuse ranks that were given different batches, settings or trained parameters; all of them raise.
+WEIGHTS = "the weights"
+SETTINGS = "the gradient settings (strategy, chunk_length, remnants, training or not, what is trained)"
+OTHERWISE = {
+    WEIGHTS: "start all ranks from the same weights, additions included: the same seed before they are made, or "
+    "torch.distributed.broadcast",
+    SETTINGS: "make the same calls on every rank of the group",
+}
+
+
+def agree(inputs: "LossInputs", settings: str, parameters: Iterable[Tensor]) -> None:
+    """Refuse ranks that were given different batches, settings or weights; all of them raise.
+
+    Of weights that are spread over ranks each has its own part, which is not compared.
 
     Raises:
         ContextParallelError: names what differs, and where.
     """
+    parameters = list(parameters)
     group = inputs.group
     assert group is not None
     device = inputs.targets.device
@@ -96,10 +109,11 @@ def agree(inputs: "LossInputs", settings: str, trained: Iterable[Tensor]) -> Non
     begins = None if inputs.borders is None else inputs.borders.at.to(torch.int32)
     divisor = inputs.divisor if isinstance(inputs.divisor, Tensor) else torch.tensor(float(inputs.divisor))
     known = {
-        "the gradient settings (strategy, chunk_length, remnants, training or not, what is trained)": torch.tensor(
-            crc32((settings + repr([(tuple(p.shape), p.requires_grad) for p in trained])).encode()),
+        SETTINGS: torch.tensor(
+            crc32((settings + repr([(tuple(p.shape), p.requires_grad) for p in parameters])).encode()),
             device=device,
         ),
+        WEIGHTS: _weights(parameters, device),
         "the input": of(inputs.input_ids, inputs.inputs_embeds),
         "the labels": of(inputs.targets),
         "what tokens count": of(inputs.weights),
@@ -112,7 +126,14 @@ def agree(inputs: "LossInputs", settings: str, trained: Iterable[Tensor]) -> Non
     wrong = (found != found[:1]).nonzero().tolist()
     if wrong:
         rank, which = wrong[0]
+        name = list(known)[which]
+        batch = "give every rank of the group the whole batch (only data-parallel groups have batches of their own)"
         raise ContextParallelError(
-            f"{list(known)[which]} of rank {rank} of the context group is not that of rank 0: give every rank of the "
-            "group the whole batch (only data-parallel groups have batches of their own)"
+            f"{name} of rank {rank} of the context group is not that of rank 0: {OTHERWISE.get(name, batch)}"
         )
+
+
+def _weights(parameters: list[Tensor], device: torch.device) -> Tensor:
+    """Checksum, int64, of all whole parameters: each is read once."""
+    found = [checksum(parameter).to(device) for parameter in parameters if not is_sharded(parameter)]
+    return fingerprint(torch.stack(found)) if found else torch.zeros((), dtype=torch.int64, device=device)
