@@ -17,7 +17,9 @@ def plan(
     context: Annotated[
         int, typer.Option(parser=count, metavar="T", help="Tokens of a row; 64k is 65536, 4m is 4194304.")
     ],
-    gpus: Annotated[int, typer.Option(parser=whole(1, 65536), metavar="N", help="How many GPUs there are.")],
+    gpus: Annotated[
+        int, typer.Option(parser=whole(1, 65536), metavar="N", help="How many GPUs there are, up to 65536.")
+    ],
     gpu: Annotated[str, typer.Option(help="Of which kind: h100 or h200, which were measured.")] = "h100",
     params: Annotated[
         str | None,
@@ -144,10 +146,6 @@ def _print(found: "Combinations", context: int) -> None:
             + ("" if is_run(one) else f" Not by finetune, but in a loop of your own: {loop(one)}")
         )
         out.print_text(_folded(start(one)) + "\n")
-    if not any(map(is_run, found.found)):
-        out.print_prose(
-            "finetune keeps all weights on every GPU, and they fit on none so: use --tune lora, or a loop of your own."
-        )
     scans = {where: ranks for where in ("within", "between") if (ranks := found.scan_from(where)) is not None}
     told = " and ".join(f"from cp = {ranks:,} on {where} machines" for where, ranks in scans.items())
     out.print_prose(

@@ -1,6 +1,7 @@
 """``rwkv-rev plan``: what it prints, what it starts, and what it refuses."""
 
 import json
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -44,22 +45,18 @@ def test_commands_are_known_to_finetune(cli: Cli, tmp_path: Path, more: tuple[st
         assert code == 1 and "my-model" in err, err
 
 
-@pytest.fixture
-def without_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A ``finetune`` that keeps weights whole."""
-    monkeypatch.setattr(combinations, "finetune_shards", lambda: False)
-
-
-@pytest.mark.usefixtures("without_shards")
 def test_over_machines(cli: Cli) -> None:
     code, out, _ = cli("plan", "--params", "14b", "--context", "4m", "--gpus", "64", "--gpu", "h100")
     assert code == 0 and max(map(len, out.splitlines())) <= 80
     assert "--nnodes 8 --nproc-per-node 8" in out
     assert "fully_shard over" in out and "docs/finetuning.md#several-gpus-of-one-host" in out
-    assert "finetune keeps all weights on every GPU" in out
+    settings = rwkv_rev.RwkvRevConfig(vocab_size=16, hidden_size=64, num_hidden_layers=1, rwkv_version="4")
+    model = rwkv_rev.RwkvRevForCausalLM(settings)
+    for call in (found := re.findall(r"set_bptt\(.*?\)", out.replace("\n", " "))):
+        eval(f"model.{call}")  # it can be pasted
+    assert found and model.bptt.strategy == "reversible"
 
 
-@pytest.mark.usefixtures("without_shards")
 def test_json(cli: Cli) -> None:
     code, out, _ = cli("plan", *SMALL, "--json")
     found = json.loads(out)
@@ -70,7 +67,7 @@ def test_json(cli: Cli) -> None:
         assert row["dp"] * row["cp"] == 2 and row["reserved_bytes"] <= 0.85 * found["memory_of_a_gpu"]
         assert row["tape_bytes_in_all"] == 2 * row["tape_bytes"] == row["tape_bytes_per_host"]
         assert sum(row["seconds"].values()) == pytest.approx(row["seconds_per_step"], abs=0.01)
-        assert row["finetune"] is (row["shards"] == 1) and bool(row["loop"]) is not row["finetune"]
+        assert row["finetune"] is (row["shards"] in (1, 2)) and bool(row["loop"]) is not row["finetune"]
     alone = rwkv_rev.plan("1.5b", context=2**18, gpus=2).to_dict()
     assert alone == found
 
@@ -87,7 +84,7 @@ def test_json(cli: Cli) -> None:
         (("--params", "7b", "--gpus", "12"), 2, "machines of 8 would not be full; use a multiple of 8"),
         (("--params", "7b"), 2, "nothing fits: a card needs at least"),
         (("--params", "1.5b", "--host-memory", "1MB"), 2, "nothing fits: the tape of a machine"),
-        (("--params", "1.5b", "--host-memory", "much"), 1, "'much' is not a size"),
+        (("--params", "1.5b", "--host-memory", "much"), 2, "host_memory = 'much' is not a size"),
         (("--params", "1.5b", "--batch-size", "2", "--most-rows", "1"), 2, "is less than"),
         ((), 2, "name a size, such as 7b, or a --shape"),
     ],
@@ -110,15 +107,12 @@ def test_sizes_and_names() -> None:
         rwkv_rev.plan("7b", context="1m", gpus=0)
 
 
-def test_what_finetune_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights over all cards, once it has a setting for that; over those of a machine in loops of one's own."""
+def test_what_finetune_shards() -> None:
+    """Weights over all cards; over those of a machine in loops of one's own."""
     found = rwkv_rev.plan("1.5b", context="256k", gpus=16).found
     of_all, of_machine = (next(one for one in found if one.layout.shards == shards) for shards in (16, 8))
-    for has in (False, True):
-        monkeypatch.setattr(combinations, "finetune_shards", lambda has=has: has)
-        assert bool(combinations.loop(of_all)) is not has
-        assert ("--shard-model" in combinations.start(of_all)) is has
-        assert combinations.loop(of_machine) and combinations.start(of_machine)[-1] == "your_loop.py"
+    assert not combinations.loop(of_all) and "--shard-model" in combinations.start(of_all)
+    assert combinations.loop(of_machine) and combinations.start(of_machine)[-1] == "your_loop.py"
 
 
 def test_fewer_rows_take_less_time() -> None:

@@ -8,7 +8,7 @@ makes them fit. What ``finetune`` takes of this :func:`is_run` alone knows; the 
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from rwkv_rev.arguments import checked, named
@@ -16,11 +16,10 @@ from rwkv_rev.benchmark.models import SHAPES
 from rwkv_rev.chunk_length import LENGTHS, USABLE
 from rwkv_rev.converters.rewriter import parse_size
 from rwkv_rev.counts import tokens as count_tokens
-from rwkv_rev.errors import ConfigError
+from rwkv_rev.errors import ConfigError, OutputError
 from rwkv_rev.simulation.exchange_seconds import Link, scan_from
 from rwkv_rev.simulation.rates import BETWEEN, LATENCY, card_of
 from rwkv_rev.simulation.step import Layout, Simulated, Sizes, Step, piece_bytes, simulate, sizes_of
-from rwkv_rev.training.config import FinetuneConfig
 
 HOST_MEMORY = 1_000_000_000_000
 """Bytes of a host. An assumption."""
@@ -28,7 +27,6 @@ NEAR = 0.1
 """How far a shape's number of weights may be from the one that was asked for."""
 BEST = 3
 _MANY = 2**16
-_SHARD_MODEL = "shard_model"
 _SLOWEST = 1e-3
 GUIDES = ("docs/finetuning.md#several-gpus-of-one-host", "docs/python.md#one-context-over-several-gpus")
 
@@ -157,7 +155,11 @@ def combine(
         if params is None:
             raise ConfigError("params = None: name a size, such as 7b, or a shape")
         shape = shape_for(params, generation)
-    rank, memory = lora_rank if tune == "lora" else 0, parse_size(host_memory)
+    rank = lora_rank if tune == "lora" else 0
+    try:
+        memory = parse_size(host_memory)
+    except OutputError as error:
+        raise ConfigError(f"host_memory = {error}") from None
     whole = Layout(card_of(gpu), dp=gpus, per_host=per_host, between=between * 1e9)
     if gpus > per_host and gpus % per_host:
         raise ConfigError(
@@ -226,13 +228,8 @@ def _nothing(least: Simulated | None, tokens: int, cards: int, host_memory: int,
 
 
 def is_run(one: Simulated) -> bool:
-    """Whether ``rwkv-rev finetune`` runs it: whole weights, and where it has that setting, weights spread over all."""
-    return one.layout.shards == 1 or (finetune_shards() and one.layout.shards == one.layout.cards)
-
-
-def finetune_shards() -> bool:
-    """Whether ``finetune`` has a setting that spreads the weights over its processes."""
-    return _SHARD_MODEL in {field.name for field in fields(FinetuneConfig)}
+    """Whether ``rwkv-rev finetune`` runs it: whole weights, or weights spread over all cards."""
+    return one.layout.shards in (1, one.layout.cards)
 
 
 def start(one: Simulated) -> list[str]:
@@ -251,7 +248,7 @@ def start(one: Simulated) -> list[str]:
     words += [f"--batch-size {step.rows}"] if step.rows > 1 else []
     words += [f"--context-parallel {layout.cp}"] if layout.cp > 1 else []
     words += [f"--tune lora --lora-rank {step.lora_rank}"] if step.lora_rank else []
-    words += [f"--{_SHARD_MODEL.replace('_', '-')}"] if layout.shards > 1 else []
+    words += ["--shard-model"] if layout.shards > 1 else []
     return words + (["--shard-optimizer"] if layout.shard_optimizer else [])
 
 
@@ -262,5 +259,5 @@ def loop(one: Simulated) -> str:
     layout = one.layout
     calls = [f"fully_shard over {layout.shards} GPUs"]
     calls += [f"set_context_parallel over {layout.cp}"] if layout.cp > 1 else []
-    calls += [f"set_bptt(chunk_length={one.step.chunk})"]
+    calls += [f'set_bptt("reversible", chunk_length={one.step.chunk})']
     return f"{', '.join(calls)}: {', '.join(GUIDES[: 1 + (layout.cp > 1)])}"
