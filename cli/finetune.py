@@ -329,8 +329,7 @@ def _print_plan(planned: Any, as_json: bool) -> None:
             },
             "memory": f"{out.human_bytes(memory['device'])} of tensors {BEYOND}{kept}",
             **_recordings(memory),
-            "tape": ("about " if memory["tape_is_estimate"] and memory["tape"] else "")
-            + _tape(memory["tape"]),
+            "tape": _tape(memory["tape"], memory),
             **(
                 {"remnants": f"{values['remnants']} ({values['remnants_are']})"} if values["remnants"] else {}
             ),
@@ -384,11 +383,13 @@ def _what(result: Any) -> str:
     return "adapter" if result.adapter_only else "model"
 
 
-def _tape(nbytes: int) -> str:
+def _tape(nbytes: int, planned: dict[str, Any] | None = None) -> str:
     """Bytes of the tape; why there are none, which looks like a fault."""
     if nbytes:
-        return out.human_bytes(nbytes)
-    return "0 B (only chunks between the first and the last of a row need a record)"
+        return ("about " if planned and planned["tape_is_estimate"] else "") + out.human_bytes(nbytes)
+    if planned and planned["strategy"] not in ("checkpoint", "reversible"):
+        return f"none ({planned['strategy']} keeps no states)"
+    return "0 B (only chunks between the first and the last of a row need a record; full has none)"
 
 
 def _losses(result: Any) -> str:

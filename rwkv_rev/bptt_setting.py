@@ -7,12 +7,15 @@ from typing import Any
 from rwkv_rev.base_model import RwkvRevModel
 from rwkv_rev.bptt_settings import AUTO
 from rwkv_rev.chunk_length import AutoLength
+from rwkv_rev.errors import StrategyError
+from rwkv_rev.remnants import refuse_lifting
 
 
 class BpttSetting:
     """Settings just chosen for a model; as a context manager it puts back what they replaced."""
 
     def __init__(self, model: RwkvRevModel, chosen: dict[str, Any]) -> None:
+        refuse_lifting(chosen.get("remnants"), model.config, StrategyError)
         self._model = model
         self._former = {name: getattr(model.bptt, name) for name in chosen}
         model.bptt = replace(model.bptt, **chosen)

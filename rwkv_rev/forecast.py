@@ -87,7 +87,8 @@ _LIFTED_COPIES = 3
 _LIFTED_ARITHMETIC = 4
 """Of what :class:`~rwkv_rev.reversal.lifting.LiftedRemnant` has until it is packed, and of a lift in float64."""
 _PIECE_COPIES = 2.5
-_RECORDED = ("checkpoint", "reversible")
+RECORDED = ("checkpoint", "reversible")
+"""Strategies that keep a tape of states."""
 RECORDED_SHARE = 1.1
 _RESERVED_SHARE = 1.05
 SMALL_CHUNK = 32
@@ -253,7 +254,7 @@ def _forecast(name: str, run: _Run) -> StrategyForecast:
     if run.half and run.fused and not run.checkpoint_blocks:
         graph -= 2 * tokens * layers * config.architecture.cost.mixes * width
     sums = 0 if name == "full" or run.chunks == 1 else NUMBER * run.trained
-    lifted = run.lifted and name in _RECORDED
+    lifted = run.lifted and name in RECORDED
     states = _state_bytes(name, config, batch, lifted=lifted)
     head = NUMBER * min(config.vocab_size * width, run.trained)
     logits = NUMBER * min(tokens * config.vocab_size, LOGITS_AT_ONCE)
@@ -270,11 +271,11 @@ def _forecast(name: str, run: _Run) -> StrategyForecast:
     terms = [term + run.whole_gradients for term in terms]
     device = run.weights + sums + round(max(*terms, gradients + states))
     recordings, reserved = 0, _RESERVED_SHARE * device
-    if run.recorded and run.chunks > 1 and name in _RECORDED:
+    if run.recorded and run.chunks > 1 and name in RECORDED:
         recordings = sums + round(RECORDED_SHARE * max(terms)) + head
         reserved = run.weights + recordings + gradients
     tape = 0
-    if name in ("checkpoint", "reversible"):
+    if name in RECORDED:
         recorded = run.chunks - 2  # not what is before the first chunk and in the last
         if recorded > 0:
             kind = "lifted" if lifted else "own"

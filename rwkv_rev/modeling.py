@@ -183,7 +183,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin, Context
                 when None.
 
         Raises:
-            StrategyError: for a name or length that does not exist.
+            StrategyError: for a name or length that does not exist, and ``lifted`` for a model that is no RWKV-7.
         """
         given = {"strategy": strategy, "chunk_length": chunk_length, "tape": tape, "tape_dir": tape_dir}
         given |= {"hidden_states": hidden_states, "remnants": remnants}

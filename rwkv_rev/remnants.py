@@ -18,7 +18,8 @@ import torch
 
 from rwkv_rev.bptt_settings import AUTO
 from rwkv_rev.configuration import RwkvRevConfig
-from rwkv_rev.forecast import record_bytes, runs_fused
+from rwkv_rev.errors import RwkvRevError
+from rwkv_rev.forecast import RECORDED, record_bytes, runs_fused
 
 LEAST_SAVED = 0.25
 TOKENS, WIDTH = 256, 2048
@@ -28,10 +29,19 @@ GPUS = ((9, 0),)
 
 @dataclass(frozen=True)
 class ChosenRemnants:
-    """``whole`` or ``lifted``, and why it is that, for people; None where a model has no such choice."""
+    """``whole`` or ``lifted``, and why it is that, for people; None where model or strategy have no such choice."""
 
     kind: str
     why: str | None
+
+
+def refuse_lifting(asked: str | None, config: RwkvRevConfig, error: type[RwkvRevError]) -> None:
+    """Raise ``error`` where ``lifted`` is asked for of a model whose states are not kept in two ways."""
+    if asked == "lifted" and config.architecture.cost.lifted is None:
+        raise error(
+            f"remnants = 'lifted' is for the states of RWKV-7, and this model is {config.architecture.called}: use "
+            "auto or whole"
+        )
 
 
 def choose_remnants(
@@ -54,7 +64,7 @@ def choose_remnants(
         trains_all: whether all weights have a gradient.
         shared: whether processes share a context.
     """
-    if config.architecture.cost.lifted is None:
+    if config.architecture.cost.lifted is None or strategy not in RECORDED:
         return ChosenRemnants("whole", None)
     if asked != AUTO:
         return ChosenRemnants(asked, "as set")

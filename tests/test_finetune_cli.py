@@ -66,13 +66,15 @@ def test_finetune_then_eval_then_generate(cli: Cli, bundled: dict[str, Path], tm
 
 def test_a_tape_of_no_bytes_is_explained(cli: Cli, bundled: dict[str, Path]) -> None:
     common = ("finetune", bundled["5.2"], "--data", "data.txt", "--device", "cpu", "--context-length", 200)
-    why = "tape 0 B (only chunks between the first and the last of a row need a record)"
+    why = "tape 0 B (only chunks between the first and the last of a row need a record"
     for more in (("--dry-run",), ("--max-steps", 1)):
         code, out, err = cli(*common, "--chunk-length", 100, "--output", "two", *more)
         assert code == 0, err
         printed = " ".join(out.split())
         assert why in printed
     assert "(nats per token; --eval-data FILE measures progress)" in printed
+    code, out, err = cli(*common, "--chunk-length", 100, "--output", "none", "--dry-run", "--bptt", "full")
+    assert "tape none (full keeps no states)" in " ".join(out.split()), err
     code, out, _ = cli(*common[:-1], 2000, "--output", "same", "--max-steps", 2)
     assert code == 0 and re.search(r"1, [\d.]+ in step 2 \(nats per token; --eval", " ".join(out.split())), (
         "one row"

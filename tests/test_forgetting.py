@@ -38,7 +38,7 @@ def test_sizes(version: str) -> None:
             assert layer.remnants == layer.whole
         assert 0 < layer.theory <= layer.remnants
     # a gradient keeps nothing of its last chunk
-    with model.set_bptt("reversible", remnants="lifted"):
+    with model.set_bptt("reversible", remnants="lifted" if version == "7" else "auto"):
         outcome = differentiate(model, "reversible", chunk, input_ids=ids[None])
     assert found.tape_bytes == outcome.report["tape_bytes"]
     json.dumps(found.to_dict(), allow_nan=False)

@@ -112,8 +112,13 @@ def test_plan_and_run_tell(shallow: dict[str, Path], tmp_path: Path) -> None:
     assert asked["memory"]["tape_is_estimate"] and not whole["memory"]["tape_is_estimate"]
     run(config, notify=said.append, quiet=True)
     assert sum("whole states" in line for line in said) == 1, said
-    other = plan(settings(shallow["6"], data, tmp_path / "other", remnants="lifted")).to_dict()
-    assert other["remnants"] is None and not other["memory"]["tape_is_estimate"]
+    for keeps_none in ("full", "truncated"):
+        none = plan(
+            settings(shallow["7"], data, tmp_path / "none", remnants="lifted", bptt=keeps_none)
+        ).to_dict()
+        assert none["remnants"] is None and none["memory"]["tape"] == 0
+    with pytest.raises(ConfigError, match=r"remnants = 'lifted' .* RWKV-6.*: use auto or whole"):
+        plan(settings(shallow["6"], data, tmp_path / "other", remnants="lifted"))
 
 
 def test_a_shared_context_is_refused(shallow: dict[str, Path], tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from rwkv_rev.folders.folder import refuse_links
 from rwkv_rev.folders.publish import refuse_unpublishable
 from rwkv_rev.modeling import RwkvRevForCausalLM
 from rwkv_rev.quantised import refuse_unusable, stays
-from rwkv_rev.remnants import ChosenRemnants, choose_remnants
+from rwkv_rev.remnants import ChosenRemnants, choose_remnants, refuse_lifting
 from rwkv_rev.training.batches import BatchOrder
 from rwkv_rev.training.best import held_out_identity, refuse_other_evaluations
 from rwkv_rev.training.callbacks import refuse_missing_reporter
@@ -134,6 +134,7 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
     with ConvertedModel(config.model) as source:
         model_config = source.config
         shapes = {name: source.shape(name) for name in source.names()}
+    refuse_lifting(config.remnants, model_config, ConfigError)
     if config.tune == "state":
         refuse_state_tuning(model_config.rwkv_version)
     small = (
