@@ -25,6 +25,7 @@ from rwkv_rev import base_model
 from rwkv_rev.cells.time_mix_rwkv7 import TimeMixRwkv7, TimeProjection
 from rwkv_rev.equivalence.reversal import check_reversal
 from rwkv_rev.equivalence.text import encode_text, read_text
+from rwkv_rev.errors import ConfigError, RwkvRevError
 from rwkv_rev.loading import load_model, without_bars
 from rwkv_rev.wkv import wkv7
 
@@ -120,6 +121,15 @@ def main(given: list[str]) -> None:
         ids = encode_text(
             read_text(asked.text), place, vocabulary=model.config.vocab_size, tokens=asked.tokens
         )
+    if model.config.rwkv_version != "7":
+        raise ConfigError(f"{asked.source} is {model.config.architecture.called}, and RWKV-7 alone is lifted")
+    longest = max(asked.chunks)
+    if min(asked.chunks) < 1:
+        raise ConfigError("--chunks: of 1 token at least")
+    if len(ids) <= 2 * longest:  # of the first and the last chunk the tape has nothing
+        raise ConfigError(
+            f"{len(ids):,} tokens: chunks of {longest:,} need {2 * longest + 1:,} or more (--chunks)"
+        )
     base_model.tokens_at_once = lambda config, weights, rows, length, chunk: chunk  # else 16 are run as 64
     print(f"{asked.source}, {len(ids):,} tokens on {asked.device}, torch {torch.__version__}")
     print("| C | precision | states | gradients | above entropy | error, lifted | float32 | tape | seconds |")
@@ -134,4 +144,7 @@ def main(given: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except RwkvRevError as error:
+        sys.exit(f"error: {error}")

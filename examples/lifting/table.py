@@ -10,7 +10,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from rwkv_rev.converters.inspection import inspect_source
 from rwkv_rev.equivalence.forgetting import measure_source
+from rwkv_rev.errors import RwkvRevError, SourceError
 
 LENGTHS = tuple(2**power for power in range(4, 12))
 
@@ -21,11 +23,26 @@ def main(given: list[str]) -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--chunks", type=int, default=16, help="of each length, at most 8,192 tokens")
     asked = parser.parse_args(given)
+    try:
+        table(asked.source, asked.text, asked.chunks)
+    except RwkvRevError as error:
+        sys.exit(f"error: {error}")
+
+
+def table(source: str, text: Path, chunks: int) -> None:
+    """Print it, a row for each length.
+
+    Raises:
+        SourceError: for a model that is no RWKV-7, and as of :func:`measure_source`.
+        DataError: for a text that is too short.
+    """
+    if (version := inspect_source(source).config.rwkv_version) != "7":
+        raise SourceError(f"{source} is RWKV-{version}, and RWKV-7 alone is lifted")
     print("| C | bits used | entropy | of whole states | layers, least to most | tape | of whole |")
     print("|---|---|---|---|---|---|---|")
     for length in LENGTHS:
-        tokens = max(2 * length, min(asked.chunks * length, 8192))
-        (found,) = measure_source(asked.source, asked.text, tokens=tokens, chunk_length=length).chunks
+        tokens = max(2 * length, min(chunks * length, 8192))
+        (found,) = measure_source(source, text, tokens=tokens, chunk_length=length).chunks
         total, numbers = found.total, found.total.whole / 32
         shares = [100 * layer.remnants / layer.whole for layer in found.layers]
         whole = found.tape_bytes + (total.whole - total.remnants) / 8

@@ -7,7 +7,8 @@ A model reads the text in chunks, as the first sweep of ``reversible`` does, and
                with ``remnants="lifted"``)
     theory     what that is at least: of a decay ``log2(1/w)`` bits per token and element, at most the element's 32 per
                chunk, 62 of a model in float64 (MacKay et al. 2018, "Reversible Recurrent Neural Networks", section
-               3); of a transition the same of its singular values; unknown where there is neither
+               3); of a transition the same of its singular values, which is a figure to compare with and no bound
+               (docs/lifting.md); unknown where there is neither
     whole      states at the same boundaries, what ``checkpoint`` keeps: 32 bits a number, where a cell has no other
                format; 64 of a model in float64
     tape       all of it: remnants, token shifts, fingerprints and widths
