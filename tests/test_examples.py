@@ -1,6 +1,8 @@
 """The Python of README.md and docs/python.md runs, block after block, and does what the pages say."""
 
 import re
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +97,29 @@ def test_a_false_declaration_is_found_by_the_comparison(
     names["model"].model.blocks[3].register_forward_hook(hook)
     pairs = zip(names["gradient"]("reversible"), names["gradient"]("full"), strict=True)
     assert max(float((one - other).norm() / other.norm()) for one, other in pairs) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("script", "model", "tokens", "message"),
+    [
+        ("exact", "rwkv-6", 300, "bundled:rwkv-6 is RWKV-6, and RWKV-7 alone is lifted"),
+        ("exact", "rwkv-7", 30, "30 tokens: chunks of 64 need 129 or more"),
+        ("table", "rwkv-6", 300, "bundled:rwkv-6 is RWKV-6, and RWKV-7 alone is lifted"),
+        ("table", "rwkv-7", 30, "the text has 30 tokens; two chunks of 16 need 32"),
+    ],
+)  # fmt: skip
+def test_scripts_of_lifting_refuse_in_one_line(
+    script: str, model: str, tokens: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "book.txt").write_text("a" * tokens, encoding="utf-8")
+    words = [
+        f"bundled:{model}",
+        "--text",
+        str(tmp_path / "book.txt"),
+        *(["--chunks", "64"] if script == "exact" else []),
+    ]
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    with pytest.raises(SystemExit) as refused:
+        runpy.run_path(str(ROOT / "examples" / "lifting" / f"{script}.py"), run_name="__main__")
+    said = str(refused.value)
+    assert said.startswith(f"error: {message}") and "\n" not in said
