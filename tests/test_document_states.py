@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from bptt_cases import VERSIONS, checkpoint_blocks, random_like, random_state, random_tokens, relative_error
-from test_borders import ON_A_GRID, OTHERS, assert_states, borders_of, model_of
+from test_borders import OTHERS, assert_states, borders_of, model_of
 from torch import Tensor
 
 from rwkv_rev.document_ends import DocumentEnds
@@ -66,8 +66,8 @@ def test_every_documents_final_state(name: str) -> None:
     for strategy in STRATEGIES:
         with model.set_bptt(strategy, chunk_length=16):
             output = model(**given, labels=given["input_ids"], return_document_states=True)
-        on_a_grid = strategy in ("checkpoint", "reversible") and (name in ON_A_GRID or name in OTHERS)
-        assert_each(output.document_states, expected, 1e-6 if on_a_grid else 1e-12)
+        on_a_grid = strategy in ("checkpoint", "reversible") and name in OTHERS
+        assert_each(output.document_states, expected, 1e-10 if on_a_grid else 1e-12)
         lasts = torch.tensor([5, 6, 8])
         for one, other in zip(
             output.document_states.rows(lasts).tensors(), output.state.tensors(), strict=True

@@ -94,18 +94,18 @@ def test_gradients_over_4096_tokens(shallow: dict[str, Path], half: bool) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "autocast"])
-@pytest.mark.parametrize("chunk", [64, 512])
+@pytest.mark.parametrize(("tokens", "chunk"), [(4096, 512), (1024, 64)])
 @pytest.mark.parametrize("which", ["bundled", "peer"])
-def test_whole_models_over_4096_tokens(
-    bundled: dict[str, Path], tmp_path: Path, which: str, chunk: int, half: bool
+def test_whole_models(
+    bundled: dict[str, Path], tmp_path: Path, which: str, tokens: int, chunk: int, half: bool
 ) -> None:
-    """Every state of every layer, its bits, and the gradient."""
+    """Every state of every layer, its bits, and the gradient; the whole table: ``examples/lifting/exact.py``."""
     folder = bundled["7"]
     if which == "peer":
         if not PEER.exists():
             pytest.skip("no checkpoint of a peer here")
         rwkv_rev.convert(PEER, folder := tmp_path / "model")
-    model, ids = load(folder), english(4096 + 5)
+    model, ids = load(folder), english(tokens + 5)
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         check(check_reversal(model.eval(), ids[0], chunk=chunk))
         model.train()

@@ -410,7 +410,7 @@ def test_activation_checkpointing_of_a_plain_forward() -> None:
 def test_a_stored_graph_is_told_of(strategy: str, in_sweeps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not where the model computes the loss, nor without a gradient, nor within a chunk, nor where it is meant."""
     told: list[str] = []
-    monkeypatch.setattr(logging.get_logger("rwkv_rev.modeling"), "warning_once", told.append)
+    monkeypatch.setattr(logging.get_logger("rwkv_rev.bptt.any_loss"), "warning_once", told.append)
     model, tokens = tiny_model("5.2"), random_tokens(20)
     model.set_bptt(strategy, chunk_length=8)
     model(tokens, labels=tokens).loss.backward()
