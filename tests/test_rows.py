@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from token_data import make_store
 
+from rwkv_rev.best_fit import best_fit
 from rwkv_rev.errors import DataError
-from rwkv_rev.training.best_fit import best_fit
 from rwkv_rev.training.draws import permutation
 from rwkv_rev.training.objectives.objectives import objectives_of
 from rwkv_rev.training.rows import EMPTY_ROW, IGNORED, RowDataset

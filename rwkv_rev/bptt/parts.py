@@ -8,17 +8,18 @@ sweeps. Padding behind the last document is left out.
     chunks of 8      aaaaaabb|bbbcccdd|ddde        the second sweep computes three chunks, the first one two of them
     parts            aaaaaae | bbbbbccc | ddddd    three chunks are computed once
 
-The documents are laid into parts by best fit, the longest first (Johnson 1974, "Fast algorithms for bin packing"), in
-each in the order of the row. Parts are taken where they cost less, if going forwards costs one for each chunk, and
-coming back two.
+The documents are laid into parts by best fit (:mod:`rwkv_rev.best_fit`), in each in the order of the row. Parts are
+taken where they cost less, if going forwards costs one for each chunk, and coming back two.
 """
 
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from rwkv_rev.best_fit import best_fit
 from rwkv_rev.bptt.strategy import LossInputs
 from rwkv_rev.cells.borders import Borders
 
@@ -61,18 +62,13 @@ def documents_of(borders: Borders) -> list[tuple[int, int]]:
 
 def laid_out(lengths: list[int], room: int) -> list[list[int]]:
     """Documents so long in parts, each in the order of the row; what does not fit is alone."""
-    parts: list[list[int]] = []
-    left: list[int] = []
-    for number in sorted(range(len(lengths)), key=lambda each: -lengths[each]):
-        fitting = [part for part in range(len(parts)) if left[part] >= lengths[number]]
-        if fitting:
-            part = min(fitting, key=left.__getitem__)
-            parts[part].append(number)
-            left[part] -= lengths[number]
-        else:
-            parts.append([number])
-            left.append(room - lengths[number])
-    return [sorted(part) for part in parts]
+    alone = sorted(
+        (each for each in range(len(lengths)) if lengths[each] > room), key=lambda each: -lengths[each]
+    )
+    short = np.array([each for each in range(len(lengths)) if lengths[each] <= room], np.int64)
+    pieces, starts = best_fit(np.array(lengths, np.int64)[short], room, np.arange(len(short)))
+    parts = (short[pieces[start:stop]] for start, stop in pairwise(starts))
+    return [*([each] for each in alone), *(sorted(part.tolist()) for part in parts)]
 
 
 def _cost(tokens: int, length: int) -> int:

@@ -9,7 +9,7 @@ Three ways to lay a document of n tokens out:
   state row k-1 ended in. :class:`~rwkv_rev.training.batches.BatchOrder` keeps the rows of a document in one
   batch slot, in order. The gradient is cut there;
 - ``pack``: the rows of the default, several of them in one row of at most T tokens, by best fit
-  (:mod:`rwkv_rev.training.best_fit`; ``seed`` decides between equal lengths). ``borders`` say where each begins; state
+  (:mod:`rwkv_rev.best_fit`; ``seed`` decides between equal lengths). ``borders`` say where each begins; state
   and token shift start there anew, so the loss is that of the default.
 
 An objective (:mod:`rwkv_rev.training.objectives`) may put more into a row than the document's own tokens, or lay parts
@@ -30,8 +30,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from rwkv_rev.best_fit import best_fit
 from rwkv_rev.errors import DataError
-from rwkv_rev.training.best_fit import best_fit
 from rwkv_rev.training.draws import permutation
 from rwkv_rev.training.objectives.objective import IGNORED, Row
 from rwkv_rev.training.objectives.objectives import Objectives

@@ -1,4 +1,4 @@
-"""Which pieces go into one row: best fit, the longest piece first.
+"""Which pieces go into one row, or part of a row: best fit, the longest piece first.
 
 Each piece goes into the fullest row that has room for it, or into a new one. For n pieces that takes O(n log T) steps:
 of pieces of one length, as many as fit go into a row at once. It never needs more than 11/9 of the fewest rows, and one
