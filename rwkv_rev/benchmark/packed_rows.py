@@ -9,7 +9,8 @@ way sees every document once:
 * ``padded``: rows of one document each, with padding behind, as many as come next and fill a packed row's tokens;
 * ``packed``: rows of documents by best fit, a row a step, under ``full`` and in chunks.
 
-Tokens are those of documents, without padding. Printed is the second of two passes over all documents.
+Tokens are those of documents, without padding. Printed is the second of two passes over all
+documents; a way that does not fit into the device's memory has no rate.
 """
 
 import argparse
@@ -24,8 +25,8 @@ import torch
 from torch import Tensor
 
 from rwkv_rev.benchmark.models import SHAPES, benchmark_model
+from rwkv_rev.best_fit import best_fit
 from rwkv_rev.modeling import RwkvRevForCausalLM
-from rwkv_rev.training.best_fit import best_fit
 
 SHORTEST, LONGEST = 50, 2000
 
@@ -125,10 +126,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     first = None
     for way, strategy, chunk in ways:
         model.set_bptt(strategy, chunk_length=chunk)
-        row = measure(model, list(way(documents, args.row_length)), device, tokens)
-        first = first or row["tokens_per_second"]
         told = {"shape": args.shape, "way": way.__name__, "strategy": strategy, "chunk_length": chunk}
-        print(json.dumps(told | row | {"to_alone": round(row["tokens_per_second"] / first, 2)}), flush=True)
+        try:
+            row = measure(model, list(way(documents, args.row_length)), device, tokens)
+        except torch.cuda.OutOfMemoryError:
+            model.zero_grad()
+            row = {"tokens_per_second": None}
+        rate = row["tokens_per_second"]
+        first = first or rate
+        to_alone = rate and first and round(rate / first, 2)
+        print(json.dumps(told | row | {"to_alone": to_alone}), flush=True)
 
 
 if __name__ == "__main__":
