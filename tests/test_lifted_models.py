@@ -84,22 +84,32 @@ def test_gradients_of_a_trained_model(shallow: dict[str, Path]) -> None:
     assert_agree(found, lifted(model, "full", 300, input_ids=ids))
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["float32", "autocast"])
-def test_gradients_over_4096_tokens(shallow: dict[str, Path], half: bool) -> None:
+@pytest.mark.parametrize(("chunk", "half"), [(512, False), (256, True)], ids=["float32", "autocast"])
+def test_gradients_over_4096_tokens(shallow: dict[str, Path], chunk: int, half: bool) -> None:
     """And five more, a chunk of their own; the whole table: ``examples/lifting/exact.py``."""
     model, ids = load(shallow["7"], layers=2), english(4096 + 5)
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        assert_same_bits(*(lifted(model, s, 256, input_ids=ids) for s in ("reversible", "checkpoint")))
+        assert_same_bits(*(lifted(model, s, chunk, input_ids=ids) for s in ("reversible", "checkpoint")))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("half", [False, True], ids=["float32", "autocast"])
-@pytest.mark.parametrize(("tokens", "chunk"), [(4096, 512), (1024, 64)])
-@pytest.mark.parametrize("which", ["bundled", "peer"])
+@pytest.mark.parametrize(
+    ("which", "tokens", "chunk", "half"),
+    [
+        pytest.param("bundled", 1536, 512, False, id="bundled-1536-512-float32"),
+        pytest.param("bundled", 192, 64, True, id="bundled-192-64-autocast"),
+        pytest.param("peer", 1536, 512, True, id="peer-1536-512-autocast"),
+        pytest.param("peer", 192, 64, False, id="peer-192-64-float32"),
+    ],
+)
 def test_whole_models(
     bundled: dict[str, Path], tmp_path: Path, which: str, tokens: int, chunk: int, half: bool
 ) -> None:
-    """Every state of every layer, its bits, and the gradient; the whole table: ``examples/lifting/exact.py``."""
+    """Every state of every layer, its bits, and the gradient; every pair of a model, a chunk length and a precision.
+
+    Five tokens more are a chunk of their own. The lowest layers alone are tested over more chunks above; the whole
+    table: ``examples/lifting/exact.py``.
+    """
     folder = bundled["7"]
     if which == "peer":
         if not PEER.exists():
