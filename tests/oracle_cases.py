@@ -66,7 +66,11 @@ class Subject:
 
 
 def make(name: str, folder: Path) -> Subject:
-    """``VERSION [BONUS]`` is random; ``bundled``, ``lower`` (its lowest layers) and ``peer VERSION`` are trained."""
+    """``VERSION [BONUS]`` is random; ``bundled VERSION`` and ``peer VERSION`` are trained.
+
+    ``, LAYERS layers`` behind the name of a trained one: its lowest.
+    """
+    name, _, layers = name.partition(", ")
     kind, _, version = name.partition(" ")
     group_norm, epsilon = PUBLISHED_GROUP_NORM, None
     path = folder / "original.pth"
@@ -76,13 +80,14 @@ def make(name: str, folder: Path) -> Subject:
             group_norm, epsilon = (1e-5, 1.0), 1e-5
     elif kind == "bundled":
         path = bundled_path(version)
-    elif kind == "lower":
-        trained = torch.load(bundled_path(version), weights_only=True)
-        higher = tuple(f"blocks.{layer}." for layer in range(2, 6))
-        torch.save({key: tensor for key, tensor in trained.items() if not key.startswith(higher)}, path)
     else:
         bonus = "time_first" if name == "5.0" else "time_faaaa"
         torch.save(blinkdl_state_dict(kind, bonus=bonus, vocab=256), path)
+    if layers:
+        trained = torch.load(path, weights_only=True)
+        higher = tuple(f"blocks.{layer}." for layer in range(int(layers.split()[0]), 100))
+        kept = {key: tensor for key, tensor in trained.items() if not key.startswith(higher)}
+        torch.save(kept, path := folder / "original.pth")
     rwkv_rev.convert(path, folder / "model", group_norm_eps=epsilon)
     models = [load(folder / "model", dtype) for dtype in (torch.float32, torch.float64)]
     return Subject(torch.load(path, weights_only=True), *models, group_norm)
