@@ -150,7 +150,7 @@ def language_model(kind: str, dtype: torch.dtype = torch.float64, **settings: An
     return LanguageModel(CELLS[kind], **settings).to(dtype).train()
 
 
-def masked_inputs(model: LanguageModel, length: int = 43) -> LossInputs:
+def masked_inputs(model: LanguageModel, length: int = 29) -> LossInputs:
     """Two rows of text with padding and a hole, from a state that is not zero."""
     ids, valid = english(length, 2) % model.vocab_size, torch.ones(2, length, dtype=torch.bool)
     valid[0, :9], valid[1, 20:25] = False, False
