@@ -90,13 +90,19 @@ def once_computed(name: str, number: int, chunks: int) -> bool:
     ],
 )
 def test_every_fault_is_found(version: str, strategy: str, chunks: int) -> None:
-    """Or it hits what is computed once, where loss and gradient come from the same numbers."""
+    """Or it hits what is computed once, where loss and gradient come from the same numbers.
+
+    Where there are more than two chunks, the layers take turns: each call of each module of a layer is hit in one
+    strategy, that of its twin in the other layer in the other strategy.
+    """
     model = tiny_model(version, num_hidden_layers=LAYERS)
     inputs = {"input_ids": random_tokens(CHUNK * chunks, batch=2)}
     clean = differentiate(model, strategy, CHUNK, **inputs)
     found = missed = 0
     for name, count in calls(model, targets(model), strategy, inputs).items():
         for number in range(count):
+            if chunks > 2 and f"blocks.{(number + EXACT.index(strategy)) % LAYERS}." in name:
+                continue
             with hooked(model, name, fault(number)):
                 try:
                     faulty = differentiate(model, strategy, CHUNK, **inputs)
@@ -108,7 +114,7 @@ def test_every_fault_is_found(version: str, strategy: str, chunks: int) -> None:
             )
             assert not changed or once_computed(name, number, chunks), (name, number)
             missed += changed
-    assert found >= 15 * LAYERS * (chunks - 1) and missed
+    assert found >= 15 * (LAYERS if chunks == 2 else 1) * (chunks - 1) and missed
 
 
 @pytest.mark.parametrize("strategy", EXACT)
