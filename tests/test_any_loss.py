@@ -18,6 +18,7 @@ from bptt_cases import (
     relative_error,
     tiny_model,
 )
+from pairwise import every_two
 from test_own_loss import Rows, arguments
 from torch import Tensor
 from transformers import Trainer
@@ -59,10 +60,16 @@ def agree(found: list[Tensor | None], expected: list[Tensor | None], bound: floa
             assert relative_error(one, other) <= bound
 
 
-@pytest.mark.parametrize("case", ["plain", "holes and a state", "embeddings", "blocks checkpointed"])
-@pytest.mark.parametrize("strategy", ["auto", "reversible", "checkpoint"])
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(
+    ("version", "case", "strategy"),
+    every_two(
+        VERSIONS,
+        ("plain", "holes and a state", "embeddings", "blocks checkpointed"),
+        ("auto", "reversible", "checkpoint"),
+    ),
+)
 def test_gradients_are_those_of_full(version: str, strategy: str, case: str) -> None:
+    """Every two of a version, a strategy and a case meet."""
     model = tiny_model(version, dtype=torch.float64)
     inputs: dict[str, Any] = {"input_ids": IDS}
     if case == "holes and a state":
@@ -469,11 +476,15 @@ def test_a_gradient_in_inference_mode() -> None:
         assert relative_error(parameter.grad, expected[name]) <= AGREE, name
 
 
-@pytest.mark.parametrize("part", ["time_shift", "wkv", "channel_shift", "hidden"])
-@pytest.mark.parametrize("strategy", ["reversible", "checkpoint"])
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(
+    ("version", "part", "strategy"),
+    every_two(VERSIONS, ("time_shift", "wkv", "channel_shift", "hidden"), ("reversible", "checkpoint")),
+)
 def test_what_a_loss_does_not_reach_has_no_gradient(version: str, strategy: str, part: str) -> None:
-    """None, as under ``full``: an optimizer would decay weights whose gradients are zeros."""
+    """None, as under ``full``: an optimizer would decay weights whose gradients are zeros.
+
+    Every two of a version, a strategy and a part meet.
+    """
     model = tiny_model(version, dtype=torch.float64)
     state = random_state(model, 2, learned=True)
     leaves = [*model.model.parameters(), *state.tensors()]
