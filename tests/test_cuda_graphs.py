@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from bptt_cases import differentiate, random_like, random_state, random_tokens, tiny_model
+from pairwise import every_two
 from torch import Tensor
 
 from rwkv_rev.bptt import cuda_graphs, lasting, recordings
@@ -123,13 +124,17 @@ def partly_labelled(ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "case", ["plain", "masked", "labels", "loss weights", "states", "rising", "tied", "float64"]
+    ("case", "version", "strategy"),
+    every_two(
+        ("plain", "masked", "labels", "loss weights", "states", "rising", "tied", "float64"),
+        ("4", "5.2"),
+        ("reversible", "checkpoint"),
+    ),
 )
-@pytest.mark.parametrize("strategy", ["reversible", "checkpoint"])
-@pytest.mark.parametrize("version", ["4", "5.2"])
 def test_replays_are_what_would_have_run(
     played: Callable[[bool], None], version: str, strategy: str, case: str
 ) -> None:
+    """Every two of a case, a version and a strategy meet."""
     # chunks of one token: each may lift a grid
     length, chunk = (LENGTH // CHUNK, 1) if case == "rising" else (LENGTH, CHUNK)
     dtype = torch.float64 if case == "float64" else torch.float32
