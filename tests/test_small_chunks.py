@@ -52,7 +52,7 @@ def doubled(given: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def reversible(name: str, chunk: int) -> Outcome:
-    """What either of the next tests looks at, which do not change it."""
+    """What the next tests look at, which do not change it."""
     of = model(name)
     return differentiate(of, "reversible", chunk, **arguments(of))
 
@@ -66,7 +66,7 @@ def test_they_are_run_as_longer_chunks_to_the_bit(name: str, chunk: int) -> None
     assert again.report["chunk_length"] == JOINED[chunk]
     assert_same_bits(found, again)
     if JOINED[chunk] > 4:  # asked for by name
-        assert_same_bits(found, differentiate(of, "reversible", JOINED[chunk], **given))
+        assert_same_bits(found, reversible(name, JOINED[chunk]))
 
 
 def test_longer_ones_too() -> None:
