@@ -29,7 +29,7 @@ HERE = str(Path(__file__).parent)
 
 def in_ranks(work: Callable[[int], Any], world: int, folder: Path) -> list[Any]:
     """What ``work(rank)``, a function of a module, gives in each of ``world`` gloo processes (files in ``folder``)."""
-    _context()
+    context()
     torch.multiprocessing.start_processes(
         _one_rank, args=(work, world, str(folder)), nprocs=world, start_method=START_METHOD
     )
@@ -40,7 +40,7 @@ def start_command(
     arguments: Sequence[object], streams: Path, env: dict[str, str], module: str = "rwkv_rev.cli"
 ) -> multiprocessing.process.BaseProcess:
     """``python -m MODULE`` as a process of its own, which writes to ``streams``.out and ``streams``.err."""
-    process = _context().Process(target=_command, args=([*map(str, arguments)], str(streams), env, module))
+    process = context().Process(target=_command, args=([*map(str, arguments)], str(streams), env, module))
     process.start()
     return process
 
@@ -90,7 +90,41 @@ def run_command(
     return subprocess.CompletedProcess(arguments, max(abs(code or 0) for code in codes), output, errors)
 
 
-def _context() -> Any:
+def run_python(
+    command: Sequence[object],
+    *,
+    input: str = "",
+    env: dict[str, str] | None = None,
+    check: bool = False,
+    text: bool = True,
+    **_: object,
+) -> subprocess.CompletedProcess[Any]:
+    """As ``subprocess.run`` with both streams captured, of ``[sys.executable, "-c", CODE, ...]``, or ``"-m", MODULE``,
+    or a FILE: forked where there is a server, so that nothing is imported once more.
+
+    In place of ``subprocess.run`` where a program starts others of its own, too.
+    """
+    env = dict(os.environ) if env is None else env
+    python, *words = map(str, command)
+    assert python == sys.executable, command
+    if START_METHOD == "spawn":
+        return subprocess.run(
+            [python, *words], input=input, env=env, check=check, capture_output=True, text=True
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        streams = Path(folder) / "python"
+        streams.with_suffix(".in").write_text(input, "utf-8")
+        process = context().Process(target=_python, args=(words, str(streams), env))
+        process.start()
+        process.join()
+        out, errors = (streams.with_suffix(f".{name}").read_text("utf-8") for name in ("out", "err"))
+    done = subprocess.CompletedProcess([python, *words], process.exitcode or 0, out, errors)
+    if check:
+        done.check_returncode()
+    return done
+
+
+def context() -> Any:
     """Starts processes. The server reads the environment once, when it imports: nobody's Hub, no GPU, one thread."""
     if START_METHOD == "forkserver":
         from multiprocessing import forkserver
@@ -124,6 +158,23 @@ def _command(
     arguments: list[str], streams: str, env: dict[str, str], module: str, alone: bool = True
 ) -> None:
     """``alone`` where nobody else writes to ``streams``; a rank beside its launcher has a session of its own."""
+    _begin(streams, env, alone)
+    if module == "rwkv_rev.cli":
+        from rwkv_rev.cli import main
+
+        if arguments[0] == "finetune":
+            _without_curve()
+        main(arguments)
+    else:
+        if module.startswith("accelerate.") and START_METHOD == "forkserver":
+            _fork_workers(streams)
+        sys.argv = [module, *arguments]
+        sys.modules.pop(module, None)  # imported by the server
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _begin(streams: str, env: dict[str, str], alone: bool = True) -> None:
+    """As a process that was started with these streams and this environment."""
     assert START_METHOD == "spawn" or "preloaded" in sys.modules, "the server swallows an ImportError"
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the tests were started by ignores
     os.environ.clear()
@@ -136,16 +187,26 @@ def _command(
         os.dup2(file, number)
         os.close(file)
     torch.set_num_threads(1)
-    if module == "rwkv_rev.cli":
-        from rwkv_rev.cli import main
 
-        main(arguments)
+
+def _python(words: list[str], streams: str, env: dict[str, str]) -> None:
+    _begin(streams, env)
+    sys.stdin = os.fdopen(os.open(f"{streams}.in", os.O_RDONLY), encoding="utf-8")
+    sys.argv = words[1:] if words[0].startswith("-") else words
+    if words[0] == "-c":
+        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+    elif words[0] == "-m":
+        sys.modules.pop(words[1], None)
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
-        if module.startswith("accelerate.") and START_METHOD == "forkserver":
-            _fork_workers(streams)
-        sys.argv = [module, *arguments]
-        sys.modules.pop(module, None)  # imported by the server
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def _without_curve() -> None:
+    """As in ``finetune_cases.finetune``; what torchrun starts afresh draws it."""
+    from rwkv_rev.training import saving
+
+    saving.has_matplotlib = lambda: False
 
 
 def _fork_workers(streams: str) -> None:
@@ -161,7 +222,7 @@ class _Forked:
     def __init__(self, streams: str, command: Sequence[str], env: dict[str, str]) -> None:
         python, *module, subcommand = command[:5]
         assert (python, module) == (sys.executable, ["-u", "-m", "rwkv_rev.cli"]), command
-        self.process = _context().Process(
+        self.process = context().Process(
             target=_command, args=([subcommand, *command[5:]], streams, env, "rwkv_rev.cli", False)
         )
         self.process.start()
