@@ -2,7 +2,6 @@
 
 import gc
 import json
-import multiprocessing
 import os
 import pickle
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import context
 
 from rwkv_rev.errors import DataError
 from rwkv_rev.tokenization import RwkvByteTokenizer
@@ -47,6 +47,13 @@ class Bytes:
 
 def texts(store: TokenStore) -> list[str]:
     return [bytes(store.tokens(i).astype(np.uint8)).decode() for i in range(len(store))]
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tokenises begins with everything imported; where the fixture is not asked for, afresh."""
+    started = context()
+    monkeypatch.setattr("multiprocessing.get_context", lambda method: started)
 
 
 @pytest.fixture
@@ -226,6 +233,7 @@ def test_a_cache_that_cannot_be_written_is_named(data: Path, tmp_path: Path) -> 
         load_tokens(data, Bytes(), cache_dir=tmp_path / "file" / "cache")
 
 
+@pytest.mark.usefixtures("forked")
 def test_workers_and_pieces_give_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long text in many pieces, two processes: ids, order and document borders as in one go."""
     text = "".join(f"line {i} of a longish text\n" for i in range(2000))
@@ -243,6 +251,7 @@ def test_workers_and_pieces_give_the_same_tokens(tmp_path: Path, monkeypatch: py
     assert str(os.getpid()) not in pids and len(log.read_text().splitlines()) > 10
 
 
+@pytest.mark.usefixtures("forked")
 def test_large_data_is_handed_to_other_processes_on_the_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,7 +307,7 @@ def build_slowly(folder: Path) -> list[int]:
 
 def test_two_processes_at_once_build_once(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("shared")
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
+    with context().Pool(2) as pool:
         found = pool.map(build_slowly, [tmp_path, tmp_path], chunksize=1)
     assert found == [[*b"shared", 0]] * 2
     assert len((tmp_path / "log").read_text().splitlines()) == 1
@@ -359,9 +368,7 @@ def test_a_killed_build_is_made_good(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     tokenizer = Bytes(log=tmp_path / "log", nap=60)
     options = {"cache_dir": tmp_path / "cache"}
-    child = multiprocessing.get_context("spawn").Process(
-        target=load_tokens, args=(tmp_path / "a.txt", tokenizer), kwargs=options
-    )
+    child = context().Process(target=load_tokens, args=(tmp_path / "a.txt", tokenizer), kwargs=options)
     child.start()
     deadline = time.monotonic() + 60
     while not (tmp_path / "log").exists() and time.monotonic() < deadline:
