@@ -4,6 +4,7 @@ import json
 import math
 import mmap
 import os
+import subprocess
 import sys
 import time
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import run_python
 
 from rwkv_rev.benchmark import kernels
 from rwkv_rev.benchmark.conversion import conversion_rows
@@ -98,15 +100,26 @@ def test_training_rows(model_folder: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-def test_memory_rows(model_folder: str) -> None:
-    """The graph of a whole context runs out of a limit that chunks stay below."""
+def test_memory_rows(model_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph of a whole context runs out of a limit that chunks stay below.
+
+    One in an interpreter of its own, as always; the other forked.
+    """
+    run, commands = subprocess.run, []
+
+    def run_second(command: list[str], **options: Any) -> Any:
+        commands.append(command)
+        return (run if len(commands) == 1 else run_python)(command, **options)
+
+    monkeypatch.setattr("subprocess.run", run_second)
     settings = BenchSettings(
-        model_folder, lengths=(1280,), chunk_lengths=(64,), tapes=("disk",), memory_limit=80_000_000
+        model_folder, lengths=(640,), chunk_lengths=(32,), tapes=("disk",), memory_limit=40_000_000
     )
     full, reversible = memory_rows(settings)
     assert full["setting"] == "full" and full["error"] == OUT_OF_MEMORY
-    assert full["limit_bytes"] == 80_000_000 and "error" not in reversible
-    assert 0 < reversible["peak_bytes"] < 80_000_000 and reversible["tape_bytes"] > 0
+    assert full["limit_bytes"] == 40_000_000 and "error" not in reversible
+    assert 0 < reversible["peak_bytes"] < 40_000_000 and reversible["tape_bytes"] > 0
+    assert len(commands) == 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")

@@ -2,16 +2,29 @@
 
 import json
 import runpy
+import subprocess
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
+from processes import run_python
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "infinite_lstm" / "infinite_lstm.py"
 
 
-def test_a_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_quick_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step in an interpreter of its own, as always; the second forked."""
     pytest.importorskip("matplotlib")
+    run, commands = subprocess.run, []
+
+    def run_second(command: list[str], **options: Any) -> Any:
+        commands.append(command)
+        return (run if len(commands) == 1 else run_python)(command, **options)
+
+    monkeypatch.setattr("subprocess.run", run_second)
     example = runpy.run_path(str(EXAMPLE))
     given = [
         "--least",
@@ -37,6 +50,7 @@ def test_a_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert drift[0]["float64"] < 1e-12 < 1e-8 < drift[0]["float32"] < 1e-4
     assert drift[-1]["float32"] is drift[-1]["float64"] is None
     assert (tmp_path / "found.png").stat().st_size > 1000
+    assert len(commands) == 2
 
 
 def test_rates_and_memory_have_axes_of_their_own() -> None:
