@@ -20,17 +20,13 @@ def test_a_point(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     assert example["line_of"](found).startswith("| 2 | 1 | 4 |")
 
 
-def test_the_page_has_the_columns_that_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_path(str(EXAMPLE))["main"](
-        ["--chunk-lengths", "1", "--batch-sizes", "1", "--model", "no-such-shape"]
-    )
-    printed = capsys.readouterr().out.splitlines()[0]
-    page = (EXAMPLE.parent / "README.md").read_text("utf-8").splitlines()
-    heads = [line.replace("| model |", "|") for line in page if "tokens at once |" in line]
-    assert len(heads) == 3 and set(heads) == {printed}
-
-
-def test_a_point_that_fails_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_points_that_fail_have_lines_and_the_page_has_the_columns(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     example = runpy.run_path(str(EXAMPLE))
     example["main"](["--model", "no-such-shape", "--chunk-lengths", "1", "--batch-sizes", "3"])
-    assert "| 3 | 1 | rwkv_rev.errors.SourceError" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| 3 | 1 | rwkv_rev.errors.SourceError" in printed
+    page = (EXAMPLE.parent / "README.md").read_text("utf-8").splitlines()
+    heads = [line.replace("| model |", "|") for line in page if "tokens at once |" in line]
+    assert len(heads) == 3 and set(heads) == {printed.splitlines()[0]}
