@@ -3,13 +3,13 @@
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from foreign import VERSIONS, blinkdl_state_dict, hf_state_dict, scan_of
+from processes import run_python
 
 from rwkv_rev.architectures.registry import architecture
 from rwkv_rev.bundled import BUNDLED, bundled_path
@@ -269,8 +269,7 @@ def test_the_traps_of_the_rwkv_package_are_real(tmp_path: Path) -> None:
     torch.save(tensors, tmp_path / "bfloat16.pth")
     torch.save(blinkdl_state_dict("5.2", layers=1), tmp_path / "one-layer.pth")
     command = [sys.executable, "-c", TRAPS, str(tmp_path), json.dumps(tokens.tolist())]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = json.loads(run.stdout)
+    found = json.loads(run_python(command, check=True).stdout)
     assert found == {
         "overwrites the state": True,
         "one token gives [V]": [64],

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from processes import run_python
 
 from rwkv_rev.errors import OutputError
 from rwkv_rev.folders.safe_output import require_space, whole_directory, whole_file
@@ -324,9 +325,7 @@ def test_commands_that_may_not_write_enough(bundled: dict[str, Path], tmp_path: 
         ["export", model, "--output", output],
         ["export", model, "--to", "hf", "--output", output],
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), json.dumps(commands)], capture_output=True, text=True
-    )
+    done = run_python([sys.executable, "-c", textwrap.dedent(script), json.dumps(commands)])
     assert done.stdout.split() == ["1", "1", "1"], done.stderr
     lines = done.stderr.splitlines()
     assert len(lines) == 3

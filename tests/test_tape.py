@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import run_python
 from torch import Tensor
 
 from rwkv_rev.errors import StrategyError
@@ -248,9 +249,7 @@ def test_a_real_limit_on_the_file_is_an_error_and_not_a_crash(tmp_path: Path) ->
         except StrategyError as error:
             print(error)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True
-    )
+    done = run_python([sys.executable, "-c", textwrap.dedent(script)], check=True)
     assert done.stdout.startswith("the disk tape cannot grow") and done.stdout.count("\n") == 1
 
 
