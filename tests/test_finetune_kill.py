@@ -2,7 +2,8 @@
 
 ``RWKV_REV_KILLS=20 pytest -n 0 tests/test_finetune_kill.py`` kills 20 times by each signal; the suite once. Half of the
 moments are drawn over the whole life of a run, half after its last checkpoint was begun: its last save, writing OUTPUT,
-renaming it, removing the working folder.
+renaming it, removing the working folder. The former are told by the processor time that a run has spent, which does not
+depend on what else the machine does: drawn by the clock, many would come after the end, and mean another run.
 """
 
 import os
@@ -14,6 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import pytest
 from finetune_cases import counting_text, environment
 from processes import run_command, start_command
@@ -46,8 +48,8 @@ class Undisturbed(NamedTuple):
     rows: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     weights: dict[str, Tensor]
-    life: float  # seconds from the start to the end
-    end: float  # of which after the last checkpoint was begun
+    life: float  # seconds of processor time
+    end: float  # seconds by the clock, after the last checkpoint was begun
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +57,16 @@ def undisturbed(shallow: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("undisturbed")
     data = counting_text(folder / "data.txt", 300)
     command = finetune(shallow["5.2"], data, folder / "out")
-    began = time.monotonic()
     process = start_command(command, folder / "streams", environment())
     last = _wait_for_the_end(process, folder / "out")
+    life = 0.0
+    while (spent := _spent(process)) is not None:
+        life = spent
+        time.sleep(0.002)
     process.join(300)
     ended = time.monotonic()
     assert process.exitcode == 0, (folder / "streams.err").read_text()[-3000:]
-    return Undisturbed(shallow["5.2"], data, *outcome(folder / "out"), ended - began, ended - last)
+    return Undisturbed(shallow["5.2"], data, *outcome(folder / "out"), life, ended - last)
 
 
 def outcome(output: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Tensor]]:
@@ -87,7 +92,8 @@ def test_killed_and_resumed(undisturbed: Undisturbed, tmp_path: Path, name: str,
     while True:  # until it was killed in time
         process = start_command(command, tmp_path / "run", env)
         if number % 2 == 0:
-            time.sleep(share * draw * undisturbed.life)
+            while (spent := _spent(process)) is not None and spent < share * draw * undisturbed.life:
+                time.sleep(0.002)
         else:
             _wait_for_the_end(process, output)
             time.sleep(share * draw * undisturbed.end)
@@ -127,6 +133,15 @@ def test_stopped_by_a_person(
     said = streams.with_suffix(".err").read_text("utf-8").strip().splitlines()
     assert said[-1].startswith("stopped") and "the same command" in said[-1], said
     assert not (tmp_path / "out").exists()
+
+
+def _spent(process: BaseProcess) -> float | None:
+    """Seconds of processor time so far; None at the end."""
+    try:
+        times = psutil.Process(process.pid).cpu_times() if process.exitcode is None else None
+    except psutil.NoSuchProcess:
+        return None
+    return times and times.user + times.system
 
 
 def _wait_for_the_end(process: BaseProcess, output: Path) -> float:
