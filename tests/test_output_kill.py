@@ -54,6 +54,16 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+Undisturbed = dict[str, tuple[dict[str, str], float]]
+"""Of what a command writes: checksums of old and new; and its seconds."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> Undisturbed:
+    """Filled by the first test of each kind."""
+    return {}
+
+
 def command(kind: str, name: str, sources: Path, output: Path) -> list[str]:
     if kind == "convert":
         return ["convert", str(sources / f"{name}.pth"), "--output", str(output), "--no-verify", "--force"]
@@ -67,14 +77,15 @@ def command(kind: str, name: str, sources: Path, output: Path) -> list[str]:
     "number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name
 )
 @pytest.mark.parametrize("kind", ["convert", "export"])
-def test_killed(kind: str, number: signal.Signals, sources: Path, tmp_path: Path) -> None:
+def test_killed(
+    kind: str, number: signal.Signals, sources: Path, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     """Every other time over an old output; convert verifies every tenth time, export writes both layouts."""
     moments = random.Random(f"{kind} {number}")
     scratch, streams = tmp_path / "scratch", tmp_path / "streams"
     scratch.mkdir()
     streams.mkdir()
     env = environment() | {"TMPDIR": str(scratch), "RWKV_REV_CACHE": str(tmp_path / "cache")}
-    undisturbed: dict[str, tuple[dict[str, str], float]] = {}  # checksums of old and new, seconds
     found: Counter[str] = Counter()
     for count in range(KILLS):
         if kind == "export":
@@ -82,13 +93,13 @@ def test_killed(kind: str, number: signal.Signals, sources: Path, tmp_path: Path
         else:
             shape = "verify" if count % 10 == 8 else "convert"
         if shape not in undisturbed:
-            undisturbed[shape] = run_undisturbed(shape, sources, tmp_path / shape, env)
+            undisturbed[shape] = run_undisturbed(shape, sources, sources / shape, env)
         expected, seconds = undisturbed[shape]
         here, share = tmp_path / f"{count}", 1.0
         over_old = count % 2 == 0
         while True:  # until it was killed in time
             if over_old:
-                shutil.copytree(tmp_path / shape / "old", here)
+                shutil.copytree(sources / shape / "old", here)
             else:
                 here.mkdir()
             output = here / "out"
