@@ -31,7 +31,7 @@ def options(
 ) -> list[object]:
     return [
         *("finetune", model, "--data", data, "--output", output, "--cache-dir", cache, "--device", "cpu"),
-        *("--context-length", 256, "--chunk-length", 101, "--warmup", 1, "--json", "--max-steps", steps),
+        *("--context-length", 128, "--chunk-length", 51, "--warmup", 1, "--json", "--max-steps", steps),
         *more,
     ]
 
@@ -41,7 +41,7 @@ def alone(shallow: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     """One process with two rows a step."""
     folder = tmp_path_factory.mktemp("alone")
     data = documents(folder)
-    given = {"context_length": 256, "chunk_length": 101, "max_steps": 3, "batch_size": 2, "warmup": 1}
+    given = {"context_length": 128, "chunk_length": 51, "max_steps": 3, "batch_size": 2, "warmup": 1}
     return finetune(
         settings(shallow["5.2"], data, folder / "one", eval_data=[str(data)], **given)
     ), folder / "one"

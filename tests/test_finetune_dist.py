@@ -51,7 +51,7 @@ def options(
 ) -> list[object]:
     return [
         *(model, "--data", data, "--output", output, "--cache-dir", cache, "--device", device),
-        *("--context-length", 256, "--chunk-length", 100, "--max-steps", steps),
+        *("--context-length", 128, "--chunk-length", 50, "--max-steps", steps),
         *("--warmup", 1, "--save-every", 2),
     ]
 
@@ -63,8 +63,8 @@ def data(tmp_path: Path) -> Path:
 
 def documents(folder: Path) -> Path:
     """Of different lengths: the processes' batches differ in shape, and one process's last is empty."""
-    text = counting_text(folder / "text.txt", 160).read_text()
-    pieces = [text[:700], text[700:1100], text[1100:1130], text[1130:2400], text[2400:]]
+    text = counting_text(folder / "text.txt", 80).read_text()
+    pieces = [text[:350], text[350:550], text[550:565], text[565:1200], text[1200:]]
     path = folder / "data.jsonl"
     path.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces))
     return path
@@ -79,8 +79,8 @@ def alone(shallow: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
         shallow["5.2"],
         data,
         folder / "one",
-        context_length=256,
-        chunk_length=100,
+        context_length=128,
+        chunk_length=50,
         max_steps=4,
         batch_size=2,
         grad_accum=2,

@@ -26,7 +26,7 @@ ROWS = 6
 def options(model: Path, folder: Path, output: str, rows: int, *more: object, steps: int = 3) -> list[object]:
     return [
         *("finetune", model, "--data", folder / "data.jsonl", "--output", folder / output, "--json"),
-        *("--cache-dir", folder / "cache", "--device", "cpu", "--context-length", 256, "--chunk-length", 100),
+        *("--cache-dir", folder / "cache", "--device", "cpu", "--context-length", 128, "--chunk-length", 50),
         *("--warmup", 1, "--max-steps", steps, "--batch-size", rows, "--weight-decay", 0.1, *more),
     ]
 
@@ -68,7 +68,7 @@ KINDS: dict[str, tuple[str, int, list[object]]] = {
 def test_the_run_of_one_process(shallow: dict[str, Path], tmp_path: Path, kind: str) -> None:
     version, world, more = KINDS[kind]
     documents(tmp_path)
-    seen = ["--eval-data", tmp_path / "data.jsonl", "--sample-prompt", "3 squared", "--sample-tokens", 6]
+    seen = ["--eval-data", tmp_path / "data.jsonl", "--sample-prompt", "3 squared", "--sample-tokens", 4]
     one = run(1, options(shallow[version], tmp_path, "one", ROWS, *more, *seen))
     groups, shared = (2, ["--context-parallel", 2]) if world == 4 else (world, [])
     given = options(shallow[version], tmp_path, "parts", ROWS // groups, *more, *seen, *shared)
