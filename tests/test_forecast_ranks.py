@@ -12,8 +12,8 @@ from rwkv_rev.modeling import RwkvRevForCausalLM
 
 pytestmark = pytest.mark.dist
 
-CONTEXT, CHUNK, ROWS = 390, 60, 2
-"""Seven chunks, the last of them half as long; both lengths are multiples of 2 and 3."""
+CONTEXT, CHUNK, ROWS = 150, 60, 2
+"""Three chunks, the last of them half as long; both lengths are multiples of 2 and 3."""
 CASES = [(version, strategy) for version in WIDE for strategy in ("reversible", "checkpoint")]
 
 
