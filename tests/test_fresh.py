@@ -60,8 +60,8 @@ def test_the_seed_decides(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("architecture", OTHERS)
 def test_every_command(cli: Cli, tmp_path: Path, architecture: str) -> None:
-    text = counting_text(tmp_path / "data.txt", lines=120)
-    short = {"context_length": 128, "chunk_length": 32}
+    text = counting_text(tmp_path / "data.txt", lines=60)
+    short = {"context_length": 64, "chunk_length": 16}
     code, out, _ = cli(
         *("init", "--architecture", architecture, "--output", "model", "--seed", 1, "--json"),
         *("--set", "hidden_size=16", "--set", "num_hidden_layers=2"),
@@ -78,7 +78,7 @@ def test_every_command(cli: Cli, tmp_path: Path, architecture: str) -> None:
         assert all(torch.equal(before[name], after[name]) for name in before)
         assert any(float(tensor.abs().max()) > 0 for name, tensor in after.items() if name not in before)
 
-    code, out, _ = cli("eval", tunings[-1], "--data", text, "--context-length", 128, "--json")
+    code, out, _ = cli("eval", tunings[-1], "--data", text, "--context-length", 64, "--json")
     assert code == 0 and 0 < json.loads(out)["total"]["bits_per_byte"] < 9
     code, out, _ = cli("generate", "trained", "--prompt", "7 squared", "--max-new-tokens", 4, "--seed", 1)
     assert code == 0 and out.startswith("7 squared")
@@ -86,7 +86,7 @@ def test_every_command(cli: Cli, tmp_path: Path, architecture: str) -> None:
     assert code == 0 and "reversible" in out
     for folder in ("model", "trained", *tunings):
         code, out, err = cli(
-            *("verify", folder, "--reversal", "--gradients", "--context", 40, "--chunk", 8, "--tokens", 30)
+            *("verify", folder, "--reversal", "--gradients", "--context", 20, "--chunk", 4, "--tokens", 16)
         )
         assert code == 0, out + err
         assert "bit-exact at all 5 boundaries: yes" in out
