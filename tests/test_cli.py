@@ -589,7 +589,8 @@ class Held:
 
 held = Held()
 del held
-time.sleep(5)
+for _ in range(500):  # what another thread raises wakes nobody
+    time.sleep(0.01)
 print("it went on")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
