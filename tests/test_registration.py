@@ -174,8 +174,11 @@ QUESTIONS = {
     "name": "assert transformers.RwkvRevForCausalLM.__module__ == 'rwkv_rev.modeling'",
 }
 IN_CHILDREN = """
-import os, sys
-import accelerate, huggingface_hub, tokenizers, torch, torch._dynamo  # what all of them need, once
+import importlib.util, os, sys
+import accelerate, huggingface_hub, jinja2, tokenizers, torch, torch._dynamo  # what all of them need, once
+for name in ("scipy.optimize", "PIL.Image"):
+    if importlib.util.find_spec(name.split(".")[0]):
+        importlib.import_module(name)
 folder, given = sys.argv[1], None
 assert not {"transformers", "rwkv_rev"} & {*sys.modules}
 failed = 0
