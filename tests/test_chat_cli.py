@@ -87,7 +87,7 @@ def test_options(bundled: dict[str, Path], say: Cli, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a terminal of POSIX")
-def test_in_a_terminal(shallow: dict[str, Path], tmp_path: Path) -> None:
+def test_in_a_terminal(bundled: dict[str, Path], tmp_path: Path) -> None:
     """Ctrl-C stops an answer, and at the prompt clears the line; Ctrl-D ends the chat."""
     import pty
     import select
@@ -96,7 +96,7 @@ def test_in_a_terminal(shallow: dict[str, Path], tmp_path: Path) -> None:
     template.write_text(TEMPLATE)
 
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "rwkv_rev.cli", "chat", str(shallow["7"]), "--device", "cpu"]
+    command = [sys.executable, "-m", "rwkv_rev.cli", "chat", str(bundled["7"]), "--device", "cpu"]
     command += ["--max-new-tokens", "1000000", "--temperature", "0", "--presence-penalty", "0"]
     command += ["--frequency-penalty", "0", "--chat-template", str(template)]
     process = subprocess.Popen(
