@@ -1,5 +1,6 @@
 """Two processes compute what one does with the doubled batch, however they are launched."""
 
+import itertools
 import json
 import os
 import shutil
@@ -61,10 +62,11 @@ def data(tmp_path: Path) -> Path:
     return documents(tmp_path)
 
 
-def documents(folder: Path) -> Path:
+def documents(folder: Path, lines: int = 80) -> Path:
     """Of different lengths: the processes' batches differ in shape, and one process's last is empty."""
-    text = counting_text(folder / "text.txt", 80).read_text()
-    pieces = [text[:350], text[350:550], text[550:565], text[565:1200], text[1200:]]
+    text = counting_text(folder / "text.txt", lines).read_text()
+    ends = [0, *(n * lines // 16 for n in (70, 110, 113, 240)), len(text)]
+    pieces = [text[begin:end] for begin, end in itertools.pairwise(ends)]
     path = folder / "data.jsonl"
     path.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces))
     return path

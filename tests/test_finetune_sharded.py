@@ -26,7 +26,7 @@ ROWS = 6
 def options(model: Path, folder: Path, output: str, rows: int, *more: object, steps: int = 3) -> list[object]:
     return [
         *("finetune", model, "--data", folder / "data.jsonl", "--output", folder / output, "--json"),
-        *("--cache-dir", folder / "cache", "--device", "cpu", "--context-length", 128, "--chunk-length", 50),
+        *("--cache-dir", folder / "cache", "--device", "cpu", "--context-length", 256, "--chunk-length", 100),
         *("--warmup", 1, "--max-steps", steps, "--batch-size", rows, "--weight-decay", 0.1, *more),
     ]
 
@@ -67,8 +67,8 @@ KINDS: dict[str, tuple[str, int, list[object]]] = {
 )
 def test_the_run_of_one_process(shallow: dict[str, Path], tmp_path: Path, kind: str) -> None:
     version, world, more = KINDS[kind]
-    documents(tmp_path)
-    seen = ["--eval-data", tmp_path / "data.jsonl", "--sample-prompt", "3 squared", "--sample-tokens", 4]
+    documents(tmp_path, lines=160)
+    seen = ["--eval-data", tmp_path / "data.jsonl", "--sample-prompt", "3 squared", "--sample-tokens", 6]
     one = run(1, options(shallow[version], tmp_path, "one", ROWS, *more, *seen))
     groups, shared = (2, ["--context-parallel", 2]) if world == 4 else (world, [])
     given = options(shallow[version], tmp_path, "parts", ROWS // groups, *more, *seen, *shared)
@@ -90,7 +90,7 @@ def test_the_run_of_one_process(shallow: dict[str, Path], tmp_path: Path, kind: 
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_half_precision(shallow: dict[str, Path], tmp_path: Path, tune: str) -> None:
     """As two processes that have the model whole each: rows of the same shapes, by the same autocast."""
-    documents(tmp_path)
+    documents(tmp_path, lines=160)
     more = ["--tune", tune, "--dtype", "bfloat16"]
     run(2, options(shallow["7"], tmp_path, "whole", 3, *more))
     run(2, options(shallow["7"], tmp_path, "parts", 3, *more, "--shard-model"))
@@ -101,7 +101,7 @@ def test_half_precision(shallow: dict[str, Path], tmp_path: Path, tune: str) -> 
 @pytest.mark.slow
 def test_goes_on_with_another_number_of_processes(shallow: dict[str, Path], tmp_path: Path) -> None:
     """A killed rank ends the others within a minute, in one line; the best step is kept, whoever trained it."""
-    documents(tmp_path)
+    documents(tmp_path, lines=160)
     other = tmp_path / "other.txt"
     other.write_text("Of what the run forgets, the first step knows most. " * 8)
     more: list[object] = ["--save-every", 1, "--resume", "auto", "--keep-best", "--eval-every", 1]
