@@ -45,6 +45,7 @@ SMALL = [
     Case((1, 37, 2, 16)),
     Case((1, 70, 1, 20), "repeated", masked=True),
     Case((1, 65, 1, 64), "projections", torch.bfloat16, at_most=PROJECTED),
+    Case((1, 128, 1, 64), "run", torch.bfloat16, at_most=(("out", 3e-3), ("state", 3e-3), ("d_v", 5e-3))),
     Case((1, 130, 1, 16), "strongest", torch.bfloat16, masked=True, narrow=True),
     Case((1, 20, 1, 72), "drawn", torch.float16, masked=True),
     Case((1, 70, 1, 16), "drawn", torch.bfloat16, autocast=True, at_most=DRAWN),
@@ -53,7 +54,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # few combinations of head size, dtypes and mask: the first call of each compiles for 10 to 40 seconds
 LARGE = [
     *(Case((1, tokens, 3, 64), dtype=BF16) for tokens in (1, 2, 63, 64, 65, 2048)),
-    *(Case((2, 400, 2, 64), edge, BF16) for edge in ("projections", "repeated", "kept", "strongest")),
+    *(Case((2, 400, 2, 64), edge, BF16) for edge in ("projections", "repeated", "run", "kept", "strongest")),
     *(Case((2, 517, 2, 64), edge, BF16, masked=True) for edge in ("drawn", "repeated", "strongest")),
     Case((2, 517, 2, 64), dtype=BF16, autocast=True),
     Case((2, 200, 2, 20), dtype=BF16, masked=True),
@@ -82,6 +83,12 @@ def inputs(case: Case, device: str) -> tuple[list[Tensor], Tensor | None, list[T
         rate, log_decay = torch.ones_like(rate), torch.zeros_like(log_decay)
     elif case.edge == "repeated":
         removal, rate = removal[:, :1].expand(case.shape).clone(), torch.ones_like(rate)
+    elif (
+        case.edge == "run"
+    ):  # of one token after others, as in a line of spaces: what it adds it removes again
+        log_decay, k = -math.exp(-0.5) * torch.sigmoid(z - 3), x / 4
+        run = torch.arange(tokens).clamp(max=40)
+        r, k, v, log_decay, removal, rate = (x[:, run] for x in (r, k, v, log_decay, removal, rate))
     elif case.edge == "kept":
         rate, log_decay = torch.zeros_like(rate), torch.zeros_like(log_decay)
     elif case.edge == "strongest":

@@ -32,8 +32,8 @@ K, P, Q, A and S, 22 bytes for each number of r.
 
 All sums are float32. bfloat16 inputs: A, W, P and the scan in bfloat16 parts of their factors (relative error 2^-17),
 all else with factors rounded to bfloat16 (errors of 3e-3, of the order of what rounding the results to that dtype
-takes), but for those whose rounding was most of an error: R in Q, A and its right-hand side in u, three triangles in
-d_r, d_k and d_v; float16 in such parts throughout, float32 in three parts of each factor (2^-24). No atomic operation:
+takes), but for those whose rounding was most of an error: R in Q, A everywhere and its right-hand side in u, three
+triangles in d_r, d_k and d_v; float16 in such parts throughout, float32 in three parts of each factor (2^-24). No atomic operation:
 results are the same to the bit. One configuration per head size, nothing is tuned at run time. float64 is refused. Over
 400 lines, because both directions share every helper and the scan.
 """
@@ -177,7 +177,7 @@ def _transition_kernel(
 
 @triton.jit(do_not_specialize=["T", "H", "chunks"])
 def _prepare_kernel(
-    v, mask, read, found, given, keys, ends, inverses, corrected, readers, scores, products, T, H, chunks,
+    v, mask, read, found, given, keys, ends, inverses, finer, corrected, readers, scores, products, T, H, chunks,
     N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, MASKED: tl.constexpr,
     HIGH: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
@@ -187,6 +187,8 @@ def _prepare_kernel(
     t = tl.arange(0, C)
     among = _lower(_pairs(found, keys, slot, C, N, BN, TILES, LOW), C, False, LOW)
     square = tl.zeros([C, C], tl.float32)
+    if HIGH != LOW:
+        square = _dot(_get(finer, slot, t, t, C, C), among, square, LOW)
     of_values = _factor(_dot(_get(inverses, slot, t, t, C, C), among, square, LOW), LOW)
     removed = _lower(_pairs(read, given, slot, C, N, BN, TILES, LOW), C, True, LOW)
     score = _pairs(read, keys, slot, C, N, BN, TILES, LOW)
@@ -363,7 +365,7 @@ class _Launcher:
         )  # fmt: skip
         prepared = _Prepared(moves, rests, readers, self.matrices(self.N, self.N))
         _prepare_kernel[self.grid(1)](
-            v, self.mask, *factors[:6], corrected, prepared.readers, squares[1], prepared.states, *self.sizes,
+            v, self.mask, *factors, corrected, prepared.readers, squares[1], prepared.states, *self.sizes,
             HIGH=self.high, **self.options(PREPARE_REGISTERS),
         )  # fmt: skip
         return factors, prepared, squares[1]

@@ -72,7 +72,10 @@ def _value_gradient_kernel(
     pairs = _upper(_pairs(given, read, slot, C, N, BN, TILES, LOW), C, True, LOW)
     f = _dot(pairs, _get(arrived, slot, t, c, C, N), nothing, LOW)
     f = _factor(_through_end(given, d_states, ends, f, slot, c, C, N, BN, TILES, LOW), LOW)
-    f = _factor(_dot(tl.trans(_get(inverses, slot, t, t, C, C)), f, nothing, LOW), LOW)
+    small = nothing
+    if HIGH != LOW:
+        small = _dot(tl.trans(_get(finer, slot, t, t, C, C)), f, nothing, LOW)
+    f = _factor(_dot(tl.trans(_get(inverses, slot, t, t, C, C)), f, small, LOW), LOW)
     _put(fed, f, slot, t, c, C, N)
     pairs = _upper(_pairs(keys, found, slot, C, N, BN, TILES, LOW), C, False, LOW)
     d_value = _dot(pairs, f, nothing, LOW)
