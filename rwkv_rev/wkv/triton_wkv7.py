@@ -33,9 +33,9 @@ K, P, Q, A and S, 22 bytes for each number of r.
 All sums are float32. bfloat16 inputs: A, W, P and the scan in bfloat16 parts of their factors (relative error 2^-17),
 all else with factors rounded to bfloat16 (errors of 3e-3, of the order of what rounding the results to that dtype
 takes), but for those whose rounding was most of an error: R in Q, A everywhere and its right-hand side in u, three
-triangles in d_r, d_k and d_v; float16 in such parts throughout, float32 in three parts of each factor (2^-24). No atomic operation:
-results are the same to the bit. One configuration per head size, nothing is tuned at run time. float64 is refused. Over
-400 lines, because both directions share every helper and the scan.
+triangles in d_r, d_k and d_v; float16 in such parts throughout, float32 in three parts of each factor (2^-24). No
+atomic operation: results are the same to the bit. One configuration per head size, nothing is tuned at run time.
+float64 is refused. Over 400 lines, because both directions share every helper and the scan.
 """
 
 # mypy: disable-error-code="no-untyped-def"
