@@ -15,7 +15,7 @@ import pytest
 import torch
 from processes import run_python
 
-from rwkv_rev.benchmark import kernels
+from rwkv_rev.benchmark import kernels, packed_rows
 from rwkv_rev.benchmark.conversion import conversion_rows
 from rwkv_rev.benchmark.cpu_compare import cpu_rows
 from rwkv_rev.benchmark.environment import environment
@@ -251,3 +251,16 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, model_folde
         main(["bench", "training", "--lengths", "many"])
     assert exit_.value.code == 2
     assert math.isfinite(rows[0]["seconds"])
+
+
+def test_packed_rows(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row for each way, on a CPU."""
+    monkeypatch.setattr(packed_rows, "SHORTEST", 3)
+    monkeypatch.setattr(packed_rows, "LONGEST", 12)
+    documents = ["--documents", "5", "--row-length", "32", "--chunk-length", "16,32"]
+    packed_rows.main(["--device", "cpu", "--shape", "5.2-15m", *documents])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["way"] for row in rows] == ["alone", "padded", "packed", "packed", "packed"]
+    assert [row["chunk_length"] for row in rows[3:]] == [16, 32]
+    assert rows[0]["steps"] == 5 and rows[0]["padding"] == 0
+    assert all(row["tokens_per_second"] > 0 and row["to_alone"] > 0 for row in rows)

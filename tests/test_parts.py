@@ -17,12 +17,15 @@ from bptt_cases import (
 )
 from test_borders import OTHERS, alone, assert_near, assert_states, borders_of, cut, model_of, tolerance_of
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkv_rev import position_wise
 from rwkv_rev.bptt import sweep
 from rwkv_rev.bptt.parts import documents_of, laid_out, parts_of
 from rwkv_rev.bptt.strategy import LossInputs
+from rwkv_rev.cells import borders
 from rwkv_rev.cells.borders import Borders
+from rwkv_rev.cells.moved_rows import moved
 from rwkv_rev.packed_rows import given_borders
 
 SHORT = [5, 9, 1, 12, 3, 7, 2, 14, 6, 1]  # 60 tokens, each at most one chunk of 16
@@ -156,3 +159,53 @@ def test_gradients_of_a_row_of_many_parts() -> None:
     full = differentiate(model, "full", input_ids=ids, borders=borders_of(lengths))
     found = differentiate(model, "reversible", 16, input_ids=ids, borders=borders_of(lengths))
     assert max(relative_errors(found.gradients, full.gradients).values()) < 1e-12
+
+
+class _Count(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, given: Any = (), named: Any = None) -> Any:
+        self.count += 1
+        return function(*given, **(named or {}))
+
+
+@pytest.mark.parametrize("strategy", ["full", "reversible"])
+@pytest.mark.parametrize("name", ["5.2", "7"])
+def test_operations_do_not_grow_with_documents(
+    name: str, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one call of a cell, 3 documents or 24 of them; 20 operations are allowed for all layers."""
+    monkeypatch.setattr(borders, "call_cost", lambda device, width: 10**9)  # one call, as on a GPU
+    model, ids = model_of(name), random_tokens(48)
+    counts = []
+    for lengths in ([10, 20, 18], [2] * 20 + [1, 1, 3, 3]):
+        with _Count() as count:
+            differentiate(model, strategy, 64, input_ids=ids, borders=borders_of(lengths))
+        counts.append(count.count)
+    assert counts[1] <= counts[0] + 20
+
+
+@pytest.mark.parametrize("unread", [True, False])
+def test_rows_moved_and_back(unread: bool) -> None:
+    """As a gather's own gradient, twice."""
+    to, back = torch.tensor([2, 0, 3, 0]), torch.tensor([1, 0, 0, 2])  # the second 0 is padding, 1 is nowhere
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    nowhere = torch.tensor([False, True, False, False])
+    padding = torch.tensor([False, False, False, True])
+    weights = torch.randn(4, 3, dtype=torch.float64)
+    if unread:
+        found = moved(x, to, back, None, nowhere)
+        expected = x.index_select(0, to)
+        weights = weights.masked_fill(padding[:, None], 0)
+    else:
+        found = moved(x, back, to, nowhere, padding)
+        expected = x.index_select(0, back).masked_fill(nowhere[:, None], 0)
+    assert torch.equal(found, expected)
+    results = []
+    for function in (found, expected):
+        (gradient,) = torch.autograd.grad((function.square() * weights).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.square().sum(), x)
+        results.append((gradient, second))
+    torch.testing.assert_close(*results)

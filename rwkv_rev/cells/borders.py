@@ -23,7 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rwkv_rev.cells.device_copy import on_device
 from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.cells.moved_rows import moved
 from rwkv_rev.cells.token_shift import mix
 from rwkv_rev.document_ends import DocumentEnds
 from rwkv_rev.wkv.dispatch import is_fused
@@ -47,13 +49,13 @@ class Span(NamedTuple):
     """Tokens of the S longest pieces from one time to another.
 
     Attributes:
-        places: [S l] int64, in the flattened chunk; where a piece has ended, any.
         rows: S.
+        length: l.
         mask: None where no piece ends inside.
     """
 
-    places: Tensor
     rows: int
+    length: int
     mask: ChunkMask | None
 
 
@@ -108,10 +110,14 @@ class BorderedChunk:
         spans: see the module's docstring.
         rows: [n] int64, the batch rows whose first piece goes on from their state, in order.
         order: [P] int64, for every piece its place among those states, followed by a start for each other piece.
-        places: [B C] int64, of each token among the outputs of all spans; one behind them where it does not count.
+        tokens: [M] int64, of all spans' rows the places in the flattened [B C]; where a piece has ended, its first.
+        places: [B C] int64, of each token among the M; any where it does not count.
+        padding: [M] bool, where pieces have ended; None where none has inside of a span.
+        absent: [B C] bool, tokens that do not count; None where all do.
         last: [B] int64, the last piece of each row.
         before: [B C] int64, the token before each: in the tokens behind the B rows' states and the start.
         ends: [B] int64, the last token of each row in the same; the row's state for a row without tokens.
+        lasts: [B] int64, the last tokens in the flattened [B C]; None where a row has none.
         begins: [B, C] uint8, 1 where a document begins.
         dense: whether the token before each one that counts is its neighbour, but where a row or a document begins.
         starts: of the model, a layer, or a cell (:meth:`of_part`).
@@ -125,10 +131,14 @@ class BorderedChunk:
     spans: Sequence[Span]
     rows: Tensor
     order: Tensor
+    tokens: Tensor
     places: Tensor
+    padding: Tensor | None
+    absent: Tensor | None
     last: Tensor
     before: Tensor
     ends: Tensor
+    lasts: Tensor | None
     begins: Tensor
     dense: bool
     starts: Any
@@ -153,30 +163,30 @@ class BorderedChunk:
         pieces = _pieces(at.numpy(), None if valid is None else valid.numpy())
         pieces.sort(key=lambda piece: -len(piece.places))
         lengths = np.array([len(piece.places) for piece in pieces])
-        nowhere = at.numel()
-        places = np.full(nowhere, -1, np.int64)
-        spans, made = [], 0
+        places = np.full(at.numel(), -1, np.int64)
+        tokens, inside, made = [], [], 0
         for start, stop in pairwise([0, *ends_of_spans(lengths, call)]):
             rows = int((lengths > start).sum())
             index = np.zeros((rows, stop - start), np.int64)
             for row, piece in enumerate(pieces[:rows]):
                 part = piece.places[start:stop]
-                index[row] = part[0]  # whose gradient gets zeros from where there is no token
+                index[row] = part[0]
                 index[row, : len(part)] = part
                 first = made + row * (stop - start)
                 places[part] = np.arange(first, first + len(part))
             made += index.size
-            there = np.arange(start, stop) < lengths[:rows, None]
-            mask = None if there.all() else ChunkMask.of(_to(there, device))
-            spans.append(Span(_to(index.reshape(-1), device), rows, mask))
-        places[places < 0] = made
+            tokens.append(index.reshape(-1))
+            inside.append(np.arange(start, stop) < lengths[:rows, None])
+        absent = places < 0
+        places[absent] = 0
+        padding = ~np.concatenate([flags.reshape(-1) for flags in inside])
         going_on = [number for number, piece in enumerate(pieces) if piece.goes_on]
         order = np.full(len(pieces), -1, np.int64)
         order[going_on] = np.arange(len(going_on))
         order[order < 0] = np.arange(len(going_on), len(pieces))
         last, ends = np.zeros(len(at), np.int64), np.full(len(at), -1, np.int64)
         first = len(at) + 1  # of the tokens, behind the states and the start
-        before = np.full(nowhere, len(at), np.int64)
+        before = np.full(at.numel(), len(at), np.int64)
         for number, piece in enumerate(pieces):
             end = int(piece.places[-1]) + first if len(piece.places) else piece.row
             if end >= ends[piece.row]:
@@ -184,26 +194,42 @@ class BorderedChunk:
             before[piece.places[1:]] = piece.places[:-1] + first
             if piece.goes_on:
                 before[piece.places[:1]] = piece.row
-        ended = None
+        ended = []
         if numbers is not None:
             lasts = np.array([piece.places[-1] if len(piece.places) else -1 for piece in pieces])
             of_pieces = np.where(lasts < 0, -1, numbers.flatten().numpy()[lasts])
             chosen = np.argsort(of_pieces, kind="stable")[(of_pieces < 0).sum() :]
-            ended = (_to(chosen, device), _to(lasts[chosen], device))
+            ended = [chosen, lasts[chosen]]
+        rows_going_on = np.array([pieces[number].row for number in going_on], np.int64)
+        indices = [rows_going_on, order, np.concatenate(tokens), places, last, before, ends, ends - first]
+        given = [] if valid is None else [valid.numpy()]
+        flags = [at.numpy(), padding, absent, *inside, *given]
+        everywhere = bool((ends >= first).all())
+        found = on_device([*indices, *ended], device)
+        begins, *known = on_device([each.astype(np.uint8) for each in flags], device)
+        padded, missing, *masks = (each.view(torch.bool) for each in known)
+        spans = []
+        for there, mask in zip(inside, masks, strict=False):
+            of_span = None if there.all() else ChunkMask.of(mask, everywhere=True)
+            spans.append(Span(there.shape[0], there.shape[1], of_span))
         return cls(
-            None if valid is None else ChunkMask.of(_to(valid.contiguous().numpy(), device)),
-            spans,
-            _to(np.array([pieces[number].row for number in going_on], np.int64), device),
-            _to(order, device),
-            _to(places, device),
-            _to(last, device),
-            _to(before, device),
-            _to(ends, device),
-            _to(at.to(torch.uint8).numpy(), device),
-            valid is None
+            mask=None if valid is None else ChunkMask.of(masks[-1]),
+            spans=spans,
+            rows=found[0],
+            order=found[1],
+            tokens=found[2],
+            places=found[3],
+            padding=padded if padding.any() else None,
+            absent=missing if absent.any() else None,
+            last=found[4],
+            before=found[5],
+            ends=found[6],
+            lasts=found[7] if everywhere else None,
+            begins=begins,
+            dense=valid is None
             or bool((~valid | at | torch.nn.functional.pad(valid[:, :-1], (1, 0), value=True)).all()),
-            starts,
-            ended,
+            starts=starts,
+            ended=None if numbers is None else (found[8], found[9]),
         )
 
     def of_part(self, index: int) -> "BorderedChunk":
@@ -236,13 +262,16 @@ class BorderedChunk:
             starts: what documents begin with, without a batch.
         """
         states = [self._begun(part, start) for part, start in zip(state, starts, strict=True)]
-        flat = [x.flatten(0, 1) for x in stream]
+        sizes = [span.rows * span.length for span in self.spans]
+        flat = [
+            moved(x.flatten(0, 1), self.tokens, self.places, None, self.absent).split(sizes) for x in stream
+        ]
         outputs: list[list[Tensor]] = []
         ended: list[list[Tensor]] = []
-        for span in self.spans:
+        for number, span in enumerate(self.spans):
             if span.rows < len(self.order):
                 ended.append([part[span.rows :] for part in states])
-            given = [x.index_select(0, span.places).unflatten(0, (span.rows, -1)) for x in flat]
+            given = [parts[number].unflatten(0, (span.rows, -1)) for parts in flat]
             out, states = step(given, [part[: span.rows] for part in states], span.mask)
             outputs.append([part.flatten(0, 1) for part in out])
         ended.append(states)
@@ -269,6 +298,8 @@ class BorderedChunk:
 
             if self.mask is None:
                 return *triton_token_shift.mixes_and_last(x, shift, mus, begun), again
+            if self.lasts is not None:
+                return again(), x.flatten(0, 1).index_select(0, self.lasts), again
             return again(), self._tokens(x, shift, start).index_select(0, self.ends), again
         before, last = self.shifted(x, shift, start)
         return [mix(x, before, mu) for mu in mus], last, lambda: [mix(x, before, mu) for mu in mus]
@@ -296,9 +327,7 @@ class BorderedChunk:
 
     def _together(self, outputs: Sequence[Tensor]) -> Tensor:
         """[B C, ...] from the outputs of all spans, zeros for tokens that do not count."""
-        if self.mask is not None:
-            outputs = [*outputs, outputs[0].new_zeros(1, *outputs[0].shape[1:])]
-        return _joined(outputs).index_select(0, self.places)
+        return moved(_joined(outputs), self.places, self.tokens, self.absent, self.padding)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -365,9 +394,3 @@ def ends_of_spans(lengths: np.ndarray, call: int) -> list[int]:
         found.append(ends[stop])
         stop = before[stop]
     return found[::-1]
-
-
-def _to(index: np.ndarray, device: torch.device) -> Tensor:
-    """On the device, without waiting for what it has to do before."""
-    found = torch.from_numpy(index)
-    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)

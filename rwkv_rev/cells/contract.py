@@ -22,7 +22,7 @@ each position by itself, and is declared with :func:`rwkv_rev.position_wise`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -303,7 +303,7 @@ class ReversibleCell(nn.Module, ABC):
             with torch.no_grad():
                 before = self.carried(state.state, residual(x), chunk.mask, state.plan)
                 out, after, print_ = self._documents(self.values(before), x, chunk)
-                return out, Advanced(self.exact(after), out, NoRemnant(), print_)
+                return out, Advanced(self.exact(after), out, NoRemnant(), print_())
         if isinstance(state, Again):
             self.check_plan(state.plan)
             before = self.carried(state.state, residual(x), chunk.mask, state.plan)
@@ -314,15 +314,17 @@ class ReversibleCell(nn.Module, ABC):
                 same = self.is_left(self.exact(detached(after)), state.after)
                 everywhere = torch.ones((), dtype=torch.bool, device=residual(x).device)
                 handed_on = everywhere if same is None else same
-            return out, Replay(before, out, start, after, print_, handed_on)
+            return out, Replay(before, out, start, after, print_(), handed_on)
         values = state.values if isinstance(state, OnceMore) else state
         return self._documents(values, x, chunk)[:2]
 
-    def _documents(self, values: Any, x: Stream, chunk: BorderedChunk) -> tuple[Stream, Any, Tensor]:
-        """Output, values after the chunk, and checksums of those after each document."""
+    def _documents(
+        self, values: Any, x: Stream, chunk: BorderedChunk
+    ) -> tuple[Stream, Any, Callable[[], Tensor]]:
+        """Output, values after the chunk, and what computes checksums of those after each document."""
         if not tensors_of(values):
             out, after = self.step(values, x, chunk.mask)
-            return out, after, torch.zeros(0, dtype=torch.int64, device=residual(x).device)
+            return out, after, lambda: torch.zeros(0, dtype=torch.int64, device=residual(x).device)
 
         def step(
             stream: list[Tensor], state: list[Tensor], mask: ChunkMask | None
@@ -333,8 +335,8 @@ class ReversibleCell(nn.Module, ABC):
         stream, ends = chunk.run(step, parts_of(x), tensors_of(values), tensors_of(chunk.starts))
         chunk.keep(ends)
         after = values_like(values, [end.index_select(0, chunk.last) for end in ends])
-        print_ = torch.stack([checksum(end.detach()) for end in ends])
-        return joined(stream[0], tuple(stream[1:])), after, print_
+        out = joined(stream[0], tuple(stream[1:]))
+        return out, after, lambda: torch.stack([checksum(end.detach()) for end in ends])
 
 
 def residual(stream: Stream) -> Tensor:

@@ -20,6 +20,7 @@ class ChunkMask:
         first: [B] int64, position of the row's first valid token (0 for a row without one).
         last: [B] int64, position of the row's last valid token; -1 for a row without one.
         count: [B] int64, n, valid tokens of the row.
+        everywhere: whether every row is known to have one.
     """
 
     valid: Tensor
@@ -27,9 +28,10 @@ class ChunkMask:
     first: Tensor
     last: Tensor
     count: Tensor
+    everywhere: bool = False
 
     @classmethod
-    def of(cls, valid: Tensor) -> "ChunkMask":
+    def of(cls, valid: Tensor, *, everywhere: bool = False) -> "ChunkMask":
         """Indices of a [B, C] mask (any dtype, non-zero where the token counts)."""
         valid = valid.bool()
         positions = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
@@ -41,6 +43,7 @@ class ChunkMask:
             first=valid.to(torch.uint8).argmax(dim=1),
             last=latest[:, -1],
             count=valid.sum(dim=1),
+            everywhere=everywhere,
         )
 
 

@@ -8,7 +8,7 @@ through y once.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -366,7 +366,7 @@ class ShiftedCell(ReversibleCell):
 
     def _documents(
         self, values: ShiftedState, x: Stream, chunk: BorderedChunk
-    ) -> tuple[Stream, ShiftedState, Tensor]:
+    ) -> tuple[Stream, ShiftedState, Callable[[], Tensor]]:
         out, shift, memory, print_ = documents(self, values, x, chunk)
         return out, ShiftedState(shift, memory), print_
 

@@ -4,6 +4,7 @@ The token shift is an index, so that the heavy parts, the projection and the out
 stand.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 def documents(
     cell: "ShiftedCell", values: "ShiftedState", stream: Stream, chunk: BorderedChunk
-) -> tuple[Stream, Tensor, Tensor | None, Tensor]:
-    """Output, shift and memory after the chunk, and checksums of the shift and of the memory after each document."""
+) -> tuple[Stream, Tensor, Tensor | None, Callable[[], Tensor]]:
+    """Output, shift, memory after the chunk; what computes checksums of shift and memories after each document."""
     x, mixes = residual(stream), cell.mixes()
     mixed, shift, again = chunk.mixes(x, values.shift, chunk.starts.shift, mixes)
     with not_kept(mixed, again):
@@ -31,12 +32,12 @@ def documents(
         chunk.keep([], [x])
         read, _ = cell.compute(projection, None, chunk.mask)
         out = cell.output_of(projection, read)
-        return joined(out, cell.handed_up(projection)), shift, None, checksum(shift)[None]
+        return joined(out, cell.handed_up(projection)), shift, None, lambda: checksum(shift)[None]
     read, ends = memories(cell, projection, values.memory, chunk)
     chunk.keep([ends], [x])
-    print_ = torch.stack([checksum(shift), checksum(ends)])
     memory = ends.index_select(0, chunk.last)
-    return joined(cell.output_of(projection, read), cell.handed_up(projection)), shift, memory, print_
+    stream = joined(cell.output_of(projection, read), cell.handed_up(projection))
+    return stream, shift, memory, lambda: torch.stack([checksum(shift), checksum(ends)])
 
 
 def memories(
