@@ -54,10 +54,11 @@ class Played:
         self.work, self.result = work, result
 
     @torch.no_grad()
-    def replay(self) -> None:
+    def replay(self, behind_first: Callable[[], None] = lambda: None) -> None:
         Played.replays += 1
         for static, new in pairs(self.result, self.work(), set()):
             static.copy_(new)
+        behind_first()
 
 
 def held_by(work: Callable[..., Any]) -> list[Tensor]:
@@ -72,7 +73,9 @@ def held_by(work: Callable[..., Any]) -> list[Tensor]:
     return found
 
 
-def record(work: Callable[[], Any], device: torch.device, pool: Any = None) -> tuple[Played, Any]:
+def record(
+    work: Callable[[], Any], device: torch.device, pool: Any = None, cut: Any = None
+) -> tuple[Played, Any]:
     """Instead of :func:`recordings._capture`: nothing that the recording computes counts."""
     changed = held_by(work)
     kept = [tensor.detach().clone() for tensor in changed]
@@ -177,7 +180,7 @@ def test_layouts_are_made_before_a_recording(
         assert not recording
         return made(plan)
 
-    def watched(work: Callable[[], Any], device: torch.device, pool: Any = None) -> Any:
+    def watched(work: Callable[[], Any], device: torch.device, pool: Any = None, cut: Any = None) -> Any:
         recording.append(True)
         found = record(work, device)
         recording.clear()
@@ -194,7 +197,7 @@ def test_layouts_are_made_before_a_recording(
 def test_a_failed_recording_leaves_no_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     """Zeros would be gradients of parameters that have none."""
 
-    def refuse(work: Callable[[], Any], device: torch.device, pool: Any = None) -> Any:
+    def refuse(work: Callable[[], Any], device: torch.device, pool: Any = None, cut: Any = None) -> Any:
         raise RuntimeError("cannot be recorded")
 
     monkeypatch.setattr(recordings, "_capture", refuse)

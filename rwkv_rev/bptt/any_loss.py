@@ -35,7 +35,7 @@ from rwkv_rev.bptt.strategy import (
     in_order,
     trainable,
 )
-from rwkv_rev.bptt.sweeps import TwoSweeps, roles, warn_of_coarse_heads
+from rwkv_rev.bptt.sweeps import TwoSweeps, roles, warning_of_coarse_heads
 from rwkv_rev.bptt.uncached import uncached
 from rwkv_rev.bptt.unchanged import changed_tensor, unchanged, watched
 from rwkv_rev.bptt_settings import BpttSettings
@@ -140,7 +140,7 @@ class _Reading:
             # calls have gone before the last chunk's: what these change, they change each time
             before = self._settings_now() if sweep.strangers.more else []
             end = sweep.advance_last(self._last)
-        warn_of_coarse_heads(sweep)
+        warning_of_coarse_heads(sweep)()
         self._settings = self._settings_now()
         self._notes = notes_of(before, self._settings)
         assert sweep.hidden is not None

@@ -122,6 +122,7 @@ def chunk_gradients(
     *,
     outside: OutsideLeaves | None = None,
     half: set[torch.device] | None = None,
+    compared: Callable[[], None] | None = None,
 ) -> ChunkGradients:
     """Gradients of ``chunk``.
 
@@ -131,11 +132,14 @@ def chunk_gradients(
         take: is given the gradients of the parameters, part by part.
         outside: looks for leaves that are not among the parameters.
         half: where the model may draw random numbers, if gradients need a loss scale; None if not.
+        compared: called when the chunk has been computed again and compared; not with a loss scale.
     """
     if half is None:
         # a checkpointed block is computed once more when its gradient is taken, by maps that are plain again
         with adding(() if model.checkpoints_blocks else parameters.maps, take):
-            return _gradients(model, chunk, replay, objective, parameters, to_end, take, 1.0, outside)
+            return _gradients(
+                model, chunk, replay, objective, parameters, to_end, take, 1.0, outside, compared
+            )
     random = random_state.capture(half)
     taken: list[tuple[Sequence[int], int]] = []
 
@@ -169,6 +173,7 @@ def _gradients(
     take: Take,
     scale: float,
     outside: OutsideLeaves | None,
+    compared: Callable[[], None] | None = None,
 ) -> ChunkGradients:
     embeds = chunk.embeds()
     with torch.enable_grad():
@@ -176,6 +181,8 @@ def _gradients(
             embeds = embeds.detach().requires_grad_()
         bottom = chunk.embed(model, embeds)
         layers, exactly = replay(bottom)
+        if compared is not None:
+            compared()
         top = cut(residual(layers[-1].out))
         hidden = model.normalize(top)
     if outside is not None:

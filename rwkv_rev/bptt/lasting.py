@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from rwkv_rev import random_state
 from rwkv_rev.bptt import cuda_graphs
-from rwkv_rev.bptt.backward_sweep import Sums, differentiate
+from rwkv_rev.bptt.backward_sweep import Sums, comparison, differentiate
 from rwkv_rev.bptt.cuda_graphs import RecordingRunner
 from rwkv_rev.bptt.recordings import BackwardRecording, ForwardRecording, cloned, same_kind
 from rwkv_rev.bptt.runner import Runner
@@ -212,7 +212,10 @@ class Recordings:
         self.inner = BackwardRecording(
             several, of_recordings, inner, after, self.forward.record, gradient, pool
         )
-        self.first = BackwardRecording(several, of_recordings, first, self.inner.states, None, gradient, pool)
+        after = self.inner.states
+        self.first = BackwardRecording(
+            several, of_recordings, first, after, None, gradient, pool, halves=True
+        )
         self.reserved = torch.cuda.memory_reserved(sweep.device) - others
 
     def take_plan(self, sweep: "Sweep") -> bool:
@@ -331,7 +334,12 @@ class LastingRunner(Runner):
             random_state.restore(sweep.random[chunk.index])
             tensors = None if record is None else record.tensors()
             return differentiate(sweep, chunk, states, tensors, to_end, sums)
-        found = recording.run(sweep, sums, chunk, states, record, to_end)
+
+        def compared() -> None:
+            if chunk.index == 0:  # the last one to be compared: the host need not wait for its gradients
+                sums.compare = comparison(sweep, sums)
+
+        found = recording.run(sweep, sums, chunk, states, record, to_end, compared)
         if ends:
             sums.end = [
                 tuple(values_like(values, [part.clone() for part in tensors_of(values)]) for values in layer)

@@ -84,6 +84,8 @@ class BackwardRecording:
         chunk, states, record, to_end: of one of the chunks to be run; their values do not count. ``states`` are those
             after it where there is a ``record``, and for the first chunk; else those before it.
         pool: as of :class:`ForwardRecording`.
+        halves: whether it is recorded as two graphs: until the chunk has been computed again and compared, and the
+            rest. The host learns from the first what it waits for, while the device is busy with the second.
 
     Attributes:
         touched: which parameters it gives a gradient.
@@ -100,8 +102,11 @@ class BackwardRecording:
         record: FlatRecord | None,
         to_end: list[list[Tensor]] | None,
         pool: Any | None = None,
+        *,
+        halves: bool = False,
     ) -> None:
         self._chunk = static(chunk)
+        cut = _Cut() if halves else None
         self._given = cloned(states)
         self._capture = None if record is None else FlatRecord(record.data.clone(), record.layouts)
         self._to_end = None if to_end is None else [[g.clone() for g in layer] for layer in to_end]
@@ -138,13 +143,14 @@ class BackwardRecording:
                     parameters.replaced(leaves),
                     self._to_end,
                     take,
+                    compared=cut,
                 )
             loss.add_(found.loss)
             end = [tuple(detached(values) for values in layer) for layer in found.end]
             return found.states, found.to_start, found.exactly, end
 
         try:
-            self._launches, found = _capture(run, sweep.device, pool)
+            self._launches, found = _capture(run, sweep.device, pool, cut)
         except BaseException:
             self.touched = [False] * len(known)  # what was launched while recording has not run
             self.finish(sums)
@@ -167,8 +173,12 @@ class BackwardRecording:
         states: list[ExactStates],
         record: FlatRecord | None,
         to_end: list[list[Tensor]] | None,
+        compared: Callable[[], None] = lambda: None,
     ) -> tuple[list[ExactStates], list[list[Tensor]]]:
-        """States before the chunk and gradients by them; both hold until the next run."""
+        """States before the chunk and gradients by them; both hold until the next run.
+
+        ``compared`` is called when the check of this chunk is among those of ``sums``, between the halves.
+        """
         load(self._chunk, chunk)
         copy_states(self._given, states)
         if self._capture is not None and record is not None:
@@ -178,9 +188,13 @@ class BackwardRecording:
         if self._first:
             copy_states(self._first, sweep.first)
             _copy(self._prints, sweep.prints[0])
-        self._launches.replay()
-        if self._exactly is not None:
-            sums.checks.append((chunk.index, self._exactly.clone()))
+
+        def noted() -> None:
+            if self._exactly is not None:
+                sums.checks.append((chunk.index, self._exactly.clone()))
+            compared()
+
+        self._launches.replay(noted)
         return self.states, self.to_start
 
     def finish(self, sums: Sums) -> None:
@@ -198,21 +212,59 @@ def cloned(states: list[ExactStates]) -> list[ExactStates]:
     ]
 
 
+class _Cut:
+    """Called by work while it is recorded: what follows goes into another graph."""
+
+    def __init__(self) -> None:
+        self.begin_another: Callable[[], None] = lambda: None
+
+    def __call__(self) -> None:
+        self.begin_another()
+
+
+class _Launches:
+    """The graphs of some work, one after another."""
+
+    def __init__(self) -> None:
+        self.graphs = [torch.cuda.CUDAGraph()]
+
+    def replay(self, behind_first: Callable[[], None] = lambda: None) -> None:
+        """Launch them; ``behind_first`` is called when the first one has been launched."""
+        first, *others = self.graphs
+        first.replay()
+        behind_first()
+        for graph in others:
+            graph.replay()
+
+
 def _capture(
-    run: Callable[[], T], device: torch.device, pool: Any | None = None
-) -> tuple[torch.cuda.CUDAGraph, T]:
-    """A graph of ``run``, whose kernels have all run before, and the tensors that its replays fill."""
+    run: Callable[[], T], device: torch.device, pool: Any | None = None, cut: _Cut | None = None
+) -> tuple[_Launches, T]:
+    """Graphs of ``run``, whose kernels have all run before, and the tensors that replays fill.
+
+    It is one graph, or those that ``run`` is cut into by calling ``cut``.
+    """
     torch.cuda.empty_cache()  # the graph has memory of its own: what chunks before it used is free for that
-    captured = torch.cuda.CUDAGraph()
+    launches = _Launches()
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
     stream = _streams.get(device) or _streams.setdefault(device, torch.cuda.Stream(device))
+    mode = "thread_local"  # other threads (a process group's watchdog) may use the device meanwhile
+    recorder = torch.cuda.graph(launches.graphs[0], pool=pool, stream=stream, capture_error_mode=mode)
+
+    def begin_another() -> None:
+        recorder.cuda_graph.capture_end()
+        recorder.cuda_graph = torch.cuda.CUDAGraph()  # which is ended in its place
+        recorder.cuda_graph.capture_begin(pool, capture_error_mode=mode)
+        launches.graphs.append(recorder.cuda_graph)
+
+    if cut is not None:
+        cut.begin_another = begin_another
     try:
-        # thread_local: other threads (a process group's watchdog) may use the device meanwhile
         with (
             torch.cuda.device(device),
             # where recording fails, torch.cuda.graph leaves its own stream the current one
             torch.cuda.stream(torch.cuda.current_stream(device)),
-            torch.cuda.graph(captured, pool=pool, stream=stream, capture_error_mode="thread_local"),
+            recorder,
         ):
             result = run()
     except BaseException:
@@ -220,7 +272,7 @@ def _capture(
         with suppress(Exception):
             torch._C._cuda_endAllocateToPool(stream.device_index, pool)
         raise
-    return captured, result
+    return launches, result
 
 
 @contextmanager

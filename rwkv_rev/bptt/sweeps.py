@@ -23,7 +23,7 @@ nothing draws there, are computed in the second sweep alone: loss and gradient c
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -64,6 +64,7 @@ from rwkv_rev.errors import StrategyError
 from rwkv_rev.foreign_code import Strangers
 from rwkv_rev.loss import FinishedGradients, finished
 from rwkv_rev.remnants import choose_remnants
+from rwkv_rev.reversal.host_copy import start_copy
 from rwkv_rev.reversal.memory import Remnant
 from rwkv_rev.reversal.tape import Tape
 from rwkv_rev.state import ModelState
@@ -153,10 +154,11 @@ class TwoSweeps(Strategy):
                 sweep = whole.part(part.inputs, chunks) if len(parts) > 1 else whole
                 runner = choose_runner(sweep, alone=sweep is whole)
                 last = forward_sweep(sweep, runner)
+                warn = warning_of_coarse_heads(sweep)
                 outcome["tape_bytes"] = tape.peak_nbytes
                 result = backward_sweep(sweep, runner, last, sweep.to_end(), sums)
                 results.append(result)
-                warn_of_coarse_heads(sweep)
+                warn()
             if _lifts(model):
                 outcome["remnants"] = "lifted"
             self.finish(outcome)
@@ -291,17 +293,25 @@ def choose_runner(sweep: Sweep, *, alone: bool = True) -> Runner:
     return lasting.NotingRunner(sweep) if group is None else lasting.TogetherRunner(sweep)
 
 
-def warn_of_coarse_heads(sweep: Sweep) -> None:
-    """Warn where parts of memories were coarse at a border."""
+def warning_of_coarse_heads(sweep: Sweep) -> Callable[[], None]:
+    """After the first sweep: what warns where parts of memories were coarse at a border.
+
+    A device that goes on with the second sweep meanwhile is not waited for.
+    """
     coarse = sweep.coarse  # [L, B, H]
-    if coarse is None or not bool(coarse.any()):
-        return
-    layer, _, head = coarse.nonzero()[0].tolist()
-    means = next(state.when_coarse for state in sweep.first[layer] if state.coarse() is not None)
-    warnings.warn(
-        f"the state of layer {layer}, head {head} ({int(coarse.any(1).sum())} heads in all) {means}",
-        stacklevel=2,
-    )
+    found = None if coarse is None else start_copy(coarse.any())
+
+    def warn() -> None:
+        if coarse is None or found is None or not bool(found()):
+            return
+        layer, _, head = coarse.nonzero()[0].tolist()
+        means = next(state.when_coarse for state in sweep.first[layer] if state.coarse() is not None)
+        warnings.warn(
+            f"the state of layer {layer}, head {head} ({int(coarse.any(1).sum())} heads in all) {means}",
+            stacklevel=2,
+        )
+
+    return warn
 
 
 def roles(
