@@ -67,6 +67,7 @@ def shared_loss(
         StrategyError: for what would have to be gathered from all ranks.
     """
     refuse_beside(return_logits, output_hidden_states)
+    inputs.refuse()
     bptt = model.bptt
     inputs = replace(inputs, group=model.model.context_group, kind=Piece)
     settings = f"{bptt.strategy} {size} {bptt.remnants} {torch.is_grad_enabled()} {model.training}"

@@ -1,5 +1,6 @@
 """What a model is given: masks, embeddings and everything a loss needs, checked before anything is computed."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +13,7 @@ from rwkv_rev.keywords import given_targets
 from rwkv_rev.loss import IGNORE, next_token_targets
 from rwkv_rev.loss_weights import check_divisor, weights_of_targets
 from rwkv_rev.packed_rows import given_borders
+from rwkv_rev.reversal.host_copy import start_copy
 from rwkv_rev.state import ModelState
 
 
@@ -100,7 +102,8 @@ def loss_inputs(
     ``packed`` are its further keywords, which may tell of ``borders``, too.
 
     Raises:
-        ValueError: for what does not fit the model or the other arguments.
+        ValueError: for what does not fit the model or the other arguments; for labels that the vocabulary has not, by
+            the result's ``refuse`` where they are on a GPU.
     """
     batch, length, device = rows_and_tokens(input_ids, inputs_embeds)
     name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
@@ -112,7 +115,7 @@ def loss_inputs(
     if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
         raise ValueError(f"{name} are {given.dtype}: give token ids, int64")
     given = given.long()
-    _check_labels(given, model.config.vocab_size, name)
+    refuse = _wrong_labels(given, model.config.vocab_size, name)
     if state is not None:
         check_state(model.config, state, batch)
     if final_state_gradient is not None:
@@ -158,20 +161,31 @@ def loss_inputs(
         final_state_gradient=final_state_gradient,
         borders=None if at is None else model.base_model.borders(at, valid),
         weights=weights,
+        refuse=refuse,
     )
 
 
-def _check_labels(labels: Tensor, vocab_size: int, name: str) -> None:
-    """Refuse ids that the vocabulary has not; without tensors of the context's length where no label is missing."""
-    least, most = torch.stack(labels.aminmax()).tolist() if labels.numel() else (0, 0)
-    if least >= 0 and most < vocab_size:
-        return
-    wrong = (labels != IGNORE) & ((labels < 0) | (labels >= vocab_size))
-    if bool(wrong.any()):
-        raise ValueError(
-            f"{name} hold {int(labels[wrong][0])}, the vocabulary has ids 0 to {vocab_size - 1}, and {IGNORE} stands "
-            "for no label"
-        )
+def _wrong_labels(labels: Tensor, vocab_size: int, name: str) -> Callable[[], None]:
+    """What refuses ids that the vocabulary has not; at once where labels are on the host.
+
+    Without tensors of the context's length where no label is missing.
+    """
+    bounds = start_copy(torch.stack(labels.aminmax()))
+
+    def refuse() -> None:
+        least, most = bounds().tolist()
+        if least >= 0 and most < vocab_size:
+            return
+        wrong = (labels != IGNORE) & ((labels < 0) | (labels >= vocab_size))
+        if bool(wrong.any()):
+            raise ValueError(
+                f"{name} hold {int(labels[wrong][0])}, the vocabulary has ids 0 to {vocab_size - 1}, and {IGNORE} "
+                "stands for no label"
+            )
+
+    if not labels.is_cuda:
+        refuse()
+    return refuse
 
 
 def _divisor(

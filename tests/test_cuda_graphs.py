@@ -218,6 +218,61 @@ def test_a_failed_recording_leaves_no_sums(monkeypatch: pytest.MonkeyPatch) -> N
     assert sums.parameters[0] is None and sums.parameters[1] is kept
 
 
+def test_work_is_cut_into_two_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is called behind the first is called before the second is launched."""
+    events: list[str] = []
+
+    class Graph:
+        made = 0
+
+        def __init__(self) -> None:
+            Graph.made += 1
+            self.name = str(Graph.made)
+
+        def capture_begin(self, pool: object, capture_error_mode: str) -> None:
+            events.append(f"begin {self.name}")
+
+        def capture_end(self) -> None:
+            events.append(f"end {self.name}")
+
+        def replay(self) -> None:
+            events.append(f"replay {self.name}")
+
+    class Recorder:
+        def __init__(self, graph: Graph, pool: object, stream: object, capture_error_mode: str) -> None:
+            self.cuda_graph = graph
+
+        def __enter__(self) -> None:
+            self.cuda_graph.capture_begin(None, "")
+
+        def __exit__(self, *_: object) -> None:
+            self.cuda_graph.capture_end()
+
+    @contextmanager
+    def nothing(wanted: object) -> Iterator[None]:
+        yield
+
+    fakes = {"stream": nothing, "graph": Recorder, "device": nothing, "empty_cache": lambda: None}
+    fakes |= {"CUDAGraph": Graph, "Stream": lambda device: None, "graph_pool_handle": object}
+    fakes |= {"current_stream": lambda device: None}
+    monkeypatch.setattr(recordings, "_streams", {})
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    cut = recordings._Cut()
+
+    def work() -> int:
+        events.append("one")
+        cut()
+        events.append("other")
+        return 7
+
+    launches, found = recordings._capture(work, torch.device("cuda"), None, cut)
+    assert found == 7
+    launches.replay(lambda: events.append("behind the first"))
+    made = ["begin 1", "one", "end 1", "begin 2", "other", "end 2"]
+    assert events == [*made, "replay 1", "behind the first", "replay 2"]
+
+
 def test_a_failed_recording_gives_the_stream_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in PyTorch, the end of an invalid recording raises before the stream before it is set again."""
     current = ["the caller's"]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rwkv_rev import RwkvRevForCausalLM
 from rwkv_rev.bptt import cuda_graphs, lasting, recordings
+from rwkv_rev.errors import ReversalMismatchError
 from rwkv_rev.reversal.fixed_point import DecayPlan
 from rwkv_rev.wkv import use_kernel
 
@@ -343,3 +344,25 @@ def test_a_model_that_changes_its_group_keeps_no_recordings() -> None:
     lasting._kept[model] = lasting.Kept("what was done")
     model.set_context_parallel(None)
     assert model not in lasting._kept
+
+
+def test_another_first_chunk_is_found(
+    played: Callable[[bool], None], lasted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose comparison is started before its gradients are made."""
+    played(True)
+    model, ids = tiny_model("5.2"), random_tokens(20, 2)
+    for _ in range(3):
+        step(model, ids)
+    assert lasted
+    advance = lasting.LastingRunner.advance
+
+    def changing(self: Any, chunk: Any, states: Any) -> Any:
+        after = advance(self, chunk, states)
+        if chunk.index == 0:
+            self.sweep.prints[0][1] += 1
+        return after
+
+    monkeypatch.setattr(lasting.LastingRunner, "advance", changing)
+    with pytest.raises(ReversalMismatchError, match=r"layer 1 .* chunk 0"):
+        step(model, ids)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import rwkv_rev
 from rwkv_rev import RwkvRevForCausalLM, RwkvRevState
+from rwkv_rev.bptt import STRATEGIES, LossInputs
 
 CHUNK = 8
 EXACT = ("full", "auto", "checkpoint", "reversible")
@@ -242,3 +243,17 @@ def test_a_spike_is_told_of(strategy: str) -> None:
     value.register_forward_hook(spike)
     with pytest.warns(UserWarning, match="layer 1, head 1"):
         differentiate(model, strategy, CHUNK, input_ids=ids, state=state)
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_labels_are_refused_before_tokens_are_embedded(name: str, gradient: bool) -> None:
+    """Wrong ids on a GPU end the process's use of it."""
+    model, ids = tiny_model("5.2"), torch.full((1, 12), 10**6)
+
+    def refuse() -> None:
+        raise ValueError("labels hold 1000000")
+
+    inputs = LossInputs(ids, None, None, ids, 1.0, model.initial_state(1), refuse=refuse)
+    with torch.set_grad_enabled(gradient), pytest.raises(ValueError, match="labels hold"):
+        STRATEGIES[name](4).loss(model, inputs)

@@ -27,13 +27,12 @@ from rwkv_rev.bptt.backward_sweep import LIKELY_CAUSES, backward_sweep
 from rwkv_rev.bptt.chunk_gradients import Found
 from rwkv_rev.bptt.forward_sweep import forward_sweep
 from rwkv_rev.bptt.hidden_states import HiddenStates
+from rwkv_rev.bptt.leaves import in_order, trainable
 from rwkv_rev.bptt.runner import Runner
 from rwkv_rev.bptt.strategy import (
     Chunk,
     LanguageModel,
     LossInputs,
-    in_order,
-    trainable,
 )
 from rwkv_rev.bptt.sweeps import TwoSweeps, roles, warning_of_coarse_heads
 from rwkv_rev.bptt.uncached import uncached

@@ -6,6 +6,7 @@ the chunk's graph is differentiated with a loss scale, lowered until all gradien
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -66,17 +67,35 @@ class Parameters:
     ) -> None:
         self.tensors = list(tensors)
         self.sharded = sharded
-        places = {id(tensor): index for index, tensor in enumerate(self.tensors)}
-        self.of_layer: list[Sequence[int]] = [range(len(self.tensors)) for _ in model.blocks]
-        if not foreign:
-            begun = [[] if starts is None else flat(starts[number]) for number in range(len(model.blocks))]
-            for number, (block, start) in enumerate(zip(model.blocks, begun, strict=True)):
+        self._model, self._foreign, self._starts = model, foreign, starts
+
+    @cached_property
+    def of_layer(self) -> list[Sequence[int]]:
+        """Indices of those that each layer may depend on; found when a chunk is differentiated without a recording."""
+        blocks, places = self._model.blocks, self._places()
+        found: list[Sequence[int]] = [range(len(self.tensors)) for _ in blocks]
+        if not self._foreign:
+            starts = self._starts
+            begun = [[] if starts is None else flat(starts[number]) for number in range(len(blocks))]
+            for number, (block, start) in enumerate(zip(blocks, begun, strict=True)):
                 own: list[Any] = [*start]
                 for module in block.modules():  # without the names that ``parameters()`` makes of each
                     own += module._parameters.values()
-                self.of_layer[number] = sorted({places[id(one)] for one in own if id(one) in places})
-        self.maps = [] if foreign or not isinstance(model, nn.Module) else plain_maps(model, places)
-        """Linear maps that add their weights' gradients themselves, and the indices of these."""
+                found[number] = sorted({places[id(one)] for one in own if id(one) in places})
+        return found
+
+    @cached_property
+    def maps(self) -> list[tuple[nn.Linear, int]]:
+        """Linear maps that add their weights' gradients themselves, and the indices of these; found likewise."""
+        model = self._model
+        return [] if self._foreign or not isinstance(model, nn.Module) else plain_maps(model, self._places())
+
+    def find(self) -> None:
+        """Find all of this now, for others in the places of these, which it cannot be found by."""
+        _ = self.of_layer, self.maps
+
+    def _places(self) -> dict[int, int]:
+        return {id(tensor): index for index, tensor in enumerate(self.tensors)}
 
     def reached(self, *outputs: Tensor) -> list[int]:
         """Indices of those that outputs of a small graph depend on: embeddings, norms, what blocks share with them."""

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from rwkv_rev.bptt.checkpoint import Checkpoint
+from rwkv_rev.bptt.leaves import float16_gradients
 from rwkv_rev.bptt.strategy import (
     LanguageModel,
     LossInputs,
     LossResult,
     Strategy,
-    float16_gradients,
     refuse_offloaded,
 )
 from rwkv_rev.bptt.truncated import Truncated
@@ -64,6 +64,7 @@ def loss_in_one_graph(
     """
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     refuse_offloaded(wanted)
+    inputs.refuse()
     given = (inputs.input_ids, inputs.valid, inputs.inputs_embeds, inputs.state, inputs.borders)
     hidden, state, *further = read(*given)
     loss = linear_cross_entropy(

@@ -26,7 +26,7 @@ from rwkv_rev.bptt.backward_sweep import Sums, comparison, differentiate
 from rwkv_rev.bptt.cuda_graphs import RecordingRunner
 from rwkv_rev.bptt.recordings import BackwardRecording, ForwardRecording, cloned, same_kind
 from rwkv_rev.bptt.runner import Runner
-from rwkv_rev.bptt.strategy import Chunk
+from rwkv_rev.bptt.strategy import Chunk, planned_lengths
 from rwkv_rev.cells.block import ExactStates, Plans
 from rwkv_rev.cells.contract import tensors_of, values_like
 from rwkv_rev.module_settings import settings
@@ -167,7 +167,7 @@ def _can_last(sweep: "Sweep") -> bool:
     length = sweep.strategy.chunk_length
     if sweep.strangers.more or sweep.inputs.input_ids is None:
         return False
-    if sum(chunk.planned_length == length for chunk in sweep.chunks) < 2:
+    if planned_lengths(sweep.chunks).count(length) < 2:
         return False
     return all(plan.holds(plan) for plan in _each(sweep.plans[length]))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rwkv_rev.bptt.backward_sweep import Sums
 from rwkv_rev.bptt.chunk_gradients import chunk_gradients
-from rwkv_rev.bptt.strategy import Chunk, LanguageModel
+from rwkv_rev.bptt.strategy import Chunk, LanguageModel, LossInputs
 from rwkv_rev.cells.block import ExactStates, FloatStates
 from rwkv_rev.cells.contract import detached
 from rwkv_rev.loss import add_gradients
@@ -116,6 +116,7 @@ class BackwardRecording:
             self._first, self._prints = cloned(sweep.first), [print_.clone() for print_ in sweep.prints[0]]
             sweep = replace(sweep, first=self._first, prints={0: self._prints})
         parameters = sweep.parameters
+        parameters.find()
         known = [total is not None for total in sums.parameters]
         self.touched = [False] * len(known)
         self._made = [index for index, there in enumerate(known) if not there]
@@ -311,6 +312,7 @@ def static(chunk: Chunk) -> Chunk:
         weights=None if inputs.weights is None else inputs.weights[:, part].clone(),
         state=inputs.state.detach(),  # whatever graph it had is the caller's
         final_state_gradient=None,
+        refuse=LossInputs.refuse,
         divisor=torch.as_tensor(inputs.divisor, dtype=torch.float64).to(inputs.targets.device, copy=True),
     )
     return type(chunk)(own, chunk.index, 0, chunk.length, predicts=True, is_full=True)

@@ -5,8 +5,9 @@ A strategy sees the model through :class:`LanguageModel` and the batch through :
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, cast, overload
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from rwkv_rev import random_state
 from rwkv_rev.bptt.language_model import LanguageModel
+from rwkv_rev.bptt.leaves import devices
 from rwkv_rev.bptt.uncached import uncached
 from rwkv_rev.cells.borders import Borders, Mask, mask_of, part_of
 from rwkv_rev.cells.mask import any_per_chunk
@@ -21,12 +23,16 @@ from rwkv_rev.distributed.sharded_reading import gathered, go_along_with_calls
 from rwkv_rev.distributed.shards import refuse_sharded, refuse_zero3
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.foreign_code import Strangers, neftune_share, refuse_unknown, strangers
-from rwkv_rev.loss import IGNORE, cross_entropy_gradients, sum_cross_entropy, sum_of
+from rwkv_rev.loss import IGNORE, cross_entropy_gradients, sum_cross_entropy
 from rwkv_rev.outside_leaves import OutsideLeaves
 from rwkv_rev.state import ModelState
 
 if TYPE_CHECKING:
     from rwkv_rev.distributed.context_group import ContextGroup
+
+
+def _nothing() -> None:
+    """There is nothing to refuse."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,8 @@ class LossInputs:
         group: the ranks that every chunk's tokens are split over, all of which have the same batch; None for this one.
         kind: of chunks, where it is another one (:class:`.piece.Piece`).
         whole_length: T of the batch that this is a part of; None for a whole one.
+        refuse: to be called before anything is computed of the tokens: waits for the device, and raises what
+            :func:`.inputs.loss_inputs` says of labels.
     """
 
     input_ids: Tensor | None
@@ -60,6 +68,7 @@ class LossInputs:
     group: "ContextGroup | None" = None
     kind: "type[Chunk] | None" = None
     whole_length: int | None = None
+    refuse: Callable[[], None] = field(default=_nothing, compare=False)
 
     @property
     def length(self) -> int:
@@ -192,16 +201,33 @@ class Chunks(Sequence[Chunk]):
 
     def __init__(self, inputs: LossInputs, length: int) -> None:
         self._inputs, self._length = inputs, length
-        # one transfer each, so that no chunk waits for the device later
-        self._predicts = any_per_chunk(inputs.targets != IGNORE, length)
-        if not any(self._predicts):
-            # zero gradients, as ``full`` gives: data-parallel reduction waits for them
-            self._predicts[-1] = 1
-        self._masked = None if inputs.valid is None else any_per_chunk(~inputs.valid, length)
-        self._bordered = None if inputs.borders is None else any_per_chunk(inputs.borders.at, length)
+        # one transfer each, looked at with the first chunk, so that no later one waits for the device
+        flags = (
+            inputs.targets != IGNORE,
+            None if inputs.valid is None else ~inputs.valid,
+            None if inputs.borders is None else inputs.borders.at,
+        )
+        self._started = [None if each is None else any_per_chunk(each, length) for each in flags]
 
     def __len__(self) -> int:
-        return len(self._predicts)
+        return -(-self._inputs.length // self._length)
+
+    def planned_lengths(self) -> list[int]:
+        """:attr:`Chunk.planned_length` of each; without borders the device is not waited for."""
+        if self._inputs.borders is not None or self._inputs.kind is not None:
+            return [chunk.planned_length for chunk in self]
+        whole, rest = divmod(self._inputs.length, self._length)
+        return [self._length] * whole + [rest] * (rest > 0)
+
+    @cached_property
+    def _flags(self) -> list[bytearray | None]:
+        """Chunks that predict, that are masked in part, that have borders; None where none are."""
+        predicts, *others = [None if each is None else each() for each in self._started]
+        assert predicts is not None
+        if not any(predicts):
+            # zero gradients, as ``full`` gives: data-parallel reduction waits for them
+            predicts[-1] = 1
+        return [predicts, *others]
 
     @overload
     def __getitem__(self, index: int) -> Chunk: ...
@@ -213,10 +239,16 @@ class Chunks(Sequence[Chunk]):
         index = range(len(self))[index]
         start = index * self._length
         stop = min(start + self._length, self._inputs.length)
-        bordered = self._bordered is not None and bool(self._bordered[index])
-        full = not bordered and (self._masked is None or not self._masked[index])
+        predicts, masked, borders = (each is not None and bool(each[index]) for each in self._flags)
         kind = self._inputs.kind or Chunk
-        return kind(self._inputs, index, start, stop, bool(self._predicts[index]), full, bordered)
+        return kind(self._inputs, index, start, stop, predicts, not (masked or borders), borders)
+
+
+def planned_lengths(chunks: Sequence[Chunk]) -> list[int]:
+    """:attr:`Chunk.planned_length` of each of some chunks."""
+    if isinstance(chunks, Chunks):
+        return chunks.planned_lengths()
+    return [chunk.planned_length for chunk in chunks]
 
 
 @dataclass(frozen=True)
@@ -261,6 +293,7 @@ class Strategy(ABC):
 
         Chunk after chunk, or at once where code inside the model might look at positions.
         """
+        inputs.refuse()
         found = self.strangers(model)
         size = inputs.length if found.unknown else self.chunk_length
         if inputs.group is not None:
@@ -293,6 +326,7 @@ class Strategy(ABC):
         Raises:
             StrategyError: if something that is not known does.
         """
+        inputs.refuse()
         if torch.is_grad_enabled() and inputs.group is None:
             found = self.strangers(model)
             first = inputs.chunks(inputs.length if found.unknown else self.chunk_length)[0]
@@ -349,31 +383,3 @@ def refuse_offloaded(parameters: Iterable[Tensor]) -> None:
             "without a device_map, or freeze what is offloaded (requires_grad_(False)) and use bptt = 'full'; to read "
             "without a gradient, use torch.no_grad()"
         )
-
-
-def trainable(parameters: list[Tensor], inputs: LossInputs) -> list[Tensor]:
-    """Everything a loss is differentiated by: parameters, initial state, input embeddings; each tensor once."""
-    candidates = [*parameters, *inputs.state.tensors()]
-    if inputs.inputs_embeds is not None:
-        candidates.append(inputs.inputs_embeds)
-    return list({id(tensor): tensor for tensor in candidates if tensor.requires_grad}.values())
-
-
-def float16_gradients(parameters: list[Tensor], device: torch.device) -> bool:
-    """Whether gradients flow in float16, by autocast or by the model's parameters, and need a loss scale."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type) == torch.float16
-    return any(parameter.dtype == torch.float16 for parameter in parameters)
-
-
-def devices(parameters: list[Tensor], inputs: LossInputs) -> set[torch.device]:
-    """Where the model's modules may draw random numbers."""
-    return {inputs.targets.device, *(parameter.device for parameter in parameters)}
-
-
-def in_order(leaves: list[Tensor], roles: list[tuple[Tensor, Tensor | None]]) -> list[Tensor | None]:
-    """The gradients of ``leaves``: of a tensor with several roles their sum."""
-    by_tensor: dict[int, Tensor | None] = {}
-    for tensor, gradient in roles:
-        by_tensor[id(tensor)] = sum_of(by_tensor.get(id(tensor)), gradient)
-    return [by_tensor[id(leaf)] for leaf in leaves]

@@ -17,8 +17,9 @@ kept and set back for the second sweep. What runs a chunk, one launch after anot
 
 Every number that both sweeps compute is compared: the input of each layer, what it does to its memory, its token
 shifts, and the memory before the chunk. That is looked at once per chunk on the CPU, and at the end of the sweep on a
-GPU (one transfer); either way before any gradient is returned. The last chunk, and the top layer's output where
-nothing draws there, are computed in the second sweep alone: loss and gradient come from the same numbers.
+GPU (one transfer; by recordings that last, before the first chunk's gradients are made); either way before any gradient
+is returned. The last chunk, and the top layer's output where nothing draws there, are computed in the second sweep
+alone: loss and gradient come from the same numbers.
 """
 
 import warnings
@@ -34,6 +35,7 @@ from rwkv_rev.bptt import cuda_graphs, lasting
 from rwkv_rev.bptt.backward_sweep import SweepResult, backward_sweep, no_sums
 from rwkv_rev.bptt.chunk_gradients import Parameters
 from rwkv_rev.bptt.forward_sweep import forward_sweep
+from rwkv_rev.bptt.leaves import devices, float16_gradients, in_order, trainable
 from rwkv_rev.bptt.parts import Part, embeds_of_all, parts_of
 from rwkv_rev.bptt.piece import over_the_group
 from rwkv_rev.bptt.records import LayerRecord
@@ -45,10 +47,7 @@ from rwkv_rev.bptt.strategy import (
     LossInputs,
     LossResult,
     Strategy,
-    devices,
-    float16_gradients,
-    in_order,
-    trainable,
+    planned_lengths,
 )
 from rwkv_rev.bptt.sweep import Sweep
 from rwkv_rev.bptt.uncached import uncached
@@ -153,6 +152,7 @@ class TwoSweeps(Strategy):
             for part, chunks in zip(parts, each, strict=True):
                 sweep = whole.part(part.inputs, chunks) if len(parts) > 1 else whole
                 runner = choose_runner(sweep, alone=sweep is whole)
+                inputs.refuse()
                 last = forward_sweep(sweep, runner)
                 warn = warning_of_coarse_heads(sweep)
                 outcome["tape_bytes"] = tape.peak_nbytes
@@ -225,10 +225,11 @@ class TwoSweeps(Strategy):
                 block.refuse_changing()
         self.begin(model, inputs)
         chunks = parts[0] if len(parts) == 1 else inputs.chunks(self.chunk_length)
-        planned = [chunk for part in parts or [chunks] for chunk in part]
-        lengths = {
-            chunk.planned_length: None if inputs.group is None else chunk.own_length for chunk in planned
-        }
+        lengths: dict[int, int | None]  # and tokens of a chunk that are run here
+        if inputs.group is None:
+            lengths = {length: None for part in parts or [chunks] for length in planned_lengths(part)}
+        else:
+            lengths = {c.planned_length: c.own_length for part in parts or [chunks] for c in part}
         wanted = [parameter for parameter in parameters if parameter.requires_grad]
         half = float16_gradients(parameters, inputs.targets.device)
         sharded = None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rwkv_rev import random_state
 from rwkv_rev.bptt.layers import by_layer
+from rwkv_rev.bptt.leaves import devices, float16_gradients, in_order, trainable
 from rwkv_rev.bptt.piece import over_the_group
 from rwkv_rev.bptt.strategy import (
     Chunk,
@@ -19,10 +20,6 @@ from rwkv_rev.bptt.strategy import (
     LossInputs,
     LossResult,
     Strategy,
-    devices,
-    float16_gradients,
-    in_order,
-    trainable,
 )
 from rwkv_rev.bptt.uncached import uncached
 from rwkv_rev.bptt.unchanged import unchanged, watched
@@ -45,6 +42,7 @@ class Truncated(Strategy):
         if not torch.is_grad_enabled() or not leaves:
             return self.untrained(model, inputs)
         found = self.check(model, parameters)
+        inputs.refuse()
 
         def compute() -> tuple[Tensor, tuple[Tensor, ...], list]:
             with unchanged(model, watched(parameters, found)), uncached(inputs.targets.device):

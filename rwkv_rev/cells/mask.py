@@ -4,10 +4,13 @@ A masked token changes no state and is seen by no other token: the token before 
 one, wherever padding or holes lie. ``None`` stands for "all tokens count" everywhere, the path without gathers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from rwkv_rev.reversal.host_copy import start_copy
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class ChunkMask:
         )
 
 
-def any_per_chunk(flags: Tensor, length: int) -> bytearray:
-    """1 for chunks of ``length`` tokens in which one of the flags [B, T] is set."""
+def any_per_chunk(flags: Tensor, length: int) -> Callable[[], bytearray]:
+    """1 for chunks of ``length`` tokens in which one of the flags [B, T] is set; waits for the device when called."""
     padded = torch.nn.functional.pad(flags.any(dim=0), (0, -flags.shape[1] % length))
-    return bytearray(padded.view(-1, length).any(dim=1).byte().cpu().numpy().tobytes())
+    found = start_copy(padded.view(-1, length).any(dim=1).byte())
+    return lambda: bytearray(found().cpu().numpy().tobytes())
