@@ -25,6 +25,7 @@ from rwkv_rev.cells.borders import Borders, Mask
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.context_parallel import ContextParallel, refuse_accelerates_ranks, shared_loss, together
 from rwkv_rev.distributed.shards import auto_as_others
+from rwkv_rev.distributed.taking_part import for_the_head
 from rwkv_rev.document_states import beside_a_loss, with_ends
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.first_order import refuse_transforms
@@ -333,7 +334,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin, Context
         Raises:
             StrategyError: where hidden states are kept off the device, and more than a chunk of them would come back.
         """
-        chosen = hidden[:, kept.to(hidden.device) if isinstance(kept, Tensor) else kept]
+        chosen = for_the_head(self, hidden[:, kept.to(hidden.device) if isinstance(kept, Tensor) else kept])
         if self.bptt.hidden_states == "device" or not hidden.requires_grad:
             return chosen
         device = self.model.ln0.weight.device

@@ -21,6 +21,7 @@ from rwkv_rev.bptt.strategy import (
 )
 from rwkv_rev.bptt.truncated import Truncated
 from rwkv_rev.distributed.shards import any_sharded
+from rwkv_rev.distributed.taking_part import for_the_head
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.loss import linear_cross_entropy
 
@@ -67,6 +68,7 @@ def loss_in_one_graph(
     inputs.refuse()
     given = (inputs.input_ids, inputs.valid, inputs.inputs_embeds, inputs.state, inputs.borders)
     hidden, state, *further = read(*given)
+    hidden = for_the_head(model, hidden)
     loss = linear_cross_entropy(
         hidden,
         model.head,

@@ -58,7 +58,8 @@ from rwkv_rev.cells.block import BlockAdvanced, BlockAgain, BlockReplay, ExactSt
 from rwkv_rev.cells.contract import detached
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.distributed.sharded_reading import gathered
-from rwkv_rev.distributed.shards import any_sharded, reshard
+from rwkv_rev.distributed.shards import any_sharded, in_units, reshard
+from rwkv_rev.distributed.taking_part import zeros_for_missing
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.foreign_code import Strangers
 from rwkv_rev.loss import FinishedGradients, finished
@@ -170,6 +171,8 @@ class TwoSweeps(Strategy):
         )
         found_roles = roles(inputs, sweep.parameters.tensors, result)
         loss, gradients = over_the_group(inputs, result.loss, leaves, in_order(leaves, found_roles))
+        if in_units(model):
+            gradients = zeros_for_missing(gradients, leaves, parameters)
         gradients = finished(gradients, leaves)
         for one in results:
             one.refuse()  # only now: the device has been busy with the last chunk

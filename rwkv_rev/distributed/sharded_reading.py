@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rwkv_rev.distributed.shards import blocks_are_sharded, in_a_group, reshard
+from rwkv_rev.distributed.taking_part import all_taking_part
 
 Piece = tuple[int, int]
 
@@ -63,7 +64,8 @@ def reading(model: Any, pieces: Sequence[Piece]) -> Iterator[Iterable[Piece]]:
     """
     if torch.is_grad_enabled():
         reshard(model.blocks)
-        yield pieces
+        with all_taking_part(model):
+            yield pieces
     else:
         go_along(model, len(pieces))
         with gathered(model.embeddings, model.ln_out):

@@ -78,6 +78,11 @@ def shared_with(parameter: Tensor) -> set[int]:
     return set(cast(Any, parameter).device_mesh.mesh.flatten().tolist()) if is_sharded(parameter) else set()
 
 
+def in_units(model: Any) -> bool:
+    """Whether FSDP2 shards the model, or a part of it."""
+    return in_a_group() and any(hasattr(module, "unshard") for module in model.modules())
+
+
 def placing(parameter: Tensor) -> Callable[[Tensor], Tensor]:
     """Makes the gradient of ``parameter`` of this process's part of it; as it is where the parameter is here whole."""
     if not is_sharded(parameter):
