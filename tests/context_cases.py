@@ -88,7 +88,7 @@ class Case:
             state = (
                 random_state(tiny_model(self.version, dtype=self.dtype), 2)
                 if not real
-                else base(tokens[:, :9]).state
+                else base(tokens[:, :9].to(device)).state
             )
             found["state"] = state.each(lambda t: t.detach().to(device).clone().requires_grad_())
             found["final_state_gradient"] = random_like(state).each(lambda t: t.to(device, self.dtype))

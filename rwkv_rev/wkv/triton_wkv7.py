@@ -89,7 +89,7 @@ PREPARE_REGISTERS: int | None = 128
 VALUE_REGISTERS: int | None = 168
 READER_REGISTERS: int | None = 255
 WRITER_REGISTERS: int | None = None
-SCAN_TILE, SCAN_WARPS = 16, 1
+SCAN_TILE, SCAN_WARPS = 16, 2
 SCAN_STAGES = {64: 5, 128: 2}
 """By padded head size: P of five chunks at 128 is more than the shared memory."""
 MAX_HEAD_SIZE = 128
