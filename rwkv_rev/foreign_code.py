@@ -93,6 +93,7 @@ def strangers(model: nn.Module) -> Strangers:
     found = Strangers([], [], False, [], [], False)
     more = False
     norms: set[int] = set()
+    unsaid: dict[int, str] = {}
     for kind in _HOOK_KINDS:
         for hook in getattr(module_globals, f"_global_{kind}", {}).values():
             _sort(hook, f"the global hook {_name(hook)}", found, _hook_objection(hook))
@@ -116,8 +117,16 @@ def strangers(model: nn.Module) -> Strangers:
             found.buffers.extend(buffer for buffer in holder._buffers.values() if buffer is not None)
         for name in _norms_of_tokens(layer):
             norms.update(map(id, getattr(module, name).modules()))
+        for name in () if _says_norms_of_tokens(layer) else getattr(layer, "norms_of_tokens", ()):
+            unsaid |= dict.fromkeys(map(id, getattr(module, name).modules()), layer.__name__)
         if not (layer is nn.GroupNorm and id(module) in norms):
-            _sort(module, f"{layer.__name__} at {path}", found, _layer_objection(module, layer))
+            objection = _layer_objection(module, layer)
+            if objection == adapters.UNKNOWN and id(module) in unsaid:
+                objection = (
+                    f"is known to treat each position by itself in the class that {unsaid[id(module)]} derives from; "
+                    f"{unsaid[id(module)]} has to say of itself that it does not change that, by norms_of_tokens"
+                )
+            _sort(module, f"{layer.__name__} at {path}", found, objection)
         for kind in _HOOK_KINDS:
             hooks = getattr(module, f"_{kind}")
             for hook in hooks.values():
@@ -252,9 +261,12 @@ def _is_own(layer: type) -> bool:
 
 def _norms_of_tokens(layer: type) -> tuple[str, ...]:
     """What the very class says (:class:`ReversibleCell`), or one of ours: a subclass may do other things."""
-    said = _is_own(layer) or "norms_of_tokens" in vars(layer)
-    found: tuple[str, ...] = getattr(layer, "norms_of_tokens", ()) if said else ()
+    found: tuple[str, ...] = getattr(layer, "norms_of_tokens", ()) if _says_norms_of_tokens(layer) else ()
     return found
+
+
+def _says_norms_of_tokens(layer: type) -> bool:
+    return _is_own(layer) or "norms_of_tokens" in vars(layer)
 
 
 def _layer_objection(module: nn.Module, layer: type) -> str | None:

@@ -533,6 +533,7 @@ def test_norms_that_a_cell_gives_tokens_as_rows() -> None:
         arguments = {"gated": True, "bonus_is_exponential": False, "group_norm_epsilon": 1e-3}
         found = strangers(nn.ModuleList([kind(2, 4, (2, 4), **arguments)]))
         assert [stranger.where for stranger in found.unknown] == ["GroupNorm at 0.ln_x"] * refused
+        assert all("Own has to say of itself" in stranger.objection for stranger in found.unknown)
 
 
 def test_what_is_wrapped_around_declared_code_is_not_declared() -> None:
