@@ -227,15 +227,15 @@ class _Launches:
     """The graphs of some work, one after another."""
 
     def __init__(self) -> None:
-        self.graphs = [torch.cuda.CUDAGraph()]
+        self.captured = [torch.cuda.CUDAGraph()]
 
     def replay(self, behind_first: Callable[[], None] = lambda: None) -> None:
         """Launch them; ``behind_first`` is called when the first one has been launched."""
-        first, *others = self.graphs
+        first, *others = self.captured
         first.replay()
         behind_first()
-        for graph in others:
-            graph.replay()
+        for other in others:
+            other.replay()
 
 
 def _capture(
@@ -250,13 +250,14 @@ def _capture(
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
     stream = _streams.get(device) or _streams.setdefault(device, torch.cuda.Stream(device))
     mode = "thread_local"  # other threads (a process group's watchdog) may use the device meanwhile
-    recorder = torch.cuda.graph(launches.graphs[0], pool=pool, stream=stream, capture_error_mode=mode)
+    recorder = torch.cuda.graph(launches.captured[0], pool=pool, stream=stream, capture_error_mode=mode)
 
     def begin_another() -> None:
-        recorder.cuda_graph.capture_end()
-        recorder.cuda_graph = torch.cuda.CUDAGraph()  # which is ended in its place
-        recorder.cuda_graph.capture_begin(pool, capture_error_mode=mode)
-        launches.graphs.append(recorder.cuda_graph)
+        launches.captured[-1].capture_end()
+        another = torch.cuda.CUDAGraph()
+        vars(recorder).update(cuda_graph=another)  # which is ended in its place
+        another.capture_begin(pool, capture_error_mode=mode)
+        launches.captured.append(another)
 
     if cut is not None:
         cut.begin_another = begin_another
