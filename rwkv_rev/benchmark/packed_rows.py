@@ -9,8 +9,8 @@ way sees every document once:
 * ``padded``: rows of one document each, with padding behind, as many as come next and fill a packed row's tokens;
 * ``packed``: rows of documents by best fit, a row a step, under ``full`` and in chunks.
 
-Tokens are those of documents, without padding. Printed is the second of two passes over all
-documents; a way that does not fit into the device's memory has no rate.
+Tokens are those of documents, without padding. Printed is the second of two passes over all documents; a
+way that does not fit into the device's memory has no rate.
 """
 
 import argparse

@@ -171,9 +171,8 @@ class TimeMixRwkv7(WholeMemoryCell):
         receptance, key, value, log_decay, removal, rate, _ = projection
         valid = None if mask is None else mask.valid
         y, after = wkv7(receptance, key, value, log_decay, removal, rate, memory, valid)
-        if (
-            mask is not None and not mask.everywhere
-        ):  # a product with the unit matrix would turn -0.0 into 0.0
+        if mask is not None and not mask.everywhere:
+            # a product with the unit matrix would turn -0.0 into 0.0
             after = torch.where((mask.count > 0)[:, None, None, None], after, memory)
         return y, after
 
