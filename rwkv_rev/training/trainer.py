@@ -108,6 +108,7 @@ class RwkvRevTrainer(Trainer):
         self.report: dict[str, Any] = {}
         self.tokens = 0  # of all processes, in this run of the program
         self._since = (time.perf_counter(), 0)
+        self._whole: dict[str, Tensor] | None = None
         super().__init__(
             model=model,
             args=args,
@@ -271,6 +272,8 @@ class RwkvRevTrainer(Trainer):
             hidden.mkdir(parents=True)
         self._barrier()
         self.args.output_dir = str(hidden)
+        # by every process, which transformers below 5.23 does not call `_save` in
+        self._whole = whole_weights(self.model) if self.run.shard_model else None
         try:
             super()._save_checkpoint(model, trial)
             self._save_ours(hidden / name)
@@ -281,7 +284,7 @@ class RwkvRevTrainer(Trainer):
             shutil.rmtree(hidden, ignore_errors=True)  # a full disk gets its room back
             raise
         finally:
-            self.args.output_dir = str(root)
+            self.args.output_dir, self._whole = str(root), None
         if self.args.should_save:
             if (root / name).exists():
                 refuse_foreign(root)
@@ -341,7 +344,7 @@ class RwkvRevTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.run.shard_model:
-            state_dict = whole_weights(self.model)
+            state_dict = self._whole
         if self.run.tune != "state":
             return super()._save(output_dir, state_dict)
         if not self.args.should_save:
