@@ -4,6 +4,7 @@ Like a graph's, the tensors that a replay fills are the same every time, and hol
 """
 
 import dataclasses
+import gc
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -261,13 +262,14 @@ def test_work_is_cut_into_two_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     cut = recordings._Cut()
 
     def work() -> int:
+        assert not gc.isenabled()  # what is freed meanwhile may end a recording
         events.append("one")
         cut()
         events.append("other")
         return 7
 
     launches, found = recordings._capture(work, torch.device("cuda"), None, cut)
-    assert found == 7
+    assert found == 7 and gc.isenabled()
     launches.replay(lambda: events.append("behind the first"))
     made = ["begin 1", "one", "end 1", "begin 2", "other", "end 2"]
     assert events == [*made, "replay 1", "behind the first", "replay 2"]
@@ -305,4 +307,4 @@ def test_a_failed_recording_gives_the_stream_back(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(torch.cuda, name, fake)
     with pytest.raises(RuntimeError, match="invalidated"):
         recordings._capture(lambda: None, torch.device("cuda"))
-    assert current == ["the caller's"]
+    assert current == ["the caller's"] and gc.isenabled()

@@ -4,6 +4,7 @@ A recording reads and writes tensors of its own: :meth:`run` copies a chunk's to
 out, which holds until the next run. It runs the same kernels on the same shapes as without: the same bits.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -238,6 +239,20 @@ class _Launches:
             other.replay()
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's search for garbage: what another model leaves behind may hold graphs and events, and freeing
+    them asks for calls that end a recording.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _capture(
     run: Callable[[], T], device: torch.device, pool: Any | None = None, cut: _Cut | None = None
 ) -> tuple[_Launches, T]:
@@ -266,6 +281,7 @@ def _capture(
             torch.cuda.device(device),
             # where recording fails, torch.cuda.graph leaves its own stream the current one
             torch.cuda.stream(torch.cuda.current_stream(device)),
+            _uncollected(),
             recorder,
         ):
             result = run()
