@@ -58,7 +58,7 @@ def hooked(model: RwkvRevForCausalLM, name: str, hook: Any) -> Iterator[None]:
         handle.remove()
 
 
-def fault(number: int) -> Any:
+def fault(number: int, change: float = 0.01) -> Any:
     """A hook that changes one element in the ``number``-th call, from 0."""
     count = itertools.count()
 
@@ -67,7 +67,7 @@ def fault(number: int) -> Any:
             return None
         changed = output.clone()
         with torch.no_grad():
-            changed.view(-1)[changed.numel() // 3] += 0.01
+            changed.view(-1)[changed.numel() // 3] += change
         return changed
 
     return hook
@@ -146,6 +146,21 @@ def test_every_fault_in_what_a_chunk_hands_on_is_found(
             assert torch.equal(outcome.loss, clean.loss), (name, number)
             assert all(torch.equal(outcome.gradients[key], clean.gradients[key]) for key in clean.gradients)
     assert found >= 3 * LAYERS * (chunks - 1) - 1
+
+
+@pytest.mark.parametrize("strategy", EXACT)
+@pytest.mark.parametrize("version", ["4", "5.2", "7"])
+def test_nan_of_the_second_sweep_alone_is_found(version: str, strategy: str) -> None:
+    """Once, in what a layer computes again of the first chunk; the loss is NaN then, and the model has not diverged."""
+    model, chunks = tiny_model(version, num_hidden_layers=LAYERS), 3
+    inputs = {"input_ids": random_tokens(CHUNK * chunks, batch=2)}
+    name = "model.blocks.0.time_mix.key"
+    last = calls(model, [name], strategy, inputs)[name] - 1
+    with (
+        hooked(model, name, fault(last, torch.nan)),
+        pytest.raises(ReversalMismatchError, match=r"layer 0 .* chunk 0"),
+    ):
+        differentiate(model, strategy, CHUNK, **inputs)
 
 
 def faulty(original: Any, number: int) -> Any:

@@ -186,10 +186,16 @@ def differentiate(
     return found.states, found.to_start
 
 
+def _finite(states: list[FloatStates] | None) -> bool:
+    tensors = [tensor for layer in states or () for values in layer for tensor in values]
+    return all(tensor is None or bool(tensor.isfinite().all()) for tensor in tensors)
+
+
 def comparison(sweep: "Sweep", sums: Sums) -> Callable[[], None]:
     """Take the checks off the list; what is returned looks at them, and waits for the device only then.
 
-    A loss that is not finite is not looked into: infinities and NaN have no bits to rely on, and it is conspicuous.
+    A loss that is not finite is not looked into where the states at the end are not finite either: infinities and NaN
+    have no bits to rely on, and the loss is conspicuous. From finite ones it was the second sweep that made it so.
 
     Raises:
         ReversalMismatchError: by what is returned, where a layer did not compute the same in both sweeps.
@@ -199,7 +205,9 @@ def comparison(sweep: "Sweep", sums: Sums) -> Callable[[], None]:
     same = start_copy(torch.cat([exactly for _, exactly in taken]).all()) if taken else None
 
     def look() -> None:
-        if same is None or bool(same()) or sums.loss is None or not bool(sums.loss.isfinite()):
+        if same is None or bool(same()) or sums.loss is None:
+            return
+        if not bool(sums.loss.isfinite()) and not _finite(sums.end):
             return
         for index, exactly in taken:
             if not exactly.all():

@@ -32,6 +32,7 @@ from torch import Tensor
 from rwkv_rev import random_state
 from rwkv_rev.cells.contract import Advanced, Replay, ReversibleCell, leaves
 from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.cells.token_rules import refuse_broken_rules
 from rwkv_rev.cells.token_walk import Token, Update, Walk
 from rwkv_rev.errors import ConfigError, StrategyError
 from rwkv_rev.reversal.stepped import GridOverflowError, KeptSteps, Stepped, StepsRemnant, is_recorded
@@ -115,12 +116,16 @@ class TokenCell(ReversibleCell):
                 f"magnitude = {magnitude!r} must be a whole number from {-MOST_MAGNITUDE} to {MOST_MAGNITUDE}"
             )
         self.size, self.magnitude, self.wide = size, magnitude, wide
+        self._keeps_rules = False  # not looked at yet
 
     # --- what a subclass fills in -------------------------------------------------------------------------------
 
     @abstractmethod
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What the gates read of the input x [B, C, D], for all tokens at once: tensors [B, C, ...]."""
+        """What the gates read of the input x [B, C, D], for all tokens at once: tensors [B, C, ...].
+
+        As in :meth:`read`, what is computed of a token depends on that token alone.
+        """
 
     @abstractmethod
     def gates(self, half: int, token: Token, parts: Sequence[Tensor]) -> Any:
@@ -185,8 +190,12 @@ class TokenCell(ReversibleCell):
 
         Raises:
             GridOverflowError: if a number of the state does not fit its grid.
-            StrategyError: if a gate draws random numbers, or gives a z that is not in [0, 1].
+            StrategyError: if a gate draws random numbers, or gives a z that is not in [0, 1]; if tokens are mixed, or a
+                step depends on what the way back does not know.
         """
+        if not self._keeps_rules:
+            refuse_broken_rules(self, x)
+            self._keeps_rules = True
         inputs = self.project(x)
         drawn = _generators(x)
         walk = self._walk(state, self.values(state), inputs, x, mask)
