@@ -2,13 +2,15 @@
 
 import copy
 import functools
+import re
 from typing import Any
 
 import pytest
 import torch
-from bptt_cases import relative_error
+from bptt_cases import random_tokens, relative_error
 from cell_laws import LAWS, Trial
 from hypothesis import given
+from test_inputs import model_of
 from token_cases import (
     CELLS,
     PROPERTIES,
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from rwkv_rev import position_wise
 from rwkv_rev.cells.coupled import CoupledCell, TanhGate
+from rwkv_rev.cells.feed_forward import FeedForward
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.reversible_gru import ReversibleGru
 from rwkv_rev.cells.reversible_lstm import ReversibleLstm
@@ -303,20 +306,78 @@ def test_gates_and_readers_of_another_shape_are_refused_by_name() -> None:
             return decay, change[:, :1]
 
         cell.update = narrow
-        words = rf"a gate of layer 0 \({kind.__name__}\) gives c as \[2, 1\], and each part of the state is \[2, 6\]"
+        words = rf"{kind.__name__}.update of layer 0 gives a tensor \[2, 1\] as c; it must give \[2, 6\], as each part"
         with pytest.raises(ConfigError, match=words):
             cell.step(cell.empty(2), x)
         with pytest.raises(ConfigError, match=words):
             cell.advance(cell.exact(cell.empty(2)), x)
     cell = CoupledCell(12, second=FirstColumn(CoupledCell(12).second))
     cell.second.share = cell.second.inner.share
-    with pytest.raises(ConfigError, match=r"\(CoupledCell\) gives c as \[2, 1\]"):
+    with pytest.raises(ConfigError, match=r"CoupledCell\.update of layer 0 gives a tensor \[2, 1\] as c"):
         cell.step(cell.empty(2), x)
     cell = CoupledCell(12, reader=FirstColumn(CoupledCell(12).reader))
     with pytest.raises(
         ConfigError, match=r"reader of layer 0 \(FirstColumn\) gives \[2, 5, 1\], not \[2, 5, 12\]"
     ):
         cell.step(cell.empty(2), x)
+
+
+@pytest.mark.parametrize(
+    "halves", [((0,), (0,)), ((0,), (2,)), ((1,), (2,)), ((0, 1), (1,)), (), (0, 1), None]
+)
+def test_halves_that_do_not_have_each_part_once_are_refused_by_name(halves: Any) -> None:
+    kind = type("Halved", (ReversibleGru,), {"halves": halves})
+    words = rf"^Halved\.halves = {re.escape(repr(halves))} must name each part of the state once, from 0 on: \(\(0,"
+    with pytest.raises(ConfigError, match=words):
+        kind(4)
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "told"),
+    [
+        ("project", lambda cell, x: cell.input(x), "a tensor [2, 5, 36]; it must give a tuple of tensors [B, C, ...]"),
+        ("project", lambda cell, x: None, "None; it must give a tuple of tensors [B, C, ...], here [2, 5, ...]"),
+        ("project", lambda cell, x: (), "(); it must give a tuple"),
+        ("project", lambda cell, x: (x.sum(1, keepdim=True), None), "(a tensor [2, 1, 12], None); it must give"),
+        ("update", lambda cell, *_: None, "None; it must give a pair (z, c) of [2, 6] each, z None for 1"),
+        ("update", lambda cell, part, gates, _: gates[1], "a tensor [2, 6]; it must give a pair (z, c)"),
+        ("update", lambda cell, part, gates, _: (None, None), "None as c; it must give [2, 6], as each part"),
+        ("update", lambda cell, part, gates, _: (0.5, gates[1]), "a float as z; it must give [2, 6]"),
+        ("read", lambda cell, parts, x: x[..., :1], "a tensor [2, 5, 1]; it must give [2, 5, 12], as its input is"),
+        ("read", lambda cell, parts, x: None, "None; it must give [2, 5, 12]"),
+    ],
+)  # fmt: skip
+def test_methods_that_give_something_else_are_refused_by_name(method: str, given: Any, told: str) -> None:
+    """Whatever runs them: what would be broadcast, or be taken for two things because there are two rows, too."""
+    cell, x = type("Given", (ReversibleGru,), {method: given})(12), torch.randn(2, 5, 12)
+    exact = cell.exact(cell.empty(2))
+    for run in (
+        lambda: cell.step(cell.empty(2), x),
+        lambda: cell.step_again(exact, cell.empty(2), x),
+        lambda: cell.advance(exact, x),
+        lambda: cell.replay(exact, x),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(f"Given.{method} of layer 0 gives {told}")):
+            run()
+
+
+class Narrow(FeedForward):
+    def compute(self, x: Tensor) -> Tensor:
+        return super().compute(x)[..., :1]
+
+
+@pytest.mark.parametrize("strategy", ["full", "reversible", "checkpoint"])
+def test_an_output_that_the_residual_would_broadcast_is_refused_by_name(strategy: str) -> None:
+    """Of whatever kind the cell is."""
+    model = model_of("linear-attention")
+    model.blocks[1].feed_forward = Narrow(16, 64)
+    model.blocks[1].feed_forward.layer = 1
+    ids = random_tokens(6, batch=2)
+    with (
+        pytest.raises(ConfigError, match=r"^Narrow of layer 1 gives \[2, \d, 1\]; .* be \[2, \d, 16\]"),
+        model.set_bptt(strategy, chunk_length=4),
+    ):
+        model(ids, labels=ids).loss.backward()
 
 
 def test_an_input_that_draws_is_drawn_again() -> None:

@@ -28,6 +28,7 @@ from rwkv_rev.cells.contract import (
     tensors_of,
 )
 from rwkv_rev.cells.recomputation import checkpointed
+from rwkv_rev.errors import ConfigError
 from rwkv_rev.reversal.fingerprint import checksum
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class ResidualBlock(nn.Module):
         after = []
         for number, ((norm, cell), state) in enumerate(zip(self.parts(), states, strict=True)):
             out, state = cell(_input(norm, cell, x), state, of_part(mask, number))
-            x = _added(x, out)
+            x = _added(x, out, cell)
             after.append(state)
         return x, tuple(after)
 
@@ -190,7 +191,7 @@ class ResidualBlock(nn.Module):
             after.append(advanced.state)
             remnants.append(advanced.remnant)
             prints.append(advanced.print)
-            x = _added(x, out) if whole else x
+            x = _added(x, out, cell) if whole else x
         return BlockAdvanced(x if asked.output else None, tuple(after), tuple(remnants), torch.cat(prints))
 
     def _replay(self, x: Stream, asked: BlockAgain, mask: Mask) -> BlockReplay:
@@ -205,7 +206,7 @@ class ResidualBlock(nn.Module):
             out, replay = cell(_input(norm, cell, x), again, of_part(mask, number))
             cells.append(replay)
             prints.append(replay.print)
-            x = _added(x, out)
+            x = _added(x, out, cell)
         handed_on = None
         if asked.after is not None:
             handed_on = cells[0].handed_on
@@ -233,17 +234,28 @@ class ResidualBlock(nn.Module):
         return quiet._replace(out=out, start=start, end=end)
 
 
-def _input(norm: nn.Module, cell: ReversibleCell, stream: Stream) -> Stream:
+def _input(norm: nn.Module, cell: nn.Module, stream: Stream) -> Stream:
     """What a cell is handed of a stream."""
     x = norm(residual(stream))
-    parts = (cell,) if isinstance(cell, ReversibleCell) else cell.modules()  # adapters wrap it
-    reads = next(part.reads_beside for part in parts if isinstance(part, ReversibleCell))
-    return joined(x, beside(stream)) if reads else x
+    return joined(x, beside(stream)) if _unwrapped(cell).reads_beside else x
 
 
-def _added(stream: Stream, out: Stream) -> Stream:
-    """The stream behind a cell with the output ``out``."""
-    return joined(residual(stream) + residual(out), beside(out) or beside(stream))
+def _added(stream: Stream, out: Stream, cell: nn.Module) -> Stream:
+    """The stream behind a cell with the output ``out``; one of another shape would be broadcast, and is refused."""
+    x, change = residual(stream), residual(out)
+    if change.shape != x.shape:
+        known = _unwrapped(cell)
+        raise ConfigError(
+            f"{type(known).__name__} of layer {known.layer} gives {list(change.shape)}; what it gives is added to its "
+            f"input, and must be {list(x.shape)}"
+        )
+    return joined(x + change, beside(out) or beside(stream))
+
+
+def _unwrapped(cell: nn.Module) -> ReversibleCell:
+    """The cell inside of what adapters put around it."""
+    parts = (cell,) if isinstance(cell, ReversibleCell) else cell.modules()
+    return next(part for part in parts if isinstance(part, ReversibleCell))
 
 
 def checksums(stream: Stream) -> Tensor:

@@ -32,8 +32,9 @@ from torch import Tensor
 from rwkv_rev import random_state
 from rwkv_rev.cells.contract import Advanced, Replay, ReversibleCell, leaves
 from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.cells.token_checks import Token, Update, check_halves, output_of, projected
 from rwkv_rev.cells.token_rules import refuse_broken_rules
-from rwkv_rev.cells.token_walk import Token, Update, Walk
+from rwkv_rev.cells.token_walk import Walk
 from rwkv_rev.errors import ConfigError, StrategyError
 from rwkv_rev.reversal.stepped import GridOverflowError, KeptSteps, Stepped, StepsRemnant, is_recorded
 
@@ -101,7 +102,8 @@ class TokenCell(ReversibleCell):
         halves: which parts each half has, in the order of their updates.
 
     Raises:
-        ConfigError: for a size or a magnitude that cannot be meant.
+        ConfigError: for a size, a magnitude or halves that cannot be meant; in use, for a method that gives something
+            else than it must, by its name.
     """
 
     inverts_memory = True
@@ -109,6 +111,7 @@ class TokenCell(ReversibleCell):
 
     def __init__(self, size: int, magnitude: int, wide: bool | None = None) -> None:
         super().__init__()
+        check_halves(type(self))
         if not _is_whole(size) or size < 1:
             raise ConfigError(f"size = {size!r} must be a whole number of at least 1")
         if not _is_whole(magnitude) or abs(magnitude) > MOST_MAGNITUDE:
@@ -166,15 +169,15 @@ class TokenCell(ReversibleCell):
         return TokenState(state.memory.value(state.memory.dtype))
 
     def step(self, state: TokenState, x: Tensor, mask: ChunkMask | None = None) -> tuple[Tensor, TokenState]:
-        walk = Walk(self, self.project(x), list(_wide(state.memory).unbind(1)), x.dtype, mask)
+        walk = Walk(self, self._projected(x), list(_wide(state.memory).unbind(1)), x.dtype, mask)
         walk.forwards()
-        return self.read(walk.parts(), x), TokenState(torch.stack(walk.values, dim=1))
+        return self._output(walk, x), TokenState(torch.stack(walk.values, dim=1))
 
     def step_again(
         self, state: ExactTokenState, values: TokenState, x: Tensor, mask: ChunkMask | None = None
     ) -> tuple[Tensor, TokenState]:
-        walk = self._walk(state, values, self.project(x), x, mask)
-        return self.read(walk.parts(), x), TokenState(torch.stack(walk.values, dim=1))
+        walk = self._walk(state, values, self._projected(x), x, mask)
+        return self._output(walk, x), TokenState(torch.stack(walk.values, dim=1))
 
     @torch.no_grad()
     def advance(
@@ -196,12 +199,12 @@ class TokenCell(ReversibleCell):
         if not self._keeps_rules:
             refuse_broken_rules(self, x)
             self._keeps_rules = True
-        inputs = self.project(x)
+        inputs = self._projected(x)
         drawn = _generators(x)
         walk = self._walk(state, self.values(state), inputs, x, mask)
         self._refuse_draws(drawn, x)
         self._refuse_growth(walk.decays)
-        out = self.read(walk.parts(), x) if output else None
+        out = self._output(walk, x) if output else None
         with self._named():
             after = ExactTokenState(walk.end())
         return Advanced(after, out, StepsRemnant(state.memory, walk.states, walk.decays), after.fingerprint())
@@ -214,7 +217,7 @@ class TokenCell(ReversibleCell):
         plan: NoPlan | None = None,
         after: ExactTokenState | None = None,
     ) -> Replay:
-        return self._again(state, self.project(x), x, mask, after)
+        return self._again(state, self._projected(x), x, mask, after)
 
     def retreat(
         self,
@@ -225,7 +228,7 @@ class TokenCell(ReversibleCell):
         plan: NoPlan | None = None,
         after: ExactTokenState | None = None,
     ) -> Replay:
-        inputs = self.project(x)
+        inputs = self._projected(x)
         rebuilt = None
         if not remnant.all_whole:
             with torch.no_grad():
@@ -241,6 +244,12 @@ class TokenCell(ReversibleCell):
             "token by token: use 'reversible', which is exact"
         )
 
+    def _projected(self, x: Tensor) -> Token:
+        return projected(self, self.project(x), x)
+
+    def _output(self, walk: Walk, x: Tensor) -> Any:
+        return output_of(self, self.read(walk.parts(), x), x)
+
     def _again(
         self,
         state: ExactTokenState,
@@ -251,7 +260,7 @@ class TokenCell(ReversibleCell):
     ) -> Replay:
         start = leaves(self.values(state))
         walk = self._walk(state, start, inputs, x, mask)
-        out, end = self.read(walk.parts(), x), TokenState(torch.stack(walk.values, dim=1))
+        out, end = self._output(walk, x), TokenState(torch.stack(walk.values, dim=1))
         with torch.no_grad(), self._named():
             printed = walk.end().fingerprint()
         same = None if after is None else (printed == after.fingerprint()).all()

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from rwkv_rev import random_state
+from rwkv_rev.cells.contract import residual
+from rwkv_rev.cells.token_checks import Token, output_of, projected, updated
 from rwkv_rev.errors import StrategyError
 
 if TYPE_CHECKING:
@@ -44,14 +46,11 @@ def refuse_broken_rules(cell: "TokenCell", x: Tensor) -> None:
 def _broken(cell: "TokenCell", x: Tensor) -> Iterator[str]:
     steps = torch.arange(1, TOKENS + 1, device=x.device, dtype=x.dtype)[:, None] / TOKENS
     example = (steps * torch.linspace(-1, 1, x.shape[-1], device=x.device, dtype=x.dtype))[None]
-    inputs = cell.project(example)
-    shapes = [list(part.shape) for part in inputs]
-    if any(shape[:2] != [1, TOKENS] for shape in shapes):
-        yield f"`project` gives {shapes} for an input of {list(example.shape)}, and needs [B, C, ...] of [B, C, D]"
+    inputs = projected(cell, cell.project(example), example)
     memory = x.new_zeros(1, TOKENS, cell.number_of_parts, cell.size)
     for name, call in (
-        ("project", lambda x, _: [part.flatten(2).sum(2) for part in cell.project(x)]),
-        ("read", lambda x, parts: [cell.read(parts, x).flatten(2).sum(2)]),
+        ("project", lambda x, _: [part.flatten(2).sum(2) for part in projected(cell, cell.project(x), x)]),
+        ("read", lambda x, parts: [residual(output_of(cell, cell.read(parts, x), x)).sum(2)]),
     ):
         if _mixes(call, example, memory):
             yield (
@@ -85,10 +84,10 @@ def _mixes(call: Callable[..., list[Tensor]], x: Tensor, parts: Tensor) -> bool:
 
 
 def _update(
-    cell: "TokenCell", half: int, part: int, token: tuple[Tensor, ...], parts: list[Tensor]
+    cell: "TokenCell", half: int, part: int, token: Token, parts: list[Tensor]
 ) -> list[Tensor]:
     parts = parts.copy()  # what is put in its place stays here
-    found = cell.update(part, cell.gates(half, token, parts), parts)
+    found = updated(cell, cell.update(part, cell.gates(half, token, parts), parts), parts[part])
     return [one for one in found if one is not None]
 
 

@@ -7,15 +7,10 @@ import torch
 from torch import Tensor
 
 from rwkv_rev.cells.mask import ChunkMask
-from rwkv_rev.errors import ConfigError
+from rwkv_rev.cells.token_checks import Token, Update, updated
 from rwkv_rev.first_order import first_order
 from rwkv_rev.reversal.bit_stack import BitStack
 from rwkv_rev.reversal.stepped import Stepped
-
-Token = tuple[Tensor, ...]
-"""What a cell has projected of one token, [B, ...] each."""
-Update = tuple[Tensor | None, Tensor]
-"""z (None for 1) and c of ``part' = z part + c``, [B, M]."""
 
 
 class Steps(Protocol):
@@ -71,7 +66,7 @@ class Walk:
             for half, parts in enumerate(cell.halves):
                 gates = cell.gates(half, token, self._read)
                 for part in parts:
-                    decay, change = self._masked(place, *cell.update(part, gates, self._read))
+                    decay, change = self._update(place, part, gates)
                     value = self.values[part]
                     if self._grid is None:
                         value = change + (value if decay is None else decay * value)
@@ -98,7 +93,7 @@ class Walk:
             for half in reversed(range(len(cell.halves))):
                 gates = cell.gates(half, self._tokens[place], self._read)
                 for part in reversed(cell.halves[half]):
-                    decay, change = self._masked(place, *cell.update(part, gates, self._read))
+                    decay, change = self._update(place, part, gates)
                     self._units[part] = grid.undo(self._units[part], decay, change, bits)
                     self._move(part, grid.floats(self._units[part]))
         return grid.held(self._units)
@@ -108,15 +103,11 @@ class Walk:
         after = torch.stack(self.after, dim=1).to(self._dtype)
         return after.view(len(after), len(self._tokens), len(self.values), -1)
 
-    def _masked(self, place: int, decay: Tensor | None, change: Tensor) -> Update:
-        """z and c in the state's dtype; 1 and 0 where the token does not count. What would be broadcast is refused."""
-        dtype, shape = self.values[0].dtype, self.values[0].shape
-        for name, given in (("z", decay), ("c", change)):
-            if given is not None and given.shape != shape:
-                raise ConfigError(
-                    f"a gate of layer {self._cell.layer} ({type(self._cell).__name__}) gives {name} as "
-                    f"{list(given.shape)}, and each part of the state is {list(shape)}"
-                )
+    def _update(self, place: int, part: int, gates: Any) -> Update:
+        """z and c of a part, in the state's dtype; 1 and 0 where the token does not count."""
+        dtype = self.values[part].dtype
+        given = self._cell.update(part, gates, self._read)
+        decay, change = updated(self._cell, given, self.values[part])
         decay, change = None if decay is None else decay.to(dtype), change.to(dtype)
         if self._valid is None:
             return decay, change
