@@ -10,6 +10,7 @@ from rwkv_rev.arguments import expanded
 from rwkv_rev.cli import output as out
 from rwkv_rev.cli.counts import whole
 from rwkv_rev.cli.stopping import telling_if_stopped
+from rwkv_rev.counts import is_plain, number
 from rwkv_rev.printable import printable
 
 
@@ -49,7 +50,9 @@ def init(
         try:
             if not mark:
                 raise ValueError
-            settings[name.strip()] = parse_yaml(value)
+            read = parse_yaml(value)
+            text = type(read) is str and is_plain(read)  # YAML reads 1e-4, without a dot, as one
+            settings[name.strip()] = number(read) if text else read
         except ValueError:
             raise typer.BadParameter(f"{printable(pair)} is not FIELD=VALUE", param_hint="--set") from None
     with telling_if_stopped(expanded(output)):

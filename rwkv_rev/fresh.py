@@ -7,6 +7,7 @@ PyTorch. The folder appears whole or not at all, as every output.
 import difflib
 import json
 import platform
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from rwkv_rev.arguments import checked
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.card import fresh_card
 from rwkv_rev.converters.rewriter import Entry, shard_layout, write_shards
-from rwkv_rev.counts import is_plain, number
 from rwkv_rev.errors import ConfigError
 from rwkv_rev.folders.folder import RECORD_NAME, TOKENIZER_NAMES
 from rwkv_rev.folders.safe_output import check_output, require_space, whole_directory
@@ -45,10 +45,12 @@ SETTABLE = (
 )
 """Fields of the configuration that are no architecture's own."""
 EPSILONS = ("layer_norm_epsilon", "group_norm_epsilon")
-HEADS = {"num_attention_heads", "head_size"}
+HEADS = ("num_attention_heads", "head_size")
 SMALLEST_HEAD = 16
 """That comes of a width alone; smaller heads hold next to nothing, and are made only for who asks for them."""
 SHARD_SIZE = "5GB"
+_NO_MEMORY = "alloc.*memory|out of memory|Storage size calculation overflowed"
+"""What PyTorch says where a tensor cannot be made."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ def init(
         force: replace an existing model folder, at the very end.
 
     Raises:
-        ConfigError: for an architecture or a field that there is not, and values that do not fit.
+        ConfigError: for an architecture or a field that there is not, and values that do not fit each other or the
+            machine's memory.
         SourceError, CheckpointError: for a tokenizer that cannot be read or has more tokens than the vocabulary.
         OutputError: if the folder exists without ``force`` or cannot be written.
     """
@@ -111,7 +114,7 @@ def init(
     chosen = choose_tokenizer(given.get("vocab_size", 1 << 31), override=tokenizer)
     vocabulary = max(chosen.get_vocab().values(), default=0) + 1
     config = _config(known, {"vocab_size": vocabulary} | given)
-    model = _initialised(config, seed)
+    model = _initialised(config, given, seed)
     shared = model.all_tied_weights_keys  # the head, where it is the embedding
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in shared}
     record = {
@@ -153,18 +156,25 @@ def _config(known: Architecture, given: dict[str, Any]) -> RwkvRevConfig:
     sizes: dict[str, Any] = {}
     if isinstance(width, int) and width > 0:
         sizes = known.sizes(width)
-        if "num_attention_heads" in given and "head_size" not in given:
-            sizes["head_size"] = width // max(1, _whole(given["num_attention_heads"]))
-        if "head_size" in given and "num_attention_heads" not in given:
-            sizes["num_attention_heads"] = width // max(1, _whole(given["head_size"]))
-        if sizes.get("head_size", SMALLEST_HEAD) < min(SMALLEST_HEAD, width) and not HEADS & given.keys():
+        for said, follows in (HEADS, HEADS[::-1]):
+            if said in given and follows not in given:
+                divisor = max(1, _whole(given[said]))
+                if width % divisor:
+                    raise ConfigError(f"{said} = {divisor} must divide hidden_size = {width}")
+                sizes[follows] = width // divisor
+        if sizes.get("head_size", SMALLEST_HEAD) < min(SMALLEST_HEAD, width) and given.keys().isdisjoint(
+            HEADS
+        ):
             heads, size = sizes["num_attention_heads"], sizes["head_size"]
             raise ConfigError(
                 f"hidden_size = {width} would make {heads} heads of {size} numbers: use a multiple of 64 (of "
                 f"{SMALLEST_HEAD} at least), or say what you want with --set head_size={size}"
             )
     floats = {*EPSILONS, *(name for name, field in known.fields.items() if field.kind is float)}
-    given = {name: _float(value) if name in floats else value for name, value in given.items()}
+    given = {
+        name: float(value) if name in floats and type(value) is int else value
+        for name, value in given.items()
+    }
     if sizes.get("intermediate_size") == 0 and "intermediate_size" not in given:
         raise ConfigError(
             f"hidden_size = {width} is too small for {known.called}: no channel mix comes of it; use more"
@@ -178,26 +188,35 @@ def _config(known: Architecture, given: dict[str, Any]) -> RwkvRevConfig:
         )
     except (ValueError, TypeError, StrictDataclassError) as error:  # the last is of a wrong kind
         reason = " ".join(str(error.__cause__ or error).split())
+        if any(reason.startswith(f"{name} = ") for name in sizes.keys() - given.keys()):
+            reason += f", and follows from hidden_size = {width}"
         raise ConfigError(f"{known.called} cannot be made so: {shortened(reason, 300)}") from None
-
-
-def _float(value: Any) -> Any:
-    """A number that is written as one; YAML reads 1e-4, without a dot, as a text."""
-    return number(value) if type(value) is int or (type(value) is str and is_plain(value)) else value
 
 
 def _whole(value: Any) -> int:
     return value if isinstance(value, int) else 1  # whatever else is refused by the configuration
 
 
-def _initialised(config: RwkvRevConfig, seed: int) -> Any:
-    """A model by its architecture's initialisation; the caller's random numbers go on as they were."""
+def _initialised(config: RwkvRevConfig, given: Mapping[str, Any], seed: int) -> Any:
+    """A model by its architecture's initialisation; the caller's random numbers go on as they were.
+
+    Raises:
+        ConfigError: naming what was ``given``, where no memory holds such a model.
+    """
     from rwkv_rev.modeling import RwkvRevForCausalLM
 
     before = capture(())
     torch.manual_seed(seed)
     try:
         return RwkvRevForCausalLM(config)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search(_NO_MEMORY, str(error)):
+            raise
+        sizes = {name: value for name, value in given.items() if type(value) is int} or SIZES
+        told = ", ".join(f"{name} = {value}" for name, value in sizes.items())
+        raise ConfigError(
+            f"{config.architecture.called} of {told} do not fit this machine's memory: use smaller numbers"
+        ) from error
     finally:
         restore(before)
 

@@ -185,7 +185,31 @@ def test_sizes_follow(tmp_path: Path) -> None:
         ("linear-attention", {"memory_bits": 8}, "memory_bits = 8 must be one of 16, 32, 64"),
         ("linear-attention", {"hidden_size": 0}, "hidden_size = 0 must be from 1 to"),
         ("linear-attention", {"hidden_size": "wide"}, "'hidden_size' expected int, got str"),
-        ("linear-attention", {"head_size": 5}, r"must equal hidden_size = 128"),
+        ("linear-attention", {"head_size": 5}, "^head_size = 5 must divide hidden_size = 128$"),
+        (
+            "linear-attention",
+            {"hidden_size": 32, "head_size": 33},
+            "^head_size = 33 must divide hidden_size = 32$",
+        ),
+        ("7", {"num_attention_heads": 200}, "^num_attention_heads = 200 must divide hidden_size = 128$"),
+        ("linear-attention", {"head_size": 0}, "head_size = 0 must be from 1 to"),
+        (
+            *("4", {"hidden_size": 10**9}),
+            "intermediate_size = 4000000000 must be from 1 to 2147483648, and follows from hidden_size = 1000000000$",
+        ),
+        (
+            "coupled",
+            {"cell_size": 10**9},
+            "cells of cell_size = 1000000000 do not fit this machine's memory: use sm",
+        ),
+        (
+            "reversible-gru",
+            {"cell_size": 2**50},
+            "GRUs? of cell_size = 1125899906842624 do not fit this machine's",
+        ),
+        ("reversible-gru", {"forget_limit": "2"}, "forget_limit = '2' must be a number$"),
+        ("linear-attention", {"memory_bits": "32"}, "memory_bits = '32' must be a whole number$"),
+        ("7", {"layer_norm_epsilon": "1e-5"}, "'layer_norm_epsilon' expected float, got str"),
         ("linear-attention", {"dtype": "float16"}, "has no field 'dtype'"),
         (
             "linear-attention",
