@@ -1,13 +1,15 @@
 """A model with one part of its cells replaced, and all other parameters kept."""
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from rwkv_rev import adapters
 from rwkv_rev.architectures.registry import ARCHITECTURES
 from rwkv_rev.arguments import checked
+from rwkv_rev.code_origin import qualified_name
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.errors import ConfigError
 from rwkv_rev.random_state import capture, refuse_seed, restore
@@ -24,16 +26,19 @@ def rewrite(model: nn.Module, *, token_shift: str = "coupled", seed: int = 0) ->
 
     The new cells begin with what gives zeros, where the old ones gave the token before: the model computes something
     else until it is trained on (``examples/coupled_feedback``). Parameters are copies, of the same dtype on the same
-    device. How gradients are made (``set_bptt``, ``gradient_checkpointing_enable``), how text is generated and whether
-    it trains are as the model had them; hooks are not taken over.
+    device, frozen where they were. Those of the new cells are trainable in a frozen model, too, and have the dtype of
+    the first LayerNorm, float16 in a model of float16. How gradients are made (``set_bptt``,
+    ``gradient_checkpointing_enable``), how text is generated and whether it trains are as the model had them. A model
+    with hooks or layers of others, which a new model would not have, is refused.
 
     Args:
-        model: of RWKV-4 or 5.2, without adapters.
+        model: of RWKV-4 or 5.2, without adapters and hooks.
         token_shift: ``coupled``, a coupled additive cell (:mod:`rwkv_rev.cells.coupled_feedback`).
         seed: of the new cells' gates, from 0 to 2^63 - 1.
 
     Raises:
-        ConfigError: for another token shift or seed, and for a model that has no token shift or is of another kind.
+        ConfigError: for another token shift or seed, and for a model that has no token shift, is of another kind, or
+            has adapters, hooks or layers of others.
     """
     from rwkv_rev.modeling import RwkvRevForCausalLM
 
@@ -55,6 +60,7 @@ def rewrite(model: nn.Module, *, token_shift: str = "coupled", seed: int = 0) ->
             f"token_shift = {token_shift!r} takes the place of the token shift of RWKV-{' or '.join(there)}, not of "
             f"{known.called}"
         )
+    _refuse_others(model)
     before = capture(())
     torch.manual_seed(seed)
     try:
@@ -66,7 +72,7 @@ def rewrite(model: nn.Module, *, token_shift: str = "coupled", seed: int = 0) ->
     for name, parameter in found.named_parameters():
         like = kept.get(name, weight)
         parameter.data = parameter.data.to(like.dtype)
-        parameter.requires_grad_(like.requires_grad)
+        parameter.requires_grad_(name not in kept or like.requires_grad)
     loaded = found.load_state_dict(model.state_dict(), strict=False)
     strange = [name for name in loaded.missing_keys if ".feedback." not in name] + loaded.unexpected_keys
     if strange:
@@ -76,3 +82,36 @@ def rewrite(model: nn.Module, *, token_shift: str = "coupled", seed: int = 0) ->
     for block, former in zip(found.blocks, model.blocks, strict=True):
         block.recompute = former.recompute
     return found.train(model.training)
+
+
+def _refuse_others(model: nn.Module) -> None:
+    """Refuse what others have put into a model: it would be lost without a word."""
+    for path, module in model.named_modules():
+        layer, where = type(module), path or "the model"
+        if adapters.is_of_peft(layer):
+            method = layer.__module__.split(".")[2]
+            raise ConfigError(
+                f"this model has adapters of peft ({method} at {where}): merge them first, by the PeftModel's "
+                "merge_and_unload()"
+            )
+        if not layer.__module__.startswith(("torch.nn.", "rwkv_rev.")):
+            raise _lost(f"{layer.__name__} at {where}")
+        if "forward" in vars(module):
+            raise _lost(f"the replaced forward of {where}")
+        for kind, hooks in vars(module).items():
+            if kind.endswith("_hooks") and hooks:
+                raise _lost(f"the hook {_name(next(iter(hooks.values())))} on {where}")
+    for path, parameter in model.named_parameters():
+        for hooks in (parameter._backward_hooks, parameter._post_accumulate_grad_hooks):
+            if hooks:
+                raise _lost(f"the hook {_name(next(iter(hooks.values())))} on {path}")
+
+
+def _name(hook: Any) -> str:
+    return qualified_name(hook) or type(hook).__name__
+
+
+def _lost(what: str) -> ConfigError:
+    return ConfigError(
+        f"rewrite makes a new model, which would not have {what}: take it away, and add it afterwards"
+    )

@@ -242,6 +242,7 @@ def test_a_rewritten_model_is_a_folder(tmp_path: Path) -> None:
     torch.testing.assert_close(parts, model(ids).logits[:, 7:], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_what_is_refused() -> None:
     model = before_of("5.2")
     with pytest.raises(ConfigError, match="token_shift = 'none' must be one of coupled"):
@@ -258,5 +259,62 @@ def test_what_is_refused() -> None:
             rewrite(other)
     with pytest.raises(ConfigError, match="takes a RwkvRevForCausalLM, not a Linear: merge adapters first"):
         rewrite(torch.nn.Linear(2, 2))
+    peft = pytest.importorskip("peft")
+    lora = peft.get_peft_model(before_of("5.2"), peft.LoraConfig(r=2, target_modules=["key"]))
+    with pytest.raises(ConfigError, match="not a PeftModel: merge adapters first"):
+        rewrite(lora)
+    with pytest.raises(
+        ConfigError, match=r"adapters of peft \(lora at model.blocks.0.time_mix.key\): merge them first"
+    ):
+        rewrite(lora.get_base_model())
+    rewrite(lora.merge_and_unload())
     with pytest.raises(ConfigError, match=f"seed = -1 must be from 0 to {2**63 - 1}"):
         rewrite(model, seed=-1)
+
+
+class Scaled(torch.nn.Linear):
+    """Of the same parameters."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def noted(*_: Any) -> None:
+    """A hook."""
+
+
+@pytest.mark.parametrize(
+    ("put", "what"),
+    [
+        (lambda model: model.register_forward_hook(noted), "the hook noted on the model"),
+        (lambda model: model.blocks[1].register_forward_pre_hook(noted), "the hook noted on model.blocks.1"),
+        (lambda model: model.head.register_full_backward_hook(noted), "the hook noted on head"),
+        (lambda model: model.register_state_dict_post_hook(noted), "the hook noted on the model"),
+        (lambda model: model.head.weight.register_hook(noted), "the hook noted on head.weight"),
+        (
+            lambda model: model.head.weight.register_post_accumulate_grad_hook(noted),
+            "the hook noted on head.weight",
+        ),
+        (lambda model: setattr(model, "head", Scaled(WIDTH, 32, bias=False)), "Scaled at head"),
+        (lambda model: setattr(model.head, "forward", noted), "the replaced forward of head"),
+    ],
+)
+def test_what_others_have_put_into_a_model_is_refused_by_name(put: Any, what: str) -> None:
+    """A new model would not have it."""
+    model = before_of("5.2")
+    put(model)
+    with pytest.raises(ConfigError, match=f"a new model, which would not have {what}: take it away"):
+        rewrite(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_new_cells_of_a_frozen_model_are_trainable(dtype: torch.dtype) -> None:
+    model = rewrite(before_of("5.2", dtype).requires_grad_(False))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if ".feedback." in name} != set()
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    if dtype == torch.float32:
+        ids = random_tokens(LENGTH)
+        with model.set_bptt("reversible", chunk_length=CHUNK):
+            model(ids, labels=ids).loss.backward()
+        assert {name for name, p in model.named_parameters() if p.grad is not None} == trained
