@@ -213,16 +213,22 @@ def _divisor(
 def check_state(config: RwkvRevConfig, state: ModelState, batch: int, name: str = "the state") -> None:
     """Refuse a state that is none of such a model and batch: all that are given are looked at here.
 
-    A state has no mark of its model. One of another model, of the same kind and shapes, is taken, as is one of the same
-    architecture and other weights. Its dtype may be another than the activations'.
+    A state knows the architecture that made it, unless it was made by hand, or comes out of a trainer's list of
+    tensors. One of the same architecture and other weights is taken. Its dtype may be another than the activations'.
 
     Raises:
-        ValueError: for a state of another kind, with tensors of other shapes, or that are not floating-point numbers.
+        ValueError: for a state of another kind or architecture, with tensors of other shapes, or that are not
+            floating-point numbers.
     """
     kind = config.architecture.state_kind
     if not isinstance(state, kind):
         raise ValueError(
             f"{name} is a {type(state).__name__}; this model's states are of the kind {kind.__name__}"
+        )
+    if state.made_by not in (None, config.rwkv_version):
+        raise ValueError(
+            f"{name} was made by a model of rwkv_version {state.made_by!r}, and this one's is {config.rwkv_version!r}: "
+            "give one of its own"
         )
     for part, wanted in config.architecture.state_shapes(config, batch).items():
         tensor = getattr(state, part)

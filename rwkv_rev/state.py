@@ -25,13 +25,31 @@ class ModelState:
     Attributes:
         cells: of each cell of a block the NamedTuple that its values are, and which of our fields these are, in order.
         listed: the list of all tensors with the batch first, which trainers walk through.
+        made_by: the architecture whose models made it, by its name; None where nobody said, as of states made by hand.
     """
 
     cells: ClassVar[tuple[tuple[type, tuple[str, ...]], ...]]
     listed: ClassVar[type[list]]
+    made_by: ClassVar[str | None] = None
 
     def __init_subclass__(cls) -> None:
         cls.listed = type(f"{cls.__name__}List", (list,), {"kind": cls})
+
+    @classmethod
+    def of(cls, architecture: str) -> type[Self]:
+        """This class, whose states and all that are made of them know the ``architecture`` that made them."""
+        known: Any = _OF.get((cls, architecture))
+        if known is None:
+            told = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+            known = _OF[cls, architecture] = type(cls.__name__, (cls,), told | {"made_by": architecture})
+            known.listed = cls.listed
+        return known
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles: a class of :meth:`of` has no name of its own."""
+        if self.made_by is None:
+            return type(self), tuple(self.tensors())
+        return _made, (type(self).__base__, self.made_by, self.tensors())
 
     @classmethod
     def empty(
@@ -102,6 +120,13 @@ class ModelState:
         return torch.stack(
             [(a * b).sum().to(dtype) for a, b in zip(self.tensors(), other.tensors(), strict=True)]
         ).sum()
+
+
+_OF: dict[tuple[type[ModelState], str], type[ModelState]] = {}
+
+
+def _made(kind: type[ModelState], architecture: str, tensors: list[Tensor]) -> ModelState:
+    return kind.of(architecture)(*tensors)
 
 
 def of_batch_first(tensors: list[Tensor]) -> ModelState:

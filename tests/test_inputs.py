@@ -1,5 +1,7 @@
 """Given states: whatever is computed, those that are no state of such a model are refused alike, by name."""
 
+import copy
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -78,6 +80,43 @@ def test_the_state_of_another_kind(version: str) -> None:
                 f"the state is a {type(state).__name__}; this model's states are of the kind {kind.__name__}"
             )
             refused(model, state, words)
+
+
+ALIKE = {
+    "coupled": "reversible-gru",
+    "reversible-gru": "coupled",
+    "6": "7",
+    "7": "5.2",
+    "5.2": "6",
+    "5.1": "5.2",
+}
+"""Whose states have the same kind and shapes."""
+
+
+@pytest.mark.parametrize("version", ALIKE)
+def test_the_state_of_another_architecture(version: str) -> None:
+    """Whatever was done with it since; one that was made by hand is of nobody, and so is what comes of it."""
+    model, other, ids = model_of(version), model_of(ALIKE[version]), random_tokens(LENGTH, batch=2)
+    words = f"the state was made by a model of rwkv_version '{ALIKE[version]}', and this one's is '{version}'"
+    read = other(ids, labels=ids).state.detach()
+    assert type(read).__name__ == type(read).__qualname__ == other.config.architecture.state_kind.__name__
+    kinds = {
+        "initial": other.initial_state(2),
+        "read": other(ids).state,
+        "trained": read,
+        "rows": read.rows(torch.tensor([1, 0])),
+        "wide": read.each(torch.Tensor.double),
+        "replaced": replace(read, **{read.names()[-1]: read.tensors()[-1] + 1}),
+        "copied": copy.deepcopy(read),
+        "pickled": pickle.loads(pickle.dumps(read)),
+    }
+    for state in kinds.values():
+        refused(model, state, words)
+        other(ids, state=state)
+    by_hand = other.config.architecture.state_kind(*read.tensors())
+    assert by_hand.made_by is copy.deepcopy(by_hand).made_by is None
+    own = type(model.initial_state(2))(*read.tensors())
+    torch.testing.assert_close(model(ids, state=by_hand).logits, model(ids, state=own).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

@@ -360,4 +360,4 @@ class Architecture:
         for name, part in self.state.items():
             tensors[name] = torch.zeros(shapes[name], device=device, dtype=wide if part.wide else dtype)
             part.begin(tensors[name])
-        return self.state_kind(**tensors)
+        return self.state_kind.of(self.version)(**tensors)
