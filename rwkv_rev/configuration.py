@@ -6,7 +6,7 @@ attribute, an argument and an entry of ``config.json`` like those of the class.
 
 import math
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -97,6 +97,23 @@ class RwkvRevConfig(PreTrainedConfig):
                 stacklevel=2,
             )
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """What a ``config.json`` says. It must have every field of the architecture's own, as those that are saved do:
+        a default in the place of a lost one would be another model.
+
+        Raises:
+            ValueError: naming fields that are missing; and as the class.
+        """
+        version = config_dict.get("rwkv_version", cls.rwkv_version)
+        known = architecture(version) if isinstance(version, str) else None
+        missing = [name for name in known.fields if name not in config_dict | kwargs] if known else []
+        if known and missing:
+            raise ValueError(
+                f"a configuration of {known.called} says {', '.join(missing)}, and this one does not"
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     def _refuse_impossible(self, further: dict[str, object]) -> None:
         """Before anything is made by these numbers."""

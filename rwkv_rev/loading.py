@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rwkv_rev.configuration import RwkvRevConfig
-from rwkv_rev.errors import CheckpointError, RwkvRevError, SourceError
+from rwkv_rev.errors import CheckpointError, ConfigError, RwkvRevError, SourceError
 from rwkv_rev.folders.safe_input import read_object, refuse_special_inside
 from rwkv_rev.printable import shortened
 from rwkv_rev.quantised import quantise, refuse_unusable, told_to_peft
@@ -136,9 +136,9 @@ def damaged(what: str, kind: type[RwkvRevError] = CheckpointError) -> Iterator[N
     log.setLevel(logging.CRITICAL + 1)
     try:
         yield
-    except (MemoryError, RwkvRevError):
-        raise
     except Exception as error:
+        if isinstance(error, MemoryError | RwkvRevError) and not isinstance(error, ConfigError):
+            raise  # of a file, which it names; a setting here is one that a file has
         reason = " ".join(str(error).split()) or type(error).__name__
         raise kind(f"{what} ({shortened(reason, 300)})") from error
     finally:

@@ -66,10 +66,13 @@ def test_saved_and_read(tmp_path: Path) -> None:
     stored = json.loads((tmp_path / "config.json").read_text("utf-8"))
     assert (stored["rank"], stored["limit"], stored["format"]) == (3, 0.5, "int32")
     assert RwkvRevConfig.from_pretrained(str(tmp_path)).rank == 3
-    del stored["rank"], stored["format"]  # written before these were there
+    del stored["rank"], stored["format"]
     (tmp_path / "config.json").write_text(json.dumps(stored), "utf-8")
-    config = RwkvRevConfig.from_pretrained(str(tmp_path))
-    assert (config.rank, config.format) == (6, "int32")
+    with pytest.raises(
+        ValueError, match=r"^a configuration of RWKV-ranked says rank, format, and this one does not$"
+    ):
+        RwkvRevConfig.from_pretrained(str(tmp_path))
+    assert RwkvRevConfig.from_pretrained(str(tmp_path), rank=2, format="int16").rank == 2
 
 
 @pytest.mark.parametrize(

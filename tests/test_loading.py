@@ -1,5 +1,6 @@
 """A model folder without a tokenizer: one line that says so, and never the ids of another one."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,8 +8,8 @@ import pytest
 from transformers import AutoTokenizer
 
 import rwkv_rev
-from rwkv_rev.errors import DataError, SourceError
-from rwkv_rev.loading import load_model, load_tokenizer
+from rwkv_rev.errors import CheckpointError, DataError, SourceError
+from rwkv_rev.loading import load_config, load_model, load_tokenizer
 from rwkv_rev.tokenization import RwkvByteTokenizer, RwkvWorldTokenizer
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -80,3 +81,34 @@ def test_a_tokenizer_of_another_model_is_refused_before_the_first_token(
     assert "token id" in errors and "outside the model's vocabulary of 256" in errors
     with pytest.raises(DataError, match="the model's own tokenizer"):
         rwkv_rev.generate(bare, "Hi there")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            {"memory_bits": 16, "memory_exponent": -40},
+            "memory_exponent = -40 must be from -14 to 0 for int16",
+        ),
+        ({"memory_bits": 8}, "memory_bits = 8 must be one of 16, 32, 64"),
+        (
+            {"memory_bits": None, "memory_exponent": None},
+            "attention says memory_bits, memory_exponent, and this",
+        ),
+    ],
+)
+def test_fields_of_an_architecture_that_a_file_has_not(
+    cli: Cli, tmp_path: Path, change: dict[str, int | None], told: str
+) -> None:
+    """Or of values that do not fit each other; None: it is lost. A default would be another model."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1}
+    rwkv_rev.init("linear-attention", tmp_path / "model", settings=sizes)
+    path = tmp_path / "model" / "config.json"
+    stored = json.loads(path.read_text("utf-8")) | change
+    path.write_text(json.dumps({k: v for k, v in stored.items() if v is not None}), "utf-8")
+    for function in (load_config, lambda folder: load_model(folder, "cpu", "auto")):
+        with pytest.raises(CheckpointError, match=f"^{tmp_path}/model.*{told}"):
+            function(tmp_path / "model")
+    for arguments in (("generate", "model", "--prompt", "Hi"), ("verify", "model"), ("inspect", "model")):
+        code, _, errors = cli(*arguments)
+        assert code == 1 and errors.startswith("error: model/config.json is damaged (") and told in errors

@@ -1,7 +1,7 @@
 """What an architecture needs of the configuration for itself: ranks of low-rank maps, grids, limits.
 
 Such a field is saved in ``config.json`` and read from it like all others, and checked when a configuration is made.
-A folder that was written before the field was there gets its default.
+A ``config.json`` without one is damaged: the default is for new models alone.
 """
 
 import math
