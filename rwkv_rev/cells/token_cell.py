@@ -196,10 +196,10 @@ class TokenCell(ReversibleCell):
             StrategyError: if a gate draws random numbers, or gives a z that is not in [0, 1]; if tokens are mixed, or a
                 step depends on what the way back does not know.
         """
+        inputs = self._projected(x)
         if not self._keeps_rules:
             refuse_broken_rules(self, x)
             self._keeps_rules = True
-        inputs = self._projected(x)
         drawn = _generators(x)
         walk = self._walk(state, self.values(state), inputs, x, mask)
         self._refuse_draws(drawn, x)

@@ -83,9 +83,7 @@ def _mixes(call: Callable[..., list[Tensor]], x: Tensor, parts: Tensor) -> bool:
     return _finite(call, x, parts) and not all(_finite(of_others, token) for token in range(TOKENS))
 
 
-def _update(
-    cell: "TokenCell", half: int, part: int, token: Token, parts: list[Tensor]
-) -> list[Tensor]:
+def _update(cell: "TokenCell", half: int, part: int, token: Token, parts: list[Tensor]) -> list[Tensor]:
     parts = parts.copy()  # what is put in its place stays here
     found = updated(cell, cell.update(part, cell.gates(half, token, parts), parts), parts[part])
     return [one for one in found if one is not None]
