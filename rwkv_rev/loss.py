@@ -148,7 +148,7 @@ def add_gradients(
         else:
             added.append(total)
             totals.append(total)
-            further.append(gradient.detach())
+            further.append(gradient.detach() if gradient.requires_grad else gradient)
     _add(totals, further)
     return added
 

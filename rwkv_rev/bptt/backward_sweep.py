@@ -70,8 +70,9 @@ class Sums:
 
     def take(self, indices: "Sequence[int]", gradients: "Sequence[Tensor | WeightProduct | None]") -> None:
         """Add gradients of the parameters at ``indices``."""
-        sums = add_gradients([self.parameters[index] for index in indices], gradients)
-        for index, total in zip(indices, sums, strict=True):
+        there = [pair for pair in zip(indices, gradients, strict=True) if pair[1] is not None]
+        sums = add_gradients([self.parameters[index] for index, _ in there], [found for _, found in there])
+        for (index, _), total in zip(there, sums, strict=True):
             self.parameters[index] = total
 
     def add(self, chunk: "Chunk", found: ChunkGradients) -> None:

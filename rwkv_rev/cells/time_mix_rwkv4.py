@@ -11,7 +11,7 @@ per channel to the token shift's one. Whole storage costs ``12 D`` bytes per chu
 and channel at C = 8 and 0.02 at C = 512, next to some 30 D numbers per token that back-propagation would keep.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,10 @@ from rwkv_rev.cells.cell_plan import CellPlan
 from rwkv_rev.cells.gates import returns_new_memory, sigmoid_product
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.shared_chunk import SharedChunk
+from rwkv_rev.cells.shifted_state import ExactShiftedState
 from rwkv_rev.cells.state_pieces import ScaledPiece
 from rwkv_rev.cells.whole_memory import WholeMemoryCell
+from rwkv_rev.reversal.fingerprint import same_bits
 from rwkv_rev.wkv import EMPTY_EXPONENT, wkv4
 
 LARGEST_TIME_DECAY = 69.0
@@ -78,6 +80,12 @@ class TimeMixRwkv4(WholeMemoryCell):
         own = returns_new_memory(self.receptance)
         out: Tensor = self.output(sigmoid_product(projection.receptance, read, own=own))
         return out
+
+    def is_left(self, state: ExactShiftedState, after: ExactShiftedState) -> Any:
+        """The memories bit by bit: of three numbers per channel that is less work than a fingerprint of each."""
+        same = super().is_left(ExactShiftedState(state.shift, None), after)
+        left, memory = state.memory, after.memory
+        return same if left is None or memory is None else same & same_bits(left.value(), memory.value())
 
     def nothing(self, projection: TimeProjection) -> Tensor:
         key = projection.key

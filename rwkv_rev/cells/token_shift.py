@@ -34,11 +34,19 @@ SMALLEST_COEFFICIENT = 1 / 16
 
 def token_shift(x: Tensor, shift: Tensor, mask: ChunkMask | None) -> Tensor:
     """The vector of the token before, for every token: [B, C, D] from ``x`` [B, C, D] and ``shift`` [B, D]."""
-    shift = shift.to(x.dtype)[:, None]
     if mask is None:
-        return torch.cat([shift, x[:, :-1]], dim=1)
+        return _behind(shift, x)[0]
+    shift = shift.to(x.dtype)[:, None]
     index = (mask.previous + 1)[:, :, None].expand_as(x)
     return torch.cat([shift, x], dim=1).gather(1, index)
+
+
+def _behind(shift: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    """The vectors before every token [B, C, D], and the last one [B, 1, D]: views.
+
+    Parts of one tensor: autograd joins their gradients, where it would fill up that of each slice of x with zeros.
+    """
+    return torch.cat([shift.to(x.dtype)[:, None], x], dim=1).split([x.shape[1], 1], dim=1)
 
 
 def last_token(x: Tensor, shift: Tensor, mask: ChunkMask | None) -> Tensor:
@@ -61,7 +69,10 @@ def token_mixes(
         from rwkv_rev.cells import triton_token_shift
 
         return triton_token_shift.token_mixes(x, shift, mus)
-    shifted = token_shift(x, shift, mask)
+    return _mixes(x, token_shift(x, shift, mask), mus, as_they_are=as_they_are)
+
+
+def _mixes(x: Tensor, shifted: Tensor, mus: list[Tensor], *, as_they_are: bool) -> tuple[Tensor, ...]:
     if as_they_are and x.device.type == "cpu":
         return x, shifted
     return tuple(mix(x, shifted, mu) for mu in mus)
@@ -75,7 +86,10 @@ def mixes_and_last(
         from rwkv_rev.cells import triton_token_shift
 
         return triton_token_shift.mixes_and_last(x, shift, mus)
-    return token_mixes(x, shift, mask, mus, as_they_are=as_they_are), None
+    if mask is not None or x.device.type != "cpu":
+        return token_mixes(x, shift, mask, mus, as_they_are=as_they_are), None
+    shifted, last = _behind(shift, x)
+    return _mixes(x, shifted, mus, as_they_are=as_they_are), last[:, 0].clone()
 
 
 def mix(x: Tensor, shifted: Tensor, mu: Tensor) -> Tensor:
@@ -137,5 +151,5 @@ class Border(NamedTuple):
             from rwkv_rev.cells import triton_token_shift
 
             return triton_token_shift.uncarry(y, self.first, self.mu)
-        x = torch.addcmul(y.double(), self.mu, self.first.double(), value=-1)
-        return (x / (1 - self.mu)).to(self.first.dtype)
+        x = torch.addcmul(y, self.mu, self.first, value=-1)  # in float64, as mu* is
+        return x.div_(1 - self.mu).to(self.first.dtype)

@@ -15,12 +15,14 @@ _MULTIPLIER = -7046029254386353131  # odd; 2**64 divided by the golden ratio, as
 
 def fingerprint(*tensors: Tensor) -> Tensor:
     """Checksum (int64 scalar, on the tensors' device) of the bits of ``tensors``."""
-    total = torch.zeros((), dtype=torch.int64, device=tensors[0].device)
+    total: Tensor | None = None
     for tensor in tensors:
-        words = tensor.detach().contiguous().flatten()
+        words = tensor.detach().contiguous().view(-1)
         if words.dtype != torch.int32:
             words = words.view(torch.int32) if words.element_size() >= 4 else words.view(torch.int16)
-        total = total * 3 + (words * _factors(words.numel(), words.device)).sum()
+        found = (words * _factors(words.numel(), words.device)).sum()
+        total = found if total is None else total * 3 + found
+    assert total is not None
     return total
 
 
@@ -30,9 +32,10 @@ def checksum(tensor: Tensor) -> Tensor:
     A tensor that differs in one word always has another checksum; one whose words have changed places does not.
     """
     words = tensor.detach().contiguous().view(-1)
+    size, count, offset = words.element_size(), words.numel(), words.storage_offset()
     for dtype in (torch.int64, torch.int32, torch.int16):
-        ratio = dtype.itemsize // words.element_size()
-        if ratio and words.numel() % ratio == 0 and words.storage_offset() % ratio == 0:
+        ratio = dtype.itemsize // size
+        if ratio and count % ratio == 0 and offset % ratio == 0:
             return words.view(dtype).sum(dtype=torch.int64)
     return words.view(torch.uint8).sum(dtype=torch.int64)
 
