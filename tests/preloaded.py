@@ -5,6 +5,7 @@ Imports, and a table of patterns. Whatever computes may start threads, which do 
 # ruff: noqa: F401
 
 import gc
+from importlib.util import find_spec
 
 import accelerate
 import datasets
@@ -12,7 +13,6 @@ import matplotlib.backends.backend_agg
 import matplotlib.figure
 import peft
 import PIL.Image
-import pydantic
 import torch.distributed.fsdp
 import torch.distributed.run
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -20,6 +20,9 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 import rwkv_rev.cli
 import rwkv_rev.modeling
 import rwkv_rev.training.finetune
+
+if find_spec("pydantic"):  # newer typers bring and import it
+    import pydantic
 
 get_checkpoint_conversion_mapping("")  # compiles patterns of all models, which loading any of them asks for
 PIL.Image.init()  # imports its file formats
