@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 
 
 def exporting() -> bool:
-    check = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7
-    return check is not None and check()
+    return torch.compiler.is_exporting()
 
 
 def exportable(state: "ModelState") -> Any:

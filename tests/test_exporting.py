@@ -8,11 +8,7 @@ from torch import Tensor, nn
 from rwkv_rev.exporting import exporting
 from rwkv_rev.wkv import wkv5
 
-pytestmark = [
-    pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="this torch cannot tell"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
-]
-
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 OLD = torch.__version__.startswith("2.9.")
 LAYERS = {"4": 1, "5.0": 1, "5.1": 1, "5.2": 1, "6": 1, "7": 2}

@@ -21,9 +21,9 @@ def shared_documents(training: TokenStore, held_out: TokenStore) -> list[str]:
     """One line where documents of ``held_out`` are in ``training``, with the files; else nothing."""
     lengths, held_lengths = training.lengths() - training.ends_added(), held_out.lengths()
     keys, held_keys = _keys(training, lengths), _keys(held_out, held_lengths)
-    candidates = np.flatnonzero(np.isin(held_keys, keys) & (held_lengths > 0))
+    candidates = np.flatnonzero(_among(held_keys, keys) & (held_lengths > 0))
     known: dict[bytes, int] = {}
-    for document in np.flatnonzero(np.isin(keys, held_keys[candidates]) & (lengths > 0)).tolist():
+    for document in np.flatnonzero(_among(keys, held_keys[candidates]) & (lengths > 0)).tolist():
         known.setdefault(_digest(training, document, int(lengths[document])), document)
     first: dict[str, str] = {}
     shared: Counter[str] = Counter()
@@ -53,6 +53,11 @@ def _keys(store: TokenStore, lengths: np.ndarray) -> np.ndarray:
     for position in (np.zeros_like(lengths), lengths // 2, lengths - 1):
         keys = keys * np.uint64(0x9E3779B97F4A7C15) + store.ids_at(position).astype(np.uint64)
     return keys
+
+
+def _among(keys: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Which keys are among others; sorted, since the table of numpy 2.0 overflows where they are over 2**63."""
+    return np.isin(keys, others, kind="sort")
 
 
 def _digest(store: TokenStore, document: int, length: int) -> bytes:
