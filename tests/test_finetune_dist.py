@@ -188,6 +188,23 @@ def test_sharded_optimizer(shallow: dict[str, Path], data: Path, tmp_path: Path,
     assert losses(tmp_path / "fewer") == pytest.approx(losses(tmp_path / "one"), rel=5e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_carried_states_go_on(shallow: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    """Killed, two processes go on with the states and the whole optimizer of their checkpoint."""
+    rest = ["--carry-state", "--resume", "auto", "--batch-size", 1]
+
+    def arguments(output: str) -> list[object]:
+        return [*options(shallow["5.2"], data, tmp_path / output, tmp_path / "cache", steps=8), *rest]
+
+    kill_at_a_checkpoint(arguments("killed"), tmp_path / "killed.training", environment())
+    for output in ("killed", "two"):
+        done = run_command("finetune", *arguments(output), world=2)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert ("resuming from" in done.stderr) == (output == "killed")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "two")
+
+
 def kill_at_a_checkpoint(arguments: list[object], work: Path, env: dict[str, str]) -> None:
     """SIGKILL every process of a run once it has written a checkpoint."""
     ranks = start_command_in_ranks(["finetune", *arguments], 2, work.with_name("streams"), env)

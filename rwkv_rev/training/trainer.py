@@ -314,17 +314,21 @@ class RwkvRevTrainer(Trainer):
         sharded.release()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        sharded: Any = getattr(self.optimizer, "optimizer", None)
-        in_parts = self.run.shard_model or isinstance(sharded, ShardedOptimizer)
-        if not in_parts or checkpoint is None:
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        folder = Path(checkpoint)  # mapped, not read: the device gets this process's share alone
-        saved = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
+        if checkpoint is None:
+            return
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        sharded = isinstance(getattr(self.optimizer, "optimizer", None), ShardedOptimizer)
+        in_parts = (
+            sharded or self.run.shard_model
+        )  # mapped, not read: the device gets this process's share alone
+        # the device of several processes on a CPU is called cpu:0, which torch does not load onto
+        on_cpu = in_parts or self.args.world_size == 1 or self.args.device.type == "cpu"
+        place, folder = "cpu" if on_cpu else self.args.device, Path(checkpoint)
+        saved = torch.load(folder / OPTIMIZER_NAME, map_location=place, mmap=in_parts, weights_only=True)
         if self.run.shard_model:
             take_state(self.optimizer, saved)
         else:
-            sharded.load_state_dict(saved)
-        assert self.lr_scheduler is not None
+            self.optimizer.load_state_dict(saved)
         self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
 
     def _save_ours(self, folder: Path) -> None:
@@ -372,7 +376,7 @@ class RwkvRevTrainer(Trainer):
                     "resume with as many processes as it was saved by"
                 )
             kind = language_model(self.model).config.architecture.state_kind
-            self.carried = kind(**load_file(path, device=str(self.args.device)))
+            self.carried = kind(**load_file(path))
 
     def _barrier(self) -> None:
         if self.args.world_size > 1:
