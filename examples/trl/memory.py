@@ -69,6 +69,7 @@ def measure(chosen: argparse.Namespace, name: str, tokens: int) -> int:
             made.add_callback(memory)
             made.train()
             model = made.model.unload() if name == "dpo" else made.model
+            vars(model).pop("peft_config", None)  # which peft 0.18 leaves there
     return memory.peak
 
 
