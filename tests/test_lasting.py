@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -49,6 +49,13 @@ def lasted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         lasting.LastingRunner, "begin", lambda self, sums: runs.append(1) or begin(self, sums)
     )
     return runs
+
+
+@pytest.fixture
+def precision() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.fp32_precision
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
 
 
 def train(
@@ -172,9 +179,9 @@ def test_a_state_that_begins_narrower_than_it_goes_on(
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("change", ["frozen", "moved", "hook", "eval", "autocast", "rows"])
+@pytest.mark.parametrize("change", ["frozen", "moved", "hook", "eval", "autocast", "rows", "precision"])
 def test_other_work_is_not_run_by_old_recordings(
-    played: Callable[[bool], None], lasted: list[int], change: str
+    played: Callable[[bool], None], lasted: list[int], change: str, precision: None
 ) -> None:
     ids, model = random_tokens(24), tiny_model("4")
     played(True)
@@ -198,6 +205,8 @@ def test_other_work_is_not_run_by_old_recordings(
             one.eval()
     if change == "rows":
         ids = random_tokens(24, 3)
+    elif change == "precision":
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
     with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
         found = step(model, ids)
         played(False)

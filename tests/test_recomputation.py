@@ -43,6 +43,8 @@ def test_gradients_are_the_same_bits(version: str, strategy: str, monkeypatch: p
 
 def kept(model: Any, ids: Tensor) -> int:
     """Bytes that are held after a forward pass with graph, by storage."""
+    if not hasattr(torch._C._autograd.SavedTensor, "data"):
+        pytest.skip("PyTorch 2.9 does not show what a graph keeps")
     seen: dict[int, int] = {}
     output = model.model(ids).last_hidden_state
     waiting, nodes = [output.grad_fn], set()

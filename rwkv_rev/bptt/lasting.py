@@ -156,7 +156,7 @@ def kind_of(sweep: "Sweep") -> Any:
         [tensor.dtype for tensor in sweep.inputs.state.tensors()],
         torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
         torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
+        torch.backends.cuda.matmul.fp32_precision,  # the older getter ends in an error where this was set
         choose_kernel(None, next(model.parameters())),
         sweep.inputs.group,
         settings(model),
