@@ -91,8 +91,8 @@ RECORDED = ("checkpoint", "reversible")
 """Strategies that keep a tape of states."""
 RECORDED_SHARE = 1.1
 _RESERVED_SHARE = 1.05
-SMALL_CHUNK = 32
-"""Tokens of the longest chunk that is run together with others."""
+SMALL_CHUNK, TINY_CHUNK = 32, 4
+"""Tokens of the longest chunk that is run together with others, and of one however short the context is."""
 _MOST_AT_ONCE = 64
 _FEWEST_GROUPS = 16
 _SMALL_GRAPH = 2**29
@@ -203,7 +203,7 @@ def forecast_memory(
         pieces=pieces or (lambda count: 1),
         lifted=lifted and cost.lifted is not None,
     )
-    joined = tokens_at_once(config, run.weights, batch_size, context_length, chunk)
+    joined = min(context_length, tokens_at_once(config, run.weights, batch_size, context_length, chunk))
     grouped = replace(run, chunk=joined, chunks=-(-context_length // joined))
     return tuple(_forecast(name, grouped if name in _GROUPING else run) for name in strategies)
 
@@ -331,11 +331,11 @@ def runs_fused(config: RwkvRevConfig, device: torch.device) -> bool:
 def tokens_at_once(config: RwkvRevConfig, weights: int, batch: int, length: int, chunk: int) -> int:
     """Tokens that strategies whose gradient does not depend on it run at once of chunks of ``chunk`` tokens.
 
-    What surrounds a chunk (its graph, launches, checks, and passes over whole states) costs as much for one token as
-    for 64. So chunks of up to :data:`SMALL_CHUNK` tokens are doubled up to 64 tokens: as long as that is no more than a
-    sixteenth of the context, and its graph takes no more beyond that of one chunk than the weights, than states take
-    anyway, or than 512 MiB, whichever is the most. The gradient of the whole context is the same, and every bit is that
-    of a run whose chunks are that long.
+    What surrounds a chunk (its graph, launches, checks, passes over whole states) costs as much for one token as for
+    64. So chunks of up to :data:`TINY_CHUNK` tokens are doubled up to 64 tokens, and those of up to :data:`SMALL_CHUNK`
+    too, but to a sixteenth of the context at most: a short one still has several. The graph takes no more beyond that
+    of one chunk than the weights, states, or 512 MiB, whichever is the most. The gradient of the whole context is the
+    same, and every bit is that of a run whose chunks are that long.
 
     Args:
         weights: bytes.
@@ -347,9 +347,10 @@ def tokens_at_once(config: RwkvRevConfig, weights: int, batch: int, length: int,
         return chunk
     room = max(_SMALL_GRAPH, weights, _state_bytes("reversible", config, batch))
     room += graph_bytes(config, batch, chunk)
+    groups = 0 if chunk <= TINY_CHUNK else _FEWEST_GROUPS
     while (
         2 * chunk <= _MOST_AT_ONCE
-        and 2 * chunk * _FEWEST_GROUPS <= length
+        and 2 * chunk * groups <= length
         and graph_bytes(config, batch, 2 * chunk) <= room
     ):
         chunk *= 2

@@ -78,6 +78,15 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def several_chunks() -> Iterator[None]:
+    """Of a few tokens each, in contexts of a few: chunks of up to 4 tokens are run one by one there, as longer ones
+    are. (What runs them as one chunk of 64 is tested in test_small_chunks.py.)"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rwkv_rev.forecast.TINY_CHUNK", 0)
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def imported_for_good() -> None:
     """Nor is what earlier files imported: trainers look for garbage at each start, which costs up to 0.1 s."""

@@ -11,13 +11,16 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "wide_batches" / "wide_bat
 
 def test_a_point(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     example = runpy.run_path(str(EXAMPLE))
-    for name in ("SHORTEST", "LONGEST"):
-        monkeypatch.setitem(example["length_for"].__globals__, name, 64)
-    example["main"](["--model", "bundled:rwkv-4", "--point", "1", "2"])
+    monkeypatch.setattr("rwkv_rev.forecast.TINY_CHUNK", 4)  # as outside of tests
+    point = ["--model", "bundled:rwkv-4", "--tokens", "96", "--point", "1", "2"]
+    example["main"](point)
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (found["rows"], found["tokens"], found["chunk_length"], found["at_once"]) == (2, 64, 1, 4)
-    assert found["tokens_per_second"] > 0 and found["tape"] > 0
-    assert example["line_of"](found).startswith("| 2 | 1 | 4 |")
+    assert (found["rows"], found["tokens"], found["chunk_length"], found["at_once"]) == (2, 96, 1, 64)
+    assert found["tokens_per_second"] > 0 and found["tape"] == 0  # two chunks
+    assert example["line_of"](found).startswith("| 2 | 1 | 64 |")
+    example["main"]([*point, "--most-gigabytes", "0.001"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["error"] == "0 GB forecast: not run"
 
 
 def test_points_that_fail_have_lines_and_the_page_has_the_columns(
