@@ -59,8 +59,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What the imported libraries are made of lives as long as the process: looking for garbage in it takes 0.5 s."""
-    gc.collect()
+    """What collection made lives as long as the process: looking for garbage in it, even once, takes 0.5 s."""
     gc.freeze()
     gc.enable()
     gc.set_threshold(10_000, 10, 10)  # tests leave little behind, and make many objects
@@ -84,6 +83,19 @@ def several_chunks() -> Iterator[None]:
     are. (What runs them as one chunk of 64 is tested in test_small_chunks.py.)"""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rwkv_rev.forecast.TINY_CHUNK", 0)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def seeds_of_what_is_there() -> Iterator[None]:
+    """For each kind of device that is not there, torch would keep each seed, with a traceback in words."""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("cuda", "xpu", "mtia"):
+            devices = getattr(torch, name, None)
+            if devices is not None and not devices.is_available():
+                patch.setattr(devices, "manual_seed_all", lambda seed: None, raising=False)
         yield
 
 

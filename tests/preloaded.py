@@ -1,6 +1,6 @@
 """What the server of :mod:`processes` imports before it forks: every library that a command imports sooner or later.
 
-Imports, and a table of patterns. Whatever computes may start threads, which do not live on in what is forked.
+Imports, and tables that they make. Whatever computes may start threads, which do not live on in what is forked.
 """
 # ruff: noqa: F401
 
@@ -13,11 +13,14 @@ import matplotlib.backends.backend_agg
 import matplotlib.figure
 import peft
 import PIL.Image
+import torch.distributed.algorithms.ddp_comm_hooks
 import torch.distributed.fsdp
 import torch.distributed.run
+import typer.main
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import rwkv_rev.cli
+import rwkv_rev.distributed.sharded_blocks
 import rwkv_rev.modeling
 import rwkv_rev.training.finetune
 
@@ -26,4 +29,8 @@ if find_spec("pydantic"):  # newer typers bring and import it
 
 get_checkpoint_conversion_mapping("")  # compiles patterns of all models, which loading any of them asks for
 PIL.Image.init()  # imports its file formats
+commands = typer.main.get_command(rwkv_rev.cli.build_app()).commands  # imports them
+given = ["model", "--data", "data", "--output", "output"]
+commands["finetune"].make_context("", given)  # imports what reads options
+gc.set_threshold(10_000, 10, 10)  # as in conftest.py
 gc.freeze()  # what is forked need not look here for garbage
