@@ -159,18 +159,22 @@ def _command(
 ) -> None:
     """``alone`` where nobody else writes to ``streams``; a rank beside its launcher has a session of its own."""
     _begin(streams, env, alone)
-    if module == "rwkv_rev.cli":
-        from rwkv_rev.cli import main
+    try:
+        if module == "rwkv_rev.cli":
+            from rwkv_rev.cli import main
 
-        if arguments[0] == "finetune":
-            _without_curve()
-        main(arguments)
-    else:
-        if module.startswith("accelerate.") and START_METHOD == "forkserver":
-            _fork_workers(streams)
-        sys.argv = [module, *arguments]
-        sys.modules.pop(module, None)  # imported by the server
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+            if arguments[0] == "finetune":
+                _without_curve()
+            main(arguments)
+        else:
+            if module.startswith("accelerate.") and START_METHOD == "forkserver":
+                _fork_workers(streams)
+            sys.argv = [module, *arguments]
+            sys.modules.pop(module, None)  # imported by the server
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:  # what comes when the command is over ends the process, and nothing of multiprocessing's
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _begin(streams: str, env: dict[str, str], alone: bool = True) -> None:
