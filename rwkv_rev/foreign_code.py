@@ -96,7 +96,7 @@ def strangers(model: nn.Module) -> Strangers:
     unsaid: dict[int, str] = {}
     for kind in _HOOK_KINDS:
         for hook in getattr(module_globals, f"_global_{kind}", {}).values():
-            _sort(hook, f"the global hook {_name(hook)}", found, _hook_objection(hook))
+            _sort(hook, f"the global hook {hook_name(hook)}", found, _hook_objection(hook))
     for name in CALLED:
         code = vars(model).get(name) or getattr(type(model), name, None)
         if code is not None and (name in vars(model) or not defined_in(code, ("rwkv_rev.", "torch."))):
@@ -131,7 +131,7 @@ def strangers(model: nn.Module) -> Strangers:
             hooks = getattr(module, f"_{kind}")
             for hook in hooks.values():
                 more |= not defined_in(hook, SHARDING)
-                words = f"the hook {_name(hook)} on {path}"
+                words = f"the hook {hook_name(hook)} on {path}"
                 if module is base:
                     found.unknown.append(Stranger(words, adapters.UNKNOWN))
                 else:
@@ -315,6 +315,7 @@ def _sort(code: Any, where: str, found: Strangers, objection: str | None) -> Non
         found.unknown.append(Stranger(where, objection))
 
 
-def _name(hook: Any) -> str:
+def hook_name(hook: Any) -> str:
+    """What messages call a hook: the function of a partial, the class of an object."""
     code = hook.func if isinstance(hook, partial) else hook
     return qualified_name(code) or type(code).__name__

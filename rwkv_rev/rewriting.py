@@ -1,7 +1,7 @@
 """A model with one part of its cells replaced, and all other parameters kept."""
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -9,9 +9,9 @@ from torch import nn
 from rwkv_rev import adapters
 from rwkv_rev.architectures.registry import ARCHITECTURES
 from rwkv_rev.arguments import checked
-from rwkv_rev.code_origin import qualified_name
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.errors import ConfigError
+from rwkv_rev.foreign_code import hook_name
 from rwkv_rev.random_state import capture, refuse_seed, restore
 
 if TYPE_CHECKING:
@@ -100,15 +100,11 @@ def _refuse_others(model: nn.Module) -> None:
             raise _lost(f"the replaced forward of {where}")
         for kind, hooks in vars(module).items():
             if kind.endswith("_hooks") and hooks:
-                raise _lost(f"the hook {_name(next(iter(hooks.values())))} on {where}")
+                raise _lost(f"the hook {hook_name(next(iter(hooks.values())))} on {where}")
     for path, parameter in model.named_parameters():
         for hooks in (parameter._backward_hooks, parameter._post_accumulate_grad_hooks):
             if hooks:
-                raise _lost(f"the hook {_name(next(iter(hooks.values())))} on {path}")
-
-
-def _name(hook: Any) -> str:
-    return qualified_name(hook) or type(hook).__name__
+                raise _lost(f"the hook {hook_name(next(iter(hooks.values())))} on {path}")
 
 
 def _lost(what: str) -> ConfigError:

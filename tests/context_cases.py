@@ -216,5 +216,11 @@ def assert_equals_one_process(ranks: list[dict[str, Any]], alone: dict[str, Any]
             assert relative_error(found["gradients"][name], truth) <= TOLERANCE[dtype], name
         for one, truth in zip(found["state"], alone["state"], strict=True):
             assert relative_error(one, truth) <= TOLERANCE[dtype]
+    assert_same_states(ranks)
+
+
+def assert_same_states(ranks: list[dict[str, Any]]) -> None:
+    """Exact states and final ones, equal to the bit on all ranks."""
+    for found in ranks:
         assert torch.equal(found["held"], ranks[0]["held"])
         assert all(map(torch.equal, found["state"], ranks[0]["state"]))

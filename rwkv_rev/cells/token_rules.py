@@ -5,7 +5,7 @@ were updated before. So an input that is NaN at one token may make NaN of that t
 not known on the way back, of nothing. What hides NaN (a comparison, ``nan_to_num``) is not seen.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,8 @@ def refuse_broken_rules(cell: "TokenCell", x: Tensor) -> None:
     generators = random_state.capture({x.device})
     buffers = {buffer: buffer.clone() for buffer in cell.buffers()}
     try:
-        for broken in _broken(cell, x):
+        broken = _broken(cell, x)
+        if broken is not None:
             raise StrategyError(f"layer {cell.layer} ({type(cell).__name__}): {broken}; or use bptt='full'")
     finally:
         for buffer, before in buffers.items():
@@ -43,7 +44,8 @@ def refuse_broken_rules(cell: "TokenCell", x: Tensor) -> None:
         random_state.restore(generators)
 
 
-def _broken(cell: "TokenCell", x: Tensor) -> Iterator[str]:
+def _broken(cell: "TokenCell", x: Tensor) -> str | None:
+    """The first rule that is broken, and what to do."""
     steps = torch.arange(1, TOKENS + 1, device=x.device, dtype=x.dtype)[:, None] / TOKENS
     example = (steps * torch.linspace(-1, 1, x.shape[-1], device=x.device, dtype=x.dtype))[None]
     inputs = projected(cell, cell.project(example), example)
@@ -53,7 +55,7 @@ def _broken(cell: "TokenCell", x: Tensor) -> Iterator[str]:
         ("read", lambda x, parts: [residual(output_of(cell, cell.read(parts, x), x)).sum(2)]),
     ):
         if _mixes(call, example, memory):
-            yield (
+            return (
                 f"`{name}` mixes tokens, and a text is cut into chunks between any two: let each token's output depend "
                 "on that token alone, and keep what goes on from token to token in the state"
             )
@@ -64,11 +66,12 @@ def _broken(cell: "TokenCell", x: Tensor) -> Iterator[str]:
         for part in own:
             step = partial(_update, cell, half, part, token)
             if _finite(step, known) and not _finite(step, blind):
-                yield (
+                return (
                     f"the step of part {part} depends on a part that is not known on the way back: `gates` may read "
                     f"parts of the other half alone, and `update` also those of {own} before {part}"
                 )
             blind[part] = known[part]
+    return None
 
 
 def _mixes(call: Callable[..., list[Tensor]], x: Tensor, parts: Tensor) -> bool:

@@ -318,9 +318,8 @@ class RwkvRevTrainer(Trainer):
             return
         assert self.optimizer is not None and self.lr_scheduler is not None
         sharded = isinstance(getattr(self.optimizer, "optimizer", None), ShardedOptimizer)
-        in_parts = (
-            sharded or self.run.shard_model
-        )  # mapped, not read: the device gets this process's share alone
+        # mapped, not read: the device gets this process's share alone
+        in_parts = sharded or self.run.shard_model
         # the device of several processes on a CPU is called cpu:0, which torch does not load onto
         on_cpu = in_parts or self.args.world_size == 1 or self.args.device.type == "cpu"
         place, folder = "cpu" if on_cpu else self.args.device, Path(checkpoint)
