@@ -254,3 +254,12 @@ def test_a_recording_gives_as_much_room_as_has_been_needed() -> None:
     assert plan.holds(new)
     kept(remnant)
     assert not plan.holds(new) and new.needed == int(remnant.size)
+
+
+def test_the_transition_of_float32_is_made_in_float64_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = tokens("any", 16, 40, torch.Generator().manual_seed(0), 1, 2)
+    monkeypatch.setattr("rwkv_rev.wkv.dispatch.choose_kernel", lambda kernel, tensor: kernel or "triton")
+    found = wkv7_transition(*(x.float() for x in given))
+    exact = wkv7_transition(*(x.float().double() for x in given), kernel="naive")
+    for one, other in zip(found, exact, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)

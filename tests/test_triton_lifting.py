@@ -78,3 +78,17 @@ def test_kernels_equal_the_formulas_in_the_interpreter() -> None:
 if __name__ == "__main__":
     for one in SMALL:
         compare(*one, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_transition_on_the_device() -> None:
+    """In float64 for float32; under autocast, where what reads has few bits, by the kernel."""
+    from test_lifting import tokens
+
+    given = [x.float().cuda() for x in tokens("any", 64, 100, torch.Generator().manual_seed(0), 2, 3)]
+    found, exact = wkv7_transition(*given), wkv7_transition(*(x.double() for x in given), kernel="naive")
+    for one, other in zip(found, exact, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    found = wkv7_transition(given[0].bfloat16(), *given[1:])
+    assert {x.dtype for x in found} == {torch.float32}

@@ -59,7 +59,7 @@ class Lifted(OnGrid):
 
     def advance(self, transition: Transition, plan: "LiftingPlan") -> tuple["Lifted", "LiftedRemnant"]:
         """One chunk forwards."""
-        if _by_kernel(transition):
+        if is_fused(self.grid.mantissa):
             return self._advance_by_kernel(transition, plan)
         lift = Lift.of(transition.matrix)
         before = self.grid.mantissa.double()
@@ -83,7 +83,7 @@ class Lifted(OnGrid):
 
     def retreat(self, transition: Transition, remnant: "KeptLifted") -> "Lifted":
         """One chunk backwards, from the same transition bit for bit."""
-        if _by_kernel(transition):
+        if is_fused(self.grid.mantissa):
             return self._retreat_by_kernel(transition, remnant)
         lifts = remnant.code >= LIFTED
         own = (remnant.code % LIFTED).to(torch.int64)
@@ -313,10 +313,6 @@ class KeptLifted(NamedTuple):
 def exact_bits(matrix: Tensor) -> int:
     """Bits that each of the two parts of an [..., N, N] factor has for its sums to be exact."""
     return _EXACT_BITS - math.ceil(math.log2(matrix.shape[-1]))
-
-
-def _by_kernel(transition: Transition) -> bool:
-    return is_fused(transition.matrix)
 
 
 def _own_bits(x: Tensor) -> Tensor:

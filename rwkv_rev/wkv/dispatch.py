@@ -256,10 +256,12 @@ def wkv7_transition(
 ) -> tuple[Tensor, Tensor]:
     """What a chunk of :func:`wkv7` does to any state, without graph: ``P @ state + U``, up to rounding.
 
-    The same call gives the same bits. A row without valid tokens has the unit matrix and zeros, exactly.
+    The same call gives the same bits. A row without valid tokens has the unit matrix and zeros, exactly. For float32
+    arguments they are made in float64 by PyTorch operators, on a GPU, too, so that a state that goes through P is no
+    less precise than by :func:`wkv7`; for bfloat16 and float16 the precision on a GPU is that of the Triton kernel.
 
     Args:
-        r: changes nothing but the precision, which is that of :func:`wkv7` for the same arguments.
+        r: changes nothing but the precision.
 
     Returns:
         P and U, [B, H, N, N] each.
@@ -267,6 +269,8 @@ def wkv7_transition(
     batch, tokens, *_ = _shape(k, 4, "k")
     _expect(**{name: (x, k.shape) for name, x in (("r", r), ("v", v), ("log_decay", log_decay))})
     _expect(removal=(removal, k.shape), rate=(rate, k.shape), mask=(mask, (batch, tokens)))
+    if r.dtype == torch.float32 and choose_kernel(kernel, k) == "triton":
+        kernel = "chunked"
     with torch.no_grad():
         return _run("wkv7_transition", kernel, r, k, v, log_decay, removal, rate, _as_bool(mask))
 
