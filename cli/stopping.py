@@ -5,8 +5,10 @@ The note, because native code that an exception interrupts may put an error of i
 
 import os
 import signal
+import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,10 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from rwkv_rev.cli import output as out
+
+STUCK = 10.0
+"""Seconds after which a process that waits for others in native code, where it hears no signal, is ended: before those
+who start processes (torchrun after 30 s) kill it without a word."""
 
 _received: list[int] = []
 _told = False
@@ -29,6 +35,8 @@ def install_handlers() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop)
     sys.unraisablehook = _come_again
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
+        _end_if_stuck()
 
 
 def exit_code(error: BaseException) -> int | None:
@@ -70,6 +78,25 @@ def _come_again(unheard: Any) -> None:
         threading.Timer(0.01, signal.raise_signal, (_received[0],)).start()  # here it would be unheard again
     else:
         sys.__unraisablehook__(unheard)
+
+
+def _end_if_stuck() -> None:
+    """A collective on a GPU never returns once another process is gone, and Python calls handlers in between only: the
+    system's part of the handler writes each signal's number into a socket, which a thread reads."""
+    reading, writing = socket.socketpair()
+    writing.setblocking(False)
+    signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+
+    def watch(_kept: socket.socket) -> None:
+        while number := reading.recv(1):
+            if number[0] not in (signal.SIGINT, signal.SIGTERM):
+                continue
+            time.sleep(STUCK)
+            if not _received:
+                out.note("error: stopped while it waited for another process, which may be gone")
+                os._exit(128 + number[0])
+
+    threading.Thread(target=watch, args=(writing,), name="rwkv-rev-stopping", daemon=True).start()
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
