@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 FIELDS = (32, 16, 8, 4, 2, 1)
+_WORDS = {32: torch.int32, 16: torch.int16, 8: torch.uint8}
 
 
 class BitPacking:
@@ -30,73 +31,60 @@ class BitPacking:
         if any(not 0 <= width <= most for width in bits):
             raise ValueError(f"row widths must lie between 0 and {most} bits")
         self.bits, self.dtype = bits, dtype
-        self.whole = torch.tensor([width == 32 and most == 32 for width in bits], device=device)
-        self._fields: list[tuple[int, Tensor, Tensor]] = []
-        for size in FIELDS:
-            rows = [row for row, width in enumerate(bits) if width & size]
-            offsets = [_offset(bits[row], size) for row in rows]
-            if rows:
-                self._fields.append(
-                    (
-                        size,
-                        torch.tensor(rows, device=device),
-                        torch.tensor(offsets, device=device, dtype=dtype)[None, :, None],
-                    )
-                )
+        widths = torch.tensor(bits, dtype=torch.int64)
+        self.whole = ((widths == 32) & (most == 32)).to(device)
+        sizes = torch.tensor(FIELDS)[:, None]
+        has = (widths & sizes) != 0
+        self._fields = [(size, rows) for size, rows in zip(FIELDS, has.sum(1).tolist(), strict=True) if rows]
+        # of the fields of every size, one behind the other
+        field, rows = has.nonzero(as_tuple=True)
+        size = sizes[field, 0]
+        self._rows = rows.to(device)
+        self._offsets = (widths[rows] & -2 * size)[:, None].to(device, dtype)  # larger fields hold lower bits
+        self._masks = ((1 << size) - 1)[:, None].to(device, dtype)
+        self._shifts = {
+            size: (torch.arange(8 // size) * size).to(device, dtype) for size, _ in self._fields if size < 8
+        }
 
     def nbytes(self, batch: int, columns: int) -> int:
         """Bytes of a packed [batch, R, columns] tensor."""
-        return sum(math.ceil(batch * len(rows) * columns * size / 8) for size, rows, _ in self._fields)
+        return sum(math.ceil(batch * rows * columns * size / 8) for size, rows in self._fields)
 
     def pack(self, values: Tensor, whole: Tensor) -> Tensor:
         """Bytes (uint8, flat) of ``values`` [B, R, M], with ``whole`` [B, R, M] in rows of :attr:`whole`."""
-        parts = []
-        for size, rows, offsets in self._fields:
-            if size == 32 and self.dtype == torch.int32:
-                parts.append(whole.index_select(1, rows).contiguous().view(torch.uint8).flatten())
-                continue
-            field = (values.index_select(1, rows) >> offsets) & ((1 << size) - 1)
-            parts.append(_join(field.flatten(), size))
-        return torch.cat(parts) if parts else values.new_empty(0, dtype=torch.uint8)
+        values = torch.where(self.whole[:, None], whole, values)
+        fields = (values.index_select(1, self._rows) >> self._offsets) & self._masks
+        parts = fields.split([rows for _, rows in self._fields], dim=1)
+        joined = [
+            self._join(part.contiguous().view(-1), size)
+            for (size, _), part in zip(self._fields, parts, strict=True)
+        ]
+        return torch.cat(joined) if joined else values.new_empty(0, dtype=torch.uint8)
 
     def unpack(self, packed: Tensor, shape: torch.Size) -> Tensor:
         """The values [B, R, M] (shape ``shape``) that :meth:`pack` was given; whole rows included."""
         values = torch.zeros(shape, dtype=self.dtype, device=packed.device)
-        start = 0
-        for size, rows, offsets in self._fields:
-            count = shape[0] * len(rows) * shape[2]
+        fields, start = [], 0
+        for size, rows in self._fields:
+            count = shape[0] * rows * shape[2]
             stop = start + math.ceil(count * size / 8)
-            field = _split(packed[start:stop], size, count, self.dtype).view(shape[0], len(rows), shape[2])
-            values.index_add_(1, rows, field << offsets)
+            fields.append(self._split(packed[start:stop], size)[:count].view(shape[0], rows, shape[2]))
             start = stop
-        return values
+        return values.index_add_(1, self._rows, torch.cat(fields, 1) << self._offsets) if fields else values
 
+    def _join(self, field: Tensor, size: int) -> Tensor:
+        """Flat values below 2**size as bytes."""
+        if size >= 8:
+            return field.to(_WORDS[size]).view(torch.uint8)
+        padding = -field.numel() % (8 // size)
+        if padding:
+            field = torch.nn.functional.pad(field, (0, padding))
+        return (field.view(-1, 8 // size) << self._shifts[size]).sum(dim=1).to(torch.uint8)
 
-def _offset(width: int, size: int) -> int:
-    """Bit position of the field of ``size`` within a value of ``width``: larger fields hold lower bits."""
-    return sum(field for field in FIELDS if field > size and width & field)
-
-
-def _join(field: Tensor, size: int) -> Tensor:
-    """Flat values below 2**size as bytes."""
-    if size == 32:
-        return field.to(torch.int32).view(torch.uint8)
-    if size == 16:
-        return field.to(torch.int16).view(torch.uint8)
-    per_byte = 8 // size
-    padding = -field.numel() % per_byte
-    if padding:
-        field = torch.nn.functional.pad(field, (0, padding))
-    shifts = torch.arange(per_byte, device=field.device, dtype=field.dtype) * size
-    return (field.view(-1, per_byte) << shifts).sum(dim=1).to(torch.uint8)
-
-
-def _split(packed: Tensor, size: int, count: int, dtype: torch.dtype) -> Tensor:
-    """The inverse of :func:`_join` (and of the whole rows' bytes): ``count`` values."""
-    if size == 32:
-        values = packed.clone().view(torch.int32)
-        return values if dtype == torch.int32 else values.to(dtype) & 0xFFFFFFFF
-    if size == 16:
-        return packed.clone().view(torch.int16).to(dtype) & 0xFFFF
-    shifts = torch.arange(8 // size, device=packed.device, dtype=dtype) * size
-    return ((packed.to(dtype)[:, None] >> shifts) & ((1 << size) - 1)).flatten()[:count]
+    def _split(self, packed: Tensor, size: int) -> Tensor:
+        """The inverse of :meth:`_join`, with what it has padded."""
+        mask = (1 << size) - 1
+        if size >= 8:
+            values = packed.clone().view(_WORDS[size]).to(self.dtype)
+            return values if size == 32 and self.dtype == torch.int32 else values & mask
+        return ((packed.to(self.dtype)[:, None] >> self._shifts[size]) & mask).flatten()
