@@ -254,8 +254,9 @@ def _added(stream: Stream, out: Stream, cell: nn.Module) -> Stream:
 
 def _unwrapped(cell: nn.Module) -> ReversibleCell:
     """The cell inside of what adapters put around it."""
-    parts = (cell,) if isinstance(cell, ReversibleCell) else cell.modules()
-    return next(part for part in parts if isinstance(part, ReversibleCell))
+    if isinstance(cell, ReversibleCell):
+        return cell
+    return next(part for part in cell.modules() if isinstance(part, ReversibleCell))
 
 
 def checksums(stream: Stream) -> Tensor:

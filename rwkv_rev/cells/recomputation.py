@@ -10,8 +10,8 @@ soon as it has what it needs. Here Python's and numpy's generators are set back,
 """
 
 import contextvars
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -34,8 +34,7 @@ _CAST = "ToCopyBackward0"
 _VIEWS = frozenset({"ReshapeAliasBackward0", "UnsafeViewBackward0", "ViewBackward0"})
 
 
-@contextmanager
-def not_kept(results: Sequence[Tensor], make: Callable[[], Sequence[Tensor]]) -> Iterator[None]:
+def not_kept(results: Sequence[Tensor], make: Callable[[], Sequence[Tensor]]) -> AbstractContextManager[None]:
     """Inside, autograd keeps none of ``results``, nor what autocast makes of them for a linear map.
 
     Where the backward pass wants one, ``make()`` gives them again.
@@ -48,13 +47,12 @@ def not_kept(results: Sequence[Tensor], make: Callable[[], Sequence[Tensor]]) ->
     autograd keeps (``saved_tensors_hooks``, as activation checkpointing does), nothing is done.
     """
     wanted = torch.is_grad_enabled() and results[0].device.type in DEVICES
-    fused = results[0].device.type != "cuda" or choose_kernel(None, results[0]) == "triton"
-    if not (wanted and fused) or _others_pack():
-        yield
-        return
+    if not wanted or _others_pack():
+        return nullcontext()
+    if results[0].device.type == "cuda" and choose_kernel(None, results[0]) != "triton":
+        return nullcontext()
     again = _MadeAgain(results, make)
-    with torch.autograd.graph.saved_tensors_hooks(again.pack, again.unpack):
-        yield
+    return torch.autograd.graph.saved_tensors_hooks(again.pack, again.unpack)
 
 
 def _others_pack() -> bool:
