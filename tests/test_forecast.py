@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from bptt_cases import english, load
+from pairwise import every_two
 from torch.autograd.profiler import profile
 
 from rwkv_rev import chunk_length
@@ -159,10 +160,10 @@ def tape_of_packed_rows(
     return output.report["tape_bytes"]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[f"{kind} {version}" for kind in ("bundled", "wide") for version in ("4", "5.2", "6", "7")],
-)
+MODELS = [f"{kind} {version}" for kind in ("bundled", "wide") for version in WIDE]
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def model(request: pytest.FixtureRequest, bundled: dict[str, Path]) -> RwkvRevForCausalLM:
     kind, version = request.param.split()
     if kind == "bundled":
@@ -171,15 +172,14 @@ def model(request: pytest.FixtureRequest, bundled: dict[str, Path]) -> RwkvRevFo
     return RwkvRevForCausalLM(WIDE[version])
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(
-    ("context", "batch", "chunk"),
-    [(384, 1, 128), (256, 3, 64)],
-    ids=lambda value: str(value),
+    ("model", "strategy", "size"),
+    every_two(MODELS, STRATEGIES, [(384, 1, 128), (256, 3, 64)]),
+    indirect=["model"],
+    ids=str,
 )
-def test_device_and_tape(
-    model: RwkvRevForCausalLM, strategy: str, context: int, batch: int, chunk: int
-) -> None:
+def test_device_and_tape(model: RwkvRevForCausalLM, strategy: str, size: tuple[int, int, int]) -> None:
+    context, batch, chunk = size
     forecast = forecasts(model, context, batch, chunk)[strategy]
     device, tape = measured(model, strategy, context, batch, chunk)
     assert forecast.device == pytest.approx(device, rel=TOLERANCE)
@@ -209,7 +209,7 @@ def test_packed_rows(version: str, strategy: str) -> None:
         assert device > 1.04 * before
         assert 0.5 < (forecast.device - plain.device) / (device - before) < 1.5
     assert forecast.tape == tape == 0
-    longer = {"context": 4 * chunk, "batch": 2, "chunk": chunk}
+    longer = {"context": 4 * 64, "batch": 2, "chunk": 64}
     if strategy != "full":
         # a single row of documents shorter than a chunk has no tape
         assert tape_of_packed_rows(model, strategy, **(longer | {"batch": 1}), document=document) == 0
@@ -221,10 +221,10 @@ def test_packed_rows(version: str, strategy: str) -> None:
 @pytest.mark.parametrize("strategy", ["checkpoint", "reversible"])
 def test_lifted(bundled: dict[str, Path], strategy: str) -> None:
     """Real text by a trained model, which is what the estimate is of; and no more than whole states at any length."""
-    model, size = load(bundled["7"]), {"context": 256 + 9, "batch": 1, "chunk": 64}
+    model, size = load(bundled["7"], layers=4), {"context": 192 + 9, "batch": 1, "chunk": 64}
     forecast = forecasts(model, **size, lifted=True)[strategy]
     whole = forecasts(model, **size)[strategy]
-    device, tape = measured(model, strategy, **size, ids=english(256 + 9), remnants="lifted")
+    device, tape = measured(model, strategy, **size, ids=english(192 + 9), remnants="lifted")
     assert forecast.device == pytest.approx(device, rel=TOLERANCE)
     assert forecast.tape == pytest.approx(tape, rel=TOLERANCE)
     assert forecast.lifted and not whole.lifted and forecast.states > whole.states
@@ -236,32 +236,32 @@ def test_lifted(bundled: dict[str, Path], strategy: str) -> None:
 
 @pytest.mark.parametrize("length", [64, 256, 512])
 def test_lifted_tape(bundled: dict[str, Path], length: int) -> None:
-    model, ids = load(bundled["7"]), english(4 * length)
+    model, ids = load(bundled["7"], layers=4), english(4 * length)
     with model.set_bptt("reversible", chunk_length=length, remnants="lifted"):
         tape = model(ids, labels=ids).report["tape_bytes"]
     forecast = forecasts(model, 4 * length, 1, length, lifted=True)["reversible"]
     assert forecast.tape == pytest.approx(tape, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("version", WIDE)
-def test_half_precision(version: str, strategy: str) -> None:
-    torch.manual_seed(0)
-    model = RwkvRevForCausalLM(WIDE[version])
-    forecast = forecasts(model, 320, 2, 128, half=True)[strategy]
-    device, _ = measured(model, strategy, 320, 2, 128, half=True)
-    assert forecast.device == pytest.approx(device, rel=TOLERANCE)
-    assert forecast.device < 0.95 * forecasts(model, 320, 2, 128)[strategy].device
+KINDS: dict[str, dict[str, Any]] = {
+    "autocast": {"half": True},
+    "16 bits": {"narrow": True, "weight_bytes": 2},
+    "checkpointed blocks": {"checkpoint_blocks": True},
+}
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("version", WIDE)
-def test_models_in_16_bits(version: str, strategy: str) -> None:
+@pytest.mark.parametrize(("version", "strategy", "kind"), every_two(WIDE, STRATEGIES, KINDS))
+def test_other_kinds(version: str, strategy: str, kind: str) -> None:
     torch.manual_seed(0)
-    model = RwkvRevForCausalLM(WIDE[version]).bfloat16()
-    forecast = forecasts(model, 320, 2, 128, narrow=True, weight_bytes=2)[strategy]
-    device, _ = measured(model, strategy, 320, 2, 128)
+    model = RwkvRevForCausalLM(WIDE[version]).train()
+    if kind == "16 bits":
+        model.bfloat16()
+    model.model.gradient_checkpointing = kind == "checkpointed blocks"
+    forecast = forecasts(model, 320, 2, 128, **KINDS[kind])[strategy]
+    device, _ = measured(model, strategy, 320, 2, 128, half=kind == "autocast")
     assert forecast.device == pytest.approx(device, rel=TOLERANCE)
+    if kind != "checkpointed blocks":
+        assert forecast.device < 0.95 * forecasts(model, 320, 2, 128)[strategy].device
 
 
 def test_tape_of_models_in_16_bits() -> None:
@@ -272,17 +272,6 @@ def test_tape_of_models_in_16_bits() -> None:
     _, tape = measured(model, "checkpoint", 512, 2, 64)
     assert forecast.tape == pytest.approx(tape, rel=0.05)
     assert forecast.tape < 0.9 * forecasts(model, 512, 2, 64)["checkpoint"].tape
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("version", WIDE)
-def test_checkpointed_blocks(version: str, strategy: str) -> None:
-    torch.manual_seed(0)
-    model = RwkvRevForCausalLM(WIDE[version]).train()
-    model.model.gradient_checkpointing = True
-    forecast = forecasts(model, 320, 2, 128, checkpoint_blocks=True)[strategy]
-    device, _ = measured(model, strategy, 320, 2, 128)
-    assert forecast.device == pytest.approx(device, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

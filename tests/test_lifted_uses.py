@@ -30,7 +30,7 @@ from rwkv_rev import RwkvRevForCausalLM, StrategyError
 from rwkv_rev.errors import ReversalMismatchError
 from rwkv_rev.reversal.tape import Tape
 
-LENGTH, CHUNK = 64 * 3 + 21, 64
+LENGTH, CHUNK = 32 * 3 + 11, 32
 
 
 def trained(folders: dict[str, Path]) -> RwkvRevForCausalLM:
@@ -56,9 +56,9 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 def test_documents_masks_and_a_state(shallow: dict[str, Path]) -> None:
     model, ids = trained(shallow), english(LENGTH, 3)
     mask = torch.ones_like(ids)
-    mask[0, :90], mask[1, 60:150], mask[2, ::3] = 0, 0, 0
+    mask[0, :45], mask[1, 30:75], mask[2, ::3] = 0, 0, 0
     masked = {"attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-    packed = {"borders": borders_of([LENGTH], [41, 100, LENGTH - 141], [1, LENGTH - 1])}
+    packed = {"borders": borders_of([LENGTH], [21, 50, LENGTH - 71], [1, LENGTH - 1])}
     state = random_state(model, 3)
     for more in (masked, packed, {}):
         inputs = {"input_ids": ids, "state": state, **more}
@@ -119,16 +119,14 @@ def test_a_loss_of_ones_own(shallow: dict[str, Path], where: str) -> None:
     assert all(relative_error(back[name], full[name]) <= 1e-4 for name in full)
 
 
-@pytest.mark.parametrize("tape", ["host", "device", "disk"])
-def test_tapes_and_blocks_that_are_computed_again(
-    shallow: dict[str, Path], tmp_path: Path, tape: str
-) -> None:
+def test_tapes_and_blocks_that_are_computed_again(shallow: dict[str, Path], tmp_path: Path) -> None:
     model, ids = trained(shallow), english(LENGTH)
     expected = lifted(model, "checkpoint", CHUNK, input_ids=ids)
     checkpoint_blocks(model)
-    with model.set_bptt("reversible", remnants="lifted", tape=tape, tape_dir=str(tmp_path)):
-        found = differentiate(model, "reversible", CHUNK, input_ids=ids)
-    assert_same_bits(found, expected)
+    for tape in ("host", "device", "disk"):
+        with model.set_bptt("reversible", remnants="lifted", tape=tape, tape_dir=str(tmp_path)):
+            found = differentiate(model, "reversible", CHUNK, input_ids=ids)
+        assert_same_bits(found, expected)
 
 
 def test_strategies_without_a_choice(shallow: dict[str, Path]) -> None:
@@ -144,7 +142,7 @@ def test_strategies_without_a_choice(shallow: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "chunk"), [(1, 1), (2, 1), (7, 1), (64, 64), (65, 64), (5, 64)], ids=lambda value: str(value)
+    ("length", "chunk"), [(1, 1), (2, 1), (4, 1), (64, 64), (65, 64), (5, 64)], ids=lambda value: str(value)
 )
 def test_few_tokens(shallow: dict[str, Path], length: int, chunk: int) -> None:
     """In float64, where a few tokens round as little as many."""
@@ -158,7 +156,7 @@ def test_few_tokens(shallow: dict[str, Path], length: int, chunk: int) -> None:
 
 @pytest.mark.parametrize("size", [16, 20, 36, 128])
 def test_heads_of_other_sizes(size: int) -> None:
-    model, ids = tiny_model("7", hidden_size=2 * size, head_size=size), random_tokens(60, 2)
+    model, ids = tiny_model("7", hidden_size=2 * size, head_size=size), random_tokens(39, 2)
     found, there = (lifted(model, s, 16, input_ids=ids) for s in ("reversible", "checkpoint"))
     assert_same_bits(found, there)
     assert_agree(found, lifted(model, "reversible", 16, "whole", input_ids=ids))

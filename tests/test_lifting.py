@@ -20,6 +20,7 @@ from rwkv_rev.reversal.lifting import (
     _own_bits,
     exact_bits,
 )
+from rwkv_rev.reversal.pivoting import factor
 from rwkv_rev.wkv import wkv7, wkv7_transition
 
 PROPERTIES = settings(
@@ -150,6 +151,27 @@ def test_states_are_as_near_to_float64_as_those_of_float32(length: int) -> None:
         errors = torch.maximum(errors, found / exact.norm())
     assert errors[0] <= errors[1]
     assert errors[1] <= 1e-6
+
+
+@pytest.mark.parametrize("size", [16, 33, 64])
+@pytest.mark.parametrize("kind", [*KINDS, "singular"])
+def test_factors(kind: str, size: int) -> None:
+    """Of P, rows and columns in order; no entry of a shear is over 1, whatever P is: sums have room for no more."""
+    generator = torch.Generator().manual_seed(size)
+    matrix = wkv7_transition(*tokens(kind, size, 64, generator))[0].double()
+    if kind == "singular":
+        matrix[0, 0] = 0
+        matrix[0, 1, :, 3:] = 0
+        matrix[1, 0, 5:] = 2 * matrix[1, 0, 5:6]
+    found, wanted = factor(matrix.flatten(0, 1)), matrix.flatten(0, 1)
+    one = torch.eye(size, dtype=torch.float64)
+    product = (one + found.lower) @ (found.diagonal[..., None] * (one + found.upper))
+    for number, (rows, columns) in enumerate(zip(found.rows, found.columns, strict=True)):
+        assert sorted(rows.tolist()) == sorted(columns.tolist()) == list(range(size))
+        error = (product[number] - wanted[number][rows][:, columns]).abs().max()
+        assert float(error) <= 1e-14 * float(wanted[number].abs().max())
+    assert torch.equal(found.lower, found.lower.tril(-1)) and torch.equal(found.upper, found.upper.triu(1))
+    assert max(float(shear.abs().max()) for shear in (found.lower, found.upper)) <= 1
 
 
 def test_sums_do_not_depend_on_their_order() -> None:
