@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 from bptt_cases import VERSIONS, checkpoint_blocks, random_like, random_state, random_tokens, relative_error
-from test_borders import OTHERS, assert_states, borders_of, model_of
+from test_borders import OTHER_ROWS as ROWS
+from test_borders import OTHERS, TOKENS, assert_states, borders_of, masked_rows, model_of
 from torch import Tensor
 
 from rwkv_rev.document_ends import DocumentEnds
@@ -13,7 +14,6 @@ from rwkv_rev.errors import StrategyError
 from rwkv_rev.modeling import RwkvRevForCausalLM
 from rwkv_rev.state import ModelState
 
-ROWS = [[13, 1, 1, 22, 7, 16], [60], [20, 4, 36]]
 STRATEGIES = ("full", "checkpoint", "reversible", "truncated")
 
 
@@ -21,10 +21,8 @@ def batch(model: RwkvRevForCausalLM) -> dict[str, Any]:
     """Left padding, holes (over a border, too), right padding; a row without borders; rows that go on from a state."""
     at = borders_of(*ROWS)
     at[1, 0] = at[2, 0] = False
-    mask = torch.ones(3, 60, dtype=torch.long)
-    mask[0, :5], mask[0, 35:40], mask[1, 50:], mask[2, 9:12], mask[2, 20:24] = 0, 0, 0, 0, 0
-    state = random_state(model, 3)
-    return {"input_ids": random_tokens(60, batch=3), "attention_mask": mask, "borders": at, "state": state}
+    ids, mask = masked_rows()
+    return {"input_ids": ids, "attention_mask": mask, "borders": at, "state": random_state(model, 3)}
 
 
 def documents(given: dict[str, Any]) -> list[tuple[int, Tensor, bool]]:
@@ -57,7 +55,7 @@ def test_every_documents_final_state(name: str) -> None:
     given = batch(model)
     with torch.no_grad():
         expected = alone(model, given)
-    for length in (7, 60):
+    for length in (7, TOKENS):
         with torch.no_grad(), model.set_bptt("auto", chunk_length=length):
             assert_each(model(**given, return_document_states=True).document_states, expected, 1e-12)
             beside = model(**given, labels=given["input_ids"], return_document_states=True)
@@ -89,7 +87,7 @@ def test_a_row_in_parts(name: str, strategy: str) -> None:
 
 @pytest.mark.parametrize("name", ["4", "5.2", "6", "7"])
 def test_in_float32(name: str) -> None:
-    lengths, ids = ROWS[0], random_tokens(60)
+    lengths, ids = ROWS[0], random_tokens(TOKENS)
     model = model_of(name, torch.float32)
     with torch.no_grad():
         expected = [model(part).state for part in ids.split(lengths, dim=1)]
@@ -121,7 +119,7 @@ def test_a_loss_on_final_states(name: str) -> None:
 
 
 def test_their_gradient_beside_a_loss_is_refused() -> None:
-    model, ids = model_of("5.2"), random_tokens(60)
+    model, ids = model_of("5.2"), random_tokens(TOKENS)
     for strategy in STRATEGIES:
         with model.set_bptt(strategy, chunk_length=16):
             output = model(ids, labels=ids, borders=borders_of(ROWS[0]), return_document_states=True)

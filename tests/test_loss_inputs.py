@@ -14,6 +14,7 @@ from bptt_cases import (
     relative_error,
     tiny_model,
 )
+from pairwise import every_two
 from torch import Tensor, nn
 
 import rwkv_rev
@@ -37,9 +38,10 @@ def gradients_of(
 # --- one tensor, several roles ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("factor", [1.0, 0.25, 4.0])
-@pytest.mark.parametrize("strategy", ["auto", "checkpoint", "reversible"])
-@pytest.mark.parametrize("version", ["4", "5.2"])
+@pytest.mark.parametrize(
+    ("strategy", "factor", "version"),
+    every_two(["auto", "checkpoint", "reversible"], [1.0, 0.25, 4.0], ["4", "5.2"]),
+)
 def test_one_tensor_as_both_shifts(version: str, strategy: str, factor: float) -> None:
     model, ids = tiny_model(version, dtype=torch.float64), random_tokens(27, batch=2)
     state = random_state(model, 2)
@@ -50,9 +52,12 @@ def test_one_tensor_as_both_shifts(version: str, strategy: str, factor: float) -
     assert relative_error(found, expected) <= AGREE
 
 
-@pytest.mark.parametrize("factor", [1.0, 0.25])
-@pytest.mark.parametrize("strategy", ["auto", "checkpoint", "reversible", "truncated"])
-@pytest.mark.parametrize("role", ["state", "inputs_embeds", "both"])
+@pytest.mark.parametrize(
+    ("strategy", "role", "factor"),
+    every_two(
+        ["auto", "checkpoint", "reversible", "truncated"], ["state", "inputs_embeds", "both"], [1.0, 0.25]
+    ),
+)
 def test_a_parameter_that_is_given_as_an_input(role: str, strategy: str, factor: float) -> None:
     """It is a parameter of the model, of which nothing else is made, and it is the state or the embeddings."""
     model = tiny_model("5.2", dtype=torch.float64)
@@ -100,9 +105,10 @@ def test_the_embedding_matrix_given_as_embeddings(strategy: str) -> None:
 
 
 @pytest.mark.parametrize("with_state", [False, True], ids=["empty", "state"])
-@pytest.mark.parametrize("trailing", [0, 1, 9])
-@pytest.mark.parametrize("length", [9, 16, 17, 25])
-@pytest.mark.parametrize("strategy", ["checkpoint", "reversible", "truncated"])
+@pytest.mark.parametrize(
+    ("length", "strategy", "trailing"),
+    every_two([9, 16, 17, 25], ["checkpoint", "reversible", "truncated"], [0, 1, 9]),
+)
 def test_embeddings_whose_last_chunk_has_no_target(
     strategy: str, length: int, trailing: int, with_state: bool
 ) -> None:
@@ -124,22 +130,21 @@ def test_embeddings_whose_last_chunk_has_no_target(
 
 
 @pytest.mark.parametrize("strategy", EXACT)
-@pytest.mark.parametrize("junk", [torch.inf, -torch.inf, torch.nan])
-def test_whatever_stands_at_masked_places(strategy: str, junk: float) -> None:
+def test_whatever_stands_at_masked_places(strategy: str) -> None:
     model = tiny_model("5.2")
     embeds = torch.randn(2, 27, 16, generator=torch.Generator().manual_seed(3))
     mask = torch.ones(2, 27, dtype=torch.int64)
     mask[0, :9], mask[1, 12:15] = 0, 0
     labels = random_tokens(27, batch=2)
     outcomes: list[Outcome] = []
-    for value in (0.0, junk):
+    for value in (0.0, torch.inf, -torch.inf, torch.nan):
         given = embeds.masked_fill(mask[..., None] == 0, value).requires_grad_()
         inputs = {"inputs_embeds": given, "attention_mask": mask, "labels": labels}
         outcomes.append(differentiate(model, strategy, CHUNK, **inputs))
         assert given.grad is None or given.grad.isfinite().all()
         with torch.no_grad():
             assert model(inputs_embeds=given, attention_mask=mask).logits[mask.bool()].isfinite().all()
-    assert_agree(outcomes[1], outcomes[0], 0.0)
+        assert_agree(outcomes[-1], outcomes[0], 0.0)
 
 
 # --- shapes and numbers ----------------------------------------------------------------------------------------------

@@ -20,10 +20,12 @@ from oracle_cases import (
     FLOAT32,
     FLOAT64,
     LABELS,
+    LENGTH,
     MASKS,
     STATES,
     Question,
     Subject,
+    ask,
     case_of,
     make,
     seeded,
@@ -38,7 +40,7 @@ from rwkv_rev.loss import IGNORE
 
 VERSIONS = ("4", "5.2", "6", "7")
 STRATEGIES = ("full", "checkpoint", "reversible", "truncated", "auto")
-CHUNKS = (7, 8, 16, 21, 22, 23)
+CHUNKS = (7, 8, 16, LENGTH - 1, LENGTH, LENGTH + 1)
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +64,7 @@ def random_weights(shape: torch.Size | tuple[int, ...], seed: int = 9) -> Tensor
 # --- against the oracle -------------------------------------------------------------------------------------------
 
 TABLE = [
-    (name, mask, STATES[(i + j) % 3], LABELS[(2 * i + j) % len(LABELS)], i + 3 * j)
+    (name, mask, STATES[(i + j) % 3], LABELS[(2 * i + j) % len(LABELS)], i // 2 + j // 2 + 2 * (i + j))
     for i, name in enumerate(VERSIONS)
     for j, mask in enumerate(MASKS)
     if (i + j) % 2 == 0
@@ -73,20 +75,22 @@ TABLE = [
 def test_gradients(
     subject: Callable[[str], Subject], name: str, mask: str, state: str, labels: str, turn: int
 ) -> None:
-    """Every strategy, with masks, states, embeddings, divisors, in chunks that divide the context and that do not."""
+    """Two strategies each in float32, and all but one in float64 in turn; with masks, states, embeddings, divisors."""
     one = subject(name)
     case = case_of(one, mask, labels, state, embedded=turn % 2 == 1, divisor=(None, 7.0)[turn % 2])
     question = Question(one, replace(case, weights=random_weights(case.labels.shape)))
-    plain = Question(one, case)
-    assert labels == "one" or abs(question.answer.loss - plain.answer.loss) > 1e-4 * plain.answer.loss
+    plain = ask(one.float64, case, "full", LENGTH).loss
+    assert labels == "one" or abs(question.answer.loss - plain) > 1e-4 * plain
     chunks = [CHUNKS[(turn + step) % len(CHUNKS)] for step in range(4)]
-    for strategy, chunk in zip(("full", "checkpoint", "reversible", "auto"), chunks, strict=True):
-        question.check(strategy, chunk, FLOAT32)
+    for number, strategy in enumerate(("full", "checkpoint", "auto", "reversible")):
+        if (turn + number) % 2 == 0:
+            question.check(strategy, chunks[number], FLOAT32)
     question.check("full", chunks[0], FLOAT64, torch.float64)
-    strategy = ("checkpoint", "reversible")[turn % 2]
+    strategy = ("reversible", "checkpoint")[turn % 2]
     question.check(strategy, chunks[3], FLOAT64, torch.float64)
-    truncated = Question(one, replace(question.case, cut=7))
-    truncated.check("truncated", 7, FLOAT64, torch.float64)
+    if turn % 2 == 0:
+        truncated = Question(one, replace(question.case, cut=7))
+        truncated.check("truncated", 7, FLOAT64, torch.float64)
 
 
 @pytest.mark.parametrize("at_once", [1, 256 * 5])

@@ -53,6 +53,10 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Subject
     return get
 
 
+CUT = ("none", "holes", "documents")
+"""Masks of ``truncated``: two of them for each model."""
+
+
 # --- the table --------------------------------------------------------------------------------------------------
 
 
@@ -95,40 +99,45 @@ def test_random_models(
     question.check(strategy, chunks[3], FLOAT64, torch.float64)
 
 
-@pytest.mark.parametrize("name", RANDOM)
+@pytest.mark.parametrize("name", ["4", "5.0", "5.2", "6", "7"])
 def test_single_steps(subject: Callable[[str], Subject], name: str) -> None:
     """Chunks of one token, among them chunks that are masked altogether."""
     question = Question(subject(name), case_of(subject(name), "documents", "all", "given, with objective"))
     question.check("reversible", 1, FLOAT32)
 
 
-HARD = [("none", "none", "all"), ("documents", "given, with objective", "scattered")]
-
-
-@pytest.mark.parametrize(("mask", "state", "labels"), HARD)
 @pytest.mark.parametrize("name", TRAINED)
-def test_trained_models(
-    subject: Callable[[str], Subject], name: str, mask: str, state: str, labels: str
-) -> None:
-    """Trained decays, mixes outside [0, 1], and another GroupNorm."""
+def test_trained_models(subject: Callable[[str], Subject], name: str) -> None:
+    """Trained decays, mixes outside [0, 1], and another GroupNorm; in the hardest case."""
     one = subject(f"{name}, {DEPTH} layers")
-    question = Question(one, case_of(one, mask, labels, state))
+    question = Question(one, case_of(one, "documents", "scattered", "given, with objective"))
     for strategy, chunk in (("full", 8), ("checkpoint", 7), ("reversible", 8), ("auto", LENGTH - 1)):
         question.check(strategy, chunk, FLOAT32)
     question.check("full", 8, FLOAT64, torch.float64)
     question.check("reversible", 16, FLOAT64, torch.float64)
 
 
+@pytest.mark.parametrize("version", ["4", "5.2", "6", "7"])
+def test_trained_models_with_nothing_else(subject: Callable[[str], Subject], version: str) -> None:
+    """Whole rows and every label."""
+    one = subject(f"bundled {version}, {DEPTH} layers")
+    question = Question(one, case_of(one, "none", "all", "none"))
+    for strategy, chunk in (("full", 8), ("checkpoint", 7), ("reversible", 8)):
+        question.check(strategy, chunk, FLOAT32)
+    question.check("reversible", 16, FLOAT64, torch.float64)
+
+
 def test_a_longer_context(subject: Callable[[str], Subject]) -> None:
     """The two lowest layers of a trained model, over more tokens than most of their channels remember."""
     one = subject("bundled 5.2, 2 layers")
-    question = Question(one, case_of(one, "holes", "all", "given, with objective", length=420))
-    for strategy, chunk in (("full", 420), ("checkpoint", 96), ("reversible", 96)):
+    question = Question(one, case_of(one, "holes", "all", "given, with objective", length=140))
+    for strategy, chunk in (("full", 140), ("checkpoint", 32), ("reversible", 32)):
         question.check(strategy, chunk, FLOAT32)
 
 
-@pytest.mark.parametrize("mask", ["none", "holes", "documents"])
-@pytest.mark.parametrize("name", RANDOM)
+@pytest.mark.parametrize(
+    ("name", "mask"), [(name, mask) for i, name in enumerate(RANDOM) for mask in (CUT[i % 3], CUT[i % 3 - 1])]
+)
 def test_truncated(subject: Callable[[str], Subject], name: str, mask: str) -> None:
     """``truncated`` is the gradient that stops at chunk borders, to the same precision."""
     one = subject(name)

@@ -63,8 +63,14 @@ def same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
         assert tensor.dtype == right[name].dtype and torch.equal(tensor, right[name]), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("version", TUNED)
+@pytest.mark.parametrize(
+    ("version", "dtype"),
+    [
+        *((version, torch.float32) for version in TUNED),
+        *((version, dtype) for version in ("5.2", "7") for dtype in (torch.bfloat16, torch.float64)),
+    ],
+    ids=str,
+)
 def test_into_a_folder_and_out(
     models: dict[str, Path], tmp_path: Path, version: str, dtype: torch.dtype
 ) -> None:
