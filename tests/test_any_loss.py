@@ -31,7 +31,7 @@ from rwkv_rev.errors import ReversalMismatchError, StrategyError
 # peft still uses names that transformers renamed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-IDS = random_tokens(27, batch=2)
+IDS = random_tokens(20, batch=2)
 CHUNK = 8
 
 
@@ -87,9 +87,9 @@ def test_gradients_are_those_of_full(version: str, strategy: str, case: str) -> 
 
 
 @pytest.mark.parametrize("version", ["4", "5.2"])
-def test_the_same_bits_as_the_models_own_loss(version: str, bundled: dict[str, Path]) -> None:
+def test_the_same_bits_as_the_models_own_loss(version: str, shallow: dict[str, Path]) -> None:
     """The cross-entropy of the hidden states, computed outside: what each chunk gets is what it computes itself."""
-    model, ids = load(bundled[version]), english(300)
+    model, ids = load(shallow[version]), english(150)
     parameters = list(model.model.parameters())
     with model.set_bptt("reversible", chunk_length=64):
         own = model(ids, labels=ids)
@@ -118,8 +118,8 @@ def stored(model: RwkvRevForCausalLM, length: int) -> int:
 def test_only_the_hidden_states_grow() -> None:
     model = tiny_model("5.2").model
     model.bptt = replace(model.bptt, strategy="reversible", chunk_length=CHUNK)
-    short, long = stored(model, 64), stored(model, 640)
-    assert long - short <= 2 * (640 - 64) * model.config.hidden_size * 4
+    short, long = stored(model, 40), stored(model, 200)
+    assert long - short <= 2 * (200 - 40) * model.config.hidden_size * 4
 
 
 @pytest.mark.parametrize("strategy", ["reversible", "checkpoint"])
@@ -144,12 +144,12 @@ def test_dropout_draws_the_same_in_both_sweeps(strategy: str) -> None:
         for sign in (1, -1):
             with torch.no_grad():
                 for parameter, g in zip(trained, found, strict=True):
-                    parameter.add_(sign * 1e-2 * g / norm)
+                    parameter.add_(sign * 2e-3 * g / norm)
                 torch.manual_seed(5)
                 losses.append(objective(_grad_free(model)))
                 for parameter, g in zip(trained, found, strict=True):
-                    parameter.sub_(sign * 1e-2 * g / norm)
-    slope = (losses[0] - losses[1]) / 2e-2
+                    parameter.sub_(sign * 2e-3 * g / norm)
+    slope = (losses[0] - losses[1]) / 4e-3
     assert float(slope) == pytest.approx(float(norm), rel=0.02)
 
 
@@ -160,7 +160,7 @@ def _grad_free(model: Any) -> Tensor:
 def test_two_contexts_before_either_gradient() -> None:
     """As in DPO: chosen and rejected are read, then one loss of both."""
     model = tiny_model("5.2")
-    other = random_tokens(27, batch=2, seed=9)
+    other = random_tokens(20, batch=2, seed=9)
     parameters = list(model.parameters())
 
     def loss(first: Tensor, second: Tensor) -> Tensor:
@@ -234,7 +234,7 @@ def test_a_second_gradient_is_refused(model: RwkvRevForCausalLM) -> None:
         torch.autograd.grad(loss, model.model.ln0.weight, create_graph=True)
 
 
-@pytest.mark.parametrize("call", range(2 * 4))
+@pytest.mark.parametrize("call", range(2 * 3))
 def test_a_fault_in_either_sweep_is_found(model: RwkvRevForCausalLM, call: int) -> None:
     """Every chunk is computed twice here, the last one too."""
     seen = [0]
@@ -250,7 +250,7 @@ def test_a_fault_in_either_sweep_is_found(model: RwkvRevForCausalLM, call: int) 
     assert seen[0] > call
 
 
-@pytest.mark.parametrize("call", range(2 * 4))
+@pytest.mark.parametrize("call", range(2 * 3))
 def test_a_fault_in_the_final_norm_is_found(model: RwkvRevForCausalLM, call: int) -> None:
     """It, too, is computed for the hidden states that are handed out, and again for their gradient."""
     seen = [0]
@@ -328,7 +328,7 @@ def test_hidden_states_on_the_host_give_the_same_bits() -> None:
     """The loss is computed in pieces of them; T D numbers less are on the device, two times."""
     model = tiny_model("5.2")
     state = random_state(model, 2, learned=True)
-    targets = random_tokens(27, batch=2, seed=5)
+    targets = random_tokens(20, batch=2, seed=5)
     found = []
     for place in ("device", "host"):
         with model.set_bptt("reversible", chunk_length=CHUNK, hidden_states=place):
@@ -364,7 +364,7 @@ def test_logits_of_hidden_states_on_the_host(model: RwkvRevForCausalLM) -> None:
         ) as error:
             model(IDS)
         assert "\n" not in str(error.value)
-        for kept in (CHUNK, torch.tensor([3, 20, 26])):
+        for kept in (CHUNK, torch.tensor([3, 12, 19])):
             logits = model(IDS, logits_to_keep=kept).logits
             found = torch.autograd.grad(objective(logits.repeat(1, 3, 1)), list(model.parameters()))
             with model.set_bptt("reversible", hidden_states="device"):

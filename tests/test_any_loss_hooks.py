@@ -1,11 +1,13 @@
 """Hooks that change an output, in both sweeps of a loss of one's own: heard in every chunk, wherever they are."""
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from bptt_cases import random_tokens, relative_error, tiny_model
+from pairwise import every_two
 from torch import Tensor, nn
 
 from rwkv_rev import RwkvRevForCausalLM, position_wise
@@ -59,11 +61,13 @@ def outcome(model: RwkvRevForCausalLM, strategy: str) -> dict[str, Tensor]:
     return found | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("trained", [False, True], ids=["constant", "trained"])
-@pytest.mark.parametrize("kind", ["output", "input"])
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("version", ["4", "5.2"])
-def test_heard_in_every_chunk(version: str, place: str, kind: str, trained: bool) -> None:
+@pytest.mark.parametrize(
+    ("place", "hook", "version"),
+    every_two(PLACES, product(("output", "input"), ("constant", "trained")), ("4", "5.2")),
+)
+def test_heard_in_every_chunk(place: str, hook: tuple[str, str], version: str) -> None:
+    """Every two of a place, a kind of hook and a version meet."""
+    kind, trained = hook[0], hook[1] == "trained"
     model = hooked(version, place, kind, trained)
     expected = outcome(model, "full")
     assert ("model.gain" in expected) == (trained and (kind, place) != ("input", "embeddings"))
@@ -79,10 +83,12 @@ def detached(value: Any) -> Any:
     return (value[0].detach(), *value[1:]) if isinstance(value, tuple) else value.detach()
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["the model's loss", "a loss of one's own"])
-@pytest.mark.parametrize("strategy", ["reversible", "checkpoint"])
-@pytest.mark.parametrize("place", [place for place in PLACES if place != "head"])
+@pytest.mark.parametrize(
+    ("place", "strategy", "own"),
+    every_two([place for place in PLACES if place != "head"], ["reversible", "checkpoint"], [True, False]),
+)
 def test_what_a_hook_detaches_gets_no_gradient(place: str, strategy: str, own: bool) -> None:
+    """With the model's own loss, or another: every two of a place, a strategy and a loss meet."""
     model = tiny_model("5.2", dtype=torch.float64)
     hook = position_wise(lambda module, given, output: detached(output))
     PLACES[place](model).register_forward_hook(hook)

@@ -19,7 +19,7 @@ from rwkv_rev.errors import ReversalMismatchError, StrategyError
 from rwkv_rev.foreign_code import strangers
 
 CHUNK = 8
-IDS = random_tokens(27, batch=2)
+IDS = random_tokens(20, batch=2)
 CHUNKED = ("checkpoint", "reversible", "truncated")
 
 AGREE = 1e-10
@@ -31,16 +31,11 @@ def model_of(version: str = "5.2") -> RwkvRevForCausalLM:
 
 
 def assert_like_full(model: RwkvRevForCausalLM, **inputs: Any) -> Outcome:
-    """Both exact strategies, in two and in four chunks, agree with ``full``, whose outcome at the longest it gives.
-
-    Four have all borders that three have: after a first chunk, between inner ones, before a last.
-    """
-    for length in (10, 27):
-        full = differentiate(model, "full", input_ids=IDS[:, :length], **inputs)
-        for strategy in ("checkpoint", "reversible"):
-            assert_agree(
-                differentiate(model, strategy, CHUNK, input_ids=IDS[:, :length], **inputs), full, AGREE
-            )
+    """Both exact strategies, in a first, an inner and a shorter last chunk, agree with ``full``, whose outcome it
+    gives."""
+    full = differentiate(model, "full", input_ids=IDS, **inputs)
+    for strategy in ("checkpoint", "reversible"):
+        assert_agree(differentiate(model, strategy, CHUNK, input_ids=IDS, **inputs), full, AGREE)
     return full
 
 
@@ -70,12 +65,13 @@ PLACES = [
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_declared_hook_is_heard_everywhere(version: str, place: str) -> None:
     model = model_of(version)
-    plain = differentiate(model, "full", input_ids=IDS)
+    with torch.no_grad():
+        plain = model(IDS, labels=IDS).loss
     model.model.get_submodule(place).register_forward_hook(
         rwkv_rev.position_wise(lambda *given: steer(*given))
     )
     full = assert_like_full(model)
-    assert abs(float(full.loss - plain.loss)) > 1e-4
+    assert abs(float(full.loss - plain)) > 1e-4
     with torch.no_grad():
         for strategy in ("full", "auto", "reversible", "truncated"):
             with model.set_bptt(strategy, chunk_length=CHUNK):
@@ -335,7 +331,7 @@ def test_neftune_adds_to_a_chunk_what_it_adds_to_the_whole(monkeypatch: pytest.M
     from transformers.integrations.neftune import neftune_post_forward_hook
 
     model = model_of()
-    whole = torch.rand(2, 27, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    whole = torch.rand(2, 20, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     place = itertools.count()
     starts: list[int] = []
 
@@ -349,14 +345,14 @@ def test_neftune_adds_to_a_chunk_what_it_adds_to_the_whole(monkeypatch: pytest.M
     starts = [0]
     full = differentiate(model, "full", input_ids=IDS)
     for strategy in ("checkpoint", "reversible"):
-        place, starts = itertools.count(), [0, 8, 16, 24, 16, 8, 0]
+        place, starts = itertools.count(), [0, 8, 16, 8, 0]
         assert_agree(
             differentiate(model, strategy, CHUNK, input_ids=IDS), full, 1e-6
         )  # the hook scales in float32
     assert model.model.embeddings.neftune_noise_alpha == 5
-    place, starts = itertools.count(), [0, 8, 16, 24]
+    place, starts = itertools.count(), [0, 8, 16]
     differentiate(model, "truncated", CHUNK, input_ids=IDS)
-    assert next(place) == 4
+    assert next(place) == 3
 
 
 @pytest.mark.parametrize("place", ["model.blocks.0.time_mix.key", "head"])
