@@ -278,7 +278,8 @@ def test_the_folder_appears_only_if_verification_passes(
 
 
 @pytest.mark.parametrize("name", BUNDLED)
-def test_bundled_checkpoints_verify(tmp_path: Path, name: str) -> None:
+def test_bundled_checkpoints_verify(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rwkv_rev.conversion.VERIFY_TOKENS", 40)
     result = convert(f"bundled:{name}", tmp_path / "model", verify=True)
     assert result.verification.passed
     assert "PASS" in (tmp_path / "model" / "README.md").read_text()

@@ -212,7 +212,9 @@ def test_leftover(look: Any, name: str, meaning: str) -> None:
 @pytest.mark.parametrize("hugging_face", [False, True], ids=["blinkdl", "hf"])
 def test_any_missing_tensor_is_named(look: Any, version: str, hugging_face: bool) -> None:
     state = (hf_state_dict if hugging_face else blinkdl_state_dict)(version)
-    for name in list(state):
+    for name in state:
+        if hugging_face and ".1." in name and name.replace(".1.", ".0.") in state:
+            continue  # as in the other layout
         without = {key: tensor for key, tensor in state.items() if key != name}
         message = refused(look, without, quick=True)
         assert f"missing {name}" in message
@@ -241,6 +243,8 @@ def test_any_wrong_shape_is_named(look: Any, version: str) -> None:
     for name, tensor in state.items():
         if name.endswith("ffn.key.weight") and name.startswith("blocks.0"):
             continue  # defines F: the others are blamed
+        if version != "5.2" and ".1." in name and name.replace(".1.", ".0.") in state:
+            continue  # as in 5.2
         if version == "7" and name.endswith(("0.att.w1", "0.att.a1", "1.att.v1", "0.att.g1")):
             continue  # defines a rank
         if version == "6" and name.endswith("0.att.time_decay_w1"):
@@ -401,11 +405,13 @@ def test_rwkv6_in_the_layout_of_fla(look: Any) -> None:
     assert (found.layer_norm_epsilon, found.group_norm_epsilon) == (1e-5, 64e-5)
     for name in list(fla_state_dict_of_6()):
         without = {key: tensor for key, tensor in fla_state_dict_of_6().items() if key != name}
-        assert f"missing {name}" in refused(look, without)
+        assert f"missing {name}" in refused(look, without, quick=True)
     halved = fla_state_dict_of_6() | {"model.layers.0.attn.k_proj.linear.weight": torch.zeros(16, 32)}
-    assert "k_proj.linear.weight is [16, 32] instead of [32, 32]" in refused(look, halved)  # expand_k = 0.5
+    assert "k_proj.linear.weight is [16, 32] instead of [32, 32]" in refused(
+        look, halved, quick=True
+    )  # expand_k = 0.5
     with pytest.raises(CheckpointError, match=r"attn = .*only None is understood"):
-        look(fla_state_dict_of_6(), {"attn": {"layers": [1]}})
+        look(fla_state_dict_of_6(), {"attn": {"layers": [1]}}, quick=True)
 
 
 @pytest.mark.parametrize(("D", "head_size"), [(32, 8), (64, 64), (16, 4)])

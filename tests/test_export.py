@@ -15,6 +15,7 @@ from foreign import (
     hf_state_dict,
     packed_state_dict,
 )
+from pairwise import every_two
 from safetensors.torch import load_file, save_file
 
 from rwkv_rev.architectures.registry import architecture
@@ -59,10 +60,11 @@ def test_both_names_of_the_bonus_come_back(tmp_path: Path, bonus: str) -> None:
     same_bits(original, torch.load(tmp_path / "b.pth", weights_only=True))
 
 
-@pytest.mark.parametrize("kind", ["bin", "safetensors"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(
+    ("version", "dtype", "kind"), every_two(VERSIONS, DTYPES, ("bin", "safetensors")), ids=str
+)
 def test_hugging_face_comes_back(tmp_path: Path, version: str, dtype: torch.dtype, kind: str) -> None:
+    """Every two of a version, a dtype and a kind of file meet."""
     original = hf_state_dict(version, dtype=dtype, **SIZES)
     source = tmp_path / "source"
     source.mkdir()

@@ -34,8 +34,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 # trl still uses names that transformers 5 renamed
 pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing.* is deprecated:FutureWarning")
 
-CHUNK, STEPS, RATE = 30, 3, 0.01
-LENGTHS = (84, 50, 70, 45)
+CHUNK, STEPS, RATE = 20, 2, 0.01
+LENGTHS = (56, 44, 50, 42)
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' }}{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ message['content'] + '\\n' }}{% endgeneration %}"
@@ -248,7 +248,7 @@ def test_sft(
     shallow: dict[str, Path],
     tmp_path: Path,
 ) -> None:
-    """Losses and gradients of three steps, with activation checkpointing, which trl switches on."""
+    """Losses and gradients of some steps, with activation checkpointing, which trl switches on."""
     rows, ids, labels = columns(kind, tokenizer)
     if kind == "assistant" and trainer is SFTTrainer:
         tokenizer = fast_tokenizer()  # beside ours
@@ -291,9 +291,9 @@ def test_wrapped_packing_is_one_context(
     shallow: dict[str, Path],
     tmp_path: Path,
 ) -> None:
-    """Texts one after another, cut every 128 tokens: one state runs through each row."""
+    """Texts one after another, cut every 64 tokens: one state runs through each row."""
     stream = [token for row in columns("text", tokenizer)[1] for token in row]
-    rows = [stream[start : start + 128] for start in range(0, len(stream), 128)]
+    rows = [stream[start : start + 64] for start in range(0, len(stream), 64)]
     made, steps = sft(
         trainer,
         model,
@@ -301,7 +301,7 @@ def test_wrapped_packing_is_one_context(
         tmp_path,
         packing=True,
         packing_strategy="wrapped",
-        max_length=128,
+        max_length=64,
         max_steps=1,
     )
     expected, wanted = loop(shallow["5.2"], rows, rows)
@@ -330,9 +330,9 @@ def test_packed_documents_begin_anew(
     """All texts in one row: the loss and the gradients of each in a row of its own."""
     ids = columns("text", tokenizer)[1]
     assert sum(map(len, ids)) <= 1024
-    made, steps = sft(trainer, model, tokenizer, tmp_path, **options)
+    made, steps = sft(trainer, model, tokenizer, tmp_path, max_steps=1, **options)
     expected, wanted = loop(shallow["5.2"], ids, ids)
-    assert losses(made) == pytest.approx(expected, rel=1e-5)
+    assert losses(made) == pytest.approx(expected[:1], rel=1e-5)
     assert_same_steps(steps, wanted)
 
 
@@ -500,7 +500,7 @@ def test_dpo_of_conversations(model: RwkvRevForCausalLM, shallow: dict[str, Path
 def test_dpo(
     model: RwkvRevForCausalLM, tokenizer: PreTrainedTokenizerBase, shallow: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Losses and gradients of three steps; the reference is loaded by its path, as trl does."""
+    """Losses and gradients of some steps; the reference is loaded by its path, as trl does."""
     chosen, rejected = texts()[:2], texts()[2:]
     rows = [
         {"prompt": yes[:40], "chosen": yes[40:], "rejected": no[40:]}
