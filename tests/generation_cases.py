@@ -15,7 +15,7 @@ from rwkv_rev import RwkvRevForCausalLM, position_wise
 from rwkv_rev.cache import CACHE_NAME, RwkvRevCache
 from rwkv_rev.cells.block import Block
 
-LENGTH, NEW = 11, 8
+LENGTH, NEW = 11, 5
 EACH_ONCE = [LENGTH] + [1] * (NEW - 1)
 """Tokens that a block sees, call by call, when each is read once."""
 GREEDY = {"do_sample": False, "eos_token_id": None}

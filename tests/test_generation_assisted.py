@@ -26,7 +26,7 @@ def assisted_rounds(lengths: list[int], drafts: int) -> list[int]:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_assistant_that_is_always_right(version: str, with_state: bool) -> None:
     """Drafts are read at once, and nothing is read twice."""
-    model, prompt, new = evaluated(version), random_tokens(LENGTH), 16
+    model, prompt, new = evaluated(version), random_tokens(LENGTH), 10
     assistant, state = evaluated(version), None
     drafting(assistant, 5)
     if with_state:  # which the assistant is not told of: it is an assistant that begins as the model goes on
@@ -44,7 +44,7 @@ def test_assistant_that_is_always_right(version: str, with_state: bool) -> None:
 @pytest.mark.parametrize("kind", ["other weights", "other architecture", "prompt lookup"])
 def test_assistants_that_are_often_wrong(kind: str) -> None:
     """What was rejected leaves no trace; what was accepted is read at most twice."""
-    model, prompt, new = evaluated(), random_tokens(LENGTH), 30
+    model, prompt, new = evaluated(), random_tokens(LENGTH), 16
     torch.manual_seed(0)
     if kind == "prompt lookup":
         options: dict[str, Any] = {"prompt_lookup_num_tokens": 4}
@@ -71,7 +71,7 @@ def test_assistant_of_another_model() -> None:
     """An RWKV model drafts for a transformer, and reads each token once but for what was rejected."""
     target, assistant, prompt = tiny_llama(), evaluated(), random_tokens(LENGTH)
     drafting(assistant, 4)
-    options = {**GREEDY, "max_new_tokens": 20}
+    options = {**GREEDY, "max_new_tokens": 12}
     with reading(assistant) as lengths:
         found = target.generate(prompt, **options, assistant_model=assistant)
     assert torch.equal(found, target.generate(prompt, **options))
