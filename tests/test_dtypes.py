@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from bptt_cases import VERSIONS, random_tokens, tiny_model
+from pairwise import every_two
 from transformers import AutoModel, AutoModelForCausalLM
 
 from rwkv_rev import RwkvRevForCausalLM
@@ -16,13 +17,14 @@ def dtypes_of(model: torch.nn.Module) -> dict[str, torch.dtype]:
     return {name: parameter.dtype for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "apart"])
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "version", "tied"), every_two(DTYPES, VERSIONS, (True, False)), ids=str)
 def test_construction_gives_what_loading_gives(
     tmp_path: Path, dtype: torch.dtype, version: str, tied: bool
 ) -> None:
-    """Decays act through a double exponential: they stay float32, or float64 in a float64 model."""
+    """Decays act through a double exponential: they stay float32, or float64 in a float64 model.
+
+    Every two of a dtype, a version and whether the head is the embedding meet.
+    """
     model = tiny_model(version, tie_word_embeddings=tied)
     if version != "4":
         model.add_initial_state()

@@ -24,10 +24,10 @@ def text(tokens: int) -> torch.Tensor:
     return torch.tensor(list(default_text().encode()[:tokens]))
 
 
-@pytest.mark.parametrize("chunk", [48, 100], ids=lambda chunk: f"C{chunk}")
-def test_bundled_models_pass(model: RwkvRevForCausalLM, chunk: int) -> None:
+def test_bundled_models_pass(model: RwkvRevForCausalLM) -> None:
+    """In two chunks and a shorter one."""
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    found = check_gradients(model, text(256), chunk=chunk)
+    found = check_gradients(model, text(120), chunk=48)
     assert found.passed, "\n".join(found.lines())
     by_name = {strategy.name: strategy for strategy in found.strategies}
     assert tuple(by_name) == STRATEGIES
@@ -76,7 +76,7 @@ def test_a_wrong_gradient_fails(model: RwkvRevForCausalLM, monkeypatch: pytest.M
         return loss, state, gradients
 
     monkeypatch.setattr(Reversible, "_sweep", wrong)
-    found = check_gradients(model, text(64), chunk=16)
+    found = check_gradients(model, text(40), chunk=16)
     assert not found.passed
     assert str(found.failure).startswith("reversible: the gradient is 2.0e-05 from the truth in float64")
     assert "gradients: FAIL, reversible" in "\n".join(found.lines())
@@ -95,7 +95,7 @@ def noisy() -> RwkvRevForCausalLM:
 
 def test_rounding_is_no_wrong_gradient(noisy: RwkvRevForCausalLM) -> None:
     """Two strategies may be as far apart as float32 is from float64, in which they agree."""
-    found = check_gradients(noisy, text(64), chunk=16)
+    found = check_gradients(noisy, text(40), chunk=16)
     assert found.passed, "\n".join(found.lines())
     for name in ("checkpoint", "reversible"):
         strategy = found.strategies[STRATEGIES.index(name)]
@@ -114,7 +114,7 @@ def test_a_wrong_gradient_of_the_size_of_the_rounding_fails(
         return loss, state, gradients
 
     monkeypatch.setattr(Reversible, "_sweep", wrong)
-    found = check_gradients(noisy, text(64), chunk=16)
+    found = check_gradients(noisy, text(40), chunk=16)
     assert re.match(r"reversible: the gradient is [12]\.\de-04 from the truth in float64", str(found.failure))
 
 

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 VERSIONS = ("4", "5.2", "6", "7")
 CHUNK = 17
-LENGTHS = (84, 50, 70, 45)
+LENGTHS = (56, 38, 48, 36)
 LORA = partial(LoraConfig, r=4, target_modules=["key", "value"])
 Make = Callable[[RwkvRevForCausalLM, Path, Path], Trainer]
 
