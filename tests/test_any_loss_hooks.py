@@ -64,6 +64,7 @@ def outcome(model: RwkvRevForCausalLM, strategy: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("place", "hook", "version"),
     every_two(PLACES, product(("output", "input"), ("constant", "trained")), ("4", "5.2")),
+    ids=str,
 )
 def test_heard_in_every_chunk(place: str, hook: tuple[str, str], version: str) -> None:
     """Every two of a place, a kind of hook and a version meet."""

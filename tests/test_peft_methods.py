@@ -31,7 +31,7 @@ IN_FLOAT32 = ("C3A", "DEFT", "FourierFT")
 OF_FLOAT32 = 1000
 """A factor on both tolerances for them."""
 CHUNK = 10
-"""A chunk length: three chunks and an uneven tail; before the text, virtual tokens move all borders."""
+"""A chunk length: three chunks, the last of them shorter. Virtual tokens before the text move the borders."""
 STRATEGIES = ("reversible", "checkpoint")
 WHOLE = 64
 """A chunk length for one piece."""
