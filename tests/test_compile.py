@@ -1,6 +1,7 @@
 """``torch.compile(model)``: the loss is computed as without it, whatever the backend and length."""
 
 import shutil
+from functools import cache
 from typing import Any
 
 import pytest
@@ -28,6 +29,12 @@ def fresh() -> None:
     torch.compiler.reset()
 
 
+@cache
+def of_the_model_itself(version: str, strategy: str, length: int) -> tuple[Any, Any]:
+    model = tiny_model(version)
+    return gradients(model, model, strategy, length)
+
+
 def gradients(model: nn.Module, inner: RwkvRevForCausalLM, strategy: str, length: int) -> tuple[Any, Any]:
     ids = random_tokens(length, batch=2)
     with inner.set_bptt(strategy, chunk_length=CHUNK):
@@ -44,8 +51,8 @@ def test_the_compiled_loss_is_the_loss(version: str, backend: str) -> None:
     model = tiny_model(version)
     compiled = torch.compile(model, backend=backend)
     for strategy in ("reversible", "checkpoint", "full", "truncated"):
-        for length in (8, 20, 33):
-            expected = gradients(model, model, strategy, length)
+        for length in (8, 20):
+            expected = of_the_model_itself(version, strategy, length)
             found = gradients(compiled, model, strategy, length)
             assert torch.equal(found[0], expected[0])
             for name, gradient in expected[1].items():
@@ -56,9 +63,9 @@ def test_compiled_logits() -> None:
     """Hidden states are compiled; inductor takes a minute for that, its loss is tested above."""
     model = tiny_model("5.2", num_hidden_layers=1)
     compiled = torch.compile(model, backend="aot_eager")
-    ids = random_tokens(20, batch=2)
+    ids = random_tokens(6, batch=2)
     mask = torch.ones_like(ids)
-    mask[0, :5] = 0
+    mask[0, :2] = 0
     for inputs in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": mask}):
         with torch.no_grad():
             torch.testing.assert_close(

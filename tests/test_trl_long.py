@@ -2,7 +2,7 @@
 
 import pydoc_data.topics
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoTokenizer
 
 from rwkv_rev import RwkvRevForCausalLM
@@ -37,8 +36,8 @@ class Peak(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        given = {leaf.untyped_storage().data_ptr() for leaf in _tensors((args, kwargs))}
-        for leaf in _tensors(result):
+        given = {leaf.untyped_storage().data_ptr() for leaf in _tensors((*args, *(kwargs or {}).values()))}
+        for leaf in _tensors((result,)):
             storage = leaf.untyped_storage()
             if storage.data_ptr() in given or storage in self._seen or leaf.shape[-1:] == (TRL_VOCABULARY,):
                 continue
@@ -52,8 +51,15 @@ class Peak(TorchDispatchMode):
         self.now -= size
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Those among them, and in lists and tuples of theirs. (PyTorch's ``tree_leaves`` takes as long as the models.)"""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(value)
+    return found
 
 
 def peak(model: RwkvRevForCausalLM, loss: Callable[[], Tensor]) -> tuple[int, list[Tensor]]:
