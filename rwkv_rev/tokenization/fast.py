@@ -72,7 +72,7 @@ def _backend(vocab_size: int, token_bytes: Mapping[int, bytes], named: dict[str,
     vocabulary |= {name: index for name, index in named.items() if index < vocab_size}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=next(iter(vocabulary))))
     backend.normalizer = normalizer
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    backend.pre_tokenizer = _split(pattern)
     backend.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False)
     backend.decoder = decoders.ByteLevel()
     return backend
@@ -83,6 +83,11 @@ def _byte_characters() -> list[str]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     free = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(free)) for byte in range(256)]
+
+
+@functools.lru_cache(maxsize=1)
+def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Split(Regex(pattern), "isolated")
 
 
 @functools.lru_cache(maxsize=1)  # the world vocabulary's takes half a second

@@ -11,6 +11,7 @@ neither.
 """
 
 import ast
+import functools
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,11 +52,20 @@ def read_world_vocabulary(path: Path) -> dict[int, bytes]:
         CheckpointError: when a line is malformed, an id or token appears twice, or a byte has no token.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"cannot read the world vocabulary {path}: {error}") from error
+    try:
+        return dict(_entries(text))
+    except ValueError as error:
+        raise CheckpointError(f"{path}{error}") from error
+
+
+@functools.lru_cache(maxsize=1)  # a model is saved with the same vocabulary, and read back: a third of a second
+def _entries(text: str) -> dict[int, bytes]:
+    """Entries of a vocabulary's text; ``ValueError`` with what is wrong, to be said of its file."""
     table: dict[int, bytes] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line:
             continue
         try:
@@ -70,10 +80,10 @@ def read_world_vocabulary(path: Path) -> dict[int, bytes]:
                 raise ValueError(line)
             table[int(index)] = piece
         except (ValueError, SyntaxError, TypeError, IndexError) as error:
-            raise CheckpointError(f"{path}, line {number}: not an entry of a world vocabulary") from error
+            raise ValueError(f", line {number}: not an entry of a world vocabulary") from error
     pieces = set(table.values())
     if len(pieces) != len(table) or not all(bytes([byte]) in pieces for byte in range(256)):
-        raise CheckpointError(f"{path} is not a world vocabulary: entries are missing or appear twice")
+        raise ValueError(" is not a world vocabulary: entries are missing or appear twice")
     return table
 
 
@@ -103,6 +113,10 @@ class GreedyTrie:
         return result
 
 
+_rust: dict[bytes, Any] = {}
+"""The last trie, by its file: whoever loads the same vocabulary again, from wherever, need not read it again."""
+
+
 def load_rust_trie(path: Path, table: Mapping[int, bytes]) -> Any | None:
     """The Rust trie of the same file; None where its wheel does not import or reads it differently."""
     if not path.is_file():
@@ -110,17 +124,24 @@ def load_rust_trie(path: Path, table: Mapping[int, bytes]) -> Any | None:
     try:
         from pyrwkv_tokenizer import WorldTokenizer
 
-        trie = WorldTokenizer(str(path))
+        content = path.read_bytes()
+        if content not in _rust:
+            _rust.clear()
+            _rust[content] = WorldTokenizer(str(path))
     except (ImportError, OSError, ValueError):
         return None
-    entries = trie.get_vocab()  # holds one placeholder for all that is no UTF-8
-    for i, piece in table.items():
-        try:
-            if entries.get(piece.decode()) != i:
-                return None
-        except UnicodeDecodeError:
-            continue
-    return trie
+    trie = _rust[content]
+    ours = {piece.decode("utf-8", "surrogateescape"): i for i, piece in table.items()}
+    others = ours.items() - trie.get_vocab().items()  # which holds one placeholder for all that is no UTF-8
+    return None if any(_is_text(piece) for piece, _ in others) else trie
+
+
+def _is_text(piece: str) -> bool:
+    try:
+        piece.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class WorldTrie:
@@ -128,8 +149,12 @@ class WorldTrie:
 
     def __init__(self, path: Path, table: Mapping[int, bytes]) -> None:
         self.path, self.table = path, table
-        self.python = GreedyTrie(table)
         self.rust = load_rust_trie(path, table)
+
+    @functools.cached_property
+    def python(self) -> GreedyTrie:
+        """Made when first needed."""
+        return GreedyTrie(self.table)
 
     def encode(self, data: bytes) -> list[int]:
         """Ids of a byte string."""
