@@ -4,6 +4,7 @@ Nothing heavy is imported before a fixture needs it: the process that only hands
 """
 
 import gc
+import logging
 import re
 from collections.abc import Callable, Iterator
 from importlib.resources import files
@@ -75,6 +76,12 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_logged() -> None:
+    """Python writes what no handler takes to the standard error."""
+    logging.getLogger().addHandler(logging.NullHandler())
 
 
 @pytest.fixture(scope="session", autouse=True)

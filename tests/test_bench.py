@@ -4,7 +4,6 @@ import json
 import math
 import mmap
 import os
-import subprocess
 import sys
 import time
 from functools import partial
@@ -31,13 +30,13 @@ from rwkv_rev.errors import RwkvRevError, SourceError
 from rwkv_rev.modeling import RwkvRevForCausalLM
 
 CPU = torch.device("cpu")
-SMALL = {"lengths": (64, 128, 256), "chunk_lengths": (16,), "repeats": 1}
+SMALL = {"lengths": (40, 56, 80), "chunk_lengths": (16,), "repeats": 1}
 COMMON = {"bench", "shape", "hardware", "versions", "dtype", "command"}
 
 
 @pytest.fixture
-def model_folder(bundled: dict[str, Path]) -> str:
-    return str(bundled["5.2"])
+def model_folder(shallow: dict[str, Path]) -> str:
+    return str(shallow["5.2"])
 
 
 def test_exponents_and_lines_are_recovered() -> None:
@@ -60,6 +59,7 @@ def test_fits_say_where_memory_runs_out() -> None:
     rows.append({"setting": "full", "tokens": 800, "error": OUT_OF_MEMORY})
     taped = {"setting": "reversible", "chunk_length": 10, "peak_bytes": 5000, "limit_bytes": 101_000}
     rows += [taped | {"tokens": T, "tape_bytes": 3 * (T - 20)} for T in (100, 200, 400)]
+    rows.append(taped | {"tokens": 15, "tape_bytes": 7})  # two chunks, of which a line over T tells nothing
     full, reversible = fits(rows)
     assert full["runs_out_at"] == 1000 and full["bytes_per_token"] == pytest.approx(100)
     assert full["time_exponent"] == pytest.approx(1)
@@ -89,7 +89,7 @@ def test_training_rows(model_folder: str) -> None:
     assert all(row.keys() >= COMMON and row["command"] == "this" for row in rows)
     points = [row for row in rows if not row.get("fit")]
     assert [(row["setting"], row["tokens"]) for row in points] == [
-        (name, T) for T in (64, 128, 256) for name in ("full", "reversible C=16")
+        (name, T) for T in (40, 56, 80) for name in ("full", "reversible C=16")
     ]
     for full, reversible in zip(points[::2], points[1::2], strict=True):
         assert full["ratio_to_full"] == 1
@@ -100,20 +100,17 @@ def test_training_rows(model_folder: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-def test_memory_rows(model_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graph of a whole context runs out of a limit that chunks stay below.
+def test_memory_rows(bundled: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph of a whole context runs out of a limit that chunks stay below."""
+    commands = []
 
-    One in an interpreter of its own, as always; the other forked.
-    """
-    run, commands = subprocess.run, []
-
-    def run_second(command: list[str], **options: Any) -> Any:
+    def forked(command: list[str], **options: Any) -> Any:
         commands.append(command)
-        return (run if len(commands) == 1 else run_python)(command, **options)
+        return run_python(command, **options)
 
-    monkeypatch.setattr("subprocess.run", run_second)
+    monkeypatch.setattr("subprocess.run", forked)
     settings = BenchSettings(
-        model_folder, lengths=(640,), chunk_lengths=(32,), tapes=("disk",), memory_limit=40_000_000
+        str(bundled["5.2"]), lengths=(640,), chunk_lengths=(32,), tapes=("disk",), memory_limit=40_000_000
     )
     full, reversible = memory_rows(settings)
     assert full["setting"] == "full" and full["error"] == OUT_OF_MEMORY

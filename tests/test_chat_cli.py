@@ -4,16 +4,18 @@ import io
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from finetune_cases import environment
+from processes import context
 
 import rwkv_rev
+from rwkv_rev.cli import main
 from rwkv_rev.sampling import Sampling
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -29,6 +31,20 @@ def say(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, s
         return cli("chat", model, *QUICK, *options)
 
     return run
+
+
+def in_terminal(name: str, arguments: list[str], env: dict[str, str]) -> None:
+    """The command as a process of its own, in a session of its own, at the terminal of that name."""
+    os.setsid()
+    terminal = os.open(name, os.O_RDWR)
+    for number in range(3):
+        os.dup2(terminal, number)
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, "rww"[number]) for number in range(3))
+    os.environ.clear()
+    os.environ.update(env)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)
+    main(arguments)
 
 
 def told(err: str) -> list[str]:
@@ -96,13 +112,11 @@ def test_in_a_terminal(bundled: dict[str, Path], tmp_path: Path) -> None:
     template.write_text(TEMPLATE)
 
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "rwkv_rev.cli", "chat", str(bundled["7"]), "--device", "cpu"]
+    command = ["chat", str(bundled["7"]), "--device", "cpu"]
     command += ["--max-new-tokens", "1000000", "--temperature", "0", "--presence-penalty", "0"]
     command += ["--frequency-penalty", "0", "--chat-template", str(template)]
-    process = subprocess.Popen(
-        command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment(), start_new_session=True
-    )
-    os.close(theirs)
+    process = context().Process(target=in_terminal, args=(os.ttyname(theirs), command, environment()))
+    process.start()
     seen = ""
 
     def wait_for(pattern: str) -> None:
@@ -115,6 +129,7 @@ def test_in_a_terminal(bundled: dict[str, Path], tmp_path: Path) -> None:
 
     try:
         wait_for(r"ends the chat.*> ")
+        os.close(theirs)
         for _ in range(2):
             os.write(ours, b"Hello\n")
             wait_for("Hello.{50}")
@@ -126,8 +141,9 @@ def test_in_a_terminal(bundled: dict[str, Path], tmp_path: Path) -> None:
         os.killpg(process.pid, signal.SIGINT)
         wait_for("> ")
         os.write(ours, b"\x04")
-        assert process.wait(30) == 0
+        process.join(30)
+        assert process.exitcode == 0
     finally:
         process.kill()
-        process.wait()
+        process.join()
         os.close(ours)

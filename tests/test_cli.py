@@ -439,13 +439,13 @@ def run_encoded(cli: Cli, encoding: str, *arguments: object) -> tuple[int, bytes
 
 @pytest.mark.parametrize("encoding", ["latin1", "cp1252", "ascii", "utf-8"])
 def test_every_text_goes_out_in_every_encoding(
-    cli: Cli, bundled: dict[str, Path], tmp_path: Path, encoding: str
+    cli: Cli, shallow: dict[str, Path], tmp_path: Path, encoding: str
 ) -> None:
     """What the encoding does not have is escaped; JSON stays JSON."""
     name = "model-\u65e5\u672c\U0001f642"
-    (tmp_path / name).symlink_to(bundled["5.2"])
+    (tmp_path / name).symlink_to(shallow["5.2"])
     shown = name.encode(encoding, "backslashreplace")
-    common = ("generate", bundled["5.2"], "--prompt", name, "--max-new-tokens", 1, "--temperature", 0)
+    common = ("generate", shallow["5.2"], "--prompt", name, "--max-new-tokens", 1, "--temperature", 0)
     for arguments in (common, (*common, "--no-stream"), ("inspect", name)):
         code, out, err = run_encoded(cli, encoding, *arguments)
         assert code == 0 and shown in out, err
@@ -462,26 +462,28 @@ def test_a_name_that_is_no_text_goes_out_as_its_bytes(
     assert found == (0, b"\xff.pth\n", "") and (tmp_path / output).is_file()
 
 
-def test_a_newline_in_a_name_ends_no_line(cli: Cli) -> None:
-    code, out, err = cli("convert", "bundled:rwkv-4", "--output", "a\nb/c", "--no-verify")
+def test_a_newline_in_a_name_ends_no_line(cli: Cli, shallow: dict[str, Path]) -> None:
+    code, out, err = cli("convert", f"{shallow['4']}.pth", "--output", "a\nb/c", "--no-verify")
     assert code == 0 and "wrote a\\nb/c" in out, err
     code, out, err = cli("export", "a\nb/c", "--output", "a\nb/e.pth")
     assert code == 0 and out.startswith("a\\nb/e.pth: ") and out.count("\n") == 1, err
-    code, out, err = cli("verify", "a\nb/c", "--tokens", 8, "--context", 24, "--oracle", "naive")
+    code, out, err = cli("verify", "a\nb/c", "--tokens", 8, "--context", 12, "--oracle", "naive")
     assert code == 0 and "a\nb" not in out, err
 
 
 @pytest.mark.parametrize("columns", [40, 60])
 def test_verify_fits_the_terminal(
-    cli: Cli, bundled: dict[str, Path], monkeypatch: pytest.MonkeyPatch, columns: int
+    cli: Cli, shallow: dict[str, Path], monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
     monkeypatch.setattr("rwkv_rev.cli.output.width", lambda: columns)
-    code, out, err = cli("verify", bundled["5.2"], "--tokens", 20, "--context", 24, "--oracle", "naive")
+    code, out, err = cli("verify", shallow["5.2"], "--tokens", 8, "--context", 12, "--oracle", "naive")
     assert code == 0, err
     assert [line for line in out.splitlines() if len(line) > columns] == []
 
 
-def test_the_home_folder(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_home_folder(
+    cli: Cli, shallow: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """``~`` in quotes is what shells make of it, in outputs and models as in sources and data."""
     home = tmp_path / "home"
     home.mkdir()
@@ -489,16 +491,16 @@ def test_the_home_folder(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("USERPROFILE", str(home))
     (home / "book.txt").write_text("text " * 100)
     for arguments in (
-        ("convert", "bundled:rwkv-4", "--output", "~/c", "--no-verify"),
+        ("convert", f"{shallow['4']}.pth", "--output", "~/c", "--no-verify"),
         ("export", "~/c", "--output", "~/e.pth"),
         ("inspect", "~/e.pth"),
         ("inspect", "~/c"),
-        ("verify", "~/c", "--original", "~/e.pth", "--tokens", 8, "--context", 24, "--oracle", "naive"),
+        ("verify", "~/c", "--original", "~/e.pth", "--tokens", 8, "--context", 12, "--oracle", "naive"),
         ("generate", "~/c", "--prompt", "~/c", "--max-new-tokens", 1),
         ("eval", "~/c", "--data", "~/book.txt", "--device", "cpu"),
         (
             *("finetune", "~/c", "--data", "~/book.txt", "--output", "~/f", "--device", "cpu"),
-            *("--max-steps", 1, "--context-length", 64, "--chunk-length", 32),
+            *("--max-steps", 1, "--context-length", 16, "--chunk-length", 6),
         ),
     ):
         code, out, err = cli(*arguments)

@@ -48,7 +48,7 @@ def both(request: pytest.FixtureRequest) -> tuple[ByteLevelTokenizer, PreTrained
     return tokenizer, fast_tokenizer(tokenizer)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     entries=st.sets(st.text("ab[]()|.*^-\\/é", min_size=1, max_size=5), min_size=1),
     text=st.text("ab[]()|.*^-\\/é"),
@@ -68,7 +68,7 @@ def test_hard_texts(both: tuple[ByteLevelTokenizer, PreTrainedTokenizerFast]) ->
         assert fast.decode(ids) == text
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(pieces=TEXT)
 def test_any_text(both: tuple[ByteLevelTokenizer, PreTrainedTokenizerFast], pieces: list[str]) -> None:
     ours, fast = both

@@ -102,7 +102,7 @@ def test_rwkv_7_learns_it(example):
 def test_exact_gradients_learn_what_truncated_ones_cannot(example, tmp_path, monkeypatch, capsys):
     options = {
         "device": "cpu", "distance": 64, "chunk-length": 32, "pairs": 2, "values": 4, "width": 64, "head-size": 16,
-        "steps": 40, "batch-size": 16, "evaluate-every": 20,
+        "steps": 28, "batch-size": 16, "evaluate-every": 28,
     }  # fmt: skip
     arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     outputs = ["--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]

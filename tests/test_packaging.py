@@ -143,11 +143,8 @@ def test_wheel_runs_from_another_folder(wheel: Path, tmp_path: Path) -> None:
         f"{wheel.name.split('-py3')[0]}.dist-info",
     }
     script = f"import sys; sys.path.insert(0, {str(target)!r})\n" + textwrap.dedent(CHECK)
-    python("-c", script, target, cwd=tmp_path)
-    convert = (
-        f"import sys; sys.path.insert(0, {str(target)!r}); from rwkv_rev.cli import main; main(sys.argv[1:])"
-    )
-    python("-c", convert, "convert", "bundled:rwkv-4", "--no-verify", "--quiet", cwd=tmp_path)
+    script += "rwkv_rev.cli.main(sys.argv[2:])"
+    python("-c", script, target, "convert", "bundled:rwkv-4", "--no-verify", "--quiet", cwd=tmp_path)
     assert (tmp_path / "rwkv-4-rev" / "model.safetensors").exists()
 
 

@@ -79,7 +79,7 @@ def doubtful(maker: str, documents: list[Document]) -> bool:
 def test_padded_documents_in_a_row(maker: str, holes: bool) -> None:
     """The right borders, or an error where a hole would look the same: never others."""
     draw, clear = random.Random(14), 0
-    for _ in range(1000):
+    for _ in range(250):
         documents = [padded(draw, holes=holes) for _ in range(draw.randint(1, 4))]
         mask = [valid for document in documents for valid in document]
         positions = [position for document in documents for position in MAKERS[maker](document)]
@@ -89,7 +89,7 @@ def test_padded_documents_in_a_row(maker: str, holes: bool) -> None:
             assert "\n" not in str(error)
             assert doubtful(maker, documents), (mask, positions)
         clear += not doubtful(maker, documents)
-    assert clear > 150
+    assert clear > 37
 
 
 @pytest.mark.parametrize("maker", MAKERS)

@@ -1,11 +1,13 @@
 """Packing rows at their own widths: exact, as small as the widths, whatever the shapes."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import failing
 from torch import Tensor
 
 from rwkv_rev.reversal.packing import BitPacking
@@ -40,11 +42,12 @@ def assert_round_trip(
     assert found.dtype == dtype and torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("columns", [1, 3, 8, 64])
-@pytest.mark.parametrize("width", range(33))
-def test_every_width(width: int, columns: int) -> None:
-    assert_round_trip([width], 1, columns)
-    assert_round_trip([width] * 3, 2, columns)
+def test_every_width() -> None:
+    def check(width: int, columns: int) -> None:
+        assert_round_trip([width], 1, columns)
+        assert_round_trip([width] * 3, 2, columns)
+
+    assert failing(check, product(range(33), [1, 3, 8, 64])) == {}
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -58,11 +61,13 @@ def test_mixed_widths(bits: list[int], batch: int, columns: int, seed: int) -> N
     assert_round_trip(bits, batch, columns, seed)
 
 
-@pytest.mark.parametrize("columns", [1, 3, 64])
-@pytest.mark.parametrize("width", range(64))
-def test_every_wide_width(width: int, columns: int) -> None:
+def test_every_wide_width() -> None:
     """Of int64; none of its rows is whole."""
-    assert_round_trip([width] * 3, 2, columns, dtype=torch.int64)
+
+    def check(width: int, columns: int) -> None:
+        assert_round_trip([width] * 3, 2, columns, dtype=torch.int64)
+
+    assert failing(check, product(range(64), [1, 3, 64])) == {}
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

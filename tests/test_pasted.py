@@ -20,7 +20,7 @@ import rwkv_rev
 from rwkv_rev.cli import main
 folder = sys.argv[1]
 assert Path(rwkv_rev.__file__).parents[1] == Path(folder)
-checks = ["--tokens", "20", "--reversal", "--gradients", "--context", "40", "--chunk", "16"]
+checks = ["--tokens", "8", "--reversal", "--gradients", "--context", "14", "--chunk", "6"]
 small = ["--set", "hidden_size=16", "--set", "num_hidden_layers=2"]
 for command in (
     ["init", "--architecture", "gated-unit", *small, "--output", f"{folder}/unit"],

@@ -35,10 +35,10 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 @pytest.fixture
-def config(bundled: dict[str, Path], tmp_path: Path) -> FinetuneConfig:
+def config(shallow: dict[str, Path], tmp_path: Path) -> FinetuneConfig:
     data = counting_text(tmp_path / "data.txt", 200)
     return settings(
-        *(bundled["5.2"], data, tmp_path / "out"), chunk_length="auto", context_length=600, batch_size=1
+        *(shallow["5.2"], data, tmp_path / "out"), chunk_length="auto", context_length=600, batch_size=1
     )
 
 
@@ -96,7 +96,7 @@ def test_pieces_of_packed_rows_are_forecast(
     memory = plan(config).memory
     monkeypatch.setattr(RowDataset, "most_pieces", lambda self, count: 1)
     alone = plan(config).memory
-    state = 4 * 128 * 64 * 6
+    state = 4 * 128 * 64 * 2
     assert memory.gradient.graph - alone.gradient.graph == 2.5 * 4 * state  # 5 pieces reach into some
     assert memory.gradient.tape > 2 * alone.gradient.tape
 

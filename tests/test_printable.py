@@ -81,10 +81,10 @@ def test_a_name_of_two_megabytes(cli: Cli, tmp_path: Path, form: str) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="such names are no names of files there")
 @pytest.mark.parametrize("kind", [kind for kind in NASTY if kind != "null"])
-def test_names_of_files(cli: Cli, tmp_path: Path, bundled: dict[str, Path], kind: str) -> None:
+def test_names_of_files(cli: Cli, tmp_path: Path, shallow: dict[str, Path], kind: str) -> None:
     """In errors, tables, fields and notes, of every command that names a path."""
     name = NASTY[kind]
-    shutil.copytree(bundled["5.2"], tmp_path / name)
+    shutil.copytree(shallow["5.2"], tmp_path / name)
     (tmp_path / "folder").mkdir()
     for suffix in ("1.pth", "2.pth"):
         (tmp_path / "folder" / f"{name}{suffix}").write_bytes(b"short")
@@ -96,7 +96,7 @@ def test_names_of_files(cli: Cli, tmp_path: Path, bundled: dict[str, Path], kind
         ("inspect", f"./{name}/config.json"),
         ("export", name, "--output", f"{name}.pth"),
         ("export", name, "--output", f"{name}.pth"),
-        ("convert", "bundled:rwkv-4", "--output", f"{name}-2", "--no-verify"),
+        ("convert", f"{shallow['4']}.pth", "--output", f"{name}-2", "--no-verify"),
         ("eval", name, "--data", f"{name}.txt", "--context-length", 8, "--cache-dir", "cache"),
         ("eval", name, "--data", f"{name}.md", "--context-length", 8),
         (

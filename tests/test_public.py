@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from finetune_cases import environment
+from processes import start_command
 
 import rwkv_rev
 from rwkv_rev.cli import COMMANDS, main
@@ -130,17 +132,17 @@ def test_a_full_disk_is_not_told_of_as_the_standard_output(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_standard_output_that_is_full_or_closed() -> None:
+def test_standard_output_that_is_full_or_closed(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rwkv_rev.cli", "--version"]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
     assert done.stderr == "error: cannot write to the standard output: No space left on device\n"
-    with Path("/dev/full").open("w") as full:
-        command[3:] = ["inspect", "bundled:rwkv-4"]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert done.stderr.startswith("error: cannot write to the standard output: No space")
-    command[3:] = ["--version"]
+    (tmp_path / "a.out").symlink_to("/dev/full")
+    process = start_command(["inspect", "bundled:rwkv-4"], tmp_path / "a", environment())
+    process.join()
+    told = (tmp_path / "a.err").read_text("utf-8")
+    assert (process.exitcode, told.count("\n")) == (1, 1)
+    assert told.startswith("error: cannot write to the standard output: No space")
     closed = subprocess.run(command, stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1))
     assert (closed.returncode, closed.stderr) == (0, b"")

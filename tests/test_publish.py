@@ -45,11 +45,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_uploads_the_whole_folder(hub: HubServer, bundled: dict[str, Path], tmp_path: Path) -> None:
+def test_uploads_the_whole_folder(hub: HubServer, shallow: dict[str, Path], tmp_path: Path) -> None:
     events = tmp_path / "out.training" / "runs" / "events.out.tfevents.1"  # as TensorBoard leaves them
     events.parent.mkdir(parents=True)
     events.write_text(str(tmp_path))
-    result = finetune(run(bundled["5.2"], tmp_path))
+    result = finetune(run(shallow["5.2"], tmp_path))
     assert result.address == f"{hub.endpoint}/me/tuned"
     uploaded, local = hub.repositories["me/tuned"].files, contents(tmp_path / "out")
     assert uploaded.keys() == local.keys() - {"training/runs/events.out.tfevents.1"} != local.keys()
@@ -61,12 +61,12 @@ def test_uploads_the_whole_folder(hub: HubServer, bundled: dict[str, Path], tmp_
     record, before = json.loads(uploaded["conversion.json"]), json.loads(local["conversion.json"])
     assert record == before
     assert hub.messages == ["Upload a model fine-tuned by rwkv-rev"]
-    again = finetune(run(bundled["5.2"], tmp_path / "again"))  # a repository that exists gets a second commit
+    again = finetune(run(shallow["5.2"], tmp_path / "again"))  # a repository that exists gets a second commit
     assert again.address == result.address and len(hub.messages) == 2
 
 
-def test_what_was_uploaded_is_a_model(hub: HubServer, bundled: dict[str, Path], tmp_path: Path) -> None:
-    finetune(run(bundled["5.2"], tmp_path))
+def test_what_was_uploaded_is_a_model(hub: HubServer, shallow: dict[str, Path], tmp_path: Path) -> None:
+    finetune(run(shallow["5.2"], tmp_path))
     for name, content in hub.repositories["me/tuned"].files.items():
         path = tmp_path / "downloaded" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,11 +87,11 @@ def test_what_was_uploaded_is_a_model(hub: HubServer, bundled: dict[str, Path], 
     ],
 )
 def test_a_refused_upload_leaves_the_model(
-    hub: HubServer, bundled: dict[str, Path], tmp_path: Path, step: str, reason: str
+    hub: HubServer, shallow: dict[str, Path], tmp_path: Path, step: str, reason: str
 ) -> None:
     hub.refusals = {step: 403}
     with pytest.raises(OutputError, match="the Hub did not take me/tuned") as error:
-        finetune(run(bundled["5.2"], tmp_path))
+        finetune(run(shallow["5.2"], tmp_path))
     text = str(error.value)
     assert reason in text and "\n" not in text
     assert f"to upload it later: rwkv-rev publish {tmp_path / 'out'} me/tuned" in text
@@ -100,31 +100,31 @@ def test_a_refused_upload_leaves_the_model(
     assert (tmp_path / "out" / "README.md").is_file() and not (tmp_path / "out.training").exists()
 
 
-def test_another_ones_namespace(hub: HubServer, bundled: dict[str, Path], tmp_path: Path) -> None:
+def test_another_ones_namespace(hub: HubServer, shallow: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"did not take you/tuned.*403") as error:
-        finetune(run(bundled["5.2"], tmp_path, "you/tuned"))
+        finetune(run(shallow["5.2"], tmp_path, "you/tuned"))
     assert "\n" not in str(error.value) and (tmp_path / "out" / "config.json").is_file()
 
 
-def test_the_hub_is_gone_afterwards(hub: HubServer, bundled: dict[str, Path], tmp_path: Path) -> None:
+def test_the_hub_is_gone_afterwards(hub: HubServer, shallow: dict[str, Path], tmp_path: Path) -> None:
     hub.stop()
     with pytest.raises(OutputError, match="the Hub did not take me/tuned") as error:
-        finetune(run(bundled["5.2"], tmp_path))
+        finetune(run(shallow["5.2"], tmp_path))
     assert "\n" not in str(error.value) and (tmp_path / "out" / "config.json").is_file()
 
 
 def test_known_before_the_first_step(
-    hub: HubServer, bundled: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: HubServer, shallow: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for repository, message in (("me/a/b", "is no name of a repository"), ("me/..", "is no name of a")):
         with pytest.raises(OutputError, match=message):
-            finetune(run(bundled["5.2"], tmp_path, repository))
+            finetune(run(shallow["5.2"], tmp_path, repository))
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(OutputError, match="not signed in; use hf auth login or set HF_TOKEN") as error:
-        finetune(run(bundled["5.2"], tmp_path))
+        finetune(run(shallow["5.2"], tmp_path))
     assert "\n" not in str(error.value)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OutputError, match="HF_HUB_OFFLINE is set"):
-        finetune(run(bundled["5.2"], tmp_path))
+        finetune(run(shallow["5.2"], tmp_path))
     assert not hub.requests
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.training").exists()

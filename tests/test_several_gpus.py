@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from rwkv_rev.benchmark.models import SHAPES
 from rwkv_rev.benchmark.several_gpus import main
 from rwkv_rev.cli import main as run_command
 
@@ -26,7 +27,8 @@ def test_a_row_for_each_number_of_processes(
         return subprocess.CompletedProcess(command, int(str(left.value)), written.getvalue(), "")
 
     monkeypatch.setattr(subprocess, "run", here)
-    words = "--shape 5.2-15m --processes 1,2 --context-length 32 --chunk-length 16 --steps 3 --tune lora --device cpu"
+    monkeypatch.setitem(SHAPES, "small", {"rwkv_version": "5.2", "layers": 2, "width": 64, "vocab": 256})
+    words = "--shape small --processes 1,2 --context-length 32 --chunk-length 16 --steps 3 --tune lora --device cpu"
     main(words.split())
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(row["processes"], row["sharded_optimizer"]) for row in rows] == [

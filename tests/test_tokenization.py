@@ -84,7 +84,7 @@ def test_world_ids_are_those_of_the_reference_trie(
     assert world_tokenizer.trie.python.encode(text.encode()) == expected
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(text=TEXT)
 def test_world_fuzz_against_the_reference_trie(
     text: str, world_tokenizer: RwkvWorldTokenizer, oracle: Any
@@ -95,7 +95,7 @@ def test_world_fuzz_against_the_reference_trie(
     assert world_tokenizer.decode_bytes(ids) == oracle.decodeBytes(ids)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.binary(max_size=300))
 @example(data=bytes(range(256)))
 @example(data="🤖".encode()[:3] + b"\n" + "日".encode()[1:])
@@ -112,7 +112,7 @@ def test_binary_data_survives(data: bytes, world_tokenizer: RwkvWorldTokenizer, 
         assert tokenizer.decode(expected) == data.decode("utf-8", "replace")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(text=TEXT)
 def test_byte_ids_are_the_bytes(text: str) -> None:
     tokenizer = RwkvByteTokenizer()
@@ -361,6 +361,21 @@ def test_malformed_vocabulary(content: str, message: str, tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match=message) as caught:
         RwkvWorldTokenizer(path)
     assert "\n" not in str(caught.value)
+
+
+def test_each_file_is_its_own_vocabulary(world_tokenizer: RwkvWorldTokenizer, tmp_path: Path) -> None:
+    """Whatever was read before it, by either trie."""
+    text = world.find_world_vocabulary().read_text("utf-8")
+    one, other = (world_tokenizer.encode(word)[0] for word in (" hello", " world"))
+    (tmp_path / "own.txt").write_text(
+        text.replace(f"\n{one} ' hello' ", "\n?").replace(f"\n{other} ' world' ", f"\n{one} ' world' ")
+        .replace("\n?", f"\n{other} ' hello' "), "utf-8"
+    )  # fmt: skip
+    for path, expected in ((None, one), (tmp_path / "own.txt", other), (None, one)):
+        tokenizer = RwkvWorldTokenizer(path)
+        assert (tokenizer.trie.rust is None) == (path is not None)  # it wants the ids in order
+        for data in (b" hello", b" hello\xff"):
+            assert tokenizer.encode_bytes(data)[0] == expected, (path, data)
 
 
 # Choice

@@ -4,6 +4,7 @@ What each means: docs/terms.md. ``recording``, ``planning``, ``working folder`` 
 """
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,8 +51,13 @@ MEANINGS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-def names(text: str) -> Iterator[str]:
+@functools.cache
+def names(text: str) -> frozenset[str]:
     """What a source gives a name to."""
+    return frozenset(_names(text))
+
+
+def _names(text: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name

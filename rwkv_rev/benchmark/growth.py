@@ -53,7 +53,9 @@ def fits(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             fit["time_exponent"] = exponent(tokens, [row["seconds"] for row in points])
         if all("cpu_seconds" in row for row in points):
             fit["cpu_time_exponent"] = exponent(tokens, [row["cpu_seconds"] for row in points])
-        taped = [row for row in points if row.get("tape_bytes", 0) > 0]
+        taped = [
+            row for row in points if row.get("tape_bytes", 0) > 0 and row["tokens"] > 2 * row["chunk_length"]
+        ]
         if len(taped) >= LEAST_POINTS:
             on_tape = [row["tokens"] - 2 * row["chunk_length"] for row in taped]
             fit["tape_exponent"] = exponent(on_tape, [row["tape_bytes"] for row in taped])

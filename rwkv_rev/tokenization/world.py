@@ -61,7 +61,9 @@ def read_world_vocabulary(path: Path) -> dict[int, bytes]:
         raise CheckpointError(f"{path}{error}") from error
 
 
-@functools.lru_cache(maxsize=1)  # a model is saved with the same vocabulary, and read back: a third of a second
+@functools.lru_cache(
+    maxsize=1
+)  # a model is saved with the same vocabulary, and read back: a third of a second
 def _entries(text: str) -> dict[int, bytes]:
     """Entries of a vocabulary's text; ``ValueError`` with what is wrong, to be said of its file."""
     table: dict[int, bytes] = {}
