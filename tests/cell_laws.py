@@ -58,15 +58,20 @@ MASKS = ("none", "none", "holes", "left", "right", "masked row", "all masked")
 
 
 @st.composite
-def trials(draw: st.DrawFn, cells: st.SearchStrategy[tuple[Any, int]], state: Callable) -> Trial:
-    """Trials of a cell; ``cells`` draws (cell, D), ``state(cell, B, D, generator)`` makes the first state's values."""
+def trials(
+    draw: st.DrawFn, cells: st.SearchStrategy[tuple[Any, int]], state: Callable, longest: int = 33
+) -> Trial:
+    """Trials of a cell; ``cells`` draws (cell, D), ``state(cell, B, D, generator)`` makes the first state's values.
+
+    ``longest``: tokens of the longest chunks; one more than a kernel takes at once.
+    """
     cell, width = draw(cells)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     batch = draw(st.integers(1, 3))
     scale = draw(st.sampled_from([1.0, 1.0, 1e-3, 30.0]))
     dtype = next(p for n, p in cell.named_parameters() if n.endswith("weight")).dtype
     chunks: list[tuple[Tensor, Tensor | None]] = []
-    for length in draw(st.lists(st.sampled_from([1, 2, 3, 7, 33]), min_size=1, max_size=3)):
+    for length in draw(st.lists(st.sampled_from([1, 2, 3, 7, longest]), min_size=1, max_size=3)):
         x = (torch.randn(batch, length, width, generator=generator) * scale).to(dtype)
         chunks.append((x, _mask(draw(st.sampled_from(MASKS)), batch, length, generator)))
     return Trial(cell, state(cell, batch, width, generator), chunks)
