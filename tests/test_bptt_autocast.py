@@ -4,6 +4,8 @@ Half precision gradients cannot agree with ``full`` closely, since chunks round 
 to the bits of ``checkpoint``, and to a distance from float64 not much beyond that of ``full``.
 """
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from bptt_cases import (
     AS_CLOSE,
     VERSIONS,
+    Outcome,
     assert_same_bits,
     checkpoint_blocks,
     differentiate,
@@ -24,6 +27,7 @@ from bptt_cases import (
 )
 
 HALVES = [torch.bfloat16, torch.float16]
+TRAINED_LENGTH = 140
 FARTHEST = {torch.bfloat16: 0.1, torch.float16: 0.01}
 """Relative RMS distance from float64 of the whole gradient: some 10 units of the format's rounding."""
 
@@ -32,12 +36,29 @@ def autocast(dtype: torch.dtype) -> torch.autocast:
     return torch.autocast("cpu", dtype=dtype)
 
 
+@cache
+def truth_of_random(version: str) -> Outcome:
+    """In float64."""
+    tokens = random_tokens(70, batch=3)
+    return differentiate(tiny_model(version, dtype=torch.float64), "full", input_ids=tokens)
+
+
+@pytest.fixture(scope="module")
+def truth_of_trained(shallow: dict[str, Path]) -> Callable[[str], Outcome]:
+    """In float64, on the text of the tests that take it."""
+    return cache(
+        lambda version: differentiate(
+            load(shallow[version], torch.float64), "full", input_ids=english(TRAINED_LENGTH)
+        )
+    )
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("version", VERSIONS)
 def test_autocast(version: str, dtype: torch.dtype) -> None:
     """Equal bits from both exact tapes, as near to float64 as ``full`` under the same autocast."""
     model, tokens = tiny_model(version), random_tokens(70, batch=3)
-    truth = differentiate(tiny_model(version, dtype=torch.float64), "full", input_ids=tokens)
+    truth = truth_of_random(version)
     with autocast(dtype):
         full = differentiate(model, "full", input_ids=tokens)
         checkpoint = differentiate(model, "checkpoint", 16, input_ids=tokens)
@@ -53,10 +74,10 @@ def test_autocast(version: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("version", ["4", "5.2"])
 def test_autocast_on_the_bundled_checkpoints(
-    bundled: dict[str, Path], version: str, dtype: torch.dtype
+    shallow: dict[str, Path], truth_of_trained: Callable[[str], Outcome], version: str, dtype: torch.dtype
 ) -> None:
-    model, tokens = load(bundled[version]), english(200)
-    truth = differentiate(load(bundled[version], torch.float64), "full", input_ids=tokens)
+    model, tokens = load(shallow[version]), english(TRAINED_LENGTH)
+    truth = truth_of_trained(version)
     with autocast(dtype):
         full = differentiate(model, "full", input_ids=tokens)
         checkpoint = differentiate(model, "checkpoint", 64, input_ids=tokens)
@@ -145,12 +166,14 @@ def test_grad_scaler(strategy: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["4", "5.2"])
-def test_pure_bfloat16(bundled: dict[str, Path], version: str) -> None:
+def test_pure_bfloat16(
+    shallow: dict[str, Path], truth_of_trained: Callable[[str], Outcome], version: str
+) -> None:
     """A model loaded in bfloat16: decays stay float32, gradients have their parameters' dtype."""
-    model, tokens = load(bundled[version], torch.bfloat16), english(200)
+    model, tokens = load(shallow[version], torch.bfloat16), english(TRAINED_LENGTH)
     assert model.head.weight.dtype == torch.bfloat16
     assert model.blocks[0].time_mix.time_decay.dtype == torch.float32
-    truth = differentiate(load(bundled[version], torch.float64), "full", input_ids=tokens)
+    truth = truth_of_trained(version)
     full = differentiate(model, "full", input_ids=tokens)
     checkpoint = differentiate(model, "checkpoint", 64, input_ids=tokens)
     reversible = differentiate(model, "reversible", 64, input_ids=tokens)
@@ -162,9 +185,9 @@ def test_pure_bfloat16(bundled: dict[str, Path], version: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_autocast_of_a_half_model(bundled: dict[str, Path], dtype: torch.dtype) -> None:
+def test_autocast_of_a_half_model(shallow: dict[str, Path], dtype: torch.dtype) -> None:
     """Half weights under autocast of the same format, as some trainers do."""
-    model, tokens = load(bundled["5.2"], dtype), english(150)
+    model, tokens = load(shallow["5.2"], dtype), english(TRAINED_LENGTH)
     with autocast(dtype):
         checkpoint = differentiate(model, "checkpoint", 64, input_ids=tokens)
         reversible = differentiate(model, "reversible", 64, input_ids=tokens)
