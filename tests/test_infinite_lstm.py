@@ -2,7 +2,7 @@
 
 import json
 import runpy
-import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,15 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "infinite_lstm" / "infinit
 def test_a_quick_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first step in an interpreter of its own, as always; the second forked."""
+    """Each step in a process of its own, which is forked."""
     pytest.importorskip("matplotlib")
-    run, commands = subprocess.run, []
+    commands = []
 
-    def run_second(command: list[str], **options: Any) -> Any:
+    def run(command: list[str], **options: Any) -> Any:
         commands.append(command)
-        return (run if len(commands) == 1 else run_python)(command, **options)
+        return run_python(command, **options)
 
-    monkeypatch.setattr("subprocess.run", run_second)
+    monkeypatch.setattr("subprocess.run", run)
     example = runpy.run_path(str(EXAMPLE))
     given = [
         "--least",
@@ -50,7 +50,7 @@ def test_a_quick_run(
     assert drift[0]["float64"] < 1e-12 < 1e-8 < drift[0]["float32"] < 1e-4
     assert drift[-1]["float32"] is drift[-1]["float64"] is None
     assert (tmp_path / "found.png").stat().st_size > 1000
-    assert len(commands) == 2
+    assert [command[:2] for command in commands] == 2 * [[sys.executable, str(EXAMPLE)]]
 
 
 def test_rates_and_memory_have_axes_of_their_own() -> None:

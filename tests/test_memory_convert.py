@@ -6,7 +6,6 @@ system's cache, which drops them when memory is short.
 
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from processes import run_python
 
 SHARD = 80_000_000
 WORKER = """
@@ -89,10 +89,8 @@ def test_anonymous_memory_while_converting(folder: Path) -> None:
     total, largest = sum(sizes.values()), max(sizes.values())
     assert total > 4e8
     cases = {"auto": total, "float32": 2 * total}
-    done = subprocess.run(
-        [sys.executable, "-c", WORKER, folder / "big.pth", folder / "model", str(SHARD), *cases],
-        capture_output=True,
-        text=True,
+    done = run_python(
+        [sys.executable, "-c", WORKER, folder / "big.pth", folder / "model", str(SHARD), *cases]
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

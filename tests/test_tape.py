@@ -3,17 +3,18 @@
 import errno
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 import tracemalloc
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
-from processes import run_python
+from processes import context, run_python
 from torch import Tensor
 
 from rwkv_rev.errors import StrategyError
@@ -142,27 +143,29 @@ def test_the_file_is_gone_after_an_exception(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == []
 
 
+def fill_and_wait(folder: Path, mebibytes: int, told: Connection) -> None:
+    tape = Tape("disk", CPU, folder)
+    block = torch.ones(2**20, dtype=torch.uint8)
+    for _ in range(mebibytes):
+        tape.push([[block]])
+    told.send("full")
+    time.sleep(60)
+
+
 def kill_with_a_tape(folder: Path, mebibytes: int) -> None:
     """Fill a tape in a process of its own, kill that, and look at the folder; then make a tape there again."""
-    script = f"""
-        import sys, time, torch
-        from rwkv_rev.reversal.tape import Tape
-        tape = Tape("disk", torch.device("cpu"), {str(folder)!r})
-        block = torch.ones(2**20, dtype=torch.uint8)
-        for _ in range({mebibytes}):
-            tape.push([[block]])
-        print("full", flush=True)
-        time.sleep(60)
-    """
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True
-    )
-    with process:
-        assert process.stdout is not None
-        assert process.stdout.readline().strip() == "full"
+    started = context()
+    here, there = started.Pipe(duplex=False)
+    process = started.Process(target=fill_and_wait, args=(folder, mebibytes, there))
+    process.start()
+    there.close()
+    try:
+        assert here.recv() == "full"  # an EOFError where the process has ended
         assert list(folder.iterdir()) == []
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    finally:
+        process.kill()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert list(folder.iterdir()) == []
     with Tape("disk", CPU, folder) as tape:
         tape.push(record(1))
