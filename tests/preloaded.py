@@ -13,15 +13,21 @@ import matplotlib.backends.backend_agg
 import matplotlib.figure
 import peft
 import PIL.Image
+import rich.table  # what shows results
 import torch.distributed.algorithms.ddp_comm_hooks
 import torch.distributed.fsdp
 import torch.distributed.run
+import torch.profiler._cupti_monitor  # what steps of an optimizer look for
+import torch.utils.serialization.config
 import typer.main
+from bptt_cases import tiny_model  # what ranks compute, and pytest with it
+from processes import run_command  # what every process begins with
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import rwkv_rev.cli
 import rwkv_rev.distributed.sharded_blocks
 import rwkv_rev.modeling
+import rwkv_rev.token_fields
 import rwkv_rev.training.finetune
 
 if find_spec("pydantic"):  # newer typers bring and import it

@@ -13,7 +13,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ def start_command(
     arguments: Sequence[object], streams: Path, env: dict[str, str], module: str = "rwkv_rev.cli"
 ) -> multiprocessing.process.BaseProcess:
     """``python -m MODULE`` as a process of its own, which writes to ``streams``.out and ``streams``.err."""
-    process = context().Process(target=_command, args=([*map(str, arguments)], str(streams), env, module))
+    launched = () if module == "rwkv_rev.cli" else (True, _server())
+    given = ([*map(str, arguments)], str(streams), env, module, *launched)
+    process = context().Process(target=_command, args=given)
     process.start()
     return process
 
@@ -51,14 +54,19 @@ def start_command_in_ranks(
     """One ``rwkv-rev`` per rank, told about the others as torchrun would; they write to ``streams``.0.out and so on."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    env = env | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    env |= {name: str(world) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    env = env | _of_ranks(world, port)
     return [
         start_command(
             arguments, Path(f"{streams}.{rank}"), env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         )
         for rank in range(world)
     ]
+
+
+def _of_ranks(world: int, port: int) -> dict[str, str]:
+    """What torchrun says to all ranks alike."""
+    sizes = {name: str(world) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    return sizes | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def run_command(
@@ -88,6 +96,46 @@ def run_command(
         errors = "".join(Path(f"{streams}.{rank}.err").read_text("utf-8") for rank in range(world))
         output = Path(f"{streams}.0.out").read_text("utf-8")
     return subprocess.CompletedProcess(arguments, max(abs(code or 0) for code in codes), output, errors)
+
+
+def run_commands(
+    commands: Mapping[str, Sequence[object]],
+    world: int = 1,
+    *,
+    env: dict[str, str] | None = None,
+    more: Mapping[str, dict[str, str]] | None = None,
+    timeout: float = 600,
+) -> dict[str, subprocess.CompletedProcess[str]]:
+    """As :func:`run_command`, one after another in the same processes: they start, and torch makes its plans for
+    sharded tensors, once. All must succeed. ``more`` is the environment of one of them.
+    """
+    jobs = {}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as ports:
+        for number, (name, command) in enumerate(commands.items()):
+            port = ports.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
+            own = (environment() if env is None else env) | (more or {}).get(name, {})
+            own |= {} if world == 1 else _of_ranks(world, port)
+            jobs[name] = ([*map(str, command)], f"{folder}/{number}", own)
+        ports.close()
+        started = [
+            context().Process(target=_commands, args=([*jobs.values()], rank, world)) for rank in range(world)
+        ]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(timeout)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+        done = {}
+        for name, (arguments, streams, _) in jobs.items():
+            said = [Path(f"{streams}.{rank}.err") for rank in range(world)]
+            errors = "".join(file.read_text("utf-8") for file in said if file.exists())
+            whole = [Path(f"{streams}.{rank}.done").exists() for rank in range(world)]
+            assert all(whole), (name, whole, errors[-4000:])
+            output = Path(f"{streams}.0.out").read_text("utf-8")
+            done[name] = subprocess.CompletedProcess(arguments, 0, output, errors)
+    return done
 
 
 def run_python(
@@ -155,9 +203,17 @@ def _one_rank(rank: int, work: Callable[[int], Any], world: int, folder: str) ->
 
 
 def _command(
-    arguments: list[str], streams: str, env: dict[str, str], module: str, alone: bool = True
+    arguments: list[str],
+    streams: str,
+    env: dict[str, str],
+    module: str,
+    alone: bool = True,
+    server: dict[str, Any] | None = None,
 ) -> None:
-    """``alone`` where nobody else writes to ``streams``; a rank beside its launcher has a session of its own."""
+    """``alone`` where nobody else writes to ``streams``; a rank beside its launcher has a session of its own.
+
+    What a launcher starts is forked from ``server``, where that is given.
+    """
     _begin(streams, env, alone)
     try:
         if module == "rwkv_rev.cli":
@@ -167,14 +223,34 @@ def _command(
                 _without_curve()
             main(arguments)
         else:
-            if module.startswith("accelerate.") and START_METHOD == "forkserver":
-                _fork_workers(streams)
+            if START_METHOD == "forkserver" and server is not None:
+                _fork_workers(streams, server, fresh="0" if module == "torch.distributed.run" else "")
             sys.argv = [module, *arguments]
             sys.modules.pop(module, None)  # imported by the server
             runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:  # what comes when the command is over ends the process, and nothing of multiprocessing's
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
+
+
+def _commands(jobs: list[tuple[list[str], str, dict[str, str]]], rank: int, world: int) -> None:
+    """Of one rank. What libraries keep of a group of processes goes with the command."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    own = {} if world == 1 else {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    for arguments, streams, env in jobs:
+        code: object = 1
+        try:
+            _command(arguments, f"{streams}.{rank}", env | own, "rwkv_rev.cli")
+        except SystemExit as end:
+            code = end.code
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        if code:
+            raise SystemExit(code)
+        Path(f"{streams}.{rank}.done").touch()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
 
 
 def _begin(streams: str, env: dict[str, str], alone: bool = True) -> None:
@@ -213,11 +289,33 @@ def _without_curve() -> None:
     saving.has_matplotlib = lambda: False
 
 
-def _fork_workers(streams: str) -> None:
-    """What torch's launcher starts as ``python -u -m rwkv_rev.cli ...`` is forked from the server, too."""
+def _server() -> dict[str, Any] | None:
+    """By what a process that it forked finds the server again."""
+    context()
+    if START_METHOD == "spawn":
+        return None
+    from multiprocessing import forkserver
+
+    names = ("_forkserver_address", "_forkserver_authkey")  # the latter of Python 3.14
+    found = forkserver._forkserver
+    return {name: getattr(found, name) for name in names if hasattr(found, name)}
+
+
+def _fork_workers(streams: str, server: dict[str, Any], fresh: str) -> None:
+    """What torch's launcher starts as ``python -u -m rwkv_rev.cli ...`` is forked from the server, too, but for the
+    rank ``fresh``, which is started as it says."""
+    from multiprocessing import forkserver
+
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
-    subprocess_handler.SubprocessHandler._popen = lambda self, args, env: _Forked(streams, args, env)
+    vars(forkserver._forkserver).update(server)
+    forkserver._forkserver.ensure_running = forkserver.ensure_running = lambda: None
+    start = subprocess_handler.SubprocessHandler._popen
+
+    def popen(self: Any, args: Sequence[str], env: dict[str, str]) -> Any:
+        return start(self, args, env) if env["RANK"] == fresh else _Forked(streams, args, env)
+
+    subprocess_handler.SubprocessHandler._popen = popen
 
 
 class _Forked:

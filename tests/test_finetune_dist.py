@@ -10,12 +10,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
 import torch
 from finetune_cases import counting_text, environment, finetune, losses, settings
-from processes import run_command, start_command_in_ranks
+from processes import run_command, run_commands, start_command_in_ranks
 
 from rwkv_rev.training.checkpoints import CHECKSUMS, checkpoints, damage
 from rwkv_rev.training.finetune import FinetuneResult
@@ -39,7 +40,7 @@ def two_processes(
 ) -> subprocess.CompletedProcess[str]:
     """``torchrun`` or ``accelerate launch``, then ``-m rwkv_rev.cli finetune ...``, on the CPU with gloo.
 
-    What torchrun starts are fresh interpreters; what accelerate does, by torchrun's own means, is forked.
+    The first process that torchrun starts is a fresh interpreter; the others are forked.
     """
     module, *launch = [*LAUNCHERS[launcher], *(options if launcher == "accelerate" else ())]
     command = [*launch, "-m", "rwkv_rev.cli", "finetune", *arguments]
@@ -48,7 +49,7 @@ def two_processes(
 
 
 def options(
-    model: Path, data: Path, output: Path, cache: Path, *, steps: int = 4, device: str = "cpu"
+    model: Path, data: Path, output: Path, cache: Path, *, steps: int = 3, device: str = "cpu"
 ) -> list[object]:
     return [
         *(model, "--data", data, "--output", output, "--cache-dir", cache, "--device", device),
@@ -83,7 +84,7 @@ def alone(shallow: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
         folder / "one",
         context_length=128,
         chunk_length=50,
-        max_steps=4,
+        max_steps=3,
         batch_size=2,
         grad_accum=2,
         eval_data=[str(data)],
@@ -118,35 +119,33 @@ def test_same_losses_as_one_process(
     result = json.loads(done.stdout)
     one, output = alone
     assert losses(tmp_path / "two") == pytest.approx(losses(output), rel=2e-5)
-    assert result["tokens"] == one.tokens and result["steps"] == 4
+    assert result["tokens"] == one.tokens and result["steps"] == 3
     assert one.held_out is not None
     assert result["held_out"]["after"] == pytest.approx(one.held_out[1], rel=1e-4)
     assert not (tmp_path / "two.training").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "more",
-    [["--tune", "lora", "--lora-rank", 4], ["--tune", "state"], ["--carry-state"]],
-    ids=["lora", "state", "carried"],
-)
-def test_other_ways_of_tuning(
-    shallow: dict[str, Path], data: Path, tmp_path: Path, more: list[object]
-) -> None:
-    arguments = options(shallow["5.2"], data, tmp_path / "two", tmp_path / "cache")
-    done = run_command("finetune", *arguments, *more, "--batch-size", 1, world=2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    arguments = options(shallow["5.2"], data, tmp_path / "one", tmp_path / "cache")
-    done = run_command("finetune", *arguments, *more, "--batch-size", 2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-5)
+WAYS: dict[str, list[object]] = {
+    "lora": ["--tune", "lora", "--lora-rank", 4],
+    "state": ["--tune", "state"],
+    "carried": ["--carry-state"],
+}
+SHARDED: list[object] = ["--weight-decay", 0.1, "--json", "--resume", "auto", "--dtype", "float32"]
+CARRIED: list[object] = ["--carry-state", "--resume", "auto"]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-@pytest.mark.parametrize(
-    "device",
-    [
+class Runs(NamedTuple):
+    folder: Path
+    two: dict[str, subprocess.CompletedProcess[str]]
+    one: dict[str, subprocess.CompletedProcess[str]]
+
+    def losses(self, name: str) -> list[float]:
+        return losses(self.folder / name)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
         "cpu",
         pytest.param(
             "cuda",
@@ -157,57 +156,72 @@ def test_other_ways_of_tuning(
         ),
     ],
 )
-def test_sharded_optimizer(shallow: dict[str, Path], data: Path, tmp_path: Path, device: str) -> None:
-    """Half the state in each process, the same losses; killed, it goes on sharded, and unsharded in one process."""
-    cache, steps = tmp_path / "cache", 8
-    rest = ["--weight-decay", 0.1, "--json", "--resume", "auto", "--dtype", "float32"]
+def runs(
+    request: pytest.FixtureRequest, shallow: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Runs:
+    """By two processes and by one: two runs are killed and go on, and others."""
+    folder, device = tmp_path_factory.mktemp("runs"), request.param
+    data = documents(folder)
     env = environment() if device == "cpu" else dict(os.environ)
 
-    def arguments(output: str, batch: int) -> list[object]:
-        common = options(shallow["5.2"], data, tmp_path / output, cache, steps=steps, device=device)
-        return [*common, *rest, "--batch-size", batch]
+    def command(name: str, batch: int, *more: object, steps: int = 6) -> list[object]:
+        common = options(shallow["5.2"], data, folder / name, folder / "cache", steps=steps, device=device)
+        return ["finetune", *common, *more, "--batch-size", batch]
 
-    def run(output: str, world: int, *more: str) -> subprocess.CompletedProcess[str]:
-        done = run_command("finetune", *arguments(output, 2 // world), *more, world=world, env=env)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done
-
-    one, two = run("one", 1), run("two", 2, "--shard-optimizer")
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=5e-5)
-    sharded, whole = (json.loads(done.stdout)["optimizer_bytes"] for done in (two, one))
-    assert 0.4 < sharded / whole < 0.6
-
-    kill_at_a_checkpoint([*arguments("killed", 1), "--shard-optimizer"], tmp_path / "killed.training", env)
-    newest = checkpoints(tmp_path / "killed.training")[-1]
+    by_two = {
+        "sharded, killed": command("sharded, killed", 1, *SHARDED, "--shard-optimizer"),
+        "carried, killed": command("carried, killed", 1, *CARRIED),
+    }
+    for name in by_two:
+        kill_at_a_checkpoint(by_two[name], folder / f"{name}.training", env)
+    newest = checkpoints(folder / "sharded, killed.training")[-1]
     sealed = json.loads((newest / CHECKSUMS).read_text())
     assert damage(newest) is None and {"optimizer.pt", "rng_state_0.pth", "rng_state_1.pth"} <= set(sealed)
-    shutil.copytree(tmp_path / "killed.training", tmp_path / "fewer.training")
-    assert "resuming from" in run("killed", 2, "--shard-optimizer").stderr
-    assert losses(tmp_path / "killed") == losses(tmp_path / "two")
-    run("fewer", 1)
-    assert losses(tmp_path / "fewer") == pytest.approx(losses(tmp_path / "one"), rel=5e-5)
+    shutil.copytree(folder / "sharded, killed.training", folder / "sharded, fewer.training")
+    by_two["sharded, two"] = command("sharded, two", 1, *SHARDED, "--shard-optimizer")
+    by_two["carried, two"] = command("carried, two", 1, *CARRIED)
+    by_two |= {f"{way}, two": command(f"{way}, two", 1, *WAYS[way], steps=4) for way in ("lora", "state")}
+    by_one = {name: command(name, 2, *SHARDED) for name in ("sharded, fewer", "sharded, one")}
+    by_one |= {
+        f"{way}, one": command(f"{way}, one", 2, *more, steps=6 if way == "carried" else 4)
+        for way, more in WAYS.items()
+    }
+    return Runs(folder, run_commands(by_two, 2, env=env), run_commands(by_one, env=env))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_other_ways_of_tuning(runs: Runs, way: str) -> None:
+    assert runs.losses(f"{way}, two") == pytest.approx(runs.losses(f"{way}, one"), rel=2e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-def test_carried_states_go_on(shallow: dict[str, Path], data: Path, tmp_path: Path) -> None:
+def test_sharded_optimizer(runs: Runs) -> None:
+    """Half the state in each process, the same losses; killed, it goes on sharded, and unsharded in one process."""
+    one = runs.losses("sharded, one")
+    assert runs.losses("sharded, two") == pytest.approx(one, rel=5e-5)
+    results = runs.two["sharded, two"], runs.one["sharded, one"]
+    sharded, whole = (json.loads(done.stdout)["optimizer_bytes"] for done in results)
+    assert 0.4 < sharded / whole < 0.6
+    assert "resuming from" in runs.two["sharded, killed"].stderr
+    assert runs.losses("sharded, killed") == runs.losses("sharded, two")
+    assert "resuming from" in runs.one["sharded, fewer"].stderr
+    assert runs.losses("sharded, fewer") == pytest.approx(one, rel=5e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_carried_states_go_on(runs: Runs) -> None:
     """Killed, two processes go on with the states and the whole optimizer of their checkpoint."""
-    rest = ["--carry-state", "--resume", "auto", "--batch-size", 1]
-
-    def arguments(output: str) -> list[object]:
-        return [*options(shallow["5.2"], data, tmp_path / output, tmp_path / "cache", steps=8), *rest]
-
-    kill_at_a_checkpoint(arguments("killed"), tmp_path / "killed.training", environment())
-    for output in ("killed", "two"):
-        done = run_command("finetune", *arguments(output), world=2)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert ("resuming from" in done.stderr) == (output == "killed")
-    assert losses(tmp_path / "killed") == losses(tmp_path / "two")
+    for name in ("carried, killed", "carried, two"):
+        assert ("resuming from" in runs.two[name].stderr) == (name == "carried, killed")
+    assert runs.losses("carried, killed") == runs.losses("carried, two")
 
 
 def kill_at_a_checkpoint(arguments: list[object], work: Path, env: dict[str, str]) -> None:
     """SIGKILL every process of a run once it has written a checkpoint."""
-    ranks = start_command_in_ranks(["finetune", *arguments], 2, work.with_name("streams"), env)
+    ranks = start_command_in_ranks(arguments, 2, work.with_name("streams"), env)
     deadline = time.monotonic() + 120
     while not checkpoints(work) and time.monotonic() < deadline and ranks[0].is_alive():
         time.sleep(0.02)
