@@ -4,12 +4,12 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from finetune_cases import environment, losses
-from processes import run_command, start_command_in_ranks
+from finetune_cases import counting_text, environment, losses
+from processes import run_commands, start_command_in_ranks
 from safetensors.torch import load_file
 from test_finetune_dist import documents
 
@@ -21,23 +21,18 @@ pytestmark = pytest.mark.dist
 PLUGIN = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
 ROWS = 6
 """A step; the last rows are empty, and those of other processes longer."""
+RESUMED = 4
+"""Steps of the run that is killed after the second."""
 
 
 def options(model: Path, folder: Path, output: str, rows: int, *more: object, steps: int = 3) -> list[object]:
+    context, chunk, data = (256, 100, "long") if output.partition(",")[0] in LONG else (96, 38, "short")
     return [
-        *("finetune", model, "--data", folder / "data.jsonl", "--output", folder / output, "--json"),
-        *("--cache-dir", folder / "cache", "--device", "cpu", "--context-length", 256, "--chunk-length", 100),
-        *("--warmup", 1, "--max-steps", steps, "--batch-size", rows, "--weight-decay", 0.1, *more),
+        *("finetune", model, "--data", folder / data / "data.jsonl", "--output", folder / output, "--json"),
+        *("--cache-dir", folder / "cache", "--device", "cpu", "--context-length", context),
+        *("--chunk-length", chunk, "--warmup", 1, "--max-steps", steps, "--batch-size", rows),
+        *("--weight-decay", 0.1, *more),
     ]
-
-
-def run(world: int, given: list[object], **env: str) -> dict[str, Any]:
-    done = run_command(*given, world=world, env=environment(**env))
-    assert done.returncode == 0, done.stderr[-4000:]
-    noise = [line for line in done.stderr.splitlines() if "Warning" in line and "[transformers]" not in line]
-    assert not noise, noise
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
 
 
 def norms(output: Path) -> list[float]:
@@ -67,75 +62,130 @@ KINDS: dict[str, tuple[str, int, list[object]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "kind", [kind if kind == "full" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
-)
-def test_the_run_of_one_process(shallow: dict[str, Path], tmp_path: Path, kind: str) -> None:
-    version, world, more = KINDS[kind]
-    documents(tmp_path, lines=160)
-    seen = ["--eval-data", tmp_path / "data.jsonl", "--sample-prompt", "3 squared", "--sample-tokens", 6]
-    one = run(1, options(shallow[version], tmp_path, "one", ROWS, *more, *seen))
-    groups, shared = (2, ["--context-parallel", 2]) if world == 4 else (world, [])
-    given = options(shallow[version], tmp_path, "parts", ROWS // groups, *more, *seen, *shared)
-    parts = run(world, given, **PLUGIN) if world == 2 else run(world, [*given, "--shard-model"])
-    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "one"), rel=5e-5)
-    assert norms(tmp_path / "parts") == pytest.approx(norms(tmp_path / "one"), rel=1e-3)
+WORLDS = (4, 3, 2, 1)
+SEEN = ("full", "lora", "state in three", "shared contexts in four")
+"""Kinds that are evaluated, and show samples: one of each number of processes, and one with an adapter."""
+LONG = ("state in three", "half lora")
+"""Kinds that begin at zero. Of short contexts some gradients are so small that rounding makes all of AdamW's step."""
+HALF: dict[str, list[object]] = {tune: ["--tune", tune, "--dtype", "bfloat16"] for tune in ("full", "lora")}
+"""In half precision."""
+
+
+class Runs(NamedTuple):
+    """One start of each number of processes goes through all that so many of them train."""
+
+    folder: Path
+    results: dict[str, dict[str, Any]]
+    killed: list[tuple[float, int | None, list[str]]]
+    """Of those that stayed when another was killed: seconds until the end, exit code, what they said."""
+
+
+@pytest.fixture(scope="module")
+def runs(shallow: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("runs")
+    for name, lines in (("short", 64), ("long", 160)):
+        (folder / name).mkdir()
+        documents(folder / name, lines=lines)
+    held_out = counting_text(folder / "held-out.txt", 30)
+    commands: dict[int, dict[str, list[object]]] = {world: {} for world in WORLDS}
+    more: dict[str, dict[str, str]] = {}
+    seen = ["--eval-data", held_out, "--sample-prompt", "3 squared", "--sample-tokens", 6]
+    for kind, (version, world, how) in KINDS.items():
+        one, parts = f"{kind}, one", f"{kind}, parts"
+        how = [*how, *(seen if kind in SEEN else [])]
+        groups, shared = (2, ["--context-parallel", 2]) if world == 4 else (world, [])
+        given = options(shallow[version], folder, parts, ROWS // groups, *how, *shared)
+        commands[1][one] = options(shallow[version], folder, one, ROWS, *how)
+        if world == 2:
+            more[parts] = PLUGIN
+        commands[world][parts] = given if world == 2 else [*given, "--shard-model"]
+    for tune, how in HALF.items():
+        for name, sharded in (("whole", []), ("parts", ["--shard-model"])):
+            output = f"half {tune}, {name}"
+            commands[2][output] = options(shallow["7"], folder, output, 3, *how, *sharded)
+    killed = kill_one_of_three(shallow["7"], folder)
+    for world in (3, 2, 1):
+        shutil.copytree(folder / "killed.training", folder / f"on {world}.training")
+        commands[world][f"on {world}"] = resumable(shallow["7"], folder, f"on {world}", world)
+    commands[1]["undisturbed"] = resumable(shallow["7"], folder, "undisturbed", 1)
+    results: dict[str, dict[str, Any]] = {}
+    for world in WORLDS:
+        for name, done in run_commands(commands[world], world, more=more).items():
+            said = done.stderr.splitlines()
+            noise = [line for line in said if "Warning" in line and "[transformers]" not in line]
+            assert not noise, (name, noise)
+            results[name] = json.loads(done.stdout)
+    return Runs(folder, results, killed)
+
+
+def resumable(model: Path, folder: Path, output: str, world: int) -> list[object]:
+    other = folder / "other.txt"
+    other.write_text("Of what the run forgets, the first step knows most. " * 4)
+    more: list[object] = ["--save-every", 1, "--resume", "auto", "--keep-best", "--eval-every", 1]
+    more += ["--eval-data", other, "--lr", 3e-3, *(["--shard-model"] if world > 1 else [])]
+    return options(model, folder, output, ROWS // world, *more, steps=RESUMED)
+
+
+def kill_one_of_three(model: Path, folder: Path) -> list[tuple[float, int | None, list[str]]]:
+    """Once there are two checkpoints."""
+    given, streams = resumable(model, folder, "killed", 3), folder / "streams"
+    ranks = start_command_in_ranks(given, 3, streams, environment())
+    deadline, training = time.monotonic() + 120, folder / "killed.training"
+    while len(checkpoints(training)) < 2 and time.monotonic() < deadline and ranks[0].is_alive():
+        time.sleep(0.02)
+    assert ranks[1].is_alive(), (folder / "streams.0.err").read_text()
+    ranks[1].kill()
+    began, found = time.monotonic(), []
+    for rank in (0, 2):
+        ranks[rank].join(60)
+        seconds = time.monotonic() - began
+        found.append(
+            (seconds, ranks[rank].exitcode, (folder / f"streams.{rank}.err").read_text().splitlines())
+        )
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_run_of_one_process(runs: Runs, kind: str) -> None:
+    outputs = [runs.folder / f"{kind}, {name}" for name in ("one", "parts")]
+    one, parts = (runs.results[output.name] for output in outputs)
+    assert losses(outputs[1]) == pytest.approx(losses(outputs[0]), rel=5e-5)
+    assert norms(outputs[1]) == pytest.approx(norms(outputs[0]), rel=1e-3)
     assert parts["tokens"] == one["tokens"]
-    for name in ("before", "after"):
-        assert parts["held_out"][name] == pytest.approx(one["held_out"][name], rel=1e-4)
-    first, other = (
-        read_log(tmp_path / output / "training" / "samples.jsonl")[0] for output in ("one", "parts")
-    )
-    assert first == other
-    assert_same_folder(tmp_path / "one", tmp_path / "parts")
-    if version == "5.2":
+    if kind in SEEN:
+        for name in ("before", "after"):
+            assert parts["held_out"][name] == pytest.approx(one["held_out"][name], rel=1e-4)
+        first, other = (read_log(output / "training" / "samples.jsonl")[0] for output in outputs)
+        assert first == other
+    assert_same_folder(*outputs)
+    if KINDS[kind][0] == "5.2":
         assert parts["optimizer_bytes"] < 0.7 * one["optimizer_bytes"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tune", ["full", "lora"])
-def test_half_precision(shallow: dict[str, Path], tmp_path: Path, tune: str) -> None:
+@pytest.mark.parametrize("tune", HALF)
+def test_half_precision(runs: Runs, tune: str) -> None:
     """As two processes that have the model whole each: rows of the same shapes, by the same autocast."""
-    documents(tmp_path, lines=160)
-    more = ["--tune", tune, "--dtype", "bfloat16"]
-    run(2, options(shallow["7"], tmp_path, "whole", 3, *more))
-    run(2, options(shallow["7"], tmp_path, "parts", 3, *more, "--shard-model"))
-    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=5e-5)
-    assert_same_folder(tmp_path / "whole", tmp_path / "parts")
+    whole, parts = (runs.folder / f"half {tune}, {name}" for name in ("whole", "parts"))
+    assert losses(parts) == pytest.approx(losses(whole), rel=5e-5)
+    assert_same_folder(whole, parts)
 
 
 @pytest.mark.slow
-def test_goes_on_with_another_number_of_processes(shallow: dict[str, Path], tmp_path: Path) -> None:
-    """A killed rank ends the others within a minute, in one line; the best step is kept, whoever trained it."""
-    documents(tmp_path, lines=160)
-    other = tmp_path / "other.txt"
-    other.write_text("Of what the run forgets, the first step knows most. " * 8)
-    more: list[object] = ["--save-every", 1, "--resume", "auto", "--keep-best", "--eval-every", 1]
-    more += ["--eval-data", other, "--lr", 3e-3]
-    steps = 6
-
-    def given(output: str, world: int) -> list[object]:
-        sharded = ["--shard-model"] if world > 1 else []
-        return options(shallow["7"], tmp_path, output, ROWS // world, *more, *sharded, steps=steps)
-
-    one = run(1, given("one", 1))
-    training = tmp_path / "killed.training"
-    ranks = start_command_in_ranks(given("killed", 3), 3, tmp_path / "streams", environment())
-    deadline = time.monotonic() + 120
-    while len(checkpoints(training)) < 2 and time.monotonic() < deadline and ranks[0].is_alive():
-        time.sleep(0.02)
-    assert ranks[1].is_alive(), (tmp_path / "streams.0.err").read_text()
-    ranks[1].kill()
-    killed = time.monotonic()
-    for rank in (0, 2):
-        ranks[rank].join(60)
-        assert time.monotonic() - killed < 60 and ranks[rank].exitcode not in (0, None)
-        told = (tmp_path / f"streams.{rank}.err").read_text().splitlines()
+def test_a_killed_process_ends_the_others(runs: Runs) -> None:
+    """Within a minute, in one line."""
+    for seconds, code, told in runs.killed:
+        assert seconds < 60 and code not in (0, None)
         (line,) = (line for line in told if "error" in line.lower())
         assert "error: another process of this run has ended" in line and "--resume auto goes on" in line
-    for world in (3, 2, 1):
-        shutil.copytree(training, tmp_path / f"on {world}.training")
-        result = run(world, given(f"on {world}", world))
-        assert losses(tmp_path / f"on {world}") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
-        assert result["best_step"] == one["best_step"] == 1
-        assert_same_folder(tmp_path / "one", tmp_path / f"on {world}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [3, 2, 1])
+def test_goes_on_with_another_number_of_processes(runs: Runs, world: int) -> None:
+    """The best step is kept, whoever trained it."""
+    one, found = runs.folder / "undisturbed", runs.folder / f"on {world}"
+    assert losses(found) == pytest.approx(losses(one), rel=1e-3)
+    assert runs.results[found.name]["best_step"] == runs.results[one.name]["best_step"] == 1
+    assert_same_folder(one, found)
