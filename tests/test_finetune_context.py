@@ -3,16 +3,16 @@
 import json
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
-from finetune_cases import environment, finetune, losses, settings
-from processes import run_command, start_command_in_ranks
+from finetune_cases import environment, losses
+from processes import run_commands, start_command_in_ranks
 from test_finetune_dist import documents
 
 from rwkv_rev.errors import RwkvRevError
 from rwkv_rev.training.checkpoints import checkpoints
 from rwkv_rev.training.config import FinetuneConfig
-from rwkv_rev.training.finetune import FinetuneResult
 from rwkv_rev.training.launch import context_ranks
 
 pytestmark = pytest.mark.dist
@@ -36,72 +36,83 @@ def options(
     ]
 
 
+class Runs(NamedTuple):
+    """By one start of four processes, of two and of one."""
+
+    folder: Path
+    results: dict[str, dict[str, Any]]
+    killed: tuple[float, int | None, list[str]]
+    """Of the process that stayed when the other was killed: seconds until the end, exit code, errors it told of."""
+
+    def losses(self, name: str) -> list[float]:
+        return losses(self.folder / name)
+
+
 @pytest.fixture(scope="module")
-def alone(shallow: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[FinetuneResult, Path]:
-    """One process with two rows a step."""
-    folder = tmp_path_factory.mktemp("alone")
+def runs(shallow: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("runs")
     data = documents(folder)
-    given = {"context_length": 128, "chunk_length": 51, "max_steps": 3, "batch_size": 2, "warmup": 1}
-    return finetune(
-        settings(shallow["5.2"], data, folder / "one", eval_data=[str(data)], **given)
-    ), folder / "one"
+
+    def command(name: str, *more: object, steps: int = 3) -> list[object]:
+        return options(shallow["5.2"], data, folder / name, folder / "cache", *more, steps=steps)
+
+    shared, seen = ["--context-parallel", 2], ["--eval-data", data]
+    going_on = command("killed", *shared, "--save-every", 1, "--resume", "auto", steps=8)
+    killed = kill_one_of_two(going_on, folder)
+    by_two = {f"{kind}, two": command(f"{kind}, two", *more) for kind, more in KINDS.items()}
+    by_one = {f"{kind}, one": command(f"{kind}, one", *more) for kind, more in KINDS.items()}
+    accelerates = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "2"}
+    done = run_commands({"four": command("four", *shared, "--batch-size", 1, *seen)}, 4)
+    done |= run_commands(by_two | {"killed": going_on}, 2, more=dict.fromkeys(by_two, accelerates))
+    by_one |= {
+        "rows": command("rows", "--batch-size", 2, *seen),
+        "undisturbed": command("undisturbed", steps=8),
+    }
+    done |= run_commands(by_one)
+    assert "Warning" not in done["four"].stderr, done["four"].stderr
+    return Runs(folder, {name: json.loads(each.stdout) for name, each in done.items()}, killed)
 
 
-def test_two_groups_of_two(
-    shallow: dict[str, Path], alone: tuple[FinetuneResult, Path], tmp_path: Path
-) -> None:
-    """A row for each group."""
-    data = documents(tmp_path)
-    more = ["--context-parallel", 2, "--batch-size", 1, "--eval-data", data]
-    done = run_command(*options(shallow["5.2"], data, tmp_path / "out", tmp_path / "cache", *more), world=4)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Warning" not in done.stderr, done.stderr
-    result, (one, output) = json.loads(done.stdout), alone
-    assert losses(tmp_path / "out") == pytest.approx(losses(output), rel=2e-5)
-    assert result["tokens"] == one.tokens and one.held_out is not None
-    assert result["held_out"]["after"] == pytest.approx(one.held_out[1], rel=1e-4)
-    assert result["tape_bytes"] < 0.7 * one.tape_bytes
-
-
-@pytest.mark.parametrize(
-    "kind", [kind if kind == "state" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
-)
-def test_other_runs(shallow: dict[str, Path], tmp_path: Path, kind: str) -> None:
-    """As accelerate is configured by its ``ParallelismConfig``."""
-    data = documents(tmp_path)
-    given = options(shallow["5.2"], data, tmp_path / "one", tmp_path / "cache", *KINDS[kind])
-    assert run_command(*given).returncode == 0
-    given = options(shallow["5.2"], data, tmp_path / "two", tmp_path / "cache", *KINDS[kind])
-    env = environment(ACCELERATE_USE_PARALLELISM_CONFIG="true", PARALLELISM_CONFIG_CP_SIZE="2")
-    done = run_command(*given, world=2, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-5)
-
-
-def test_a_killed_rank_ends_all_and_the_run_goes_on(shallow: dict[str, Path], tmp_path: Path) -> None:
-    """The other one ends by itself, in one line; the same command goes on with the losses of an undisturbed run."""
-    data, training = documents(tmp_path), tmp_path / "killed.training"
-    more = ["--context-parallel", 2, "--save-every", 1, "--resume", "auto"]
-    common = options(shallow["5.2"], data, tmp_path / "killed", tmp_path / "cache", *more, steps=12)
-    ranks = start_command_in_ranks(common, 2, tmp_path / "streams", environment())
+def kill_one_of_two(command: list[object], folder: Path) -> tuple[float, int | None, list[str]]:
+    """Once there is a checkpoint."""
+    training = folder / "killed.training"
+    ranks = start_command_in_ranks(command, 2, folder / "streams", environment())
     deadline = time.monotonic() + 120
     while not checkpoints(training) and time.monotonic() < deadline and ranks[0].is_alive():
         time.sleep(0.02)
     assert checkpoints(training) and ranks[1].is_alive()
     ranks[1].kill()
-    killed = time.monotonic()
+    began = time.monotonic()
     ranks[0].join(60)
-    assert time.monotonic() - killed < 60 and ranks[0].exitcode not in (0, None)
+    seconds = time.monotonic() - began
     ranks[1].join()
-    told = [
-        line for line in (tmp_path / "streams.0.err").read_text().splitlines() if line.startswith("error: ")
-    ]
+    said = (folder / "streams.0.err").read_text().splitlines()
+    return seconds, ranks[0].exitcode, [line for line in said if line.startswith("error: ")]
+
+
+def test_two_groups_of_two(runs: Runs) -> None:
+    """A row for each group."""
+    result, one = runs.results["four"], runs.results["rows"]
+    assert runs.losses("four") == pytest.approx(runs.losses("rows"), rel=2e-5)
+    assert result["tokens"] == one["tokens"]
+    assert result["held_out"]["after"] == pytest.approx(one["held_out"]["after"], rel=1e-4)
+    assert result["tape_bytes"] < 0.7 * one["tape_bytes"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_runs(runs: Runs, kind: str) -> None:
+    """As accelerate is configured by its ``ParallelismConfig``."""
+    assert runs.losses(f"{kind}, two") == pytest.approx(runs.losses(f"{kind}, one"), rel=2e-5)
+    one, two = (runs.results[f"{kind}, {name}"]["tape_bytes"] for name in ("one", "two"))
+    assert two < 0.7 * one, "they shared no context"
+
+
+def test_a_killed_rank_ends_all_and_the_run_goes_on(runs: Runs) -> None:
+    """The other one ends by itself, in one line; the same command goes on with the losses of an undisturbed run."""
+    seconds, code, told = runs.killed
+    assert seconds < 60 and code not in (0, None)
     assert len(told) == 1, told
-    done = run_command(*common, world=2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    given = options(shallow["5.2"], data, tmp_path / "one", tmp_path / "cache", steps=12)
-    assert run_command(*given).returncode == 0
-    assert losses(tmp_path / "killed") == pytest.approx(losses(tmp_path / "one"), rel=5e-5)
+    assert runs.losses("killed") == pytest.approx(runs.losses("undisturbed"), rel=5e-5)
 
 
 def test_accelerates_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
