@@ -41,11 +41,11 @@ def contents(path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models of 60 MB, the second to replace the first, so that writing takes its time."""
+    """Two models of 30 MB, the second to replace the first, so that writing takes its time."""
     folder = tmp_path_factory.mktemp("sources")
     for name, seed in (("old", 1), ("new", 2)):
         torch.manual_seed(seed)
-        sizes = {"vocab": 256, "D": 512, "head_size": 64, "layers": 4}
+        sizes = {"vocab": 256, "D": 512, "head_size": 64, "layers": 2}
         state = blinkdl_state_dict("5.2", **sizes)
         torch.save(
             {key: torch.randn_like(tensor.float()) for key, tensor in state.items()}, folder / f"{name}.pth"

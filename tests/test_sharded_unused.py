@@ -36,6 +36,8 @@ CASES = {
     "adapter, own loss": ("adapter", "full", "6"),
 }
 """A cause, a strategy, a generation."""
+OF_THREE = [*(f"{kind} auto" for kind in KINDS), "labels checkpoint", "adapter, own loss", "start 7"]
+"""Cases of three processes: each cause once, and the last process is the odd one there, too."""
 
 
 def model_of(kind: str, bptt: str, version: str) -> Any:
@@ -130,7 +132,8 @@ def work(rank: int) -> dict[str, Any]:
     world = torch.distributed.get_world_size()
     mesh = init_device_mesh("cpu", (world,))
     found: dict[str, Any] = {}
-    for name, (kind, bptt, version) in CASES.items():
+    for name in CASES if world == 2 else OF_THREE:
+        kind, bptt, version = CASES[name]
         model = sharded(model_of(kind, bptt, version), mesh)
         found[name] = trained(model, kind, [rank], world, own_loss="own loss" in name)
     return found
@@ -143,6 +146,8 @@ def by_rank(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_mean_of_all_processes(by_rank: list[dict[str, Any]], name: str) -> None:
+    if name not in by_rank[0]:
+        pytest.skip("not of so many processes")
     kind, bptt, version = CASES[name]
     ranks, own_loss = [*range(len(by_rank))], "own loss" in name
     expected = trained(model_of(kind, bptt, version), kind, ranks, len(ranks), own_loss=own_loss)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from byte_tokens import Bytes
 from processes import context
 
 from rwkv_rev.errors import DataError
@@ -22,27 +23,6 @@ from rwkv_rev.training.rows import RowDataset
 from rwkv_rev.training.token_cache import load_tokens
 from rwkv_rev.training.token_store import TokenStore
 from rwkv_rev.training.tokenise import tokenizer_fingerprint
-
-
-class Bytes:
-    """Ids are UTF-8 bytes plus ``shift``. Fails on U+FFFF; counts its calls in a file, over all processes."""
-
-    def __init__(
-        self, shift: int = 0, eos_token_id: int | None = 0, log: Path | None = None, nap: float = 0
-    ) -> None:
-        self.shift, self.eos_token_id, self.log, self.nap = shift, eos_token_id, log, nap
-
-    def encode(self, text: str) -> list[int]:
-        if "\uffff" in text:
-            raise ValueError("not a\ncharacter")
-        if self.log is not None and text != tokenise.PROBE:
-            with self.log.open("a") as file:
-                file.write(f"{os.getpid()} {len(text)}\n")
-            time.sleep(self.nap)
-        return [byte + self.shift for byte in text.encode()]
-
-    def get_vocab(self) -> dict[str, int]:
-        return {f"{byte:02x}": byte + self.shift for byte in range(256)}
 
 
 def texts(store: TokenStore) -> list[str]:
