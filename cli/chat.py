@@ -28,7 +28,8 @@ HELP = """/reset       forget the conversation
 /save FILE   write the state, which holds all that was said
 /load FILE   go on from a saved state
 /help        this
-Ctrl-C stops an answer, Ctrl-D ends the chat."""
+/exit        end the chat, as /quit and Ctrl-D do
+Ctrl-C stops an answer."""
 PROMPT = "> "
 
 
@@ -58,8 +59,9 @@ def chat(
     said, so nothing is read twice, however long the chat.
 
     Lines that begin with / are commands: /reset forgets the conversation, /save FILE writes the state, /load FILE goes
-    on from one, /help lists them. Ctrl-C stops an answer but not the chat, Ctrl-D ends it. From a pipe each line is a
-    turn, too, answers go to stdout, and what cannot be done ends the chat.
+    on from one, /exit or /quit ends the chat, /help lists them. Ctrl-C stops an answer but not the chat; Ctrl-D ends
+    the chat. From a pipe each line is a turn, too, answers go to stdout, and what cannot be done ends the chat, in an
+    error.
 
     Examples:
 
@@ -93,8 +95,10 @@ def chat(
         torch.manual_seed(seed)
     asked = sys.stdin.isatty()
     if asked:
-        out.note("/help lists the commands, Ctrl-D ends the chat")
+        out.note("/help lists the commands, /exit or Ctrl-D ends the chat")
     for line in _lines(asked):
+        if line.rstrip() in ("/exit", "/quit"):
+            return
         try:
             if line.startswith("/"):
                 _command(talk, line)

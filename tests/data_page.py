@@ -6,6 +6,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
+from rwkv_rev.tokenization import RwkvByteTokenizer
 from rwkv_rev.training.records import Fields
 from rwkv_rev.training.token_cache import load_tokens
 
@@ -43,6 +44,16 @@ EXAMPLES = (
         },
     ),
     Example("Instructions", {"instruction": "Add.", "input": "2, 2", "output": "4"}),
+    Example(
+        "Instructions with `system` and `history`",
+        {
+            "system": "Be brief.",
+            "history": [["What is 2+2?", "4."]],
+            "instruction": "Sure?",
+            "output": "Yes.",
+        },
+    ),
+    Example("Messages with a `weight`", {"messages": [TURNS[0], TURNS[1] | {"weight": 0}, *TURNS[2:]]}),
     Example("Prompt and completion as turns", {"prompt": TURNS[:3], "completion": TURNS[3:]}),
     Example(
         "RWKV's own text, `--train-on assistant`",
@@ -69,6 +80,29 @@ def tokens_of(example: Example, tokenizer: Any, folder: Path) -> list[tuple[str,
         ("end" if token == 0 else repr(tokenizer.decode([token]))[1:-1], bool(loss))
         for token, loss in zip(ids, store.loss(0), strict=True)
     ]
+
+
+def by_byte(example: Example, folder: Path) -> list[tuple[str, bool]]:
+    return tokens_of(example, RwkvByteTokenizer(), folder)
+
+
+def in_bytes(parts: list[str]) -> list[tuple[str, bool]]:
+    """Byte by byte what parts become, every second of which carries loss."""
+    return [
+        ("end" if letter == "|" else repr(letter)[1:-1], bool(number % 2))
+        for number, part in enumerate(parts)
+        for letter in part
+    ]
+
+
+def weighed(*weights: Any) -> dict[str, Any]:
+    """A conversation with a weight in each turn; None: without one."""
+    return {
+        "messages": [
+            turn if weight is None else turn | {"weight": weight}
+            for turn, weight in zip(TURNS, weights, strict=True)
+        ]
+    }
 
 
 def shown(tokens: list[tuple[str, bool]]) -> str:

@@ -91,6 +91,15 @@ def test_what_cannot_be_done_ends_a_script(
     assert (code, out, told(err)) == (1, "", [f"error: {message}"])
 
 
+@pytest.mark.parametrize("end", ["/exit", "/quit", "/quit "])
+def test_a_script_may_end_the_chat(bundled: dict[str, Path], say: Cli, end: str) -> None:
+    """What stands behind is not said, nor is it missed."""
+    code, out, err = say(bundled["4"], f"{end}\nHello\n/nothing\n")
+    assert (code, out, told(err)) == (0, "", [])
+    _, _, err = say(bundled["4"], "/help\n")
+    assert "/exit " in err and "/quit" in err
+
+
 def test_options(bundled: dict[str, Path], say: Cli, tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text("no template")
     for options, message in (

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_page import EXAMPLES, TURNS, Example, page_of, tokens_of
+from data_page import EXAMPLES, TURNS, Example, by_byte, in_bytes, page_of, tokens_of, weighed
 
 from rwkv_rev.errors import DataError
 from rwkv_rev.tokenization import RwkvByteTokenizer, RwkvWorldTokenizer
@@ -25,6 +25,13 @@ EXPECTED = {  # written out: parts in turn, the first without loss
     "Messages, `--train-on all`": ["", f"{ASKED} 4.\n\n|"],
     "Conversations": [f"System: Be brief.\n\n{ASKED}", " 4.\n\n|"],
     "Instructions": ["User: Add.\n2, 2\n\nAssistant:", " 4\n\n|"],
+    "Instructions with `system` and `history`": [
+        f"System: Be brief.\n\n{ASKED}",
+        " 4.\n\n",
+        "User: Sure?\n\nAssistant:",
+        " Yes.\n\n|",
+    ],
+    "Messages with a `weight`": [f"{ASKED} 4.\n\nUser: Sure?\n\nAssistant:", " Yes.\nCount!\n\n|"],
     "Prompt and completion as turns": [f"{ASKED} 4.\n\nUser: Sure?\n\nAssistant:", " Yes.\nCount!\n\n|"],
     "RWKV's own text, `--train-on assistant`": [
         ASKED,
@@ -42,20 +49,11 @@ def world() -> RwkvWorldTokenizer:
     return RwkvWorldTokenizer()
 
 
-def by_byte(example: Example, folder: Path) -> list[tuple[str, bool]]:
-    return tokens_of(example, RwkvByteTokenizer(), folder)
-
-
 @pytest.mark.parametrize("example", EXAMPLES, ids=[example.name for example in EXAMPLES])
 def test_formats_byte_by_byte(example: Example, tmp_path: Path) -> None:
     """A text gets no end token, which models of bytes were not trained with; answers get one."""
-    expected = [
-        ("end" if letter == "|" else repr(letter)[1:-1], bool(number % 2))
-        for number, part in enumerate(EXPECTED[example.name])
-        for letter in part
-        if not (letter == "|" and example.name == "A text")
-    ]
-    assert by_byte(example, tmp_path) == expected
+    expected = in_bytes(EXPECTED[example.name])
+    assert by_byte(example, tmp_path) == expected[: -1 if example.name == "A text" else None]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=[example.name for example in EXAMPLES])
@@ -83,6 +81,7 @@ def write(path: Path, *records: Any) -> Path:
 
 
 GOOD = {"messages": TURNS}
+ADD = {"instruction": "Add.", "output": "4"}
 
 
 @pytest.mark.parametrize(
@@ -133,6 +132,33 @@ GOOD = {"messages": TURNS}
         ({"instruction": "Add.", "input": 4, "output": "4"}, "field 'input' is a int, not a string"),
         ({"instruction": "Add.", "output": ""}, "field 'output' is empty"),
         ({"instruction": "Add."}, "no field 'text' .*'instruction' and 'output'"),
+        ({"prompt": "x", "completion": ""}, "field 'completion' is empty"),
+        ({"prompt": "x", "completion": " \n"}, "field 'completion' is empty"),
+        ({"prompt": " ", "completion": TURNS[1:2]}, "field 'prompt' is empty"),
+        (weighed(None, 0.5, None, None), "turn 2 of 'messages': its 'weight' is 0.5; known are 0, .*, and 1"),
+        (weighed(None, True, None, None), "turn 2 of 'messages': its 'weight' is True"),
+        (weighed(None, "0", None, None), "turn 2 of 'messages': its 'weight' is '0'"),
+        (weighed(1, None, None, None), "turn 1 of 'messages' has the weight 1 and the role 'user'"),
+        (weighed(None, 0, None, 0), "no turn of the assistant to train on: each has the weight 0"),
+        (ADD | {"system": 3}, "field 'system' is a int, not a string"),
+        (
+            {"prompt": "a", "completion": "b", "system": "Be brief."},
+            "field 'system' beside texts.*'messages'",
+        ),
+        (
+            {"messages": [{"role": "system", "content": "a"}, *TURNS], "system": "b"},
+            "a field 'system', and another turn of the role system",
+        ),
+        ({"prompt": "a", "completion": "b", "history": [["c", "d"]]}, "field 'history' is read beside"),
+        (GOOD | {"history": [["c", "d"]]}, "field 'history' is read beside 'instruction'"),
+        (ADD | {"history": "[]"}, "field 'history' is no list of pairs of texts"),
+        (ADD | {"history": [["a", "b", "c"]]}, "field 'history' is no list of pairs of texts"),
+        (ADD | {"history": [["a", 4]]}, "field 'history' is no list of pairs of texts"),
+        (ADD | {"history": [["a", "b"], ["c", ""]]}, "pair 2 of 'history': its 'content' is empty"),
+        ({"messages": [TURNS[0], {"role": "assistant", "content": "a\0b"}]}, r"turn 2 holds '\\x00'"),
+        ({"prompt": "a", "completion": "b\0c"}, r"the text holds '\\x00', which .* end of text, token 0"),
+        ({"prompt": "a\0", "completion": "b"}, r"the prompt holds '\\x00'"),
+        (ADD | {"input": "\0"}, r"turn 1 holds '\\x00'"),
         (
             {"prompt": "a", "chosen": "b", "rejected": "c"},
             "a preference pair, .*DPOTrainer.*data_format chosen",
@@ -149,17 +175,75 @@ def test_a_bad_row_is_named(record: Any, message: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+HISTORY = [["a", "b"], ["c", "d"]]
+
+
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("record", "fields", "expected"),
     [
-        ("Once upon a time", "is no conversation: it begins with 'Once upon"),
-        ("User: hi", "the assistant says nothing"),
+        (
+            ADD | {"system": "Be brief.", "history": HISTORY},
+            {},
+            [
+                *("System: Be brief.\n\nUser: a\n\nAssistant:", " b\n\n"),
+                *("User: c\n\nAssistant:", " d\n\n", "User: Add.\n\nAssistant:", " 4\n\n|"),
+            ],
+        ),
+        (
+            ADD | {"history": HISTORY[:1]},
+            {"train_on": "last"},
+            ["User: a\n\nAssistant: b\n\nUser: Add.\n\nAssistant:", " 4\n\n|"],
+        ),
+        (ADD | {"system": " ", "history": []}, {}, ["User: Add.\n\nAssistant:", " 4\n\n|"]),
+        (ADD | {"system": None, "history": None}, {}, ["User: Add.\n\nAssistant:", " 4\n\n|"]),
+        ({"messages": TURNS[:2], "system": "Be brief."}, {}, [f"System: Be brief.\n\n{ASKED}", " 4.\n\n|"]),
+        (
+            {"messages": [{"role": "system", "content": "Be brief."}, *TURNS[:2]], "system": "Be brief. "},
+            {},
+            [f"System: Be brief.\n\n{ASKED}", " 4.\n\n|"],
+        ),
+        (
+            {"prompt": TURNS[:3], "completion": TURNS[3:], "system": "Be brief."},
+            {},
+            [
+                f"System: Be brief.\n\n{ASKED} 4.\n\nUser: Sure?\n\nAssistant:",
+                " Yes.\nCount!\n\n|",
+            ],
+        ),
+        ({"prompt": "a", "completion": "b", "system": "", "history": []}, {}, ["a", "b|"]),
+        ({"system": "2+2=", "output": "4"}, {"prompt": "system", "completion": "output"}, ["2+2=", "4|"]),
+        ({"history": TURNS[:2]}, {"messages": "history"}, [ASKED, " 4.\n\n|"]),
     ],
 )
-def test_a_text_of_which_nobody_knows_who_speaks(text: str, message: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "chat.jsonl", {"text": "User: a\n\nAssistant: b"}, {"text": text})
-    with pytest.raises(DataError, match=rf"chat\.jsonl:2: train_on assistant.*{message}"):
-        load_tokens(path, RwkvByteTokenizer(), fields=Fields(train_on="assistant"), cache_dir=tmp_path / "c")
+def test_what_stands_beside(record: Any, fields: dict[str, Any], expected: list[str], tmp_path: Path) -> None:
+    """A system turn and turns before, as files for other trainers have them."""
+    assert by_byte(Example("", record, fields), tmp_path) == in_bytes(expected)
+
+
+def test_an_end_that_no_text_can_say(world: RwkvWorldTokenizer, tmp_path: Path) -> None:
+    """World's end token is none of its characters; that of bytes may stand in a template."""
+    said = [TURNS[0], {"role": "assistant", "content": f"a\0{world.eos_token}"}]
+    found = tokens_of(Example("", {"messages": said}), world, tmp_path)
+    assert [text for text, _ in found].count("end") == 1
+    ending = RwkvByteTokenizer()
+    ending.chat_template = (
+        "{% for m in messages %}{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% endfor %}"
+    )
+    record = {"messages": [{"role": "assistant", "content": "a"}]}
+    found = tokens_of(Example("", record), ending, tmp_path)
+    assert found == [("a", True), ("end", True), ("end", True)]
+
+
+def test_chosen_texts_without_a_prompt(tmp_path: Path) -> None:
+    """Refused with what would work, which does."""
+    talk = "\n\nHuman: Hi\n\nAssistant: Yo"
+    record = {"chosen": talk, "rejected": talk}
+    with pytest.raises(DataError, match=r"up to the last 'Assistant:'\).* text_field chosen trains"):
+        by_byte(Example("", record, {"format": "chosen"}), tmp_path)
+    cut = record | {"prompt": talk[:-3], "chosen": talk[-3:]}
+    for made, fields in ((cut, {"format": "chosen"}), (record, {"text": "chosen"})):
+        found = by_byte(Example("", made, fields), tmp_path)
+        assert "".join(text for text, _ in found).removesuffix("end") == repr(talk)[1:-1]
 
 
 @pytest.mark.parametrize(
@@ -205,15 +289,23 @@ def test_what_would_be_without_effect(fields: dict[str, Any], kinds: list[str], 
         Fields(**fields).refuse_unused(kinds)
 
 
+def test_chosen_turns_need_no_prompt(tmp_path: Path) -> None:
+    record = {"chosen": TURNS[1:2], "rejected": TURNS[3:]}
+    assert by_byte(Example("", record, {"format": "chosen"}), tmp_path) == in_bytes(
+        ["Assistant:", " 4.\n\n|"]
+    )
+
+
 def test_csv_and_parquet(tmp_path: Path) -> None:
     """Instructions in a table; a list of turns in a column of a parquet file."""
     (tmp_path / "a.csv").write_text('instruction,input,output\nAdd.,"2, 2",4\n')
     (piece,) = find_sources(tmp_path / "a.csv")[0].pieces()
     assert [turn["content"] for turn in piece.turns] == ["Add.\n\n2, 2", "4"]
     pyarrow, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
-    parquet.write_table(pyarrow.table({"messages": [TURNS], "id": [1]}), tmp_path / "a.parquet")
+    table = {"messages": [TURNS], "id": [1], "system": ["Be brief."]}
+    parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
     (piece,) = find_sources(tmp_path / "a.parquet")[0].pieces()
-    assert list(piece.turns) == TURNS
+    assert list(piece.turns) == [{"role": "system", "content": "Be brief."}, *TURNS]
 
 
 def test_rows_and_slices_keep_the_mask(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def data(tmp_path: Path) -> Path:
         {"prompt": "2+2=", "completion": "4"},
         {"text": ""},
         {"text": "ünï"},
-        {"prompt": "q", "completion": ""},
+        {"text": ""},
     ]
     (tmp_path / "data" / "b.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return tmp_path / "data"
@@ -171,9 +171,9 @@ EMPTY = "field '{}' is empty, and no other record holds text to train on"
     [
         ("", {}, ": the data holds no text at all"),
         ('\n{"text": ""}\n', {}, ":2: " + EMPTY.format("text")),
-        ('{"prompt": "a", "completion": ""}', {}, ":1: " + EMPTY.format("completion")),
-        ('{"q": "a", "a": ""}', {"prompt": "q", "completion": "a"}, ":1: " + EMPTY.format("a")),
-        ('{"prompt": "a", "chosen": ""}', {"format": "chosen"}, ":1: " + EMPTY.format("chosen")),
+        ('{"prompt": "a", "completion": ""}', {}, ":1: field 'completion' is empty"),
+        ('{"q": "a", "a": ""}', {"prompt": "q", "completion": "a"}, ":1: field 'a' is empty"),
+        ('{"prompt": "a", "chosen": ""}', {"format": "chosen"}, ":1: field 'chosen' is empty"),
     ],
 )
 def test_empty_data_is_refused(tmp_path: Path, content: str, fields: dict[str, str], message: str) -> None:

@@ -34,7 +34,8 @@ WORLD_TEMPLATE = r"""{%- for message in messages -%}
 {%- elif message['tool_calls'] -%}
 {{- raise_exception("a turn with tool_calls, which this template has no words for") -}}
 {%- endif -%}
-{%- set text = message['content'].strip().replace('\r\n', '\n').split('\n') | select | join('\n') -%}
+{%- set text = message['content'].strip().replace('\r\n', '\n').replace('\r', '\n') -%}
+{%- set text = text.split('\n') | select | join('\n') -%}
 {%- if message['role'] == 'assistant' -%}
 {{- 'Assistant:' -}}
 {%- generation -%}

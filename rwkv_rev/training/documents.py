@@ -258,8 +258,8 @@ def _read_parquet(source: DataSource, fields: Fields) -> Iterator[Piece]:
         with parquet.ParquetFile(source.path) as table:
             names = list(table.schema_arrow.names)
             refuse_twice(names)
-            columns = list(fields.choose(names, source.name).columns)
-            batches = table.iter_batches(batch_size=256, columns=columns)
+            layout = fields.choose(names, source.name)
+            batches = table.iter_batches(batch_size=256, columns=[*layout.columns, *layout.beside])
             rows = (row for batch in batches for row in batch.to_pylist())
             yield from _read_rows(source, fields, names, rows)
     except NamedTwice as error:

@@ -9,8 +9,10 @@
 | ``chosen`` | of a preference pair: ``prompt``, ``chosen``; only where it is asked for | the chosen answer |
 
 Of ``completion`` and ``chosen`` both fields may be lists of turns, too. What is a list of turns becomes text by the
-tokenizer's chat template, where it is tokenised (:mod:`rwkv_rev.training.conversations`); so do instructions. Other
-fields are not read. Pairs train a model by trl's ``DPOTrainer``, which is why they are not taken without a word.
+tokenizer's chat template, where it is tokenised (:mod:`rwkv_rev.training.conversations`); so do instructions. A field
+``system`` beside them is their first turn, ``history`` of instructions the turns before; a turn of ``weight`` 0 carries
+no loss. Other fields are not read. Pairs train a model by trl's ``DPOTrainer``, which is why they are not taken without
+a word.
 """
 
 from collections.abc import Iterable
@@ -23,6 +25,7 @@ from rwkv_rev.printable import is_utf8, shortened
 FORMATS = ("auto", "text", "completion", "messages", "instruction", "chosen")
 TRAIN_ON = ("assistant", "all", "last")
 _LISTS = ("messages", "conversations")
+_BESIDE = ("system", "history")
 _NAMED = (
     "--text-field NAME, or --prompt-field NAME and --completion-field NAME, or --messages-field NAME, or "
     f"--data-format {'|'.join(FORMATS[1:])}"
@@ -78,11 +81,12 @@ def place(source: str, line: int, unit: str = "line") -> str:
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Which fields of a record are read, as one of :data:`FORMATS`."""
+    """Which fields of a record are read, as one of :data:`FORMATS`; ``beside``: those that say what was before."""
 
     format: str
     columns: tuple[str, ...]
     train_on: str | None
+    beside: tuple[str, ...] = ()
 
     def piece(self, row: dict[str, Any], source: str, line: int, unit: str) -> Piece:
         """The document that a record holds. Raises DataError naming its place."""
@@ -92,7 +96,7 @@ class RowLayout:
         turns: Turns = ()
         text, silent = "", 0
         if self.format == "messages":
-            turns = _turns(values, self.columns[0], where)
+            turns = self._turns(values, self.columns[0], where)
         elif self.format == "instruction":
             asked, answer = (_text(values, name, where) for name in (self.columns[0], self.columns[-1]))
             more = "" if row.get("input") is None else _text(row, "input", where)
@@ -101,38 +105,107 @@ class RowLayout:
             for name, (_, content) in zip((self.columns[0], self.columns[-1]), said, strict=True):
                 if not content.strip():
                     raise DataError(f"{where}: field '{name}' is empty")
-            turns = tuple({"role": role, "content": content} for role, content in said)
+            turns = (
+                *self._history(row, where),
+                *({"role": role, "content": content} for role, content in said),
+            )
         elif isinstance(values[self.columns[-1]], list):
-            turns = _turns(values, self.columns[-1], where)
+            turns = self._turns(values, self.columns[-1], where)
             if len(self.columns) == 2 and isinstance(values[self.columns[0]], list):
-                before = _turns(values, self.columns[0], where)
+                before = self._turns(values, self.columns[0], where)
                 turns, silent = before + turns, len(before)
-            elif turns[0]["role"] == "assistant":
+            elif len(self.columns) == 2 and turns[0]["role"] == "assistant":
                 asked = _text(values, self.columns[0], where)
+                if not asked.strip():
+                    raise DataError(f"{where}: field '{self.columns[0]}' is empty")
                 turns, silent = ({"role": "user", "content": asked}, *turns), 1
         else:
             text = _text(values, self.columns[-1], where)
             prompt = _text(values, self.columns[0], where) if len(self.columns) == 2 else None
             if self.format == "chosen" and prompt is None:
-                raise DataError(f"{where}: field 'chosen' is a text, and there is no 'prompt' before it")
-        if (
-            turns
-            and self.train_on != "all"
-            and not any(turn["role"] == "assistant" for turn in turns[silent:])
-        ):
-            unknown = dict.fromkeys(
-                turn["role"] for turn in turns[silent:] if turn["role"] not in _ROLES.values()
-            )
-            if unknown:
-                names = ", ".join(shortened(repr(name)) for name in list(unknown)[:8])
                 raise DataError(
-                    f"{where}: the role {names} is not known, and no turn is the assistant's, to train on: its role is "
-                    "written 'assistant', the other's 'user'"
+                    f"{where}: field 'chosen' is a text, and there is no 'prompt' before it: write what stands before "
+                    "the answer into 'prompt' (of Anthropic's form all up to the last 'Assistant:'), or 'chosen' as a "
+                    "list of turns with 'role' and 'content'; --text-field chosen trains on the whole text"
                 )
+            if prompt is not None and not text.strip():
+                raise DataError(f"{where}: field '{self.columns[-1]}' is empty")
+        if self.format != "instruction" and "history" in self.beside and row.get("history"):
             raise DataError(
-                f"{where}: no turn of the assistant to train on (--train-on all takes every turn)"
+                f"{where}: field 'history' is read beside 'instruction' and 'output' alone; write its turns into "
+                "'messages', or leave it out"
             )
+        before = self._system(row, turns, where)
+        turns, silent = before + turns, silent + len(before)
+        if turns and self.train_on != "all":
+            _refuse_silence(turns[silent:], self.train_on, where)
         return Piece(text, prompt, source, line, unit, turns=turns, silent=silent, train_on=self.train_on)
+
+    def _turns(self, row: dict[str, Any], name: str, where: str) -> Turns:
+        """A list of turns with ``role`` and ``content``, whatever they were called."""
+        value = row.get(name)
+        if not isinstance(value, list):
+            found = "null" if value is None else f"a {type(value).__name__}"
+            raise DataError(
+                f"{where}: field '{name}' is {found}, not a list of turns with 'role' and 'content'"
+            )
+        if not value:
+            raise DataError(f"{where}: field '{name}' is a list without turns")
+        return tuple(
+            _turn(turn, f"{where}: turn {number} of '{name}'", self.train_on)
+            for number, turn in enumerate(value, start=1)
+        )
+
+    def _history(self, row: dict[str, Any], where: str) -> Turns:
+        """The turns before an instruction: pairs of what the user said and the answer."""
+        value = row.get("history") if "history" in self.beside else None
+        if not value and (value is None or isinstance(value, list | str)):
+            return ()  # a table's empty field is an empty text
+        pairs = value if isinstance(value, list) else [value]
+        if not all(isinstance(pair, list | tuple) and [*map(type, pair)] == [str, str] for pair in pairs):
+            raise DataError(f"{where}: field 'history' is no list of pairs of texts, [user, assistant]")
+        return tuple(
+            _turn({"role": role, "content": said}, f"{where}: pair {number} of 'history'", self.train_on)
+            for number, pair in enumerate(pairs, start=1)
+            for role, said in zip(("user", "assistant"), pair, strict=True)
+        )
+
+    def _system(self, row: dict[str, Any], turns: Turns, where: str) -> Turns:
+        """The turn that a field ``system`` is, if it says anything that the turns do not."""
+        if "system" not in self.beside or row.get("system") is None:
+            return ()
+        said = _text(row, "system", where)
+        if not said.strip():
+            return ()
+        if not turns:
+            raise DataError(
+                f"{where}: field 'system' beside texts that are read as they are; write it into "
+                f"'{self.columns[0]}', or give a list of turns, 'messages'"
+            )
+        there = [turn["content"].strip() for turn in turns if turn["role"] == "system"]
+        if there and there != [said.strip()]:
+            raise DataError(
+                f"{where}: a field 'system', and another turn of the role system; leave one of them out"
+            )
+        return () if there else ({"role": "system", "content": said},)
+
+
+def _refuse_silence(turns: Turns, train_on: str | None, where: str) -> None:
+    """Raise DataError if none of these turns carries loss."""
+    answers = [turn for turn in turns if turn["role"] == "assistant"]
+    if not answers:
+        unknown = dict.fromkeys(turn["role"] for turn in turns if turn["role"] not in _ROLES.values())
+        if unknown:
+            names = ", ".join(shortened(repr(name)) for name in list(unknown)[:8])
+            raise DataError(
+                f"{where}: the role {names} is not known, and no turn is the assistant's, to train on: its role is "
+                "written 'assistant', the other's 'user'"
+            )
+        raise DataError(f"{where}: no turn of the assistant to train on (--train-on all takes every turn)")
+    if train_on == "last" and answers[-1].get("weight") == 0:
+        raise DataError(f"{where}: --train-on last, and the assistant's last turn has the weight 0")
+    if all(turn.get("weight") == 0 for turn in answers):
+        raise DataError(f"{where}: no turn of the assistant to train on: each has the weight 0")
 
 
 @dataclass(frozen=True)
@@ -199,7 +272,7 @@ class Fields:
         wanted = self._named() if self.format == "auto" else self.format
         if wanted != "auto":
             if wanted in found:
-                return RowLayout(wanted, found[wanted], self.train_on)
+                return self._layout(wanted, found[wanted], present)
             raise DataError(
                 f"{where}: no field {self._wanted(wanted)}; found: {_listed(present)}; name yours: {_NAMED}"
             )
@@ -212,11 +285,15 @@ class Fields:
                 "(docs/data.md#preference-pairs); to train on the chosen answer alone: --data-format chosen"
             )
         for format, columns in found.items():
-            return RowLayout(format, columns, self.train_on)
+            return self._layout(format, columns, present)
         raise DataError(
             f"{where}: no field 'text' (or 'prompt' and 'completion', 'messages', 'conversations', 'instruction' and "
             f"'output'); found: {_listed(present)}; name yours: {_NAMED}"
         )
+
+    def _layout(self, format: str, columns: tuple[str, ...], present: set[str]) -> RowLayout:
+        read = () if format == "text" else tuple(n for n in _BESIDE if n in present and n not in columns)
+        return RowLayout(format, columns, self.train_on, read)
 
     def _found(self, present: set[str]) -> dict[str, tuple[str, ...]]:
         """Of each format that the fields allow, those that it reads."""
@@ -263,20 +340,7 @@ def _text(row: dict[str, Any], name: str, where: str) -> str:
     return value
 
 
-def _turns(row: dict[str, Any], name: str, where: str) -> Turns:
-    """A list of turns with ``role`` and ``content``, whatever they were called."""
-    value = row.get(name)
-    if not isinstance(value, list):
-        found = "null" if value is None else f"a {type(value).__name__}"
-        raise DataError(f"{where}: field '{name}' is {found}, not a list of turns with 'role' and 'content'")
-    if not value:
-        raise DataError(f"{where}: field '{name}' is a list without turns")
-    return tuple(
-        _turn(turn, f"{where}: turn {number} of '{name}'") for number, turn in enumerate(value, start=1)
-    )
-
-
-def _turn(turn: Any, where: str) -> dict[str, Any]:
+def _turn(turn: Any, where: str, train_on: str | None) -> dict[str, Any]:
     if not isinstance(turn, dict):
         raise DataError(f"{where} is a {type(turn).__name__}, not an object with 'role' and 'content'")
     who, what = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
@@ -295,8 +359,28 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
         raise DataError(f"{where} holds half a surrogate pair, no text")
     if not content.strip() and role != "system":
         raise DataError(f"{where}: its '{what}' is empty")
+    _refuse_weight(turn.get("weight"), _ROLES.get(role, role), train_on, where)
     more = {key: value for key, value in turn.items() if key not in (who, what) and value is not None}
     return more | {"role": _ROLES.get(role, role), "content": content}
+
+
+def _refuse_weight(weight: Any, role: Any, train_on: str | None, where: str) -> None:
+    """Raise DataError for a weight of a turn that the loss would not have."""
+    if weight is None:
+        return
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise DataError(
+            f"{where}: its 'weight' is {shortened(repr(weight))}; known are 0, no loss on this turn, and 1"
+        )
+    if weight == 0 and train_on == "all":
+        raise DataError(
+            f"{where} has the weight 0, and --train-on all takes every turn; leave one of them out"
+        )
+    if weight == 1 and role != "assistant" and train_on != "all":
+        raise DataError(
+            f"{where} has the weight 1 and the role {shortened(repr(role))}; loss is on turns of the assistant "
+            "(--train-on all takes every turn)"
+        )
 
 
 def refuse_half_named(

@@ -40,7 +40,7 @@ from rwkv_rev.training.sources import Skipped, describe_skipped, find_sources
 from rwkv_rev.training.token_store import DOCUMENT, TokenPart, TokenStore
 from rwkv_rev.training.tokenise import Encoded, batches, encode_in_order, tokenizer_fingerprint
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 Ends = tuple[int | None, int | None]
 """End tokens: of texts, and of what answers."""
 
@@ -253,10 +253,9 @@ def _nothing(texts: list[DataSource], fields: Fields) -> str:
     source, piece = next(((s, p) for s in texts for p in s.pieces(fields)), (texts[0], None))
     if piece is None or source.kind == "text" or piece.text:
         return f"{texts[0].name}: the data holds no text at all; every document is empty"
-    name = fields.text or "text"
-    if piece.prompt is not None:
-        name = "chosen" if fields.format == "chosen" else fields.completion or "completion"
-    return f"{piece.where}: field '{name}' is empty, and no other record holds text to train on"
+    return (
+        f"{piece.where}: field '{fields.text or 'text'}' is empty, and no other record holds text to train on"
+    )
 
 
 def _stamps(texts: list[DataSource]) -> list[tuple[int, int]]:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rwkv_rev.errors import DataError
+from rwkv_rev.printable import shortened
 from rwkv_rev.training.conversations import parts_of
 from rwkv_rev.training.documents import DataSource, one_line
 from rwkv_rev.training.records import Fields, Piece, place
@@ -173,6 +174,7 @@ def _encode(tokenizer: Any, source: int, piece: Piece) -> Encoded:
     loss: list[np.ndarray] = []
     size = 0
     try:
+        _refuse_end(tokenizer, piece)
         for text, counts in parts_of(tokenizer, piece):
             found = token_ids(tokenizer, text)
             ids += found
@@ -187,6 +189,20 @@ def _encode(tokenizer: Any, source: int, piece: Piece) -> Encoded:
         ) from None
     mask = np.concatenate([np.zeros(0, bool), *loss])
     return Encoded(values, mask, size, source, piece.line, piece.continues, piece.answers)
+
+
+def _refuse_end(tokenizer: Any, piece: Piece) -> None:
+    """Raise DataError for an answer, or what it answers, whose own characters are the token that ends it."""
+    end = getattr(tokenizer, "eos_token", None)
+    if not piece.answers or not isinstance(end, str) or not end:
+        return
+    said = [(f"turn {number}", turn["content"]) for number, turn in enumerate(piece.turns, start=1)]
+    for name, text in [*said, ("the prompt", piece.prompt or ""), ("the text", piece.text)]:
+        if end in text and tokenizer.eos_token_id in token_ids(tokenizer, text):
+            raise DataError(
+                f"{name} holds {shortened(repr(end))}, which this tokenizer reads as the end of text, token "
+                f"{tokenizer.eos_token_id}; take it out"
+            )
 
 
 def _failing_place(tokenizer: Any, piece: Piece) -> str:
