@@ -64,7 +64,7 @@ def _kept(spans: list[list[int]], silent: int, train_on: str | None) -> list[lis
 
 
 def _turns_of_text(piece: Piece, text: str) -> list[list[int]]:
-    """What the assistant says in a text of RWKV's form, whose lines end in ``\n``: [begin, end) in characters."""
+    r"""What the assistant says in a text of RWKV's form, whose lines end in ``\n``: [begin, end) in characters."""
     if piece.continues:
         raise DataError(
             f"--train-on {piece.train_on}, and this text is too long to be one conversation: it is read in pieces; "
