@@ -12,14 +12,13 @@ files differ; every other shape must be exact. Values are not looked at: see ``r
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from rwkv_rev.architectures.architecture import Architecture, Layout, Stored
+from rwkv_rev.architectures.architecture import Architecture, Layout, Stored, most_common
 from rwkv_rev.architectures.registry import UNKNOWN, generations, supported
 from rwkv_rev.configuration import MOST_LAYERS, RwkvRevConfig
 from rwkv_rev.converters.adapters import refuse_adapters
@@ -225,12 +224,10 @@ def _sizes(where: str, checkpoint: Checkpoint) -> Detected:
     any_of_them = there[0]  # they call what all have the same
     blocks = any_of_them.by_block(names)
 
-    def first(kind: str) -> tuple[int, ...]:
-        """Shape of the first tensor of that kind."""
-        for i in sorted(blocks):
-            if kind in blocks[i]:
-                return checkpoint.shape(f"{layout.block}{i}.{kind}")
-        raise CheckpointError(f"{where} is not a whole RWKV model: missing {layout.block}0.{kind}")
+    def shapes(kind: str) -> dict[int, tuple[int, ...]]:
+        """Of the tensors of that kind, by their blocks."""
+        having = [i for i in sorted(blocks) if kind in blocks[i]]
+        return {i: checkpoint.shape(f"{layout.block}{i}.{kind}") for i in having}
 
     layers = max(blocks) + 1
     if layers > len(names):
@@ -243,24 +240,22 @@ def _sizes(where: str, checkpoint: Checkpoint) -> Detected:
     # The width most of these agree on, so that a single wrong shape is blamed on its own tensor.
     norm = f"{layout.block}0.{any_of_them.name('ln1.weight')}"
     witnesses = (embedding, head, any_of_them.name("model.ln_out.weight"), norm)
-    width = Counter(checkpoint.shape(n)[-1:] for n in witnesses if n in names).most_common(1)[0][0]
+    width = most_common(checkpoint.shape(n)[-1:] for n in witnesses if n in names)
     vocab = checkpoint.shape(embedding)[0]
-    key = any_of_them.name("channel_mix.key.weight")
-    channel_mix = (*first(key), 0)[0]
+    key, value = (any_of_them.name(f"channel_mix.{name}.weight") for name in ("key", "value"))
+    if not shapes(key):
+        raise CheckpointError(f"{where} is not a whole RWKV model: missing {layout.block}0.{key}")
+    widths = [shape[:1] for shape in shapes(key).values()] + [shape[1:] for shape in shapes(value).values()]
+    channel_mix = (*most_common(widths), 0)[0]
     D = width[0] if width else 0
     for size, of in ((vocab, embedding), (D, embedding), (channel_mix, f"{layout.block}0.{key}")):
         if not size:
             raise CheckpointError(f"{where} is not a whole RWKV model: {of} has no rows or columns")
     kinds = set().union(*blocks.values())
     for known in there:
-        shapes = {own: first(kind) for kind, own in known.kinds.items() if kind in kinds}
-        lowest = {
-            own: min(i for i in blocks if kind in blocks[i])
-            for kind, own in known.kinds.items()
-            if kind in kinds
-        }
+        stored = Stored(D, {own: shapes(kind) for kind, own in known.kinds.items() if kind in kinds})
         try:
-            told = known.architecture.told_by(Stored(D, shapes, lowest))
+            told = known.architecture.told_by(stored)
         except ValueError as error:
             raise CheckpointError(f"{where}: {error}") from None
         if told is not None:
@@ -341,7 +336,7 @@ def _compare_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Stored shapes that are right but unusual; refuses wrong ones."""
     unusual: dict[str, tuple[int, ...]] = {}
-    wrong: list[str] = []
+    wrong: dict[str, None] = {}  # in order, and once for all pieces of a tensor
     for entry in table:
         shape = checkpoint.shape(entry.foreign)
         if shape == entry.foreign_shape:
@@ -350,10 +345,10 @@ def _compare_shapes(
         if entry.squeezable and _squeezed(shape) == _squeezed(usual) and 0 not in shape:
             unusual[entry.foreign] = shape
         else:
-            wrong.append(f"{entry.foreign} is {list(shape)} instead of {list(entry.foreign_shape)}")
+            wrong[f"{entry.foreign} is {list(shape)} instead of {list(entry.foreign_shape)}"] = None
     if wrong:
         raise CheckpointError(
-            f"{where} has wrong shapes: {some(wrong)}; use an undamaged copy of the checkpoint, as it was trained"
+            f"{where} has wrong shapes: {some(list(wrong))}; use an undamaged copy of the checkpoint, as it was trained"
         )
     return unusual
 

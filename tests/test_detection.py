@@ -241,14 +241,10 @@ def test_missing_block(look: Any) -> None:
 def test_any_wrong_shape_is_named(look: Any, version: str) -> None:
     state = blinkdl_state_dict(version)
     for name, tensor in state.items():
-        if name.endswith("ffn.key.weight") and name.startswith("blocks.0"):
-            continue  # defines F: the others are blamed
         if version != "5.2" and ".1." in name and name.replace(".1.", ".0.") in state:
             continue  # as in 5.2
-        if version == "7" and name.endswith(("0.att.w1", "0.att.a1", "1.att.v1", "0.att.g1")):
-            continue  # defines a rank
-        if version == "6" and name.endswith("0.att.time_decay_w1"):
-            continue  # likewise
+        if version == "7" and name.endswith("1.att.v1"):
+            continue  # one of two that tell this rank
         wrong = torch.zeros(*tensor.shape[:-1], tensor.shape[-1] + 1)
         message = refused(look, state | {name: wrong}, quick=True)
         told = {"time_decay": version != "4", "time_faaaa": version == "6", "r_k": True}.get(
@@ -259,6 +255,44 @@ def test_any_wrong_shape_is_named(look: Any, version: str) -> None:
             assert f"{last} has the shape {list(wrong.shape)}" in message or "wrong shapes" in message
         else:
             assert f"{name} is {list(wrong.shape)} instead of {list(tensor.shape)}" in message
+
+
+@pytest.mark.parametrize(
+    ("version", "name", "shape"),
+    [
+        ("7", "blocks.1.att.v1", (32, 3)),
+        ("7", "blocks.1.att.v2", (3, 32)),
+        ("7", "blocks.0.att.w1", (32, 3)),
+        ("7", "blocks.0.att.r_k", (2, 16)),
+        ("7", "blocks.0.ffn.key.weight", (60, 32)),
+        ("6", "blocks.0.att.time_maa_w1", (32, 35)),
+        ("6", "blocks.2.att.time_maa_w1", (32, 35)),
+        ("6", "blocks.0.att.time_maa_w2", (5, 3, 32)),
+        ("6", "blocks.0.att.time_decay_w1", (32, 3)),
+        ("6", "blocks.0.att.time_faaaa", (2, 16)),
+        ("5.2", "blocks.0.att.time_decay", (2, 16)),
+        ("5.2", "blocks.0.ffn.value.weight", (32, 90)),
+        ("4", "blocks.0.ffn.key.weight", (90, 32)),
+    ],
+)
+def test_one_wrong_shape_is_the_only_one_named(
+    look: Any, version: str, name: str, shape: tuple[int, ...]
+) -> None:
+    """What all layers have is what most of them say; the odd one is named, and once."""
+    state = blinkdl_state_dict(version, layers=3)
+    message = refused(look, state | {name: torch.zeros(shape)}, quick=True)
+    expected = f"has wrong shapes: {name} is {list(shape)} instead of {list(state[name].shape)}; use an undamaged copy"
+    assert expected in message
+
+
+def test_layer_0_tells_no_rank_of_what_it_does_not_read(look: Any) -> None:
+    state = blinkdl_state_dict("7", layers=3, unused=True)
+    odd = {"blocks.0.att.v1": torch.zeros(32, 3), "blocks.0.att.v2": torch.zeros(3, 32)}
+    message = refused(look, state | odd)
+    assert (
+        "wrong shapes: blocks.0.att.v1 is [32, 3] instead of [32, 7], blocks.0.att.v2 is [3, 32]" in message
+    )
+    assert "blocks.1" not in message
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ these (``"D 5*R"``). A new one, a generation of RWKV or another recurrent model,
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from rwkv_rev.state import ModelState
 
 if TYPE_CHECKING:
     from rwkv_rev.configuration import RwkvRevConfig
+
+T = TypeVar("T")
 
 NUMBER = 4
 """Bytes of a float32."""
@@ -122,13 +125,28 @@ class Stored:
 
     Attributes:
         width: D.
-        shapes: of each kind of tensor in its blocks, by the names of the first layout without the block's.
-        lowest: block that has one of each kind.
+        tensors: the shapes of each kind of tensor by its blocks, from the lowest up; kinds are called by the names of
+            the first layout without the block's.
     """
 
     width: int
-    shapes: Mapping[str, tuple[int, ...]]
-    lowest: Mapping[str, int] = field(default_factory=dict)
+    tensors: Mapping[str, Mapping[int, tuple[int, ...]]]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of each kind the shape that most blocks have, so that the others are blamed."""
+        return {kind: most_common(shapes.values()) for kind, shapes in self.tensors.items()}
+
+    def size(self, kinds: Sequence[str], of: Callable[[tuple[int, ...]], int | None]) -> int | None:
+        """What most tensors of these kinds say of a size that all blocks have; None where no tensor does."""
+        found = [of(shape) for kind in kinds for shape in self.tensors.get(kind, {}).values()]
+        told = [size for size in found if size is not None]
+        return most_common(told) if told else None
+
+
+def most_common(values: Iterable[T]) -> T:
+    """The first of the most frequent."""
+    return Counter(values).most_common(1)[0][0]
 
 
 @dataclass(frozen=True)

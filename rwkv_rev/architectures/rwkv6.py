@@ -228,12 +228,16 @@ def _told_by(stored: Stored) -> dict[str, Any] | None:
             f"time_faaaa has the shape {list(bonus)}; RWKV-6 of width D = {D} needs [H, N] with H*N = D"
         )
 
-    def rank(kind: str, of: int = 1) -> int | None:
+    def rank(letters: str, of: int = 1) -> int | None:
         """Of ``of`` maps [D, R] in one tensor; None where there is none such, and shapes will be complained of."""
-        numbers = math.prod(kinds.get(kind, ()))
-        return numbers // (of * D) if kind in kinds and numbers >= of * D > 0 else None
 
-    ranks = {"mix_rank": rank("att.time_maa_w1", 5), "decay_rank": rank("att.time_decay_w1")}
+        def told(shape: tuple[int, ...]) -> int | None:
+            numbers = math.prod(shape)
+            return numbers // (of * D) if numbers >= of * D > 0 else None
+
+        return stored.size((f"att.{letters}_w1", f"att.{letters}_w2"), told)
+
+    ranks = {"mix_rank": rank("time_maa", 5), "decay_rank": rank("time_decay")}
     return {name: found for name, found in ranks.items() if found is not None} | {
         "num_attention_heads": bonus[0],
         "head_size": bonus[1],

@@ -240,18 +240,19 @@ def _told_by(stored: Stored) -> dict[str, Any]:
             f"r_k has the shape {list(bonus)}; RWKV-7 of width D = {D} needs [H, N] with H*N = D"
         )
 
-    def rank(kind: str) -> int | None:
-        """Of a map [D, R] or [R, D]; None where there is none such, and shapes will be complained of."""
-        shape = kinds.get(kind, ())
+    def rank(shape: tuple[int, ...]) -> int | None:
+        """Of a map [D, R] or [R, D]; None where it is none such, and shapes will be complained of."""
         if len(shape) != 2 or D not in shape or 0 in shape:
             return None
         return shape[1] if shape[0] == D else shape[0]
 
-    ranks = {f"{ours}_rank": rank(f"att.{letter}1") for ours, letter in _RANKS}
+    ranks = {
+        f"{ours}_rank": stored.size((f"att.{letter}1", f"att.{letter}2"), rank) for ours, letter in _RANKS
+    }
     return {name: found for name, found in ranks.items() if found is not None} | {
         "num_attention_heads": bonus[0],
         "head_size": bonus[1],
-        "unused_residual": stored.lowest.get("att.v0") == 0,
+        "unused_residual": 0 in stored.tensors.get("att.v0", {}),
         "has_initial_state": "att.time_state" in kinds,
     }
 
