@@ -44,6 +44,7 @@ from rwkv_rev.initial_states import document_starts, initial_states, state_of_ro
 from rwkv_rev.initialization import initialize_head, remake, unstored_buffers
 from rwkv_rev.inputs import check_state, masked_embeds, rows_and_tokens, valid_tokens
 from rwkv_rev.keywords import refuse_unknown_keywords
+from rwkv_rev.mixed_dtypes import naming_mixed_dtypes
 from rwkv_rev.outputs import RwkvRevOutput
 from rwkv_rev.packed_rows import given_borders
 from rwkv_rev.quantised import Quantisable, refuse_packed
@@ -77,14 +78,13 @@ class RwkvRevPreTrainedModel(Quantisable, PreTrainedModel):
         every_n_layers: int = 1,
     ) -> None:
         """Let every n-th block keep its inputs alone, and be computed again by the given function."""
-        function = gradient_checkpointing_func
-        if enable and getattr(function, "keywords", {}).get("use_reentrant"):
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             logger.warning_once(
                 "use_reentrant=True is taken as False: the gradient is the same, of the state too"
             )
         for index, block in enumerate(cast(RwkvRevModel, self.base_model).typed_blocks()):
             chosen = enable and index % every_n_layers == 0
-            block.recompute = partial(function, use_reentrant=False) if chosen else None
+            block.recompute = partial(gradient_checkpointing_func, use_reentrant=False) if chosen else None
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
@@ -185,6 +185,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         x, after = run_layers(self.typed_blocks(), x, states, mask, recompute=again, streams=streams)
         return x, type(state).stack(after)
 
+    @naming_mixed_dtypes
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -232,7 +233,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
             check_state(self.config, state, batch)
         refuse_own_loss(self.context_group, chain(self.parameters(), [inputs_embeds], state.tensors()))
         at = given_borders(kwargs, borders, valid, batch, length, embedded=inputs_embeds is not None)
-        ends = ends_asked_for(return_document_states, self, at, valid, (batch, length))
+        ends = ends_asked_for(return_document_states, self, kwargs, at, valid, (batch, length))
         documents = None if at is None else replace(self.borders(at, valid), ends=ends)
         if (
             updated is None
@@ -319,9 +320,8 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
 
     def _would_be_cut(self, rows: int, length: int, device: torch.device) -> bool:
         """Whether the model's own loss would have cut a context into chunks."""
-        if self.bptt.strategy == "full" or torch.compiler.is_compiling():
-            return False
-        return length > self.chunk_length(rows, length, device, handed_out=True)
+        asked = self.bptt.strategy != "full" and not torch.compiler.is_compiling()
+        return asked and length > self.chunk_length(rows, length, device, handed_out=True)
 
     @torch.compiler.disable  # as the loss
     def _in_sweeps(

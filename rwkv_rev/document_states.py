@@ -15,6 +15,7 @@ from rwkv_rev.cells.borders import Borders
 from rwkv_rev.document_ends import DocumentEnds
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.exporting import exporting
+from rwkv_rev.packed_rows import refuse_empty_documents
 from rwkv_rev.state import ModelState
 
 Asked = bool | DocumentEnds
@@ -22,12 +23,18 @@ Asked = bool | DocumentEnds
 
 
 def ends_asked_for(
-    asked: Asked, model: Any, at: Tensor | None, valid: Tensor | None, shape: tuple[int, ...]
+    asked: Asked,
+    model: Any,
+    packed: dict[str, Any],
+    at: Tensor | None,
+    valid: Tensor | None,
+    shape: tuple[int, ...],
 ) -> DocumentEnds | None:
-    """Where the documents of a batch [B, T] end; None where nobody asks.
+    """Where the documents of a batch [B, T] end; None where nobody asks. ``packed`` are the call's further keywords.
 
     Raises:
         StrategyError: where they cannot be given with their gradient.
+        ValueError: for documents of no tokens.
     """
     if not asked:
         return None
@@ -40,19 +47,22 @@ def ends_asked_for(
             "return_document_states has no gradient through checkpointed blocks: call "
             "gradient_checkpointing_disable(), or ask under torch.no_grad()"
         )
+    refuse_empty_documents(packed)
     return _ends(at, valid, shape)
 
 
-def with_ends(inputs: LossInputs, group: Any = None) -> LossInputs:
-    """A batch of a loss, whose documents' states are asked for.
+def with_ends(inputs: LossInputs, packed: dict[str, Any], group: Any = None) -> LossInputs:
+    """A batch of a loss, whose documents' states are asked for. ``packed`` are the call's further keywords.
 
     Raises:
         StrategyError: where several ranks, a ``group``, share it.
+        ValueError: for documents of no tokens.
     """
     if group is not None:
         raise StrategyError(
             "return_document_states needs whole documents, and the context is split over ranks: leave it out"
         )
+    refuse_empty_documents(packed)
     shape = tuple(inputs.targets.shape)
     borders = inputs.borders
     if borders is None:

@@ -15,7 +15,8 @@ from transformers.utils import ModelOutput
 from rwkv_rev.adapters import refuse_carried_state
 from rwkv_rev.cache import CACHE_NAME, RwkvRevCache, handed_over, repeated
 from rwkv_rev.distributed.shards import blocks_are_sharded
-from rwkv_rev.packed_rows import CUMULATIVE, given_borders
+from rwkv_rev.inputs import valid_tokens
+from rwkv_rev.packed_rows import PACKED, given_borders
 
 MODES = {
     GenerationMode.GREEDY_SEARCH: "greedy",
@@ -25,9 +26,6 @@ MODES = {
     GenerationMode.ASSISTED_GENERATION: "assisted",
 }
 """The kinds of generation that work."""
-
-NUMBERED = (*CUMULATIVE, "seq_idx")
-"""Names under which borders are given that say nothing of tokens behind the prompt."""
 
 UNCHANGED = "unchanged_past"
 """Where the loops of ``generate`` carry a past that no step may change (``use_cache=False``).
@@ -65,12 +63,29 @@ class RwkvRevGenerationMixin(GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        named = {name: inputs.pop(name) for name in NUMBERED if inputs.get(name) is not None}
-        if named or inputs.get("borders") is not None:
-            inputs["borders"] = _borders_of(inputs, named, input_ids, inputs_embeds)
+        if inputs.get("borders") is not None:
+            inputs["borders"] = _borders_of(inputs, input_ids, inputs_embeds)
         past, unchanged = inputs.pop(CACHE_NAME, None), inputs.pop(UNCHANGED, None)
         inputs["past_key_values"] = unchanged if past is None else past
         return inputs
+
+    def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """A copy of each row for each beam; called once, before anything is read.
+
+        What tells of the prompt's documents becomes borders [B, T] first, which are copied as the rows are.
+        """
+        packed = {name: kwargs.pop(name) for name in PACKED if name in kwargs}
+        if packed or kwargs.get("borders") is not None:
+            embedded = kwargs.get("inputs_embeds")
+            prompt: Tensor = kwargs["input_ids"] if embedded is None else embedded
+            rows, length = prompt.shape[:2]
+            valid = valid_tokens(kwargs.get("attention_mask"), length, rows)
+            borders = kwargs.get("borders")
+            # an assistant is handed the borders of the prompt each time, with what was generated behind it
+            if borders is None or packed or borders.shape[1:] == (length,):
+                kwargs["borders"] = given_borders(packed, borders, valid, rows, length, embedded=True)
+        transformers: Any = super()
+        return transformers._expand_inputs_for_generation(*args, **kwargs)
 
     def _prepare_cache_for_generation(
         self,
@@ -149,34 +164,21 @@ class RwkvRevGenerationMixin(GenerationMixin):
         )
 
 
-def _borders_of(
-    inputs: dict[str, Any], named: dict[str, Tensor], text: Tensor, prompt: Tensor | None
-) -> Tensor | None:
+def _borders_of(inputs: dict[str, Any], text: Tensor, prompt: Tensor | None) -> Tensor | None:
     """Those of the tokens that are read now; what is generated begins no document.
 
     Args:
-        inputs: of the next forward pass; its ``borders``, if there are any, are the prompt's.
-        named: other names for those of the prompt.
+        inputs: of the next forward pass; its ``borders`` are the prompt's.
         text: ids of all tokens so far, without the prompt where that was ``prompt``, embeddings.
     """
-    borders: Tensor | None = inputs.get("borders")
     if prompt is not None and inputs.get("inputs_embeds") is None:
         return None
-    if named:
-        name, first = next(iter(named.items()))
-        length = int(first[-1]) if name in CUMULATIVE else first.shape[-1]
-    else:
-        assert borders is not None
-        length = borders.shape[1]
+    borders: Tensor = inputs["borders"]
+    length = borders.shape[1]
     told, read = (text.shape[1], inputs["input_ids"].shape[1]) if prompt is None else (length, length)
     if told - read >= length:  # the prompt has been read
         return None
-    if named:
-        mask = inputs.get("attention_mask")
-        valid = None if mask is None else mask[:, :length].bool()
-        rows = len(text) if prompt is None else len(prompt)
-        borders = given_borders(named, borders, valid, rows, length)
-    return None if borders is None else F.pad(borders, (0, told - length))[:, told - read :]
+    return F.pad(borders, (0, told - length))[:, told - read :]
 
 
 def refuse_with_shards(kwargs: dict[str, Any], config: GenerationConfig, mode: GenerationMode) -> None:

@@ -35,6 +35,7 @@ from rwkv_rev.inputs import loss_inputs, rows_and_tokens
 from rwkv_rev.keywords import refuse_replica, refuse_unknown_keywords
 from rwkv_rev.loss import wide
 from rwkv_rev.loss_weights import refuse_without_labels
+from rwkv_rev.mixed_dtypes import naming_mixed_dtypes
 from rwkv_rev.outputs import RwkvRevCausalLMOutput
 from rwkv_rev.packed_rows import PACKED
 from rwkv_rev.state import ModelState
@@ -191,6 +192,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin, Context
         chosen = {name: value for name, value in given.items() if value is not None}
         return BpttSetting(self.model, chosen)
 
+    @naming_mixed_dtypes
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -358,7 +360,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin, Context
         refuse_transforms(chain(self.parameters(), (tensor for tensor in given if tensor is not None)))
         inputs = loss_inputs(self, dtype=wide(self.model.ln0.weight.dtype), **arguments)
         if return_document_states:
-            inputs = with_ends(inputs, self.model.context_group)
+            inputs = with_ends(inputs, arguments["packed"], self.model.context_group)
         length, evaluating = inputs.length, not (self.training or torch.is_grad_enabled())
         bptt = self.bptt
         size = self.model.chunk_length(*inputs.targets.shape, inputs.targets.device)

@@ -3,7 +3,7 @@
 * ``borders`` [B, T] bool, true at a document's first token: ours, and the only one that can say that a row's first
   token begins a document, too, whatever state is handed over;
 * ``cu_seq_lens_q``, ``cu_seq_lens_k``, ``cu_seqlens`` [documents + 1]: where each begins, and the end, in a single row;
-* ``seq_idx`` [B, T]: another number in each document than in the one before;
+* ``seq_idx`` [B, T], from 0: another number in each document than in the one before;
 * ``position_ids`` [B, T] that restart at 0, maybe on a masked token, from which the document's positions count on. A
   hole of masked tokens at 0 that is as long as the text before it is refused: it might be a document's padding as well.
 
@@ -47,8 +47,8 @@ def given_borders(
         embedded: the input are embeddings, as peft makes them of virtual tokens and others.
 
     Raises:
-        ValueError: for borders of another shape, or that contradict one another, and for positions that neither count
-            the tokens one by one nor restart at 0; for any under peft's prompt learning.
+        ValueError: for borders of another shape or dtype, or that contradict one another, for positions that neither
+            count the tokens one by one nor restart at 0, and for numbers below 0; for any under peft's prompt learning.
     """
     named = [*(name for name in PACKED if name in kwargs), *([] if borders is None else ["borders"])]
     if named and embedded and _under_prompt_learning():
@@ -63,6 +63,8 @@ def given_borders(
     if exporting():
         names = " and ".join([*there, *([] if borders is None else ["borders"])])
         raise ValueError(f"{names} cannot be looked at while a model is exported: leave them out")
+    for name, tensor in there.items():
+        _refuse_fractions(name, tensor)
     if set(there) == {"position_ids"} and borders is None and _count(there["position_ids"]):
         return None
     valid = None if valid is None else valid.cpu()
@@ -91,6 +93,28 @@ def given_borders(
     if fresh:
         at = at & ~first
     return at if bool(at.any()) else None
+
+
+def refuse_empty_documents(kwargs: dict[str, Any]) -> None:
+    """Refuse cumulative lengths with a document of no tokens, where each document is asked for something.
+
+    It would have none, and those behind it would move up by one. Repeated last values are what lengths are padded with.
+    """
+    for name in CUMULATIVE:
+        places = [] if kwargs.get(name) is None else kwargs[name].flatten().tolist()
+        for place, following in pairwise(places):
+            if place == following != places[-1]:
+                raise ValueError(
+                    f"{name} holds {place} twice: a document of no tokens has no state, and the states behind it would "
+                    "be counted as others; leave it out"
+                )
+
+
+def _refuse_fractions(name: str, tensor: Any) -> None:
+    given = isinstance(tensor, Tensor)
+    if not given or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        what = tensor.dtype if given else f"a {type(tensor).__name__}"
+        raise ValueError(f"{name} is {what}: give a tensor of whole numbers, int64 or int32")
 
 
 def _under_prompt_learning() -> bool:
@@ -183,6 +207,11 @@ def _of_positions(positions: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def _of_numbers(numbers: Tensor, valid: Tensor | None) -> Tensor:
+    if bool(((numbers < 0) if valid is None else (numbers < 0) & valid).any()):
+        raise ValueError(
+            "seq_idx numbers documents from 0, and is below that on tokens that count: -1, which elsewhere stands for "
+            "padding, needs attention_mask 0 here"
+        )
     before, there = _before(numbers.shape, valid)
     return there & (numbers != numbers.gather(1, before.clamp(min=0)))
 

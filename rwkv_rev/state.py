@@ -142,7 +142,7 @@ class RwkvRevState(ModelState):
     Attributes:
         time_shift: [L, B, D], the last token's vector at each time mix.
         channel_shift: [L, B, D], the same at each channel mix.
-        wkv: float32 or wider, [L, B, H, N, N] (RWKV-5, key index first) or [L, B, 3, D] (RWKV-4: a, b, m).
+        wkv: float32 or wider, [L, B, H, N, N] (RWKV-5 to 7, key index first) or [L, B, 3, D] (RWKV-4: a, b, m).
     """
 
     time_shift: Tensor

@@ -453,6 +453,38 @@ def test_generation_by_every_name(version: str, name: str, cached: bool) -> None
         assert not torch.equal(found, model.generate(ids, **new)[:, -7:])
 
 
+COPIES: dict[str, dict[str, Any]] = {
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "beams without a cache": {"num_beams": 2, "use_cache": False},
+    "samples": {"do_sample": True, "num_return_sequences": 3},
+    "assisted": {"assistant_model": None},
+}
+
+
+@pytest.mark.parametrize(
+    ("version", "name", "copies"),
+    every_two(["4", "5.2", "6", "7"], ["borders", "position_ids", "seq_idx", "cu_seq_lens_q"], COPIES),
+)
+def test_several_sequences_of_a_packed_row(version: str, name: str, copies: str) -> None:
+    """What tells of its documents tells of every copy of the row."""
+    model, ids, lengths = model_of(version).eval(), random_tokens(22), [9, 1, 12]
+    given = {"borders": borders_of(lengths)} if name == "borders" else names_of(lengths)[name]
+    given.pop("max_length_q", None)  # which generate does not know
+    new = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0, **COPIES[copies]}
+    if copies == "assisted":
+        new["assistant_model"] = tiny_model(version, seed=3, dtype=torch.float64).eval()
+    torch.manual_seed(0)
+    found = model.generate(ids, **given, **new)[:, -7:]
+    torch.manual_seed(0)
+    assert torch.equal(found, model.generate(ids[:, 10:], **new)[:, -7:])
+
+
+def test_cumulative_lengths_of_several_prompts() -> None:
+    with pytest.raises(ValueError, match="in a single row, and there are 2: use borders"):
+        ids = random_tokens(8, batch=2)
+        model_of("7").generate(ids, cu_seq_lens_q=torch.tensor([0, 3, 8]), num_beams=2, max_new_tokens=2)
+
+
 def test_assisted_generation() -> None:
     model, ids = model_of("5.2").eval(), random_tokens(19)
     new = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
@@ -535,10 +567,10 @@ def test_a_row_of_one_document_is_no_packed_row() -> None:
             {"position_ids": torch.tensor([[0, 1, 2, 3, 8, 9, 0, 1]])},
             "go from 3 to 8 at token 4 .* give each",
         ),
-        ({"position_ids": torch.zeros(1, 7)}, r"position_ids have shape \[1, 7\], the input \[1, 8\]"),
+        ({"position_ids": torch.zeros(1, 7).long()}, r"position_ids have shape \[1, 7\], the input \[1, 8\]"),
         ({"cu_seq_lens_q": torch.tensor([0, 3, 7])}, "must rise from 0 to the row's 8 tokens"),
         ({"cu_seq_lens_q": torch.tensor([0, 5, 3, 8])}, "must rise"),
-        ({"seq_idx": torch.zeros(1, 1, 8)}, "seq_idx have shape"),
+        ({"seq_idx": torch.zeros(1, 1, 8).long()}, "seq_idx have shape"),
         ({"borders": torch.zeros(1, 8)}, r"borders are torch.float32 \[1, 8\]: give bool \[1, 8\]"),
         ({"borders": torch.zeros(8, dtype=torch.bool)}, r"give bool \[1, 8\]"),
         (
@@ -546,6 +578,17 @@ def test_a_row_of_one_document_is_no_packed_row() -> None:
             "cu_seq_lens_q and seq_idx say of other tokens",
         ),
         ({"borders": borders_of([4, 4]), "cu_seqlens": torch.tensor([0, 3, 8])}, "say of other tokens"),
+        (
+            {"cu_seq_lens_q": torch.tensor([0.0, 3.0, 8.0])},
+            "cu_seq_lens_q is torch.float32: give a tensor of whole",
+        ),
+        ({"cu_seqlens": [0, 3, 8]}, "cu_seqlens is a list: give a tensor of whole numbers"),
+        ({"position_ids": torch.arange(8.0)[None]}, "position_ids is torch.float32"),
+        ({"seq_idx": torch.ones(1, 8, dtype=torch.bool)}, "seq_idx is torch.bool"),
+        (
+            {"seq_idx": torch.full((1, 8), -1)},
+            "seq_idx numbers documents from 0, .* needs attention_mask 0 here",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -554,6 +597,31 @@ def test_what_contradicts_itself_is_refused(given: dict[str, Any], message: str,
     model, ids = tiny_model("5.2"), random_tokens(8)
     with pytest.raises(ValueError, match=message):
         model(ids, labels=ids if labels else None, **given)
+
+
+@pytest.mark.parametrize("labels", [False, True], ids=["logits", "loss"])
+@pytest.mark.parametrize("name", ["cu_seq_lens_q", "cu_seqlens"])
+def test_states_of_documents_are_counted_as_their_lengths(name: str, labels: bool) -> None:
+    """A document of no tokens, which has no state, would move those behind it; lengths may be padded at the end."""
+    model, ids = tiny_model("7"), random_tokens(8)
+    targets = ids if labels else None
+    for ends in ([0, 3, 3, 8], [0, 0, 3, 8]):
+        given = {name: torch.tensor(ends, dtype=torch.int32)}
+        assert model(ids, labels=targets, **given) is not None
+        with pytest.raises(ValueError, match=f"{name} holds {ends[1]} twice: a document of no tokens has no"):
+            model(ids, labels=targets, return_document_states=True, **given)
+    given = {name: torch.tensor([0, 3, 8, 8, 8])}
+    states = model(ids, labels=targets, return_document_states=True, **given).document_states
+    assert states.batch_size == 2
+
+
+def test_numbers_of_masked_tokens() -> None:
+    """-1 may stand for padding in ``seq_idx`` where the mask says so, too."""
+    model, ids = model_of("7"), random_tokens(8)
+    given = {"attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1, 1, 0]])}
+    numbers = torch.tensor([[-1, 0, 0, 0, 1, 1, 1, -1]])
+    expected = model(ids, labels=ids, borders=torch.arange(8)[None] == 4, **given).loss
+    assert torch.equal(model(ids, labels=ids, seq_idx=numbers, **given).loss, expected)
 
 
 def test_cumulative_lengths_are_of_a_single_row() -> None:

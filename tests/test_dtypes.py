@@ -9,6 +9,7 @@ from pairwise import every_two
 from transformers import AutoModel, AutoModelForCausalLM
 
 from rwkv_rev import RwkvRevForCausalLM
+from rwkv_rev.errors import ConfigError
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -75,3 +76,62 @@ def test_a_fresh_model_decays_as_in_float32(dtype: torch.dtype) -> None:
     tokens = random_tokens(12)
     made.train()(tokens, labels=tokens).loss.backward()
     assert made.blocks[0].time_mix.time_decay.grad.dtype == torch.float32
+
+
+def decays(model: RwkvRevForCausalLM) -> None:
+    for name, parameter in model.blocks[1].time_mix.named_parameters():
+        if "decay" in name:
+            parameter.data = parameter.data.double()
+
+
+ODD = {
+    "blocks.1.ln1.weight is bfloat16": lambda model: model.blocks[1].to(torch.bfloat16),
+    "embeddings.weight is bfloat16": lambda model: model.model.embeddings.to(torch.bfloat16),
+    "ln_out.weight is float64": lambda model: model.model.ln_out.double(),
+    "head.weight is bfloat16": lambda model: model.head.to(torch.bfloat16),
+    "blocks.1.time_mix.mix_before_decay is float64": decays,
+}
+WAYS = ("no gradient", "full", "checkpoint", "reversible", "truncated", "a loss of one's own")
+
+
+@pytest.mark.parametrize(("way", "odd", "version"), every_two(WAYS, ODD, ("6", "7")), ids=str)
+def test_mixed_dtypes_name_a_parameter(way: str, odd: str, version: str) -> None:
+    """One line, in the place of PyTorch's error, which stands behind it."""
+    model, ids = tiny_model(version), random_tokens(24)
+    ODD[odd](model)
+    model.set_bptt(way if way in ("full", "checkpoint", "truncated") else "reversible", chunk_length=8)
+    labels = None if way in ("no gradient", "a loss of one's own") else ids
+    message = f"of another dtype .* model, which is float32: (model.)?{odd}; call model.to.torch.float32.$"
+    with torch.set_grad_enabled(way != "no gradient"):
+        with pytest.raises(ConfigError, match=message) as caught:
+            model(ids, labels=labels)
+        assert "\n" not in str(caught.value)
+        assert type(caught.value.__cause__) is RuntimeError
+        model.float()(ids, labels=labels)
+
+
+def test_embeddings_of_another_dtype_than_the_model() -> None:
+    model = tiny_model("7")
+    given = torch.randn(1, 8, model.config.hidden_size, dtype=torch.bfloat16)
+    with pytest.raises(
+        ConfigError, match=r"inputs_embeds are bfloat16, .* float32: give inputs_embeds.to\(torch"
+    ):
+        model(inputs_embeds=given)
+
+
+@torch.no_grad()
+def test_mixed_dtypes_explain_no_other_error() -> None:
+    """What is raised stays as it is where dtypes are not its subject, or do not differ."""
+    model, ids = tiny_model("7"), random_tokens(8)
+    for text, dtype in (("out of something", torch.bfloat16), ("expected the same dtype", torch.float32)):
+        error = RuntimeError(text)
+
+        def fail(*_: object, error: RuntimeError = error) -> None:
+            raise error
+
+        hook = model.model.ln0.register_forward_pre_hook(fail)
+        model.head.to(dtype)
+        with pytest.raises(RuntimeError) as caught:
+            model(ids)
+        assert caught.value is error
+        hook.remove()

@@ -1,6 +1,7 @@
 """The Hugging Face classes: loading, padding, carried state, settings."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,14 @@ def test_streaming_without_gradients(version: str, chunk: int) -> None:
     assert len(streamed.hidden_states) == model.config.num_hidden_layers + 1
     for found, expected in zip(streamed.hidden_states, whole.hidden_states, strict=True):
         assert_close(found, expected)
+
+
+def test_the_table_of_the_state_is_in_its_order() -> None:
+    """In which the class takes the tensors."""
+    page = (Path(__file__).parents[1] / "docs/python.md").read_text(encoding="utf-8")
+    table = page.partition("| field | shape | |\n|---|---|---|\n")[2].partition("\n\n")[0]
+    fields = [name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert tuple(fields) == RwkvRevState.names()
 
 
 def test_state_rows_and_shapes() -> None:
