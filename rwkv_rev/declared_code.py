@@ -7,8 +7,8 @@ has a mark of its own.
 
 import weakref
 from collections.abc import Callable
-from types import MethodType
-from typing import Any, TypeVar
+from types import BuiltinMethodType, MethodType
+from typing import Any, TypeGuard, TypeVar
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -24,8 +24,8 @@ def position_wise(code: T) -> T:
     A declared hook sees one chunk after another [B, C, D], in both sweeps. A method of an object is declared for that
     object; a function in a class body for all of them.
     """
-    if isinstance(code, MethodType):
-        setattr(code.__self__, _of_method(code), _Mark(code.__self__, code.__func__))
+    if _is_method(code):
+        setattr(code.__self__, _of_method(code), _Mark(code.__self__, getattr(code, "__func__", None)))
     else:
         setattr(code, MARK, _Mark(code))
     return code
@@ -33,9 +33,9 @@ def position_wise(code: T) -> T:
 
 def is_declared(code: Any) -> bool:
     """Whether the code itself, or its very class, was declared: a subclass may do other things."""
-    if isinstance(code, MethodType):
-        mark = _own(code.__self__).get(_of_method(code))
-        return (mark is not None and mark.is_of(code.__self__, code.__func__)) or _marked(code.__func__)
+    if _is_method(code):
+        mark, function = _own(code.__self__).get(_of_method(code)), getattr(code, "__func__", None)
+        return (mark is not None and mark.is_of(code.__self__, function)) or _marked(function)
     return _marked(code) or _marked(class_of(code) if isinstance(code, nn.Module) else type(code))
 
 
@@ -76,5 +76,14 @@ def _own(code: Any) -> Any:
     return getattr(code, "__dict__", {})
 
 
-def _of_method(code: MethodType) -> str:
-    return f"{MARK}_{code.__func__.__code__.co_name}" if hasattr(code.__func__, "__code__") else MARK
+def _is_method(code: Any) -> TypeGuard[MethodType | BuiltinMethodType]:
+    """Of an object, or of a class in C: since PyTorch 2.14 ``apply`` of an autograd function is one."""
+    return isinstance(code, MethodType) or (
+        isinstance(code, BuiltinMethodType) and isinstance(code.__self__, type)
+    )
+
+
+def _of_method(code: MethodType | BuiltinMethodType) -> str:
+    written = getattr(code, "__func__", code)
+    name = written.__code__.co_name if hasattr(written, "__code__") else getattr(written, "__name__", "")
+    return f"{MARK}_{name}" if name else MARK

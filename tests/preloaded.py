@@ -17,7 +17,6 @@ import rich.table  # what shows results
 import torch.distributed.algorithms.ddp_comm_hooks
 import torch.distributed.fsdp
 import torch.distributed.run
-import torch.profiler._cupti_monitor  # what steps of an optimizer look for
 import torch.utils.serialization.config
 import typer.main
 from bptt_cases import tiny_model  # what ranks compute, and pytest with it
@@ -32,6 +31,8 @@ import rwkv_rev.training.finetune
 
 if find_spec("pydantic"):  # newer typers bring and import it
     import pydantic
+if find_spec("torch.profiler._cupti_monitor"):  # what steps of an optimizer look for, in some versions
+    import torch.profiler._cupti_monitor
 
 get_checkpoint_conversion_mapping("")  # compiles patterns of all models, which loading any of them asks for
 PIL.Image.init()  # imports its file formats
