@@ -189,6 +189,10 @@ class RwkvRevTrainer(Trainer):
         tape = max(int(report.get("tape_bytes", 0)), int(self.report.get("tape_bytes", 0)))
         self.report = {**report, "tape_bytes": tape}
 
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)  # of sharded gradients older accelerates give a part
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices only; decays, bonuses, mixes, norms and initial states keep their size."""
         return [n for n, p in model.named_parameters() if p.dim() == 2 and n.endswith(".weight")]
