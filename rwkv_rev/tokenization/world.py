@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_rev.errors import CheckpointError, SourceError
+from rwkv_rev.printable import is_utf8
 from rwkv_rev.tokenization.byte_level import ByteLevelTokenizer
 
 VOCABULARY_FILE = "rwkv_vocab_v20230424.txt"
@@ -61,9 +62,7 @@ def read_world_vocabulary(path: Path) -> dict[int, bytes]:
         raise CheckpointError(f"{path}{error}") from error
 
 
-@functools.lru_cache(
-    maxsize=1
-)  # a model is saved with the same vocabulary, and read back: a third of a second
+@functools.lru_cache(maxsize=1)  # takes a third of a second, and a saved model has the same
 def _entries(text: str) -> dict[int, bytes]:
     """Entries of a vocabulary's text; ``ValueError`` with what is wrong, to be said of its file."""
     table: dict[int, bytes] = {}
@@ -127,23 +126,16 @@ def load_rust_trie(path: Path, table: Mapping[int, bytes]) -> Any | None:
         from pyrwkv_tokenizer import WorldTokenizer
 
         content = path.read_bytes()
-        if content not in _rust:
+        trie = _rust.get(content)
+        if trie is None:
+            trie = WorldTokenizer(str(path))
             _rust.clear()
-            _rust[content] = WorldTokenizer(str(path))
+            _rust[content] = trie
     except (ImportError, OSError, ValueError):
         return None
-    trie = _rust[content]
     ours = {piece.decode("utf-8", "surrogateescape"): i for i, piece in table.items()}
     others = ours.items() - trie.get_vocab().items()  # which holds one placeholder for all that is no UTF-8
-    return None if any(_is_text(piece) for piece, _ in others) else trie
-
-
-def _is_text(piece: str) -> bool:
-    try:
-        piece.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return None if any(is_utf8(piece) for piece, _ in others) else trie
 
 
 class WorldTrie:

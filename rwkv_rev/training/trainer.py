@@ -39,6 +39,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from rwkv_rev.distributed.shards import is_sharded
 from rwkv_rev.errors import CheckpointError
 from rwkv_rev.state import ModelState
 from rwkv_rev.training.batches import BatchOrder, RowLoader
@@ -191,7 +192,7 @@ class RwkvRevTrainer(Trainer):
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)  # of sharded gradients older accelerates give a part
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return norm.full_tensor() if is_sharded(norm) else norm
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices only; decays, bonuses, mixes, norms and initial states keep their size."""
