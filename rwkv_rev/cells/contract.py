@@ -163,6 +163,7 @@ class ReversibleCell(nn.Module, ABC):
         passes_between_ranks: whether a chunk's tokens may be split over ranks (context parallelism).
         relayed_ranks: up to how many of them hand the memory on, one after another, instead of exchanging pieces (then
             it is kept whole, and undoing a chunk needs no contribution).
+        pulls: whether, over ranks, the gradient by the memory before some tokens is found before that by the tokens.
         reads_beside: whether its input is the whole stream, not the residual alone.
         lifts: of a cell with two kinds of memories, whether :meth:`exact` makes the one whose remnant is smaller and
             takes longer (:meth:`lift`).
@@ -178,6 +179,7 @@ class ReversibleCell(nn.Module, ABC):
     shifts: int = 0
     passes_between_ranks: bool = False
     relayed_ranks: int = 0
+    pulls: bool = False
     reads_beside: bool = False
     lifts: bool = False
     undividable: str = "this one (RWKV-4's, say, which is forgotten within a few tokens)"

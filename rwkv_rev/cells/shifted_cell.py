@@ -43,6 +43,7 @@ from rwkv_rev.cells.token_shift import (
     mixes_and_last,
     token_mixes,
 )
+from rwkv_rev.distributed.context_group import ContextGroup
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.reversal.fingerprint import checksum, same_bits
 from rwkv_rev.reversal.memory import Memory
@@ -137,6 +138,18 @@ class ShiftedCell(ReversibleCell):
     def contribution(self, total: Any, memory: Tensor | None, whole: Counted | None) -> Any:
         """What :meth:`advance_memory` takes of a whole chunk's piece; ``memory`` is that before it, where known."""
         raise NotImplementedError(f"{type(self).__name__} has no memory")
+
+    def pull(self, projection: Any, d_read: Tensor, mask: ChunkMask | None) -> Tensor:
+        """What the gradient of what tokens read wants of the memory before them; no graph. Where :attr:`pulls`.
+
+        Then gradients take the pieces' way back: with d the one of the memory after this rank's tokens, the one of the
+        memory before them is what a piece of this update (:meth:`piece`) makes of d.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not pull")
+
+    def relayed(self, projection: Any, memory: Tensor, group: ContextGroup) -> tuple[Tensor, Tensor] | None:
+        """What tokens read, and the memory after the chunk, handed on inside a kernel; None where none can."""
+        return None
 
     def undo(self, memory: Any, contribution: Any, mask: Any, remnant: Any, plan: Any) -> Any:
         """The exact memory before a chunk, from the one after it and its contribution."""

@@ -5,6 +5,9 @@ memory, whatever that is, is a piece (:mod:`rwkv_rev.cells.state_pieces`); the p
 (:mod:`rwkv_rev.distributed.state_exchange`), and each rank's tokens read the memory that the ranks before it leave. All
 ranks advance the same exact memory by the composition of all pieces, to the same bits.
 
+Where what tokens read pulls at the memory before them by itself (:meth:`.ShiftedCell.pull`), pieces are exchanged
+without a graph, and in the gradient what they pull is (:mod:`rwkv_rev.cells.memory_between_ranks`).
+
 Where a piece costs more than what the tokens read (a matrix, for RWKV-7) and the ranks are few, the memory goes from
 rank to rank instead (:attr:`.ReversibleCell.relayed_ranks`): each waits for the recurrence, and for nothing else, of
 the one before.
@@ -32,6 +35,7 @@ from rwkv_rev.cells.contract import (
     leaves,
     residual,
 )
+from rwkv_rev.cells.memory_between_ranks import handed_in, handed_out
 from rwkv_rev.cells.recomputation import not_kept
 from rwkv_rev.cells.shared_chunk import SharedChunk, tied
 from rwkv_rev.cells.shifted_documents import memories
@@ -53,12 +57,14 @@ class Shares(NamedTuple):
         shift: [B, D], the chunk's last token.
         before: what the ranks before this one do to the memory; None for the first, and without a memory.
         total: what all of them do; None without a memory, and where that goes from rank to rank.
+        own: what this rank's tokens do, where :meth:`.ShiftedCell.pull` is asked for the gradient; else None.
     """
 
     projection: Any
     shift: Tensor
     before: Any
     total: Any
+    own: Any = None
 
 
 def over_ranks(
@@ -157,6 +163,10 @@ def _shares(
         projection = cell.project(*made, *beside(stream))
     if not remembers or _relays(cell, chunk):
         return Shares(projection, after, None, None)
+    if cell.pulls and chunk.resets is None:
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            piece = cell.piece(projection, chunk, plan)
+            return Shares(projection, after, *_exchanged(cell, projection, piece, chunk), piece)
     with torch.autocast(x.device.type, enabled=False):
         piece = cell.piece(projection, chunk, plan)
         if isinstance(own, BorderedChunk):
@@ -165,10 +175,16 @@ def _shares(
             piece = piece.beginning(chunk.resets[chunk.group.rank], ends.index_select(0, own.last))
         elif chunk.resets is not None:
             piece = replace(piece, update=tied(piece.update, chunk.starts.memory))
-        before, total = exchange(
-            piece, lambda rank, sent: cell.received(rank, sent, projection, chunk), chunk.group
-        )
-    return Shares(projection, after, before, total)
+        return Shares(projection, after, *_exchanged(cell, projection, piece, chunk))
+
+
+def _exchanged(
+    cell: "ShiftedCell", projection: Any, piece: Any, chunk: SharedChunk, *, reverse: bool = False
+) -> tuple[Any, Any]:
+    def received(rank: int, sent: list[Tensor]) -> Any:
+        return cell.received(rank, sent, projection, chunk)
+
+    return exchange(piece, received, chunk.group, reverse=reverse)
 
 
 def _read(
@@ -181,6 +197,8 @@ def _read(
         read, _ = cell.compute(projection, None, chunk.mask, of_tokens)
     elif shares.total is None:
         read, left = _relayed(cell, projection, memory, chunk, of_tokens)
+    elif shares.own is not None:
+        read, left = _between(cell, shares, memory, chunk, of_tokens)
     else:
         with torch.autocast(memory.device.type, enabled=False):
             left = shares.total.of(memory)
@@ -202,6 +220,28 @@ def _read_here(
     return cell.compute(projection, memory, chunk.mask, plan)
 
 
+def _between(
+    cell: "ShiftedCell", shares: Shares, memory: Tensor, chunk: SharedChunk, plan: Any
+) -> tuple[Tensor, Tensor]:
+    """What this rank's tokens read, and the memory after the chunk, from pieces without a graph."""
+    projection, own = shares.projection, shares.own
+    with torch.no_grad(), torch.autocast(memory.device.type, enabled=False):
+        left = shares.total.of(memory)
+        value = memory if shares.before is None else shares.before.of(memory)
+    if not torch.is_grad_enabled():
+        return cell.compute(projection, value, chunk.mask, plan)[0], left
+    before = handed_in(memory, value, chunk.group)
+    read, contribution = cell.compute(projection, before, chunk.mask, plan)
+    after = cell.update(before, projection, contribution, chunk.mask)
+
+    def after_this(d_read: Tensor, wanted: Tensor) -> Tensor:
+        piece = replace(own, update=cell.pull(projection, d_read, chunk.mask))
+        later, _ = _exchanged(cell, projection, piece, chunk, reverse=True)
+        return wanted if later is None else later.of(wanted)
+
+    return handed_out(read, after, left, after_this, chunk.group)
+
+
 def _relays(cell: "ShiftedCell", chunk: SharedChunk) -> bool:
     return chunk.group.size <= cell.relayed_ranks
 
@@ -213,6 +253,10 @@ def _relayed(
 
     Every rank takes part in all of it, in the gradients, too: what it hands on in the turn of another is nothing.
     """
+    if chunk.counts is None and chunk.resets is None:
+        inside = cell.relayed(projection, memory, chunk.group)
+        if inside is not None:
+            return inside
     read, nothing = None, tied(torch.zeros_like(memory), memory)
     for each in (part for part in projection if isinstance(part, Tensor) and part.dim() > 2):
         nothing = tied(nothing, each[:, :1].flatten(1).sum(1).view(-1, *(1,) * (memory.dim() - 1)))

@@ -28,6 +28,7 @@ from rwkv_rev.cells.time_mix_rwkv4 import log_decay_of, wide
 from rwkv_rev.reversal.division import LossyState
 from rwkv_rev.reversal.fixed_point import DecayPlan, FixedPoint, MemoryRemnant, decay_plan, decay_plans
 from rwkv_rev.wkv import Wkv5Handover, decayed, wkv5, wkv5_contribution, wkv5_plan
+from rwkv_rev.wkv.between_ranks import wkv5_pull
 
 
 class TimeProjection(NamedTuple):
@@ -69,6 +70,7 @@ class TimeMixRwkv5(ShiftedCell):
     """
 
     passes_between_ranks = True
+    pulls = True
     inverts_memory = True
     norms_of_tokens = ("ln_x",)
 
@@ -268,6 +270,10 @@ class TimeMixRwkv5(ShiftedCell):
         handover = projection.handover if chunk.mask is chunk.own else None
         update = self._written(projection, chunk.mask, None if plan is None else plan.memory, handover)
         return DecayedPiece(chunk.times(chunk.group.rank, projection.log_decay), update)
+
+    def pull(self, projection: TimeProjection, d_read: Tensor, mask: ChunkMask | None) -> Tensor:
+        valid = None if mask is None else mask.valid
+        return wkv5_pull(projection.receptance, d_read, projection.log_decay, valid)
 
     def received(
         self, rank: int, sent: list[Tensor], projection: TimeProjection, chunk: SharedChunk

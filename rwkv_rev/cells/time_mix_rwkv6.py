@@ -33,6 +33,7 @@ from rwkv_rev.cells.time_mix_rwkv4 import wide
 from rwkv_rev.reversal.data_decay import ChunkDecay, DataDecayed, DataRemnant, KeptRemnant
 from rwkv_rev.reversal.division import LossyState
 from rwkv_rev.wkv import wkv6, wkv6_contribution
+from rwkv_rev.wkv.between_ranks import wkv6_pull
 
 MIXED = ("decay", "key", "value", "receptance", "gate")
 """What has a mix of its own, in the order of the trainer's tensors."""
@@ -71,6 +72,7 @@ class TimeMixRwkv6(ShiftedCell):
     """
 
     passes_between_ranks = True
+    pulls = True
     inverts_memory = True
     mixes_are_tokens = True
     norms_of_tokens = ("ln_x",)
@@ -238,6 +240,10 @@ class TimeMixRwkv6(ShiftedCell):
 
         update, log_factor = recomputed(written, projection.key, projection.value, projection.log_decay)
         return DecayedPiece(log_factor, update, of_data=True)
+
+    def pull(self, projection: TimeProjection, d_read: Tensor, mask: ChunkMask | None) -> Tensor:
+        valid = None if mask is None else mask.valid
+        return wkv6_pull(projection.receptance, d_read, projection.log_decay, valid)
 
     def received(
         self, rank: int, sent: list[Tensor], projection: TimeProjection, chunk: SharedChunk

@@ -33,9 +33,11 @@ from rwkv_rev.cells.shifted_state import ShiftedRemnant
 from rwkv_rev.cells.state_pieces import MatrixPiece, recomputed
 from rwkv_rev.cells.time_mix_rwkv4 import wide
 from rwkv_rev.cells.whole_memory import WholeMemoryCell
+from rwkv_rev.distributed.context_group import ContextGroup
 from rwkv_rev.reversal.lifting import Lifted, LiftingPlan, Transition
 from rwkv_rev.reversal.whole import Whole
-from rwkv_rev.wkv import wkv7, wkv7_transition
+from rwkv_rev.wkv import is_fused, wkv7, wkv7_transition
+from rwkv_rev.wkv.between_ranks import wkv7_relayed
 
 FASTEST_DECAY = math.exp(-0.5)
 """-log w is below it."""
@@ -258,6 +260,14 @@ class TimeMixRwkv7(WholeMemoryCell):
         _, key, value, log_decay, removal, rate, _ = projection
         update, transition = recomputed(both, key, value, log_decay, removal, rate)
         return MatrixPiece(transition, update)
+
+    def relayed(
+        self, projection: TimeProjection, memory: Tensor, group: ContextGroup
+    ) -> tuple[Tensor, Tensor] | None:
+        if not is_fused(projection.key):
+            return None
+        receptance, key, value, log_decay, removal, rate, _ = projection
+        return wkv7_relayed(receptance, key, value, log_decay, removal, rate, memory, group)
 
     def received(
         self, rank: int, sent: list[Tensor], projection: TimeProjection, chunk: SharedChunk

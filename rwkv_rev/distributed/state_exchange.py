@@ -38,21 +38,27 @@ class StatePiece(Protocol):
 
 
 def exchange(
-    own: StatePiece, received: Callable[[int, list[Tensor]], Any], group: ContextGroup
+    own: StatePiece,
+    received: Callable[[int, list[Tensor]], Any],
+    group: ContextGroup,
+    *,
+    reverse: bool = False,
 ) -> tuple[Any | None, Any]:
     """What the ranks before this one do to the state (None for the first), and what all of them do; differentiable.
 
     Args:
         own: this rank's piece.
         received: a rank's piece, from what it :meth:`~StatePiece.sent`.
+        reverse: from the last rank to the first, as a state's gradient goes.
     """
     sent = [gather(tensor, group) for tensor in own.sent()]
-    pieces = [received(rank, [tensor[rank] for tensor in sent]) for rank in range(group.size)]
-    before, total = None, pieces[0]
-    for rank in range(1, group.size):
+    order = range(group.size)[:: -1 if reverse else 1]
+    before = total = None
+    for rank in order:
+        piece = received(rank, [tensor[rank] for tensor in sent])
         if rank == group.rank:
             before = total
-        total = total.then(pieces[rank])
+        total = piece if total is None else total.then(piece)
     return before, total
 
 

@@ -14,7 +14,7 @@ not. Masked tokens change nothing and get output 0; masks may have holes.
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -110,7 +110,7 @@ def wkv4(
     batch, tokens, width = _shape(k, 3, "k")
     _expect(v=(v, (batch, tokens, width)), log_decay=(log_decay, (width,)), bonus=(bonus, (width,)))
     _expect(state=(state, (batch, 3, width)), mask=(mask, (batch, tokens)))
-    return _run("wkv4", kernel, k, v, log_decay, bonus, state, _as_bool(mask))
+    return run_kernel("wkv4", kernel, k, v, log_decay, bonus, state, _as_bool(mask))
 
 
 def wkv5(
@@ -148,7 +148,9 @@ def wkv5(
         r=(r, k.shape), v=(v, k.shape), log_decay=(log_decay, (heads, size)), bonus=(bonus, (heads, size))
     )
     _expect(state=(state, (batch, heads, size, size)), mask=(mask, (batch, tokens)))
-    return _run("wkv5", kernel, r, k, v, log_decay, bonus, state, _as_bool(mask), chunked=(plan, handover))
+    return run_kernel(
+        "wkv5", kernel, r, k, v, log_decay, bonus, state, _as_bool(mask), chunked=(plan, handover)
+    )
 
 
 def wkv5_contribution(
@@ -167,7 +169,7 @@ def wkv5_contribution(
     """
     batch, tokens, heads, size = _shape(k, 4, "k")
     _expect(v=(v, k.shape), log_decay=(log_decay, (heads, size)), mask=(mask, (batch, tokens)))
-    return _run("wkv5_contribution", kernel, k, v, log_decay, _as_bool(mask), chunked=(plan, handover))
+    return run_kernel("wkv5_contribution", kernel, k, v, log_decay, _as_bool(mask), chunked=(plan, handover))
 
 
 def wkv6(
@@ -198,7 +200,7 @@ def wkv6(
     batch, tokens, heads, size = _shape(k, 4, "k")
     _expect(r=(r, k.shape), v=(v, k.shape), log_decay=(log_decay, k.shape), bonus=(bonus, (heads, size)))
     _expect(state=(state, (batch, heads, size, size)), mask=(mask, (batch, tokens)))
-    return _run("wkv6", kernel, r, k, v, log_decay, bonus, state, _as_bool(mask))
+    return run_kernel("wkv6", kernel, r, k, v, log_decay, bonus, state, _as_bool(mask))
 
 
 def wkv6_contribution(
@@ -207,7 +209,7 @@ def wkv6_contribution(
     """Only the contribution and the factor of :func:`wkv6`, bit for bit what that returns for the same inputs."""
     batch, tokens, *_ = _shape(k, 4, "k")
     _expect(v=(v, k.shape), log_decay=(log_decay, k.shape), mask=(mask, (batch, tokens)))
-    return _run("wkv6_contribution", kernel, k, v, log_decay, _as_bool(mask))
+    return run_kernel("wkv6_contribution", kernel, k, v, log_decay, _as_bool(mask))
 
 
 def wkv7(
@@ -240,7 +242,7 @@ def wkv7(
     _expect(**{name: (x, k.shape) for name, x in (("r", r), ("v", v), ("log_decay", log_decay))})
     _expect(removal=(removal, k.shape), rate=(rate, k.shape))
     _expect(state=(state, (batch, heads, size, size)), mask=(mask, (batch, tokens)))
-    return _run("wkv7", kernel, r, k, v, log_decay, removal, rate, state, _as_bool(mask))
+    return run_kernel("wkv7", kernel, r, k, v, log_decay, removal, rate, state, _as_bool(mask))
 
 
 def wkv7_transition(
@@ -272,7 +274,7 @@ def wkv7_transition(
     if r.dtype == torch.float32 and choose_kernel(kernel, k) == "triton":
         kernel = "chunked"
     with torch.no_grad():
-        return _run("wkv7_transition", kernel, r, k, v, log_decay, removal, rate, _as_bool(mask))
+        return run_kernel("wkv7_transition", kernel, r, k, v, log_decay, removal, rate, _as_bool(mask))
 
 
 def decayed(
@@ -306,7 +308,7 @@ def wkv5_plan(log_decay: Tensor, tokens: int, *, kernel: str | None = None) -> A
     return chunked_plan(log_decay, tokens)
 
 
-def _run(function: str, kernel: str | None, *arguments: Tensor | None, chunked: tuple[Any, ...] = ()) -> Any:
+def run_kernel(function: str, kernel: str | None, *arguments: Any, chunked: tuple[Any, ...] = ()) -> Any:
     """``function`` of the chosen kernel; ``chunked`` are further arguments that the chunked one takes."""
     key = arguments[0]
     assert key is not None
@@ -321,18 +323,29 @@ def _run(function: str, kernel: str | None, *arguments: Tensor | None, chunked: 
         module = f"chunked_{function[:4]}"
     implementation: Callable[..., Any] = getattr(importlib.import_module(f"rwkv_rev.wkv.{module}"), function)
     if module.startswith("triton") and function in trial.FUNCTIONS:
-        wrong = trial.wrong(function, implementation, arguments)
-        if wrong:
-            raise KernelError(
-                f"the Triton kernel of {function} does not compute what it should on this machine ({wrong}): set "
-                f"{KERNEL_VARIABLE}=chunked, and please report it with the versions of torch, triton and the driver"
-            )
+        refuse_wrong(function, implementation, arguments)
     further = chunked if module.startswith("chunked") else ()
     # entering the context costs more than a small operation
     if not torch.is_autocast_enabled(key.device.type):
         return implementation(*arguments, *further)
     with torch.autocast(key.device.type, enabled=False):
         return implementation(*arguments, *further)
+
+
+def refuse_wrong(
+    function: str, implementation: Callable[..., Any], arguments: Sequence[Tensor | None]
+) -> None:
+    """Refuse a Triton kernel that does not compute ``function`` for such arguments.
+
+    Raises:
+        KernelError: it was tried, and is wrong here.
+    """
+    wrong = trial.wrong(function, implementation, arguments)
+    if wrong:
+        raise KernelError(
+            f"the Triton kernel of {function} does not compute what it should on this machine ({wrong}): set "
+            f"{KERNEL_VARIABLE}=chunked, and please report it with the versions of torch, triton and the driver"
+        )
 
 
 def _shape(tensor: Tensor, dimensions: int, name: str) -> torch.Size:

@@ -468,3 +468,12 @@ def wkv5_contribution(k: Tensor, v: Tensor, log_decay: Tensor, mask: Tensor | No
     decay, k, v = _prepare(log_decay, k, v)
     found: Tensor = _Contribution.apply(k, v, decay, mask)
     return found
+
+
+def wkv5_pull(r: Tensor, d_out: Tensor, log_decay: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The gradient by the state before the chunk, from that by the outputs alone: the backward pass's own launches."""
+    decay, r, d_out = _prepare(log_decay, r, d_out)
+    with torch.cuda.device_of(r):
+        launch = _Launcher(r, decay, mask)
+        nothing = launch.empty(launch.B, launch.H, launch.N, launch.N).zero_()
+        return launch.scan(launch.outer(r, d_out, from_start=True), nothing, reverse=True)[1]

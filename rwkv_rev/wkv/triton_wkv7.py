@@ -49,6 +49,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkv_rev.distributed.context_group import ContextGroup
 from rwkv_rev.errors import KernelError
 from rwkv_rev.first_order import first_order
 from rwkv_rev.wkv.triton_blocks import load_rows, store_rows
@@ -384,6 +385,26 @@ class _Launcher:
         )  # fmt: skip
         return total
 
+    def relay(
+        self,
+        ends: Tensor,
+        prepared: _Prepared,
+        products: Tensor,
+        outside: Tensor,
+        group: ContextGroup | None,
+        *,
+        reverse: bool,
+    ) -> Tensor:
+        """:meth:`scan` of the tokens of all ranks, one rank after another."""
+        if group is None:
+            return self.scan(ends, prepared, products, outside, reverse=reverse)
+        for rank in range(group.size)[:: -1 if reverse else 1]:
+            total = outside
+            if rank == group.rank:
+                total = self.scan(ends, prepared, products, outside, reverse=reverse)
+            outside = group.gather(total)[rank]
+        return outside
+
     def read(self, v: Tensor, prepared: _Prepared, scores: Tensor) -> Tensor:
         out = self.empty(*v.shape)
         _read_kernel[self.grid(self.tiles)](
@@ -435,12 +456,14 @@ class _WKV7(torch.autograd.Function):
         rate: Tensor,
         state: Tensor,
         mask: Tensor | None,
+        group: ContextGroup | None = None,
     ) -> tuple[Tensor, Tensor]:
         with torch.cuda.device_of(k):
             launch = _Launcher((r, k, v), mask)
             factors, prepared, scores = launch.prepare(r, k, v, log_decay, removal, rate)
-            after = launch.scan(factors.ends, prepared, prepared.states, state, reverse=False)
+            after = launch.relay(factors.ends, prepared, prepared.states, state, group, reverse=False)
             out = launch.read(v, prepared, scores)
+        ctx.group = group
         ctx.save_for_backward(r, k, v, log_decay, removal, rate, mask, *factors, *prepared)
         return out, after
 
@@ -454,9 +477,13 @@ class _WKV7(torch.autograd.Function):
         with torch.cuda.device_of(d_out):
             launch = _Launcher(tokens, mask)
             arrived, d_states = launch.pull(prepared, d_out)
-            d_state = launch.scan(factors.ends, prepared, d_states, d_after, reverse=True)
+            if ctx.group is not None:
+                d_after = ctx.group.add(d_after.clone())  # of what each rank wants of it
+            d_state = launch.relay(factors.ends, prepared, d_states, d_after, ctx.group, reverse=True)
+            if ctx.group is not None and ctx.group.rank != 0:
+                d_state = torch.zeros_like(d_state)  # the first rank has it
             found = launch.gradients(tokens, factors, prepared.states, d_states, arrived)
-        return *found, d_state, None
+        return *found, d_state, None, None
 
 
 def wkv7(
@@ -478,6 +505,21 @@ def wkv7(
     """
     tokens, valid = _accepted((r, k, v, log_decay, removal, rate), mask)
     return _WKV7.apply(*tokens, state.float().contiguous(), valid)
+
+
+def wkv7_relayed(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    removal: Tensor,
+    rate: Tensor,
+    state: Tensor,
+    group: ContextGroup,
+) -> tuple[Tensor, Tensor]:
+    """As in :func:`rwkv_rev.wkv.wkv7_relayed`; raises as :func:`wkv7` does."""
+    tokens, _ = _accepted((r, k, v, log_decay, removal, rate), None)
+    return _WKV7.apply(*tokens, state.float().contiguous(), None, group)
 
 
 def wkv7_transition(
