@@ -43,6 +43,8 @@ SLOWER = {
     "h200-tape 1": "the same",
     "h200-rwkv-4 0": "0.2 s for 24 layers are the host's launches, which took longer than the card",
     "h200-rwkv-4 1": "the same, in one chunk",
+    "h100-two-cards 8": "an earlier state, in which a piece had a gradient of its own",
+    "h100-two-cards 12": "an earlier state, in which ranks waited for the whole recurrence of those before them",
 }
 """Rows whose speed is less than simulated by more than the tolerance, and why."""
 FASTER = {

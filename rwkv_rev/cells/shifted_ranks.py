@@ -10,7 +10,7 @@ without a graph, and in the gradient what they pull is (:mod:`rwkv_rev.cells.mem
 
 Where a piece costs more than what the tokens read (a matrix, for RWKV-7) and the ranks are few, the memory goes from
 rank to rank instead (:attr:`.ReversibleCell.relayed_ranks`): each waits for the recurrence, and for nothing else, of
-the one before.
+the one before; in a kernel that can (:meth:`.ShiftedCell.relayed`), for its scan over states alone.
 
 The token shift is kept as it is, not mixed with the chunk's first token, which other ranks do not know.
 """

@@ -7,8 +7,8 @@ A step's seconds are put together of few rates (:mod:`rwkv_rev.simulation.step`)
 - ``recurrence``: kernels alone, ``rwkv-rev bench kernels``, 32,768 tokens of 2,048 channels (docs/h100.md, h200.md).
 - ``within``: all-reduce between two H100 of one host, bus bandwidth, the lowest of several measurements (329 to 361).
 - ``vectors``, ``gap``, ``unrecorded``, ``bandwidth`` of the H200, ``STEP``, ``ADAPTER``, ``PIECES``: fitted to the rows
-  that ``tests/test_simulation.py`` compares. ``PIECES``, ``SHARDED``, and ``unrecorded`` of RWKV-4 are of one row
-  each, which is no test of them.
+  that ``tests/test_simulation.py`` compares. ``SHARDED``, and ``unrecorded`` of RWKV-4 are of one row each,
+  which is no test of them.
 - ``bandwidth`` of the H100 is 85 % of its data sheet's 3.35 TB/s, and its ``memory`` what such cards usually have: both
   are assumptions, and what is fitted beside the former makes up for it.
 - ``LATENCY``, :data:`BETWEEN`, ``gap`` of RWKV-4 (as RWKV-5), ``unrecorded`` of RWKV-6 (as RWKV-5) and 7 (half as much
@@ -98,8 +98,10 @@ STEP = 0.02
 """Seconds of a step in which the card waits, however long it is: plans, exact states, the optimizer's start."""
 ADAPTER = 60
 """Bytes read and written per token for each number that LoRA's additions take and give, in both sweeps."""
-PIECES = 2.5e-3
-"""Seconds per layer and chunk of a shared context, beside what is sent: of one row, two cards."""
+PIECES = 0.8e-3
+"""Seconds per layer and chunk of a shared context, beside what is sent: of four rows, two cards."""
+SCAN = 0.09
+"""Of RWKV-7's recurrence what is a scan over the states, for which ranks wait: torch.profiler, 131,072 tokens."""
 FURTHER_PIECE = 80e-6
 """The same for each rank beyond the second: 20 launches of 4 us. An assumption."""
 LATENCY = {"within": 20e-6, "between": 40e-6}

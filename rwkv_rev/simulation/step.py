@@ -15,8 +15,8 @@ ceil(T / C) chunks. Its seconds are
     gradients       a reduction over all cards, once per step
 
 one after another: nothing is said to be hidden behind anything else, where that was not measured. RWKV-7's memory goes
-from rank to rank where ranks are few (:attr:`.ReversibleCell.relayed_ranks`): then each waits for the recurrence of
-those before it. RWKV-4 to 6, and RWKV-7 between more ranks, exchange pieces.
+from rank to rank where ranks are few (:attr:`.ReversibleCell.relayed_ranks`): then each waits for the scan over
+states of those before it. RWKV-4 to 6, and RWKV-7 between more ranks, exchange pieces.
 """
 
 import math
@@ -328,7 +328,7 @@ def _exchange(sizes: Sizes, step: Step, layout: Layout, tape: int) -> float:
     sent = rounds * gather_seconds(piece, cp, link) + (_COLLECTIVES - 3) * gather_seconds(last, cp, link)
     own = step.rows * step.chunk / cp * sizes.config.hidden_size
     if relays:
-        computed = (cp - 1) * (known.forward + known.both) * own
+        computed = (cp - 1) * rates.SCAN * (known.forward + known.both) * own
     else:
         computed = known.piece * (known.forward + known.both) * own if known.piece > 1 else 0.0
     each = sent + computed + rates.PIECES + (cp - 2) * rates.FURTHER_PIECE
