@@ -65,7 +65,7 @@ KINDS: dict[str, tuple[str, int, list[object]]] = {
 WORLDS = (4, 3, 2, 1)
 SEEN = ("full", "lora", "state in three", "shared contexts in four")
 """Kinds that are evaluated, and show samples: one of each number of processes, and one with an adapter."""
-LONG = ("state in three", "half lora")
+LONG = ("state in three", "half full", "half lora")
 """Kinds that begin at zero. Of short contexts some gradients are so small that rounding makes all of AdamW's step."""
 HALF: dict[str, list[object]] = {tune: ["--tune", tune, "--dtype", "bfloat16"] for tune in ("full", "lora")}
 """In half precision."""

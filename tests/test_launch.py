@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from finetune_cases import settings
+from test_imports import ROOT
 
 from rwkv_rev.errors import RwkvRevError
 from rwkv_rev.training.launch import choose_dtype, in_processes, own_device, refuse_launch, shards_model
@@ -192,3 +193,14 @@ def test_half_of_a_launch_is_refused(
 def test_whole_launches(monkeypatch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
     launched(monkeypatch, values)
     refuse_launch()
+
+
+def test_commands_of_the_docs_are_accelerates() -> None:
+    """Its own parser takes them, and its own check of what goes together."""
+    from accelerate.commands import launch
+
+    text = (ROOT / "docs" / "finetuning.md").read_text("utf-8").replace("\\\n", " ")
+    commands = [line.split()[2:] for line in text.splitlines() if line.startswith("accelerate launch ")]
+    assert len(commands) >= 3
+    for words in commands:
+        launch._validate_launch_command(launch.launch_command_parser().parse_args(words))

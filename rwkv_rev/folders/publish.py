@@ -32,6 +32,8 @@ def _refuse_no_name(repository: str) -> None:
 
     try:
         validate_repo_id(repository)
+        if repository.endswith("\n"):  # which older versions of huggingface-hub let through
+            raise HFValidationError("a line break is no part of a name")
     except HFValidationError as error:
         raise OutputError(
             f"{shortened(repr(repository))} is no name of a repository, such as owner/name: "
