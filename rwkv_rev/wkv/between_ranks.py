@@ -30,9 +30,8 @@ def wkv5_pull(
     with torch.no_grad():
         if choose_kernel(kernel, r) == "triton":
             return run_kernel("wkv5_pull", kernel, r, d_out, log_decay, None if mask is None else mask.bool())
-        return wkv5_contribution(
-            *map(reversed_tokens, (r, d_out)), log_decay, reversed_tokens(mask), kernel=kernel
-        )
+        r, d_out = reversed_tokens(r), reversed_tokens(d_out)
+        return wkv5_contribution(r, d_out, log_decay, reversed_tokens(mask), kernel=kernel)
 
 
 def wkv6_pull(
