@@ -12,7 +12,7 @@ files differ; every other shape must be exact. Values are not looked at: see ``r
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,9 +131,9 @@ def detect(checkpoint: Checkpoint) -> Detected:
     _refuse_foreign_kinds(where, checkpoint)
     architecture = _sizes(where, checkpoint)
     table = architecture.tensors()
-    _compare_names(where, architecture, {entry.foreign for entry in table}, checkpoint)
-    unusual = _compare_shapes(where, checkpoint, table)
     config = architecture.to_config()
+    _compare_names(where, architecture, table, checkpoint)
+    unusual = _compare_shapes(where, checkpoint, table, config.architecture.letters)
     layouts = config.architecture.layouts
     refuse_contradictions(
         where, checkpoint, config, layouts[config.architecture.column(architecture.layout)], table
@@ -311,13 +311,21 @@ def _refuse_impossible_sizes(where: str, config: dict[str, Any]) -> None:
         )
 
 
-def _compare_names(where: str, architecture: Detected, expected: set[str], checkpoint: Checkpoint) -> None:
+def _compare_names(
+    where: str, architecture: Detected, table: Sequence[TensorNames], checkpoint: Checkpoint
+) -> None:
     names = checkpoint.names()
-    present = set(names)
+    present, expected = set(names), {entry.foreign for entry in table}
     missing = sorted(expected - present)
     leftover = [name for name in names if name not in expected]
     if not missing and not leftover:
         return
+    states = {entry.foreign for entry in table if entry.name.startswith("model.initial_wkv.")}
+    if not leftover and states.issuperset(missing):
+        raise CheckpointError(
+            f"{where} has an incomplete tuned initial state: missing {some(missing)}; give one for every layer, or "
+            "remove those that are there"
+        )
     faults = []
     if missing:
         faults.append(f"missing {some(missing)}")
@@ -332,11 +340,11 @@ def _compare_names(where: str, architecture: Detected, expected: set[str], check
 
 
 def _compare_shapes(
-    where: str, checkpoint: Checkpoint, table: Sequence[TensorNames]
+    where: str, checkpoint: Checkpoint, table: Sequence[TensorNames], sizes: Mapping[str, str]
 ) -> dict[str, tuple[int, ...]]:
-    """Stored shapes that are right but unusual; refuses wrong ones."""
+    """Stored shapes that are right but unusual; refuses wrong ones. ``sizes``: an architecture's own, by letters."""
     unusual: dict[str, tuple[int, ...]] = {}
-    wrong: dict[str, None] = {}  # in order, and once for all pieces of a tensor
+    wrong: dict[str, set[str]] = {}  # in order, and once for all pieces of a tensor, with its own sizes
     for entry in table:
         shape = checkpoint.shape(entry.foreign)
         if shape == entry.foreign_shape:
@@ -345,11 +353,14 @@ def _compare_shapes(
         if entry.squeezable and _squeezed(shape) == _squeezed(usual) and 0 not in shape:
             unusual[entry.foreign] = shape
         else:
-            wrong[f"{entry.foreign} is {list(shape)} instead of {list(entry.foreign_shape)}"] = None
+            own = {sizes[letter] for letter in entry.letters.split() if letter in sizes}
+            wrong[f"{entry.foreign} is {list(shape)} instead of {list(entry.foreign_shape)}"] = own
     if wrong:
-        raise CheckpointError(
-            f"{where} has wrong shapes: {some(list(wrong))}; use an undamaged copy of the checkpoint, as it was trained"
-        )
+        hint = "use an undamaged copy of the checkpoint, as it was trained"
+        if len(wrong) > 1 and all(wrong.values()):  # both maps of a pair, say
+            named = " and ".join(sorted(name.replace("_", " ") for name in set().union(*wrong.values())))
+            hint = f"all layers must have the same {named}"
+        raise CheckpointError(f"{where} has wrong shapes: {some(list(wrong))}; {hint}")
     return unusual
 
 

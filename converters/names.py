@@ -39,7 +39,8 @@ class TensorNames:
     """One tensor: its name and shape in a converted model, and in a foreign layout.
 
     ``squeezable``: files may hold it with more or fewer dimensions of size one. ``transposed``: the last two
-    dimensions are exchanged in the foreign layout. ``piece``: it is a part of the foreign tensor.
+    dimensions are exchanged in the foreign layout. ``piece``: it is a part of the foreign tensor. ``letters``: those of
+    its shape in the converted model.
     """
 
     name: str
@@ -49,6 +50,7 @@ class TensorNames:
     squeezable: bool = False
     transposed: bool = False
     piece: Piece | None = None
+    letters: str = ""
 
     def of(self, foreign: Tensor) -> Tensor:
         """The tensor as a converted model has it, from the foreign one."""
@@ -117,6 +119,7 @@ def tensor_table(config: RwkvRevConfig, layout: str | None = None) -> tuple[Tens
                 squeezable=row.squeezable or (row.piece(column) is None and len(shape) == 1),
                 transposed=row.is_transposed(column),
                 piece=row.piece(column),
+                letters=row.shape,
             )
         )
 

@@ -548,6 +548,9 @@ def test_lossy_refuses_what_would_be_noise() -> None:
         differentiate(model, "reversible-lossy", 16, input_ids=tokens)
     with pytest.raises(StrategyError, match=r"56 bits over 256 tokens.*'reversible'"):
         differentiate(slow_decay(tiny_model("6"), -2), "reversible-lossy", 16, input_ids=tokens)
+    # the first chunk's state is given, the last one's is what is divided: of two chunks nothing is lost
+    outcome = differentiate(slow_decay(tiny_model("6"), -2), "reversible-lossy", 128, input_ids=tokens)
+    assert outcome.report["predicted_bits_lost"] == 0
     with pytest.raises(StrategyError, match=r"RWKV-5.*'reversible'"):
         differentiate(tiny_model("4"), "reversible-lossy", 16, input_ids=tokens)
     with pytest.raises(

@@ -285,6 +285,22 @@ def test_one_wrong_shape_is_the_only_one_named(
     assert expected in message
 
 
+@pytest.mark.parametrize(
+    ("version", "shapes", "sizes_of"),
+    [
+        ("7", {"w1": (32, 3), "w2": (3, 32)}, "decay rank"),
+        ("7", {"v1": (32, 3), "v2": (3, 32), "g1": (32, 4), "g2": (4, 32)}, "gate rank and residual rank"),
+        ("6", {"time_maa_w1": (32, 35), "time_maa_w2": (5, 7, 32)}, "mix rank"),
+    ],
+)
+def test_other_ranks_in_one_layer(
+    look: Any, version: str, shapes: dict[str, tuple[int, ...]], sizes_of: str
+) -> None:
+    odd = {f"blocks.1.att.{name}": torch.zeros(shape) for name, shape in shapes.items()}
+    message = refused(look, blinkdl_state_dict(version, layers=3) | odd, quick=True)
+    assert message.endswith(f"; all layers must have the same {sizes_of}")
+
+
 def test_layer_0_tells_no_rank_of_what_it_does_not_read(look: Any) -> None:
     state = blinkdl_state_dict("7", layers=3, unused=True)
     odd = {"blocks.0.att.v1": torch.zeros(32, 3), "blocks.0.att.v2": torch.zeros(3, 32)}
@@ -383,7 +399,11 @@ def test_initial_states(look: Any) -> None:
     assert look(model | states).has_initial_state and not look(model).has_initial_state
     assert "tuned initial states, not a whole model" in refused(look, states)
     states.pop("blocks.1.att.time_state")
-    assert "missing blocks.1.att.time_state" in refused(look, model | states)
+    partly = refused(look, model | states)
+    assert (
+        "an incomplete tuned initial state: missing blocks.1.att.time_state; give one for every layer"
+        in partly
+    )
     assert "a tuned initial state of RWKV-4" in refused(look, blinkdl_state_dict("4") | states)
 
 
