@@ -441,6 +441,8 @@ def test_a_layout_that_begins_as_a_wrapper_does(look: Any, wrapper: str) -> None
     [
         ({"attn": {"layers": [1]}}, r"attn = .*only None is understood"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu': only 'sqrelu' is understood"),
+        ({"norm_first": False}, "norm_first = False: only True is understood"),  # no ln0 there, though stored
+        ({"norm_bias": False}, "norm_bias = False: only True is understood"),
         ({"norm_eps": 0}, "norm_eps = 0; it must be above 0"),
     ],
 )
@@ -466,6 +468,8 @@ def test_rwkv6_in_the_layout_of_fla(look: Any) -> None:
     )  # expand_k = 0.5
     with pytest.raises(CheckpointError, match=r"attn = .*only None is understood"):
         look(fla_state_dict_of_6(), {"attn": {"layers": [1]}}, quick=True)
+    with pytest.raises(CheckpointError, match=r"norm_first = False: only True"):
+        look(fla_state_dict_of_6(), {"norm_first": False}, quick=True)
 
 
 @pytest.mark.parametrize(("D", "head_size"), [(32, 8), (64, 64), (16, 4)])

@@ -248,7 +248,7 @@ def _told_by(stored: Stored) -> dict[str, Any] | None:
 def _epsilons(config: Mapping[str, Any], layout: str, head_size: int) -> tuple[float, float]:
     if layout != FLA:
         return by_divisor(config, layout, head_size)
-    understood(config, hidden_act="sqrelu", attn=None)
+    understood(config, hidden_act="sqrelu", attn=None, norm_first=True, norm_bias=True)
     epsilon = number(config, "norm_eps", 1e-5, least=0, most=1)
     if config.get("head_size_divisor") is None:
         return epsilon, epsilon

@@ -261,7 +261,7 @@ def _epsilons(config: Mapping[str, Any], layout: str, head_size: int) -> tuple[f
     """flash-linear-attention's GroupNorm has N times the eps of its LayerNorms."""
     if layout not in (FLA, PACKED):
         return LAYER_NORM, GROUP_NORM
-    understood(config, hidden_act="sqrelu", attn=None)
+    understood(config, hidden_act="sqrelu", attn=None, norm_first=True, norm_bias=True)
     epsilon = number(config, "norm_eps", LAYER_NORM, least=0, most=1)
     return epsilon, head_size * epsilon
 
