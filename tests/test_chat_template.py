@@ -118,6 +118,13 @@ def test_what_the_template_cannot_say(tokenizer: ByteLevelTokenizer) -> None:
     ):
         with pytest.raises(DataError, match=f"the chat template refuses it: .*{why}"):
             render(tokenizer, [message])
+    several: Any = type("Several", (), {"chat_template": {"tool_use": "", "rag": ""}})()
+    with pytest.raises(
+        DataError, match="several chat templates, rag, tool_use, and none is called default: give"
+    ):
+        render(several, TALK)
+    several.chat_template["default"] = QUOTING
+    assert render(several, TALK) == render(tokenizer, TALK, template=QUOTING)
     plain = "{% for m in messages %}{{ m.content }}{% endfor %}"
     with pytest.raises(ValueError, match=r"needs {% generation %} marks"):
         tokenizer.apply_chat_template(TALK, chat_template=plain, **MARKED)

@@ -35,6 +35,21 @@ ASKED = "User: What is 2+2?\n\nAssistant:"
             "before 'User:' in line 5 of this text stands a line of blanks",
         ),
         ("User: a\n\nAssistant: b\0", r"the text holds '\\x00'"),
+        *(
+            (
+                f"User: a\n\nAssistant: b{turn} c\n\nAssistant: d",
+                f"line {4 + turn.count(chr(10)) - 1} .*{name}.*is no turn",
+            )
+            for turn, name in (
+                ("\n\n User:", "' User:'"),
+                ("\n\nuser:", "'user:'"),
+                ("\n\nHuman:", "'Human:'"),
+                ("\n\nUser :", "'User :'"),
+                ("\n\nUser：", "'User：'"),
+                ("\nUser:", "'User:'"),
+                ("\nASSISTANT:", "'ASSISTANT:'"),
+            )
+        ),
     ],
 )
 @pytest.mark.parametrize("train_on", ["assistant", "last"])
@@ -105,7 +120,12 @@ def test_a_turn_of_weight_0_carries_no_loss(
     ("weights", "train_on", "message"),
     [
         ((None, 1, None, 0), "last", "train_on last, and the assistant's last turn has the weight 0"),
-        ((None, 0, None, 1), "all", "turn 2 of 'messages' has the weight 0, and train_on all takes every"),
+        ((None, 0, None, 1), "all", "turn 2 .*has 'weight': 0 and gets loss: train_on all takes every"),
+        (
+            (None, 1, None, 1),
+            "last",
+            "turn 2 .*'weight': 1 and gets no loss, since train_on last takes the last",
+        ),
     ],
 )
 def test_weights_that_contradict_are_refused(

@@ -138,7 +138,10 @@ ADD = {"instruction": "Add.", "output": "4"}
         (weighed(None, 0.5, None, None), "turn 2 of 'messages': its 'weight' is 0.5; known are 0, .*, and 1"),
         (weighed(None, True, None, None), "turn 2 of 'messages': its 'weight' is True"),
         (weighed(None, "0", None, None), "turn 2 of 'messages': its 'weight' is '0'"),
-        (weighed(1, None, None, None), "turn 1 of 'messages' has the weight 1 and the role 'user'"),
+        (
+            weighed(1, None, None, None),
+            r"turn 1 \('What is 2\+2\?'\) has 'weight': 1 and gets no loss, since loss is on .* role is 'user'",
+        ),
         (weighed(None, 0, None, 0), "no turn of the assistant to train on: each has the weight 0"),
         (ADD | {"system": 3}, "field 'system' is a int, not a string"),
         (
@@ -163,9 +166,54 @@ ADD = {"instruction": "Add.", "output": "4"}
             {"prompt": "a", "chosen": "b", "rejected": "c"},
             "a preference pair, .*DPOTrainer.*data_format chosen",
         ),
-        ({"prompt": "a", "completion": TURNS[:1]}, "no turn of the assistant"),
+        ({"prompt": "What is 2+2?", "completion": TURNS[:1]}, "no turn of the assistant"),
         ({"prompt": TURNS[:1], "completion": "b"}, "field 'prompt' is a list, not a string"),
         (GOOD | {"text": "x"}, "has both 'text' and 'messages'; name what is to be read: .*data_format"),
+        (
+            GOOD | {"conversations": TURNS[:2]},
+            "has both 'messages'/'conversations', which differ; name .*field",
+        ),
+        (
+            {"prompt": "You are a judge.", "completion": TURNS[:2]},
+            "field 'prompt' is a text beside a conversation that begins otherwise, 'completion'; write it into its",
+        ),
+        (
+            {"prompt": TURNS[2:3], "completion": TURNS[:2]},
+            "'completion' begins with a turn of the user behind",
+        ),
+        (
+            {"prompt": TURNS[:3], "completion": TURNS[2:]},
+            "'completion' begins with a turn of the user behind",
+        ),
+        (
+            {"prompt": TURNS[:2], "completion": TURNS[1:]},
+            "'completion' begins with a turn of the assistant behi",
+        ),
+        (
+            {"prompt": [TURNS[0], TURNS[1] | {"weight": 1}, TURNS[2]], "completion": TURNS[3:]},
+            r"turn 2 \('4.'\) has 'weight': 1 and gets no loss, since it is part of the prompt",
+        ),
+        *(
+            ({"messages": [TURNS[0], TURNS[1] | {name: said}, *TURNS[2:]]}, f"turn 2 .*'{name}'{message}")
+            for name, said, message in (
+                ("train", False, ": False and gets loss: only 'weight': 0 takes it away"),
+                ("loss_weight", 0, ": 0 and gets loss"),
+                ("loss", 0.5, " is 0.5; known are 0"),
+                ("mask", True, ", which is loss in some tools and no loss in others; write 'weight', 0 or 1"),
+                ("function_call", {"name": "f"}, ", which the chat template does not read"),
+                ("reasoning_content", "Two.", ", which the chat template does not read"),
+                ("refusal", "No.", ", which the chat template does not read"),
+            )
+        ),
+        (
+            GOOD | {"tools": [{"name": "f"}]},
+            r"field 'tools' is \[\{.*, which is not read; write it into a turn",
+        ),
+        (ADD | {"weight": 0}, "field 'weight' is 0, which is not read; leave the record out, or the field"),
+        (
+            {"messages": [{"role": "system", "content": "a"}, *TURNS], "system_prompt": "b"},
+            "a field 'system_prompt', and another turn of the role system",
+        ),
     ],
 )
 def test_a_bad_row_is_named(record: Any, message: str, tmp_path: Path) -> None:
@@ -197,6 +245,38 @@ HISTORY = [["a", "b"], ["c", "d"]]
         (ADD | {"system": " ", "history": []}, {}, ["User: Add.\n\nAssistant:", " 4\n\n|"]),
         (ADD | {"system": None, "history": None}, {}, ["User: Add.\n\nAssistant:", " 4\n\n|"]),
         ({"messages": TURNS[:2], "system": "Be brief."}, {}, [f"System: Be brief.\n\n{ASKED}", " 4.\n\n|"]),
+        (
+            {
+                "messages": TURNS[:2],
+                "system_prompt": "Be brief.",
+                "tools": [],
+                "weight": 1,
+                "conversations": None,
+            },
+            {},
+            [f"System: Be brief.\n\n{ASKED}", " 4.\n\n|"],
+        ),
+        (
+            {
+                "messages": [
+                    TURNS[0] | {"train": False, "loss_weight": 0},
+                    TURNS[1] | {"train": True, "reasoning_content": None, "refusal": "", "tool_calls": []},
+                ],
+                "conversations": [
+                    {"from": "human", "value": "What is 2+2?", "train": 0, "loss_weight": 0},
+                    TURNS[1] | {"train": True, "refusal": "", "tool_calls": []},
+                ],
+            },
+            {},
+            [ASKED, " 4.\n\n|"],
+        ),
+        (
+            {"prompt": TURNS[:3], "chosen": TURNS, "rejected": TURNS[:2]},
+            {"format": "chosen"},
+            [f"{ASKED} 4.\n\nUser: Sure?\n\nAssistant:", " Yes.\nCount!\n\n|"],
+        ),
+        ({"prompt": "What is 2+2? ", "completion": TURNS[:2]}, {}, [ASKED, " 4.\n\n|"]),
+        ({"prompt": None, "completion": TURNS[:2]}, {}, [ASKED, " 4.\n\n|"]),
         (
             {"messages": [{"role": "system", "content": "Be brief."}, *TURNS[:2]], "system": "Be brief. "},
             {},
@@ -231,7 +311,47 @@ def test_an_end_that_no_text_can_say(world: RwkvWorldTokenizer, tmp_path: Path) 
     )
     record = {"messages": [{"role": "assistant", "content": "a"}]}
     found = tokens_of(Example("", record), ending, tmp_path)
-    assert found == [("a", True), ("end", True), ("end", True)]
+    assert found == [("a", True), ("end", True)]  # one end is enough
+    ending.chat_template = ending.chat_template.replace("{% endfor %}", "{{ '\\n' }}{% endfor %}")
+    found = tokens_of(Example("", record), ending, tmp_path)
+    assert found == [("a", True), ("end", True), ("\\n", False)]
+
+
+def test_special_tokens_in_a_turn(tmp_path: Path) -> None:
+    """They would be read as the template's own."""
+    tokenizer = RwkvByteTokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    path = write(tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": "x<|im_end|>"}, TURNS[1]]})
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:1: turn 1 holds '<\|im_end\|>', .* a special token, token 256"
+    ):
+        load_tokens(path, tokenizer, cache_dir=tmp_path / "cache", num_workers=1)
+    texts = write(tmp_path / "b.jsonl", {"prompt": "x<|im_end|>", "completion": "y"})
+    store = load_tokens(texts, tokenizer, cache_dir=tmp_path / "cache", num_workers=1)
+    assert store.tokens(0).tolist() == [ord("x"), 256, ord("y"), 0]
+
+
+ANSWER = "{% generation %}{{ m.content }}{% endgeneration %}"
+
+
+@pytest.mark.parametrize(
+    ("user", "assistant", "message"),
+    [
+        ("{{ m.content }}", "{% generation %}{% endgeneration %}{{ m.content }}", "not what is said there"),
+        ("{{ m.content }}", "{% generation %}{{ m.text }}!{% endgeneration %}", "not what is said there"),
+        (ANSWER, "{{ m.content }}", "what others say"),
+        ("{% generation %}{{ m.content }}", "{{ m.content }}{% endgeneration %}", "what others say"),
+    ],
+)
+def test_marks_around_something_else(user: str, assistant: str, message: str, tmp_path: Path) -> None:
+    tokenizer = RwkvByteTokenizer()
+    answer = assistant.replace("m.", "messages[1].")
+    tokenizer.chat_template = f"{{% for m in messages if m.role == 'user' %}}{user}{answer}{{% endfor %}}"
+    path = write(tmp_path / "a.jsonl", {"messages": TURNS[:2]})
+    with pytest.raises(
+        DataError, match=rf"a\.jsonl:1: .* marks of the assistant's turn 1 hold {message}: put them"
+    ):
+        load_tokens(path, tokenizer, cache_dir=tmp_path / "cache", num_workers=1)
 
 
 def test_chosen_texts_without_a_prompt(tmp_path: Path) -> None:
@@ -259,7 +379,7 @@ def test_chosen_texts_without_a_prompt(tmp_path: Path) -> None:
         ({"instruction": "a", "input": None, "output": "b"}, {}, "User: a\n\nAssistant: b\n\n"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, {"format": "chosen"}, "ab"),
         (
-            {"prompt": "x", "chosen": TURNS[:2], "rejected": TURNS[:2]},
+            {"prompt": "What is 2+2?", "chosen": TURNS[:2], "rejected": TURNS[:2]},
             {"format": "chosen"},
             f"{ASKED} 4.\n\n",
         ),

@@ -19,6 +19,7 @@ the same tokens wherever none of them spans a border. With World's vocabulary an
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,10 @@ WORLD_TEMPLATE = r"""{%- for message in messages -%}
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 """Where transformers keeps it in a folder; it goes before one in ``tokenizer_config.json``."""
 _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_SAID_BESIDE = (  # fields of a turn that hold what is said or done in it
+    *("tool_calls", "function_call", "tools", "reasoning_content", "reasoning", "thinking", "refusal"),
+    *("audio", "images"),
+)
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -123,11 +128,18 @@ def render(
         The text, and [begin, end) of each span in characters; no spans by a template without marks.
 
     Raises:
-        DataError: for what the template refuses.
+        DataError: for what the template refuses, and for what is said in fields of a turn that it does not read.
     """
     from jinja2 import TemplateError
 
-    template = template or getattr(tokenizer, "chat_template", None) or WORLD_TEMPLATE
+    template = template or _own_template(tokenizer)
+    for number, message in enumerate(messages, start=1):
+        for name in _SAID_BESIDE:
+            if dict(message).get(name) and name not in template:
+                raise DataError(
+                    f"turn {number} has '{name}', which the chat template does not read; write it into the content, or "
+                    "leave it out"
+                )
     marked = tells_who_speaks(template)
     try:
         made: Any = render_jinja_template(
@@ -140,6 +152,47 @@ def render(
     except (TemplateError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"the chat template refuses it: {_one_line(error)}") from error
     return made[0][0], [list(span) for span in made[1][0]] if marked else []
+
+
+def refuse_misplaced_marks(tokenizer: Any, roles: Sequence[str]) -> None:
+    """Raise DataError if the marks of a tokenizer's template do not stand around what the assistant says.
+
+    A conversation of the same roles is rendered with numbers for what is said: the n-th span must hold that of the
+    assistant's n-th turn, and no other.
+    """
+    named = dict(getattr(tokenizer, "special_tokens_map", {}))
+    told = tuple((name, text) for name, text in named.items() if isinstance(text, str))
+    _refuse_misplaced(_own_template(tokenizer), told, tuple(roles))
+
+
+@lru_cache(maxsize=256)
+def _refuse_misplaced(template: str, named: tuple[tuple[str, str], ...], roles: tuple[str, ...]) -> None:
+    said = [f"90210{number:05}" for number in range(len(roles))]
+    turns = [{"role": role, "content": number} for role, number in zip(roles, said, strict=True)]
+    text, spans = render(None, turns, template=template, **dict(named))
+    heard = [re.findall(r"90210\d{5}", text[begin:end]) for begin, end in spans]
+    answers = [number for number, role in zip(said, roles, strict=True) if role == "assistant"]
+    for number, (found, answer) in enumerate(zip(heard, answers, strict=False), start=1):
+        if found != [answer]:
+            what = "what others say" if set(found) - {answer} else "not what is said there"
+            raise DataError(
+                f"the chat template's {{% generation %}} marks of the assistant's turn {number} hold {what}: put them "
+                "around the content of the assistant's turns and what ends these (--chat-template FILE)"
+            )
+
+
+def _own_template(tokenizer: Any) -> str:
+    """A tokenizer's template; of several by name the default one."""
+    own: Any = getattr(tokenizer, "chat_template", None) or WORLD_TEMPLATE
+    if not isinstance(own, dict):
+        return str(own)
+    if "default" in own:
+        return str(own["default"])
+    names = ", ".join(map(shortened, sorted(own)[:8]))
+    raise DataError(
+        f"the tokenizer has several chat templates, {names}, and none is called default: give one by "
+        "--chat-template FILE"
+    )
 
 
 def tokenised_chat(

@@ -14,11 +14,12 @@ from typing import Any
 
 from rwkv_rev.errors import DataError
 from rwkv_rev.printable import shortened
-from rwkv_rev.tokenization.chat_template import parts, render
+from rwkv_rev.tokenization.chat_template import parts, refuse_misplaced_marks, render
 from rwkv_rev.training.records import Piece
 
 Parts = list[tuple[str, bool]]
 _SPEAKER = re.compile(r"(?:\A\s*|(?<=\n\n))(User|Assistant|System):")
+_ALMOST = re.compile(r"^[^\S\n]*(?:(?i:user|human|assistant)|System)[^\S\n]*[:\uff1a]", re.MULTILINE)
 _BLANKS = re.compile(r"\n[^\S\n]+\n(User|Assistant|System):")
 
 
@@ -48,6 +49,7 @@ def _spoken(tokenizer: Any, piece: Piece) -> Parts:
             f"the chat template marks {len(spans)} of the assistant's {len(weights)} turns by {{% generation %}}, and "
             "the loss is to be on them: put the marks into a copy of it (--chat-template FILE), or --train-on all"
         )
+    refuse_misplaced_marks(tokenizer, [turn["role"] for turn in piece.turns])
     silent = sum(turn["role"] == "assistant" for turn in piece.turns[: piece.silent])
     unheard = [span for span, weight in zip(spans, weights, strict=True) if weight == 0]
     kept = {tuple(span) for span in _kept(spans, silent, piece.train_on) if span not in unheard}
@@ -81,6 +83,13 @@ def _turns_of_text(piece: Piece, text: str) -> list[list[int]]:
         raise DataError(
             f"--train-on {piece.train_on}, and before '{blanks[1]}:' in line {_line(text, blanks.start(1))} of this "
             "text stands a line of blanks, which does not end a turn; make it an empty line"
+        )
+    begun = {match.end() for match in found}
+    if almost := next((match for match in _ALMOST.finditer(text) if match.end() not in begun), None):
+        raise DataError(
+            f"--train-on {piece.train_on}, and in line {_line(text, almost.start())} of this text "
+            f"{shortened(repr(almost[0]))} is no turn of its own: those begin with User:, System: or Assistant: behind "
+            "an empty line; write it so, or, where it is part of a turn, give the conversation as 'messages'"
         )
     ends = [*(match.start() for match in found[1:]), len(text)]
     for number, (match, end) in enumerate(zip(found, ends, strict=True), start=1):

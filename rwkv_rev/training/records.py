@@ -21,21 +21,35 @@ from typing import Any
 
 from rwkv_rev.errors import ConfigError, DataError
 from rwkv_rev.printable import is_utf8, shortened
+from rwkv_rev.training.turns import (
+    Turns,
+    joined,
+    listed,
+    read_turn,
+    read_turns,
+    refuse_contradictions,
+    refuse_silence,
+)
 
 FORMATS = ("auto", "text", "completion", "messages", "instruction", "chosen")
 TRAIN_ON = ("assistant", "all", "last")
 _LISTS = ("messages", "conversations")
-_BESIDE = ("system", "history")
+_SYSTEM = ("system", "system_prompt")
+_BESIDE = (*_SYSTEM, "history")
 _NAMED = (
     "--text-field NAME, or --prompt-field NAME and --completion-field NAME, or --messages-field NAME, or "
     f"--data-format {'|'.join(FORMATS[1:])}"
 )
-_ROLES = {
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt"), "assistant"),
-    "system": "system",
+_UNREAD = {  # what would be learned otherwise, by name: values that change nothing, and what to do about others
+    **dict.fromkeys(
+        ("weight", "loss_weight", "sample_weight", "train"),
+        ((None, "", 1, "1", "1.0", "true", "True"), "leave the record out, or the field"),
+    ),
+    **dict.fromkeys(
+        ("tools", "functions", "image", "images", "mask"),
+        ((None, "", [], {}, "[]", "{}", "null"), "write it into a turn as text, or leave the field out"),
+    ),
 }
-Turns = tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -95,8 +109,15 @@ class RowLayout:
         prompt: str | None = None
         turns: Turns = ()
         text, silent = "", 0
+        self._refuse_unread(row, where)
         if self.format == "messages":
-            turns = self._turns(values, self.columns[0], where)
+            given = [name for name in self.columns if values[name]] or [*self.columns[:1]]
+            turns, *others = (read_turns(values[name], name, where) for name in given)
+            if any(other != turns for other in others):
+                raise DataError(
+                    f"{where}: has both {_quoted(self.columns)}, which differ; name what is to be read: "
+                    "--messages-field NAME"
+                )
         elif self.format == "instruction":
             asked, answer = (_text(values, name, where) for name in (self.columns[0], self.columns[-1]))
             more = "" if row.get("input") is None else _text(row, "input", where)
@@ -110,15 +131,7 @@ class RowLayout:
                 *({"role": role, "content": content} for role, content in said),
             )
         elif isinstance(values[self.columns[-1]], list):
-            turns = self._turns(values, self.columns[-1], where)
-            if len(self.columns) == 2 and isinstance(values[self.columns[0]], list):
-                before = self._turns(values, self.columns[0], where)
-                turns, silent = before + turns, len(before)
-            elif len(self.columns) == 2 and turns[0]["role"] == "assistant":
-                asked = _text(values, self.columns[0], where)
-                if not asked.strip():
-                    raise DataError(f"{where}: field '{self.columns[0]}' is empty")
-                turns, silent = ({"role": "user", "content": asked}, *turns), 1
+            turns, silent = self._answer(values, where)
         else:
             text = _text(values, self.columns[-1], where)
             prompt = _text(values, self.columns[0], where) if len(self.columns) == 2 else None
@@ -138,23 +151,39 @@ class RowLayout:
         before = self._system(row, turns, where)
         turns, silent = before + turns, silent + len(before)
         if turns and self.train_on != "all":
-            _refuse_silence(turns[silent:], self.train_on, where)
+            refuse_silence(turns[silent:], self.train_on, where)
+        refuse_contradictions(turns, silent, self.train_on, where)
         return Piece(text, prompt, source, line, unit, turns=turns, silent=silent, train_on=self.train_on)
 
-    def _turns(self, row: dict[str, Any], name: str, where: str) -> Turns:
-        """A list of turns with ``role`` and ``content``, whatever they were called."""
-        value = row.get(name)
-        if not isinstance(value, list):
-            found = "null" if value is None else f"a {type(value).__name__}"
+    def _refuse_unread(self, row: dict[str, Any], where: str) -> None:
+        """Raise DataError for a field that would change what is learned, and is not read."""
+        for name, (without_effect, instead) in _UNREAD.items():
+            if name in self.beside and (value := row.get(name)) not in without_effect:
+                raise DataError(
+                    f"{where}: field '{name}' is {shortened(repr(value), 40)}, which is not read; {instead}"
+                )
+
+    def _answer(self, values: dict[str, Any], where: str) -> tuple[Turns, int]:
+        """An answer's turns behind those of its prompt, and how many these are."""
+        turns = read_turns(values[self.columns[-1]], self.columns[-1], where)
+        if len(self.columns) == 1:
+            return turns, 0
+        name = self.columns[0]
+        if isinstance(values[name], list):
+            return joined(read_turns(values[name], name, where), turns, self.columns, where)
+        begins = turns[0]["role"] == "assistant"
+        asked = "" if values[name] is None and not begins else _text(values, name, where)
+        if begins:
+            if not asked.strip():
+                raise DataError(f"{where}: field '{name}' is empty")
+            return ({"role": "user", "content": asked}, *turns), 1
+        first = next((turn for turn in turns if turn["role"] != "system"), turns[0])
+        if asked.strip() not in ("", first["content"].strip()):
             raise DataError(
-                f"{where}: field '{name}' is {found}, not a list of turns with 'role' and 'content'"
+                f"{where}: field '{name}' is a text beside a conversation that begins otherwise, '{self.columns[-1]}'; "
+                "write it into its turns, or leave it out"
             )
-        if not value:
-            raise DataError(f"{where}: field '{name}' is a list without turns")
-        return tuple(
-            _turn(turn, f"{where}: turn {number} of '{name}'", self.train_on)
-            for number, turn in enumerate(value, start=1)
-        )
+        return turns, 0
 
     def _history(self, row: dict[str, Any], where: str) -> Turns:
         """The turns before an instruction: pairs of what the user said and the answer."""
@@ -165,47 +194,30 @@ class RowLayout:
         if not all(isinstance(pair, list | tuple) and [*map(type, pair)] == [str, str] for pair in pairs):
             raise DataError(f"{where}: field 'history' is no list of pairs of texts, [user, assistant]")
         return tuple(
-            _turn({"role": role, "content": said}, f"{where}: pair {number} of 'history'", self.train_on)
+            read_turn({"role": role, "content": said}, f"{where}: pair {number} of 'history'")
             for number, pair in enumerate(pairs, start=1)
             for role, said in zip(("user", "assistant"), pair, strict=True)
         )
 
     def _system(self, row: dict[str, Any], turns: Turns, where: str) -> Turns:
         """The turn that a field ``system`` is, if it says anything that the turns do not."""
-        if "system" not in self.beside or row.get("system") is None:
+        given = [
+            n for n in _SYSTEM if n in self.beside and row.get(n) is not None and _text(row, n, where).strip()
+        ]
+        if not given:
             return ()
-        said = _text(row, "system", where)
-        if not said.strip():
-            return ()
+        name, said = given[0], row[given[0]]
         if not turns:
             raise DataError(
-                f"{where}: field 'system' beside texts that are read as they are; write it into "
+                f"{where}: field '{name}' beside texts that are read as they are; write it into "
                 f"'{self.columns[0]}', or give a list of turns, 'messages'"
             )
         there = [turn["content"].strip() for turn in turns if turn["role"] == "system"]
-        if there and there != [said.strip()]:
+        if any(other != said.strip() for other in [*there, row[given[-1]].strip()]) or len(there) > 1:
             raise DataError(
-                f"{where}: a field 'system', and another turn of the role system; leave one of them out"
+                f"{where}: a field '{name}', and another turn of the role system; leave one of them out"
             )
         return () if there else ({"role": "system", "content": said},)
-
-
-def _refuse_silence(turns: Turns, train_on: str | None, where: str) -> None:
-    """Raise DataError if none of these turns carries loss."""
-    answers = [turn for turn in turns if turn["role"] == "assistant"]
-    if not answers:
-        unknown = dict.fromkeys(turn["role"] for turn in turns if turn["role"] not in _ROLES.values())
-        if unknown:
-            names = ", ".join(shortened(repr(name)) for name in list(unknown)[:8])
-            raise DataError(
-                f"{where}: the role {names} is not known, and no turn is the assistant's, to train on: its role is "
-                "written 'assistant', the other's 'user'"
-            )
-        raise DataError(f"{where}: no turn of the assistant to train on (--train-on all takes every turn)")
-    if train_on == "last" and answers[-1].get("weight") == 0:
-        raise DataError(f"{where}: --train-on last, and the assistant's last turn has the weight 0")
-    if all(turn.get("weight") == 0 for turn in answers):
-        raise DataError(f"{where}: no turn of the assistant to train on: each has the weight 0")
 
 
 @dataclass(frozen=True)
@@ -274,7 +286,7 @@ class Fields:
             if wanted in found:
                 return self._layout(wanted, found[wanted], present)
             raise DataError(
-                f"{where}: no field {self._wanted(wanted)}; found: {_listed(present)}; name yours: {_NAMED}"
+                f"{where}: no field {self._wanted(wanted)}; found: {listed(present)}; name yours: {_NAMED}"
             )
         if len(found) > 1:
             first, second = (_quoted(columns) for columns in list(found.values())[:2])
@@ -288,11 +300,15 @@ class Fields:
             return self._layout(format, columns, present)
         raise DataError(
             f"{where}: no field 'text' (or 'prompt' and 'completion', 'messages', 'conversations', 'instruction' and "
-            f"'output'); found: {_listed(present)}; name yours: {_NAMED}"
+            f"'output'); found: {listed(present)}; name yours: {_NAMED}"
         )
 
     def _layout(self, format: str, columns: tuple[str, ...], present: set[str]) -> RowLayout:
-        read = () if format == "text" else tuple(n for n in _BESIDE if n in present and n not in columns)
+        read = (
+            ()
+            if format == "text"
+            else tuple(n for n in (*_BESIDE, *_UNREAD) if n in present and n not in columns)
+        )
         return RowLayout(format, columns, self.train_on, read)
 
     def _found(self, present: set[str]) -> dict[str, tuple[str, ...]]:
@@ -305,7 +321,7 @@ class Fields:
         if present.issuperset(pair):
             found["completion"] = pair
         if lists:
-            found["messages"] = (lists[0],)
+            found["messages"] = tuple(lists)
         if {"instruction", "output"} <= present:
             found["instruction"] = ("instruction", *(["input"] if "input" in present else []), "output")
         if "chosen" in present and ("rejected" in present or self.format == "chosen"):
@@ -322,10 +338,6 @@ class Fields:
         }[format]
 
 
-def _listed(present: set[str]) -> str:
-    return ", ".join(map(shortened, sorted(present)[:12])) or "nothing"
-
-
 def _quoted(columns: tuple[str, ...]) -> str:
     return "/".join(f"'{name}'" for name in columns)
 
@@ -338,49 +350,6 @@ def _text(row: dict[str, Any], name: str, where: str) -> str:
     if not is_utf8(value):
         raise DataError(f"{where}: field '{name}' holds half a surrogate pair, no text")
     return value
-
-
-def _turn(turn: Any, where: str, train_on: str | None) -> dict[str, Any]:
-    if not isinstance(turn, dict):
-        raise DataError(f"{where} is a {type(turn).__name__}, not an object with 'role' and 'content'")
-    who, what = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
-    for key in (who, what):
-        if not isinstance(turn.get(key), str):
-            kind = "null" if turn.get(key) is None else f"a {type(turn[key]).__name__}"
-            raise DataError(
-                f"{where} has no '{key}'; it has {_listed(set(map(str, turn)))}"
-                if key not in turn
-                else f"{where}: '{key}' is {kind}, not a string"
-            )
-    role, content = turn[who], turn[what]
-    if who == "from" and role not in _ROLES:
-        raise DataError(f"{where}: 'from' is {shortened(repr(role))}; known are {', '.join(_ROLES)}")
-    if not is_utf8(content) or not is_utf8(role):
-        raise DataError(f"{where} holds half a surrogate pair, no text")
-    if not content.strip() and role != "system":
-        raise DataError(f"{where}: its '{what}' is empty")
-    _refuse_weight(turn.get("weight"), _ROLES.get(role, role), train_on, where)
-    more = {key: value for key, value in turn.items() if key not in (who, what) and value is not None}
-    return more | {"role": _ROLES.get(role, role), "content": content}
-
-
-def _refuse_weight(weight: Any, role: Any, train_on: str | None, where: str) -> None:
-    """Raise DataError for a weight of a turn that the loss would not have."""
-    if weight is None:
-        return
-    if isinstance(weight, bool) or weight not in (0, 1):
-        raise DataError(
-            f"{where}: its 'weight' is {shortened(repr(weight))}; known are 0, no loss on this turn, and 1"
-        )
-    if weight == 0 and train_on == "all":
-        raise DataError(
-            f"{where} has the weight 0, and --train-on all takes every turn; leave one of them out"
-        )
-    if weight == 1 and role != "assistant" and train_on != "all":
-        raise DataError(
-            f"{where} has the weight 1 and the role {shortened(repr(role))}; loss is on turns of the assistant "
-            "(--train-on all takes every turn)"
-        )
 
 
 def refuse_half_named(

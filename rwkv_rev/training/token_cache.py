@@ -40,7 +40,7 @@ from rwkv_rev.training.sources import Skipped, describe_skipped, find_sources
 from rwkv_rev.training.token_store import DOCUMENT, TokenPart, TokenStore
 from rwkv_rev.training.tokenise import Encoded, batches, encode_in_order, tokenizer_fingerprint
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 Ends = tuple[int | None, int | None]
 """End tokens: of texts, and of what answers."""
 
@@ -281,6 +281,7 @@ class _Writer:
         self._dtype, self._ends = dtype, ends
         self._current: dict[str, int] | None = None
         self._end: int | None = None
+        self._there: int | None = None  # the end token that the text has itself
         self._last = True  # whether the token before carries loss
         self.tokens = self.documents = self.empty = self.silent_runs = 0
         self.max_token = -1
@@ -293,6 +294,7 @@ class _Writer:
             self._end = self._ends[piece.answers]
         if self._current["prompt"] == self._current["length"]:
             self._current["prompt"] += len(piece.loss) if not piece.loss.any() else int(piece.loss.argmax())
+        self._there = piece.end
         self._write(piece.ids, piece.loss)
         self._current["length"] += len(piece.ids)
         self._current["text_bytes"] += piece.text_bytes
@@ -318,7 +320,7 @@ class _Writer:
         if current["length"] == 0:
             self.empty += 1
             return
-        if self._end is not None:
+        if self._end is not None and self._end != self._there:
             self._write(np.array([self._end], np.uint32), np.array([self._last]))
             current["length"] += 1
             current["ended"] = 1

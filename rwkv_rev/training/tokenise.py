@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rwkv_rev.errors import DataError
-from rwkv_rev.printable import shortened
+from rwkv_rev.tokenization.special_tokens import refuse_special, special_tokens
 from rwkv_rev.training.conversations import parts_of
 from rwkv_rev.training.documents import DataSource, one_line
 from rwkv_rev.training.records import Fields, Piece, place
@@ -34,7 +34,7 @@ PROBE = "The quick brown fox\n\n  jumps over 13 lazy dogs. Äöü ß 漢字 🙂
 
 
 class Encoded(NamedTuple):
-    """A piece as tokens: ids uint32 [n]; which of them carry loss, bool [n]; UTF-8 bytes with loss."""
+    """A piece as tokens: ids uint32 [n]; which of them carry loss, bool [n]; UTF-8 bytes with loss; its own end."""
 
     ids: np.ndarray
     loss: np.ndarray
@@ -43,6 +43,7 @@ class Encoded(NamedTuple):
     line: int
     continues: bool
     answers: bool
+    end: int | None
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -166,18 +167,21 @@ def _encode_in_worker(batch: list[tuple[int, Piece]]) -> list[Encoded]:
 
 
 def _encode_batch(tokenizer: Any, batch: list[tuple[int, Piece]]) -> list[Encoded]:
-    return [_encode(tokenizer, source, piece) for source, piece in batch]
+    specials = special_tokens(tokenizer)
+    return [_encode(tokenizer, specials, source, piece) for source, piece in batch]
 
 
-def _encode(tokenizer: Any, source: int, piece: Piece) -> Encoded:
+def _encode(tokenizer: Any, specials: dict[str, int], source: int, piece: Piece) -> Encoded:
     ids: list[int] = []
+    texts: list[str] = []
     loss: list[np.ndarray] = []
     size = 0
     try:
-        _refuse_end(tokenizer, piece)
+        _refuse_special(tokenizer, specials, piece)
         for text, counts in parts_of(tokenizer, piece):
             found = token_ids(tokenizer, text)
             ids += found
+            texts.append(text)
             loss.append(np.full(len(found), counts))
             size += len(text.encode("utf-8", "surrogatepass")) if counts else 0
         values = np.array(ids, np.uint32)
@@ -188,21 +192,27 @@ def _encode(tokenizer: Any, source: int, piece: Piece) -> Encoded:
             f"{_failing_place(tokenizer, piece)}: cannot be tokenised: {one_line(error)}"
         ) from None
     mask = np.concatenate([np.zeros(0, bool), *loss])
-    return Encoded(values, mask, size, source, piece.line, piece.continues, piece.answers)
+    end = _end_that_is_there(tokenizer, "".join(texts[-3:]), ids)
+    return Encoded(values, mask, size, source, piece.line, piece.continues, piece.answers, end)
 
 
-def _refuse_end(tokenizer: Any, piece: Piece) -> None:
-    """Raise DataError for an answer, or what it answers, whose own characters are the token that ends it."""
-    end = getattr(tokenizer, "eos_token", None)
-    if not piece.answers or not isinstance(end, str) or not end:
+def _refuse_special(tokenizer: Any, specials: dict[str, int], piece: Piece) -> None:
+    """Raise DataError for turns that hold a special token, and texts of an answer that hold the one that ends it."""
+    if not piece.answers:
         return
-    said = [(f"turn {number}", turn["content"]) for number, turn in enumerate(piece.turns, start=1)]
-    for name, text in [*said, ("the prompt", piece.prompt or ""), ("the text", piece.text)]:
-        if end in text and tokenizer.eos_token_id in token_ids(tokenizer, text):
-            raise DataError(
-                f"{name} holds {shortened(repr(end))}, which this tokenizer reads as the end of text, token "
-                f"{tokenizer.eos_token_id}; take it out"
-            )
+    for number, turn in enumerate(piece.turns, start=1):
+        refuse_special(turn["content"], specials, tokenizer, f"turn {number}")
+    end = getattr(tokenizer, "eos_token", None)
+    ends = {text: index for text, index in specials.items() if text == end}
+    for name, text in (("the prompt", piece.prompt or ""), ("the text", piece.text)):
+        refuse_special(text, ends, tokenizer, name)
+
+
+def _end_that_is_there(tokenizer: Any, text: str, ids: list[int]) -> int | None:
+    """The token that ends a text already, blanks apart: the tokenizer's end of text, or None."""
+    end = getattr(tokenizer, "eos_token", None)
+    there = isinstance(end, str) and end and text.rstrip().endswith(end) and tokenizer.eos_token_id in ids
+    return int(tokenizer.eos_token_id) if there else None
 
 
 def _failing_place(tokenizer: Any, piece: Piece) -> str:
