@@ -27,7 +27,9 @@ def merge(
     alpha: Annotated[
         float | None,
         typer.Option(
-            parser=number(), metavar="X", help="lora_alpha of the training, for files that do not say it."
+            parser=number(),
+            metavar="X",
+            help="lora_alpha of a LoRA's training, for files that do not say it.",
         ),
     ] = None,
     init: Annotated[
@@ -47,9 +49,11 @@ def merge(
     r"""Merge an adapter into the model that it was trained on.
 
     LoRA: W + alpha / rank B A. PiSSA: W - B0 A0 + B A, with what training began with. DiSHA (bone, bat) as RWKV-PEFT
-    has it. Ranks and targets are read from the file; so is alpha, where the file has it: RWKV-PEFT's have not. An
-    adapter of another model is refused. Weights that do not change keep every bit. Other methods of peft, and their
-    variants, merge by peft's merge_and_unload.
+    has it. Ranks and targets are read from the file; so is alpha, where the file has it: RWKV-PEFT's have not. A PiSSA
+    looks like a LoRA in its file, and is merged as one, wrongly, if --alpha is given in the place of --init. An adapter
+    of other shapes or layers is refused, and one that says that it is of another generation: RWKV-PEFT's do not say.
+    Weights that do not change keep every bit. Other methods of peft, and their variants, merge by peft's
+    merge_and_unload.
 
     Examples:
 

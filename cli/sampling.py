@@ -8,17 +8,30 @@ from rwkv_rev.cli.counts import number, whole
 
 Temperature = Annotated[
     float,
-    typer.Option(parser=number(0), metavar="X", help="0 takes the likeliest token; higher is more random."),
+    typer.Option(
+        parser=number(0),
+        metavar="X",
+        help="0 takes the likeliest token; higher is more random. Applied last, to what --top-p and --top-k leave.",
+    ),
 ]
 TopK = Annotated[
     int, typer.Option(parser=whole(0), metavar="N", help="Sample from so many likeliest tokens; 0: all.")
 ]
 PresencePenalty = Annotated[
     float,
-    typer.Option(parser=number(0), metavar="X", help="Off the logits of tokens that were said already."),
+    typer.Option(
+        parser=number(0),
+        metavar="X",
+        help="Off the logits of tokens that were said already, the prompt apart.",
+    ),
 ]
 FrequencyPenalty = Annotated[
-    float, typer.Option(parser=number(0), metavar="X", help="The same for each time they were said.")
+    float,
+    typer.Option(
+        parser=number(0),
+        metavar="X",
+        help="The same for each time they were said; not for blanks and digits.",
+    ),
 ]
 PenaltyDecay = Annotated[
     float,

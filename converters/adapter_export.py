@@ -15,6 +15,7 @@ from rwkv_rev.converters.adapter_files import (
     ALPHA_KEY,
     CONFIG_NAME,
     PEFT_PREFIX,
+    VERSION_KEY,
     linear_maps,
     read_adapter,
 )
@@ -126,7 +127,8 @@ def _write_rwkv_peft(
     for name, addition in additions.items():
         tensors[f"{theirs[name]}.lora_A"] = addition.down
         tensors[f"{theirs[name]}.lora_B"] = addition.up
-    write_torch(tensors, output, force=force, metadata={ALPHA_KEY: repr(float(alpha))})
+    told = {ALPHA_KEY: repr(float(alpha)), VERSION_KEY: model.config.rwkv_version}
+    write_torch(tensors, output, force=force, metadata=told)
 
 
 def _write_peft(
@@ -157,5 +159,6 @@ def _write_peft(
     }
     with whole_directory(output, force=force) as folder:
         shard = Shard("adapter_model.safetensors", entries)
-        write_shard(shard, folder, lambda entry: tensors[entry.name])
+        told = {VERSION_KEY: model.config.rwkv_version}
+        write_shard(shard, folder, lambda entry: tensors[entry.name], metadata=told)
         (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")

@@ -3,7 +3,8 @@
 RWKV-PEFT (https://github.com/JL-er/RWKV-PEFT, ``rwkvLinear.py``, ``merge/``): a ``.pth`` of
 ``blocks.N.att.key.lora_A``, ``.lora_B`` or ``.disha``, besides tensors that were trained whole and replace the model's;
 ``init_pissa.pth`` holds ``.init_lora_A`` and ``.init_lora_B``. It has no alpha, which its own merge script asks for,
-too; ours say it where ``state_dict()`` has ``_metadata``. peft: a folder with ``adapter_config.json``, in our names.
+too; ours say it where ``state_dict()`` has ``_metadata``, and the generation as well. peft: a folder with
+``adapter_config.json``, in our names; ours say the generation in the metadata of their safetensors file.
 The formulas are those of :mod:`rwkv_rev.converters.additions`.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rwkv_rev.architectures.registry import architectures
 from rwkv_rev.converters.adapted_modules import SELECTING, not_adapted, selects
 from rwkv_rev.converters.additions import Adapter, Disha, LowRank
 from rwkv_rev.converters.converted import ConvertedModel
@@ -27,7 +29,7 @@ from rwkv_rev.folders.selection import some
 from rwkv_rev.folders.source import Source
 from rwkv_rev.printable import shortened
 
-ALPHA_KEY = "lora_alpha"
+ALPHA_KEY, VERSION_KEY = "lora_alpha", "rwkv_version"
 CONFIG_NAME = "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
 _PART = re.compile(r"(.+)\.(lora_A|lora_B|disha)")
@@ -77,6 +79,7 @@ def read_adapter(
             raise CheckpointError(f"--{given} is without effect: {path / CONFIG_NAME} says it; leave it out")
         return _of_peft(model, path)
     with _open(path) as checkpoint:
+        _refuse_other_generation(model, path, checkpoint.metadata.get(VERSION_KEY))
         return _of_rwkv_peft(model, path, checkpoint, alpha, None if init is None else Path(init))
 
 
@@ -145,6 +148,9 @@ def _of_peft(model: ConvertedModel, folder: Path) -> Adapter:
     files = [folder / f"adapter_model.{end}" for end in ("safetensors", "bin")]
     file = next((file for file in files if file.exists()), files[0])
     with _open(file, unwrap=False) as checkpoint:
+        _refuse_other_generation(
+            model, folder, checkpoint.metadata.get(VERSION_KEY) or _version_of_base(settings)
+        )
         parts: dict[str, dict[str, Tensor]] = {}
         for name in checkpoint.names():
             if (found := _PEFT_PART.fullmatch(name)) is None:
@@ -175,6 +181,22 @@ def _of_peft(model: ConvertedModel, folder: Path) -> Adapter:
             )
         additions[_fitting(model, file, name, weight, addition)] = addition
     return Adapter("LoRA", "peft", additions)
+
+
+def _version_of_base(settings: Mapping[str, Any]) -> str | None:
+    """The generation of the folder that peft trained on, if that is here."""
+    base = settings.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base or not (Path(base) / "config.json").is_file():
+        return None
+    version = read_object(Path(base) / "config.json").get(VERSION_KEY)
+    return version if isinstance(version, str) else None
+
+
+def _refuse_other_generation(model: ConvertedModel, path: Path, version: str | None) -> None:
+    if version is not None and version != (own := model.config.rwkv_version):
+        known = {each.version: each.called for each in architectures()}
+        of, this = (known.get(each, shortened(repr(each))) for each in (version, own))
+        raise CheckpointError(f"{path} is an adapter of {of}, and {model.directory} is of {this}")
 
 
 def _refuse_other_methods(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -224,8 +246,8 @@ def _alpha(path: Path, metadata: Mapping[str, str], given: float | None) -> floa
     except ValueError:
         told = float("nan")
     for value in (told, given):
-        if value is not None and not abs(value) < float("inf"):
-            raise CheckpointError(f"{path}: alpha = {value} is no number to scale by")
+        if value is not None and not 0 < value < float("inf"):
+            raise CheckpointError(f"{path}: alpha = {value} is no number above 0 to scale by")
     if told is not None and given is not None and told != given:
         raise CheckpointError(f"--alpha {given:g} contradicts {path}, which says {told:g}; leave it out")
     if told is None and given is None:

@@ -18,6 +18,7 @@ from rwkv_rev.loading import load_tokenizer
 from rwkv_rev.printable import shortened
 from rwkv_rev.random_state import refuse_seed
 from rwkv_rev.sampling import Sampling
+from rwkv_rev.tokenization.special_tokens import refuse_special
 from rwkv_rev.wkv.dispatch import choose_kernel
 
 TOP_P = 0.7
@@ -65,7 +66,7 @@ def generate(
 
     Raises:
         SourceError, CheckpointError: if the folder is not a whole model, or the state is none of such a model.
-        DataError: for a prompt without tokens, or of another model's.
+        DataError: for a prompt without tokens, of another model's, or with a byte that is the end of text.
         ConfigError: for a value that means nothing. RwkvRevError: for a device that is not there.
     """
     choose_kernel(
@@ -90,6 +91,9 @@ def generate(
             refuse_other_model(begin, source.config, str(directory))
     place = choose_device(device)
     tokenizer = load_tokenizer(directory)
+    end = tokenizer.eos_token
+    if end and not end.isprintable():  # a token that can be read, as <|im_end|>, is written on purpose
+        refuse_special(prompt, {end: tokenizer.eos_token_id}, tokenizer, "the prompt")
     inputs = tokenizer(prompt, return_tensors="pt").to(place)
     if inputs["input_ids"].shape[1] == 0:
         raise DataError("the prompt holds no tokens; give at least one character")
@@ -124,7 +128,7 @@ def continued(
         max_new_tokens=max_new_tokens,
         use_cache=True,
         streamer=streamer,
-        logits_processor=sampling.penalties(tokenizer, prompt.shape[1]),
+        logits_processor=sampling.processors(tokenizer, prompt.shape[1]),
         **sampling.arguments(),
     )
     return tokens

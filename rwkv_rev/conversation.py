@@ -19,10 +19,12 @@ from rwkv_rev.counts import MOST
 from rwkv_rev.device import choose_device
 from rwkv_rev.errors import ConfigError, DataError
 from rwkv_rev.loading import load_model, load_tokenizer
+from rwkv_rev.printable import is_utf8
 from rwkv_rev.sampling import Sampling
 from rwkv_rev.state import ModelState
 from rwkv_rev.state_file import load_state, save_state
 from rwkv_rev.tokenization.chat_template import read_template, render
+from rwkv_rev.tokenization.special_tokens import refuse_special, special_tokens
 from rwkv_rev.wkv.dispatch import choose_kernel
 
 RWKV_SAMPLING = Sampling(1.0, 0.3, 0, 0.5, 0.5, 0.996)
@@ -43,11 +45,13 @@ class Chat:
         tokens: how many these are.
 
     Raises:
-        ConfigError: for a chat template that does not go with a carried state.
+        ConfigError: for a chat template that does not go with a carried state. DataError: for a system turn that holds
+            a special token of the tokenizer.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, system: str | None = None) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self._refuse_unsaid(system or "", "the system turn")
         self._before = [] if system is None else [{"role": "system", "content": system}]
         self.state: ModelState | None = None
         self.tokens = 0
@@ -88,12 +92,14 @@ class Chat:
             stop: asked after each token whether that is enough.
 
         Raises:
-            DataError: for nothing said, or what the template refuses. ConfigError: for a wrong number.
+            DataError: for nothing said, what holds a special token of the tokenizer, such as its end of text, or what
+                the template refuses. ConfigError: for a wrong number.
         """
         if not 1 <= max_new_tokens <= MOST:
             raise ConfigError(f"max_new_tokens = {max_new_tokens} must be from 1 to {MOST}")
         if not text.strip():
             raise DataError("nothing was said")
+        self._refuse_unsaid(text, "what was said")
         ids = self._unread + self._encode(self._further(text) if self._begun else self._first(text))
         processors: Any = sampling.processors(self.tokenizer)
         answer = _Answer(self.tokenizer, self._end, shown)
@@ -139,7 +145,8 @@ class Chat:
         """Go on from a state that :meth:`save` wrote.
 
         Raises:
-            SourceError, CheckpointError: if it cannot be read, or is another model's; the conversation stays.
+            SourceError, CheckpointError: if it cannot be read, or is of another architecture or other sizes; the
+                conversation stays.
         """
         self.state, self.tokens, self._unread, self._begun = load_state(path, self.model), 0, [], True
 
@@ -151,6 +158,11 @@ class Chat:
         self.state, self.tokens = output.state, self.tokens + len(ids)
         logits: Tensor = output.logits[:, -1].float()
         return logits
+
+    def _refuse_unsaid(self, text: str, name: str) -> None:
+        if not is_utf8(text):
+            raise DataError(f"{name} holds half a surrogate pair, no text")
+        refuse_special(text, special_tokens(self.tokenizer), self.tokenizer, name)
 
     def _first(self, text: str) -> str:
         said = [*self._before, {"role": "user", "content": text}]

@@ -7,8 +7,9 @@
 * ``position_ids`` [B, T] that restart at 0, maybe on a masked token, from which the document's positions count on. A
   hole of masked tokens at 0 that is as long as the text before it is refused: it might be a document's padding as well.
 
-Several that are given must agree. A border on a masked token is one on the row's next valid token, and none where there
-is no such token. A row's first token goes on from the state, unless ``borders`` say otherwise.
+``max_length_q`` and ``max_length_k``, which stand beside these, must be those of the longest document or above, and say
+nothing alone. Several that are given must agree. A border on a masked token is one on the row's next valid token, and
+none where there is no such token. A row's first token goes on from the state, unless ``borders`` say otherwise.
 
 peft's prompt learning puts its virtual tokens before a row, not before each document in it, and takes ``position_ids``
 away before the model is called: packed rows are refused under it.
@@ -24,6 +25,7 @@ from torch import Tensor
 from rwkv_rev.exporting import exporting
 
 CUMULATIVE = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
+_LONGEST = ("max_length_q", "max_length_k")
 PACKED = (*CUMULATIVE, "seq_idx", "position_ids")
 
 
@@ -58,6 +60,13 @@ def given_borders(
             "initial state, with which every document begins"
         )
     there = {name: kwargs[name] for name in PACKED if kwargs.get(name) is not None}
+    longest = {name: int(kwargs[name]) for name in _LONGEST if kwargs.get(name) is not None}
+    if longest and borders is None and not there and min(longest.values()) < length:
+        name, most = min(longest.items(), key=lambda each: each[1])
+        raise ValueError(
+            f"{name} = {most} says that a row of {length} tokens holds several documents, and not where they begin: "
+            "give cu_seq_lens_q, or leave it out"
+        )
     if borders is None and not there:
         return None
     if exporting():
@@ -71,7 +80,7 @@ def given_borders(
     found: dict[str, Tensor] = {}
     for name, tensor in there.items():
         if name in CUMULATIVE:
-            found[name] = _of_cumulative(name, tensor, batch, length)
+            found[name] = _of_cumulative(name, tensor, batch, length, longest)
         else:
             tensor = _tokens(name, tensor, batch, length)
             found[name] = (_of_positions if name == "position_ids" else _of_numbers)(tensor, valid)
@@ -216,7 +225,7 @@ def _of_numbers(numbers: Tensor, valid: Tensor | None) -> Tensor:
     return there & (numbers != numbers.gather(1, before.clamp(min=0)))
 
 
-def _of_cumulative(name: str, ends: Tensor, batch: int, length: int) -> Tensor:
+def _of_cumulative(name: str, ends: Tensor, batch: int, length: int, longest: dict[str, int]) -> Tensor:
     if batch != 1:
         raise ValueError(f"{name} tells of documents in a single row, and there are {batch}: use borders")
     places = ends.flatten().tolist()
@@ -225,6 +234,12 @@ def _of_cumulative(name: str, ends: Tensor, batch: int, length: int) -> Tensor:
         raise ValueError(
             f"{name} must rise from 0 to the row's {length} tokens, by the length of each document; it is {places[:9]}"
         )
+    most = max(other - one for one, other in pairwise(places))
+    for told, value in longest.items():
+        if value < most:
+            raise ValueError(
+                f"{told} = {value}, and {name} has a document of {most} tokens: give {most}, or leave it out"
+            )
     at = torch.zeros(1, length, dtype=torch.bool)
     at[0, [place for place in places if 0 < place < length]] = True
     return at

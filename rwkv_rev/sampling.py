@@ -4,10 +4,10 @@ Of token i, said n times in this answer, the logit falls by
 
     presence + frequency * sum over the times that it was said of decay ** (tokens said since)
 
-before temperature: the penalties of ChatRWKV and the ``rwkv`` package (``alpha_presence``, ``alpha_frequency``,
-``alpha_decay``). As there, the prompt does not count, and blanks and digits count for presence alone. The rest is
-transformers': temperature first, then top-k, then top-p, where ``rwkv`` takes the temperature last; at temperature 1
-both are the same.
+before all else: the penalties of ChatRWKV and the ``rwkv`` package (``alpha_presence``, ``alpha_frequency``,
+``alpha_decay``). As there, the prompt does not count, and blanks and digits count for presence alone; then come top-p,
+top-k, and the temperature last, of what is left. (transformers takes the temperature first and top-p last, so that
+``model.generate`` with its own options draws otherwise where more than one of them is set.)
 """
 
 import math
@@ -101,34 +101,24 @@ class Sampling:
                 raise ConfigError(f"{name} = {shortened(repr(getattr(self, name)))} must be {wanted}")
 
     def arguments(self) -> dict[str, Any]:
-        """What ``generate`` of transformers has options for."""
+        """Options of transformers' ``generate`` beside :meth:`processors`, with which its own do nothing."""
         if self.temperature == 0:
             return {"do_sample": False}
-        return {
-            "do_sample": True,
-            "temperature": float(self.temperature),
-            "top_p": float(self.top_p),
-            "top_k": self.top_k,
-        }
+        return {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
 
-    def penalties(self, tokenizer: Any, prompt_length: int = 0) -> LogitsProcessorList:
-        """What it has no option for; empty without penalties."""
+    def processors(self, tokenizer: Any, prompt_length: int = 0) -> LogitsProcessorList:
+        """All of it, in the order of the ``rwkv`` package; the first ``prompt_length`` tokens are not said."""
         found = LogitsProcessorList()
         if self.presence_penalty or self.frequency_penalty:
             values = (float(self.presence_penalty), float(self.frequency_penalty), float(self.penalty_decay))
             found.append(SaidBefore(*values, prompt_length, uncounted_ids(tokenizer)))
-        return found
-
-    def processors(self, tokenizer: Any) -> LogitsProcessorList:
-        """Everything, in the order of ``generate``."""
-        found = self.penalties(tokenizer)
         if self.temperature > 0:
-            if self.temperature != 1:
-                found.append(TemperatureLogitsWarper(float(self.temperature)))
-            if self.top_k:
-                found.append(TopKLogitsWarper(self.top_k))
             if self.top_p < 1:
                 found.append(TopPLogitsWarper(float(self.top_p)))
+            if self.top_k:
+                found.append(TopKLogitsWarper(self.top_k))
+            if self.temperature != 1:
+                found.append(TemperatureLogitsWarper(float(self.temperature)))
         return found
 
     def choose(self, logits: Tensor) -> int:

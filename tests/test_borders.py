@@ -502,7 +502,7 @@ def names_of(lengths: Sequence[int]) -> dict[str, dict[str, Tensor]]:
     numbers = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])[None]
     return {
         "position_ids": {"position_ids": positions},
-        "cu_seq_lens_q": {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": torch.tensor(9)},
+        "cu_seq_lens_q": {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": max(lengths)},
         "cu_seqlens": {"cu_seqlens": ends},
         "seq_idx": {"seq_idx": numbers.int()},
         "all": {"position_ids": positions, "cu_seq_lens_q": ends, "seq_idx": numbers},
@@ -570,6 +570,14 @@ def test_a_row_of_one_document_is_no_packed_row() -> None:
         ({"position_ids": torch.zeros(1, 7).long()}, r"position_ids have shape \[1, 7\], the input \[1, 8\]"),
         ({"cu_seq_lens_q": torch.tensor([0, 3, 7])}, "must rise from 0 to the row's 8 tokens"),
         ({"cu_seq_lens_q": torch.tensor([0, 5, 3, 8])}, "must rise"),
+        (
+            {"max_length_q": 7},
+            "max_length_q = 7 says that a row of 8 tokens holds several documents, and not where",
+        ),
+        (
+            {"cu_seq_lens_q": torch.tensor([0, 3, 8]), "max_length_k": torch.tensor(3)},
+            "max_length_k = 3, and cu_seq_lens_q has a document of 5 tokens: give 5, or leave it out",
+        ),
         ({"seq_idx": torch.zeros(1, 1, 8).long()}, "seq_idx have shape"),
         ({"borders": torch.zeros(1, 8)}, r"borders are torch.float32 \[1, 8\]: give bool \[1, 8\]"),
         ({"borders": torch.zeros(8, dtype=torch.bool)}, r"give bool \[1, 8\]"),

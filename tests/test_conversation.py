@@ -61,6 +61,19 @@ def endless(tmp_path: Path) -> Path:
     return tmp_path / "endless.jinja"
 
 
+@pytest.mark.parametrize(
+    ("text", "message"), [("a\0b", r"holds '\\x00'"), ("\ud800", "holds half a surrogate")]
+)
+def test_what_nobody_can_say(text: str, message: str) -> None:
+    """As in training; the conversation stays."""
+    talk = parrot(RwkvByteTokenizer())
+    with pytest.raises(DataError, match=f"what was said {message}"):
+        talk.say(text)
+    assert talk.state is None
+    with pytest.raises(DataError, match=f"the system turn {message}"):
+        parrot(RwkvByteTokenizer(), system=text)
+
+
 ENDS = {
     "turn": " Fine.\n\n",
     "end of text": " Fine.|",

@@ -221,7 +221,18 @@ def test_layouts_translate_into_each_other(
     assert back.keys() == original.keys()
     for name, tensor in original.items():
         assert back[name].dtype == dtype and torch.equal(back[name], tensor), name
-    for source in ("b", "c.pth"):  # which say their alpha
+    for source in ("b", "c.pth"):  # which say their alpha, and their generation
+        attention = {name: tensor for name, tensor in original.items() if ".att." in name}
+        torch.save(attention, tmp_path / "attention.pth")
+        rwkv_rev.save_adapter(
+            models["5.2"],
+            tmp_path / "attention.pth",
+            tmp_path / f"attention-{source}",
+            alpha=6,
+            to="peft" if source == "b" else "rwkv-peft",
+        )
+        with pytest.raises(CheckpointError, match=r"is an adapter of RWKV-5.2, and .* is of RWKV-6"):
+            rwkv_rev.merge(models["6"], tmp_path / f"attention-{source}", tmp_path / "m", force=True)
         rwkv_rev.merge(models["5.2"], tmp_path / source, tmp_path / "m", force=True)
         model: Any = RwkvRevForCausalLM.from_pretrained(str(models["5.2"]), dtype=torch.float32)
         plain = peft.PeftModel.from_pretrained(model, str(tmp_path / "b")).merge_and_unload().state_dict()
@@ -238,6 +249,8 @@ def test_what_finetune_leaves(cli: Cli, shallow: dict[str, Path], tmp_path: Path
     run.lora_targets = ["receptance", "key", "value", "output"]
     finetune(run)
     assert cli("merge", shallow["7"], "tuned/adapter", "--output", "merged")[0] == 0
+    code, _, err = cli("merge", shallow["6"], "tuned/adapter", "--output", "other")
+    assert code == 1 and "tuned/adapter is an adapter of RWKV-7, and" in err
     expected = weights(tmp_path / "tuned")
     for name, tensor in weights(tmp_path / "merged").items():
         torch.testing.assert_close(tensor.float(), expected[name].float(), rtol=1e-5, atol=1e-6)
@@ -362,6 +375,8 @@ def test_alphas_and_beginnings(models: dict[str, Path], tmp_path: Path) -> None:
         ("lora", {"alpha": 4, "init": "init"}, ConfigError, "alpha is without effect beside init"),
         ("disha", {"alpha": 4}, CheckpointError, "alpha is without effect: .*disha.pth is DiSHA"),
         ("lora", {"alpha": float("nan")}, CheckpointError, "alpha = nan is no number"),
+        ("lora", {"alpha": 0}, CheckpointError, "alpha = 0.* is no number above 0"),
+        ("lora", {"alpha": -1}, CheckpointError, "alpha = -1.* is no number above 0"),
         ("lora", {"init": "lora"}, CheckpointError, "it must be the init_pissa.pth of that run"),
         (
             "lora",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import rwkv_rev
-from rwkv_rev.errors import ConfigError
+from rwkv_rev.errors import ConfigError, DataError
 from rwkv_rev.sampling import SaidBefore, Sampling, uncounted_ids
 from rwkv_rev.tokenization import RwkvByteTokenizer, RwkvWorldTokenizer
 
@@ -56,6 +56,25 @@ def test_against_the_rwkv_package(bundled: dict[str, Path]) -> None:
     assert said == expected and len(set(expected)) > 5
 
 
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"), [(0.5, 0.6, 0), (2.0, 0.6, 0), (2.0, 0.9, 3), (0.7, 0.3, 0)]
+)
+def test_the_order_of_the_rwkv_package(temperature: float, top_p: float, top_k: int) -> None:
+    """Top-p of the probabilities as they are, and the temperature of what is left."""
+    logits = torch.tensor([[2.0, 1.5, 1.0, 0.5, 0.0, -1.0]])
+    probs = torch.softmax(logits[0], -1)
+    kept = min(n for n in range(1, 7) if float(probs[:n].sum()) >= top_p)
+    expected = torch.where(torch.arange(6) < min(kept, top_k or 6), probs ** (1 / temperature), 0.0)
+    sampling = Sampling(temperature, top_p, top_k)
+    found = sampling.processors(RwkvByteTokenizer())(torch.zeros(1, 0, dtype=torch.int64), logits)
+    torch.testing.assert_close(torch.softmax(found[0], -1), expected / expected.sum())
+    if (utils := pytest.importorskip("rwkv.utils")) is not None:
+        draw = utils.PIPELINE.sample_logits
+        drawn = [draw(None, logits[0].clone(), temperature, top_p, top_k) for _ in range(300)]
+        assert set(drawn) <= set(expected.nonzero().flatten().tolist())
+        assert abs(drawn.count(0) / 300 - float(expected[0] / expected.sum())) < 0.15
+
+
 def test_generate_takes_them(bundled: dict[str, Path]) -> None:
     """The same tokens as transformers' generate with the processor; without it they repeat."""
     asked: dict[str, Any] = {"max_new_tokens": 24, "temperature": 0, "device": "cpu"}
@@ -88,6 +107,13 @@ def test_uncounted_tokens() -> None:
 def test_what_means_nothing(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Sampling(**given)
+
+
+def test_a_prompt_with_a_byte_that_ends_a_text(bundled: dict[str, Path]) -> None:
+    with pytest.raises(
+        DataError, match=r"the prompt holds '\\x00', which this tokenizer reads as the end of text"
+    ):
+        rwkv_rev.generate(bundled["7"], "a\0b", max_new_tokens=1, device="cpu")
 
 
 def test_without_effect(bundled: dict[str, Path]) -> None:

@@ -169,7 +169,8 @@ def refuse_misplaced_marks(tokenizer: Any, roles: Sequence[str]) -> None:
 def _refuse_misplaced(template: str, named: tuple[tuple[str, str], ...], roles: tuple[str, ...]) -> None:
     said = [f"90210{number:05}" for number in range(len(roles))]
     turns = [{"role": role, "content": number} for role, number in zip(roles, said, strict=True)]
-    text, spans = render(None, turns, template=template, **dict(named))
+    more: dict[str, Any] = dict(named)
+    text, spans = render(None, turns, template=template, **more)
     heard = [re.findall(r"90210\d{5}", text[begin:end]) for begin, end in spans]
     answers = [number for number, role in zip(said, roles, strict=True) if role == "assistant"]
     for number, (found, answer) in enumerate(zip(heard, answers, strict=False), start=1):

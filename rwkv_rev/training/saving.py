@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GenerationConfig
 
+from rwkv_rev.converters.adapter_files import VERSION_KEY
 from rwkv_rev.converters.card import adapter_card, model_card
 from rwkv_rev.converters.converted import RECORD_NAME, ConvertedModel, read_record
 from rwkv_rev.converters.rewriter import Entry, shard_layout, write_shards
@@ -142,9 +144,12 @@ def _write_weights(
 
 
 def _save_adapter(model: Any, folder: Path, base: str) -> None:
-    """The low-rank additions alone, for peft; without the path of this machine."""
+    """The low-rank additions alone, for peft; with the generation, and without the path of this machine."""
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
+    tensors, told = folder / "adapter_model.safetensors", {VERSION_KEY: model.config.rwkv_version}
+    save_file(load_file(tensors), folder / "marked", metadata={"format": "pt"} | told)
+    (folder / "marked").replace(tensors)
     path = folder / "adapter_config.json"
     values = json.loads(path.read_text("utf-8")) | {"base_model_name_or_path": base}
     path.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
