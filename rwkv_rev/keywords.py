@@ -12,13 +12,11 @@ from torch import Tensor, nn
 
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.loss import IGNORE
-from rwkv_rev.packed_rows import PACKED
+from rwkv_rev.packed_rows import PACKING
 
 _TAKEN = (
-    *PACKED,
+    *PACKING,
     "cache_position",
-    "max_length_q",
-    "max_length_k",
     "output_attentions",
     "use_cache",
 )

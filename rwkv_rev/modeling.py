@@ -37,7 +37,7 @@ from rwkv_rev.loss import wide
 from rwkv_rev.loss_weights import refuse_without_labels
 from rwkv_rev.mixed_dtypes import naming_mixed_dtypes
 from rwkv_rev.outputs import RwkvRevCausalLMOutput
-from rwkv_rev.packed_rows import PACKED
+from rwkv_rev.packed_rows import PACKING
 from rwkv_rev.state import ModelState
 from rwkv_rev.unmade import deferred_logits
 
@@ -284,7 +284,7 @@ class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin, Context
                 croppable=logits_to_keep if isinstance(logits_to_keep, int) else 0,
                 borders=borders,
                 return_document_states=return_document_states,
-                **{name: kwargs[name] for name in PACKED if name in kwargs},
+                **{name: kwargs[name] for name in PACKING if name in kwargs},
             )
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             output = RwkvRevCausalLMOutput(

@@ -27,6 +27,7 @@ from rwkv_rev.exporting import exporting
 CUMULATIVE = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
 _LONGEST = ("max_length_q", "max_length_k")
 PACKED = (*CUMULATIVE, "seq_idx", "position_ids")
+PACKING = (*PACKED, *_LONGEST)
 
 
 def given_borders(
