@@ -21,6 +21,7 @@ from rwkv_rev.cells.at_once import alike, of_all
 from rwkv_rev.cells.cell_plan import CellPlan
 from rwkv_rev.cells.gates import norm_and_gate, returns_new_memory
 from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.cells.recurrence_between_ranks import wkv5_pull
 from rwkv_rev.cells.shared_chunk import Counted, SharedChunk
 from rwkv_rev.cells.shifted_cell import ExactShiftedState, ShiftedCell
 from rwkv_rev.cells.state_pieces import DecayedPiece
@@ -28,7 +29,6 @@ from rwkv_rev.cells.time_mix_rwkv4 import log_decay_of, wide
 from rwkv_rev.reversal.division import LossyState
 from rwkv_rev.reversal.fixed_point import DecayPlan, FixedPoint, MemoryRemnant, decay_plan, decay_plans
 from rwkv_rev.wkv import Wkv5Handover, decayed, wkv5, wkv5_contribution, wkv5_plan
-from rwkv_rev.wkv.between_ranks import wkv5_pull
 
 
 class TimeProjection(NamedTuple):

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from rwkv_rev.cells.cell_plan import CellPlan
 from rwkv_rev.cells.gates import norm_and_gate, returns_new_memory
 from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.cells.recurrence_between_ranks import wkv6_pull
 from rwkv_rev.cells.shared_chunk import Counted, SharedChunk
 from rwkv_rev.cells.shifted_cell import ExactShiftedState, ShiftedCell, ShiftedRemnant
 from rwkv_rev.cells.state_pieces import DecayedPiece, recomputed
@@ -33,7 +34,6 @@ from rwkv_rev.cells.time_mix_rwkv4 import wide
 from rwkv_rev.reversal.data_decay import ChunkDecay, DataDecayed, DataRemnant, KeptRemnant
 from rwkv_rev.reversal.division import LossyState
 from rwkv_rev.wkv import wkv6, wkv6_contribution
-from rwkv_rev.wkv.between_ranks import wkv6_pull
 
 MIXED = ("decay", "key", "value", "receptance", "gate")
 """What has a mix of its own, in the order of the trainer's tensors."""

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from rwkv_rev.cells.cell_plan import CellPlan
 from rwkv_rev.cells.gates import norm_and_gate
 from rwkv_rev.cells.mask import ChunkMask
+from rwkv_rev.cells.recurrence_between_ranks import wkv7_relayed
 from rwkv_rev.cells.shared_chunk import SharedChunk
 from rwkv_rev.cells.shifted_state import ShiftedRemnant
 from rwkv_rev.cells.state_pieces import MatrixPiece, recomputed
@@ -37,7 +38,6 @@ from rwkv_rev.distributed.context_group import ContextGroup
 from rwkv_rev.reversal.lifting import Lifted, LiftingPlan, Transition
 from rwkv_rev.reversal.whole import Whole
 from rwkv_rev.wkv import is_fused, wkv7, wkv7_transition
-from rwkv_rev.wkv.between_ranks import wkv7_relayed
 
 FASTEST_DECAY = math.exp(-0.5)
 """-log w is below it."""

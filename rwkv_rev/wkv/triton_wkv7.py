@@ -49,9 +49,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkv_rev.distributed.context_group import ContextGroup
 from rwkv_rev.errors import KernelError
 from rwkv_rev.first_order import first_order
+from rwkv_rev.wkv.relay import Relay
 from rwkv_rev.wkv.triton_blocks import load_rows, store_rows
 from rwkv_rev.wkv.triton_wkv7_gradients import (
     _reader_gradient_kernel,
@@ -391,7 +391,7 @@ class _Launcher:
         prepared: _Prepared,
         products: Tensor,
         outside: Tensor,
-        group: ContextGroup | None,
+        group: Relay | None,
         *,
         reverse: bool,
     ) -> Tensor:
@@ -456,7 +456,7 @@ class _WKV7(torch.autograd.Function):
         rate: Tensor,
         state: Tensor,
         mask: Tensor | None,
-        group: ContextGroup | None = None,
+        group: Relay | None = None,
     ) -> tuple[Tensor, Tensor]:
         with torch.cuda.device_of(k):
             launch = _Launcher((r, k, v), mask)
@@ -515,7 +515,7 @@ def wkv7_relayed(
     removal: Tensor,
     rate: Tensor,
     state: Tensor,
-    group: ContextGroup,
+    group: Relay,
 ) -> tuple[Tensor, Tensor]:
     """As in :func:`rwkv_rev.wkv.wkv7_relayed`; raises as :func:`wkv7` does."""
     tokens, _ = _accepted((r, k, v, log_decay, removal, rate), None)
