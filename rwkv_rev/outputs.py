@@ -74,3 +74,10 @@ class RwkvRevCausalLMOutput(ModelOutput):
             if isinstance(found, ModelState):  # a tuple in graphs that torch.export made
                 values[name] = found.batch_first()
         return values.items()
+
+    def keys(self) -> Any:
+        """The names of :meth:`items`, by which ``to_tuple()`` and ``output[0]`` look up."""
+        return dict(self.items()).keys()
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.report if key == "report" and self.report is not None else super().__getitem__(key)

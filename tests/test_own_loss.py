@@ -108,6 +108,18 @@ def test_metrics(tmp_path: Path, bf16: bool) -> None:
     torch.testing.assert_close(torch.from_numpy(seen[0]), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("gradients", [True, False], ids=["gradients", "none"])
+def test_the_loss_is_the_first_item(gradients: bool) -> None:
+    """``model(...)[0]``, as much code has it; the report has a name, and is no tensor to walk through."""
+    ids, model = random_tokens(20), tiny_model("5.2")
+    with torch.set_grad_enabled(gradients):
+        found = model(ids, labels=ids)
+        assert found[0] is found.loss
+        assert len(found.to_tuple()) == len(found.keys()) == len(found.items())
+        assert ("report" in set(found.keys())) == gradients and found["report"] is found.report
+        assert found[:1] == (found.loss,)
+
+
 KEYS = [None, [], ["logits"], ["state"], ["report"], ["logits", "past_key_values"]]
 
 
