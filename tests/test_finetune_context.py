@@ -111,7 +111,8 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on(runs: Runs) -> None:
     """The other one ends by itself, in one line; the same command goes on with the losses of an undisturbed run."""
     seconds, code, told = runs.killed
     assert seconds < 60 and code not in (0, None)
-    assert len(told) == 1, told
+    assert len(told) == 1 and "has ended, or cannot be reached any more" in told[0], told
+    assert "--resume auto goes on" in told[0]
     assert runs.losses("killed") == pytest.approx(runs.losses("undisturbed"), rel=5e-5)
 
 

@@ -86,12 +86,14 @@ def test_json(cli: Cli) -> None:
         (("--params", "1.5b", "--host-memory", "1MB"), 2, "nothing fits: the tape of a machine"),
         (("--params", "1.5b", "--host-memory", "much"), 2, "host_memory = 'much' is not a size"),
         (("--params", "1.5b", "--batch-size", "2", "--most-rows", "1"), 2, "is less than"),
+        (("--params", "7b", "--context", "8"), 2, "context = 8: at least"),
         ((), 2, "name a size, such as 7b, or a --shape"),
     ],
 )  # fmt: skip
 def test_refusals(cli: Cli, words: tuple[str, ...], code: int, message: str) -> None:
     given = words if "--gpus" in words else (*words, "--gpus", "1")
-    found, out, err = cli("plan", "--context", "256k", *given)
+    given = given if "--context" in words else ("--context", "256k", *given)
+    found, out, err = cli("plan", *given)
     assert (found, out, err.count("\n")) == (code, "", 1)
     assert message in err
 

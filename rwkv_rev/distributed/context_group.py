@@ -24,6 +24,8 @@ from rwkv_rev.printable import shortened
 
 LOOK = 1.0
 """Seconds between two looks for an error of another rank."""
+GONE = "has ended, or cannot be reached any more"
+"""What is said of a process that does not answer."""
 _NARROW = (torch.float16, torch.bfloat16)
 
 
@@ -84,9 +86,7 @@ class ContextGroup:
             if not (is_of_connections(error) or (self._on_gpu and self._failed)):
                 self._tell(f"rank {self.rank} of the context group failed: {_in_one_line(error)}")
                 raise
-            reason = (
-                self._reason() or "another rank of the context group has ended, or cannot be reached any more"
-            )
+            reason = self._reason() or f"another rank of the context group {GONE}"
             self._failed = reason
             raise ContextParallelError(reason) from error
 

@@ -212,6 +212,8 @@ def _without_needless(found: list[Simulated]) -> Iterator[Simulated]:
 
 
 def _nothing(least: Simulated | None, tokens: int, cards: int, host_memory: int, lora_rank: int) -> str:
+    if tokens < LENGTHS[0]:
+        return f"context = {tokens}: at least {LENGTHS[0]:,} tokens are needed, the shortest chunk looked at"
     if least is None:
         return f"gpus = {cards}: no division of them has rows of {tokens:,} tokens; allow more rows, or longer ones"
     room = USABLE * least.layout.card.memory

@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rwkv_rev.distributed.context_group import is_of_connections
-from rwkv_rev.errors import OutputError, RwkvRevError
+from rwkv_rev.distributed.context_group import GONE, is_of_connections
+from rwkv_rev.errors import ContextParallelError, OutputError, RwkvRevError
 from rwkv_rev.training.config import FinetuneConfig
 from rwkv_rev.training.working_folder import what_is_kept
 
@@ -70,10 +70,10 @@ def told_in_one_line(config: FinetuneConfig, where: Whereabouts) -> Iterator[Non
                 "make room (a checkpoint has the size of the model and, with tune = full, twice that); "
                 f"{what_is_kept(config)}"
             ) from error
-        if not isinstance(error, RwkvRevError) and is_of_connections(error):
+        found_gone = isinstance(error, ContextParallelError) and GONE in str(error)
+        if found_gone or (not isinstance(error, RwkvRevError) and is_of_connections(error)):
             raise RwkvRevError(
-                f"another process of this run has ended, or cannot be reached any more, {where.now}: "
-                f"{what_is_kept(config)}"
+                f"another process of this run {GONE}, {where.now}: {what_is_kept(config)}"
             ) from error
         raise
 
