@@ -5,8 +5,10 @@ forked from a server that has imported all of it and computed nothing; elsewhere
 """
 
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.process
 import os
+import random
 import runpy
 import signal
 import socket
@@ -14,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -52,15 +54,21 @@ def start_command_in_ranks(
     arguments: Sequence[object], world: int, streams: Path, env: dict[str, str]
 ) -> list[multiprocessing.process.BaseProcess]:
     """One ``rwkv-rev`` per rank, told about the others as torchrun would; they write to ``streams``.0.out and so on."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    env = env | _of_ranks(world, port)
+    env = env | _of_ranks(world, free_port())
     return [
         start_command(
             arguments, Path(f"{streams}.{rank}"), env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         )
         for rank in range(world)
     ]
+
+
+def free_port() -> int:
+    """Of a server that will listen soon: below those from which connections take theirs by themselves."""
+    while True:
+        port = random.SystemRandom().randrange(12000, 32000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def _of_ranks(world: int, port: int) -> dict[str, str]:
@@ -110,20 +118,19 @@ def run_commands(
     sharded tensors, once. All must succeed. ``more`` is the environment of one of them.
     """
     jobs = {}
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as ports:
+    with tempfile.TemporaryDirectory() as folder:
         for number, (name, command) in enumerate(commands.items()):
-            port = ports.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
             own = (environment() if env is None else env) | (more or {}).get(name, {})
-            own |= {} if world == 1 else _of_ranks(world, port)
+            own |= {} if world == 1 else _of_ranks(world, free_port())
             jobs[name] = ([*map(str, command)], f"{folder}/{number}", own)
-        ports.close()
         started = [
             context().Process(target=_commands, args=([*jobs.values()], rank, world)) for rank in range(world)
         ]
         for process in started:
             process.start()
+        multiprocessing.connection.wait([process.sentinel for process in started], timeout)
         for process in started:
-            process.join(timeout)
+            process.join(120)  # where one has failed, the others wait for it in vain
             if process.exitcode is None:
                 process.kill()
                 process.join()

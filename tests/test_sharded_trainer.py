@@ -4,7 +4,6 @@ accelerate does not take its plugin on a CPU: the test puts it there.
 """
 
 import os
-import socket
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from bptt_cases import random_tokens, tiny_model
-from processes import in_ranks
+from processes import free_port, in_ranks
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
@@ -100,10 +99,8 @@ def by_world(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[st
     folder = tmp_path_factory.mktemp("runs")
     found = {}
     for world in WORLDS:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
         scratch = tmp_path_factory.mktemp("ranks")
-        found[world] = in_ranks(partial(work, folder, port, world), world, scratch)
+        found[world] = in_ranks(partial(work, folder, free_port(), world), world, scratch)
     return found
 
 

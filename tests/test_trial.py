@@ -77,4 +77,4 @@ def test_wrong_kernels_are_refused_by_name(function: str, how: str, monkeypatch:
     monkeypatch.setattr(dispatch.importlib, "import_module", lambda name: module)
     monkeypatch.setattr(trial, "_found", {})
     with pytest.raises(KernelError, match=f"Triton kernel of {function} .*RWKV_REV_KERNEL=chunked"):
-        dispatch._run(function, None, *arguments(function, torch.float32, True))
+        dispatch.run_kernel(function, None, *arguments(function, torch.float32, True))
