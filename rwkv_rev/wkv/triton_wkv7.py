@@ -517,7 +517,7 @@ def wkv7_relayed(
     state: Tensor,
     group: Relay,
 ) -> tuple[Tensor, Tensor]:
-    """As in :func:`rwkv_rev.wkv.wkv7_relayed`; raises as :func:`wkv7` does."""
+    """As in :func:`rwkv_rev.cells.recurrence_between_ranks.wkv7_relayed`; raises as :func:`wkv7` does."""
     tokens, _ = _accepted((r, k, v, log_decay, removal, rate), None)
     return _WKV7.apply(*tokens, state.float().contiguous(), None, group)
 
