@@ -21,6 +21,7 @@ from torch import Tensor
 from rwkv_rev.bundled import __file__ as BUNDLED
 from rwkv_rev.wkv import EMPTY_EXPONENT, KernelError, choose_kernel, naive, wkv6
 from rwkv_rev.wkv.dispatch import TRITON
+from rwkv_rev.wkv.handover import Handover
 
 NO_TRITON = importlib.util.find_spec("triton") is None
 WEAK, TRAINED, STRONG, ALL = (-7.0, -4.0), (-6.0, 0.0), (2.0, 4.0), (-7.0, 3.03)  # of time_decay
@@ -185,6 +186,10 @@ def compare(function: str, case: Case, device: str) -> dict[str, float]:
         names = ["out", "contribution", "d_r", "d_k", "d_v", "d_log_decay", "d_bonus", "d_state"]
         alone = module.wkv5_contribution(arguments[1], arguments[2], arguments[3], mask)
         assert torch.equal(alone, actual[1]), "wkv5_contribution has other bits"
+        handed = handed_over(arguments, mask, arriving)
+        assert all(torch.equal(x, y) for x, y in zip(handed, actual, strict=True)), (
+            "handing over changes bits"
+        )
     elif function == "wkv6":
         names = ["out", "contribution", "factor", "d_r", "d_k", "d_v", "d_log_decay", "d_bonus", "d_state"]
         with torch.no_grad():
@@ -209,6 +214,24 @@ def compare(function: str, case: Case, device: str) -> dict[str, float]:
         limit = (rounded if name in ("d_r", "d_k", "d_v") else exact) * (1 + case.key_scale / 2)
         assert error <= limit, (name, error, limit)
     return errors
+
+
+def handed_over(arguments: list[Tensor], mask: Tensor | None, arriving: list[Tensor]) -> list[Tensor]:
+    """What :func:`run` gives of wkv5, where the contribution and the pull are asked for before."""
+    module, left = importlib.import_module("rwkv_rev.wkv.triton_wkv5"), Handover()
+    arguments = [x.detach().clone().requires_grad_() for x in arguments]
+    r, k, v, log_decay, *_ = arguments
+    with torch.no_grad():
+        module.wkv5_contribution(k, v, log_decay, mask, left)
+    results = module.wkv5(*arguments, mask, left)
+    assert left.take() is None, "what was written is not taken"
+    wanted = [x.to(result.dtype) for x, result in zip(arriving, results, strict=True)]
+    with torch.no_grad():
+        pulled = module.wkv5_pull(r, wanted[0], log_decay, mask, left)
+    gradients = torch.autograd.grad(results, arguments, wanted)
+    assert left.take_pulled(wanted[0]) is None, "what was pulled is not taken"
+    assert torch.equal(pulled, gradients[-1]), "wkv5_pull has other bits"
+    return [x.detach() for x in (*results, *gradients)]
 
 
 def actual_exponent(arguments: list[Tensor], mask: Tensor | None, function: Callable[..., Any]) -> Tensor:

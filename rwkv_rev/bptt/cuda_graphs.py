@@ -123,8 +123,10 @@ class RecordingRunner(Runner):
             self._records = self._forward is not None
         if self._forward is None or not repeated:
             return super().advance(chunk, states)
-        self._flush()
-        after, coarse = self._forward.run(chunk, states, self.sweep.tape)
+        put_on_the_tape = self._take_out()
+        after, coarse = self._forward.run(chunk, states)
+        put_on_the_tape()
+        self._pending = partial(self._forward.keep, self.sweep.tape)
         self.sweep.note_coarse(coarse)
         return after
 

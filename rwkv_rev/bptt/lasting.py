@@ -15,6 +15,7 @@ adapters of peft in them are never run so: it may do another thing at each call.
 import weakref
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -146,7 +147,7 @@ def kind_of(sweep: "Sweep") -> Any:
         return None
     model: Any = sweep.model
     kind = sweep.device.type
-    return (
+    found = (
         sweep.strategy.name,
         sweep.strategy.chunk_length,
         sweep.inputs.targets.shape[0],
@@ -161,15 +162,15 @@ def kind_of(sweep: "Sweep") -> Any:
         sweep.inputs.group,
         settings(model),
     )
+    # asked last: it waits for the device
+    return found if all(plan.holds(plan) for plan in _each(sweep.plans[found[1]])) else None
 
 
 def _can_last(sweep: "Sweep") -> bool:
     length = sweep.strategy.chunk_length
     if sweep.strangers.more or sweep.inputs.input_ids is None:
         return False
-    if planned_lengths(sweep.chunks).count(length) < 2:
-        return False
-    return all(plan.holds(plan) for plan in _each(sweep.plans[length]))
+    return planned_lengths(sweep.chunks).count(length) >= 2
 
 
 class Recordings:
@@ -307,12 +308,14 @@ class LastingRunner(Runner):
     def advance(self, chunk: Chunk, states: list[ExactStates]) -> list[ExactStates]:
         if not self._same(chunk):
             return super().advance(chunk, states)
-        self._flush()
-        forward = self._recordings.forward
-        after, coarse = forward.run(chunk, states, self.sweep.tape if chunk.index > 0 else None)
+        put_on_the_tape, forward = self._take_out(), self._recordings.forward
+        after, coarse = forward.run(chunk, states)
+        put_on_the_tape()  # only now: the device is busy with this chunk
         self.sweep.note_compared(forward.compared)
         if chunk.index == 0:
             self.sweep.prints[0] = [print_.clone() for print_ in forward.prints]
+        else:
+            self._pending = partial(forward.keep, self.sweep.tape)
         self.sweep.note_coarse(coarse)
         return after
 

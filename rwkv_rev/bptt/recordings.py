@@ -19,6 +19,7 @@ from rwkv_rev.bptt.strategy import Chunk, LanguageModel, LossInputs
 from rwkv_rev.cells.block import ExactStates, FloatStates
 from rwkv_rev.cells.contract import detached
 from rwkv_rev.loss import add_gradients
+from rwkv_rev.reversal.host_copy import start_copy
 from rwkv_rev.reversal.tape import FlatRecord, Tape
 from rwkv_rev.weight_product import WeightProduct
 
@@ -50,30 +51,38 @@ class ForwardRecording:
     ) -> None:
         self._chunk = static(chunk)
         self._before = cloned(states)
+        self._needs_more: Callable[[], Tensor] | None = None
 
         def run() -> tuple[list[ExactStates], Any, Tensor | None, FlatRecord, list[Tensor]]:
             advanced, record = sweep.advance(self._chunk, self._before)
             flat_record = FlatRecord.of(record.tensors(None), sweep.device)
-            prints = [layer.print for layer in advanced]
-            return [layer.states for layer in advanced], record, record.excess(), flat_record, prints
+            prints, excess = [layer.print for layer in advanced], record.excess()
+            more = None if excess is None else excess.any()
+            return [layer.states for layer in advanced], record, more, flat_record, prints
 
         self._launches, found = _capture(run, sweep.device, pool)
-        self.after, self._capture, self._excess, self.record, self.prints = found
+        self.after, self._capture, self._more, self.record, self.prints = found
         self.compared = self._capture.compared
 
-    def run(
-        self, chunk: Chunk, states: list[ExactStates], tape: Tape | None
-    ) -> tuple[list[ExactStates], Tensor | None]:
-        """Put the record of ``chunk`` on a tape; states and coarse parts after it, which hold until the next run."""
+    def run(self, chunk: Chunk, states: list[ExactStates]) -> tuple[list[ExactStates], Tensor | None]:
+        """States and coarse parts after ``chunk``, which hold until the next run."""
         load(self._chunk, chunk)
         copy_states(self._before, states)
         self._launches.replay()
-        if tape is not None:
-            if self._excess is not None and self._excess.any():
-                tape.push(self._capture.tensors(self._capture.sizes.cpu()))
-            else:
-                tape.push_flat(self.record)
+        self._needs_more = None if self._more is None else start_copy(self._more)
         return self.after, self._capture.coarse
+
+    def keep(self, tape: Tape) -> Callable[[], None]:
+        """Keep the last run's record, before the next run; what is returned puts it on a tape.
+
+        It waits for the last run where its size depends on the data.
+        """
+        if self._needs_more is not None and self._needs_more():
+            sizes = None if self._capture.sizes is None else self._capture.sizes.cpu()
+            whole = FlatRecord.of(self._capture.tensors(sizes), self.record.data.device)
+        else:
+            whole = FlatRecord(self.record.data.clone(), self.record.layouts)
+        return lambda: tape.push_flat(whole)
 
 
 class BackwardRecording:

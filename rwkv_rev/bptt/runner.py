@@ -1,6 +1,7 @@
 """What runs a chunk in both sweeps: one launch after another, or by recordings (:mod:`.cuda_graphs`)."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -19,7 +20,7 @@ class Runner:
 
     def __init__(self, sweep: "Sweep") -> None:
         self.sweep = sweep
-        self._pending: Callable[[], list[list[Tensor]]] | None = None
+        self._pending: Callable[[], Callable[[], None]] | None = None
 
     def advance(self, chunk: "Chunk", states: list[ExactStates]) -> list[ExactStates]:
         """A chunk forwards, its record onto the tape; exact states after it, which hold until the next call."""
@@ -30,7 +31,7 @@ class Runner:
         if chunk.index == 0:
             sweep.prints[0] = [layer.print for layer in advanced]
         else:
-            self._pending = record.start()
+            self._pending = partial(self._push, record.start())
         sweep.note_coarse(record.coarse)
         return [layer.states for layer in advanced]
 
@@ -61,6 +62,14 @@ class Runner:
         return differentiate(self.sweep, chunk, states, record, to_end, sums)
 
     def _flush(self) -> None:
-        if self._pending is not None:
-            self.sweep.tape.push(self._pending())
-            self._pending = None
+        """Put the record of the chunk before on the tape."""
+        self._take_out()()
+
+    def _push(self, record: Callable[[], list[list[Tensor]]]) -> Callable[[], None]:
+        self.sweep.tape.push(record())
+        return lambda: None
+
+    def _take_out(self) -> Callable[[], None]:
+        """Keep of the last chunk's record what the next launches overwrite; what is returned puts it on the tape."""
+        pending, self._pending = self._pending, None
+        return (lambda: None) if pending is None else pending()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rwkv_rev.distributed.context_group import ContextGroup
 from rwkv_rev.wkv.dispatch import (
+    Wkv5Handover,
     choose_kernel,
     refuse_wrong,
     run_kernel,
@@ -17,7 +18,13 @@ from rwkv_rev.wkv.dispatch import (
 
 
 def wkv5_pull(
-    r: Tensor, d_out: Tensor, log_decay: Tensor, mask: Tensor | None = None, *, kernel: str | None = None
+    r: Tensor,
+    d_out: Tensor,
+    log_decay: Tensor,
+    mask: Tensor | None = None,
+    *,
+    kernel: str | None = None,
+    handover: Wkv5Handover | None = None,
 ) -> Tensor:
     """The gradient by the state before a chunk of RWKV-5, [B, H, N, N], from that by its outputs alone; no graph.
 
@@ -26,10 +33,12 @@ def wkv5_pull(
     Args:
         r, d_out: [B, T, H, N]; d_out is zero at masked tokens.
         log_decay, mask: as of :func:`rwkv_rev.wkv.wkv5`.
+        handover: the one that :func:`rwkv_rev.wkv.wkv5` was given, whose gradient needs what is computed here.
     """
     with torch.no_grad():
         if choose_kernel(kernel, r) == "triton":
-            return run_kernel("wkv5_pull", kernel, r, d_out, log_decay, None if mask is None else mask.bool())
+            mask = None if mask is None else mask.bool()
+            return run_kernel("wkv5_pull", kernel, r, d_out, log_decay, mask, handover)
         r, d_out = reversed_tokens(r), reversed_tokens(d_out)
         return wkv5_contribution(r, d_out, log_decay, reversed_tokens(mask), kernel=kernel)
 

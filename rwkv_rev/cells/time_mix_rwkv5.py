@@ -273,7 +273,8 @@ class TimeMixRwkv5(ShiftedCell):
 
     def pull(self, projection: TimeProjection, d_read: Tensor, mask: ChunkMask | None) -> Tensor:
         valid = None if mask is None else mask.valid
-        return wkv5_pull(projection.receptance, d_read, projection.log_decay, valid)
+        handover = projection.handover
+        return wkv5_pull(projection.receptance, d_read, projection.log_decay, valid, handover=handover)
 
     def received(
         self, rank: int, sent: list[Tensor], projection: TimeProjection, chunk: SharedChunk

@@ -77,6 +77,8 @@ def refuse_beside(return_logits: bool, output_hidden_states: bool) -> None:
         )
 
 
+SMALL = 2**20
+"""Bytes of a parameter below which looking at it takes the device less time than the host takes to launch that."""
 WEIGHTS = "the weights"
 SETTINGS = "the gradient settings (strategy, chunk_length, remnants, training or not, what is trained)"
 OTHERWISE = {
@@ -134,6 +136,12 @@ def agree(inputs: "LossInputs", settings: str, parameters: Iterable[Tensor]) -> 
 
 
 def _weights(parameters: list[Tensor], device: torch.device) -> Tensor:
-    """Checksum, int64, of all whole parameters: each is read once."""
-    found = [checksum(parameter).to(device) for parameter in parameters if not is_sharded(parameter)]
-    return fingerprint(torch.stack(found)) if found else torch.zeros((), dtype=torch.int64, device=device)
+    """Checksum, int64, of all whole parameters: each is read once, small ones of a dtype together."""
+    whole = [parameter.detach() for parameter in parameters if not is_sharded(parameter)]
+    found = [checksum(parameter) for parameter in whole if parameter.nbytes >= SMALL]
+    small = [parameter.view(-1) for parameter in map(Tensor.contiguous, whole) if parameter.nbytes < SMALL]
+    for kind in dict.fromkeys((parameter.dtype, parameter.device) for parameter in small):
+        found.append(checksum(torch.cat([each for each in small if (each.dtype, each.device) == kind])))
+    if not found:
+        return torch.zeros((), dtype=torch.int64, device=device)
+    return fingerprint(torch.stack([each.to(device) for each in found]))

@@ -27,6 +27,7 @@ from torch import Tensor
 from rwkv_rev.first_order import first_order
 from rwkv_rev.wkv import naive
 from rwkv_rev.wkv.compaction import Compaction, kept_with
+from rwkv_rev.wkv.handover import Handover
 from rwkv_rev.wkv.naive import LOWEST_LOG_DECAY, arithmetic_dtype
 from rwkv_rev.wkv.sub_chunks import SUB_CHUNK as SUB_CHUNK
 from rwkv_rev.wkv.sub_chunks import Level, SubChunks
@@ -44,20 +45,6 @@ class _Written(NamedTuple):
     def of(cls, plan: SubChunks, k: Tensor, v: Tensor) -> "_Written":
         ks, vs = plan.split(k), plan.split(v)
         return cls(ks, vs, *plan.prefixes(ks, vs))
-
-
-class Handover:
-    """What :func:`wkv5_contribution` has computed for the :func:`wkv5` of the same k, v and decays, which takes it."""
-
-    def __init__(self) -> None:
-        self._written: _Written | None = None
-
-    def keep(self, written: _Written) -> None:
-        self._written = written
-
-    def take(self) -> _Written | None:
-        written, self._written = self._written, None
-        return written
 
 
 def _rows(level: Level, x: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ from torch import Tensor
 from rwkv_rev.errors import KernelError
 from rwkv_rev.first_order import refuse_transforms
 from rwkv_rev.wkv import trial
-from rwkv_rev.wkv.chunked_wkv5 import Handover as Wkv5Handover
 from rwkv_rev.wkv.chunked_wkv5 import wkv5_plan as chunked_plan
+from rwkv_rev.wkv.handover import Handover as Wkv5Handover
 from rwkv_rev.wkv.limits import LARGEST_TRITON_HEAD
 
 KERNELS = ("naive", "chunked", "triton")
@@ -149,7 +149,11 @@ def wkv5(
     )
     _expect(state=(state, (batch, heads, size, size)), mask=(mask, (batch, tokens)))
     return run_kernel(
-        "wkv5", kernel, r, k, v, log_decay, bonus, state, _as_bool(mask), chunked=(plan, handover)
+        "wkv5",
+        kernel,
+        *(r, k, v, log_decay, bonus, state, _as_bool(mask)),
+        chunked=(plan, handover),
+        triton=(handover,),
     )
 
 
@@ -169,7 +173,13 @@ def wkv5_contribution(
     """
     batch, tokens, heads, size = _shape(k, 4, "k")
     _expect(v=(v, k.shape), log_decay=(log_decay, (heads, size)), mask=(mask, (batch, tokens)))
-    return run_kernel("wkv5_contribution", kernel, k, v, log_decay, _as_bool(mask), chunked=(plan, handover))
+    return run_kernel(
+        "wkv5_contribution",
+        kernel,
+        *(k, v, log_decay, _as_bool(mask)),
+        chunked=(plan, handover),
+        triton=(handover,),
+    )
 
 
 def wkv6(
@@ -308,8 +318,14 @@ def wkv5_plan(log_decay: Tensor, tokens: int, *, kernel: str | None = None) -> A
     return chunked_plan(log_decay, tokens)
 
 
-def run_kernel(function: str, kernel: str | None, *arguments: Any, chunked: tuple[Any, ...] = ()) -> Any:
-    """``function`` of the chosen kernel; ``chunked`` are further arguments that the chunked one takes."""
+def run_kernel(
+    function: str,
+    kernel: str | None,
+    *arguments: Any,
+    chunked: tuple[Any, ...] = (),
+    triton: tuple[Any, ...] = (),
+) -> Any:
+    """``function`` of the chosen kernel; ``chunked`` and ``triton`` are further arguments of that kernel alone."""
     key = arguments[0]
     assert key is not None
     name = choose_kernel(kernel, key)
@@ -324,7 +340,7 @@ def run_kernel(function: str, kernel: str | None, *arguments: Any, chunked: tupl
     implementation: Callable[..., Any] = getattr(importlib.import_module(f"rwkv_rev.wkv.{module}"), function)
     if module.startswith("triton") and function in trial.FUNCTIONS:
         refuse_wrong(function, implementation, arguments)
-    further = chunked if module.startswith("chunked") else ()
+    further = {"chunked": chunked, "triton": triton}.get(module.partition("_")[0], ())
     # entering the context costs more than a small operation
     if not torch.is_autocast_enabled(key.device.type):
         return implementation(*arguments, *further)

@@ -19,6 +19,10 @@ head's strongest decay needs. Between two halves exponents count from their comm
 within the smallest block from its middle. Weak decays need one matrix product, w = 1e-9 needs seven. The
 gradient of log w weighs each product by the same local exponents, so nothing large cancels in it.
 
+Step 2. without S_0, and its mirror without what is wanted of the contribution, may have been left by
+:func:`wkv5_contribution` and :func:`wkv5_pull` (:class:`.Handover`); the decayed matrix is added to what they found,
+to the same bits.
+
 The states before every chunk (N / 64 float32 numbers per token and channel) are kept for the backward pass. All
 sums are float32. A product of float32 operands is taken in three tf32 parts (relative error about 4e-7); where
 the inputs are bfloat16 or float16, in bfloat16 parts, the inputs themselves exact (errors of results and of
@@ -40,6 +44,7 @@ from torch import Tensor
 from rwkv_rev.errors import KernelError
 from rwkv_rev.first_order import first_order
 from rwkv_rev.wkv.compaction import kept_with, order_of
+from rwkv_rev.wkv.handover import Handover
 from rwkv_rev.wkv.triton_blocks import (
     PRECISIONS,
     chunk_tokens,
@@ -57,6 +62,7 @@ CHUNK = 1 << LEVELS
 # 3.6) reads uniform registers before it writes them, and the kernel leaves its shared memory.
 OUTER_WARPS = 4
 SCAN_BLOCK, SCAN_WARPS, SCAN_STAGES = 256, 2, 6
+INJECT_BLOCK, INJECT_WARPS = 1024, 4
 VALUE_TILE, VALUE_WARPS = 64, 4
 KEY_TILE, KEY_VALUE_TILE, KEY_WARPS = 32, 32, 4
 MAX_HEAD_SIZE = 128
@@ -153,9 +159,39 @@ def _scan_kernel(
         distance = count - end if REVERSE else start
         here = ((row * chunks + chunk) * H + head) * N * N + element
         product = tl.load(products + here, mask=inside, other=0.0)
-        tl.store(states + here, total + tl.exp2(log2_decay * distance.to(tl.float32)) * injected, mask=inside)
+        before = tl.fma(tl.exp2(log2_decay * distance.to(tl.float32)), injected, total)
+        tl.store(states + here, before, mask=inside)
         total = tl.fma(tl.exp2(log2_decay * (end - start).to(tl.float32)), total, product)
     tl.store(total_out + at, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["T", "H", "chunks"])
+def _inject_kernel(
+    states, outside, log_decay, counts, T, H, chunks, BLOCKS,
+    N: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """To states[j] that were scanned with nothing outside: the same, to the bit, as a scan with ``outside``."""
+    BT: tl.constexpr = 1 << LEVELS
+    program = tl.program_id(0)
+    element = (program % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    slot = program // BLOCKS  # row, chunk, head
+    head = slot % H
+    chunk = (slot // H) % chunks
+    row = (slot // H // chunks).to(tl.int64)
+    inside = element < N * N
+    log2_decay = tl.load(log_decay + head * N + element // N, mask=inside, other=0.0)
+    log2_decay = tl.where(log2_decay < _MIN_LOG_DECAY, _MIN_LOG_DECAY, log2_decay) * _LOG2_E
+    count = T
+    if MASKED:
+        count = tl.load(counts + row)
+    distance = tl.minimum(chunk * BT, count)
+    if REVERSE:
+        distance = count - tl.minimum((chunk + 1) * BT, count)
+    injected = tl.load(outside + (row * H + head) * N * N + element, mask=inside, other=0.0)
+    at = states + slot.to(tl.int64) * N * N + element
+    found = tl.load(at, mask=inside, other=0.0)
+    found = tl.fma(tl.exp2(log2_decay * distance.to(tl.float32)), injected, found)
+    tl.store(at, found, mask=inside)
 
 
 @triton.jit
@@ -328,6 +364,17 @@ class _Launcher:
         )  # fmt: skip
         return products, total
 
+    def inject(self, states: Tensor, outside: Tensor, *, reverse: bool) -> Tensor:
+        """States of :meth:`scan` with ``outside``, in the place of those with nothing."""
+        block = min(INJECT_BLOCK, triton.next_power_of_2(self.N * self.N))
+        blocks = triton.cdiv(self.N * self.N, block)
+        _inject_kernel[(self.B * self.chunks * self.H * blocks,)](
+            states, outside, self.log_decay, self.counts, *self.sizes, blocks,
+            N=self.N, LEVELS=LEVELS, BLOCK=block, REVERSE=reverse, MASKED=self.counts is not None,
+            num_warps=INJECT_WARPS,
+        )  # fmt: skip
+        return states
+
     def values(
         self,
         r: Tensor,
@@ -371,23 +418,33 @@ class _WKV5(torch.autograd.Function):
         bonus: Tensor,
         state: Tensor,
         mask: Tensor | None,
+        handover: Handover | None,
     ) -> tuple[Tensor, Tensor]:
+        written = None if handover is None else handover.take()
         with torch.cuda.device_of(k):
             launch = _Launcher(k, log_decay, mask)
-            states, contribution = launch.scan(launch.outer(k, v, from_start=False), state, reverse=False)
+            if written is None:
+                states, contribution = launch.scan(launch.outer(k, v, from_start=False), state, reverse=False)
+            else:
+                states, contribution = launch.inject(written[0], state, reverse=False), written[1]
             out = launch.values(r, k, v, bonus, states, launch.empty(*k.shape), transposed=False)
         ctx.save_for_backward(r, k, v, log_decay, bonus, state, states, mask)
+        ctx.handover = handover
         return out, contribution
 
     @staticmethod
     @first_order
     def backward(ctx: Any, d_out: Tensor, d_contribution: Tensor) -> tuple[Tensor | None, ...]:
         r, k, v, log_decay, bonus, state, states, mask = ctx.saved_tensors
+        pulled = None if ctx.handover is None else ctx.handover.take_pulled(d_out)
         d_out, d_contribution = d_out.contiguous(), d_contribution.contiguous()
         with torch.cuda.device_of(k):
             launch = _Launcher(k, log_decay, mask)
-            products = launch.outer(r, d_out, from_start=True)
-            d_states, d_state = launch.scan(products, d_contribution, reverse=True)
+            if pulled is None:
+                products = launch.outer(r, d_out, from_start=True)
+                d_states, d_state = launch.scan(products, d_contribution, reverse=True)
+            else:
+                d_states, d_state = launch.inject(pulled[0], d_contribution, reverse=True), pulled[1]
             d_v = launch.values(r, k, d_out, bonus, d_states, torch.empty_like(v), transposed=True)
             d_r, d_k, d_log_decay, d_bonus = launch.key_gradients(
                 r, k, v, log_decay, bonus, states, d_states, d_out
@@ -396,7 +453,7 @@ class _WKV5(torch.autograd.Function):
             take_out(state, d_contribution, log_decay, launch.counts, launch.T, d_log_decay)
             d_log_decay = d_log_decay.sum((0, 1))
             d_bonus = d_bonus.sum((0, 1))
-        return d_r, d_k, d_v, d_log_decay, d_bonus, d_state, None
+        return d_r, d_k, d_v, d_log_decay, d_bonus, d_state, None, None
 
 
 class _Contribution(torch.autograd.Function):
@@ -454,26 +511,48 @@ def wkv5(
     bonus: Tensor,
     state: Tensor,
     mask: Tensor | None = None,
+    handover: Handover | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Outputs [B, T, H, N] and contribution [B, H, N, N] (key index first), both float32.
 
     Arguments as in :func:`rwkv_rev.wkv.wkv5`; ``r, k, v`` in bfloat16, float16 or float32, N at most 128.
     """
     decay, r, k, v = _prepare(log_decay, r, k, v)
-    return _WKV5.apply(r, k, v, decay, bonus.float().contiguous(), state.float().contiguous(), mask)
+    return _WKV5.apply(r, k, v, decay, bonus.float().contiguous(), state.float().contiguous(), mask, handover)
 
 
-def wkv5_contribution(k: Tensor, v: Tensor, log_decay: Tensor, mask: Tensor | None = None) -> Tensor:
+def wkv5_contribution(
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    mask: Tensor | None = None,
+    handover: Handover | None = None,
+) -> Tensor:
     """The second result of :func:`wkv5` alone, the same to the bit."""
     decay, k, v = _prepare(log_decay, k, v)
+    if handover is not None and not torch.is_grad_enabled():
+        with torch.cuda.device_of(k):
+            written = _states(_Launcher(k, decay, mask), k, v)
+        handover.keep(written)
+        return written[1]
     found: Tensor = _Contribution.apply(k, v, decay, mask)
     return found
 
 
-def wkv5_pull(r: Tensor, d_out: Tensor, log_decay: Tensor, mask: Tensor | None = None) -> Tensor:
+def wkv5_pull(
+    r: Tensor,
+    d_out: Tensor,
+    log_decay: Tensor,
+    mask: Tensor | None = None,
+    handover: Handover | None = None,
+) -> Tensor:
     """The gradient by the state before the chunk, from that by the outputs alone: the backward pass's own launches."""
+    given = d_out
     decay, r, d_out = _prepare(log_decay, r, d_out)
     with torch.cuda.device_of(r):
         launch = _Launcher(r, decay, mask)
         nothing = launch.empty(launch.B, launch.H, launch.N, launch.N).zero_()
-        return launch.scan(launch.outer(r, d_out, from_start=True), nothing, reverse=True)[1]
+        pulled = launch.scan(launch.outer(r, d_out, from_start=True), nothing, reverse=True)
+    if handover is not None:
+        handover.keep_pulled(given, pulled)
+    return pulled[1]
