@@ -98,7 +98,7 @@ STEP = 0.02
 """Seconds of a step in which the card waits, however long it is: plans, exact states, the optimizer's start."""
 ADAPTER = 60
 """Bytes read and written per token for each number that LoRA's additions take and give, in both sweeps."""
-PIECES = 0.8e-3
+PIECES = 0.55e-3
 """Seconds per layer and chunk of a shared context, beside what is sent: of four rows, two cards."""
 SCAN = 0.09
 """Of RWKV-7's recurrence what is a scan over the states, for which ranks wait: torch.profiler, 131,072 tokens."""
