@@ -11,6 +11,7 @@ import textwrap
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -251,6 +252,45 @@ def test_without_locks_nothing_of_others_is_removed(
         if fails:
             raise ValueError("stop")
     assert everything(tmp_path) == before | (set() if fails else {"model", "model/config.json"})
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_stopped_while_the_lock_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException]
+) -> None:
+    """Its file is there already, and the lock does not know of it."""
+    take, calls = FileLock.acquire, []
+
+    def stopped_once(lock: FileLock, **how: Any) -> Any:
+        calls.append(how)
+        if len(calls) == 1:
+            Path(lock.lock_file).touch()
+            raise stop
+        return take(lock, **how)
+
+    monkeypatch.setattr(FileLock, "acquire", stopped_once)
+    with pytest.raises(stop), whole_directory(tmp_path / "model"):
+        pytest.fail("must stop")
+    assert calls and everything(tmp_path) == set()
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_stopped_while_the_lock_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException]
+) -> None:
+    unlink, calls = Path.unlink, []
+
+    def stopped_once(path: Path, **how: Any) -> None:
+        if path.name == ".model.lock":
+            calls.append(path)
+            if len(calls) == 1:
+                raise stop
+        unlink(path, **how)
+
+    monkeypatch.setattr(Path, "unlink", stopped_once)
+    with pytest.raises(stop), whole_directory(tmp_path / "model") as folder:
+        (folder / "config.json").write_text("new")
+    assert calls and everything(tmp_path) == {"model", "model/config.json"}
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])

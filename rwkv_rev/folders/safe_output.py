@@ -225,18 +225,31 @@ def _only_writer(output: Path) -> Iterator[bool]:
     try:
         yield _acquired(lock, output)
     finally:
-        if lock.is_locked:
-            with suppress(OSError):  # Windows removes no file that is open
+        try:
+            _give_up(lock)
+        except (KeyboardInterrupt, SystemExit):  # stopped meanwhile
+            _give_up(lock)
+            raise
+
+
+def _give_up(lock: FileLock) -> None:
+    """Release a lock, if it is held, without its file."""
+    if lock.is_locked:
+        path = Path(lock.lock_file)
+        with suppress(OSError):  # Windows removes no file that is open
+            path.unlink()
+        lock.release()
+        if os.name == "nt":
+            with suppress(OSError):
                 path.unlink()
-            lock.release()
-            if os.name == "nt":
-                with suppress(OSError):
-                    path.unlink()
 
 
 def _acquired(lock: FileLock, output: Path) -> bool:
     try:
         lock.acquire(timeout=0)
+    except (KeyboardInterrupt, SystemExit):
+        _remove_free(lock)
+        raise
     except Timeout:
         if not os.path.lexists(
             lock.lock_file
@@ -250,6 +263,14 @@ def _acquired(lock: FileLock, output: Path) -> bool:
             raise
         return False
     return True
+
+
+def _remove_free(lock: FileLock) -> None:
+    """The file of a lock that nobody holds, as one that was stopped while it was taken may not know of it."""
+    again = FileLock(lock.lock_file)
+    with suppress(Timeout, NotImplementedError, OSError):
+        again.acquire(timeout=0)
+        _give_up(again)
 
 
 def require_space(folder: Path, nbytes: int) -> None:
