@@ -1,6 +1,5 @@
 """An architecture is new files and one line: pasted into the package, they are as good as any that stand there."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -8,17 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from finetune_cases import environment
 from pasted import ROOT, paste, pasted
+from processes import run_python
 from test_architectures import toy_checkpoint
 from test_imports import circles, imports, packages, sources
 
 RUFF = shutil.which("ruff", path=str(Path(sys.executable).parent))
 COMMANDS = """
-import sys
+import os, sys
 from pathlib import Path
+folder = sys.argv[1]
+os.chdir(folder)
+for name in [name for name in sys.modules if name.split(".")[0] == "rwkv_rev"]:
+    del sys.modules[name]  # of the package as it is, where this was forked
+sys.path.insert(0, folder)
 import rwkv_rev
 from rwkv_rev.cli import main
-folder = sys.argv[1]
 assert Path(rwkv_rev.__file__).parents[1] == Path(folder)
 checks = ["--tokens", "8", "--reversal", "--gradients", "--context", "14", "--chunk", "6"]
 small = ["--set", "hidden_size=16", "--set", "num_hidden_layers=2"]
@@ -64,7 +69,7 @@ def test_imports() -> None:
 
 
 def test_commands(tmp_path: Path) -> None:
-    """In a copy of the package: made, verified, converted with verification, by no other change."""
+    """In a copy of the package, and by nothing of the one here: made, verified, converted with verification."""
     package = tmp_path / "rwkv_rev"
     ignored = shutil.ignore_patterns("*.pth")
     shutil.copytree(ROOT / "rwkv_rev", package, ignore=ignored)
@@ -72,13 +77,6 @@ def test_commands(tmp_path: Path) -> None:
         shutil.copytree(ROOT / folder, package / folder, ignore=ignored)
     paste(package)
     torch.save(toy_checkpoint(), tmp_path / "toy.pth")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    found = subprocess.run(
-        [sys.executable, "-c", COMMANDS, str(tmp_path)],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    found = run_python([sys.executable, "-c", COMMANDS, tmp_path], env=environment())
     assert found.returncode == 0, found.stdout + found.stderr
     assert found.stdout.count("PASS") >= 2 and (tmp_path / "model" / "model.safetensors").exists()

@@ -160,12 +160,25 @@ def test_pipeline(bundled: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> 
     assert not said  # that the model is not supported
 
 
+CONFIGURATION_ALONE = """
+import pickle
+given = pickle.loads(bytes.fromhex(sys.argv[2]))
+ours = {name.removeprefix("rwkv_rev.") for name in sys.modules if name.startswith("rwkv_rev")}
+needed = {"rwkv_rev", "architectures", "architectures.registry", "configuration", "registration", "version"}
+assert ours == needed, ours
+from transformers import AutoConfig
+# the first configuration imports the architecture that it names, and no other
+assert AutoConfig.for_model("rwkv_rev", hidden_size=64, num_attention_heads=1).architecture.version == "5.2"
+assert "rwkv_rev.architectures.rwkv5" in sys.modules and "rwkv_rev.architectures.rwkv4" not in sys.modules
+"""
 ORDERS = {
     "ours first": "import importlib.util, rwkv_rev; assert importlib.util.find_spec('transformers')\n"
-    "import transformers.processing_utils",
+    "import transformers.processing_utils\n"
+    "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+    "assert 'rwkv_rev.modeling' not in sys.modules  # loaded when it is used",
     "transformers first": "from transformers import AutoModel, AutoTokenizer; import rwkv_rev",
     "our model first": "from rwkv_rev import RwkvRevForCausalLM",
-    "a pickled configuration": "import pickle; given = pickle.loads(bytes.fromhex(sys.argv[2]))",
+    "a pickled configuration": CONFIGURATION_ALONE,
 }
 QUESTIONS = {
     "config": "assert type(transformers.AutoConfig.from_pretrained(folder)).__name__ == 'RwkvRevConfig'",
@@ -175,21 +188,6 @@ QUESTIONS = {
     ".from_pretrained(folder))).__name__ == 'RwkvRevForCausalLM'",
     "name": "assert transformers.RwkvRevForCausalLM.__module__ == 'rwkv_rev.modeling'",
 }
-AUTO_CLASSES_ALONE = """
-import rwkv_rev
-from transformers import AutoModelForCausalLM, AutoTokenizer
-assert "rwkv_rev.modeling" not in sys.modules  # loaded when it is used
-"""
-CONFIGURATION_ALONE = """
-from transformers import AutoConfig
-from rwkv_rev.configuration import RwkvRevConfig
-ours = {name.removeprefix("rwkv_rev.") for name in sys.modules if name.startswith("rwkv_rev")}
-needed = {"rwkv_rev", "architectures", "architectures.registry", "configuration", "registration", "version"}
-assert ours == needed, ours
-# the first configuration imports the architecture that it names, and no other
-assert AutoConfig.for_model("rwkv_rev", hidden_size=64, num_attention_heads=1).architecture.version == "5.2"
-assert "rwkv_rev.architectures.rwkv5" in sys.modules and "rwkv_rev.architectures.rwkv4" not in sys.modules
-"""
 IN_CHILDREN = """
 import importlib.util, os, sys
 import accelerate, huggingface_hub, jinja2, tokenizers, torch, torch._dynamo  # what all of them need, once
@@ -216,7 +214,7 @@ sys.exit(failed != 0)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="one interpreter is forked for each order")
 def test_auto_classes_know_ours_in_any_order(bundled: dict[str, Path]) -> None:
     """In a fresh process, whatever is imported first and asked for first; and importing them imports no model."""
-    scripts = [AUTO_CLASSES_ALONE, CONFIGURATION_ALONE]
+    scripts = []
     for order, first in zip(ORDERS, ["tokenizer", "base", "config", "name"], strict=True):
         others = [question for name, question in QUESTIONS.items() if name != first]
         scripts.append("\n".join([ORDERS[order], "import transformers", QUESTIONS[first], *others]))

@@ -4,7 +4,6 @@ import gc
 import json
 import os
 import pickle
-import subprocess
 import sys
 import time
 import tracemalloc
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from byte_tokens import Bytes
-from processes import context
+from processes import context, run_python
 
 from rwkv_rev.errors import DataError
 from rwkv_rev.tokenization import RwkvByteTokenizer
@@ -302,7 +301,7 @@ def test_a_script_without_main_guard_fails_instead_of_hanging(tmp_path: Path) ->
         f"load_tokens({str(tmp_path / 'a.txt')!r}, Ids(), num_workers=2,"
         f" cache_dir={str(tmp_path / 'cache')!r})\n"
     )
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    done = run_python([sys.executable, script])
     assert done.returncode == 1
     assert "DataError: a tokenising process died" in done.stderr.splitlines()[-1]
 

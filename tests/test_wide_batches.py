@@ -3,10 +3,17 @@
 import json
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
+from processes import START_METHOD, run_python
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "wide_batches" / "wide_batches.py"
+
+
+def forked(command: list[str], **options: Any) -> Any:
+    """A process that has imported everything."""
+    return run_python(command, **options)
 
 
 def test_a_point(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,9 +31,11 @@ def test_a_point(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
 
 
 def test_points_that_fail_have_lines_and_the_page_has_the_columns(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     example = runpy.run_path(str(EXAMPLE))
+    if START_METHOD == "forkserver":
+        monkeypatch.setattr(example["subprocess"], "run", forked)
     example["main"](["--model", "no-such-shape", "--chunk-lengths", "1", "--batch-sizes", "3"])
     printed = capsys.readouterr().out
     assert "| 3 | 1 | rwkv_rev.errors.SourceError" in printed
