@@ -40,24 +40,44 @@ def in_ranks(work: Callable[[int], Any], world: int, folder: Path) -> list[Any]:
 
 
 def start_command(
-    arguments: Sequence[object], streams: Path, env: dict[str, str], module: str = "rwkv_rev.cli"
+    arguments: Sequence[object],
+    streams: Path,
+    env: dict[str, str],
+    module: str = "rwkv_rev.cli",
+    *,
+    last: int | None = None,
 ) -> multiprocessing.process.BaseProcess:
-    """``python -m MODULE`` as a process of its own, which writes to ``streams``.out and ``streams``.err."""
+    """``python -m MODULE`` as a process of its own, which writes to ``streams``.out and ``streams``.err.
+
+    A fine-tuning run is killed (SIGKILL) after checkpoint ``last``, where it is given.
+    """
     launched = () if module == "rwkv_rev.cli" else (True, _server())
     given = ([*map(str, arguments)], str(streams), env, module, *launched)
-    process = context().Process(target=_command, args=given)
+    target, given = (_command, given) if last is None else (_killed, (last, *given))
+    process = context().Process(target=target, args=given)
     process.start()
     return process
 
 
 def start_command_in_ranks(
-    arguments: Sequence[object], world: int, streams: Path, env: dict[str, str]
+    arguments: Sequence[object],
+    world: int,
+    streams: Path,
+    env: dict[str, str],
+    *,
+    last: Mapping[int, int] | None = None,
 ) -> list[multiprocessing.process.BaseProcess]:
-    """One ``rwkv-rev`` per rank, told about the others as torchrun would; they write to ``streams``.0.out and so on."""
+    """One ``rwkv-rev`` per rank, told about the others as torchrun would; they write to ``streams``.0.out and so on.
+
+    Those in ``last`` are killed after that checkpoint of a fine-tuning run.
+    """
     env = env | _of_ranks(world, free_port())
     return [
         start_command(
-            arguments, Path(f"{streams}.{rank}"), env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            arguments,
+            Path(f"{streams}.{rank}"),
+            env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            last=(last or {}).get(rank),
         )
         for rank in range(world)
     ]
@@ -238,6 +258,20 @@ def _command(
     finally:  # what comes when the command is over ends the process, and nothing of multiprocessing's
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
+
+
+def _killed(last: int, *given: Any) -> None:
+    from rwkv_rev.training.trainer import RwkvRevTrainer
+
+    save = RwkvRevTrainer._save_checkpoint
+
+    def then_killed(trainer: RwkvRevTrainer, *arguments: Any) -> None:
+        save(trainer, *arguments)
+        if trainer.state.global_step == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    RwkvRevTrainer._save_checkpoint = then_killed  # type: ignore[method-assign]
+    _command(*given)
 
 
 def _commands(jobs: list[tuple[list[str], str, dict[str, str]]], rank: int, world: int) -> None:

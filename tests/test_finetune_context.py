@@ -1,6 +1,7 @@
 """``rwkv-rev finetune --context-parallel``: processes that share contexts compute what one does."""
 
 import json
+import signal
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ KINDS = {
 
 
 def options(
-    model: Path, data: Path, output: Path, cache: Path, *more: object, steps: int = 3
+    model: Path, data: Path, output: Path, cache: Path, *more: object, steps: int = 2
 ) -> list[object]:
     return [
         *("finetune", model, "--data", data, "--output", output, "--cache-dir", cache, "--device", "cpu"),
@@ -53,11 +54,11 @@ def runs(shallow: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("runs")
     data = documents(folder)
 
-    def command(name: str, *more: object, steps: int = 3) -> list[object]:
+    def command(name: str, *more: object, steps: int = 2) -> list[object]:
         return options(shallow["5.2"], data, folder / name, folder / "cache", *more, steps=steps)
 
     shared, seen = ["--context-parallel", 2], ["--eval-data", data]
-    going_on = command("killed", *shared, "--save-every", 1, "--resume", "auto", steps=8)
+    going_on = command("killed", *shared, "--save-every", 1, "--resume", "auto", steps=3)
     killed = kill_one_of_two(going_on, folder)
     by_two = {f"{kind}, two": command(f"{kind}, two", *more) for kind, more in KINDS.items()}
     by_one = {f"{kind}, one": command(f"{kind}, one", *more) for kind, more in KINDS.items()}
@@ -66,7 +67,7 @@ def runs(shallow: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     done |= run_commands(by_two | {"killed": going_on}, 2, more=dict.fromkeys(by_two, accelerates))
     by_one |= {
         "rows": command("rows", "--batch-size", 2, *seen),
-        "undisturbed": command("undisturbed", steps=8),
+        "undisturbed": command("undisturbed", steps=3),
     }
     done |= run_commands(by_one)
     assert "Warning" not in done["four"].stderr, done["four"].stderr
@@ -74,18 +75,13 @@ def runs(shallow: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def kill_one_of_two(command: list[object], folder: Path) -> tuple[float, int | None, list[str]]:
-    """Once there is a checkpoint."""
-    training = folder / "killed.training"
-    ranks = start_command_in_ranks(command, 2, folder / "streams", environment())
-    deadline = time.monotonic() + 120
-    while not checkpoints(training) and time.monotonic() < deadline and ranks[0].is_alive():
-        time.sleep(0.02)
-    assert checkpoints(training) and ranks[1].is_alive()
-    ranks[1].kill()
+    """After the first checkpoint."""
+    ranks = start_command_in_ranks(command, 2, folder / "streams", environment(), last={1: 1})
+    ranks[1].join(120)
+    assert ranks[1].exitcode == -signal.SIGKILL and checkpoints(folder / "killed.training")
     began = time.monotonic()
     ranks[0].join(60)
     seconds = time.monotonic() - began
-    ranks[1].join()
     said = (folder / "streams.0.err").read_text().splitlines()
     return seconds, ranks[0].exitcode, [line for line in said if line.startswith("error: ")]
 

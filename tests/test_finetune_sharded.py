@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,14 +127,12 @@ def resumable(model: Path, folder: Path, output: str, world: int) -> list[object
 
 
 def kill_one_of_three(model: Path, folder: Path) -> list[tuple[float, int | None, list[str]]]:
-    """Once there are two checkpoints."""
+    """After the second checkpoint."""
     given, streams = resumable(model, folder, "killed", 3), folder / "streams"
-    ranks = start_command_in_ranks(given, 3, streams, environment())
-    deadline, training = time.monotonic() + 120, folder / "killed.training"
-    while len(checkpoints(training)) < 2 and time.monotonic() < deadline and ranks[0].is_alive():
-        time.sleep(0.02)
-    assert ranks[1].is_alive(), (folder / "streams.0.err").read_text()
-    ranks[1].kill()
+    ranks = start_command_in_ranks(given, 3, streams, environment(), last={1: 2})
+    ranks[1].join(120)
+    assert ranks[1].exitcode == -signal.SIGKILL, (folder / "streams.0.err").read_text()
+    assert len(checkpoints(folder / "killed.training")) == 2
     began, found = time.monotonic(), []
     for rank in (0, 2):
         ranks[rank].join(60)
