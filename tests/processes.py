@@ -39,6 +39,20 @@ def in_ranks(work: Callable[[int], Any], world: int, folder: Path) -> list[Any]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 
+def wholes(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Copies of tensors, whole where FSDP2 has spread them over a mesh: exchanged at once, not one after another."""
+    spread = {name: tensor for name, tensor in tensors.items() if hasattr(tensor, "to_local")}
+    found = {name: tensor.detach().clone() for name, tensor in tensors.items() if name not in spread}
+    if spread:
+        mesh = next(iter(spread.values())).device_mesh
+        own = {name: tensor.to_local().detach().cpu().numpy() for name, tensor in spread.items()}
+        group = mesh.get_group(mesh.ndim - 1)
+        parts: list[Any] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(parts, own, group=group)
+        found |= {name: torch.cat([torch.from_numpy(part[name]) for part in parts]) for name in own}
+    return found
+
+
 def start_command(
     arguments: Sequence[object],
     streams: Path,

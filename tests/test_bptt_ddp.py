@@ -6,7 +6,7 @@ from bptt_cases import random_tokens, relative_error, tiny_model
 from processes import in_ranks
 from torch import Tensor, nn
 
-CHUNK = 8
+CHUNK, LENGTH = 8, 21
 ROWS = 4
 WORLD = 2
 
@@ -17,18 +17,18 @@ pytestmark = pytest.mark.dist
 
 def inputs(case: str, rank: int | None) -> dict[str, Tensor]:
     """The batch of a rank, or the joined batch for None. Rows of a case predict equally many tokens per rank."""
-    tokens = random_tokens(40, batch=ROWS)
+    tokens = random_tokens(LENGTH, batch=ROWS)
     labels = tokens.clone()
     batch = {"input_ids": tokens, "labels": labels}
     if case == "masked":
         mask = torch.ones_like(tokens)
-        mask[0, :13] = 0
-        mask[3, 20:33] = 0
+        mask[0, :5] = 0
+        mask[3, 14:19] = 0
         batch["attention_mask"] = mask
     if case == "nothing to predict":
         labels[:2] = -100
     if case == "weighted":  # in each row the same weights in another order, so that they sum to the same
-        weights = torch.linspace(0, 3, 40)
+        weights = torch.linspace(0, 3, LENGTH)
         batch["loss_weights"] = torch.stack(
             [weights.roll(7 * row).index_fill(0, torch.tensor(0), 0) for row in range(ROWS)]
         )

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from bptt_cases import random_tokens, relative_error, tiny_model
-from processes import in_ranks
+from processes import in_ranks, wholes
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -16,10 +16,6 @@ WAYS = ["ddp", "ddp, summed first", "fsdp", "fsdp, summed first"]
 pytestmark = pytest.mark.dist
 
 
-def whole(tensor: Any) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 def train(model: nn.Module, loss_of: Any) -> dict[str, dict[str, Tensor]]:
     """Gradients of two steps."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -27,10 +23,9 @@ def train(model: nn.Module, loss_of: Any) -> dict[str, dict[str, Tensor]]:
     for step in range(2):
         optimizer.zero_grad()
         loss_of(step).backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         found[f"step {step}"] = {
-            name.removeprefix("module."): whole(p.grad).clone()
-            for name, p in model.named_parameters()
-            if p.grad is not None
+            name.removeprefix("module."): gradient for name, gradient in wholes(gradients).items()
         }
         optimizer.step()
     return found

@@ -13,7 +13,7 @@ import torch.distributed
 import torch.multiprocessing
 from bptt_cases import random_state, random_tokens, relative_error, tiny_model
 from peft import LoraConfig, get_peft_model
-from processes import in_ranks
+from processes import in_ranks, wholes
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -142,9 +142,8 @@ def trained(
                 found[f"loss {step} {again} {rank}"] = loss.detach()
         norm: Any = nn.utils.clip_grad_norm_(model.parameters(), 0.1 if steps > 1 else 1e9)
         found[f"norm {step}"] = whole(norm)
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None:
-                found[f"{name} {step}"] = whole(parameter.grad).clone()
+        gradients = {f"{name} {step}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found |= wholes(gradients)
         optimizer.step()
     for rank, state in states.items():
         named = zip(state.names(), state.tensors(), strict=True)

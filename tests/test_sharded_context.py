@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from bptt_cases import random_tokens, relative_error
-from processes import in_ranks
-from test_sharded_blocks import TOLERANCES, Settings, model_of, model_settings, sharded, whole
+from processes import in_ranks, wholes
+from test_sharded_blocks import TOLERANCES, Settings, model_of, model_settings, sharded
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -72,7 +72,7 @@ def trained(model: Any, own: list[int], rows: int, case: Settings) -> dict[str, 
         (loss / len(own)).backward()
         found[f"loss {at}"] = loss.detach()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return found | {name: whole(gradient).clone() for name, gradient in gradients.items()}
+    return found | wholes(gradients)
 
 
 def three(rank: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from bptt_cases import random_state, random_tokens, relative_error, tiny_model
 from peft import LoraConfig, get_peft_model
-from processes import in_ranks
+from processes import in_ranks, wholes
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -120,12 +120,7 @@ def trained(
             output = model(**given)
             loss = output.logits.square().mean() if own_loss else output.loss
             (loss / len(ranks)).backward()
-    found = {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            gradient = parameter.grad
-            found[name] = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-    return found
+    return wholes({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
 
 
 def work(rank: int) -> dict[str, Any]:
