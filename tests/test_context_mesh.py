@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-CHUNK, LENGTH, ROWS, WORLD = 10, 27, 2, 4
+CHUNK, LENGTH, ROWS, WORLD = 10, 17, 2, 4
 WAYS = ["ddp", "ddp, summed first", "fsdp", "fsdp, summed first"]
 
 pytestmark = pytest.mark.dist

@@ -22,7 +22,7 @@ from rwkv_rev import position_wise
 from rwkv_rev.distributed import sharded_blocks
 from rwkv_rev.errors import StrategyError
 
-CHUNK, WORLD, LENGTH, SHORT = 8, 2, 24, 8
+CHUNK, WORLD, LENGTH, SHORT = 8, 2, 15, 8
 """``SHORT``: of the second process's row where they differ; one chunk, which ``auto`` would store whole."""
 
 pytestmark = [
@@ -109,7 +109,7 @@ def loss_of(model: Any, ids: Tensor, *, packed: bool, own_loss: bool, state: Any
     more = {}
     if packed:
         borders = torch.zeros_like(ids, dtype=torch.bool)
-        borders[:, [5, 16]] = True
+        borders[:, [5, 11]] = True
         more = {"borders": borders, "state": state}
     return cast(Tensor, model(ids, labels=ids, **more).loss)
 

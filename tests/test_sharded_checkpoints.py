@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-ROWS, LENGTH, CHUNK = 2, 24, 8
+ROWS, LENGTH, CHUNK = 2, 15, 8
 
 pytestmark = [
     pytest.mark.dist,

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from rwkv_rev.distributed import sharded_blocks
 from rwkv_rev.errors import StrategyError
 
-LENGTH, SHORT = 37, 7
+LENGTH, SHORT = 21, 7
 """Tokens of a row; where rows differ the first process's, or group's, is short."""
 
 pytestmark = [

@@ -55,7 +55,7 @@ def in_parts(tune: str) -> tuple[Any, torch.optim.Optimizer]:
 
 
 def step(model: Any, optimizer: torch.optim.Optimizer, rows: slice) -> None:
-    ids = random_tokens(24, batch=WORLD)[rows]
+    ids = random_tokens(15, batch=WORLD)[rows]
     model(ids, labels=ids).loss.backward()
     optimizer.step()
     optimizer.zero_grad()

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-ROWS, LENGTH, CHUNK = 12, 24, 8
+ROWS, LENGTH, CHUNK = 12, 15, 8
 STEP, WORLDS = 6, (2, 3)
 """Rows of a step; processes that train, and those that go on."""
 
