@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rwkv_rev.errors import CheckpointError, SourceError
 from rwkv_rev.folders.safe_input import refuse_special
-from rwkv_rev.loading import load_tokenizer
 from rwkv_rev.tokenization.byte_level import RwkvByteTokenizer
 from rwkv_rev.tokenization.world import RwkvWorldTokenizer
 
@@ -127,4 +126,6 @@ def load_named(name: str) -> PreTrainedTokenizerBase:
         for file in NEOX_FILES:
             if (path / file).is_file():
                 return read_tokenizer_json(path / file)
+    from rwkv_rev.loading import load_tokenizer  # brings torch, which processes that tokenise need not import
+
     return load_tokenizer(name)
