@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rwkv_rev.training.callbacks import read_log
 
-STEPS = 6
+STEPS = 4
 KILLS = int(os.environ.get("RWKV_REV_KILLS", "1"))
 OF_THIS_MACHINE = {"seconds", "tokens_per_second", "memory_bytes"}
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
@@ -35,9 +35,9 @@ def finetune(model: Path, data: Path, output: Path) -> list[str]:
         *("finetune", str(model), "--data", str(data)),
         *("--output", str(output), "--cache-dir", str(data.parent / "cache"), "--device", "cpu"),
         *("--context-length", "64", "--chunk-length", "25", "--batch-size", "2", "--grad-accum", "2"),
-        *("--max-steps", str(STEPS), "--save-every", "2", "--resume", "auto"),
+        *("--max-steps", str(STEPS), "--save-every", "3", "--resume", "auto"),
         *("--tune", "lora", "--set", "lora_dropout=0.1", "--set", "lora_rank=4"),
-        *("--eval-data", str(data), "--eval-every", "3", "--set", "eval_tokens=64", "--keep-best"),
+        *("--eval-data", str(data), "--eval-every", "2", "--set", "eval_tokens=64", "--keep-best"),
         *("--patience", "2", "--save-total", "1", "--sample-prompt", "7 squared", "--sample-tokens", "3"),
     ]
 
