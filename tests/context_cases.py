@@ -178,7 +178,8 @@ CASES: dict[str, Case] = {
     **{f"{v} packed": case for v, case in of_versions(packed=True).items()},
     **{f"{v} packed, padded": Case(v, packed=True, padded=True) for v in ("5.2", "6", "7")},
     **{f"{v} ends padded": Case(v, length=20, ends_padded=True) for v in ("5.2", "7")},
-    **{f"{v} whole pieces": Case(v, dtype=torch.float32, chunk=12, length=24) for v in VERSIONS},
+    **{f"{v} whole pieces": Case(v, chunk=12, length=24) for v in VERSIONS},
+    **{f"{v} float32": Case(v, dtype=torch.float32, padded=True) for v in ("5.2", "7")},
     **{
         f"{v} tuned state": Case(v, prepare=tuned_state, packed=p == "packed", state=False)
         for v, p in (("5.2", ""), ("7", "packed"))
