@@ -95,9 +95,8 @@ def test_gradient(method: Method, tmp_path: Path) -> None:
     expected = gradients(model, wrapped, "full", WHOLE, **method.inputs)
     assert any(bool(gradient.any()) for name, gradient in expected.items() if name != "loss")
     factor = OF_FLOAT32 if str(method) in IN_FLOAT32 else 1
-    for strategy in STRATEGIES:
-        found = gradients(model, wrapped, strategy, CHUNK, **method.inputs)
-        assert_equal_gradients(found, expected, strategy, factor)
+    found = gradients(model, wrapped, "reversible", CHUNK, **method.inputs)
+    assert_equal_gradients(found, expected, "reversible", factor)
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m.draws != "never"], ids=str)
