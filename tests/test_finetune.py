@@ -37,10 +37,10 @@ def test_held_out_text_gets_better(shallow: dict[str, Path], tmp_path: Path, tun
             tune=tune,
             lr=RATES[tune],
             max_steps=8,
-            context_length=512,
-            chunk_length=128,
+            context_length=256,
+            chunk_length=64,
             eval_data=[str(held_out)],
-            eval_tokens=4096,
+            eval_tokens=2048,
         )
     )
     assert result.held_out is not None
@@ -161,7 +161,7 @@ def test_the_first_step_trains(
 def test_packed_rows_train_as_their_documents(shallow: dict[str, Path], tmp_path: Path, version: str) -> None:
     """One packed row is what all its documents are in one batch: the same losses, step by step."""
     data = tmp_path / "short.jsonl"
-    texts = [f"{n} squared is {n * n}. " * (1 + n % 4) for n in range(12)]
+    texts = [f"{n} squared is {n * n}. " * (1 + n % 4) for n in range(6)]
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
     found = []
     for pack, batch in ((True, 1), (False, len(texts))):
@@ -273,16 +273,16 @@ class Interrupted(Exception):
 def test_a_resumed_run_is_the_same_run(
     shallow: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    """Interrupted after its fourth step and resumed from the checkpoint of the third, into the second epoch."""
+    """Interrupted after its third step and resumed from the checkpoint of the second, into the second epoch."""
     data = tmp_path / "data.jsonl"
-    text = counting_text(tmp_path / "text.txt", 200).read_text()
-    pieces = [text[:2300], text[2300:2700], text[2700:4300], text[4300:]]
+    text = counting_text(tmp_path / "text.txt", 40).read_text()
+    pieces = [text[:380], text[380:450], text[450:720], text[720:]]
     data.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces))
     common = {
-        "context_length": 256,
-        "chunk_length": 100,
-        "max_steps": 7,
-        "save_every": 3,
+        "context_length": 128,
+        "chunk_length": 50,
+        "max_steps": 5,
+        "save_every": 2,
         "save_total": 1,
     } | changes
     whole = settings(shallow["5.2"], data, tmp_path / "whole", **common)
@@ -290,15 +290,15 @@ def test_a_resumed_run_is_the_same_run(
     config = settings(shallow["5.2"], data, tmp_path / "cut", **common)
 
     def stop(self: Any, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if state.global_step == 4:
+        if state.global_step == 3:
             raise Interrupted
 
     with monkeypatch.context() as patch:
         patch.setattr(StopAtBadLoss, "on_log", stop)
         with pytest.raises(Interrupted):
             finetune(config)
-    assert [path.name for path in checkpoints(config.working_directory)] == ["checkpoint-3"]
-    with pytest.raises(RwkvRevError, match=r"holds an unfinished run \(checkpoint-3\): resume='auto'"):
+    assert [path.name for path in checkpoints(config.working_directory)] == ["checkpoint-2"]
+    with pytest.raises(RwkvRevError, match=r"holds an unfinished run \(checkpoint-2\): resume='auto'"):
         plan(config)
     config.resume = "auto"
     torch.manual_seed(99)
