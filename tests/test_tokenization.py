@@ -84,7 +84,7 @@ def test_world_ids_are_those_of_the_reference_trie(
     assert world_tokenizer.trie.python.encode(text.encode()) == expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(text=TEXT)
 def test_world_fuzz_against_the_reference_trie(
     text: str, world_tokenizer: RwkvWorldTokenizer, oracle: Any

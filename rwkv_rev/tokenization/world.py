@@ -114,8 +114,9 @@ class GreedyTrie:
         return result
 
 
-_rust: dict[bytes, Any] = {}
-"""The last trie, by its file: whoever loads the same vocabulary again, from wherever, need not read it again."""
+_rust: dict[bytes, tuple[Any, Mapping[int, bytes] | None]] = {}
+"""The last trie, by its file, and the table that it was found to agree with, which takes as long as reading it: whoever
+loads the same vocabulary again, from wherever, need do neither."""
 
 
 def load_rust_trie(path: Path, table: Mapping[int, bytes]) -> Any | None:
@@ -126,16 +127,21 @@ def load_rust_trie(path: Path, table: Mapping[int, bytes]) -> Any | None:
         from pyrwkv_tokenizer import WorldTokenizer
 
         content = path.read_bytes()
-        trie = _rust.get(content)
+        trie, agreed = _rust.get(content, (None, None))
         if trie is None:
             trie = WorldTokenizer(str(path))
             _rust.clear()
-            _rust[content] = trie
+            _rust[content] = trie, None
+        elif agreed == table:
+            return trie
     except (ImportError, OSError, ValueError):
         return None
     ours = {piece.decode("utf-8", "surrogateescape"): i for i, piece in table.items()}
     others = ours.items() - trie.get_vocab().items()  # which holds one placeholder for all that is no UTF-8
-    return None if any(is_utf8(piece) for piece, _ in others) else trie
+    if any(is_utf8(piece) for piece, _ in others):
+        return None
+    _rust[content] = trie, dict(table)
+    return trie
 
 
 class WorldTrie:
