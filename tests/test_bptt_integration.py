@@ -58,7 +58,7 @@ def trained(
     model.set_bptt(strategy, chunk_length=CHUNK)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
-    for _ in range(3):
+    for _ in range(2):
         optimizer.zero_grad()
         total = 0.0
         for rows in tokens.chunk(accumulate):
@@ -74,7 +74,7 @@ def trained(
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_plain_loop(version: str) -> None:
-    """Three AdamW steps end where ``full``'s end; the exact tapes' end at the same bits."""
+    """Two AdamW steps end where ``full``'s end; the exact tapes' end at the same bits."""
     full, checkpoint, reversible = (trained(name, version) for name in ("full", "checkpoint", "reversible"))
     assert reversible["losses"] == checkpoint["losses"]
     for name, parameter in checkpoint["parameters"].items():
@@ -327,7 +327,7 @@ def test_dropout_replays(version: str, recompute: bool) -> None:
         dropped_out(version, strategy, recompute) for strategy in ("checkpoint", "reversible")
     )
     assert_same_run(reversible, checkpoint)
-    other = dropped_out(version, "checkpoint" if recompute else "reversible", recompute, seed=12)
+    other = dropped_out(version, "reversible", False, seed=12)
     assert other["loss"] != reversible["loss"], "dropout does draw"
 
 
@@ -383,8 +383,10 @@ def test_the_generator_goes_on_after_the_loss(strategy: str) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(
+    ("version", "recompute"),
+    [*((version, False) for version in VERSIONS), *((version, True) for version in ("4", "5.2", "7"))],
+)
 def test_lora_with_dropout(version: str, recompute: bool) -> None:
     """peft LoRA on a frozen base: ``reversible`` equals ``checkpoint`` to the bit; the base gets no gradient."""
     tokens = random_tokens(LENGTH, batch=2)
@@ -444,8 +446,13 @@ def test_lora_in_the_trainer_with_checkpointed_blocks(tmp_path: Path) -> None:
 # --- activation checkpointing inside the chunk ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", ["full", "checkpoint", "reversible"])
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(
+    ("version", "strategy"),
+    [
+        *((version, "reversible") for version in VERSIONS),
+        *((version, ("full", "checkpoint")[i % 2]) for i, version in enumerate(VERSIONS)),
+    ],
+)
 def test_recomputed_blocks(version: str, strategy: str) -> None:
     """``gradient_checkpointing_enable`` changes no bit."""
     model, tokens = tiny_model(version), random_tokens(LENGTH, batch=2)

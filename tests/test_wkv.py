@@ -236,7 +236,8 @@ def test_chunked_wkv5_is_naive_in_float64(tokens: int, decay: str, mask: str) ->
 
 @pytest.mark.parametrize(("tokens", "decay", "mask"), every_two(LENGTHS, DECAYS, MASKS))
 def test_chunked_wkv4_is_naive_in_float64(tokens: int, decay: str, mask: str) -> None:
-    for scale, empty in itertools.product((1.0, 20.0), (False, True)):
+    first = LENGTHS.index(tokens) % 2 == 1
+    for scale, empty in ((1.0, first), (20.0, not first)):
         case = case4(tokens=tokens, decay=decay, share=MASKS[mask], scale=scale, empty=empty)
         assert_close(run4(case, "chunked"), run4(case, "naive"), torch.float64)
 
@@ -314,7 +315,7 @@ def rounded(case: Case, dtype: torch.dtype) -> tuple[Case, Case]:
 @pytest.mark.parametrize("scale", [1.0, 10.0])
 @pytest.mark.parametrize("decay", ["1e-9..1", "mild", "one"])
 def test_chunked_wkv5_in_lower_precision(decay: str, scale: float, dtype: torch.dtype) -> None:
-    low, high = rounded(case5(tokens=300, size=32, decay=decay, scale=scale, share=0.9), dtype)
+    low, high = rounded(case5(tokens=170, size=32, decay=decay, scale=scale, share=0.9), dtype)
     actual = run5(low, "chunked")
     assert actual["out"].dtype == actual["contribution"].dtype == torch.float32
     assert actual["d_k"].dtype == dtype
@@ -324,11 +325,11 @@ def test_chunked_wkv5_in_lower_precision(decay: str, scale: float, dtype: torch.
 @pytest.mark.parametrize("scale", [1.0, 10.0])
 @pytest.mark.parametrize(
     ("decay", "dtype", "tokens"),
-    every_two(["1e-9..1", "mild", "one"], [torch.float32, torch.bfloat16, torch.float16], [300, 320]),
+    every_two(["1e-9..1", "mild", "one"], [torch.float32, torch.bfloat16, torch.float16], [170, 192]),
     ids=str,
 )
 def test_chunked_wkv4_in_lower_precision(tokens: int, decay: str, scale: float, dtype: torch.dtype) -> None:
-    case = case4(tokens=tokens, width=64, decay=decay, scale=scale, share=0.9 if tokens == 300 else None)
+    case = case4(tokens=tokens, width=64, decay=decay, scale=scale, share=0.9 if tokens == 170 else None)
     case.arguments[0].clamp_(-20, 20)
     low, high = rounded(case, dtype)
     actual = run4(low, "chunked")
