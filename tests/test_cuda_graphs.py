@@ -24,7 +24,7 @@ from rwkv_rev.outside_leaves import OutsideLeaves
 from rwkv_rev.reversal.fixed_point import DecayPlan
 from rwkv_rev.reversal.tape import FlatRecord
 
-LENGTH, CHUNK = 64, 8
+LENGTH, CHUNK = 48, 8
 
 
 def pairs(first: Any, second: Any, seen: set[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -124,7 +124,7 @@ def holes() -> Tensor:
 
 def partly_labelled(ids: Tensor) -> Tensor:
     labels = ids.clone()
-    labels[:, 24:36], labels[0, :56] = -100, -100
+    labels[:, 32:44], labels[0, :28] = -100, -100
     return labels
 
 
