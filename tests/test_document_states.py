@@ -55,7 +55,7 @@ def test_every_documents_final_state(name: str) -> None:
     given = batch(model)
     with torch.no_grad():
         expected = alone(model, given)
-    for length in (7, TOKENS):
+    for length in (14, TOKENS):
         with torch.no_grad(), model.set_bptt("auto", chunk_length=length):
             assert_each(model(**given, return_document_states=True).document_states, expected, 1e-12)
             beside = model(**given, labels=given["input_ids"], return_document_states=True)
