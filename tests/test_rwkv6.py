@@ -55,9 +55,9 @@ def test_every_tuning_and_every_command(cli: Cli, tmp_path: Path) -> None:
     code, _, err = cli("export", "state", "--output", "back.pth")
     assert code == 0, err
     # its tuned state too, by the rwkv package and the scan
-    code, out, err = cli("verify", "state", "--tokens", 64, "--context", 192, "--chunk", 64)
+    code, out, err = cli("verify", "state", "--tokens", 32, "--context", 72, "--chunk", 24)
     assert code == 0, out + err
-    logits = ("--tokens", 64, "--no-reversal", "--no-gradients")
+    logits = ("--tokens", 32, "--no-reversal", "--no-gradients")
     code, out, err = cli("verify", "state", "--original", "back.pth", "--oracle", "naive", *logits)
     assert code == 0, out + err
 
