@@ -101,7 +101,7 @@ def test_gradient(method: Method, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m.draws != "never"], ids=str)
 def test_gradient_of_what_was_drawn(method: Method, tmp_path: Path) -> None:
-    """Dropouts on: equal to that of one graph over the chunks, with the same draws."""
+    """Dropouts on: equal to that of one graph over the chunks, with the same draws; by ``checkpoint`` for a third."""
     model, wrapped = made(method, tmp_path, draws=True)
     with in_one_graph(CHUNK):
         expected = gradients(model, wrapped, "full", CHUNK, **method.inputs)
@@ -109,7 +109,7 @@ def test_gradient_of_what_was_drawn(method: Method, tmp_path: Path) -> None:
             torch.manual_seed(6)
             other = wrapped(input_ids=tokens(), labels=tokens(), **method.inputs).loss
     assert other != expected["loss"], "nothing is drawn"
-    for strategy in STRATEGIES:
+    for strategy in STRATEGIES if METHODS.index(method) % 3 == 0 else ("reversible",):
         found = gradients(model, wrapped, strategy, CHUNK, **method.inputs)
         assert_equal_gradients(found, expected, strategy)
 

@@ -378,6 +378,15 @@ def test_each_file_is_its_own_vocabulary(world_tokenizer: RwkvWorldTokenizer, tm
             assert tokenizer.encode_bytes(data)[0] == expected, (path, data)
 
 
+def test_another_table_than_the_files_takes_no_trie_of_the_file(world_tokenizer: RwkvWorldTokenizer) -> None:
+    """Whatever the file was compared with before; one with the same entries takes it."""
+    path, table = world.find_world_vocabulary(), dict(world_tokenizer.token_bytes)
+    one, other = (world_tokenizer.encode(word)[0] for word in (" hello", " world"))
+    assert world.load_rust_trie(path, table) is world.load_rust_trie(path, dict(table)) is not None
+    table[one], table[other] = table[other], table[one]
+    assert world.load_rust_trie(path, table) is None
+
+
 # Choice
 
 
