@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"
 )
 
-LENGTH, CHUNK = 4096, 512
+LENGTH, CHUNK = 8192, 512
 TRL_VOCABULARY = 32768
 """Width of a buffer of trl's, of which it writes as much as the model has tokens: the rest is no memory."""
 TOPICS = pydoc_data.topics.topics
