@@ -10,18 +10,21 @@ import sys
 import types
 from pathlib import Path
 
+import datasets
 import peft.utils.constants
 import pytest
 import torch
 from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bptt_cases import tiny_model
+from bptt_cases import RANKS, tiny_model
 
+from rwkv_rev.architectures.registry import generations
+from rwkv_rev.bptt_settings import BpttSettings
 from rwkv_rev.tokenization import RwkvByteTokenizer
 
-VERSIONS = ("4", "5.0", "5.1", "5.2")
-SETTINGS = {"default": {}, "reversible": {"bptt": "reversible", "chunk_length": 2}}
+VERSIONS = [known.version for known in generations()]
+SETTINGS = {"default": BpttSettings(), "reversible": BpttSettings("reversible", chunk_length=2)}
 FOLDER = Path(".peers/models")
 SUITE = "peer_peft.test_decoder_models"
 
@@ -33,26 +36,20 @@ def models() -> list[str]:
     FOLDER.mkdir(exist_ok=True)
     with FileLock(FOLDER / "lock"):
         for version in VERSIONS:
-            for name, settings in SETTINGS.items():
+            for name in SETTINGS:
                 folder = FOLDER / f"rwkv-{version}-{name}"
                 folders.append(str(folder))
                 if not folder.is_dir():
-                    model = tiny_model(version, pad_token_id=0, **sizes, **settings)
+                    ranks = dict.fromkeys(RANKS.get(version, {}), 32)  # the least of published models
+                    model = tiny_model(version, pad_token_id=0, **sizes, **ranks)
                     model.save_pretrained(folder)
                     RwkvByteTokenizer().save_pretrained(folder)
     return folders
 
 
 def targets() -> None:
-    """What peft's methods adapt where nothing is said, as it has it for other models."""
-    maps = ["key", "value", "receptance", "output"]
-    for name, mapping in vars(peft.utils.constants).items():
-        if name.endswith("_FEEDFORWARD_MODULES_MAPPING"):
-            mapping["rwkv_rev"] = ["value"]
-        elif name.endswith("LNTUNING_TARGET_MODULES_MAPPING"):
-            mapping["rwkv_rev"] = ["ln1", "ln2"]
-        elif name.endswith("_TARGET_MODULES_MAPPING"):
-            mapping["rwkv_rev"] = maps
+    """What BEFT adapts, which needs to be told: it trains biases. All other methods adapt what they do by default."""
+    peft.utils.constants.TRANSFORMERS_MODELS_TO_BEFT_TARGET_MODULES_MAPPING["rwkv_rev"] = ["value"]
 
 
 def suite() -> types.ModuleType:
@@ -72,7 +69,14 @@ def suite() -> types.ModuleType:
     finally:
         if stands_in:
             del sys.modules["diffusers"]
+    module.load_dataset_english_quotes = quotes
     return module
+
+
+def quotes() -> datasets.DatasetDict:
+    """In the place of a data set of the Hub."""
+    lines = [f"{number} bottles of beer on the wall, {number} bottles of beer." for number in range(32)]
+    return datasets.DatasetDict(train=datasets.Dataset.from_dict({"quote": lines}))
 
 
 targets()
@@ -83,3 +87,10 @@ TestDecoderModels = suite().TestDecoderModels
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def as_the_folder_says(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models begin with the settings that their folder is named after: no folder keeps any."""
+    settings = SETTINGS[request.getfixturevalue("model_id").rpartition("-")[2]]
+    monkeypatch.setattr("rwkv_rev.base_model.BpttSettings", lambda: settings)

@@ -14,9 +14,10 @@ from peer_transformers.test_modeling_common import (
 from peer_transformers.test_training_mixin import TrainingTesterMixin
 
 from rwkv_rev import RwkvRevConfig, RwkvRevForCausalLM, RwkvRevModel
+from rwkv_rev.architectures.registry import generations
 from rwkv_rev.bptt_settings import BpttSettings
 
-VERSIONS = ("4", "5.0", "5.1", "5.2")
+VERSIONS = [known.version for known in generations()]
 SETTINGS = {
     "default": BpttSettings(),
     "reversible": BpttSettings("reversible", chunk_length=3),
