@@ -1,4 +1,4 @@
-"""The language model of RWKV-4, 5.0, 5.1 and 5.2: the base model and a head, in the shape that transformers expects.
+"""The language model of RWKV-4 to 7: the base model and a head, in the shape that transformers expects.
 
 Without labels a forward pass is ordinary: logits, and the state to go on from. With labels the loss goes through the
 model's gradient strategy (:mod:`rwkv_rev.bptt`), so ``model(input_ids, labels=labels).loss.backward()`` is the exact
