@@ -475,10 +475,10 @@ def test_a_newline_in_a_name_ends_no_line(cli: Cli, shallow: dict[str, Path]) ->
 
 @pytest.mark.parametrize("columns", [40, 60])
 def test_verify_fits_the_terminal(
-    cli: Cli, shallow: dict[str, Path], monkeypatch: pytest.MonkeyPatch, columns: int
+    cli: Cli, bundled: dict[str, Path], monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
     monkeypatch.setattr("rwkv_rev.cli.output.width", lambda: columns)
-    code, out, err = cli("verify", shallow["5.2"], "--tokens", 8, "--context", 12, "--oracle", "naive")
+    code, out, err = cli("verify", bundled["5.2"], "--tokens", 8, "--context", 12, "--oracle", "naive")
     assert code == 0, err
     assert [line for line in out.splitlines() if len(line) > columns] == []
 
