@@ -17,6 +17,7 @@ from rwkv_rev.distributed.agreement import agree, context_group, refuse_beside, 
 from rwkv_rev.distributed.context_group import ContextGroup
 from rwkv_rev.distributed.shards import auto_as_others
 from rwkv_rev.errors import StrategyError
+from rwkv_rev.module_settings import numbers_and_switches
 from rwkv_rev.outputs import RwkvRevCausalLMOutput
 
 
@@ -71,7 +72,7 @@ def shared_loss(
     bptt = model.bptt
     inputs = replace(inputs, group=model.model.context_group, kind=Piece)
     settings = f"{bptt.strategy} {size} {bptt.remnants} {torch.is_grad_enabled()} {model.training}"
-    agree(inputs, settings, model.parameters())
+    agree(inputs, settings, numbers_and_switches(model), model)
     strategy = choose_strategy(
         auto_as_others(bptt.strategy, model.blocks),
         inputs.length,

@@ -75,6 +75,19 @@ def settings(model: nn.Module, *, versions: bool = False) -> list[Settings]:
     return found
 
 
+def numbers_and_switches(model: nn.Module) -> list[tuple[str, str, float | bool]]:
+    """Of :func:`settings` those that any process can compare: modules' names, attributes, and their values.
+
+    No integers, in which a module may well keep which of several processes it is in.
+    """
+    return [
+        (one.path, name, value[1])
+        for one in settings(model)
+        for name, value in sorted(one.own.items())
+        if isinstance(value, tuple) and value[0] in (float, bool)
+    ]
+
+
 def first_change(before: list[Settings], now: list[Settings], notes: Container[Place] = ()) -> str | None:
     """The first thing that is not the same in both and not among ``notes``, by its name in the model; None without."""
     if before == now:

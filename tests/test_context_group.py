@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from processes import in_ranks
 
 from rwkv_rev import RwkvRevConfig, RwkvRevForCausalLM, position_wise
 from rwkv_rev.architectures.registry import architecture
+from rwkv_rev.distributed import agreement
 from rwkv_rev.errors import ContextParallelError, ReversalMismatchError, RwkvRevError, StrategyError
 
 WORLD = 2
@@ -57,6 +59,50 @@ def other_head(rank: int) -> None:
     model = model_of()
     if rank:  # no state depends on it
         model.head.weight.data[3, 2] += 1e-3
+    loss(model)
+
+
+def other_places(rank: int) -> None:
+    model = model_of()
+    one, other = (block.time_mix.key.weight for block in model.blocks[:2])
+    if rank:
+        one.data, other.data = other.data, one.data
+    loss(model)
+
+
+def other_rows(rank: int) -> None:
+    model = model_of()
+    if rank:
+        model.head.weight.data = model.head.weight.data.flip(0)
+    loss(model)
+
+
+def other_buffer(rank: int) -> None:
+    class Steered(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("direction", torch.full((16,), 0.1 * rank), persistent=False)
+
+        def forward(self, module: Any, given: Any, x: torch.Tensor) -> torch.Tensor:
+            return x + self.direction
+
+    model = model_of()
+    model.blocks[0].ln1.steered = steered = Steered()
+    model.blocks[0].ln1.register_forward_hook(position_wise(steered))
+    loss(model)
+
+
+def other_scale(rank: int) -> None:
+    model = tiny_model("5.2", chunk_length=8, bptt="reversible")
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=8 + rank, init_lora_weights=False))
+    model.set_context_parallel(dist.group.WORLD)
+    loss(adapted)
+
+
+def other_epsilon(rank: int) -> None:
+    model = model_of()
+    model.blocks[1].ln1.eps = 1e-5 + 1e-2 * rank
     loss(model)
 
 
@@ -136,8 +182,13 @@ REFUSED: dict[str, tuple[Callable[[int], None], type[RwkvRevError], str]] = {
     "other weights": (
         other_weights,
         ContextParallelError,
-        "the weights of rank 1 of the context group is not that",
+        "the weights or buffers of rank 1 of the context group is not that",
     ),
+    "weights of other layers": (other_places, ContextParallelError, "the weights or buffers of rank 1"),
+    "rows in another order": (other_rows, ContextParallelError, "the weights or buffers of rank 1"),
+    "another buffer": (other_buffer, ContextParallelError, "the weights or buffers of rank 1"),
+    "another scale": (other_scale, ContextParallelError, "what modules go by (scales of adapters, eps"),
+    "another epsilon": (other_epsilon, ContextParallelError, "make the same model on every rank"),
     "another output layer": (other_head, ContextParallelError, "start all ranks from the same weights"),
     "full": (full, StrategyError, "use 'reversible'"),
     "lossy": (lossy, StrategyError, "cannot be divided back; use 'reversible'"),
@@ -275,3 +326,16 @@ def test_contexts_that_accelerate_splits_are_refused(
         model(ids, labels=None if own_loss else ids)
     with torch.no_grad():
         model(ids)  # every process reads its own
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("one", "other"), [(3, 9), (3, 40_003), (4_096, 16_384), (50_000, 50_001)])
+def test_words_that_have_changed_places(dtype: torch.dtype, one: int, other: int) -> None:
+    """In a row of the table that is summed, in a column, in both, and in what fills no row."""
+    tensor = torch.arange(50_003).remainder(97).to(dtype)
+    moved = tensor.clone()
+    moved[one], moved[other] = tensor[other], tensor[one]
+    assert not torch.equal(moved, tensor)
+    device = torch.device("cpu")
+    first, second, again = (agreement._weights([each], device) for each in (tensor, moved, tensor.clone()))
+    assert first == again and first != second

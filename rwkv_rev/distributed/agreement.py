@@ -6,12 +6,12 @@ from zlib import crc32
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from rwkv_rev.distributed.context_group import ContextGroup
 from rwkv_rev.distributed.shards import is_sharded
 from rwkv_rev.errors import ContextParallelError, StrategyError
-from rwkv_rev.reversal.fingerprint import checksum, fingerprint
+from rwkv_rev.reversal.fingerprint import as_words, fingerprint
 
 if TYPE_CHECKING:
     from rwkv_rev.bptt.strategy import LossInputs
@@ -79,24 +79,30 @@ def refuse_beside(return_logits: bool, output_hidden_states: bool) -> None:
 
 SMALL = 2**20
 """Bytes of a parameter below which looking at it takes the device less time than the host takes to launch that."""
-WEIGHTS = "the weights"
+COLUMNS = 4096
+WEIGHTS = "the weights or buffers"
+MODULES = "what modules go by (scales of adapters, eps, what is switched on)"
 SETTINGS = "the gradient settings (strategy, chunk_length, remnants, training or not, what is trained)"
 OTHERWISE = {
     WEIGHTS: "start all ranks from the same weights, additions included: the same seed before they are made, or "
     "torch.distributed.broadcast",
+    MODULES: "make the same model on every rank of the group",
     SETTINGS: "make the same calls on every rank of the group",
 }
 
 
-def agree(inputs: "LossInputs", settings: str, parameters: Iterable[Tensor]) -> None:
-    """Refuse ranks that were given different batches, settings or weights; all of them raise.
+def agree(inputs: "LossInputs", settings: str, going_by: object, model: nn.Module) -> None:
+    """Refuse ranks that were given different batches, settings, weights or buffers; all of them raise.
 
     Of weights that are spread over ranks each has its own part, which is not compared.
+
+    Args:
+        going_by: what modules go by beside their tensors, of one ``repr`` where it is the same.
 
     Raises:
         ContextParallelError: names what differs, and where.
     """
-    parameters = list(parameters)
+    parameters, buffers = list(model.parameters()), list(model.buffers())
     group = inputs.group
     assert group is not None
     device = inputs.targets.device
@@ -115,7 +121,8 @@ def agree(inputs: "LossInputs", settings: str, parameters: Iterable[Tensor]) -> 
             crc32((settings + repr([(tuple(p.shape), p.requires_grad) for p in parameters])).encode()),
             device=device,
         ),
-        WEIGHTS: _weights(parameters, device),
+        MODULES: torch.tensor(crc32(repr(going_by).encode()), device=device),
+        WEIGHTS: _weights([*parameters, *buffers], device),
         "the input": of(inputs.input_ids, inputs.inputs_embeds),
         "the labels": of(inputs.targets),
         "what tokens count": of(inputs.weights),
@@ -135,13 +142,21 @@ def agree(inputs: "LossInputs", settings: str, parameters: Iterable[Tensor]) -> 
         )
 
 
-def _weights(parameters: list[Tensor], device: torch.device) -> Tensor:
-    """Checksum, int64, of all whole parameters: each is read once, small ones of a dtype together."""
-    whole = [parameter.detach() for parameter in parameters if not is_sharded(parameter)]
-    found = [checksum(parameter) for parameter in whole if parameter.nbytes >= SMALL]
-    small = [parameter.view(-1) for parameter in map(Tensor.contiguous, whole) if parameter.nbytes < SMALL]
-    for kind in dict.fromkeys((parameter.dtype, parameter.device) for parameter in small):
-        found.append(checksum(torch.cat([each for each in small if (each.dtype, each.device) == kind])))
-    if not found:
-        return torch.zeros((), dtype=torch.int64, device=device)
-    return fingerprint(torch.stack([each.to(device) for each in found]))
+def _weights(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """Checksum, int64, of all whole tensors and of the places of their words: small ones of a dtype together."""
+    whole = [tensor.detach().contiguous().view(-1) for tensor in tensors if not is_sharded(tensor)]
+    looked_at = [each for each in whole if each.nbytes >= SMALL]
+    small = [each for each in whole if 0 < each.nbytes < SMALL]
+    for kind in dict.fromkeys((each.dtype, each.device) for each in small):
+        looked_at.append(torch.cat([each for each in small if (each.dtype, each.device) == kind]))
+    found = [sums.to(device) for each in looked_at for sums in _sums_by_place(each)]
+    return fingerprint(torch.cat(found)) if found else torch.zeros((), dtype=torch.int64, device=device)
+
+
+def _sums_by_place(tensor: Tensor) -> list[Tensor]:
+    """Sums of words in rows and in columns, int64, in which two that have changed places show; in two launches."""
+    words = as_words(tensor)
+    rows = words.numel() // COLUMNS
+    table, rest = words[: rows * COLUMNS].view(rows, COLUMNS), words[rows * COLUMNS :].to(torch.int64)
+    sums = [table.sum(1, dtype=torch.int64), table.sum(0, dtype=torch.int64)] if rows else []
+    return [*sums, rest] if len(rest) else sums

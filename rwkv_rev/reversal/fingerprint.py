@@ -31,13 +31,18 @@ def checksum(tensor: Tensor) -> Tensor:
 
     A tensor that differs in one word always has another checksum; one whose words have changed places does not.
     """
+    return as_words(tensor).sum(dtype=torch.int64)
+
+
+def as_words(tensor: Tensor) -> Tensor:
+    """The tensor's memory as integers of one dimension, the widest that fit."""
     words = tensor.detach().contiguous().view(-1)
     size, count, offset = words.element_size(), words.numel(), words.storage_offset()
     for dtype in (torch.int64, torch.int32, torch.int16):
         ratio = dtype.itemsize // size
         if ratio and count % ratio == 0 and offset % ratio == 0:
-            return words.view(dtype).sum(dtype=torch.int64)
-    return words.view(torch.uint8).sum(dtype=torch.int64)
+            return words.view(dtype)
+    return words.view(torch.uint8)
 
 
 def same_bits(one: Tensor, other: Tensor) -> Tensor:
