@@ -146,10 +146,10 @@ def kind_of(sweep: "Sweep") -> Any:
     if not _can_last(sweep):
         return None
     model: Any = sweep.model
-    kind = sweep.device.type
+    kind, length = sweep.device.type, sweep.strategy.chunk_length
     found = (
         sweep.strategy.name,
-        sweep.strategy.chunk_length,
+        length,
         sweep.inputs.targets.shape[0],
         sweep.device,
         sweep.inputs.final_state_gradient is not None,
@@ -163,7 +163,7 @@ def kind_of(sweep: "Sweep") -> Any:
         settings(model),
     )
     # asked last: it waits for the device
-    return found if all(plan.holds(plan) for plan in _each(sweep.plans[found[1]])) else None
+    return found if all(plan.holds(plan) for plan in _each(sweep.plans[length])) else None
 
 
 def _can_last(sweep: "Sweep") -> bool:

@@ -78,8 +78,7 @@ class ForwardRecording:
         It waits for the last run where its size depends on the data.
         """
         if self._needs_more is not None and self._needs_more():
-            sizes = None if self._capture.sizes is None else self._capture.sizes.cpu()
-            whole = FlatRecord.of(self._capture.tensors(sizes), self.record.data.device)
+            whole = FlatRecord.of(self._capture.tensors(self._capture.sizes.cpu()), self.record.data.device)
         else:
             whole = FlatRecord(self.record.data.clone(), self.record.layouts)
         return lambda: tape.push_flat(whole)

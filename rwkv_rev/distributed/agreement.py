@@ -78,8 +78,9 @@ def refuse_beside(return_logits: bool, output_hidden_states: bool) -> None:
 
 
 SMALL = 2**20
-"""Bytes of a parameter below which looking at it takes the device less time than the host takes to launch that."""
+"""Bytes of a tensor below which looking at it takes the device less time than the host takes to launch that."""
 COLUMNS = 4096
+"""Words in a row of the table whose sums are compared."""
 WEIGHTS = "the weights or buffers"
 MODULES = "what modules go by (scales of adapters, eps, what is switched on)"
 SETTINGS = "the gradient settings (strategy, chunk_length, remnants, training or not, what is trained)"
