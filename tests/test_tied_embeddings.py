@@ -28,7 +28,7 @@ from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.converters.inspection import inspect_source
 from rwkv_rev.equivalence.naive_model import naive_logits
 from rwkv_rev.equivalence.verification import verify_directory
-from rwkv_rev.errors import StrategyError
+from rwkv_rev.errors import CheckpointError, StrategyError
 from rwkv_rev.training.tuning import apply_tuning
 
 STRATEGIES = ("full", "checkpoint", "reversible", "truncated")
@@ -157,6 +157,29 @@ def test_untied_models_stay_so(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = RwkvRevForCausalLM.from_pretrained(tmp_path)
     assert loaded.head.weight is not loaded.model.embeddings.weight
+    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_two_tensors_are_not_tied_while_loading(tmp_path: Path) -> None:
+    """Which of the two is meant is not ours to choose; transformers warns and leaves them apart."""
+    model = tiny_model("5.2").eval()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="the stored head and embedding differ"):
+        RwkvRevForCausalLM.from_pretrained(tmp_path, tie_word_embeddings=True)
+    config = RwkvRevConfig.from_pretrained(tmp_path, tie_word_embeddings=True)
+    with pytest.raises(CheckpointError, match="the stored head and embedding differ"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, config=config)
+    # what the message says works
+    loaded = RwkvRevForCausalLM.from_pretrained(tmp_path)
+    loaded.config.tie_word_embeddings = True
+    loaded.tie_weights()
+    assert loaded.head.weight is loaded.model.embeddings.weight
+    # equal ones are one
+    with torch.no_grad():
+        model.head.weight.copy_(model.model.embeddings.weight)
+    model.save_pretrained(tmp_path)
+    loaded = RwkvRevForCausalLM.from_pretrained(tmp_path, tie_word_embeddings=True)
+    assert loaded.head.weight is loaded.model.embeddings.weight
     assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
 
 
