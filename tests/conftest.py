@@ -4,6 +4,7 @@ Nothing heavy is imported before a fixture needs it: the process that only hands
 """
 
 import gc
+import itertools
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -167,6 +168,16 @@ def shallow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         torch.save(kept, root / f"{name}.pth")
         rwkv_rev.convert(root / f"{name}.pth", root / name)
     return {version: root / name for version, name in BUNDLED.items()}
+
+
+@pytest.fixture(scope="module")
+def numbered_datasets() -> Iterator[None]:
+    """For the name of a file of what it made, which is not written here, datasets hashes code and tokenizers."""
+    numbers = itertools.count()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("arrow_dataset", "fingerprint"):
+            patch.setattr(f"datasets.{module}.update_fingerprint", lambda *_: f"{next(numbers):016x}")
+        yield
 
 
 @pytest.fixture

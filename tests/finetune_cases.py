@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,14 @@ def settings(model: Path, data: Path, output: Path, **changes: Any) -> FinetuneC
     return FinetuneConfig(**(values | changes))
 
 
-def finetune(config: FinetuneConfig, *, curve: bool = False) -> FinetuneResult:
+def finetune(
+    config: FinetuneConfig, *, curve: bool = False, notify: Callable[[str], object] | None = None
+) -> FinetuneResult:
     """Of the curve of losses, whose drawing would take as long as a step, only where it is looked at."""
     with pytest.MonkeyPatch.context() as patch:
         if not curve:
             patch.setattr("rwkv_rev.training.saving.has_matplotlib", lambda: False)
-        return run(config, quiet=True)
+        return run(config, notify=notify, quiet=True)
 
 
 def losses(output: Path) -> list[float]:

@@ -255,7 +255,8 @@ def test_packed_rows(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     monkeypatch.setattr(packed_rows, "SHORTEST", 3)
     monkeypatch.setattr(packed_rows, "LONGEST", 12)
     documents = ["--documents", "5", "--row-length", "32", "--chunk-length", "16,32"]
-    packed_rows.main(["--device", "cpu", "--shape", "5.2-15m", *documents])
+    monkeypatch.setitem(SHAPES, "small", {"rwkv_version": "5.2", "layers": 2, "width": 64, "vocab": 256})
+    packed_rows.main(["--device", "cpu", "--shape", "small", *documents])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["way"] for row in rows] == ["alone", "padded", "packed", "packed", "packed"]
     assert [row["chunk_length"] for row in rows[3:]] == [16, 32]

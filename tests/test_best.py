@@ -20,7 +20,7 @@ from rwkv_rev.training.best import best_step, held_out_losses, never_better, wit
 from rwkv_rev.training.callbacks import StopAtBadLoss
 from rwkv_rev.training.checkpoints import checkpoints
 from rwkv_rev.training.config import FinetuneConfig, build_config
-from rwkv_rev.training.finetune import FinetuneResult, plan, run
+from rwkv_rev.training.finetune import FinetuneResult, plan
 from rwkv_rev.training.trainer import RwkvRevTrainer
 
 FALLS_THEN_RISES = {1: 3.0, 2: 2.0} | {step: float(step) for step in range(3, 9)}
@@ -198,7 +198,7 @@ def test_a_best_checkpoint_that_is_gone_or_damaged(config: Settings) -> None:
     one = weights(kept / "checkpoint-1")
     told: list[str] = []
     with held_out(FALLS_THEN_RISES):
-        result = run(replace(settings, resume="auto"), notify=told.append, quiet=True)
+        result = finetune(replace(settings, resume="auto"), notify=told.append)
     (line,) = [line for line in told if "lowest held-out loss" in line]
     assert re.fullmatch(
         r"warning: step 2 has the lowest held-out loss, but .*checkpoint-2 is damaged: model.safetensors is not what "
@@ -212,7 +212,7 @@ def test_a_best_checkpoint_that_is_gone_or_damaged(config: Settings) -> None:
     told.clear()
     with held_out(FALLS_THEN_RISES):
         changed = replace(settings, output="elsewhere", resume=str(kept / "checkpoint-3"))
-        result = run(changed, notify=told.append, quiet=True)
+        result = finetune(changed, notify=told.append)
     assert result.best_step == 1 and any("checkpoint-2 is not there" in line for line in told)
     assert (kept / "checkpoint-1").is_dir(), "read, and left there"
 
@@ -221,7 +221,7 @@ def test_patience(config: Settings) -> None:
     """One line, whole outputs, and the weights of the step where it stopped."""
     told: list[str] = []
     with held_out(FALLS_THEN_RISES):
-        result = run(config(patience=2, max_steps=8), notify=told.append, quiet=True)
+        result = finetune(config(patience=2, max_steps=8), notify=told.append)
     stops = [line for line in told if line.startswith("stopping")]
     assert stops == ["stopping after step 4 of 8: no lower held-out loss in 2 evaluations since step 2"]
     assert (result.steps, result.planned_steps, result.best_step) == (4, 8, None)
@@ -251,7 +251,7 @@ def test_a_resumed_run_goes_on_counting(config: Settings) -> None:
         ]
         shutil.copytree(settings.working_directory, "more.training")
         told: list[str] = []
-        result = run(replace(settings, resume="auto"), notify=told.append, quiet=True)
+        result = finetune(replace(settings, resume="auto"), notify=told.append)
         more = finetune(replace(settings, output="more", resume="auto", patience=4))
     assert result.steps == 5 and sum(line.startswith("stopping after step 5 of 8") for line in told) == 1
     assert more.steps == 6, "with more patience it goes on"

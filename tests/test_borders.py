@@ -169,10 +169,10 @@ def test_a_packed_row_is_its_documents(name: str, strategy: str, layout: str) ->
 @pytest.mark.parametrize("version", ["4", "5.2", "6", "7"])
 def test_trained_models_on_text(version: str, shallow: dict[str, Path]) -> None:
     """In float64, through several chunks; a document over three of them, and one of one token."""
-    lengths = [70, 1, 25]
+    lengths = [40, 1, 18]
     model, ids = load(shallow[version], torch.float64), english(sum(lengths))
-    expected, states = alone(model, "reversible", 24, cut(ids, lengths), sum(lengths) - len(lengths))
-    found = differentiate(model, "reversible", 24, input_ids=ids, borders=borders_of(lengths))
+    expected, states = alone(model, "reversible", 16, cut(ids, lengths), sum(lengths) - len(lengths))
+    found = differentiate(model, "reversible", 16, input_ids=ids, borders=borders_of(lengths))
     assert_near(found, expected, 1e-12)
     assert_states(found.state, states[-1], 1e-12)
 
@@ -182,9 +182,9 @@ def test_in_a_single_chunk_no_grid_is_between(name: str) -> None:
     lengths = LENGTHS["mixed"]
     model, ids = model_of(name), random_tokens(TOKENS)
     expected, _ = documents_alone(name, "mixed")
-    for strategy in ("checkpoint", "reversible"):
-        found = differentiate(model, strategy, TOKENS, input_ids=ids, borders=borders_of(lengths))
-        assert_near(found, expected, 1e-12)
+    strategy = "reversible" if name in OTHERS else "checkpoint"  # as the other, without a chunk between
+    found = differentiate(model, strategy, TOKENS, input_ids=ids, borders=borders_of(lengths))
+    assert_near(found, expected, 1e-12)
 
 
 @pytest.mark.parametrize("strategy", ["full", "reversible"])
@@ -193,7 +193,7 @@ def test_in_float32(name: str, strategy: str) -> None:
     """RMS over texts: of one, the two numbers of RWKV-5.0's decay are chance, of sums that cancel."""
     lengths, model = LENGTHS["longer"], model_of(name, torch.float32)
     errors: dict[str, list[float]] = {}
-    for seed in range(3):
+    for seed in range(2):
         ids = random_tokens(sum(lengths), seed=seed)
         expected, states = documents_alone(name, "longer", torch.float32, seed)
         found = differentiate(model, strategy, 16, input_ids=ids, borders=borders_of(lengths))
@@ -206,16 +206,16 @@ def test_in_float32(name: str, strategy: str) -> None:
         assert math.hypot(*each) / math.sqrt(len(each)) <= TOLERANCE[torch.float32], parameter
 
 
-@pytest.mark.parametrize("kernel", ["naive", "chunked"])
 @pytest.mark.parametrize("name", VERSIONS)
-def test_kernels(name: str, kernel: str) -> None:
+def test_kernels(name: str) -> None:
     lengths = LENGTHS["mixed"]
     model, ids = model_of(name), random_tokens(TOKENS)
     with use_kernel("naive"):
         expected, _ = alone(model, "full", None, cut(ids, lengths), PREDICTED)
-    with use_kernel(kernel):
-        found = differentiate(model, "full", input_ids=ids, borders=borders_of(lengths))
-    assert_near(found, expected, 1e-10)
+    for kernel in ("naive", "chunked"):
+        with use_kernel(kernel):
+            found = differentiate(model, "full", input_ids=ids, borders=borders_of(lengths))
+        assert_near(found, expected, 1e-10)
 
 
 @pytest.mark.parametrize("name", [*VERSIONS, *OTHERS])
@@ -305,20 +305,32 @@ def test_rows_with_other_borders_masks_and_states(name: str, strategy: str) -> N
         assert_states(found.state.rows(torch.tensor([row])), end, tolerance)
 
 
+def tuning(name: str) -> RwkvRevForCausalLM:
+    """A model of which the state is trained that documents begin from, and nothing else."""
+    model = model_of(name, tuned=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(any(parameter is tuned for tuned in model.model.initial_wkv))
+    return model
+
+
+@functools.cache
+def tuned_documents_alone(name: str) -> tuple[Outcome, list[ModelState]]:
+    """What ``full`` makes of them."""
+    return alone(tuning(name), "full", None, cut(random_tokens(TOKENS), LENGTHS["mixed"]), PREDICTED)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", ["5.2", "7", "reversible-gru", "linear-attention"])
 def test_a_tuned_state_is_where_every_document_begins(name: str, strategy: str) -> None:
     lengths = LENGTHS["mixed"]
-    model, ids = model_of(name, tuned=True), random_tokens(TOKENS)
-    for parameter in model.parameters():
-        parameter.requires_grad_(any(parameter is tuned for tuned in model.model.initial_wkv))
-    expected, states = alone(model, strategy, TOKENS, cut(ids, lengths), PREDICTED)
+    model, ids = tuning(name), random_tokens(TOKENS)
+    expected, states = tuned_documents_alone(name)
     found = differentiate(model, strategy, TOKENS, input_ids=ids, borders=borders_of(lengths))
     assert len(found.gradients) == 2 and all(g.abs().sum() > 0 for g in found.gradients.values())
     assert_near(found, expected, tolerance_of(name, strategy))
     assert_states(found.state, states[-1], tolerance_of(name, strategy))
-    cut_in_chunks = differentiate(model, strategy, 14, input_ids=ids, borders=borders_of(lengths))
-    if strategy != "truncated":
+    if strategy in ("checkpoint", "reversible"):
+        cut_in_chunks = differentiate(model, strategy, 14, input_ids=ids, borders=borders_of(lengths))
         assert_near(cut_in_chunks, expected, tolerance_of(name, strategy))
 
 
@@ -436,15 +448,15 @@ def test_generation_goes_on_from_the_last_document(name: str, options: str, embe
     model, ids = model_of(name).eval(), random_tokens(19, batch=2)
     at = borders_of([13, 6], [13, 6])
     more = {"": {}, "use_cache=False": {"use_cache": False}, "num_beams=2": {"num_beams": 2}}[options]
-    new = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0, **more}
+    new = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, **more}
     prompt: dict[str, Any] = {"inputs": ids}
     if embeddings:
         if options == "use_cache=False":
             pytest.skip("transformers does not read embeddings twice")
         prompt = {"inputs_embeds": model.get_input_embeddings()(ids)}
-    found = model.generate(**prompt, borders=at, **new)[:, -7:]
-    assert torch.equal(found, model.generate(ids[:, 13:], **new)[:, -7:])
-    assert not torch.equal(found, model.generate(ids, **new)[:, -7:])
+    found = model.generate(**prompt, borders=at, **new)[:, -5:]
+    assert torch.equal(found, model.generate(ids[:, 13:], **new)[:, -5:])
+    assert not torch.equal(found, model.generate(ids, **new)[:, -5:])
 
 
 @pytest.mark.parametrize(
@@ -455,11 +467,11 @@ def test_generation_by_every_name(version: str, name: str, cached: bool) -> None
     model, ids, lengths = model_of(version).eval(), random_tokens(22), [9, 1, 12]
     given = {"borders": borders_of(lengths)} if name == "borders" else names_of(lengths)[name]
     given.pop("max_length_q", None)  # which generate does not know
-    new = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0, "use_cache": cached}
-    found = model.generate(ids, **given, **new)[:, -7:]
-    assert torch.equal(found, model.generate(ids[:, 10:], **new)[:, -7:])
+    new = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "use_cache": cached}
+    found = model.generate(ids, **given, **new)[:, -5:]
+    assert torch.equal(found, model.generate(ids[:, 10:], **new)[:, -5:])
     if version != "4":  # which writes the same after both
-        assert not torch.equal(found, model.generate(ids, **new)[:, -7:])
+        assert not torch.equal(found, model.generate(ids, **new)[:, -5:])
 
 
 COPIES: dict[str, dict[str, Any]] = {
@@ -479,13 +491,13 @@ def test_several_sequences_of_a_packed_row(version: str, name: str, copies: str)
     model, ids, lengths = model_of(version).eval(), random_tokens(22), [9, 1, 12]
     given = {"borders": borders_of(lengths)} if name == "borders" else names_of(lengths)[name]
     given.pop("max_length_q", None)  # which generate does not know
-    new = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0, **COPIES[copies]}
+    new = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, **COPIES[copies]}
     if copies == "assisted":
         new["assistant_model"] = tiny_model(version, seed=3, dtype=torch.float64).eval()
     torch.manual_seed(0)
-    found = model.generate(ids, **given, **new)[:, -7:]
+    found = model.generate(ids, **given, **new)[:, -5:]
     torch.manual_seed(0)
-    assert torch.equal(found, model.generate(ids[:, 10:], **new)[:, -7:])
+    assert torch.equal(found, model.generate(ids[:, 10:], **new)[:, -5:])
 
 
 def test_cumulative_lengths_of_several_prompts() -> None:

@@ -35,10 +35,10 @@ from rwkv_rev.wkv import use_kernel
 
 EXACT = ("full", "checkpoint", "reversible")
 TWO_SWEEPS = ("checkpoint", "reversible")
-LENGTH = 100
+LENGTH = 70
 BUNDLED = ("4", "5.2", "6", "7")
 WHOLE = ("4", "7")
-"""Whose states are kept whole by either strategy."""
+"""Whose states are kept whole by either strategy, which then do the same."""
 TEXTS = 4
 
 
@@ -63,9 +63,8 @@ class Trained:
         truth, full = (differentiate(one, "full", input_ids=tokens) for one in (wide, model))
         return cls(model, wide, tokens, truth, full)
 
-    def by_both(self, chunk: int) -> list[Outcome]:
-        """Of :data:`TWO_SWEEPS`."""
-        return [differentiate(self.model, strategy, chunk, input_ids=self.tokens) for strategy in TWO_SWEEPS]
+    def by(self, strategy: str, chunk: int) -> Outcome:
+        return differentiate(self.model, strategy, chunk, input_ids=self.tokens)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +114,7 @@ def test_bundled_checkpoints_on_real_text(
     """
     case = trained(version)
     truth, full = case.truth, case.full
-    checkpoint, reversible = case.by_both(chunk)
+    checkpoint, reversible = (case.by(strategy, chunk) for strategy in TWO_SWEEPS)
 
     assert_same_bits(reversible, checkpoint)
     assert_agree(reversible, full)
@@ -139,20 +138,22 @@ def assert_shorter_tape(reversible: Outcome, checkpoint: Outcome, version: str) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("version", "length", "chunk"), [("4", 4096, 64), ("5.2", 4096, 256), ("6", 2100, 256), ("7", 4096, 1000)]
+    ("version", "length", "chunk"), [("4", 4096, 64), ("5.2", 4096, 256), ("6", 1100, 256), ("7", 4096, 1000)]
 )
 def test_long_texts(shallow: dict[str, Path], version: str, length: int, chunk: int) -> None:
     """Over thousands of tokens strategies agree as over fewer: nothing adds up from chunk to chunk."""
     case = Trained.on(shallow[version], length)
-    checkpoint, reversible = case.by_both(chunk)
-    assert_same_bits(reversible, checkpoint)
+    reversible = case.by("reversible", chunk)
+    if version not in WHOLE:
+        checkpoint = case.by("checkpoint", chunk)
+        assert_same_bits(reversible, checkpoint)
+        assert_shorter_tape(reversible, checkpoint, version)
     assert_agree(reversible, case.full)
     found, least = (
         grouped_errors(outcome.gradients, case.truth.gradients)["all"] for outcome in (reversible, case.full)
     )
     assert found <= AS_CLOSE * least
     assert abs(reversible.loss.item() - case.truth.loss.item()) <= 1e-6 * case.truth.loss.item()
-    assert_shorter_tape(reversible, checkpoint, version)
 
 
 @pytest.mark.parametrize("version", BUNDLED)
@@ -168,20 +169,34 @@ def test_timestep_by_timestep(shallow: dict[str, Path], version: str) -> None:
 # --- tiny random models of every version ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 16, 64])
-@pytest.mark.parametrize("version", VERSIONS)
-def test_random_models(version: str, chunk: int) -> None:
-    """Odd shapes, an initial state with gradient, a gradient arriving at the final state."""
-    length = {1: 4, 5: 12}.get(chunk, 43)
+def with_states(
+    version: str, strategy: str, chunk: int | None, length: int
+) -> tuple[Outcome, list[torch.Tensor | None]]:
+    """Of an initial state with gradient, and a gradient arriving at the final one; and the gradient by the former."""
     model, tokens = tiny_model(version), random_tokens(length, batch=3)
+    state = random_state(model, 3, learned=True)
+    inputs = {"input_ids": tokens, "state": state, "final_state_gradient": random_like(state)}
+    outcome = differentiate(model, strategy, chunk, **inputs)
+    return outcome, [tensor.grad for tensor in state.tensors()]
+
+
+@cache
+def full_with_states(version: str, length: int) -> tuple[Outcome, list[torch.Tensor | None]]:
+    return with_states(version, "full", None, length)
+
+
+@pytest.mark.parametrize(
+    ("version", "chunk"),
+    [*((version, chunk) for version in VERSIONS for chunk in (5, 16)),
+     *((version, chunk) for version in BUNDLED for chunk in (1, 64))],
+)  # fmt: skip
+def test_random_models(version: str, chunk: int) -> None:
+    """Odd shapes, and states with gradients at both ends."""
+    length = {1: 4, 5: 12}.get(chunk, 43)
     outcomes, by_state = {}, {}
-    for strategy in EXACT:
-        state = random_state(model, 3, learned=True)
-        arriving = random_like(state)
-        outcomes[strategy] = differentiate(
-            model, strategy, chunk, input_ids=tokens, state=state, final_state_gradient=arriving
-        )
-        by_state[strategy] = [tensor.grad for tensor in state.tensors()]
+    outcomes["full"], by_state["full"] = full_with_states(version, length)
+    for strategy in TWO_SWEEPS:
+        outcomes[strategy], by_state[strategy] = with_states(version, strategy, chunk, length)
     assert_same_bits(outcomes["reversible"], outcomes["checkpoint"])
     assert_agree(outcomes["reversible"], outcomes["full"])
     for found, twin, truth in zip(
@@ -334,8 +349,11 @@ def test_padding_contents_do_not_matter(strategy: str) -> None:
         assert torch.allclose(gradient, second.gradients[name], rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("strategy", EXACT)
-@pytest.mark.parametrize("version", BUNDLED)
+@pytest.mark.parametrize(
+    ("version", "strategy"),
+    [*((version, "reversible") for version in BUNDLED),
+     *((version, EXACT[i % 2]) for i, version in enumerate(BUNDLED))],
+)  # fmt: skip
 def test_an_empty_row_changes_nothing(version: str, strategy: str) -> None:
     """A row that is all padding keeps its state to the bit and adds nothing to the loss."""
     model, tokens = tiny_model(version), random_tokens(20, batch=2)
@@ -349,18 +367,20 @@ def test_an_empty_row_changes_nothing(version: str, strategy: str) -> None:
         assert relative_error(after[:, 1], before[:, 1]) <= 1e-7
 
 
-@pytest.mark.parametrize("strategy", [*EXACT, "truncated"])
 @pytest.mark.parametrize("version", BUNDLED)
-def test_a_chunk_without_labels(version: str, strategy: str) -> None:
+def test_a_chunk_without_labels(version: str) -> None:
     """Chunks whose labels are all -100 still carry gradient through, and give no NaN."""
     model, tokens = tiny_model(version), random_tokens(22)
     labels = tokens.clone()
     labels[:, :9] = IGNORE
     labels[:, 12:19] = IGNORE
-    found = differentiate(model, strategy, 6, input_ids=tokens, labels=labels)
-    assert torch.isfinite(found.loss)
-    if strategy != "truncated":
-        assert_agree(found, differentiate(model, "full", input_ids=tokens, labels=labels))
+    full = differentiate(model, "full", input_ids=tokens, labels=labels)
+    for strategy in (*TWO_SWEEPS, "truncated"):
+        found = differentiate(model, strategy, 6, input_ids=tokens, labels=labels)
+        assert torch.isfinite(found.loss)
+        assert all(gradient.isfinite().all() for gradient in found.gradients.values())
+        if strategy != "truncated":
+            assert_agree(found, full)
 
 
 @pytest.mark.parametrize("strategy", [*EXACT, "truncated"])
@@ -526,7 +546,7 @@ def slow_decay(model: RwkvRevForCausalLM, log_bits: float) -> RwkvRevForCausalLM
     return model
 
 
-@pytest.mark.parametrize("version", ["5.0", "5.1", "5.2", "6"])
+@pytest.mark.parametrize("version", ["5.2", "6"])
 def test_lossy_reports_its_drift(version: str) -> None:
     """On decays slow enough plain division works, nearly; its drift stands in the report."""
     model, tokens = tiny_model(version), random_tokens(72)

@@ -190,9 +190,15 @@ def train(
     return trainer, parameters_of(model)
 
 
-def test_transformers_trainer(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def by_trainer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Tensor]]:
+    """``reversible``, as several tests look at it; not to be changed."""
+    return train("reversible", tmp_path_factory.mktemp("trainer"))
+
+
+def test_transformers_trainer(tmp_path: Path, by_trainer: tuple[Any, dict[str, Tensor]]) -> None:
     """``reversible`` trains like ``full``; accumulation is exact, since ``num_items_in_batch`` is honoured."""
-    trainer, reversible = train("reversible", tmp_path)
+    trainer, reversible = by_trainer
     _, full = train("full", tmp_path)
     _, joined = train("reversible", tmp_path, batch=4, accumulate=1)
     assert_parameters_close(reversible, full)
@@ -204,18 +210,18 @@ def test_transformers_trainer(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script(_method)?` is deprecated")
-def test_trainer_with_torch_compile(tmp_path: Path) -> None:
+def test_trainer_with_torch_compile(tmp_path: Path, by_trainer: tuple[Any, dict[str, Tensor]]) -> None:
     """The loss of a compiled model is computed as that of any other, to the bit."""
-    _, plain = train("reversible", tmp_path)
+    _, plain = by_trainer
     _, compiled = train("reversible", tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
     assert plain.keys() == compiled.keys()
     for name, parameter in plain.items():
         assert torch.equal(compiled[name], parameter), name
 
 
-def test_trainer_evaluates(tmp_path: Path) -> None:
+def test_trainer_evaluates(by_trainer: tuple[Any, dict[str, Tensor]]) -> None:
     """Evaluation streams: the loss is that of a plain forward pass, in any strategy."""
-    trainer, _ = train("reversible", tmp_path)
+    trainer, _ = by_trainer
     found = trainer.evaluate()["eval_loss"]
     model = trainer.model.eval()
     rows = [Rows(3)[index] for index in range(3)]
@@ -426,7 +432,7 @@ def test_lora_in_the_trainer_with_checkpointed_blocks(tmp_path: Path) -> None:
         arguments = TrainingArguments(
             output_dir=str(tmp_path),
             per_device_train_batch_size=2,
-            max_steps=3,
+            max_steps=2,
             learning_rate=1e-2,
             bf16=True,
             **RECOMPUTE,

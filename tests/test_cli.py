@@ -234,6 +234,7 @@ def test_a_failed_verification_exits_3_and_leaves_nothing(
         write_shards(shards, folder, changed, on_bytes)
 
     monkeypatch.setattr(conversion, "write_shards", flip_one)
+    monkeypatch.setattr(conversion, "VERIFY_TOKENS", 32)
     code, out, err = cli("convert", f"{shallow['4']}.pth", "--output", "model")
     assert code == 3
     assert "FAIL" in out
@@ -242,9 +243,8 @@ def test_a_failed_verification_exits_3_and_leaves_nothing(
     assert files(tmp_path) == set()
 
 
-def test_generate(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    cli("convert", "bundled:rwkv-4", "--output", "model", "--no-verify")
-    arguments = ("generate", "model", "--max-new-tokens", 12, "--seed", 1, "--no-stream")
+def test_generate(cli: Cli, shallow: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("generate", shallow["4"], "--max-new-tokens", 12, "--seed", 1, "--no-stream")
     code, out, err = cli(*arguments, "--prompt", "The ")
     assert (code, err) == (0, "")
     assert out.startswith("The ") and len(out) > 8
@@ -475,10 +475,12 @@ def test_a_newline_in_a_name_ends_no_line(cli: Cli, shallow: dict[str, Path]) ->
 
 @pytest.mark.parametrize("columns", [40, 60])
 def test_verify_fits_the_terminal(
-    cli: Cli, bundled: dict[str, Path], monkeypatch: pytest.MonkeyPatch, columns: int
+    cli: Cli, shallow: dict[str, Path], monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
     monkeypatch.setattr("rwkv_rev.cli.output.width", lambda: columns)
-    code, out, err = cli("verify", bundled["5.2"], "--tokens", 8, "--context", 12, "--oracle", "naive")
+    shutil.copy(f"{shallow['5.2']}.pth", "a.pth")  # whose path fits
+    options = ("--tokens", 8, "--context", 12, "--oracle", "naive")
+    code, out, err = cli("verify", shallow["5.2"], "--original", "a.pth", *options)
     assert code == 0, err
     assert [line for line in out.splitlines() if len(line) > columns] == []
 
@@ -491,7 +493,8 @@ def test_the_home_folder(
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("USERPROFILE", str(home))
-    (home / "book.txt").write_text("text " * 100)
+    (home / "book.txt").write_text("text " * 20)
+    monkeypatch.setattr("rwkv_rev.training.saving.has_matplotlib", lambda: False)
     for arguments in (
         ("convert", f"{shallow['4']}.pth", "--output", "~/c", "--no-verify"),
         ("export", "~/c", "--output", "~/e.pth"),

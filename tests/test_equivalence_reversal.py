@@ -24,7 +24,7 @@ def text(tokens: int) -> torch.Tensor:
     return torch.tensor(list(default_text().encode()[:tokens]))
 
 
-@pytest.mark.parametrize(("context", "chunk"), [(768, 64), (768, 100), (2048, 256)], ids=lambda n: str(n))
+@pytest.mark.parametrize(("context", "chunk"), [(300, 64), (430, 100), (1024, 256)], ids=lambda n: str(n))
 def test_states_come_back_to_the_bit(model: RwkvRevForCausalLM, context: int, chunk: int) -> None:
     found = check_reversal(model, text(context), chunk=chunk, drift_steps=(16,))
     assert found.passed, found.mismatch

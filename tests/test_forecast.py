@@ -23,7 +23,7 @@ WIDE = {
         rwkv_version="5.2",
         vocab_size=500,
         hidden_size=192,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=3,
         head_size=64,
         intermediate_size=672,
@@ -32,7 +32,7 @@ WIDE = {
         rwkv_version="6",
         vocab_size=500,
         hidden_size=128,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=2,
         head_size=64,
         intermediate_size=448,
@@ -41,7 +41,7 @@ WIDE = {
         rwkv_version="7",
         vocab_size=500,
         hidden_size=128,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=2,
         head_size=64,
         intermediate_size=512,
@@ -50,7 +50,7 @@ WIDE = {
         rwkv_version="4",
         vocab_size=1000,
         hidden_size=128,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=1,
         head_size=128,
         intermediate_size=512,
@@ -167,7 +167,7 @@ MODELS = [f"{kind} {version}" for kind in ("bundled", "wide") for version in WID
 def model(request: pytest.FixtureRequest, bundled: dict[str, Path]) -> RwkvRevForCausalLM:
     kind, version = request.param.split()
     if kind == "bundled":
-        return load(bundled[version], layers=3)
+        return load(bundled[version], layers=2)
     torch.manual_seed(0)
     return RwkvRevForCausalLM(WIDE[version])
 

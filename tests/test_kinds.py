@@ -4,7 +4,7 @@ import ast
 import re
 
 import pytest
-from test_imports import ROOT, sources
+from test_imports import ROOT, parsed, sources
 from told_apart import classes, folder_of, kinds, own_attributes, told_apart
 
 
@@ -127,7 +127,7 @@ KNOW_FOREIGN = {
 def test_foreign_names_are_known_where_checkpoints_are_read() -> None:
     found = set()
     for module, path in sources().items():
-        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        nodes = list(ast.walk(parsed(path.read_text(encoding="utf-8"))))
         prose = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
         texts = [node.value for node in nodes if isinstance(node, ast.Constant) and id(node) not in prose]
         if any(isinstance(text, str) and FOREIGN.search(text) for text in texts):

@@ -84,7 +84,7 @@ def train(
 def batches(kind: str) -> list[dict[str, Any]]:
     model = tiny_model("5.2")
     found: list[dict[str, Any]] = []
-    for step, length in enumerate((12, 12, 16, 11, 12)):
+    for step, length in enumerate((12, 16, 11, 12)):
         ids = random_tokens(length, 2, seed=step)
         batch: dict[str, Any] = {"input_ids": ids, "labels": ids.clone()}
         if kind == "labels":  # another divisor at each step, chunks that predict nothing
@@ -92,7 +92,7 @@ def batches(kind: str) -> list[dict[str, Any]]:
         elif kind == "holes" and step == 2:
             batch["attention_mask"] = torch.ones_like(ids)
             batch["attention_mask"][0, 5:11] = 0
-        elif kind == "loss weights" and step != 4:
+        elif kind == "loss weights" and step != 3:
             batch["loss_weights"] = torch.rand(
                 2, length, generator=torch.Generator().manual_seed(step)
             ).round(decimals=1)
@@ -133,7 +133,8 @@ def test_steps_are_what_they_would_have_been(
     assert not lasted
     played(True)
     found = train(version, strategy, given, lr)
-    assert len(lasted) >= 3 and Played.replays > 12
+    steps = 2 if kind in ("loss weights", "states") else 3  # one step is of another kind there
+    assert len(lasted) >= steps and Played.replays > 4 * steps
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
 
@@ -144,12 +145,12 @@ def test_steps_in_float64(
     played: Callable[[bool], None], lasted: list[int], version: str, strategy: str
 ) -> None:
     """Whose memories are integers of another width."""
-    given = batches("plain")[:4]
+    given = batches("plain")[:3]
     played(False)
     expected = train(version, strategy, given, 0.02, torch.float64)
     played(True)
     found = train(version, strategy, given, 0.02, torch.float64)
-    assert len(lasted) >= 3
+    assert len(lasted) >= 2
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 

@@ -30,7 +30,7 @@ from rwkv_rev import RwkvRevForCausalLM, StrategyError
 from rwkv_rev.errors import ReversalMismatchError
 from rwkv_rev.reversal.tape import Tape
 
-LENGTH, CHUNK = 32 * 3 + 11, 32
+LENGTH, CHUNK = 16 * 3 + 7, 16
 
 
 def trained(folders: dict[str, Path]) -> RwkvRevForCausalLM:
@@ -56,9 +56,9 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 def test_documents_masks_and_a_state(shallow: dict[str, Path]) -> None:
     model, ids = trained(shallow), english(LENGTH, 3)
     mask = torch.ones_like(ids)
-    mask[0, :45], mask[1, 30:75], mask[2, ::3] = 0, 0, 0
+    mask[0, :24], mask[1, 15:39], mask[2, ::3] = 0, 0, 0
     masked = {"attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-    packed = {"borders": borders_of([LENGTH], [21, 50, LENGTH - 71], [1, LENGTH - 1])}
+    packed = {"borders": borders_of([LENGTH], [11, 26, LENGTH - 37], [1, LENGTH - 1])}
     state = random_state(model, 3)
     for more in (masked, packed, {}):
         inputs = {"input_ids": ids, "state": state, **more}

@@ -1,4 +1,4 @@
-"""Converting a checkpoint of 0.5 GB needs no more memory of its own than one shard and one tensor.
+"""Converting a checkpoint of 0.3 GB needs no more memory of its own than one shard and one tensor.
 
 What counts is anonymous memory (RssAnon): pages of the mapped source and of written files belong to the
 system's cache, which drops them when memory is short.
@@ -52,8 +52,8 @@ for dtype in dtypes:
 
 
 def synthetic(path: Path) -> dict[str, int]:
-    """A 0.5 GB RWKV-5.2 in bfloat16 as ``.pth``; zeros, which take memory only on the disk."""
-    D, H, V, F, layers = 2048, 32, 32768, 7168, 2
+    """A 0.3 GB RWKV-5.2 in bfloat16 as ``.pth``; zeros, which take memory only on the disk."""
+    D, H, V, F, layers = 2048, 32, 24576, 7168, 1
     shapes: dict[str, tuple[int, ...]] = {"emb.weight": (V, D), "head.weight": (V, D)}
     vectors = [f"{name}.{end}" for name in ("ln1", "ln2", "att.ln_x") for end in ("weight", "bias")]
     for i in range(layers):
@@ -87,7 +87,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 def test_anonymous_memory_while_converting(folder: Path) -> None:
     sizes = synthetic(folder / "big.pth")
     total, largest = sum(sizes.values()), max(sizes.values())
-    assert total > 4e8
+    assert total > 3e8 and largest > 1e8
     cases = {"auto": total, "float32": 2 * total}
     done = run_python(
         [sys.executable, "-c", WORKER, folder / "big.pth", folder / "model", str(SHARD), *cases]

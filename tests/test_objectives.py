@@ -485,7 +485,7 @@ def test_a_resumed_run_is_the_same_run(shallow: dict[str, Path], tmp_path: Path)
 
 def test_accumulation_is_the_joined_batch(shallow: dict[str, Path], tmp_path: Path) -> None:
     """Rows of unequal weight: a step is divided by the weights of all its rows."""
-    data = short_documents(tmp_path / "data.jsonl", 2, 6, 4, 5)
+    data = short_documents(tmp_path / "data.jsonl", 1, 4, 2, 3)
     found = []
     for batch in (1, 4):
         output = tmp_path / f"by-{batch}"
@@ -500,7 +500,7 @@ def test_accumulation_is_the_joined_batch(shallow: dict[str, Path], tmp_path: Pa
 
 
 def test_packed_rows_train_as_their_documents(shallow: dict[str, Path], tmp_path: Path) -> None:
-    data = short_documents(tmp_path / "data.jsonl", 8, 3, 12, 6)
+    data = short_documents(tmp_path / "data.jsonl", 4, 2, 7, 3)
     found = []
     for pack, batch in ((True, 1), (False, 4)):
         output = tmp_path / f"pack-{pack}"

@@ -15,7 +15,7 @@ from rwkv_rev.chunk_length import LENGTHS, ON_CPU, USABLE
 from rwkv_rev.training import finetune as module
 from rwkv_rev.training.checkpoints import RUN_NAME
 from rwkv_rev.training.config import FinetuneConfig, build_config
-from rwkv_rev.training.finetune import plan, run
+from rwkv_rev.training.finetune import plan
 from rwkv_rev.training.rows import RowDataset
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -38,7 +38,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 def config(shallow: dict[str, Path], tmp_path: Path) -> FinetuneConfig:
     data = counting_text(tmp_path / "data.txt", 200)
     return settings(
-        *(shallow["5.2"], data, tmp_path / "out"), chunk_length="auto", context_length=600, batch_size=1
+        *(shallow["5.2"], data, tmp_path / "out"), chunk_length="auto", context_length=520, batch_size=1
     )
 
 
@@ -92,7 +92,7 @@ def test_pieces_of_packed_rows_are_forecast(
     """Each has a state in the graph, and a border puts the state on the tape whole."""
     data = tmp_path / "short.jsonl"
     data.write_text('{"text": "a document of some forty bytes, no more"}\n' * 60)
-    config = changed(config, data=[str(data)], pack=True, chunk_length=128)
+    config = changed(config, data=[str(data)], pack=True, context_length=600, chunk_length=128)
     memory = plan(config).memory
     monkeypatch.setattr(RowDataset, "most_pieces", lambda self, count: 1)
     alone = plan(config).memory
@@ -138,7 +138,7 @@ def test_a_resumed_run_goes_on_with_what_it_began_with(
     resumed = changed(config, resume=str(checkpoints[0]))
     assert plan(resumed).length_is == f"what {checkpoints[0].name} was trained with"
     told: list[str] = []
-    run(resumed, notify=told.append, quiet=True)
+    finetune(resumed, notify=told.append)
     assert any(line.startswith("chunks of 256 tokens: what checkpoint-2") for line in told)
     assert losses(Path(config.output)) == losses(Path(whole.output))
     # a number that is set is taken
@@ -154,7 +154,7 @@ def test_processes_take_the_shortest(
     asked: list[int] = []
     monkeypatch.setattr(module, "shortest_of_all", lambda tokens, device: asked.append(tokens) or 300)
     told: list[str] = []
-    run(changed(config, max_steps=1), notify=told.append, quiet=True)
+    finetune(changed(config, max_steps=1), notify=told.append)
     assert asked == [LENGTHS[-1]]
     summary = json.loads((Path(config.output) / "training" / "summary.json").read_text())
     assert summary["plan"]["settings"]["chunk_length"] == 300

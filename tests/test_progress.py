@@ -69,7 +69,7 @@ def test_silence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
 
 
 def test_a_run_tells_its_steps(
-    bundled: dict[str, Any],
+    shallow: dict[str, Any],
     tmp_path: Any,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -78,12 +78,13 @@ def test_a_run_tells_its_steps(
 
     from rwkv_rev.training.finetune import run
 
-    monkeypatch.setattr(progress, "EVERY", 0.1)
+    monkeypatch.setattr(progress, "EVERY", 0.02)
     data = counting_text(tmp_path / "data.txt", 100)
     held_out = counting_text(tmp_path / "held-out.txt", 90)
-    run(settings(bundled["4"], data, tmp_path / "out", max_steps=8, eval_data=[str(held_out)]))
+    monkeypatch.setattr("rwkv_rev.training.saving.has_matplotlib", lambda: False)
+    run(settings(shallow["4"], data, tmp_path / "out", max_steps=4, eval_data=[str(held_out)]))
     said = capsys.readouterr().err
-    assert re.search(r"fine-tuning +\d+%, \d of 8 steps in 00:0\d, .* left, loss \d\.\d+, .* tokens/s", said)
+    assert re.search(r"fine-tuning +\d+%, \d of 4 steps in 00:0\d, .* left, loss \d\.\d+, .* tokens/s", said)
     assert re.search(r"evaluating +\d+%, [\d.k]+ of [\d.k]+ tokens in 00:0\d,", said)
-    time.sleep(0.2)
+    time.sleep(0.1)
     assert capsys.readouterr().err == ""

@@ -190,8 +190,9 @@ QUESTIONS = {
 }
 IN_CHILDREN = """
 import importlib.util, os, sys
-import accelerate, huggingface_hub, jinja2, tokenizers, torch, torch._dynamo  # what all of them need, once
-for name in ("scipy.optimize", "PIL.Image"):
+import accelerate, huggingface_hub.hf_api, jinja2, psutil, regex, tokenizers, torch  # what all of them need, once
+import torch._dynamo, torch.distributed.checkpoint, torch.nn.attention.flex_attention
+for name in ("scipy.optimize", "PIL.ImageOps"):
     if importlib.util.find_spec(name.split(".")[0]):
         importlib.import_module(name)
 folder, given = sys.argv[1], None

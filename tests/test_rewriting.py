@@ -35,7 +35,7 @@ from rwkv_rev.loading import load_model
 from rwkv_rev.reversal.stepped import Stepped
 from rwkv_rev.wkv.naive import EMPTY_EXPONENT
 
-WIDTH, HEADS, LENGTH, CHUNK = 12, 2, 20, 8
+WIDTH, HEADS, LENGTH, CHUNK = 12, 2, 11, 4
 VERSIONS = ("4", "5.2")
 TOLERANCE = 1e-10
 """Of float64."""
@@ -64,7 +64,7 @@ def model_of(version: str, dtype: torch.dtype = torch.float64) -> RwkvRevForCaus
 
 def arguments(model: RwkvRevForCausalLM) -> dict[str, Any]:
     ids, mask = random_tokens(LENGTH, batch=2), torch.ones(2, LENGTH, dtype=torch.long)
-    mask[0, :9], mask[1, 10:14] = 0, 0
+    mask[0, :5], mask[1, 5:8] = 0, 0
     return {"input_ids": ids, "attention_mask": mask}
 
 

@@ -20,7 +20,7 @@ from rwkv_rev.loading import load_model, load_tokenizer
 from rwkv_rev.sampling import Sampling
 from rwkv_rev.training.callbacks import StopAtBadLoss, read_log
 from rwkv_rev.training.config import FinetuneConfig
-from rwkv_rev.training.finetune import plan, run
+from rwkv_rev.training.finetune import plan
 from rwkv_rev.training.samples import Samples, encoded_prompts, quoted, read_prompts
 
 PROMPT, OTHER = "7 squared", "def main"
@@ -179,7 +179,7 @@ def test_what_is_told(config: Settings) -> None:
     """The whole sample, line by line, each set off from what the program says; control characters escaped."""
     told: list[str] = []
     prompt = "one\ntwo \x1b[2J" + "x" * 200
-    run(config(version="4", sample_prompt=[prompt], sample_tokens=5), notify=told.append, quiet=True)
+    finetune(config(version="4", sample_prompt=[prompt], sample_tokens=5), notify=told.append)
     at = told.index("step 0, sample 1 of 1:")
     lines = [line for line in told[at + 1 :] if line.startswith("  | ")]
     assert (

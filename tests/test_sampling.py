@@ -39,7 +39,10 @@ def test_against_the_rwkv_package(bundled: dict[str, Path]) -> None:
     def forward(tokens: list[int], state: Any) -> tuple[Tensor, Any]:
         return table[tokens[-1]].clone(), state
 
-    pipeline = utils.PIPELINE(SimpleNamespace(forward=forward), "rwkv_vocab_v20230424")
+    pipeline = object.__new__(
+        utils.PIPELINE
+    )  # made the usual way, it reads a vocabulary, for longer than all of this
+    pipeline.model = SimpleNamespace(forward=forward)
     pipeline.tokenizer = SimpleNamespace(
         encode=lambda text: list(text.encode("latin-1")), decode=lambda ids: bytes(ids).decode("latin-1")
     )

@@ -140,11 +140,15 @@ def trained(
                 loss = loss_of(model, ids, packed=packed, own_loss=own_loss, state=states.get(rank))
                 (loss / len(ranks)).backward()
                 found[f"loss {step} {again} {rank}"] = loss.detach()
-        norm: Any = nn.utils.clip_grad_norm_(model.parameters(), 0.1 if steps > 1 else 1e9)
+        if steps > 1:  # torch takes long to plan each of these for sharded tensors
+            norm: Any = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         found[f"norm {step}"] = whole(norm)
         gradients = {f"{name} {step}": p.grad for name, p in model.named_parameters() if p.grad is not None}
         found |= wholes(gradients)
-        optimizer.step()
+        if step + 1 < steps:
+            optimizer.step()
     for rank, state in states.items():
         named = zip(state.names(), state.tensors(), strict=True)
         found |= {f"state {rank} {name}": cast(Tensor, tensor.grad) for name, tensor in named}

@@ -29,7 +29,7 @@ from rwkv_rev.fresh import init
 from rwkv_rev.reversal.stepped import GridOverflowError
 
 NAMES = ("coupled", "reversible-gru", "reversible-lstm")
-WIDTH, LENGTH, CHUNK = 12, 20, 8
+WIDTH, LENGTH, CHUNK = 12, 11, 4
 
 
 def model_of(name: str, dtype: torch.dtype = torch.float64, **config: Any) -> RwkvRevForCausalLM:
@@ -47,7 +47,7 @@ def model_of(name: str, dtype: torch.dtype = torch.float64, **config: Any) -> Rw
 
 def arguments(model: RwkvRevForCausalLM) -> dict[str, Any]:
     ids, mask = random_tokens(LENGTH, batch=2), torch.ones(2, LENGTH, dtype=torch.long)
-    mask[0, :9], mask[1, 10:15] = 0, 0
+    mask[0, :5], mask[1, 5:9] = 0, 0
     state = random_state(model, 2)
     return {
         "input_ids": ids,
@@ -133,7 +133,7 @@ def test_padding_and_rows_of_nothing_change_no_gradient(name: str) -> None:
 
 @pytest.mark.parametrize("name", (*NAMES, "linear-attention"))
 def test_a_state_in_half_precision_goes_on_in_full(name: str) -> None:
-    model, ids = model_of(name, torch.float32), random_tokens(24, batch=2)
+    model, ids = model_of(name, torch.float32), random_tokens(12, batch=2)
     half = random_state(model, 2).each(torch.Tensor.half)
     truth = differentiate(model, "full", input_ids=ids, state=half.each(torch.Tensor.float))
     for strategy in ("full", "reversible"):

@@ -32,7 +32,10 @@ pytest.importorskip("trl", minversion="1.16")
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 # trl still uses names that transformers 5 renamed
-pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing.* is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.usefixtures("numbered_datasets"),
+    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing.* is deprecated:FutureWarning"),
+]
 
 CHUNK, STEPS, RATE = 20, 2, 0.01
 LENGTHS = (56, 44, 50, 42)

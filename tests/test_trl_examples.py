@@ -16,7 +16,10 @@ FOLDER = Path(__file__).parent.parent / "examples" / "trl"
 NAMES = ("sft", "dpo", "grpo")
 
 # trl still uses names that transformers 5 renamed, and opens its cards without closing them
-pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing.* is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.usefixtures("numbered_datasets"),
+    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing.* is deprecated:FutureWarning"),
+]
 
 
 @pytest.fixture

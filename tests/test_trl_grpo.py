@@ -17,13 +17,16 @@ pytest.importorskip("trl", minversion="1.16")
 from trl import GRPOConfig, GRPOTrainer
 
 # trl still uses names that transformers 5 renamed
-pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing.* is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.usefixtures("numbered_datasets"),
+    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing.* is deprecated:FutureWarning"),
+]
 
 CHUNK, STEPS, RATE, GROUP = 17, 2, 0.01, 3
 PROMPTS = [
     bytes(row[:length].tolist()).decode("ascii") for row, length in zip(english(48, 2), (48, 31), strict=True)
 ]
-END = ord("m")
+END = ord("o")
 """A token that ends some of the answers, not all."""
 
 
@@ -61,7 +64,7 @@ def trainer(folder: Path, output: Path, **options: Any) -> tuple[RwkvRevForCausa
         "dataloader_pin_memory": False,
         "per_device_train_batch_size": 2 * GROUP,
         "num_generations": GROUP,
-        "max_completion_length": 30,
+        "max_completion_length": 16,
         "max_steps": STEPS,
         "optim": "sgd",
         "learning_rate": RATE,
@@ -116,11 +119,14 @@ def test_steps_of_a_loop_of_ones_own(version: str, shallow: dict[str, Path], tmp
     lengths = {len(answer) for batch in seen.batches for _, answer, _ in batch}
     assert len(lengths) > 1 and len({prompt for prompt, _, _ in seen.batches[0]}) == 2
     expected = loop(shallow[version], seen.batches)
+    assert len(seen.steps) == len(expected) == STEPS
+    errors = [grouped_errors(mine, other) for mine, other in zip(seen.steps, expected, strict=True)]
+    if max(max(step.values()) for step in errors) <= AGREE:
+        return
     single = loop(shallow[version], seen.batches, torch.float32)
-    assert len(seen.steps) == len(expected) == len(single) == STEPS
-    for mine, plain, other in zip(seen.steps, single, expected, strict=True):
+    for found, plain, other in zip(errors, single, expected, strict=True):
         of_float32 = grouped_errors(plain, other)
-        for kind, error in grouped_errors(mine, other).items():
+        for kind, error in found.items():
             assert error <= max(AGREE, 1.5 * of_float32[kind]), kind
 
 

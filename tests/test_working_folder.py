@@ -24,9 +24,9 @@ HAS_PIPES = pytest.mark.skipif(sys.platform == "win32", reason="no named pipes t
 
 @pytest.fixture(scope="module")
 def stopped(
-    bundled: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+    shallow: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[FinetuneConfig, Path]:
-    return stopped_run(bundled["4"], tmp_path_factory.mktemp("stopped"))
+    return stopped_run(shallow["4"], tmp_path_factory.mktemp("stopped"))
 
 
 @pytest.fixture

@@ -150,10 +150,10 @@ def language_model(kind: str, dtype: torch.dtype = torch.float64, **settings: An
     return LanguageModel(CELLS[kind], **settings).to(dtype).train()
 
 
-def masked_inputs(model: LanguageModel, length: int = 19) -> LossInputs:
+def masked_inputs(model: LanguageModel, length: int = 11) -> LossInputs:
     """Two rows of text with padding and a hole, from a state that is not zero."""
     ids, valid = english(length, 2) % model.vocab_size, torch.ones(2, length, dtype=torch.bool)
-    valid[0, :9], valid[1, 10:15] = False, False
+    valid[0, :5], valid[1, 5:9] = False, False
     empty = model.empty(2).memory
     state = StackedState(
         (torch.randn(empty.shape, generator=torch.Generator().manual_seed(1)) / 2).to(empty.dtype)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from test_imports import ROOT, sources
+from test_imports import ROOT, parsed, sources
 
 from rwkv_rev.architectures import registry
 
@@ -44,7 +44,7 @@ def classes() -> dict[str, str]:
 def tree_of(folder: str) -> Iterator[ast.stmt]:
     """What the files of a folder say at their outermost level."""
     for path in sorted((ROOT / "rwkv_rev" / folder).glob("*.py")):
-        yield from ast.parse(path.read_text(encoding="utf-8")).body
+        yield from parsed(path.read_text(encoding="utf-8")).body
 
 
 @cache
@@ -70,7 +70,7 @@ def own_attributes() -> dict[str, str]:
     where: dict[str, set[str]] = {}
     for module, path in sources().items():
         folder = folder_of(module)
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef):
                 common = "Protocol" in ast.unparse(ast.Tuple(node.bases)) or node.name == "ReversibleCell"
                 for name in attributes_of(node):
@@ -109,7 +109,7 @@ def told_apart(text: str, folder: str = "") -> set[str]:
     memories and architectures that it so much as names, and functions of a numbered generation.
     """
     found: set[str] = set()
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parsed(text)):
         found |= set(asked(node, folder))
         if folder not in HOMES:
             found |= set(named(node))
@@ -160,11 +160,20 @@ def named(node: ast.AST) -> Iterator[str]:
         module = str(node.module).removeprefix("rwkv_rev.architectures").lstrip(".")
         own = str(node.module).startswith("rwkv_rev.architectures")
         for name in (alias.name for alias in node.names):
-            if name in kinds() | set(LINES.values()) or (own and (module or name) not in COMMON):
+            if is_kind(name) or (own and (module or name) not in COMMON):
                 yield name
     name = name_of(node)
-    if name and (name in kinds() | set(LINES.values()) or NUMBERED.search(name)):
+    if name and (is_kind(name) or is_numbered(name)):
         yield name
+
+
+def is_kind(name: str) -> bool:
+    return name in kinds() or name in LINES.values()
+
+
+@cache
+def is_numbered(name: str) -> bool:
+    return NUMBERED.search(name) is not None
 
 
 def name_of(node: ast.AST) -> str | None:
@@ -181,8 +190,14 @@ def versions_in(node: ast.AST) -> set[str]:
 
 
 def called(node: ast.AST) -> str:
-    """``re.match`` of ``re.match(...)``."""
-    return ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+    """``re.match`` of ``re.match(...)``, ``.match`` of ``pattern().match(...)``."""
+    return dotted(node.func) if isinstance(node, ast.Call) else ""
+
+
+def dotted(node: ast.expr) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def is_version(node: ast.AST) -> bool:
