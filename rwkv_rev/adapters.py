@@ -138,6 +138,8 @@ def objection(module: nn.Module) -> str | None:
         return REFUSED[place]
     if module.training and any(getattr(module, "pvera_generator", {}).values()):
         return "draws from a generator of its own (PVeRA; not without generator_seed)"
+    if module.training and getattr(module, "coft", False):
+        return "writes to its weights in each call (OFT with coft)"
     for adapter, variant in getattr(module, "lora_variant", {}).items():
         found = _variant_objection(module, adapter, place_of(type(variant)))
         if found is not None:

@@ -42,7 +42,7 @@ from rwkv_rev.forecast import SMALL_CHUNK, tokens_at_once
 from rwkv_rev.foreign_code import refuse_unknown_in_packed_rows, strangers
 from rwkv_rev.initial_states import document_starts, initial_states, state_of_rows
 from rwkv_rev.initialization import initialize_head, remake, unstored_buffers
-from rwkv_rev.inputs import check_state, masked_embeds, rows_and_tokens, valid_tokens
+from rwkv_rev.inputs import check_state, embedded, masked_embeds, rows_and_tokens, valid_tokens
 from rwkv_rev.keywords import refuse_unknown_keywords
 from rwkv_rev.mixed_dtypes import naming_mixed_dtypes
 from rwkv_rev.outputs import RwkvRevOutput
@@ -172,7 +172,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         """Input to block 0 [B, C, D]: the normalised embedding."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        return self.ln0(self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds)
+        return self.ln0(embedded(self.embeddings, input_ids) if inputs_embeds is None else inputs_embeds)
 
     def run(
         self, x: Tensor, state: ModelState, mask: Mask, streams: list[Tensor] | None = None

@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 from rwkv_rev.adapters import refuse_carried_state
 from rwkv_rev.cache import CACHE_NAME, RwkvRevCache, handed_over, repeated
 from rwkv_rev.distributed.shards import blocks_are_sharded
-from rwkv_rev.inputs import valid_tokens
+from rwkv_rev.inputs import rows_and_tokens, valid_tokens
 from rwkv_rev.packed_rows import PACKED, given_borders
 
 MODES = {
@@ -33,9 +33,19 @@ UNCHANGED = "unchanged_past"
 transformers must not know the name: it would reorder, return or replace what it takes for a cache.
 """
 
+_OF_THE_LOOP = ("tokenizer", "assistant_tokenizer")
+"""What ``generate`` is given for itself (``stop_strings``), and some of its loops hand on to ``forward``."""
+
 
 class RwkvRevGenerationMixin(GenerationMixin):
     """transformers' ``generate`` for a model whose ``forward`` takes and gives a :class:`RwkvRevCache`."""
+
+    def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """What ``generate`` begins with, before anything is counted in it."""
+        transformers: Any = super()
+        tensor, name, *others = transformers._prepare_model_inputs(*args, **kwargs)
+        rows_and_tokens(*((None, tensor) if name == "inputs_embeds" else (tensor, None)))
+        return tensor, name, *others
 
     def prepare_inputs_for_generation(
         self,
@@ -65,6 +75,8 @@ class RwkvRevGenerationMixin(GenerationMixin):
         )
         if inputs.get("borders") is not None:
             inputs["borders"] = _borders_of(inputs, input_ids, inputs_embeds)
+        for name in _OF_THE_LOOP:
+            inputs.pop(name, None)
         past, unchanged = inputs.pop(CACHE_NAME, None), inputs.pop(UNCHANGED, None)
         inputs["past_key_values"] = unchanged if past is None else past
         return inputs
@@ -97,6 +109,7 @@ class RwkvRevGenerationMixin(GenerationMixin):
     ) -> Any:
         """Put a cache into ``model_kwargs``: the past handed over, a row for each beam, or an empty one."""
         refuse_settings(generation_config, generation_mode, "inputs_embeds" in model_kwargs)
+        refuse_masked_ends(model_kwargs.get("attention_mask"))
         if blocks_are_sharded(cast(Any, self).blocks):
             if not getattr(
                 self, "_is_fsdp_managed_module", False
@@ -179,6 +192,15 @@ def _borders_of(inputs: dict[str, Any], text: Tensor, prompt: Tensor | None) -> 
     if told - read >= length:  # the prompt has been read
         return None
     return F.pad(borders, (0, told - length))[:, told - read :]
+
+
+def refuse_masked_ends(mask: Tensor | None) -> None:
+    """Raise ValueError for a prompt whose last token is masked: what follows would follow padding."""
+    if mask is not None and mask.dim() == 2 and not bool(mask[:, -1:].all()):
+        raise ValueError(
+            "the last token of a prompt is masked, and its text would go on from padding: pad on the left "
+            "(tokenizer.padding_side = 'left'), and hand over the mask of a prompt that ends with the pad token"
+        )
 
 
 def refuse_with_shards(kwargs: dict[str, Any], config: GenerationConfig, mode: GenerationMode) -> None:

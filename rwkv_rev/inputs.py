@@ -1,14 +1,14 @@
 """What a model is given: masks, embeddings and everything a loss needs, checked before anything is computed."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rwkv_rev.bptt import LossInputs
 from rwkv_rev.configuration import RwkvRevConfig
-from rwkv_rev.exporting import exporting
+from rwkv_rev.exporting import exporting, refuse_tracing
 from rwkv_rev.keywords import given_targets
 from rwkv_rev.loss import IGNORE, next_token_targets
 from rwkv_rev.loss_weights import check_divisor, weights_of_targets
@@ -31,16 +31,45 @@ def rows_and_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> t
     """B and T of the input, and where it is.
 
     Raises:
-        ValueError: for none or two inputs, and for one without rows or tokens.
+        ValueError: for none or two inputs, for one that is no [B, T] of ids or [B, T, D] of embeddings, and for one
+            without rows or tokens.
     """
+    refuse_tracing()
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give either input_ids or inputs_embeds")
-    tokens = inputs_embeds if input_ids is None else input_ids
-    assert tokens is not None
+    name, tokens = ("inputs_embeds", inputs_embeds) if input_ids is None else ("input_ids", input_ids)
+    if not isinstance(tokens, Tensor):
+        raise ValueError(f"{name} are a {type(tokens).__name__}: give a tensor (torch.tensor(...))")
+    if tokens.dim() != (3 if input_ids is None else 2):
+        wanted = "[B, T, D]" if input_ids is None else "[B, T]: one row is ids[None]"
+        raise ValueError(f"{name} have shape {list(tokens.shape)}: give {wanted}")
+    if input_ids is not None and tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"input_ids are {tokens.dtype}: give token ids, int64")
     batch, length = tokens.shape[:2]
     if batch == 0 or length == 0:
         raise ValueError(f"the input has {batch} rows of {length} tokens: give at least one of each")
     return batch, length, tokens.device
+
+
+def embedded(embeddings: nn.Module, input_ids: Tensor | None) -> Tensor:
+    """Embeddings [B, T, D] of ids [B, T].
+
+    Raises:
+        ValueError: on the CPU, for ids that the matrix has no row for; a GPU's kernel tells of them.
+    """
+    try:
+        return cast(Tensor, embeddings(input_ids))
+    except IndexError:
+        rows = getattr(getattr(embeddings, "weight", None), "shape", (None,))[0]
+        if rows is None or input_ids is None:
+            raise
+        least, most = map(int, torch.aminmax(input_ids))
+        if least >= 0 and most < rows:
+            raise
+        raise ValueError(
+            f"input_ids has {least if least < 0 else most}, and the vocabulary ids from 0 to {rows - 1}; a masked "
+            "position needs one of them, too"
+        ) from None
 
 
 def valid_tokens(attention_mask: Tensor | None, length: int, batch: int | None = None) -> Tensor | None:
@@ -105,6 +134,7 @@ def loss_inputs(
         ValueError: for what does not fit the model or the other arguments; for labels that the vocabulary has not, by
             the result's ``refuse`` where they are on a GPU.
     """
+    refuse_tracing(loss=True)
     batch, length, device = rows_and_tokens(input_ids, inputs_embeds)
     name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
     assert given is not None

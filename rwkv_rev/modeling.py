@@ -27,7 +27,7 @@ from rwkv_rev.context_parallel import ContextParallel, refuse_accelerates_ranks,
 from rwkv_rev.distributed.shards import auto_as_others
 from rwkv_rev.distributed.taking_part import for_the_head
 from rwkv_rev.document_states import beside_a_loss, with_ends
-from rwkv_rev.errors import CheckpointError, StrategyError
+from rwkv_rev.errors import StrategyError
 from rwkv_rev.first_order import refuse_transforms
 from rwkv_rev.generation import RwkvRevGenerationMixin
 from rwkv_rev.initial_states import initial_states
@@ -39,38 +39,18 @@ from rwkv_rev.mixed_dtypes import naming_mixed_dtypes
 from rwkv_rev.outputs import RwkvRevCausalLMOutput
 from rwkv_rev.packed_rows import PACKING
 from rwkv_rev.state import ModelState
+from rwkv_rev.tied_embeddings import TiedEmbeddings
 from rwkv_rev.unmade import deferred_logits
 
 
-class RwkvRevForCausalLM(RwkvRevPreTrainedModel, RwkvRevGenerationMixin, ContextParallel):
+class RwkvRevForCausalLM(TiedEmbeddings, RwkvRevPreTrainedModel, RwkvRevGenerationMixin, ContextParallel):
     """RWKV language model with exact gradients over any length: :meth:`forward`, :meth:`set_bptt`."""
-
-    _tied_weights_keys = {"head.weight": "model.embeddings.weight"}  # noqa: RUF012 (with tie_word_embeddings)
 
     def __init__(self, config: RwkvRevConfig) -> None:
         super().__init__(config)
         self.model = RwkvRevModel(config)
         self.head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
-        """Make head and embedding one tensor where ``tie_word_embeddings`` says so, as transformers does.
-
-        Args:
-            missing_keys: while weights are loaded, what the folder lacks.
-            recompute_mapping: ask every part of the model anew what is tied.
-
-        Raises:
-            CheckpointError: if the folder has both, with other values in each: transformers would leave them apart.
-        """
-        to_tie = set(self.all_tied_weights_keys)
-        super().tie_weights(missing_keys, recompute_mapping)
-        if missing_keys is not None and to_tie - set(self.all_tied_weights_keys):
-            raise CheckpointError(
-                "tie_word_embeddings=True, but the stored head and embedding differ: load it with "
-                "tie_word_embeddings=False; to go on with the embedding for both, then set "
-                "model.config.tie_word_embeddings = True and call model.tie_weights()"
-            )
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head

@@ -413,6 +413,13 @@ METHODS = [
         ("OFT",),
         since="0.19",
     ),
+    Method(
+        "OFT, coft",
+        plain("OFTConfig", oft_block_size=4, coft=True, eps=0.5),
+        training="full only",
+        refusal="OFT with coft",
+        since="0.19",
+    ),
     Method("OSF", plain("OSFConfig"), ("OSF",)),
     Method("PEANuT", plain("PeanutConfig", r=4), ("PEANUT",)),
     Method(
@@ -421,7 +428,7 @@ METHODS = [
         ("POLY",),
         draws="always",
         inputs=TASKS,
-        note=PER_CALL,
+        note=f"{PER_CALL}; with task_ids and a loss of your own: full only",
     ),
     Method("PSOFT", plain("PsoftConfig", {"psoft_dropout": 0.3}, r=4), ("PSOFT",), draws="asked"),
     Method("PVeRA", plain("PveraConfig", {"pvera_dropout": 0.3}, r=8), ("PVERA",), draws="always"),

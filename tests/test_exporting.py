@@ -5,6 +5,7 @@ import torch
 from bptt_cases import VERSIONS, random_tokens, relative_error, tiny_model
 from torch import Tensor, nn
 
+from rwkv_rev.errors import StrategyError
 from rwkv_rev.exporting import exporting
 from rwkv_rev.wkv import wkv5
 
@@ -79,3 +80,24 @@ def test_positions_cannot_be_looked_at() -> None:
     model, tokens = tiny_model("4").eval(), random_tokens(6)
     with pytest.raises(Exception, match="position_ids"):
         exported(model, {"input_ids": tokens, "position_ids": torch.arange(6)[None]})
+
+
+def test_what_is_not_traced() -> None:
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.model(ids, labels=ids).loss
+
+    model, tokens = tiny_model("5.2").eval(), random_tokens(6)
+    words = r"torch\.export takes the logits of this model, without gradients: export in torch\.no_grad"
+    for strategy in ("full", "reversible"):
+        model.set_bptt(strategy, chunk_length=2)
+        with torch.enable_grad(), pytest.raises(StrategyError, match=words):
+            torch.export.export(model, (), {"input_ids": tokens, "use_cache": False}, strict=False)
+    with pytest.raises(StrategyError, match=words):
+        exported(Loss(), {"ids": tokens})
+    with pytest.raises(StrategyError, match=r"torch\.jit\.trace cannot follow this model"):
+        torch.jit.trace(Loss(), (tokens,))

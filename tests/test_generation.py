@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,11 +10,12 @@ import torch
 from bptt_cases import VERSIONS, random_state, random_tokens, relative_error
 from generation_cases import EACH_ONCE, GREEDY, LENGTH, NEW, evaluated, reading, recomputed, returned_past
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import AutoTokenizer, DynamicCache
 from transformers.generation import BaseStreamer
 
 from rwkv_rev import RwkvRevForCausalLM, RwkvRevState
 from rwkv_rev.cache import CACHE_NAME, RwkvRevCache
+from rwkv_rev.loading import load_model
 
 
 @dataclass
@@ -268,6 +270,25 @@ def test_a_stream_gets_each_token_once() -> None:
     assert streamer.tokens == [*found[0].tolist(), -1]
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"do_sample": True}, {"num_beams": 2}, {"use_cache": False}], ids=str
+)
+def test_generation_stops_at_strings(shallow: dict[str, Path], options: dict[str, Any]) -> None:
+    """``generate`` needs a tokenizer for it, which some of its loops hand on as if it were the model's."""
+    model, words = load_model(shallow["7"], "cpu", torch.float32), AutoTokenizer.from_pretrained(shallow["7"])
+    prompt = words("The state of a", return_tensors="pt").input_ids
+    settings = {**GREEDY, **options, "max_new_tokens": 8}
+    torch.manual_seed(0)
+    free = words.decode(model.generate(prompt, **settings)[0, prompt.shape[1] :])
+    wanted = free[1:3]
+    torch.manual_seed(0)
+    stopped = model.generate(prompt, **settings, stop_strings=[wanted], tokenizer=words)
+    text = words.decode(stopped[0, prompt.shape[1] :])
+    assert len(wanted) == 2 and text
+    if "num_beams" not in options:  # of which one that goes on may be the better one
+        assert wanted in text and len(text) < len(free)
+
+
 def test_hidden_states_of_every_step() -> None:
     model = evaluated()
     output = model.generate(
@@ -335,6 +356,10 @@ def test_classifier_free_guidance(version: str, negative: bool) -> None:
         ({"output_attentions": True, "return_dict_in_generate": True}, "no attentions"),
         ({"guidance_scale": 1.5, "num_beams": 2}, "guidance_scale.*num_beams=1"),
         ({"guidance_scale": 1.5, "prompt_lookup_num_tokens": 3}, "guidance_scale.*no assistant"),
+        (
+            {"attention_mask": torch.tensor([[1] * (LENGTH - 1) + [0]])},
+            "last token of a prompt is masked.*pad on the left",
+        ),
     ],
 )
 @pytest.mark.parametrize("trusting", [False, True])

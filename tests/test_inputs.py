@@ -133,3 +133,35 @@ def test_states_of_models_of_another_precision(version: str, dtype: torch.dtype)
             model(ids, labels=ids, state=leaf).loss.backward()
         memory = getattr(leaf, model.config.architecture.memory)
         assert memory.grad.dtype == dtype and memory.grad.isfinite().all() and memory.grad.any()
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ([[1, 2]], "input_ids are a list: give a tensor"),
+        (torch.tensor([1, 2]), r"input_ids have shape \[2\]: give \[B, T\]: one row is ids\[None\]"),
+        (torch.tensor([[1.0, 2.0]]), "input_ids are torch.float32: give token ids, int64"),
+        (torch.tensor([[1, 2]], dtype=torch.uint8), "input_ids are torch.uint8: give token ids, int64"),
+        (torch.tensor([[1, 300]]), "input_ids has 300, and the vocabulary ids from 0 to 31"),
+        (torch.tensor([[-100, 2]]), "input_ids has -100, and the vocabulary .* a masked position needs one"),
+        (torch.tensor([[2**40, 2]]), "input_ids has 1099511627776, and the vocabulary ids from 0 to 31"),
+    ],
+    ids=str,
+)
+def test_what_are_no_ids(ids: Any, words: str, labelled: bool) -> None:
+    model = model_of("5.2")
+    given = {"attention_mask": torch.tensor([[0, 1]])} if torch.is_tensor(ids) and ids.dim() == 2 else {}
+    if labelled:
+        given["labels"] = torch.tensor([[1, 2]])
+    for strategy in ("full", "reversible"):
+        with model.set_bptt(strategy, chunk_length=1), pytest.raises(ValueError, match=words):
+            model(ids, **given)
+    if not labelled:
+        with pytest.raises(ValueError, match=words):
+            model.eval().generate(ids, max_new_tokens=2, **given)
+
+
+def test_embeddings_of_one_row_alone() -> None:
+    with pytest.raises(ValueError, match=r"inputs_embeds have shape \[4, 16\]: give \[B, T, D\]"):
+        model_of("5.2")(inputs_embeds=torch.rand(4, 16))

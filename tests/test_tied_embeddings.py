@@ -28,7 +28,7 @@ from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.converters.inspection import inspect_source
 from rwkv_rev.equivalence.naive_model import naive_logits
 from rwkv_rev.equivalence.verification import verify_directory
-from rwkv_rev.errors import CheckpointError, StrategyError
+from rwkv_rev.errors import CheckpointError, ConfigError, StrategyError
 from rwkv_rev.training.tuning import apply_tuning
 
 STRATEGIES = ("full", "checkpoint", "reversible", "truncated")
@@ -204,6 +204,19 @@ def test_resizing(tmp_path: Path, tied: bool, size: int) -> None:
     model.save_pretrained(tmp_path)
     loaded = RwkvRevForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(loaded(tokens).logits, after)
+
+
+def test_a_head_that_is_the_embedding_by_assignment_alone(tmp_path: Path) -> None:
+    """It trains as one that is told; a folder of it would have no head."""
+    model = tiny_model("5.2").eval()
+    model.head.weight = model.model.embeddings.weight
+    with pytest.raises(ConfigError, match=r"set model\.config\.tie_word_embeddings = True"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    model.config.tie_word_embeddings = True
+    model.save_pretrained(tmp_path / "model")
+    loaded = RwkvRevForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
 
 
 # --- other layouts ----------------------------------------------------------------------------------------------

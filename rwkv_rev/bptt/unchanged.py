@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rwkv_rev import adapters
 from rwkv_rev.bptt.language_model import LanguageModel
-from rwkv_rev.errors import StrategyError
+from rwkv_rev.errors import ReversalMismatchError, StrategyError
 from rwkv_rev.foreign_code import Strangers
 
 
@@ -26,13 +26,19 @@ def unchanged(model: LanguageModel, tensors: list[Tensor]) -> Iterator[None]:
         StrategyError: naming a buffer or parameter that was written to.
     """
     versions = [tensor._version for tensor in tensors]
-    yield
+    mismatch = None
+    try:
+        yield
+    except ReversalMismatchError as error:  # of which it is the cause
+        mismatch = error
     name = changed_tensor(model, tensors, versions)
     if name is not None:
         raise StrategyError(
-            f"{name} was written to while the loss was computed (as spectral norm does in training), and other "
-            "chunks would see another model: use bptt='full', or put that module into eval mode"
+            f"{name} was written to while the loss was computed, and other chunks would see another model: use "
+            "bptt='full' (spectral norm writes in training alone: or put that module into eval mode)"
         )
+    if mismatch is not None:
+        raise mismatch
 
 
 def changed_tensor(model: LanguageModel, tensors: list[Tensor], versions: list[int]) -> str | None:

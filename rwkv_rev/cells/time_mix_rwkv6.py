@@ -178,7 +178,8 @@ class TimeMixRwkv6(ShiftedCell):
         return DataDecayed.of_each(memories, wide=dtypes == {torch.float64})
 
     def memory_dtype(self) -> torch.dtype:
-        return torch.float64 if self.decay_base.dtype == torch.float64 else torch.float32
+        # of what is stored: a parametrization, which may draw, is not asked
+        return torch.float64 if next(self.parameters()).dtype == torch.float64 else torch.float32
 
     def advance_memory(
         self,

@@ -202,7 +202,8 @@ class TimeMixRwkv7(WholeMemoryCell):
         return [cell.exact_memory(memory) for cell, memory in zip(cells, memories, strict=True)]
 
     def memory_dtype(self) -> torch.dtype:
-        return torch.float64 if self.decay_base.dtype == torch.float64 else torch.float32
+        # of what is stored: a parametrization, which may draw, is not asked
+        return torch.float64 if next(self.parameters()).dtype == torch.float64 else torch.float32
 
     def advance_memory(
         self,
