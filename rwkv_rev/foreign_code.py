@@ -74,6 +74,8 @@ class Strangers(NamedTuple):
     Attributes:
         unknown: what is not right in chunks, or not known to be.
         declared: what was declared to be position-wise, in words; cells and blocks of others, by their contract.
+        keeps: whether there is a trainable tensor beside the parameters, or code that might keep one from one call to
+            the next: what was declared, and parametrizations.
         brings_tensors: whether anything might make the model depend on a tensor beside its parameters.
         buffers: of all modules.
         adapters: layers of peft that are known.
@@ -82,6 +84,7 @@ class Strangers(NamedTuple):
 
     unknown: list[Stranger]
     declared: list[str]
+    keeps: bool
     brings_tensors: bool
     buffers: list[Tensor]
     adapters: list[nn.Module]
@@ -90,8 +93,8 @@ class Strangers(NamedTuple):
 
 def strangers(model: nn.Module) -> Strangers:
     """Code of others below ``model``; what is hooked to ``model`` itself sees whole contexts and does not count."""
-    found = Strangers([], [], False, [], [], False)
-    more = False
+    found = Strangers([], [], False, False, [], [], False)
+    more = keeps = False
     norms: set[int] = set()
     unsaid: dict[int, str] = {}
     for kind in _HOOK_KINDS:
@@ -115,6 +118,7 @@ def strangers(model: nn.Module) -> Strangers:
         computed = getattr(module, "parametrizations", None) if parametrize.is_parametrized(module) else None
         for holder in (module, *(computed.modules() if isinstance(computed, nn.Module) else ())):
             found.buffers.extend(buffer for buffer in holder._buffers.values() if buffer is not None)
+            keeps |= holder is not module and is_of_others(holder)
         for name in _norms_of_tokens(layer):
             norms.update(map(id, getattr(module, name).modules()))
         for name in () if _says_norms_of_tokens(layer) else getattr(layer, "norms_of_tokens", ()):
@@ -142,7 +146,9 @@ def strangers(model: nn.Module) -> Strangers:
             more = True
         beside = [*vars(module).values(), *module._buffers.values()]
         made = type(module) is not layer and not type(module).__module__.startswith(SHARDING)
-        more |= made or any(map(_is_trainable, beside))
+        trained = any(map(_is_trainable, beside))
+        more |= made or trained
+        keeps |= trained
         if "forward" in vars(module):
             _sort(
                 vars(module)["forward"], f"the replaced forward of {path}", found, _forward_objection(module)
@@ -154,7 +160,15 @@ def strangers(model: nn.Module) -> Strangers:
     for patch in patches(layers):
         _sort(patch.code, patch.where, found, adapters.UNKNOWN)
     more |= bool(found.unknown or found.declared)
-    return found._replace(brings_tensors=more or bool(found.adapters), more=more)
+    return found._replace(
+        keeps=keeps or bool(found.declared), brings_tensors=more or bool(found.adapters), more=more
+    )
+
+
+def is_of_others(module: nn.Module) -> bool:
+    """Whether a module's class is not ours, PyTorch's or peft's."""
+    layer = class_of(module)
+    return not (_is_own(layer) or defined_in(layer, ("torch.", "peft.")))
 
 
 def refuse_unknown(found: Strangers, strategy: str) -> None:

@@ -16,6 +16,7 @@ import contextvars
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -27,6 +28,7 @@ from rwkv_rev.bptt.backward_sweep import LIKELY_CAUSES, backward_sweep
 from rwkv_rev.bptt.chunk_gradients import Found
 from rwkv_rev.bptt.forward_sweep import forward_sweep
 from rwkv_rev.bptt.hidden_states import HiddenStates
+from rwkv_rev.bptt.kept_tensors import what_is_kept_is_trained
 from rwkv_rev.bptt.leaves import in_order, trainable
 from rwkv_rev.bptt.runner import Runner
 from rwkv_rev.bptt.strategy import (
@@ -123,6 +125,7 @@ class _Reading:
         self._as_it_was = _model_now(cast(nn.Module, model))
         self.context = contextvars.copy_context()  # autograd's thread of a device has another
         tape = Tape(strategy.tape, inputs.targets.device, strategy.tape_dir)
+        self._keeping = partial(what_is_kept_is_trained, model, found)
         with uncached(inputs.targets.device):
             self._sweep = strategy.begin_sweep(model, inputs, parameters, found, tape)
         self._sweep.hidden = HiddenStates(on_host=on_host)
@@ -135,10 +138,12 @@ class _Reading:
         """Hidden states [B, T, D] and the tensors of the state after them."""
         sweep = self._sweep
         with torch.no_grad(), unchanged(self._model, self._watched), uncached(sweep.device):
-            self._last = forward_sweep(sweep, self._runner)
+            with self._keeping():
+                self._last = forward_sweep(sweep, self._runner)
             # calls have gone before the last chunk's: what these change, they change each time
             before = self._settings_now() if sweep.strangers.more else []
-            end = sweep.advance_last(self._last)
+            with self._keeping():
+                end = sweep.advance_last(self._last)
         warning_of_coarse_heads(sweep)()
         self._settings = self._settings_now()
         self._notes = notes_of(before, self._settings)
@@ -161,6 +166,7 @@ class _Reading:
                 hooks_withheld(self._leaves),
                 unchanged(self._model, self._watched),
                 uncached(sweep.device),
+                self._keeping(),
                 sweep.tape,
             ):
                 result = backward_sweep(sweep, self._runner, self._last, to_end)

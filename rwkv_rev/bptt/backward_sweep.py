@@ -171,18 +171,19 @@ def differentiate(
 ) -> tuple[list[ExactStates], list[list[Tensor]]]:
     """One chunk: exact states before it and gradients by their values; all else is added to ``sums``."""
     strange = sweep.strangers
-    look = strange.brings_tensors and (sums.end is None or bool(strange.declared))
-    found = chunk_gradients(
-        sweep.model,
-        chunk,
-        sweep.replayer(chunk, states, record),
-        sweep.objective,
-        sweep.parameters,
-        to_end,
-        sums.take,
-        outside=sums.outside if look else None,
-        half=sweep.places if sweep.half else None,
-    )
+    look = strange.brings_tensors and (sums.end is None or strange.keeps)
+    with sums.outside.naming(sweep.model):
+        found = chunk_gradients(
+            sweep.model,
+            chunk,
+            sweep.replayer(chunk, states, record),
+            sweep.objective,
+            sweep.parameters,
+            to_end,
+            sums.take,
+            outside=sums.outside if look else None,
+            half=sweep.places if sweep.half else None,
+        )
     sums.add(chunk, found)
     return found.states, found.to_start
 

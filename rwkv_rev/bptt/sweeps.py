@@ -35,6 +35,7 @@ from rwkv_rev.bptt import cuda_graphs, lasting
 from rwkv_rev.bptt.backward_sweep import SweepResult, backward_sweep, no_sums
 from rwkv_rev.bptt.chunk_gradients import Parameters
 from rwkv_rev.bptt.forward_sweep import forward_sweep
+from rwkv_rev.bptt.kept_tensors import what_is_kept_is_trained
 from rwkv_rev.bptt.leaves import devices, float16_gradients, in_order, trainable
 from rwkv_rev.bptt.parts import Part, embeds_of_all, parts_of
 from rwkv_rev.bptt.piece import over_the_group
@@ -103,7 +104,11 @@ class TwoSweeps(Strategy):
         outcome: dict[str, Any] = {}
 
         def compute() -> tuple[Tensor, tuple[Tensor, ...], list]:
-            with unchanged(model, watched(parameters, found)), uncached(inputs.targets.device):
+            with (
+                unchanged(model, watched(parameters, found)),
+                uncached(inputs.targets.device),
+                what_is_kept_is_trained(model, found),
+            ):
                 return self._sweep(model, inputs, parameters, leaves, outcome, found)
 
         loss, *state = FinishedGradients.apply(compute, *leaves)

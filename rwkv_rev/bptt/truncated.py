@@ -71,12 +71,10 @@ def _sweep(
     embeds: list[Tensor] = []
     state = inputs.state.detach()
     for chunk in chunks:
-        look = outside if strange.brings_tensors and (chunk.index == 0 or strange.declared) else None
+        look = outside if strange.brings_tensors and (chunk.index == 0 or strange.keeps) else None
         gradients = _gradients_of(model, chunk, state, parameters, places, look)
-        if half:
-            (loss, state), found = scaled(gradients)
-        else:
-            (loss, state), found = gradients(1.0)
+        with outside.naming(model):
+            (loss, state), found = scaled(gradients) if half else gradients(1.0)
         total = loss if total is None else total + loss
         sums = add_gradients(sums, found[: len(parameters)])
         if chunk.index == 0:
