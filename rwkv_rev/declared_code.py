@@ -19,7 +19,7 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 
 def position_wise(code: T) -> T:
-    """Declare that a hook, a module or a module's class treats each position by itself; returns it.
+    """Declare that a hook, a module, or a class of them, of tensors or of modes, treats each position by itself.
 
     A declared hook sees one chunk after another [B, C, D], in both sweeps. A method of an object is declared for that
     object; a function in a class body for all of them.

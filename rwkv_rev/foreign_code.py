@@ -24,6 +24,7 @@ from rwkv_rev.cells.block import keeps_the_contract
 from rwkv_rev.code_origin import defined_in, origin, patches, qualified_name
 from rwkv_rev.declared_code import MARK, class_of, is_declared
 from rwkv_rev.errors import StrategyError
+from rwkv_rev.overriding import foreign_modes, is_foreign_tensor
 
 LAYERS: frozenset[type] = frozenset(
     {
@@ -100,6 +101,10 @@ def strangers(model: nn.Module) -> Strangers:
     for kind in _HOOK_KINDS:
         for hook in getattr(module_globals, f"_global_{kind}", {}).values():
             _sort(hook, f"the global hook {hook_name(hook)}", found, _hook_objection(hook))
+    for mode in foreign_modes():
+        _sort(mode, f"the mode {type(mode).__name__} around the model", found, adapters.UNKNOWN)
+    for tensors, where in _foreign_tensors(model).items():
+        _sort(tensors, where, found, adapters.UNKNOWN)
     for name in CALLED:
         code = vars(model).get(name) or getattr(type(model), name, None)
         if code is not None and (name in vars(model) or not defined_in(code, ("rwkv_rev.", "torch."))):
@@ -239,6 +244,24 @@ def _below(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             if child is not None and not (name == "parametrizations" and parametrize.is_parametrized(module))
         ]
         waiting += reversed(children)
+
+
+def _foreign_tensors(model: nn.Module) -> dict[type, str]:
+    """Subclasses of tensors in the modules' places for weights, with one place of each in words."""
+    kinds: set[type] = set()
+    for module in model.modules():
+        kinds.update(map(type, module._parameters.values()))
+        kinds.update(map(type, module._buffers.values()))
+        kinds.update(map(type, vars(module).values()))
+    return {kind: _place_of_tensors(model, kind) for kind in kinds if is_foreign_tensor(kind)}
+
+
+def _place_of_tensors(model: nn.Module, kind: type) -> str:
+    for path, module in model.named_modules():
+        for name, value in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
+            if type(value) is kind:
+                return f"the tensor class {kind.__name__} of {path}{'.' if path else ''}{name}"
+    raise AssertionError
 
 
 def _is_known(module: nn.Module) -> bool:

@@ -169,6 +169,7 @@ def test_gradients_of_a_row_of_many_parts() -> None:
     assert max(relative_errors(found.gradients, full.gradients).values()) < 1e-12
 
 
+@position_wise
 class _Count(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()

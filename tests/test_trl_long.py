@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer
 
-from rwkv_rev import RwkvRevForCausalLM
+from rwkv_rev import RwkvRevForCausalLM, position_wise
 
 datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
 pytestmark = pytest.mark.filterwarnings(
@@ -26,6 +26,7 @@ TOPICS = pydoc_data.topics.topics
 TEXT = "".join(TOPICS[name] for name in sorted(TOPICS) if TOPICS[name].isascii())
 
 
+@position_wise
 class Peak(TorchDispatchMode):
     """Bytes of tensors that were made inside and are still there: now, and most at once."""
 

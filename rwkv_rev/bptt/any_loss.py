@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from rwkv_rev import random_state
+from rwkv_rev import overriding, random_state
 from rwkv_rev.bptt.backward_sweep import LIKELY_CAUSES, backward_sweep
 from rwkv_rev.bptt.chunk_gradients import Found
 from rwkv_rev.bptt.forward_sweep import forward_sweep
@@ -121,6 +121,7 @@ class _Reading:
         self._sums = _checksums(self._wanted)  # fused optimizers change numbers and no version
         self._read = _read_again(inputs)
         self._versions_read = [tensor._version for _, tensor in self._read]
+        self._modes = overriding.foreign_modes()  # declared
         self._autocast = _autocast_now(inputs.targets.device)
         self._as_it_was = _model_now(cast(nn.Module, model))
         self.context = contextvars.copy_context()  # autograd's thread of a device has another
@@ -162,6 +163,7 @@ class _Reading:
             with (
                 torch.no_grad(),
                 self._autocast(),
+                overriding.functions_as_before(self._modes),
                 self._as_it_was(),
                 hooks_withheld(self._leaves),
                 unchanged(self._model, self._watched),
@@ -189,6 +191,10 @@ class _Reading:
         for (name, tensor), version in zip(self._read, self._versions_read, strict=True):
             if tensor._version != version:
                 changed, advice = name, "take the gradient first, or hand over a copy"
+        mode = overriding.first_change(self._modes, overriding.foreign_modes())
+        if mode is not None:
+            changed = mode
+            advice = "take the gradient under the same modes, or use bptt='full'"
         if changed is None:
             with self._as_it_was():
                 changed = first_change(self._settings, self._settings_now(), self._notes)
