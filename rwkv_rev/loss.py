@@ -113,7 +113,9 @@ def cross_entropy_gradients(
     for number, (part, target, weight) in enumerate(parts):
         part = part.requires_grad_()
         with torch.enable_grad():
-            loss = cross_entropy(head(part), target, weights=weight) * scale
+            # hooks may write to what they are handed: not to a leaf
+            handed = part.clone() if head._forward_pre_hooks else part
+            loss = cross_entropy(head(handed), target, weights=weight) * scale
             if number == 0:
                 leaves = leaves_of([loss], parameters)
                 known = {id(leaf) for leaf in leaves}

@@ -198,12 +198,14 @@ def _gradients(
     with torch.enable_grad():
         if embeds is not None:
             embeds = embeds.detach().requires_grad_()
-        bottom = chunk.embed(model, embeds)
+        # code of others, for which ``outside`` looks, may write to what it is handed: not to a leaf
+        writes = outside is not None
+        bottom = chunk.embed(model, embeds.clone() if writes and embeds is not None else embeds)
         layers, exactly = replay(bottom)
         if compared is not None:
             compared()
         top = cut(residual(layers[-1].out))
-        hidden = model.normalize(top)
+        hidden = model.normalize(top.clone() if writes else top)
     if outside is not None:
         _look(outside, layers, [bottom, hidden], [top, *([] if embeds is None else [embeds])])
     states = [layer.replay.states for layer in layers]

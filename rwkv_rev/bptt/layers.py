@@ -125,16 +125,29 @@ class LayerGraph:
 
 
 def replay_layers(
-    blocks: Sequence[ResidualBlock], x: Tensor, ask: Callable[[int], BlockAgain], mask: Mask
+    blocks: Sequence[ResidualBlock],
+    x: Tensor,
+    ask: Callable[[int], BlockAgain],
+    mask: Mask,
+    *,
+    copies: bool = False,
 ) -> list[LayerGraph]:
-    """All layers of a chunk x [B, C, D] again, with graph where gradients are enabled; ``ask`` says how, by layer."""
+    """All layers of a chunk x [B, C, D] again, with graph where gradients are enabled; ``ask`` says how, by layer.
+
+    ``copies``: blocks are handed copies, to which code of others may write: to leaves of a graph it may not.
+    """
     layers: list[LayerGraph] = []
     stream: Stream = x
     for number, block in enumerate(blocks):
         given = joined(cut(residual(stream)), tuple(map(cut, beside(stream))))
-        stream, replay = block(given, ask(number), of_part(mask, number))
+        handed = joined(*_copied(given)) if copies else given
+        stream, replay = block(handed, ask(number), of_part(mask, number))
         layers.append(LayerGraph(given, stream, replay))
     return layers
+
+
+def _copied(stream: Stream) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return residual(stream).clone(), tuple(tensor.clone() for tensor in beside(stream))
 
 
 def cut(x: Tensor) -> Tensor:

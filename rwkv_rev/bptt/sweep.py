@@ -111,7 +111,7 @@ class Sweep:
         """A chunk forwards from the exact states before it, and what it would put on the tape."""
         advanced = advance_layers(
             self.blocks,
-            chunk.embed(self.model, chunk.embeds()),
+            self._embedded(chunk),
             states,
             self.plans[chunk.planned_length],
             chunk.mask(),
@@ -127,11 +127,17 @@ class Sweep:
     def advance_last(self, states: list[ExactStates]) -> list[FloatStates]:
         """The last chunk forwards, from the exact states before it; values after it, as the second sweep gets them."""
         chunk = self.chunks[-1]
-        layers, _ = self.replayer(chunk, states, None)(chunk.embed(self.model, chunk.embeds()))
+        layers, _ = self.replayer(chunk, states, None)(self._embedded(chunk))
         prints, top = [layer.replay.print for layer in layers], residual(layers[-1].out)
         self.prints[chunk.index] = [*prints[:-1], torch.cat([prints[-1], checksum(top)[None]])]
         self._hand_out(chunk, top)
         return [layer.replay.end for layer in layers]
+
+    def _embedded(self, chunk: Chunk) -> Tensor:
+        """The chunk's input to block 0 [B, C, D]; of embeddings a copy, where code of others may write to it."""
+        embeds = chunk.embeds()
+        copied = embeds is not None and self.strangers.declared
+        return chunk.embed(self.model, embeds.clone() if copied and embeds is not None else embeds)
 
     def _hand_out(self, chunk: Chunk, out: Tensor) -> None:
         """The hidden states of the top layer's output [B, C, D]."""
@@ -198,7 +204,7 @@ class Sweep:
 
         def replay(x: Tensor) -> tuple[list[LayerGraph], Tensor | None]:
             mask = chunk.mask()
-            layers = replay_layers(self.blocks, x, ask, mask)
+            layers = replay_layers(self.blocks, x, ask, mask, copies=bool(self.strangers.declared))
             chunk.take_ends(mask, [flat(layer.replay.end) for layer in layers])
             if record is None and chunk.index not in self.prints:
                 return layers, None

@@ -116,7 +116,11 @@ def _gradients_of(
         )
         with torch.enable_grad():
             mask = chunk.mask()
-            x, after = model.run(chunk.embed(model, embeds), start, mask)
+            x, after = model.run(
+                chunk.embed(model, embeds if embeds is None or outside is None else embeds.clone()),
+                start,
+                mask,
+            )
             chunk.take_ends(mask, by_layer(after, model.blocks))
             hidden = model.normalize(x)
         made = [*start.tensors(), *([] if embeds is None else [embeds])]

@@ -1,0 +1,103 @@
+"""Declared hooks that write to what a module is handed, or to what it gives."""
+
+from typing import Any
+
+import pytest
+import torch
+from bptt_cases import assert_agree, differentiate, random_tokens, tiny_model
+from torch import Tensor, nn
+
+from rwkv_rev import RwkvRevForCausalLM, position_wise
+from rwkv_rev.errors import ReversalMismatchError
+
+CHUNK = 8
+IDS = random_tokens(20, batch=2)
+EXACT = ("checkpoint", "reversible")
+AGREE = 1e-10
+"""In float64."""
+
+PLACES = (
+    "model.blocks.0",
+    "model.blocks.1",
+    "model.blocks.0.ln1",
+    "model.blocks.1.ln1",
+    "model.blocks.1.ln2",
+    "model.blocks.1.time_mix",
+    "model.blocks.1.channel_mix.value",
+    "model.ln_out",
+    "head",
+)
+
+
+@position_wise
+def larger_input(module: nn.Module, given: Any) -> None:
+    _first(given).mul_(1.1)
+
+
+@position_wise
+def larger_output(module: nn.Module, given: Any, output: Any) -> None:
+    _first(output).mul_(1.1)
+
+
+def _first(tensors: Any) -> Tensor:
+    return tensors if isinstance(tensors, Tensor) else _first(tensors[0])
+
+
+def model_with_a_hook(place: str, at: str, version: str = "7") -> RwkvRevForCausalLM:
+    model = tiny_model(version, dtype=torch.float64)
+    module = model.get_submodule(place)
+    if at == "input":
+        module.register_forward_pre_hook(larger_input)
+    else:
+        module.register_forward_hook(larger_output)
+    return model
+
+
+@pytest.mark.parametrize("at", ["input", "output"])
+@pytest.mark.parametrize("place", PLACES)
+def test_gradient(place: str, at: str) -> None:
+    model = model_with_a_hook(place, at)
+    full = differentiate(model, "full", input_ids=IDS)
+    for strategy in EXACT:
+        assert_agree(differentiate(model, strategy, CHUNK, input_ids=IDS), full, AGREE)
+
+
+@pytest.mark.parametrize("at", ["input", "output"])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_loss_of_ones_own(place: str, at: str) -> None:
+    model = model_with_a_hook(place, at, version="5.2")
+    found = []
+    for strategy in ("full", *EXACT):
+        model.set_bptt(strategy, chunk_length=CHUNK)
+        found.append(torch.autograd.grad(model(IDS).logits.square().sum(), list(model.parameters())))
+    for one in found[1:]:
+        for gradient, expected in zip(one, found[0], strict=True):
+            assert torch.allclose(gradient, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("place", ["model.ln0", "model.blocks.0"])
+def test_embeddings_that_are_handed_over_stay_as_they_are(place: str, trained: bool) -> None:
+    """Both sweeps read them."""
+    model = model_with_a_hook(place, "input")
+    embeds = model.get_input_embeddings()(IDS).detach()
+    outcomes = []
+    for strategy in ("full", *EXACT):
+        given = embeds.clone().requires_grad_(trained)
+        handed_over = given * 1 if trained or strategy == "full" else given  # to a leaf no graph can write
+        outcomes.append(differentiate(model, strategy, CHUNK, inputs_embeds=handed_over, labels=IDS))
+        if trained:
+            assert given.grad is not None
+            outcomes[-1].gradients["embeds"] = given.grad
+        assert torch.equal(given, embeds)
+    for outcome in outcomes[1:]:
+        assert_agree(outcome, outcomes[0], AGREE)
+
+
+@pytest.mark.parametrize("strategy", EXACT)
+def test_blocks_that_are_computed_again_are_refused(strategy: str) -> None:
+    """PyTorch's checkpointing hands a layer the input that a hook has written to; the numbers differ."""
+    model = model_with_a_hook("model.blocks.1.ln1", "input")
+    model.activation_checkpointing_enable()
+    with pytest.raises(ReversalMismatchError):
+        differentiate(model, strategy, CHUNK, input_ids=IDS)
