@@ -132,7 +132,7 @@ class RwkvRevCache(Cache):
 
 def repeated(state: ModelState, repeats: int) -> ModelState:
     """Every row ``repeats`` times, one beside the other."""
-    return state.rows(torch.arange(state.batch_size).repeat_interleave(repeats))
+    return state.rows(torch.arange(state.batch_size, device="cpu").repeat_interleave(repeats))
 
 
 def handed_over(**arguments: Any) -> tuple[ModelState | None, RwkvRevCache | None]:

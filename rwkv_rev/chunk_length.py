@@ -218,7 +218,8 @@ def _need(
     def forecast(strategy: str, context: int, chunk: int) -> StrategyForecast:
         (found,) = forecast_memory(
             config,
-            [torch.empty(0)] * config.num_hidden_layers,  # not looked at: a tape of two chunks is empty
+            [torch.empty(0, device="cpu")]
+            * config.num_hidden_layers,  # not looked at: a tape of two chunks is empty
             sum(parameter.numel() for parameter in own if parameter.is_floating_point()) + head,
             context_length=context,
             batch_size=rows,

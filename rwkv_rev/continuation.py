@@ -70,7 +70,7 @@ def generate(
         ConfigError: for a value that means nothing. RwkvRevError: for a device that is not there.
     """
     choose_kernel(
-        None, torch.empty(0)
+        None, torch.empty(0, device="cpu")
     )  # refuses a name that the environment gives, before the prompt is printed
     if not 1 <= max_new_tokens <= MOST:
         raise ConfigError(f"max_new_tokens = {shortened(repr(max_new_tokens))} must be from 1 to {MOST}")

@@ -265,7 +265,7 @@ def chat(
         SourceError, CheckpointError: if the folder is not a whole model. ConfigError: for a template that does not go
             with a carried state. RwkvRevError: for a device that is not there.
     """
-    choose_kernel(None, torch.empty(0))  # refuses a name that the environment gives
+    choose_kernel(None, torch.empty(0, device="cpu"))  # refuses a name that the environment gives
     with ConvertedModel(directory):  # refuses what is not a whole model, in one line
         pass
     place = choose_device(device)

@@ -67,12 +67,12 @@ def with_ends(inputs: LossInputs, packed: dict[str, Any], group: Any = None) -> 
     borders = inputs.borders
     if borders is None:
         valid = None if inputs.valid is None else inputs.valid.cpu()
-        borders = Borders(torch.zeros(shape, dtype=torch.bool), valid, None)
+        borders = Borders(torch.zeros(shape, dtype=torch.bool, device="cpu"), valid, None)
     return replace(inputs, borders=replace(borders, ends=_ends(borders.at, inputs.valid, shape)))
 
 
 def _ends(at: Tensor | None, valid: Tensor | None, shape: tuple[int, ...]) -> DocumentEnds:
-    at = torch.zeros(shape, dtype=torch.bool) if at is None else at
+    at = torch.zeros(shape, dtype=torch.bool, device="cpu") if at is None else at
     return DocumentEnds.of(at, None if valid is None else valid.cpu())
 
 

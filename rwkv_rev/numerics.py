@@ -90,8 +90,8 @@ def counted_nuhmc(dtype: torch.dtype) -> int:
             if sums[-1] >= full:
                 return count + int(numpy.argmax(sums >= full)) + 1
             state, count = float(sums[-1]), count + len(sums)
-    number = torch.tensor(1 + step, dtype=dtype)
-    total, count = torch.zeros((), dtype=dtype), 0
+    number = torch.tensor(1 + step, dtype=dtype, device="cpu")
+    total, count = torch.zeros((), dtype=dtype, device="cpu"), 0
     while total < full:
         total = total + number
         count += 1
@@ -115,7 +115,7 @@ def measured_division_nuhmc(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
     """
     errors = division_drift(log_decay, _MEASURED_STEPS, dtype)
     wrong = errors > 2.0 ** -(mantissa_bits(dtype) / 2)
-    steps = torch.tensor(_MEASURED_STEPS, dtype=torch.float64)
+    steps = torch.tensor(_MEASURED_STEPS, dtype=torch.float64, device=wrong.device)
     first = steps[wrong.to(torch.uint8).argmax(dim=0)]
     return torch.where(wrong.any(dim=0), first, torch.inf)
 
@@ -155,7 +155,9 @@ def format_limits(log_decay: Tensor) -> list[FormatLimits]:
     """Limits of every format in :data:`FORMATS` for channels with the given log w (any shape)."""
     bits = bits_forgotten_per_step(log_decay).flatten()
     names = list(DECAY_QUANTILES) if bool(bits.any()) else []
-    quantiles = torch.quantile(bits, torch.tensor(list(DECAY_QUANTILES.values()), dtype=bits.dtype))
+    quantiles = torch.quantile(
+        bits, torch.tensor(list(DECAY_QUANTILES.values()), dtype=bits.dtype, device=bits.device)
+    )
     chosen = -quantiles * math.log(2.0)
     return [
         FormatLimits(

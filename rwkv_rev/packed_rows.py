@@ -143,15 +143,15 @@ def on_valid(at: Tensor, valid: Tensor | None) -> Tensor:
     if valid is None:
         return at
     length = at.shape[1]
-    place = torch.arange(length).expand_as(at)
+    place = torch.arange(length, device=at.device).expand_as(at)
     following = torch.where(valid, place, length).flip(1).cummin(dim=1).values.flip(1)
-    moved = torch.zeros(len(at), length + 1, dtype=torch.bool)
+    moved = torch.zeros(len(at), length + 1, dtype=torch.bool, device=at.device)
     return moved.scatter_(1, torch.where(at, following, length), True)[:, :length]
 
 
 def _first(valid: Tensor | None, batch: int, length: int) -> Tensor:
     """[B, T] bool, true at each row's first valid token."""
-    there = torch.ones(batch, length, dtype=torch.bool) if valid is None else valid
+    there = torch.ones(batch, length, dtype=torch.bool, device="cpu") if valid is None else valid
     return there & (there.cumsum(dim=1) == 1)
 
 
@@ -175,7 +175,7 @@ def _tokens(name: str, tensor: Tensor, batch: int, length: int) -> Tensor:
 
 def _before(shape: torch.Size, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """The place of the valid token before each one, [B, T], -1 where there is none; and where both are there."""
-    place = torch.arange(shape[1]).expand(shape)
+    place = torch.arange(shape[1], device="cpu").expand(shape)
     latest = place if valid is None else torch.where(valid, place, -1).cummax(dim=1).values
     before = torch.nn.functional.pad(latest[:, :-1], (1, 0), value=-1)
     return before, before >= 0 if valid is None else (before >= 0) & valid
@@ -188,7 +188,7 @@ def _of_positions(positions: Tensor, valid: Tensor | None) -> Tensor:
     q counts the valid tokens, p + 1, or the places, p + 1 + k, and the masked ones are all at 0 or none of them is. A
     document begins where q = 0, or where q counts the places from a masked token at 0.
     """
-    place = torch.arange(positions.shape[1]).expand_as(positions)
+    place = torch.arange(positions.shape[1], device="cpu").expand_as(positions)
     before, there = _before(positions.shape, valid)
     masked = place - before - 1
     step = positions - positions.gather(1, before.clamp(min=0))
@@ -241,6 +241,6 @@ def _of_cumulative(name: str, ends: Tensor, batch: int, length: int, longest: di
             raise ValueError(
                 f"{told} = {value}, and {name} has a document of {most} tokens: give {most}, or leave it out"
             )
-    at = torch.zeros(1, length, dtype=torch.bool)
+    at = torch.zeros(1, length, dtype=torch.bool, device="cpu")
     at[0, [place for place in places if 0 < place < length]] = True
     return at

@@ -233,9 +233,10 @@ def _read_again(inputs: LossInputs) -> list[tuple[str, Tensor]]:
 def _checksums(tensors: list[Tensor]) -> Tensor:
     """Of the numbers of each tensor, int64 [n] on the first one's device; 0 where sharding has freed its memory."""
     sums = [
-        checksum(t) if t.untyped_storage().nbytes() else torch.zeros((), dtype=torch.int64) for t in tensors
+        checksum(t) if t.untyped_storage().nbytes() else torch.zeros((), dtype=torch.int64, device=t.device)
+        for t in tensors
     ]
-    return torch.stack([one.to(tensors[0].device) for one in sums]) if sums else torch.zeros(0)
+    return torch.stack([one.to(tensors[0].device) for one in sums]) if sums else torch.zeros(0, device="cpu")
 
 
 def _by_layer(

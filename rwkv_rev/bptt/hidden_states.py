@@ -30,7 +30,7 @@ class HiddenStates:
         if self._whole is None:
             self._device = hidden.device
             shape = (hidden.shape[0], chunk.inputs.length, hidden.shape[2])
-            self._whole = torch.empty(shape, dtype=hidden.dtype, pin_memory=hidden.is_cuda)
+            self._whole = torch.empty(shape, dtype=hidden.dtype, device="cpu", pin_memory=hidden.is_cuda)
         self._whole[:, chunk.start : chunk.stop].copy_(hidden, non_blocking=True)
 
     def whole(self) -> Tensor:

@@ -45,7 +45,7 @@ def parts_of(inputs: LossInputs, length: int) -> list[Part]:
         return [Part(inputs)]
     found = []
     for part in laid:
-        places = torch.cat([torch.arange(*documents[each]) for each in part])
+        places = torch.cat([torch.arange(*documents[each], device="cpu") for each in part])
         last = part[-1] == len(documents) - 1
         found.append(Part(inputs.taken(places, ends=last), places, part[0] == 0, last))
     return found

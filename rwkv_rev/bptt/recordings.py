@@ -338,7 +338,7 @@ def static(chunk: Chunk) -> Chunk:
         state=inputs.state.detach(),  # whatever graph it had is the caller's
         final_state_gradient=None,
         refuse=LossInputs.refuse,
-        divisor=torch.as_tensor(inputs.divisor, dtype=torch.float64).to(inputs.targets.device, copy=True),
+        divisor=torch.as_tensor(inputs.divisor, dtype=torch.float64, device=inputs.targets.device).clone(),
     )
     return type(chunk)(own, chunk.index, 0, chunk.length, predicts=True, is_full=True)
 
@@ -351,7 +351,7 @@ def load(static: Chunk, chunk: Chunk) -> None:
     if static.inputs.weights is not None and chunk.inputs.weights is not None:
         static.inputs.weights.copy_(chunk.inputs.weights[:, part])
     assert isinstance(static.inputs.divisor, Tensor)
-    static.inputs.divisor.copy_(torch.as_tensor(chunk.inputs.divisor))
+    static.inputs.divisor.fill_(chunk.inputs.divisor)
 
 
 def same_kind(one: list[ExactStates], other: list[ExactStates]) -> bool:

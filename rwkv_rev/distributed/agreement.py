@@ -116,7 +116,11 @@ def agree(inputs: "LossInputs", settings: str, going_by: object, model: nn.Modul
 
     mask = None if inputs.valid is None else inputs.valid.to(torch.int32)
     begins = None if inputs.borders is None else inputs.borders.at.to(torch.int32)
-    divisor = inputs.divisor if isinstance(inputs.divisor, Tensor) else torch.tensor(float(inputs.divisor))
+    divisor = (
+        inputs.divisor
+        if isinstance(inputs.divisor, Tensor)
+        else torch.tensor(float(inputs.divisor), device=device)
+    )
     known = {
         SETTINGS: torch.tensor(
             crc32((settings + repr([(tuple(p.shape), p.requires_grad) for p in parameters])).encode()),

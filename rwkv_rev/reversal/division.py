@@ -85,4 +85,4 @@ class LossyState:
 
 def predicted_bits_lost(log_decay: Tensor, tokens: int) -> float:
     """Bits that the fastest decay of ``log_decay`` (log w, any shape, natural) destroys over ``tokens`` steps."""
-    return tokens * float((-log_decay.double()).max()) / torch.log(torch.tensor(2.0)).item()
+    return tokens * float((-log_decay.double()).max()) / torch.log(torch.tensor(2.0, device="cpu")).item()

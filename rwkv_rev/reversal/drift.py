@@ -32,7 +32,7 @@ def division_drift(log_decay: Tensor, steps: Sequence[int], dtype: torch.dtype) 
     decay = torch.exp(log_decay.detach().double().cpu()).to(dtype).flatten()[:, None]  # [R, 1]
     length = max(steps)
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(length + 1, COLUMNS, generator=generator, dtype=torch.float64).to(dtype)
+    drawn = torch.randn(length + 1, COLUMNS, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
     *updates, first = drawn.unbind()
     state = first.expand(len(decay), COLUMNS)
     wanted = {length - back for back in steps}

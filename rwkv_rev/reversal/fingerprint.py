@@ -67,4 +67,4 @@ def _factors(count: int, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _factors_on_cpu(count: int) -> Tensor:
-    return 2 * torch.arange(count, dtype=torch.int64) * _MULTIPLIER + 1
+    return 2 * torch.arange(count, dtype=torch.int64, device="cpu") * _MULTIPLIER + 1

@@ -258,7 +258,7 @@ class MemoryRemnant:
 
     def tensors(self, size: Tensor | None) -> list[Tensor]:
         """What must be kept; ``size`` is ``self.raised`` on the CPU, None where no grid rose."""
-        heads = torch.empty(0) if size is None else size.flatten().nonzero()[:, 0]
+        heads = torch.empty(0, device="cpu") if size is None else size.flatten().nonzero()[:, 0]
         if self.before is None or heads.numel() == 0:
             return [self.packed]
         heads = heads.to(self.packed.device)

@@ -31,9 +31,9 @@ class BitPacking:
         if any(not 0 <= width <= most for width in bits):
             raise ValueError(f"row widths must lie between 0 and {most} bits")
         self.bits, self.dtype = bits, dtype
-        widths = torch.tensor(bits, dtype=torch.int64)
+        widths = torch.tensor(bits, dtype=torch.int64, device="cpu")
         self.whole = ((widths == 32) & (most == 32)).to(device)
-        sizes = torch.tensor(FIELDS)[:, None]
+        sizes = torch.tensor(FIELDS, device="cpu")[:, None]
         has = (widths & sizes) != 0
         self._fields = [(size, rows) for size, rows in zip(FIELDS, has.sum(1).tolist(), strict=True) if rows]
         # of the fields of every size, one behind the other
@@ -43,7 +43,9 @@ class BitPacking:
         self._offsets = (widths[rows] & -2 * size)[:, None].to(device, dtype)  # larger fields hold lower bits
         self._masks = ((1 << size) - 1)[:, None].to(device, dtype)
         self._shifts = {
-            size: (torch.arange(8 // size) * size).to(device, dtype) for size, _ in self._fields if size < 8
+            size: (torch.arange(8 // size, device="cpu") * size).to(device, dtype)
+            for size, _ in self._fields
+            if size < 8
         }
 
     def nbytes(self, batch: int, columns: int) -> int:

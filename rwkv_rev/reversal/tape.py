@@ -320,7 +320,7 @@ class _Slabs:
         largest = _LARGEST_SLAB if self._file is None else min(_LARGEST_SLAB, _LARGEST_PIECE)
         size = max(least, min(2 * self._sizes[-1], largest) if self._sizes else _SMALLEST_SLAB)
         if self._file is None:
-            slab = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
+            slab = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self._pinned)
         else:
             size = math.ceil(size / mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
             slab = self._map(self._end, size, grow=True)

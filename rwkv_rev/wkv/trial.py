@@ -76,7 +76,7 @@ def drawn(function: str, size: int, dtypes: Sequence[torch.dtype], device: torch
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, device="cpu")
 
     tokens, heads = (1, TOKENS, HEADS, size), (HEADS, size)
     inputs = [normal(*tokens) for _ in range(3)]
@@ -95,5 +95,7 @@ def _results(function: Callable[..., Any], inputs: list[Tensor], mask: Tensor | 
     leaves = [tensor.requires_grad_() for tensor in inputs]
     results = function(*leaves, mask)
     generator = torch.Generator().manual_seed(1)
-    arriving = [torch.randn(r.shape, generator=generator).to(r.device, r.dtype) for r in results]
+    arriving = [
+        torch.randn(r.shape, generator=generator, device="cpu").to(r.device, r.dtype) for r in results
+    ]
     return [r.detach() for r in (*results, *torch.autograd.grad(results, leaves, arriving))]

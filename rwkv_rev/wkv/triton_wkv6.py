@@ -81,7 +81,7 @@ def _choices(device: torch.device) -> Tensor:
     border is before the block (which has an odd number), else after t. In the one block of 2^LEVELS: after t. Then all
     of these transposed. In the last, the first rows choose blocks of 2 tokens, the next ones blocks of 4, and so on.
     """
-    token = torch.arange(CHUNK)
+    token = torch.arange(CHUNK, device="cpu")
     t, q = token[:, None], token[None, :]
     chosen = []
     for bits in range(LEVELS + 1):
@@ -89,7 +89,7 @@ def _choices(device: torch.device) -> Tensor:
         chosen.append((t >> bits == q >> bits) & torch.where(late, q < t, q > t))
     chosen += [x.T for x in chosen]
     blocks = [token[: CHUNK >> bits, None] == q >> bits for bits in range(1, LEVELS + 1)]
-    chosen.append(torch.cat([*blocks, torch.zeros(1, CHUNK, dtype=torch.bool)]))
+    chosen.append(torch.cat([*blocks, torch.zeros(1, CHUNK, dtype=torch.bool, device="cpu")]))
     return torch.stack(chosen).to(device, torch.bfloat16)
 
 
