@@ -1,6 +1,8 @@
 """What a model is given: masks, embeddings and everything a loss needs, checked before anything is computed."""
 
+import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, Protocol, cast
 
 import torch
@@ -233,10 +235,13 @@ def _divisor(
         if number.device.type != "cpu":  # not looked at: that would wait for the device
             return number.reshape(()).to(targets.device, dtype)
         number = number.item()
+    if not isinstance(number, Real):
+        raise ValueError(f"num_items_in_batch is a {type(number).__name__}: give a number")
     if number == 0 and not bool((targets != IGNORE).any()):
         return 1.0  # nothing is predicted, here or in the rest of the batch
-    if not number > 0:
-        raise ValueError(f"num_items_in_batch = {number} must be above 0")
+    if not 0 < number < math.inf:
+        raise ValueError(f"num_items_in_batch = {number} must be above 0, and finite")
+    check_divisor(number, dtype, "num_items_in_batch", weighted=weights is not None)
     return number
 
 

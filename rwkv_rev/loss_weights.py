@@ -76,26 +76,30 @@ def weights_of_targets(
     return weights
 
 
-def check_divisor(divisor: float | Tensor, dtype: torch.dtype, name: str) -> None:
-    """Refuse to divide the weighted sum of nats by what the loss's ``dtype`` has no inverse of.
+def check_divisor(divisor: float | Tensor, dtype: torch.dtype, name: str, *, weighted: bool = True) -> None:
+    """Refuse to divide the sum of nats, ``weighted`` or not, by what the loss's ``dtype`` has no inverse of.
 
     Raises:
         ValueError: for such a ``divisor``, called ``name``.
     """
     most = _root_of_largest(dtype)
     if not 1 / most <= float(divisor) <= most:
-        raise _out_of_range(name, divisor, dtype)
+        raise _out_of_range(name, divisor, dtype, weighted)
 
 
 def _root_of_largest(dtype: torch.dtype) -> float:
     return math.sqrt(torch.finfo(dtype).max)
 
 
-def _out_of_range(what: str, number: float | Tensor, dtype: torch.dtype) -> ValueError:
+def _out_of_range(what: str, number: float | Tensor, dtype: torch.dtype, weighted: bool = True) -> ValueError:
     most = _root_of_largest(dtype)
+    advice = (
+        ": divide loss_weights by the largest of them, and num_items_in_batch too where it is given"
+        if weighted
+        else ""
+    )
     return ValueError(
-        f"{what} is {float(number):.3g}, and a loss in {dtype} can be divided by {1 / most:.1e} to {most:.1e}: divide "
-        "loss_weights by the largest of them, and num_items_in_batch too where it is given"
+        f"{what} is {float(number):.3g}, and a loss in {dtype} can be divided by {1 / most:.1e} to {most:.1e}{advice}"
     )
 
 
