@@ -35,6 +35,7 @@ def model_of(reentrant: bool) -> RwkvRevForCausalLM:
     return model
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
 @pytest.mark.parametrize("strategy", ["checkpoint", "reversible"])
 def test_inside_a_declared_module(strategy: str) -> None:
     full = differentiate(model_of(True), "full", input_ids=IDS)

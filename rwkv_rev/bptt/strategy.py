@@ -23,7 +23,7 @@ from rwkv_rev.distributed.sharded_reading import gathered, go_along_with_calls
 from rwkv_rev.distributed.shards import refuse_sharded, refuse_zero3
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.foreign_code import Strangers, neftune_share, refuse_unknown, strangers
-from rwkv_rev.inference_tensors import for_graphs, state_for_graphs
+from rwkv_rev.inference_tensors import ordinary, ordinary_state
 from rwkv_rev.loss import IGNORE, cross_entropy_gradients, sum_cross_entropy
 from rwkv_rev.outside_leaves import OutsideLeaves
 from rwkv_rev.state import ModelState
@@ -73,9 +73,9 @@ class LossInputs:
 
     def __post_init__(self) -> None:
         for name in ("input_ids", "inputs_embeds", "valid", "targets", "weights"):
-            object.__setattr__(self, name, for_graphs(getattr(self, name)))
+            object.__setattr__(self, name, ordinary(getattr(self, name)))
         for name in ("state", "final_state_gradient"):
-            object.__setattr__(self, name, state_for_graphs(getattr(self, name)))
+            object.__setattr__(self, name, ordinary_state(getattr(self, name)))
 
     @property
     def length(self) -> int:
