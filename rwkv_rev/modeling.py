@@ -28,6 +28,7 @@ from rwkv_rev.distributed.shards import auto_as_others
 from rwkv_rev.distributed.taking_part import for_the_head
 from rwkv_rev.document_states import beside_a_loss, with_ends
 from rwkv_rev.errors import StrategyError
+from rwkv_rev.exporting import exporting
 from rwkv_rev.first_order import refuse_transforms
 from rwkv_rev.generation import RwkvRevGenerationMixin
 from rwkv_rev.initial_states import initial_states
@@ -224,8 +225,8 @@ class RwkvRevForCausalLM(TiedEmbeddings, RwkvRevPreTrainedModel, RwkvRevGenerati
                 row's next valid token. -100 is ignored. In their place ``shift_labels`` (a keyword) gives what each
                 position itself predicts; a masked one predicts nothing.
             use_cache: return the state as a cache too, as ``generate`` wants it; the default is as in transformers:
-                ``config.use_cache`` out of training (but not for a gradient over more than a chunk, whose memory it
-                would cost). The state itself is always returned.
+                ``config.use_cache`` out of training (but not in an export, nor for a gradient over more than a chunk,
+                whose memory it would cost). The state itself is always returned.
             logits_to_keep: only the last so many positions' logits (0: all), or their indices.
             output_hidden_states: also return the residual stream before block 0 and after every block; the config's
                 setting when None, as of ``return_dict``. Beside a loss it needs, as ``return_logits`` does, ``full`` or
@@ -266,7 +267,8 @@ class RwkvRevForCausalLM(TiedEmbeddings, RwkvRevPreTrainedModel, RwkvRevGenerati
             refuse_carried_state(self)
         if labels is None and shift_labels is None:
             refuse_without_labels(final_state_gradient=final_state_gradient, loss_weights=loss_weights)
-            if not (self.config.use_cache and not self.training if use_cache is None else use_cache):
+            by_default = self.config.use_cache and not (self.training or exporting())
+            if not (by_default if use_cache is None else use_cache):
                 updated = None
             elif updated is None and (use_cache or not self._goes_in_sweeps(input_ids, inputs_embeds, state)):
                 updated = RwkvRevCache(state)
@@ -360,8 +362,7 @@ class RwkvRevForCausalLM(TiedEmbeddings, RwkvRevPreTrainedModel, RwkvRevGenerati
         inputs = loss_inputs(self, dtype=wide(self.model.ln0.weight.dtype), **arguments)
         if return_document_states:
             inputs = with_ends(inputs, arguments["packed"], self.model.context_group)
-        length, evaluating = inputs.length, not (self.training or torch.is_grad_enabled())
-        bptt = self.bptt
+        length, bptt, evaluating = inputs.length, self.bptt, not (self.training or torch.is_grad_enabled())
         size = self.model.chunk_length(*inputs.targets.shape, inputs.targets.device)
         if self.model.context_group is not None:
             return shared_loss(self, inputs, size, return_logits, output_hidden_states)

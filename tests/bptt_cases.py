@@ -272,3 +272,14 @@ def checkpoint_blocks(model: RwkvRevForCausalLM) -> None:
     """Switch per-block activation checkpointing on, by the name that the installed transformers has for it."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable()
+
+
+@contextmanager
+def default_device(name: str) -> Iterator[None]:
+    """PyTorch's default device is another one within."""
+    torch.set_default_device(name)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+        vars(torch._GLOBAL_DEVICE_CONTEXT).pop("device_context", None)  # torch 2.9 looks into None

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from bptt_cases import VERSIONS, assert_agree, differentiate, random_tokens, tiny_model
+from bptt_cases import VERSIONS, assert_agree, default_device, differentiate, random_tokens, tiny_model
 from torch import Tensor
 
 import rwkv_rev.reversal.fingerprint
@@ -98,10 +98,7 @@ def test_reading(version: str) -> None:
             return [logits, evaluated.loss, evaluated.logits]
 
     expected = read()
-    torch.set_default_device("meta")
-    try:
+    with default_device("meta"):
         found = read()
-    finally:
-        torch.set_default_device(None)
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from bptt_cases import assert_agree, differentiate, random_tokens, tiny_model
+from bptt_cases import assert_agree, checkpoint_blocks, differentiate, random_tokens, tiny_model
 from torch import Tensor, nn
 
 from rwkv_rev import RwkvRevForCausalLM, position_wise
@@ -98,6 +98,6 @@ def test_embeddings_that_are_handed_over_stay_as_they_are(place: str, trained: b
 def test_blocks_that_are_computed_again_are_refused(strategy: str) -> None:
     """PyTorch's checkpointing hands a layer the input that a hook has written to; the numbers differ."""
     model = model_with_a_hook("model.blocks.1.ln1", "input")
-    model.activation_checkpointing_enable()
+    checkpoint_blocks(model)
     with pytest.raises(ReversalMismatchError):
         differentiate(model, strategy, CHUNK, input_ids=IDS)

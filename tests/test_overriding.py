@@ -1,14 +1,14 @@
 """Subclasses of tensors and modes that compute something else in the place of PyTorch's functions."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from bptt_cases import assert_agree, differentiate, random_tokens, tiny_model
+from bptt_cases import assert_agree, default_device, differentiate, random_tokens, tiny_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -278,18 +278,9 @@ def test_modes_opened_or_closed_before_the_gradient_are_refused(strategy: str) -
             logits.sum().backward()
 
 
-@contextmanager
-def default_device() -> Iterator[None]:
-    torch.set_default_device("cpu")
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
-
-
 HARMLESS = {
     "device": lambda: torch.device("cpu"),
-    "default device": default_device,
+    "default device": lambda: default_device("cpu"),
     "mutation": torch.autograd.graph.allow_mutation_on_saved_tensors,
 }
 
