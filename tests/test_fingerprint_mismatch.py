@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rwkv_rev import random_state
 from rwkv_rev.cells import time_mix_rwkv4, time_mix_rwkv5, time_mix_rwkv6, time_mix_rwkv7
 from rwkv_rev.declared_code import position_wise
-from rwkv_rev.errors import ReversalMismatchError
+from rwkv_rev.errors import ReversalMismatchError, StrategyError
 
 LAYERS = 3
 CHUNKS = 6
@@ -99,20 +99,23 @@ def test_a_kernel_that_never_gives_the_same(monkeypatch: pytest.MonkeyPatch, ver
         differentiate(model, "reversible", CHUNK, input_ids=tokens)
 
 
+@pytest.mark.parametrize("counted", [True, False], ids=["counted", "uncounted"])
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_weight_changed_between_the_sweeps(version: str) -> None:
-    """Something that writes to a weight while the loss is computed."""
+def test_a_weight_changed_between_the_sweeps(version: str, counted: bool) -> None:
+    """Something that writes to a weight while the loss is computed; where PyTorch counts that, it is named."""
     model, tokens = tiny_model(version), random_tokens(CHUNK * CHUNKS)
     calls = itertools.count()
 
     @position_wise
     def meddle(module: nn.Module, inputs: Any) -> None:
         if next(calls) == CHUNKS + 1:
+            weight = model.blocks[0].time_mix.key.weight
             with torch.no_grad():
-                model.blocks[0].time_mix.key.weight.mul_(1.01)
+                (weight if counted else weight.data).mul_(1.01)
 
     handle = model.blocks[0].time_mix.key.register_forward_pre_hook(meddle)
-    with pytest.raises(ReversalMismatchError, match="weights"):
+    words = r"model\.blocks\.0\.time_mix\.key\.weight was written to" if counted else "changes weights"
+    with pytest.raises(StrategyError if counted else ReversalMismatchError, match=words):
         differentiate(model, "reversible", CHUNK, input_ids=tokens)
     handle.remove()
 

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rwkv_rev import loss as loss_module
+from rwkv_rev import position_wise
 from rwkv_rev.loss import (
     IGNORE,
     LOGITS_AT_ONCE,
@@ -21,6 +22,7 @@ from rwkv_rev.loss import (
 )
 
 
+@position_wise
 class LargestTensor(TorchDispatchMode):
     """Records the largest tensor, in elements, that any operation returns."""
 
