@@ -126,10 +126,10 @@ def bench(
         --chunk-length 4096 --json > rows.json
     """
     _refuse_meaningless(ctx, what, strategies)
-    from rwkv_rev.benchmark.plots import plot_rows, refuse_without_matplotlib
+    from rwkv_rev.benchmark.plots import MEMORY_PLOT, plot_rows, refuse_plot
 
     if plot is not None:
-        refuse_without_matplotlib()
+        refuse_plot(plot / MEMORY_PLOT)
     if rows is not None:
         from rwkv_rev.folders.safe_input import read_json
 

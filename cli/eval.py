@@ -1,7 +1,7 @@
 """``rwkv-rev eval``: does a long context help?"""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -11,6 +11,9 @@ from rwkv_rev.cli.options import Adapter, Quantise
 from rwkv_rev.folders.folder import refuse_no_model
 from rwkv_rev.training.records import refuse_half_named
 from rwkv_rev.training.sources import find_sources
+
+if TYPE_CHECKING:
+    from rwkv_rev.training.evaluate import Evaluation
 
 
 def at_least_two(text: str | int) -> int:
@@ -87,10 +90,10 @@ def eval(
     refuse_no_model(directory)
     find_sources(data)
     from rwkv_rev.training.evaluate import evaluate_directory
-    from rwkv_rev.training.plots import plot_buckets, refuse_without_matplotlib
+    from rwkv_rev.training.plots import plot_buckets, refuse_plot
 
     if plot is not None:
-        refuse_without_matplotlib()
+        refuse_plot(plot)
     result = evaluate_directory(
         directory,
         data,
@@ -112,13 +115,17 @@ def eval(
     )
     for text in result.notes:
         out.note(f"warning: {text}")
-    if plot is not None:
+    if as_json:
+        out.print_json(result.to_dict())
+    else:
+        _print(result, directory, context_length)
+    if plot is not None:  # last: what was measured is told even where it cannot be drawn
         curve = [bucket.bits_per_byte for bucket in result.buckets]
         names = [bucket.name for bucket in result.buckets]
         plot_buckets(names, {directory.name: curve}, plot, "Bits per byte by position", "bits per byte")
-    if as_json:
-        out.print_json(result.to_dict())
-        return
+
+
+def _print(result: "Evaluation", directory: Path, context_length: int) -> None:
     rows = [
         [name, f"{b.tokens:,}", f"{b.bits_per_byte:.4f}", f"{b.bits_per_token:.4f}", f"{b.perplexity:.4f}"]
         for name, b in [*((bucket.name, bucket) for bucket in result.buckets), ("all", result.total)]

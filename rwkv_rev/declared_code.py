@@ -23,6 +23,9 @@ def position_wise(code: T) -> T:
 
     A declared hook sees one chunk after another [B, C, D], in both sweeps. A method of an object is declared for that
     object; a function in a class body for all of them.
+
+    Declared is of its gradient, too, that it is linear: beside labels it is made for the loss itself, and multiplied
+    afterwards by what multiplies the loss (``(loss / 4).backward()``). A loss of logits needs no such thing.
     """
     if _is_method(code):
         setattr(code.__self__, _of_method(code), _Mark(code.__self__, getattr(code, "__func__", None)))

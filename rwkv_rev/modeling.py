@@ -267,7 +267,7 @@ class RwkvRevForCausalLM(TiedEmbeddings, RwkvRevPreTrainedModel, RwkvRevGenerati
             refuse_carried_state(self)
         if labels is None and shift_labels is None:
             refuse_without_labels(final_state_gradient=final_state_gradient, loss_weights=loss_weights)
-            by_default = self.config.use_cache and not (self.training or exporting())
+            by_default = updated is not None or (self.config.use_cache and not (self.training or exporting()))
             if not (by_default if use_cache is None else use_cache):
                 updated = None
             elif updated is None and (use_cache or not self._goes_in_sweeps(input_ids, inputs_embeds, state)):

@@ -10,6 +10,7 @@ from transformers.utils import ModelOutput
 
 from rwkv_rev import unmade
 from rwkv_rev.cache import CACHE_NAME, RwkvRevCache
+from rwkv_rev.distributed.static_graph import refuse_lonely
 from rwkv_rev.state import ModelState, of_batch_first
 
 
@@ -24,6 +25,10 @@ class RwkvRevOutput(ModelOutput):
     state: ModelState | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     document_states: ModelState | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_lonely(self.state, self.document_states)
 
 
 @dataclass

@@ -33,9 +33,7 @@ class GeneratorStates(NamedTuple):
         return (
             all(torch.equal(one, another) for one, another in zip(ours, theirs, strict=True))
             and self.python == other.python
-            and self.numpy[2] == other.numpy[2]
-            and bool(np.array_equal(self.numpy[1], other.numpy[1]))
-            and self.numpy[3:] == other.numpy[3:]
+            and _same(self.numpy, other.numpy)
         )
 
 
@@ -52,7 +50,7 @@ def capture(devices: Iterable[torch.device]) -> GeneratorStates:
         torch.get_rng_state(),
         tuple((device, _state(device)) for device in own),
         random.getstate(),
-        np.random.get_state(),
+        np.random.get_state(legacy=False),  # whatever bit generator stands behind it
     )
 
 
@@ -64,6 +62,13 @@ def restore(states: GeneratorStates) -> None:
         module.set_rng_state(state) if device.type == "mps" else module.set_rng_state(state, device)
     random.setstate(states.python)
     np.random.set_state(states.numpy)
+
+
+def _same(one: Any, another: Any) -> bool:
+    """Whether two states of numpy's generator are the same: dictionaries of arrays and numbers, by their kind."""
+    if isinstance(one, dict):
+        return one.keys() == another.keys() and all(_same(one[name], another[name]) for name in one)
+    return bool(np.array_equal(one, another))
 
 
 def _state(device: torch.device) -> Tensor:

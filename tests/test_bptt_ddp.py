@@ -1,10 +1,14 @@
 """DistributedDataParallel over two processes (gloo): gradients equal those of one process on the joined batch."""
 
+from typing import Any
+
 import pytest
 import torch
 from bptt_cases import random_tokens, relative_error, tiny_model
 from processes import in_ranks
 from torch import Tensor, nn
+
+from rwkv_rev.errors import StrategyError
 
 CHUNK, LENGTH = 8, 21
 ROWS = 4
@@ -71,9 +75,42 @@ def train(rank: int, case: str) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def work(rank: int) -> dict[str, dict[str, dict[str, Tensor]]]:
+def train_by_states(rank: int, kind: str) -> dict[str, Any]:
+    """By a loss of the state alone, which is refused, and by one that every parameter has a part in."""
+    found: dict[str, Any] = {}
+    for static in (False, True):
+        model = model_of("RWKV-5").double()
+        parallel = nn.parallel.DistributedDataParallel(model, static_graph=static)
+        for step in range(3):
+            if static and step == 0:
+                with pytest.raises(StrategyError, match=r"static_graph=True.*0 \* output.logits.sum"):
+                    states_loss(parallel, rank, kind, 0).backward()
+                model = model_of("RWKV-5").double()
+                parallel = nn.parallel.DistributedDataParallel(model, static_graph=True)
+            model.zero_grad()
+            states_loss(parallel, rank, kind, 1).backward()
+            found[f"{static} {step}"] = gradients_of(model)
+    return found
+
+
+def states_loss(model: nn.Module, rank: int, kind: str, logits: float) -> Tensor:
+    """Of the last state, or of those of all documents, and of so much of the logits."""
+    borders = torch.zeros(1, LENGTH, dtype=torch.bool)
+    borders[0, 9] = True
+    given = {"borders": borders, "return_document_states": True} if kind == "document_states" else {}
+    output = model(input_ids=random_tokens(LENGTH, seed=rank), **given)
+    loss = output[kind].wkv.tanh().mean()
+    return loss + logits * output.logits.tanh().mean() if logits else loss
+
+
+STATES = ["state", "document_states"]
+
+
+def work(rank: int) -> dict[str, dict[str, Any]]:
     """One process: every case in turn."""
-    return {case: train(rank, case) for case in CASES}
+    return {case: train(rank, case) for case in CASES} | {
+        kind: train_by_states(rank, kind) for kind in STATES
+    }
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +146,15 @@ def test_two_processes_equal_one(by_rank: list[dict[str, dict[str, dict[str, Ten
                 assert relative_error(rank[place][name], gradient) <= 2e-5, (place, name)
         for name, gradient in ranks[0][place].items():
             assert torch.equal(gradient, ranks[1][place][name])
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_a_loss_of_states(by_rank: list[dict[str, Any]], kind: str) -> None:
+    """``static_graph=True`` looks for tensors in PyTorch's trees, of which states are leaves."""
+    model = model_of("RWKV-5").double()
+    model.set_bptt("full")
+    sum(states_loss(model, rank, kind, 1) / WORLD for rank in range(WORLD)).backward()
+    for rank in by_rank:
+        for place, gradients in rank[kind].items():
+            for name, truth in gradients_of(model).items():
+                assert relative_error(gradients[name], truth) <= 1e-10, (place, name)

@@ -87,3 +87,24 @@ def test_crop() -> None:
     for remove in (-1, 1):
         with pytest.raises(RuntimeError, match="activate_past_recording"):
             RwkvRevCache(random_state(model, 1)).crop(remove)
+
+
+@pytest.mark.parametrize("length", [3, 11])
+@pytest.mark.parametrize("kind", ["evaluation", "training", "config.use_cache=False", "with a gradient"])
+def test_a_cache_that_is_handed_over_is_brought_up_to_date(kind: str, length: int) -> None:
+    """Whatever makes one by default: only ``use_cache=False`` says that it is not."""
+    model, tokens = evaluated(), random_tokens(LENGTH)
+    model.train(kind in ("training", "with a gradient"))
+    if kind == "config.use_cache=False":
+        model.config.use_cache = False
+    expected = model(tokens).logits
+    for base in (False, True):
+        reader, name = (model.model, "last_hidden_state") if base else (model, "logits")
+        expected, cache = reader(tokens)[name], RwkvRevCache()
+        with torch.set_grad_enabled(kind == "with a gradient"):
+            read = [reader(part, past_key_values=cache)[name] for part in tokens.split(length, dim=1)]
+        assert cache.get_seq_length() == LENGTH
+        assert relative_error(torch.cat(read, dim=1), expected) < 1e-12
+    cache = RwkvRevCache()
+    model(tokens, past_key_values=cache, use_cache=False)
+    assert cache.state is None

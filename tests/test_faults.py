@@ -296,6 +296,29 @@ def test_what_a_known_generator_draws_is_drawn_again(name: str, chunks: int) -> 
 
 
 @pytest.mark.parametrize("strategy", EXACT)
+@pytest.mark.parametrize("bits", ["MT19937", "PCG64", "Philox", "SFC64"])
+def test_numpy_draws_the_same_whatever_bit_generator_stands_behind_it(bits: str, strategy: str) -> None:
+    model, inputs = tiny_model("5.2", num_hidden_layers=LAYERS), {"input_ids": random_tokens(CHUNK * 3)}
+    drawn: list[tuple[float, float]] = []
+
+    def scaled(module: nn.Module, given: Any, output: Tensor) -> Tensor:
+        drawn.append(
+            (float(np.random.rand()), float(np.random.normal()))
+        )  # the second keeps one for the next
+        return output * (1 + drawn[-1][0])
+
+    usual = np.random.get_bit_generator()  # type: ignore[attr-defined, unused-ignore]
+    np.random.set_bit_generator(getattr(np.random, bits)(1))  # type: ignore[attr-defined, unused-ignore]
+    try:
+        with hooked(model, "model.blocks.0.time_mix.key", scaled):
+            differentiate(model, strategy, CHUNK, **inputs)
+    finally:
+        np.random.set_bit_generator(usual)  # type: ignore[attr-defined, unused-ignore]
+    first, second = drawn[:3], drawn[3:]
+    assert len(set(first)) == 3 and len(second) >= 2 and set(second) <= set(first)
+
+
+@pytest.mark.parametrize("strategy", EXACT)
 def test_a_diverged_model_ends_in_nan(strategy: str) -> None:
     """NaN in a weight is no mismatch of the sweeps: the loss is NaN, as under ``full``."""
     for name in ("blocks.0.time_mix.key.weight", "blocks.1.channel_mix.value.weight", "ln0.bias"):

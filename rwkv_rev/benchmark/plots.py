@@ -4,24 +4,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rwkv_rev.training.plots import refuse_without_matplotlib
+from rwkv_rev.training.plots import refuse_plot, write_png
 
-__all__ = ["plot_memory", "plot_rows", "plot_speed", "refuse_without_matplotlib"]
+__all__ = ["plot_memory", "plot_rows", "plot_speed", "refuse_plot"]
 
+MEMORY_PLOT, SPEED_PLOT = "memory-by-context.png", "speed-by-context.png"
 COLORS = {"full": "#c1432e", "reversible": "#1f6fb2", "checkpoint": "#3f8f4f", "truncated": "#8a6fb0"}
 GB, MB = 10**9, 10**6
 
 
 def plot_rows(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     """Draw what the rows hold into ``folder``: ``memory-by-context.png``, ``speed-by-context.png``."""
-    folder.mkdir(parents=True, exist_ok=True)
     points = [row for row in rows if not row.get("fit")]
     drawn = []
     if any("peak_bytes" in row for row in points):
-        drawn.append(folder / "memory-by-context.png")
+        drawn.append(folder / MEMORY_PLOT)
         plot_memory(points, drawn[-1])
     if any("seconds" in row and "peer" not in row for row in points):
-        drawn.append(folder / "speed-by-context.png")
+        drawn.append(folder / SPEED_PLOT)
         plot_speed(points, drawn[-1])
     return drawn
 
@@ -100,7 +100,7 @@ def _finish(figure: Any, axes: Any, rows: Sequence[dict[str, Any]], path: Path) 
     about = [str(row[name]) for name in ("shape", "dtype", "hardware") if row.get(name)]
     if about:
         figure.supxlabel(", ".join(about), fontsize=8, color="#555555")
-    figure.savefig(path, dpi=150)
+    write_png(figure, path, dpi=150)
 
 
 def _by_setting(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 LIKELY_CAUSES = (
     "Likely causes: code inside the model that gives another result at each call (it draws from a generator of its "
-    "own, counts calls, changes weights or buffers), inputs or a state that were overwritten before the gradient was "
-    "taken, a non-deterministic kernel, another autocast. Try "
+    "own, counts calls, changes weights or buffers), inputs, a state or frozen weights that were overwritten before "
+    "the gradient was taken, a non-deterministic kernel, another autocast. Try "
     "torch.use_deterministic_algorithms(True), or bptt='full', which computes everything once"
 )
 

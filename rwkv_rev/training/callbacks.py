@@ -115,7 +115,7 @@ class StopAtBadLoss(TrainerCallback):
         if logs and not math.isfinite(logs.get("loss", 0.0)):
             raise DataError(
                 f"the loss is {logs['loss']} at step {state.global_step}: lower --lr, lengthen --warmup or use "
-                "--dtype float32; --resume auto goes on from the last checkpoint"
+                "--dtype float32; --resume auto goes on from the last checkpoint, if there is one"
             )
 
 

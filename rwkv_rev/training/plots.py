@@ -1,10 +1,15 @@
 """Curves as PNG files. Drawn without a display; needs matplotlib (``pip install 'rwkv-rev[train]'``)."""
 
+import io
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rwkv_rev.errors import RwkvRevError
+from rwkv_rev.errors import OutputError, RwkvRevError
+from rwkv_rev.folders.safe_output import check_place
+
+_PNG = b"\x89PNG"
 
 
 def has_matplotlib() -> bool:
@@ -20,6 +25,45 @@ def refuse_without_matplotlib() -> None:
     """Raise RwkvRevError when a curve was asked for that cannot be drawn."""
     if not has_matplotlib():
         raise RwkvRevError("drawing needs matplotlib: pip install 'rwkv-rev[train]'")
+
+
+def refuse_plot(path: Path) -> None:
+    """Refuse, before anything is computed, a drawing that could not be written, or only in place of something else.
+
+    Raises:
+        RwkvRevError: without matplotlib.
+        OutputError: for a name that does not end in .png, a folder, a file that is no drawing, a place without access.
+    """
+    refuse_without_matplotlib()
+    if path.suffix.lower() != ".png":
+        raise OutputError(f"--plot {path}: drawings are PNG files, so end the name in .png")
+    check_place(path)
+    try:
+        start = path.read_bytes()[: len(_PNG)] if path.exists() else b""
+    except OSError as error:
+        raise OutputError(f"--plot {path}: {error.strerror}; choose another name") from error
+    if start and start != _PNG:
+        raise OutputError(f"--plot {path} exists and is no PNG file; choose another name")
+
+
+def write_png(figure: Any, path: Path, **options: Any) -> None:
+    """Write a figure whole or not at all.
+
+    Raises:
+        OutputError: where the system refuses to write.
+    """
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", **options)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_bytes(drawn.getvalue())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
 
 
 def plot_losses(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
@@ -77,4 +121,4 @@ def _axes(title: str) -> tuple[Any, Any]:
     axes = figure.add_subplot()
     axes.set_title(title)
     axes.grid(alpha=0.3)
-    return axes, lambda path: figure.savefig(path)
+    return axes, lambda path: write_png(figure, path)
