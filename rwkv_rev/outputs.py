@@ -28,7 +28,8 @@ class RwkvRevOutput(ModelOutput):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_lonely(self.state, self.document_states)
+        states = [state for state in (self.state, self.document_states) if isinstance(state, ModelState)]
+        refuse_lonely(tensor for state in states for tensor in state.tensors())
 
 
 @dataclass

@@ -1,5 +1,8 @@
 """What may be given to a loss: tensors with several roles, embeddings, labels, odd shapes and numbers."""
 
+import warnings
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +11,7 @@ from bptt_cases import (
     Outcome,
     assert_agree,
     differentiate,
+    load,
     random_like,
     random_state,
     random_tokens,
@@ -262,3 +266,25 @@ def test_labels_are_refused_before_tokens_are_embedded(name: str, gradient: bool
     inputs = LossInputs(ids, None, None, ids, 1.0, model.initial_state(1), refuse=refuse)
     with torch.set_grad_enabled(gradient), pytest.raises(ValueError, match="labels hold"):
         STRATEGIES[name](4).loss(model, inputs)
+
+
+@pytest.mark.parametrize("version", ["5.2", "6"])
+@pytest.mark.parametrize("size", [1.0, 30.0, 300.0, 3e4])
+def test_a_gradient_that_is_off_is_told_of(bundled: dict[str, Path], version: str, size: float) -> None:
+    """A state that is handed over is many times larger than the trained model's own: float32 beside float64."""
+    ids = random_tokens(100, vocab=256)
+    outcomes = []
+    for dtype, strategy in ((torch.float64, "full"), (torch.float32, "full"), (torch.float32, "reversible")):
+        model = load(bundled[version], dtype, layers=3)
+        state = model.initial_state(1)
+        given = torch.randn(state.wkv.shape, generator=torch.Generator().manual_seed(0)).to(state.wkv)
+        state = replace(state, wkv=size * given)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            outcomes.append(differentiate(model, strategy, 33, input_ids=ids, state=state))
+    truth, full, found = (outcome.gradients for outcome in outcomes)
+    own = max(relative_error(full[name], truth[name]) for name in truth)
+    error = max(relative_error(found[name], truth[name]) for name in truth)
+    coarse = [warning for warning in told if "its grid stays as coarse" in str(warning.message)]
+    assert error <= own + 1e-5 or coarse
+    assert (size > 1) == (len(coarse) == 1) or 1 < size < 300

@@ -6,6 +6,7 @@ FSDP casts the tensors of such trees, and a memory in 16 bits would be another. 
 alone would be each process's own, in every step and without a word.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,11 +14,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from rwkv_rev.errors import StrategyError
-from rwkv_rev.state import ModelState
 
 
-def refuse_lonely(*states: Any) -> None:
-    """Have a gradient of these states refused, where it is all that arrives in the first step of a static graph."""
+def refuse_lonely(states: Iterable[Tensor]) -> None:
+    """Have a gradient of these tensors of states refused, where it is all that arrives in the first step of a static graph."""
     active: Any = getattr(DistributedDataParallel, "_active_ddp_module", None)
     if active is None or not active.static_graph or _has_learned(active) or not torch.is_grad_enabled():
         return
@@ -33,10 +33,9 @@ def refuse_lonely(*states: Any) -> None:
     def arrived(_: Tensor) -> None:
         torch.autograd.Variable._execution_engine.queue_callback(look)
 
-    for state in states:
-        for tensor in state.tensors() if isinstance(state, ModelState) else ():
-            if tensor.requires_grad:
-                tensor.register_hook(arrived)
+    for tensor in states:
+        if tensor.requires_grad:
+            tensor.register_hook(arrived)
 
 
 def _has_learned(parallel: Any) -> bool:

@@ -48,8 +48,8 @@ from rwkv_rev.reversal.host_copy import start_copy
 from rwkv_rev.reversal.packing import BitPacking
 from rwkv_rev.wkv.dispatch import choose_kernel
 
-COARSE_BITS = 12
-"""Below it even a head's largest number is off by more than 1e-4 of itself."""
+COARSE_BITS = 18
+"""Below it even a head's largest number is off by some 1e-6 of itself, and RWKV-6's gradients by ten times that."""
 AT_ONCE = 2**24
 """Numbers of several states that are put on their grids at once: 128 MiB in float64."""
 ROOM = 2.0**-0.125
@@ -163,8 +163,8 @@ class FixedPoint:
         return remnant.kept_heads(FixedPoint(mantissa, self.exponent))
 
     when_coarse = (
-        "has been many thousand times larger earlier in this context, and its grid stays as coarse as that needed: "
-        "gradients through it are off by more than 1e-4. bptt='checkpoint' has the same grid; 'full' has none"
+        "has been hundreds of times larger earlier in this context, and its grid stays as coarse as that needed: "
+        "gradients through it may be off by more than 1e-5. bptt='checkpoint' has the same grid; 'full' has none"
     )
 
     def coarse(self) -> Tensor:
