@@ -17,7 +17,7 @@ from rwkv_rev.errors import StrategyError
 
 
 def refuse_lonely(states: Iterable[Tensor]) -> None:
-    """Have a gradient of these tensors of states refused, where it is all that arrives in the first step of a static graph."""
+    """Have a gradient of tensors of states refused where it is all that arrives in a static graph's first step."""
     active: Any = getattr(DistributedDataParallel, "_active_ddp_module", None)
     if active is None or not active.static_graph or _has_learned(active) or not torch.is_grad_enabled():
         return
