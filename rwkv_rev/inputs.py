@@ -242,7 +242,7 @@ def _divisor(
     if not 0 < number < math.inf:
         raise ValueError(f"num_items_in_batch = {number} must be above 0, and finite")
     check_divisor(number, dtype, "num_items_in_batch", weighted=weights is not None)
-    return number
+    return float(number)  # a fraction is a number, and no tensor is divided by it
 
 
 def check_state(config: RwkvRevConfig, state: ModelState, batch: int, name: str = "the state") -> None:
