@@ -75,7 +75,7 @@ def embedded(embeddings: nn.Module, input_ids: Tensor | None) -> Tensor:
 
 
 def valid_tokens(attention_mask: Tensor | None, length: int, batch: int | None = None) -> Tensor | None:
-    """[B, T] bool, or None when every token counts; a mask longer than the input is read from its end.
+    """[B, T] bool, a copy, or None when every token counts; a mask longer than the input is read from its end.
 
     Raises:
         ValueError: for a mask that is shorter, has other rows, or other values than 0 and 1.
@@ -90,9 +90,11 @@ def valid_tokens(attention_mask: Tensor | None, length: int, batch: int | None =
             "the length of the input"
         )
     attention_mask = attention_mask[:, -length:]
-    valid = attention_mask.bool()
     if exporting():
-        return valid
+        return attention_mask.bool()
+    valid = attention_mask.to(
+        torch.bool, copy=True
+    )  # of what is often a buffer that the next batch is written to
     if attention_mask.dtype == torch.bool:
         return None if bool(valid.all()) else valid
     known, whole = torch.stack(
@@ -233,7 +235,7 @@ def _divisor(
         if number.numel() != 1:
             raise ValueError(f"num_items_in_batch has {number.numel()} numbers: give one")
         if number.device.type != "cpu":  # not looked at: that would wait for the device
-            return number.reshape(()).to(targets.device, dtype)
+            return number.reshape(()).to(targets.device, dtype, copy=True)
         number = number.item()
     if not isinstance(number, Real):
         raise ValueError(f"num_items_in_batch is a {type(number).__name__}: give a number")
@@ -242,7 +244,7 @@ def _divisor(
     if not 0 < number < math.inf:
         raise ValueError(f"num_items_in_batch = {number} must be above 0, and finite")
     check_divisor(number, dtype, "num_items_in_batch", weighted=weights is not None)
-    return number
+    return float(number)  # a fraction is a number, and no tensor is divided by it
 
 
 def check_state(config: RwkvRevConfig, state: ModelState, batch: int, name: str = "the state") -> None:

@@ -80,5 +80,5 @@ def refuse_replica(model: nn.Module) -> None:
 
 
 def given_targets(shift_labels: Tensor, valid: Tensor | None) -> Tensor:
-    """What each position predicts where that is given: [B, T] int64, -100 at masked positions."""
-    return shift_labels if valid is None else shift_labels.masked_fill(~valid, IGNORE)
+    """What each position predicts where that is given: [B, T] int64, a copy, -100 at masked positions."""
+    return shift_labels.clone() if valid is None else shift_labels.masked_fill(~valid, IGNORE)

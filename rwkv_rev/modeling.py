@@ -41,7 +41,7 @@ from rwkv_rev.outputs import RwkvRevCausalLMOutput
 from rwkv_rev.packed_rows import PACKING
 from rwkv_rev.state import ModelState
 from rwkv_rev.tied_embeddings import TiedEmbeddings
-from rwkv_rev.unmade import deferred_logits
+from rwkv_rev.unmade import loss_and_logits
 
 
 class RwkvRevForCausalLM(TiedEmbeddings, RwkvRevPreTrainedModel, RwkvRevGenerationMixin, ContextParallel):
@@ -392,8 +392,7 @@ class RwkvRevForCausalLM(TiedEmbeddings, RwkvRevPreTrainedModel, RwkvRevGenerati
             remnants=bptt.remnants,
             at_once=self.model.tokens_at_once(size, *inputs.targets.shape),
         )
-        result = strategy.loss(self, inputs)
-        logits = deferred_logits(self, inputs, result.loss) if evaluating else None
+        result, logits = loss_and_logits(self, inputs, strategy, deferred=evaluating)
         states = beside_a_loss(inputs, result.loss)
         return RwkvRevCausalLMOutput(
             result.loss, logits, result.state, report=result.report, document_states=states

@@ -40,7 +40,7 @@ def given_borders(
     fresh: bool = False,
     embedded: bool = False,
 ) -> Tensor | None:
-    """The borders [B, T] of a batch, bool on the host and on valid tokens; None where there are none.
+    """The borders [B, T] of a batch, bool on the host and on valid tokens, a copy; None where there are none.
 
     Args:
         kwargs: those that the model has no name for.
@@ -92,7 +92,7 @@ def given_borders(
                 f"borders are {borders.dtype} {list(borders.shape)}: give bool {[batch, length]}, true at each "
                 "document's first token"
             )
-        found["borders"] = on_valid(borders.cpu(), valid)
+        found["borders"] = on_valid(borders.to("cpu", copy=True), valid)
     first = _first(valid, batch, length)
     name, at = next(reversed(found.items()))
     for other, others in found.items():

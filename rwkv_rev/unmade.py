@@ -2,7 +2,9 @@
 
 In training they are not to be had: clear words where they are used, instead of those of ``None``. In evaluation,
 without a gradient, they are made by whoever uses them first, by reading the context once more: ``Trainer`` does with
-``compute_metrics``, and without it memory stays flat.
+``compute_metrics``, and without it memory stays flat. Ids, masks, borders and labels are copied, and training or
+evaluation mode is what it was. A model that has changed is refused, as far as its parameters, what its modules go by
+(:mod:`rwkv_rev.module_settings`), or the loss tell of it.
 """
 
 from collections.abc import Callable
@@ -12,11 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from rwkv_rev import random_state
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.loss import sum_cross_entropy, wide
+from rwkv_rev.model_now import model_now
+from rwkv_rev.module_settings import Settings, first_change, notes_of, settings
 
 if TYPE_CHECKING:
-    from rwkv_rev.bptt.strategy import LossInputs
+    from rwkv_rev.bptt.strategy import LossInputs, LossResult, Strategy
     from rwkv_rev.modeling import RwkvRevForCausalLM
 
 LIKE_THE_LOSS = {True: 5e-3, False: 1e-5}
@@ -31,8 +36,12 @@ def _refuse(*_: Any, **__: Any) -> NoReturn:
 
 
 HAS_CHANGED = (
-    "the model or its inputs have changed since this loss was computed without its logits: use them before, or pass "
-    "return_logits=True"
+    "the model or its inputs have changed since this loss was computed without its logits{what}: use them before, or "
+    "pass return_logits=True"
+)
+HAS_DRAWN = (
+    "this loss was computed without its logits, and random numbers were drawn for it (dropout?), which a second "
+    "reading would draw anew: pass return_logits=True"
 )
 
 
@@ -70,7 +79,8 @@ class Deferred(Tensor):
         depends_on: gives the tensors that they are made from, now and at the first use.
 
     Raises:
-        StrategyError: at the first use, if one of these was written to or replaced since the loss.
+        StrategyError: at the first use, if one of these was written to or replaced since the loss; what ``make``
+            raises.
     """
 
     _make: Callable[[], Tensor]
@@ -92,7 +102,7 @@ class Deferred(Tensor):
     def _made(self) -> Tensor:
         if self._before is not None:
             if _marks(self._depends_on()) != self._before:
-                raise StrategyError(HAS_CHANGED)
+                raise StrategyError(HAS_CHANGED.format(what=""))
             logits = self._make()
             self._make, self._depends_on, self._before = lambda: logits, list, None
         return self._make()
@@ -117,20 +127,36 @@ class Deferred(Tensor):
         return "logits not made yet" if self._before is not None else repr(self._made())
 
 
-def deferred_logits(model: "RwkvRevForCausalLM", inputs: "LossInputs", loss: Tensor) -> Deferred:
-    """What makes the logits beside ``loss`` if somebody asks for them: at the precision of this call."""
+def loss_and_logits(
+    model: "RwkvRevForCausalLM", inputs: "LossInputs", strategy: "Strategy", *, deferred: bool
+) -> tuple["LossResult", Deferred | None]:
+    """A loss and, if ``deferred``, what makes logits beside it for who asks for them: in this precision and mode."""
+    if not deferred:
+        return strategy.loss(model, inputs), None
     kind, dtype = inputs.targets.device.type, wide(model.model.ln0.weight.dtype)
     autocast = torch.autocast(
         kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)
     )
     state = inputs.state.each(Tensor.clone)
     ids = None if inputs.input_ids is None else inputs.input_ids.clone()  # which are often a buffer
+    embeds = inputs.inputs_embeds
+    if embeds is not None and embeds.is_inference():  # what is written to it has no version
+        embeds = embeds.clone()
+    devices = [inputs.targets.device]
+    generators = random_state.capture(devices)
+    result = strategy.loss(model, inputs)
+    drawn = not generators.same(random_state.capture(devices))
+    as_it_was, before = model_now(model), settings(model, versions=True)
 
     @torch.no_grad()
     def make() -> Tensor:
-        with autocast:
-            hidden, _ = model.read(ids, inputs.valid, inputs.inputs_embeds, state, inputs.borders)
+        if drawn:
+            raise StrategyError(HAS_DRAWN)
+        with as_it_was(), autocast:
+            now = settings(model, versions=True)
+            hidden, _ = model.read(ids, inputs.valid, embeds, state, inputs.borders)
             logits = model.head(hidden).to(dtype)
+            _refuse_another_model(model, before, now)
         again = sum_cross_entropy(
             logits,
             nn.Identity(),
@@ -139,18 +165,32 @@ def deferred_logits(model: "RwkvRevForCausalLM", inputs: "LossInputs", loss: Ten
             vocab_size=logits.shape[-1],
             weights=inputs.weights,
         )
-        # adapters that were switched, hooks that draw: no tensor tells of them, but the loss does
+        # what neither tensors nor modules tell of, the loss does
         near = LIKE_THE_LOSS[autocast._enabled or model.model.ln0.weight.dtype.itemsize < 4]
-        if not torch.isclose(again, loss, rtol=near, atol=near, equal_nan=True):
-            raise StrategyError(HAS_CHANGED)
+        if not torch.isclose(again, result.loss, rtol=near, atol=near, equal_nan=True):
+            raise StrategyError(HAS_CHANGED.format(what=""))
         return logits
 
     def depends_on() -> list[Tensor]:
-        given = [] if inputs.inputs_embeds is None else [inputs.inputs_embeds]
-        return [*model.parameters(), *model.buffers(), *given]
+        return [*model.parameters(), *model.buffers(), *([] if embeds is None else [embeds])]
 
     shape = (*inputs.targets.shape, model.config.vocab_size)
-    return Deferred(make, shape, dtype, inputs.targets.device, depends_on)
+    return result, Deferred(make, shape, dtype, inputs.targets.device, depends_on)
+
+
+def _refuse_another_model(model: nn.Module, before: list[Settings], now: list[Settings]) -> None:
+    """Refuse logits of modules that were ``before`` something else than ``now``, before a reading that is over.
+
+    But for notes, which calls of the modules change themselves.
+
+    Raises:
+        StrategyError: naming the first thing that changed.
+    """
+    if before != now:
+        notes = notes_of(now, settings(model, versions=True))
+        changed = first_change(before, now, notes)
+        if changed is not None:
+            raise StrategyError(HAS_CHANGED.format(what=f" ({changed})"))
 
 
 def _marks(tensors: list[Tensor]) -> list[tuple[int, int, int]]:

@@ -131,6 +131,66 @@ def test_ids_and_masks_may_be_overwritten() -> None:
             assert relative_error(found[name], gradient) < 1e-10
 
 
+def _packed(name: str) -> dict[str, Tensor]:
+    """A row of three documents and padding, with borders by one name; all of it a buffer."""
+    mask = torch.ones(1, 27, dtype=torch.bool)
+    mask[0, [0, 6, 25, 26]] = False
+    starts = torch.tensor([0, 4, 12, 27])
+    lengths = starts.diff()
+    borders = torch.zeros(1, 27, dtype=torch.bool)
+    borders[0, starts[1:-1]] = True
+    told = {
+        "nothing": {},
+        "borders": {"borders": borders},
+        "cu_seq_lens_q": {"cu_seq_lens_q": starts},
+        "seq_idx": {"seq_idx": torch.arange(3).repeat_interleave(lengths)[None]},
+        "position_ids": {"position_ids": torch.cat([torch.arange(n) for n in lengths.tolist()])[None]},
+    }
+    return {"input_ids": IDS[:1].clone(), "attention_mask": mask, **told[name]}
+
+
+@pytest.mark.parametrize("name", ["nothing", "borders", "cu_seq_lens_q", "seq_idx", "position_ids"])
+@pytest.mark.parametrize("version", ["4", "5.2", "6", "7"])
+def test_masks_and_borders_may_be_overwritten(version: str, name: str) -> None:
+    """By the next batch, which has a mask and borders of its own."""
+    model = tiny_model(version, dtype=torch.float64)
+    full = gradients(model, "full", **_packed(name))
+    for strategy, after in (("checkpoint", None), ("reversible", None), ("reversible", 1)):
+        given = _packed(name)
+
+        def overwrite(given: dict[str, Tensor] = given, after: int | None = after) -> None:
+            for tensor in given.values():
+                tensor.copy_(tensor.flip(-1) if after is None else torch.full_like(tensor, after))
+
+        found = gradients(model, strategy, overwrite, **given)
+        for key, gradient in full.items():
+            assert relative_error(found[key], gradient) < 1e-10
+
+
+@pytest.mark.parametrize("strategy", ["full", "checkpoint", "reversible"])
+def test_labels_and_weights_may_be_overwritten(strategy: str) -> None:
+    """Between the model's own loss and ``backward``."""
+    model, generator = made(), torch.Generator().manual_seed(2)
+    found = []
+    for overwritten in (False, True):
+        given = {
+            "attention_mask": torch.ones(2, 27, dtype=torch.bool),
+            "shift_labels": IDS.clone(),
+            "loss_weights": torch.rand(2, 27, generator=generator.manual_seed(2), dtype=torch.float64),
+            "num_items_in_batch": torch.tensor(40.0, dtype=torch.float64),
+        }
+        with model.set_bptt(strategy, chunk_length=CHUNK):
+            loss = model(IDS, **given).loss
+        if overwritten:
+            for tensor in given.values():
+                tensor.zero_()
+        model.zero_grad()
+        loss.backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in found[0].items():
+        assert torch.equal(found[1][name], gradient)
+
+
 def test_embeddings_and_states_that_are_overwritten_are_named() -> None:
     model = made()
     embeds = model.model.embeddings(IDS).detach()

@@ -1,6 +1,7 @@
 """``num_items_in_batch``: what a summed loss can be divided by, and what it cannot."""
 
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -41,9 +42,10 @@ def test_a_tensor_that_is_no_divisor() -> None:
 
 
 @pytest.mark.parametrize(
-    "number", [76, 76.0, np.int64(76), np.float32(76), torch.tensor(76), torch.tensor([76])]
+    "number", [76, 76.0, Fraction(76), np.int64(76), np.float32(76), torch.tensor(76), torch.tensor([76])]
 )
-def test_numbers_of_every_kind(number: Any) -> None:
-    model = tiny_model("7", bptt="reversible", chunk_length=8)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_numbers_of_every_kind(strategy: str, number: Any) -> None:
+    model = tiny_model("7", bptt=strategy, chunk_length=8)
     half = model(IDS, labels=IDS).loss / 2
     torch.testing.assert_close(model(IDS, labels=IDS, num_items_in_batch=number).loss, half)

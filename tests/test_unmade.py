@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from bptt_cases import random_tokens, tiny_model
 
 from rwkv_rev.errors import StrategyError
@@ -128,6 +129,99 @@ def test_logits_are_those_of_what_was_handed_over() -> None:
     for tensor in state.tensors():
         tensor.zero_()
     torch.testing.assert_close(output.logits.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("labels", ["few", "none", "shifted"])
+@pytest.mark.parametrize("version", ["4", "5.2", "6", "7"])
+@torch.no_grad()
+def test_no_buffer_is_read_again(version: str, labels: str) -> None:
+    """Where labels end early the loss tells of nothing behind them."""
+    model = tiny_model(version, bptt="reversible", chunk_length=5).eval()
+    ids, borders = random_tokens(19), torch.zeros(1, 19, dtype=torch.bool)
+    borders[:, 12] = True
+    mask = torch.ones_like(borders)
+    mask[:, [0, 15]] = False
+    expected = model(ids, attention_mask=mask, borders=borders).logits
+    given = {"attention_mask": mask, "borders": borders, "num_items_in_batch": torch.tensor(3.0)}
+    given["labels" if labels != "shifted" else "shift_labels"] = targets = ids.clone()
+    targets[:, (4 if labels != "none" else 0) :] = -100
+    output = model(ids, loss_weights=torch.ones(1, 19), **given)
+    mask[:, 6:9], borders[:, 14], borders[:, 12] = False, True, False
+    targets.fill_(1)
+    given["num_items_in_batch"].fill_(7)
+    torch.testing.assert_close(output.logits.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def adapted(dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    peft = pytest.importorskip("peft")
+    model = tiny_model("5.2", bptt="reversible", chunk_length=3).to(dtype)
+    lora = peft.LoraConfig(r=2, target_modules=["key", "value"], init_lora_weights=False, **settings)
+    return peft.get_peft_model(model, lora).eval()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("labels", [IDS, torch.full_like(IDS, -100)], ids=["all", "none"])
+@torch.no_grad()
+def test_adapters_that_were_switched_since(labels: torch.Tensor) -> None:
+    """As TRL's reference: where nothing is predicted, only what the modules go by tells of it."""
+    model = adapted()
+    with model.disable_adapter():
+        expected = model(input_ids=IDS).logits
+        inside, outside = (model(input_ids=IDS, labels=labels) for _ in range(2))
+        torch.testing.assert_close(inside.logits.detach(), expected)
+    with pytest.raises(StrategyError, match=r"have changed .*disable_adapters\): use them before"):
+        outside.logits.argmax(-1)
+    output = model(input_ids=IDS, labels=labels)
+    with model.disable_adapter(), pytest.raises(StrategyError, match="have changed"):
+        output.logits.argmax(-1)
+    torch.testing.assert_close(output.logits.detach(), model(input_ids=IDS).logits)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_training_mode_since_then_is_no_matter(dtype: torch.dtype) -> None:
+    model = adapted(dtype, lora_dropout=0.1)
+    model.requires_grad_(True)
+    expected = model(input_ids=IDS).logits
+    output = model(input_ids=IDS, labels=IDS)
+    model.train().requires_grad_(False)
+    logits = output.logits.detach()
+    torch.testing.assert_close(logits.float(), expected.float(), rtol=1e-5, atol=1e-6)
+    assert all(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@torch.no_grad()
+def test_what_was_drawn_is_not_drawn_again() -> None:
+    """By a part of the model that was left in training; nothing is predicted, so that the loss tells of nothing."""
+    model = tiny_model("5.2").eval()
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, args, output: F.dropout(output, 0.5))
+    output = model(IDS, labels=torch.full_like(IDS, -100))
+    with pytest.raises(StrategyError, match="random numbers were drawn"):
+        output.logits.argmax(-1)
+
+
+@torch.no_grad()
+def test_notes_that_calls_make_are_no_change() -> None:
+    """Pruned weights are made anew by each call."""
+    model = tiny_model("5.2").eval()
+    torch.nn.utils.prune.random_unstructured(model.model.blocks[0].channel_mix.key, "weight", 0.5)
+    expected = model(IDS).logits
+    output = model(IDS, labels=IDS)
+    model(random_tokens(5), labels=random_tokens(5))
+    torch.testing.assert_close(output.logits.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.inference_mode()
+def test_embeddings_of_inference_mode_may_be_overwritten() -> None:
+    model = tiny_model("5.2").eval()
+    embeds = model.get_input_embeddings()(IDS).clone()
+    expected = model(inputs_embeds=embeds).logits
+    output = model(inputs_embeds=embeds, labels=torch.full_like(IDS, -100))
+    embeds.zero_()
+    torch.testing.assert_close(output.logits + 0, expected, rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()

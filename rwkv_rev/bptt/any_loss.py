@@ -9,7 +9,7 @@ memory, as is then the gradient by them, of which each chunk's part comes to the
 The backward pass runs under the forward's autocast, kernels, random draws, parameters and training or evaluation mode,
 whatever thread autograd calls it in. What else modules go by (:mod:`rwkv_rev.module_settings`) must be what it was, but
 for what their own calls change each time. So must trained weights, of which checksums are kept as well: 42 ms for 10^8
-float32 on two cores, and 6 us for each tensor, twice. Ids and masks are copied.
+float32 on two cores, and 6 us for each tensor, twice. Ids, masks and borders are copied.
 """
 
 import contextvars
@@ -44,6 +44,7 @@ from rwkv_rev.errors import ReversalMismatchError, StrategyError
 from rwkv_rev.first_order import first_order
 from rwkv_rev.foreign_code import Strangers
 from rwkv_rev.loss import hooks_withheld, in_dtypes
+from rwkv_rev.model_now import model_now
 from rwkv_rev.module_settings import Place, Settings, first_change, notes_of, settings
 from rwkv_rev.outside_leaves import OutsideLeaves
 from rwkv_rev.reversal.fingerprint import checksum
@@ -67,9 +68,8 @@ def hidden_states(
         found: code of others inside the model, of which none may be unknown.
         on_host: whether the hidden states are handed out in host memory.
     """
-    # ids and masks are often a buffer that the next batch is written to
-    kept = [None if tensor is None else tensor.clone() for tensor in (inputs.input_ids, inputs.valid)]
-    inputs = replace(inputs, input_ids=kept[0], valid=kept[1])
+    if inputs.input_ids is not None:  # often a buffer that the next batch is written to; masks are copies
+        inputs = replace(inputs, input_ids=inputs.input_ids.clone())
     parameters: list[Tensor] = list(model.parameters())
     leaves = trainable(parameters, inputs)
     reading = _Reading(strategy, model, inputs, parameters, leaves, found, on_host)
@@ -123,7 +123,7 @@ class _Reading:
         self._versions_read = [tensor._version for _, tensor in self._read]
         self._modes = overriding.foreign_modes()  # declared
         self._autocast = _autocast_now(inputs.targets.device)
-        self._as_it_was = _model_now(cast(nn.Module, model))
+        self._as_it_was = model_now(cast(nn.Module, model))
         self.context = contextvars.copy_context()  # autograd's thread of a device has another
         tape = Tape(strategy.tape, inputs.targets.device, strategy.tape_dir)
         self._keeping = partial(what_is_kept_is_trained, model, found)
@@ -283,57 +283,6 @@ class _Given:
             raise ReversalMismatchError(
                 f"the final norm computed other numbers in the second sweep than in the first. {LIKELY_CAUSES}"
             )
-
-
-def _model_now(model: nn.Module) -> Any:
-    """A function that gives a context in which what may be put back in each module is what it is now.
-
-    Parameters, trained or frozen, and buffers: ``torch.func.functional_call`` gives others for one call; somebody
-    freezes a part between two losses. Training or evaluation: somebody evaluates.
-    """
-    modes = [(vars(module), module.training) for module in model.modules()]
-    held = [
-        (tensors, dict(tensors), name == "_parameters")
-        for module, _ in modes
-        for name in ("_parameters", "_buffers")
-        if (tensors := module[name])
-    ]
-    trained = [
-        (tensor, tensor.requires_grad)
-        for _, tensors, parameters in held
-        for tensor in tensors.values()
-        if parameters and tensor is not None and tensor.is_leaf
-    ]
-
-    @contextmanager
-    def again() -> Iterator[None]:
-        now = [(module, module["training"]) for module, _ in modes]
-        replaced = [(tensors, dict(tensors)) for tensors, _, _ in held]
-        toggled = [(tensor, tensor.requires_grad) for tensor, was in trained if tensor.requires_grad != was]
-        try:
-            for module, mode in modes:
-                module["training"] = mode
-            for tensors, was, _ in held:
-                _become(tensors, was)
-            for tensor, requires_grad in trained:
-                tensor.requires_grad_(requires_grad)
-            yield
-        finally:
-            for tensor, requires_grad in toggled:
-                tensor.requires_grad_(requires_grad)
-            for tensors, others in replaced:
-                _become(tensors, others)
-            for module, mode in now:
-                module["training"] = mode
-
-    return again
-
-
-def _become(tensors: dict[str, Any], others: dict[str, Any]) -> None:
-    """Let a module's dictionary hold these others, in their order."""
-    if list(map(id, tensors.values())) != list(map(id, others.values())) or tensors.keys() != others.keys():
-        tensors.clear()
-        tensors.update(others)
 
 
 def _autocast_now(device: torch.device) -> Any:

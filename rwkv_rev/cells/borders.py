@@ -11,7 +11,9 @@ from the states that the span before left. Where the spans are cut is chosen by 
                                      i
 
 A border is a factor of zero: what the state forgets there is all of it. Its gradient goes to the start, as a sum over
-the documents. Cost: that of the tokens, some padding, and a state for each piece while its chunk is computed.
+the documents. A masked token belongs to the document before it, and reads what it would in a chunk without borders: the
+same wherever chunks begin. Cost: that of the tokens, masked ones too, some padding, and a state for each piece while
+its chunk is computed.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,7 +40,7 @@ Step = Callable[[list[Tensor], list[Tensor], ChunkMask | None], tuple[list[Tenso
 
 
 class Piece(NamedTuple):
-    """Tokens of one document in one row of a chunk; ``places`` are the valid ones of the flattened [B C]."""
+    """Tokens of one document in one row of a chunk; ``places`` are theirs in the flattened [B C], masked ones too."""
 
     row: int
     places: np.ndarray
@@ -51,7 +53,7 @@ class Span(NamedTuple):
     Attributes:
         rows: S.
         length: l.
-        mask: None where no piece ends inside.
+        mask: None where no piece ends inside, and no token is masked.
     """
 
     rows: int
@@ -111,17 +113,14 @@ class BorderedChunk:
         rows: [n] int64, the batch rows whose first piece goes on from their state, in order.
         order: [P] int64, for every piece its place among those states, followed by a start for each other piece.
         tokens: [M] int64, of all spans' rows the places in the flattened [B C]; where a piece has ended, its first.
-        places: [B C] int64, of each token among the M; any where it does not count.
+        places: [B C] int64, of each token among the M.
         padding: [M] bool, where pieces have ended; None where none has inside of a span.
-        absent: [B C] bool, tokens that do not count; None where all do.
         last: [B] int64, the last piece of each row.
-        before: [B C] int64, the token before each: in the tokens behind the B rows' states and the start.
-        ends: [B] int64, the last token of each row in the same; the row's state for a row without tokens.
-        lasts: [B] int64, the last tokens in the flattened [B C]; None where a row has none.
+        before: [B C] int64, the valid token before each: in the tokens behind the B rows' states and the start.
+        ends: [B] int64, the last valid token of each row in the same; the row's state for a row without any.
         begins: [B, C] uint8, 1 where a document begins.
-        dense: whether the token before each one that counts is its neighbour, but where a row or a document begins.
         starts: of the model, a layer, or a cell (:meth:`of_part`).
-        ended: [E] int64, the pieces whose documents end, and their last tokens in the flattened [B C], by the
+        ended: [E] int64, the pieces whose documents end, and their last valid tokens in the flattened [B C], by the
             documents' numbers; None where nobody asks for their states.
         kept: these states, of each cell by its layer and its place there.
         path: of the cell.
@@ -134,13 +133,10 @@ class BorderedChunk:
     tokens: Tensor
     places: Tensor
     padding: Tensor | None
-    absent: Tensor | None
     last: Tensor
     before: Tensor
     ends: Tensor
-    lasts: Tensor | None
     begins: Tensor
-    dense: bool
     starts: Any
     ended: tuple[Tensor, Tensor] | None = None
     kept: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)
@@ -160,11 +156,13 @@ class BorderedChunk:
 
         ``numbers``: of :class:`rwkv_rev.document_ends.DocumentEnds`.
         """
-        pieces = _pieces(at.numpy(), None if valid is None else valid.numpy())
+        batch, length = at.shape
+        counts = np.ones(at.shape, bool) if valid is None else valid.numpy()
+        pieces = _pieces(at.numpy())
         pieces.sort(key=lambda piece: -len(piece.places))
         lengths = np.array([len(piece.places) for piece in pieces])
-        places = np.full(at.numel(), -1, np.int64)
-        tokens, inside, made = [], [], 0
+        places = np.empty(at.numel(), np.int64)
+        tokens, inside, counted, made = [], [], [], 0
         for start, stop in pairwise([0, *ends_of_spans(lengths, call)]):
             rows = int((lengths > start).sum())
             index = np.zeros((rows, stop - start), np.int64)
@@ -177,40 +175,38 @@ class BorderedChunk:
             made += index.size
             tokens.append(index.reshape(-1))
             inside.append(np.arange(start, stop) < lengths[:rows, None])
-        absent = places < 0
-        places[absent] = 0
+            counted.append(inside[-1] & counts.reshape(-1)[index])
         padding = ~np.concatenate([flags.reshape(-1) for flags in inside])
         going_on = [number for number, piece in enumerate(pieces) if piece.goes_on]
         order = np.full(len(pieces), -1, np.int64)
         order[going_on] = np.arange(len(going_on))
         order[order < 0] = np.arange(len(going_on), len(pieces))
-        last, ends = np.zeros(len(at), np.int64), np.full(len(at), -1, np.int64)
-        first = len(at) + 1  # of the tokens, behind the states and the start
-        before = np.full(at.numel(), len(at), np.int64)
+        last = np.zeros(batch, np.int64)
         for number, piece in enumerate(pieces):
-            end = int(piece.places[-1]) + first if len(piece.places) else piece.row
-            if end >= ends[piece.row]:
-                ends[piece.row], last[piece.row] = end, number
-            before[piece.places[1:]] = piece.places[:-1] + first
-            if piece.goes_on:
-                before[piece.places[:1]] = piece.row
+            if piece.places[-1] == (piece.row + 1) * length - 1:
+                last[piece.row] = number
+        rows_of = np.arange(batch)[:, None]
+        latest = np.maximum.accumulate(np.where(counts, np.arange(length), -1), axis=1)
+        latest = np.where(latest < 0, -1, latest + rows_of * length)  # in the flattened [B C]
+        # in the tokens behind the states and the start; a border stands on a valid token, so that none looks beyond it
+        reached = np.where(latest < 0, rows_of, latest + batch + 1)
+        before = np.where(at.numpy(), batch, np.concatenate([rows_of, reached[:, :-1]], axis=1)).reshape(-1)
         ended = []
         if numbers is not None:
-            lasts = np.array([piece.places[-1] if len(piece.places) else -1 for piece in pieces])
+            lasts = latest.reshape(-1)[[piece.places[-1] for piece in pieces]]
             of_pieces = np.where(lasts < 0, -1, numbers.flatten().numpy()[lasts])
             chosen = np.argsort(of_pieces, kind="stable")[(of_pieces < 0).sum() :]
             ended = [chosen, lasts[chosen]]
         rows_going_on = np.array([pieces[number].row for number in going_on], np.int64)
-        indices = [rows_going_on, order, np.concatenate(tokens), places, last, before, ends, ends - first]
-        given = [] if valid is None else [valid.numpy()]
-        flags = [at.numpy(), padding, absent, *inside, *given]
-        everywhere = bool((ends >= first).all())
+        indices = [rows_going_on, order, np.concatenate(tokens), places, last, before, reached[:, -1]]
+        flags = [at.numpy(), padding, *counted, *([] if valid is None else [counts])]
         found = on_device([*indices, *ended], device)
         begins, *known = on_device([each.astype(np.uint8) for each in flags], device)
-        padded, missing, *masks = (each.view(torch.bool) for each in known)
+        padded, *masks = (each.view(torch.bool) for each in known)
         spans = []
-        for there, mask in zip(inside, masks, strict=False):
-            of_span = None if there.all() else ChunkMask.of(mask, everywhere=True)
+        for there, mask in zip(counted, masks, strict=False):
+            everywhere = bool(there.any(axis=1).all())
+            of_span = None if there.all() else ChunkMask.of(mask, everywhere=everywhere)
             spans.append(Span(there.shape[0], there.shape[1], of_span))
         return cls(
             mask=None if valid is None else ChunkMask.of(masks[-1]),
@@ -220,16 +216,12 @@ class BorderedChunk:
             tokens=found[2],
             places=found[3],
             padding=padded if padding.any() else None,
-            absent=missing if absent.any() else None,
             last=found[4],
             before=found[5],
             ends=found[6],
-            lasts=found[7] if everywhere else None,
             begins=begins,
-            dense=valid is None
-            or bool((~valid | at | torch.nn.functional.pad(valid[:, :-1], (1, 0), value=True)).all()),
             starts=starts,
-            ended=None if numbers is None else (found[8], found[9]),
+            ended=None if numbers is None else (found[7], found[8]),
         )
 
     def of_part(self, index: int) -> "BorderedChunk":
@@ -263,9 +255,7 @@ class BorderedChunk:
         """
         states = [self._begun(part, start) for part, start in zip(state, starts, strict=True)]
         sizes = [span.rows * span.length for span in self.spans]
-        flat = [
-            moved(x.flatten(0, 1), self.tokens, self.places, None, self.absent).split(sizes) for x in stream
-        ]
+        flat = [moved(x.flatten(0, 1), self.tokens, self.places, None, None).split(sizes) for x in stream]
         outputs: list[list[Tensor]] = []
         ended: list[list[Tensor]] = []
         for number, span in enumerate(self.spans):
@@ -286,9 +276,9 @@ class BorderedChunk:
     ) -> tuple[Sequence[Tensor], Tensor, Callable[[], Sequence[Tensor]]]:
         """Mixes of tokens x [B, C, D] with the ones before them, the last of each row [B, D], and the former again.
 
-        ``shift`` and ``start`` as of :meth:`shifted`. On a CUDA device in one launch, if there are no holes.
+        ``shift`` and ``start`` as of :meth:`shifted`. On a CUDA device in one launch, if no token is masked.
         """
-        if self.dense and not start.requires_grad and is_fused(x):
+        if self.mask is None and not start.requires_grad and is_fused(x):
             from rwkv_rev.cells import triton_token_shift
 
             begun = (self.begins, start)
@@ -296,11 +286,7 @@ class BorderedChunk:
             def again() -> Sequence[Tensor]:
                 return triton_token_shift.token_mixes(x, shift, mus, begun)
 
-            if self.mask is None:
-                return *triton_token_shift.mixes_and_last(x, shift, mus, begun), again
-            if self.lasts is not None:
-                return again(), x.flatten(0, 1).index_select(0, self.lasts), again
-            return again(), self._tokens(x, shift, start).index_select(0, self.ends), again
+            return *triton_token_shift.mixes_and_last(x, shift, mus, begun), again
         before, last = self.shifted(x, shift, start)
         return [mix(x, before, mu) for mu in mus], last, lambda: [mix(x, before, mu) for mu in mus]
 
@@ -309,12 +295,8 @@ class BorderedChunk:
 
         ``shift`` [B, D] stands before the rows, ``start`` [D] before each document.
         """
-        tokens = self._tokens(x, shift, start)
+        tokens = torch.cat([shift.to(x.dtype), start.to(x.dtype)[None], x.flatten(0, 1)])
         return tokens.index_select(0, self.before).view_as(x), tokens.index_select(0, self.ends)
-
-    def _tokens(self, x: Tensor, shift: Tensor, start: Tensor) -> Tensor:
-        """What :attr:`before` and :attr:`ends` point into."""
-        return torch.cat([shift.to(x.dtype), start.to(x.dtype)[None], x.flatten(0, 1)])
 
     def _begun(self, state: Tensor, start: Tensor) -> Tensor:
         """What each piece begins with, [P, ...]."""
@@ -326,8 +308,8 @@ class BorderedChunk:
         return torch.cat([rows, starts]).index_select(0, self.order)
 
     def _together(self, outputs: Sequence[Tensor]) -> Tensor:
-        """[B C, ...] from the outputs of all spans, zeros for tokens that do not count."""
-        return moved(_joined(outputs), self.places, self.tokens, self.absent, self.padding)
+        """[B C, ...] from the outputs of all spans."""
+        return moved(_joined(outputs), self.places, self.tokens, None, self.padding)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -365,16 +347,14 @@ def call_cost(device: torch.device, width: int) -> int:
     return max(1, 2**23 // width if device.type == "cuda" else 2**20 // width**2)
 
 
-def _pieces(at: np.ndarray, valid: np.ndarray | None) -> list[Piece]:
-    """The pieces of a chunk [B, C] by rows; a row without valid tokens has one of none."""
+def _pieces(at: np.ndarray) -> list[Piece]:
+    """The pieces of a chunk [B, C] by rows."""
     pieces = []
     for row, begins in enumerate(at):
-        tokens = np.arange(len(begins)) if valid is None else valid[row].nonzero()[0]
-        first = begins[tokens].nonzero()[0]
-        goes_on = len(tokens) == 0 or not begins[tokens[0]]
-        cuts = [*([0] if goes_on else []), *first.tolist(), len(tokens)]
-        for start, stop in pairwise(cuts):
-            places = row * len(begins) + tokens[start:stop]
+        first = begins.nonzero()[0].tolist()
+        goes_on = not begins[0]
+        for start, stop in pairwise([*([0] if goes_on else []), *first, len(begins)]):
+            places = row * len(begins) + np.arange(start, stop)
             pieces.append(Piece(row, places, goes_on and start == 0))
     return pieces
 
