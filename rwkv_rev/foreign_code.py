@@ -24,6 +24,7 @@ from rwkv_rev.cells.block import keeps_the_contract
 from rwkv_rev.code_origin import defined_in, origin, patches, qualified_name
 from rwkv_rev.declared_code import MARK, class_of, is_declared
 from rwkv_rev.errors import StrategyError
+from rwkv_rev.one_thread import one_thread
 from rwkv_rev.overriding import foreign_modes, is_foreign_tensor
 
 LAYERS: frozenset[type] = frozenset(
@@ -94,6 +95,11 @@ class Strangers(NamedTuple):
 
 def strangers(model: nn.Module) -> Strangers:
     """Code of others below ``model``; what is hooked to ``model`` itself sees whole contexts and does not count."""
+    with one_thread:  # a loss of another thread puts code of its own into the model
+        return _strangers(model)
+
+
+def _strangers(model: nn.Module) -> Strangers:
     found = Strangers([], [], False, False, [], [], False)
     more = keeps = False
     norms: set[int] = set()

@@ -6,8 +6,7 @@ forward pass and scaled by the incoming one in the backward pass, which a scalar
 float16 they are computed times a *loss scale*, lowered until they are finite.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +16,9 @@ from torch import Tensor, nn
 from rwkv_rev.distributed.shards import placing
 from rwkv_rev.first_order import first_order
 from rwkv_rev.outside_leaves import OutsideLeaves, leaves_of
+from rwkv_rev.stand_ins import StandIns
 from rwkv_rev.weight_product import WeightProduct
+from rwkv_rev.withheld_hooks import hooks_withheld
 
 T = TypeVar("T")
 
@@ -95,7 +96,7 @@ def cross_entropy_gradients(
     """The loss of :func:`sum_cross_entropy` with its finished gradients.
 
     Args:
-        parameters: trainable tensors, of which the head uses some.
+        parameters: trainable leaves, of which the head uses some.
         scale: factor of the loss.
         loss_scale: further factor on the gradients alone, against underflow in float16.
         outside: looks for leaves that are not among the parameters.
@@ -117,7 +118,7 @@ def cross_entropy_gradients(
             handed = part.clone() if head._forward_pre_hooks else part
             loss = cross_entropy(head(handed), target, weights=weight) * scale
             if number == 0:
-                leaves = leaves_of([loss], parameters)
+                leaves = leaves_of([loss])
                 known = {id(leaf) for leaf in leaves}
                 used = [index for index, parameter in enumerate(parameters) if id(parameter) in known]
                 sums = [None] * len(used)
@@ -251,26 +252,29 @@ def linear_cross_entropy(
     vocab_size: int,
     parameters: Sequence[Tensor],
     weights: Tensor | None = None,
+    model: nn.Module | None = None,
 ) -> Tensor:
     """Differentiable ``scale * sum of cross-entropies`` of ``head(hidden)``; see the module's docstring.
 
     Args:
         parameters: the model's trainable parameters, of which the head uses some.
         weights: as of :func:`sum_cross_entropy`.
+        model: whose modules hold them; the head alone when None.
 
     Raises:
         StrategyError: for a head that depends on a trainable tensor beside them.
     """
     if not torch.is_grad_enabled() or not (hidden.requires_grad or parameters):
         return sum_cross_entropy(hidden, head, targets, scale=scale, vocab_size=vocab_size, weights=weights)
-    outside = OutsideLeaves(parameters)
+    apart = StandIns(parameters)
+    outside = OutsideLeaves(apart.leaves)
 
     def gradients(loss_scale: float) -> tuple[Tensor, list[Tensor | None]]:
         loss, to_hidden, to_parameters = cross_entropy_gradients(
             hidden,
             head,
             targets,
-            parameters,
+            apart.leaves,
             scale=scale,
             vocab_size=vocab_size,
             loss_scale=loss_scale,
@@ -282,7 +286,8 @@ def linear_cross_entropy(
     def compute() -> tuple[Tensor, tuple[Tensor, ...], list]:
         autocast = torch.is_autocast_enabled(hidden.device.type)
         dtype = torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype
-        loss, found = scaled(gradients) if dtype == torch.float16 else gradients(1.0)
+        with apart.within(head if model is None else model):
+            loss, found = scaled(gradients) if dtype == torch.float16 else gradients(1.0)
         outside.refuse()
         return loss, (), found
 
@@ -305,19 +310,6 @@ def scaled(
 def like(scale: float | Tensor, total: Tensor) -> float | Tensor:
     """The factor in the precision of what it multiplies."""
     return scale.to(total) if isinstance(scale, Tensor) else scale
-
-
-@contextmanager
-def hooks_withheld(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Keep hooks of ``tensors`` from being called by ``torch.autograd.grad``, which would apply them twice over."""
-    withheld = [(hooks, dict(hooks)) for tensor in tensors if (hooks := tensor._backward_hooks)]
-    for hooks, _ in withheld:
-        hooks.clear()
-    try:
-        yield
-    finally:
-        for hooks, kept in withheld:
-            hooks.update(kept)
 
 
 def cross_entropy(

@@ -28,19 +28,17 @@ class OutsideLeaves:
     """Looks for leaves other than ``known`` ones."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
-        known = list(known)
         self._known = {id(tensor) for tensor in known}
-        self._computed = [tensor for tensor in known if not tensor.is_leaf]
         self._found: list[weakref.ref[Tensor]] = []
         self._shared: set[int] = set()
 
     def look(self, outputs: Iterable[Tensor], made: Iterable[Tensor] = ()) -> None:
         """Note the unknown leaves of ``outputs``, of one chunk; those in ``made`` were made for this graph."""
-        leaves, nodes = _walk(_nodes(outputs), self._computed)
+        leaves, nodes = _walk(_nodes(outputs))
         self.note(leaves, made)
         this = object()
         shared = [node for node in nodes if node.metadata.setdefault(_SEEN, this) is not this]
-        self._shared.update(map(id, _walk(shared, self._computed)[0]))
+        self._shared.update(map(id, _walk(shared)[0]))
 
     def note(self, leaves: Iterable[Tensor], made: Iterable[Tensor]) -> None:
         """The same for leaves that were found already."""
@@ -103,7 +101,7 @@ def _nodes(outputs: Iterable[Tensor]) -> list[Any]:
     return [output.grad_fn for output in outputs if output.grad_fn is not None]
 
 
-def _walk(waiting: list[Any], given: Iterable[Tensor]) -> tuple[list[Tensor], list[Any]]:
+def _walk(waiting: list[Any], given: Iterable[Tensor] = ()) -> tuple[list[Tensor], list[Any]]:
     """Leaves below some nodes, as of :func:`leaves_of`, and the nodes from these to those."""
     ends = {(tensor.grad_fn, tensor.output_nr): tensor for tensor in given if not tensor.is_leaf}
     seen = set()

@@ -43,13 +43,16 @@ from rwkv_rev.bptt_settings import BpttSettings
 from rwkv_rev.errors import ReversalMismatchError, StrategyError
 from rwkv_rev.first_order import first_order
 from rwkv_rev.foreign_code import Strangers
-from rwkv_rev.loss import hooks_withheld, in_dtypes
+from rwkv_rev.loss import in_dtypes
 from rwkv_rev.model_now import model_now
 from rwkv_rev.module_settings import Place, Settings, first_change, notes_of, settings
+from rwkv_rev.one_thread import one_thread
 from rwkv_rev.outside_leaves import OutsideLeaves
 from rwkv_rev.reversal.fingerprint import checksum
 from rwkv_rev.reversal.tape import Tape
+from rwkv_rev.stand_ins import StandIns
 from rwkv_rev.state import ModelState
+from rwkv_rev.withheld_hooks import hooks_withheld
 
 logger = logging.get_logger(__name__)
 
@@ -72,8 +75,9 @@ def hidden_states(
         inputs = replace(inputs, input_ids=inputs.input_ids.clone())
     parameters: list[Tensor] = list(model.parameters())
     leaves = trainable(parameters, inputs)
-    reading = _Reading(strategy, model, inputs, parameters, leaves, found, on_host)
-    hidden, *state = _HiddenStates.apply(reading, *leaves)
+    with one_thread:  # another thread's loss puts code of its own into the model meanwhile
+        reading = _Reading(strategy, model, inputs, parameters, leaves, found, on_host)
+        hidden, *state = _HiddenStates.apply(reading, *leaves)
     return hidden, type(inputs.state)(*state)
 
 
@@ -113,6 +117,8 @@ class _Reading:
         found: Strangers,
         on_host: bool,
     ) -> None:
+        self._apart = StandIns(parameters)
+        inputs = self._apart.of_inputs(inputs)
         self._strategy, self._model, self._inputs = strategy, model, inputs
         self._leaves = leaves
         self._watched = watched(parameters, found)
@@ -127,8 +133,8 @@ class _Reading:
         self.context = contextvars.copy_context()  # autograd's thread of a device has another
         tape = Tape(strategy.tape, inputs.targets.device, strategy.tape_dir)
         self._keeping = partial(what_is_kept_is_trained, model, found)
-        with uncached(inputs.targets.device):
-            self._sweep = strategy.begin_sweep(model, inputs, parameters, found, tape)
+        with uncached(inputs.targets.device), self._apart.within(model):
+            self._sweep = strategy.begin_sweep(model, inputs, self._apart.leaves, found, tape)
         self._sweep.hidden = HiddenStates(on_host=on_host)
         self._runner = Runner(self._sweep)
         self._last: list[Any] = []
@@ -138,7 +144,12 @@ class _Reading:
     def forward(self) -> tuple[Tensor, ...]:
         """Hidden states [B, T, D] and the tensors of the state after them."""
         sweep = self._sweep
-        with torch.no_grad(), unchanged(self._model, self._watched), uncached(sweep.device):
+        with (
+            torch.no_grad(),
+            unchanged(self._model, self._watched),
+            uncached(sweep.device),
+            self._apart.within(self._model),
+        ):
             with self._keeping():
                 self._last = forward_sweep(sweep, self._runner)
             # calls have gone before the last chunk's: what these change, they change each time
@@ -154,25 +165,24 @@ class _Reading:
 
     def backward(self, to_hidden: Tensor | None, to_state: list[Tensor | None]) -> list[Tensor | None]:
         """Gradients of the leaves; None for what a loss does not reach."""
-        self._refuse_another_model()
         sweep, kind = self._sweep, type(self._inputs.state)
         sweep.objective = objective = _Given(to_hidden, sweep.hidden_prints)
         to_end = _by_layer(kind, to_state, len(self._model.blocks))
         now = random_state.capture(sweep.places)
         try:
-            with (
-                torch.no_grad(),
-                self._autocast(),
-                overriding.functions_as_before(self._modes),
-                self._as_it_was(),
-                hooks_withheld(self._leaves),
-                unchanged(self._model, self._watched),
-                uncached(sweep.device),
-                self._keeping(),
-                sweep.tape,
-            ):
-                result = backward_sweep(sweep, self._runner, self._last, to_end)
-                result.refuse()
+            with torch.no_grad(), self._autocast(), uncached(sweep.device):
+                self._refuse_another_model()
+                with (
+                    overriding.functions_as_before(self._modes),
+                    self._as_it_was(),
+                    hooks_withheld(self._leaves),
+                    unchanged(self._model, self._watched),
+                    self._apart.within(self._model),
+                    self._keeping(),
+                    sweep.tape,
+                ):
+                    result = backward_sweep(sweep, self._runner, self._last, to_end)
+                    result.refuse()
         finally:
             random_state.restore(now)
         objective.compare()

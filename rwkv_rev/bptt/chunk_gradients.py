@@ -50,7 +50,7 @@ class Parameters:
     """The parameters that a loss is differentiated by, and which of them each part of the model may depend on.
 
     Args:
-        tensors: the parameters.
+        tensors: the parameters, each a leaf (:class:`~rwkv_rev.stand_ins.StandIns`).
         foreign: the model holds code of others, which may bring any parameter to any place: all may depend on all.
         starts: what documents begin with, by layer, where there are borders: each layer depends on its own.
         sharded: the blocks, where they are.
@@ -99,8 +99,7 @@ class Parameters:
 
     def reached(self, *outputs: Tensor) -> list[int]:
         """Indices of those that outputs of a small graph depend on: embeddings, norms, what blocks share with them."""
-        computed = [tensor for tensor in self.tensors if not tensor.is_leaf]
-        found = {id(leaf) for leaf in leaves_of(outputs, computed)}
+        found = {id(leaf) for leaf in leaves_of(outputs)}
         return [index for index, tensor in enumerate(self.tensors) if id(tensor) in found]
 
     def replaced(self, tensors: Sequence[Tensor]) -> "Parameters":

@@ -5,10 +5,10 @@ Memory grows by some 30 L D numbers per token. What every other strategy is comp
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rwkv_rev.bptt.checkpoint import Checkpoint
 from rwkv_rev.bptt.leaves import float16_gradients
@@ -77,6 +77,7 @@ def loss_in_one_graph(
         vocab_size=model.vocab_size,
         parameters=wanted,
         weights=inputs.weights,
+        model=cast(nn.Module, model),
     )
     if inputs.final_state_gradient is not None:
         added = state.inner(inputs.final_state_gradient)

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from rwkv_rev.bptt.backward_sweep import Sums
 from rwkv_rev.bptt.chunk_gradients import chunk_gradients
-from rwkv_rev.bptt.strategy import Chunk, LanguageModel, LossInputs
+from rwkv_rev.bptt.strategy import Chunk, LossInputs
 from rwkv_rev.cells.block import ExactStates, FloatStates
 from rwkv_rev.cells.contract import detached
 from rwkv_rev.loss import add_gradients
 from rwkv_rev.reversal.host_copy import start_copy
 from rwkv_rev.reversal.tape import FlatRecord, Tape
+from rwkv_rev.stand_ins import StandIns
 from rwkv_rev.weight_product import WeightProduct
 
 if TYPE_CHECKING:
@@ -144,13 +145,16 @@ class BackwardRecording:
         def run() -> tuple[list[ExactStates], list[list[Tensor]], Tensor | None, list[FloatStates]]:
             self.touched = [False] * len(known)
             tensors = None if self._capture is None else self._capture.tensors()
-            with _stand_ins(sweep.model, parameters.tensors) as leaves:
+            # Autograd sums the gradients of a leaf on the stream that was current when its graph node was made. That
+            # of a parameter is older than the recording, and what runs on another stream cannot be recorded.
+            fresh = StandIns(parameters.tensors, every=True)
+            with fresh.within(sweep.model):
                 found = chunk_gradients(
                     sweep.model,
                     self._chunk,
                     sweep.replayer(self._chunk, self._given, tensors),
                     sweep.objective,
-                    parameters.replaced(leaves),
+                    parameters.replaced(fresh.leaves),
                     self._to_end,
                     take,
                     compared=cut,
@@ -299,29 +303,6 @@ def _capture(
             torch._C._cuda_endAllocateToPool(stream.device_index, pool)
         raise
     return launches, result
-
-
-@contextmanager
-def _stand_ins(model: LanguageModel, parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """The model with other leaves on the same memory in place of ``parameters``, which are returned.
-
-    Autograd sums the gradients of a leaf on the stream that was current when its graph node was made. That of a
-    parameter is older than the recording, and what runs on another stream cannot be recorded.
-    """
-    fresh = {id(parameter): parameter.detach().requires_grad_() for parameter in parameters}
-    replaced: list[tuple[dict[str, Any], str, Tensor]] = []
-    for module in model.modules():
-        owned: dict[str, Any] = module._parameters
-        for name, parameter in owned.items():
-            if id(parameter) in fresh:
-                replaced.append((owned, name, parameter))
-    try:
-        for owner, name, parameter in replaced:
-            owner[name] = fresh[id(parameter)]
-        yield [fresh[id(parameter)] for parameter in parameters]
-    finally:
-        for owner, name, parameter in replaced:
-            owner[name] = parameter
 
 
 def static(chunk: Chunk) -> Chunk:

@@ -68,6 +68,7 @@ from rwkv_rev.remnants import choose_remnants
 from rwkv_rev.reversal.host_copy import start_copy
 from rwkv_rev.reversal.memory import Remnant
 from rwkv_rev.reversal.tape import Tape
+from rwkv_rev.stand_ins import StandIns
 from rwkv_rev.state import ModelState
 
 
@@ -149,11 +150,13 @@ class TwoSweeps(Strategy):
         found: Strangers,
     ) -> tuple[Tensor, tuple[Tensor, ...], list]:
         outcome.update(strategy=self.name, chunk_length=self.chunk_length)
-        with self._tape(model, inputs) as tape:
+        apart = StandIns(parameters)
+        inputs = apart.of_inputs(inputs)
+        with apart.within(model), self._tape(model, inputs) as tape:
             parts = [Part(inputs)] if any_sharded(parameters) else parts_of(inputs, self.chunk_length)
             # all before the first one is computed: no part waits for the device later
             each = [part.inputs.chunks(self.chunk_length) for part in parts]
-            whole = self.begin_sweep(model, inputs, parameters, found, tape, each)
+            whole = self.begin_sweep(model, inputs, apart.leaves, found, tape, each)
             sums, results = no_sums(whole), []
             for part, chunks in zip(parts, each, strict=True):
                 sweep = whole.part(part.inputs, chunks) if len(parts) > 1 else whole
@@ -174,7 +177,7 @@ class TwoSweeps(Strategy):
             to_first=next(one.to_first for one, part in zip(results, parts, strict=True) if part.holds_first),
             to_embeds=embeds_of_all(parts, [one.to_embeds for one in results], inputs.inputs_embeds),
         )
-        found_roles = roles(inputs, sweep.parameters.tensors, result)
+        found_roles = roles(inputs, [one for one in parameters if one.requires_grad], result)
         loss, gradients = over_the_group(inputs, result.loss, leaves, in_order(leaves, found_roles))
         if in_units(model):
             gradients = zeros_for_missing(gradients, leaves, parameters)

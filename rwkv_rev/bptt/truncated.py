@@ -4,7 +4,7 @@ States run through the whole context, gradients do not: nothing before a chunk l
 the gradient of the context**, and no other strategy ever falls back to it. One pass, no tape, memory of one chunk.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from rwkv_rev.bptt.unchanged import unchanged, watched
 from rwkv_rev.foreign_code import Strangers
 from rwkv_rev.loss import FinishedGradients, add_gradients, scaled, sum_of, wide
 from rwkv_rev.outside_leaves import OutsideLeaves
+from rwkv_rev.stand_ins import StandIns
 from rwkv_rev.state import ModelState
 
 Found = tuple[Tensor, ModelState]
@@ -46,7 +47,7 @@ class Truncated(Strategy):
 
         def compute() -> tuple[Tensor, tuple[Tensor, ...], list]:
             with unchanged(model, watched(parameters, found)), uncached(inputs.targets.device):
-                return _sweep(model, inputs, inputs.chunks(self.chunk_length), parameters, leaves, found)
+                return _sweep(model, inputs, self.chunk_length, parameters, leaves, found)
 
         loss, *state = FinishedGradients.apply(compute, *leaves)
         report: dict[str, Any] = {"strategy": self.name, "chunk_length": self.chunk_length}
@@ -56,7 +57,7 @@ class Truncated(Strategy):
 def _sweep(
     model: LanguageModel,
     inputs: LossInputs,
-    chunks: Sequence[Chunk],
+    chunk_length: int,
     parameters: list[Tensor],
     leaves: list[Tensor],
     strange: Strangers,
@@ -64,16 +65,18 @@ def _sweep(
     half = float16_gradients(parameters, inputs.targets.device)
     places = devices(parameters, inputs)
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    outside = OutsideLeaves(parameters)
+    apart = StandIns(parameters)
+    inputs = apart.of_inputs(inputs)
+    outside = OutsideLeaves(apart.leaves)
     total: Tensor | None = None
     sums: list[Tensor | None] = [None] * len(parameters)
     first: list[Tensor | None] = [None] * len(inputs.state.tensors())
     embeds: list[Tensor] = []
     state = inputs.state.detach()
-    for chunk in chunks:
+    for chunk in inputs.chunks(chunk_length):
         look = outside if strange.brings_tensors and (chunk.index == 0 or strange.keeps) else None
-        gradients = _gradients_of(model, chunk, state, parameters, places, look)
-        with outside.naming(model):
+        gradients = _gradients_of(model, chunk, state, apart.leaves, places, look)
+        with apart.within(model), outside.naming(model):
             (loss, state), found = scaled(gradients) if half else gradients(1.0)
         total = loss if total is None else total + loss
         sums = add_gradients(sums, found[: len(parameters)])

@@ -1,13 +1,12 @@
 """A loss's sweeps without the caches of weights that autocast and parametrizations keep, in one thread at a time."""
 
-import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch.nn.utils import parametrize
 
-_one_thread = threading.RLock()
+from rwkv_rev.one_thread import one_thread
 
 
 @contextmanager
@@ -17,7 +16,7 @@ def uncached(device: torch.device) -> Iterator[None]:
     Weights made in a sweep without graph must not be reused in one with graph, where they would get no gradient. Those
     caches, and the random generators, belong to the process: another thread's loss waits.
     """
-    with _one_thread, _without_caches(device):
+    with one_thread, _without_caches(device):
         yield
 
 

@@ -6,6 +6,7 @@ matrix by the product itself (CUDA; PyTorch's ``addmm`` with ``out_dtype``), so 
 that, and autograd is told that there is nothing left to return.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -55,16 +56,19 @@ def adding(maps: Sequence[tuple[nn.Linear, int]], add: Add) -> Iterator[None]:
     """Graphs made inside hand the gradients of these maps' weights to ``add`` when they are differentiated."""
     if torch.is_autocast_enabled("cuda"):
         maps = ()
+    this_thread = threading.get_ident()
     try:
         for module, index in maps:
-            module.forward = partial(_linear, module, index, add)  # type: ignore[method-assign]
+            module.forward = partial(_linear, module, index, add, this_thread)  # type: ignore[method-assign]
         yield
     finally:
         for module, _ in maps:
             vars(module).pop("forward", None)
 
 
-def _linear(module: nn.Linear, index: int, add: Add, x: Tensor) -> Tensor:
+def _linear(module: nn.Linear, index: int, add: Add, thread: int, x: Tensor) -> Tensor:
+    if threading.get_ident() != thread:  # a forward pass of somebody else, with a gradient of its own
+        return F.linear(x, module.weight)
     if x.dtype != module.weight.dtype or not module.weight.requires_grad or not torch.is_grad_enabled():
         return F.linear(x, module.weight)
     return _Linear.apply(x, module.weight, index, add)
