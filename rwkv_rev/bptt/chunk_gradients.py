@@ -19,7 +19,7 @@ from rwkv_rev.bptt.weight_products import adding, plain_maps
 from rwkv_rev.cells.block import ExactStates, FloatStates, flat
 from rwkv_rev.cells.contract import detached, parts_of, residual
 from rwkv_rev.loss import scaled, wide
-from rwkv_rev.outside_leaves import OutsideLeaves, leaves_of
+from rwkv_rev.outside_leaves import Differentiated, OutsideLeaves, leaves_of
 
 if TYPE_CHECKING:
     from rwkv_rev.distributed.sharded_blocks import ShardedBlock
@@ -207,7 +207,11 @@ def _gradients(
         top = cut(residual(layers[-1].out))
         hidden = model.normalize(top.clone() if writes else top)
     if outside is not None:
-        _look(outside, layers, [bottom, hidden], [top, *([] if embeds is None else [embeds])])
+        outside.look(
+            Differentiated("the embedding", [bottom], [] if embeds is None else [embeds]),
+            *(_differentiated(number, layer) for number, layer in enumerate(layers)),
+            Differentiated("the final norm", [hidden], [top]),
+        )
     states = [layer.replay.states for layer in layers]
     end = [tuple(detached(values) for values in layer.replay.end) for layer in layers]
     loss = torch.zeros((), device=hidden.device, dtype=wide(hidden.dtype))
@@ -246,11 +250,7 @@ def _gradients(
     return ChunkGradients(loss, states, end, to_start, to_embeds, exactly)
 
 
-def _look(
-    outside: OutsideLeaves, layers: list[LayerGraph], outputs: list[Tensor], made: list[Tensor]
-) -> None:
-    """Look for unknown leaves of all graphs of a chunk."""
-    for layer in layers:
-        outputs = [*outputs, *parts_of(layer.out), *flat(layer.replay.end)]
-        made = [*made, *parts_of(layer.given), *flat(layer.replay.start)]
-    outside.look(outputs, made)
+def _differentiated(number: int, layer: LayerGraph) -> Differentiated:
+    replay = layer.replay
+    outputs, made = [*parts_of(layer.out), *flat(replay.end)], [*parts_of(layer.given), *flat(replay.start)]
+    return Differentiated(f"layer {number}", outputs, made)
