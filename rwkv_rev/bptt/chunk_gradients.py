@@ -118,7 +118,7 @@ class ChunkGradients(NamedTuple):
         states: exact ones before the chunk.
         end: values of the states after it.
         to_start: gradients by the values of each layer's states before the chunk.
-        to_embeds: by the input embeddings, where these were given.
+        to_embeds: by the input embeddings, where these were given; None where nothing depends on them.
         exactly: [L] bool, which layers computed the same as in the first sweep; None where nothing is compared.
     """
 
@@ -142,6 +142,7 @@ def chunk_gradients(
     outside: OutsideLeaves | None = None,
     half: set[torch.device] | None = None,
     compared: Callable[[], None] | None = None,
+    keep_none: bool = False,
 ) -> ChunkGradients:
     """Gradients of ``chunk``.
 
@@ -152,12 +153,13 @@ def chunk_gradients(
         outside: looks for leaves that are not among the parameters.
         half: where the model may draw random numbers, if gradients need a loss scale; None if not.
         compared: called when the chunk has been computed again and compared; not with a loss scale.
+        keep_none: whether states and embeddings that nothing depends on have None for a gradient, instead of zeros.
     """
     if half is None:
         # a checkpointed block is computed once more when its gradient is taken, by maps that are plain again
         with adding(() if model.checkpoints_blocks else parameters.maps, take):
             return _gradients(
-                model, chunk, replay, objective, parameters, to_end, take, 1.0, outside, compared
+                model, chunk, replay, objective, parameters, to_end, take, 1.0, outside, keep_none, compared
             )
     random = random_state.capture(half)
     taken: list[tuple[Sequence[int], int]] = []
@@ -171,7 +173,9 @@ def chunk_gradients(
             taken.append((indices, len(found)))
             found.extend(gradients)
 
-        result = _gradients(model, chunk, replay, objective, parameters, to_end, keep, loss_scale, outside)
+        result = _gradients(
+            model, chunk, replay, objective, parameters, to_end, keep, loss_scale, outside, keep_none
+        )
         return result, [*found, *(g for layer in result.to_start for g in layer), result.to_embeds]
 
     result, unscaled = scaled(attempt)
@@ -192,6 +196,7 @@ def _gradients(
     take: Take,
     scale: float,
     outside: OutsideLeaves | None,
+    keep_none: bool,
     compared: Callable[[], None] | None = None,
 ) -> ChunkGradients:
     embeds = chunk.embeds()
@@ -236,8 +241,7 @@ def _gradients(
         to_end,
         take,
         sharded=parameters.sharded,
-        keep_none=objective
-        is not own_loss,  # a recording of ours reads and writes the same tensors in each chunk
+        keep_none=keep_none,
     )
     to_embeds = None
     if to_bottom is not None:
@@ -245,7 +249,7 @@ def _gradients(
         found = vjp([(bottom, to_bottom)], [*beside, *made])
         take(indices, found[: len(beside)])
         to_embeds = found[-1] if made else None
-    if embeds is not None and to_embeds is None:
+    if embeds is not None and to_embeds is None and not keep_none:
         to_embeds = torch.zeros_like(embeds)
     return ChunkGradients(loss, states, end, to_start, to_embeds, exactly)
 
