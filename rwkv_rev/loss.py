@@ -99,7 +99,7 @@ def cross_entropy_gradients(
         parameters: trainable leaves, of which the head uses some.
         scale: factor of the loss.
         loss_scale: further factor on the gradients alone, against underflow in float16.
-        outside: looks for leaves that are not among the parameters.
+        outside: looks for leaves that are not among the parameters; without it each sub-chunk uses the same ones.
         weights: as of :func:`sum_cross_entropy`.
 
     Returns:
@@ -107,7 +107,8 @@ def cross_entropy_gradients(
     """
     total = torch.zeros((), dtype=wide(hidden.dtype), device=hidden.device)
     hidden_gradients: list[Tensor] = []
-    sums: list[Tensor | None] = []
+    of_parameters: list[Tensor | None] = [None] * len(parameters)
+    places = {id(parameter): index for index, parameter in enumerate(parameters)}
     used: list[int] = []
     scale = like(scale, total)
     parts = _sub_chunks(hidden.detach(), targets, weights, vocab_size)
@@ -117,21 +118,18 @@ def cross_entropy_gradients(
             # hooks may write to what they are handed: not to a leaf
             handed = part.clone() if head._forward_pre_hooks else part
             loss = cross_entropy(head(handed), target, weights=weight) * scale
-            if number == 0:
+            if number == 0 or outside is not None:  # a head of others may use other ones for other tokens
                 leaves = leaves_of([loss])
-                known = {id(leaf) for leaf in leaves}
-                used = [index for index, parameter in enumerate(parameters) if id(parameter) in known]
-                sums = [None] * len(used)
+                used = list({places[id(leaf)]: None for leaf in leaves if id(leaf) in places})
                 if outside is not None:
-                    outside.note(leaves, [part])
+                    outside.note(leaves, [part], "the head")
             wanted = [part, *(parameters[index] for index in used)]
             gradients = torch.autograd.grad(loss * loss_scale, wanted, allow_unused=True)
         total += loss.detach()
         hidden_gradients.append(torch.zeros_like(part) if gradients[0] is None else gradients[0])
-        sums = add_gradients(sums, gradients[1:])
-    of_parameters: list[Tensor | None] = [None] * len(parameters)
-    for index, gradient in zip(used, sums, strict=True):
-        of_parameters[index] = gradient
+        sums = add_gradients([of_parameters[index] for index in used], gradients[1:])
+        for index, gradient in zip(used, sums, strict=True):
+            of_parameters[index] = gradient
     return total, torch.cat(hidden_gradients).view_as(hidden), of_parameters
 
 

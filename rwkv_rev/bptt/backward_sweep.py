@@ -56,6 +56,8 @@ class Sums:
     Attributes:
         parameters: gradients, in float32 or wider; None where no chunk has one.
         loss: None before the first chunk.
+        embeds: gradients by them, of each chunk; zeros where there is none.
+        reaches_embeds: whether any chunk has one.
         checks: per chunk, [L] bool: which layers computed the same as in the first sweep.
         compare: :func:`comparison` of all of them, where that was started before the last gradients were.
     """
@@ -65,6 +67,7 @@ class Sums:
     loss: Tensor | None = None
     end: list[FloatStates] | None = None
     embeds: list[Tensor] = field(default_factory=list)
+    reaches_embeds: bool = False
     checks: "list[tuple[int, Tensor]]" = field(default_factory=list)
     compare: Callable[[], None] | None = None
 
@@ -80,8 +83,11 @@ class Sums:
         self.loss = found.loss.clone() if self.loss is None else self.loss.add_(found.loss)
         if self.end is None:
             self.end = found.end
-        if found.to_embeds is not None:
-            self.embeds.append(chunk.of_all(found.to_embeds))
+        embeds = chunk.embeds()
+        if embeds is not None:
+            self.reaches_embeds |= found.to_embeds is not None
+            here = torch.zeros_like(embeds) if found.to_embeds is None else found.to_embeds
+            self.embeds.append(chunk.of_all(here))
         if found.exactly is not None:
             self.checks.append((chunk.index, found.exactly))
 
@@ -113,7 +119,7 @@ def backward_sweep(
         StrategyError: a tensor that is no parameter takes part; likewise.
     """
     sums = no_sums(sweep) if sums is None else sums
-    sums.end, sums.embeds = None, []
+    sums.end, sums.embeds, sums.reaches_embeds = None, [], False
     following = None
     runner.begin(sums)
     for chunk in reversed(sweep.chunks):
@@ -142,7 +148,7 @@ def backward_sweep(
         kind.stack(sums.end),
         sums.parameters,
         _by_first(kind, gradient),
-        torch.cat(sums.embeds[::-1], dim=1) if sums.embeds else None,
+        torch.cat(sums.embeds[::-1], dim=1) if sums.reaches_embeds else None,
         refuse,
     )
 
@@ -166,11 +172,18 @@ def differentiate(
     chunk: "Chunk",
     states: list[ExactStates],
     record: list[list[Tensor]] | None,
-    to_end: list[list[Tensor]] | None,
+    to_end: ByState | None,
     sums: Sums,
-) -> tuple[list[ExactStates], list[list[Tensor]]]:
-    """One chunk: exact states before it and gradients by their values; all else is added to ``sums``."""
+    *,
+    recorded: bool = False,
+) -> tuple[list[ExactStates], ByState]:
+    """One chunk: exact states before it and gradients by their values; all else is added to ``sums``.
+
+    ``recorded``: other chunks are run by recordings, which read and write the same tensors each time. They need a zero
+    where a state has no gradient; so do ranks, which exchange gradients of all tensors.
+    """
     strange = sweep.strangers
+    alone = sweep.sharded is None and sweep.inputs.group is None
     look = strange.brings_tensors and (sums.end is None or strange.keeps)
     with sums.outside.naming(sweep.model):
         found = chunk_gradients(
@@ -183,6 +196,7 @@ def differentiate(
             sums.take,
             outside=sums.outside if look else None,
             half=sweep.places if sweep.half else None,
+            keep_none=alone and not recorded,
         )
     sums.add(chunk, found)
     return found.states, found.to_start

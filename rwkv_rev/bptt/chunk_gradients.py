@@ -19,7 +19,7 @@ from rwkv_rev.bptt.weight_products import adding, plain_maps
 from rwkv_rev.cells.block import ExactStates, FloatStates, flat
 from rwkv_rev.cells.contract import detached, parts_of, residual
 from rwkv_rev.loss import scaled, wide
-from rwkv_rev.outside_leaves import OutsideLeaves, leaves_of
+from rwkv_rev.outside_leaves import Differentiated, OutsideLeaves, leaves_of
 
 if TYPE_CHECKING:
     from rwkv_rev.distributed.sharded_blocks import ShardedBlock
@@ -117,7 +117,7 @@ class ChunkGradients(NamedTuple):
         states: exact ones before the chunk.
         end: values of the states after it.
         to_start: gradients by the values of each layer's states before the chunk.
-        to_embeds: by the input embeddings, where these were given.
+        to_embeds: by the input embeddings, where these were given; None where nothing depends on them.
         exactly: [L] bool, which layers computed the same as in the first sweep; None where nothing is compared.
     """
 
@@ -141,6 +141,7 @@ def chunk_gradients(
     outside: OutsideLeaves | None = None,
     half: set[torch.device] | None = None,
     compared: Callable[[], None] | None = None,
+    keep_none: bool = False,
 ) -> ChunkGradients:
     """Gradients of ``chunk``.
 
@@ -151,12 +152,13 @@ def chunk_gradients(
         outside: looks for leaves that are not among the parameters.
         half: where the model may draw random numbers, if gradients need a loss scale; None if not.
         compared: called when the chunk has been computed again and compared; not with a loss scale.
+        keep_none: whether states and embeddings that nothing depends on have None for a gradient, instead of zeros.
     """
     if half is None:
         # a checkpointed block is computed once more when its gradient is taken, by maps that are plain again
         with adding(() if model.checkpoints_blocks else parameters.maps, take):
             return _gradients(
-                model, chunk, replay, objective, parameters, to_end, take, 1.0, outside, compared
+                model, chunk, replay, objective, parameters, to_end, take, 1.0, outside, keep_none, compared
             )
     random = random_state.capture(half)
     taken: list[tuple[Sequence[int], int]] = []
@@ -170,7 +172,9 @@ def chunk_gradients(
             taken.append((indices, len(found)))
             found.extend(gradients)
 
-        result = _gradients(model, chunk, replay, objective, parameters, to_end, keep, loss_scale, outside)
+        result = _gradients(
+            model, chunk, replay, objective, parameters, to_end, keep, loss_scale, outside, keep_none
+        )
         return result, [*found, *(g for layer in result.to_start for g in layer), result.to_embeds]
 
     result, unscaled = scaled(attempt)
@@ -191,6 +195,7 @@ def _gradients(
     take: Take,
     scale: float,
     outside: OutsideLeaves | None,
+    keep_none: bool,
     compared: Callable[[], None] | None = None,
 ) -> ChunkGradients:
     embeds = chunk.embeds()
@@ -206,7 +211,11 @@ def _gradients(
         top = cut(residual(layers[-1].out))
         hidden = model.normalize(top.clone() if writes else top)
     if outside is not None:
-        _look(outside, layers, [bottom, hidden], [top, *([] if embeds is None else [embeds])])
+        outside.look(
+            Differentiated("the embedding", [bottom], [] if embeds is None else [embeds]),
+            *(_differentiated(number, layer) for number, layer in enumerate(layers)),
+            Differentiated("the final norm", [hidden], [top]),
+        )
     states = [layer.replay.states for layer in layers]
     end = [tuple(detached(values) for values in layer.replay.end) for layer in layers]
     loss = torch.zeros((), device=hidden.device, dtype=wide(hidden.dtype))
@@ -231,8 +240,7 @@ def _gradients(
         to_end,
         take,
         sharded=parameters.sharded,
-        keep_none=objective
-        is not own_loss,  # a recording of ours reads and writes the same tensors in each chunk
+        keep_none=keep_none,
     )
     to_embeds = None
     if to_bottom is not None:
@@ -240,16 +248,12 @@ def _gradients(
         found = vjp([(bottom, to_bottom)], [*beside, *made])
         take(indices, found[: len(beside)])
         to_embeds = found[-1] if made else None
-    if embeds is not None and to_embeds is None:
+    if embeds is not None and to_embeds is None and not keep_none:
         to_embeds = torch.zeros_like(embeds)
     return ChunkGradients(loss, states, end, to_start, to_embeds, exactly)
 
 
-def _look(
-    outside: OutsideLeaves, layers: list[LayerGraph], outputs: list[Tensor], made: list[Tensor]
-) -> None:
-    """Look for unknown leaves of all graphs of a chunk."""
-    for layer in layers:
-        outputs = [*outputs, *parts_of(layer.out), *flat(layer.replay.end)]
-        made = [*made, *parts_of(layer.given), *flat(layer.replay.start)]
-    outside.look(outputs, made)
+def _differentiated(number: int, layer: LayerGraph) -> Differentiated:
+    replay = layer.replay
+    outputs, made = [*parts_of(layer.out), *flat(replay.end)], [*parts_of(layer.given), *flat(replay.start)]
+    return Differentiated(f"layer {number}", outputs, made)

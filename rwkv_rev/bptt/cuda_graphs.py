@@ -153,7 +153,7 @@ class RecordingRunner(Runner):
         ends = chunk.index == 0 and not self._draws
         pace = Pace(sweep.device) if recordable or ends else None
         tensors = None if record is None else record.tensors()
-        before, to_start = differentiate(sweep, chunk, states, tensors, to_end, sums)
+        before, to_start = differentiate(sweep, chunk, states, tensors, to_end, sums, recorded=True)
         if ends and pace is not None:
             self.waits = pace.waits_for_host()
         elif pace is not None and record is not None and pace.waits_for_host():

@@ -6,6 +6,9 @@ it was made of would get no gradient, without a word. So such code is called wit
 too: what comes out has no graph, what it keeps has one. The gradient goes through that once. The second chunk finds it
 used up, as ``full`` would in a second ``backward()``, and is refused by name.
 
+Such code may turn gradients off itself, for the length of a call or from one hook to another. The mode that it leaves
+is its own until it sets another: in the first sweep for its calls alone, in the second one for what is computed.
+
 Of cells by the contract these are the methods that a subclass fills in; arithmetic on exact states stays without graph.
 """
 
@@ -37,9 +40,10 @@ def what_is_kept_is_trained(model: LanguageModel, found: Strangers) -> Iterator[
     ``found``: the code of others in the model; nothing is done where none :attr:`~.Strangers.keeps`.
     """
     replaced: list[tuple[Any, Any, Any, Any]] = []
+    called = _Called()
     try:
         for place, name, code in _calls(model) if found.keeps else ():
-            now = partial(_called, code)
+            now = partial(called, code)
             replaced.append((place, name, place.get(name), now))
             place[name] = now
         yield
@@ -80,14 +84,30 @@ def _keeps(module: nn.Module) -> bool:
     return is_declared(module) or is_declared(module.forward)
 
 
-def _called(code: Any, *given: Any, **named: Any) -> Any:
-    if torch.is_grad_enabled():
-        return code(*given, **named)
-    # other tensors of the same memory: what is written into one has no graph outside
-    given = _each(_again, given)
-    named = {name: _each(_again, value) for name, value in named.items()}
-    with torch.enable_grad():
-        return _each(_detached, code(*given, **named))
+class _Called:
+    """Calls code of others, and follows whether that has gradients enabled."""
+
+    def __init__(self) -> None:
+        self._enabled = True
+        """As it was left where the caller has no graph."""
+        self._off = False
+        """Whether it was the code that turned gradients off where the caller has one."""
+
+    def __call__(self, code: Any, *given: Any, **named: Any) -> Any:
+        if torch.is_grad_enabled() or self._off:
+            try:
+                return code(*given, **named)
+            finally:
+                self._off = not torch.is_grad_enabled()
+        # other tensors of the same memory: what is written into one has no graph outside
+        given = _each(_again, given)
+        named = {name: _each(_again, value) for name, value in named.items()}
+        torch.set_grad_enabled(self._enabled)
+        try:
+            return _each(_detached, code(*given, **named))
+        finally:
+            self._enabled = torch.is_grad_enabled()
+            torch.set_grad_enabled(False)
 
 
 def _each(change: Callable[[Tensor], Tensor], value: Any) -> Any:

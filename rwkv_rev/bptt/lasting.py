@@ -336,7 +336,7 @@ class LastingRunner(Runner):
         if not fits:
             random_state.restore(sweep.random[chunk.index])
             tensors = None if record is None else record.tensors()
-            return differentiate(sweep, chunk, states, tensors, to_end, sums)
+            return differentiate(sweep, chunk, states, tensors, to_end, sums, recorded=True)
 
         def compared() -> None:
             if chunk.index == 0:  # the last one to be compared: the host need not wait for its gradients

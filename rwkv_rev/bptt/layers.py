@@ -192,24 +192,25 @@ def pull_back(
             ends = zip(flat(layer.replay.end), to_ends[number], strict=True)
             pairs += [(end, gradient) for end, gradient in ends if gradient is not None]
         given = parts_of(layer.given)
-        made = [tensor for tensor in given if tensor.requires_grad]
+        # not those of a layer for which code of others has turned gradients off
+        made = [tensor for tensor in (*starts, *given) if tensor.requires_grad]
         if sharded is None:
-            found = vjp(pairs, [*(parameters[index] for index in indices), *starts, *made])
+            found = vjp(pairs, [*(parameters[index] for index in indices), *made])
             take(indices, found[: len(indices)])
         else:
             block = sharded[number]
             with block.at_hand():
                 own = [block.leaves.get(index, parameters[index]) for index in indices]
-                found = vjp(pairs, [*own, *starts, *made])
+                found = vjp(pairs, [*own, *made])
             take(indices, block.reduced(indices, found[: len(indices)]))
-        by_start = found[len(indices) :][: len(starts)]
+        of_made = iter(found[len(indices) :])
+        by_start = [next(of_made) if start.requires_grad else None for start in starts]
         # copies: a gradient may be a view of one of the chunk's length, which would stay in memory with it
         to_starts[number] = [
             g.clone() if g is not None else None if keep_none else torch.zeros_like(start)
             for start, g in zip(starts, by_start, strict=True)
         ]
-        of_given = iter(found[len(found) - len(made) :])
-        arriving = [next(of_given) if tensor.requires_grad else None for tensor in given]
+        arriving = [next(of_made) if tensor.requires_grad else None for tensor in given]
     return arriving[0], to_starts
 
 

@@ -77,10 +77,11 @@ def _cost(tokens: int, length: int) -> int:
 
 def embeds_of_all(parts: list[Part], found: list[Tensor | None], like: Tensor | None) -> Tensor | None:
     """The gradient by the embeddings [B, T, D], from each part's."""
-    if like is None or parts[0].places is None:
+    if like is None or parts[0].places is None or all(gradient is None for gradient in found):
         return found[0]
     total = torch.zeros_like(like)
     for part, gradient in zip(parts, found, strict=True):
-        assert part.places is not None and gradient is not None
-        total[:, part.places.to(total.device)] = gradient
+        assert part.places is not None
+        if gradient is not None:
+            total[:, part.places.to(total.device)] = gradient
     return total

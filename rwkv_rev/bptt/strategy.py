@@ -25,7 +25,7 @@ from rwkv_rev.errors import StrategyError
 from rwkv_rev.foreign_code import Strangers, neftune_share, refuse_unknown, strangers
 from rwkv_rev.inference_tensors import ordinary, ordinary_state
 from rwkv_rev.loss import IGNORE, cross_entropy_gradients, sum_cross_entropy
-from rwkv_rev.outside_leaves import OutsideLeaves
+from rwkv_rev.outside_leaves import Differentiated, OutsideLeaves
 from rwkv_rev.state import ModelState
 
 if TYPE_CHECKING:
@@ -340,7 +340,7 @@ class Strategy(ABC):
             generators = random_state.capture(devices(list(model.parameters()), inputs))
             hidden, state = first.read(model, inputs.state)
             outside = OutsideLeaves([])
-            outside.look([model.head(hidden[:, -1:]), *state.tensors()])
+            outside.look(Differentiated("the model", [model.head(hidden[:, -1:]), *state.tensors()], []))
             del hidden, state
             try:
                 outside.refuse()

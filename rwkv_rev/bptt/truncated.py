@@ -25,7 +25,7 @@ from rwkv_rev.bptt.uncached import uncached
 from rwkv_rev.bptt.unchanged import unchanged, watched
 from rwkv_rev.foreign_code import Strangers
 from rwkv_rev.loss import FinishedGradients, add_gradients, scaled, sum_of, wide
-from rwkv_rev.outside_leaves import OutsideLeaves
+from rwkv_rev.outside_leaves import Differentiated, OutsideLeaves
 from rwkv_rev.stand_ins import StandIns
 from rwkv_rev.state import ModelState
 
@@ -130,7 +130,7 @@ def _gradients_of(
         leaves = [*parameters, *(tensor for tensor in made if tensor.requires_grad)]
         loss, to_hidden, head = chunk.loss(model, hidden, parameters, loss_scale, outside)
         if outside is not None:
-            outside.look([hidden, *after.tensors()], made)
+            outside.look(Differentiated("the model", [hidden, *after.tensors()], made))
         pairs = [(hidden, to_hidden)]
         group = chunk.inputs.group
         if group is not None:  # what is exchanged is so in every gradient of every rank
