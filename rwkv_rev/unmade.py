@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from rwkv_rev.errors import StrategyError
+from rwkv_rev.initial_states import activations
 from rwkv_rev.loss import sum_cross_entropy, wide
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ class Deferred(Tensor):
 
 def deferred_logits(model: "RwkvRevForCausalLM", inputs: "LossInputs", loss: Tensor) -> Deferred:
     """What makes the logits beside ``loss`` if somebody asks for them: at the precision of this call."""
-    kind, dtype = inputs.targets.device.type, wide(model.model.ln0.weight.dtype)
+    kind, dtype = inputs.targets.device.type, wide(activations(model.model).dtype)
     autocast = torch.autocast(
         kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)
     )
@@ -140,7 +141,7 @@ def deferred_logits(model: "RwkvRevForCausalLM", inputs: "LossInputs", loss: Ten
             weights=inputs.weights,
         )
         # adapters that were switched, hooks that draw: no tensor tells of them, but the loss does
-        near = LIKE_THE_LOSS[autocast._enabled or model.model.ln0.weight.dtype.itemsize < 4]
+        near = LIKE_THE_LOSS[autocast._enabled or activations(model.model).dtype.itemsize < 4]
         if not torch.isclose(again, loss, rtol=near, atol=near, equal_nan=True):
             raise StrategyError(HAS_CHANGED)
         return logits
