@@ -145,16 +145,17 @@ class _Reading:
             before = self._settings_now() if sweep.strangers.more else []
             with self._keeping():
                 end = sweep.advance_last(self._last)
+            self._settings = self._settings_now()
+            self._notes = notes_of(before, self._settings)
         warning_of_coarse_heads(sweep)()
-        self._settings = self._settings_now()
-        self._notes = notes_of(before, self._settings)
         assert sweep.hidden is not None
         hidden, sweep.hidden = sweep.hidden.whole(), None
         return (hidden, *type(self._inputs.state).stack(end).tensors())
 
     def backward(self, to_hidden: Tensor | None, to_state: list[Tensor | None]) -> list[Tensor | None]:
         """Gradients of the leaves; None for what a loss does not reach."""
-        self._refuse_another_model()
+        with uncached(self._sweep.device):  # not while another thread's loss has put its calls into the model
+            self._refuse_another_model()
         sweep, kind = self._sweep, type(self._inputs.state)
         sweep.objective = objective = _Given(to_hidden, sweep.hidden_prints)
         to_end = _by_layer(kind, to_state, len(self._model.blocks))

@@ -183,6 +183,7 @@ def differentiate(
             sums.take,
             outside=sums.outside if look else None,
             half=sweep.places if sweep.half else None,
+            writes=strange.writes,
         )
     sums.add(chunk, found)
     return found.states, found.to_start

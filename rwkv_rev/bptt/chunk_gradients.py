@@ -142,6 +142,7 @@ def chunk_gradients(
     outside: OutsideLeaves | None = None,
     half: set[torch.device] | None = None,
     compared: Callable[[], None] | None = None,
+    writes: bool = False,
 ) -> ChunkGradients:
     """Gradients of ``chunk``.
 
@@ -152,12 +153,13 @@ def chunk_gradients(
         outside: looks for leaves that are not among the parameters.
         half: where the model may draw random numbers, if gradients need a loss scale; None if not.
         compared: called when the chunk has been computed again and compared; not with a loss scale.
+        writes: whether a module may write to what it is handed.
     """
     if half is None:
         # a checkpointed block is computed once more when its gradient is taken, by maps that are plain again
         with adding(() if model.checkpoints_blocks else parameters.maps, take):
             return _gradients(
-                model, chunk, replay, objective, parameters, to_end, take, 1.0, outside, compared
+                model, chunk, replay, objective, parameters, to_end, take, 1.0, outside, writes, compared
             )
     random = random_state.capture(half)
     taken: list[tuple[Sequence[int], int]] = []
@@ -171,7 +173,9 @@ def chunk_gradients(
             taken.append((indices, len(found)))
             found.extend(gradients)
 
-        result = _gradients(model, chunk, replay, objective, parameters, to_end, keep, loss_scale, outside)
+        result = _gradients(
+            model, chunk, replay, objective, parameters, to_end, keep, loss_scale, outside, writes
+        )
         return result, [*found, *(g for layer in result.to_start for g in layer), result.to_embeds]
 
     result, unscaled = scaled(attempt)
@@ -192,14 +196,14 @@ def _gradients(
     take: Take,
     scale: float,
     outside: OutsideLeaves | None,
+    writes: bool,
     compared: Callable[[], None] | None = None,
 ) -> ChunkGradients:
     embeds = chunk.embeds()
     with torch.enable_grad():
         if embeds is not None:
             embeds = embeds.detach().requires_grad_()
-        # code of others, for which ``outside`` looks, may write to what it is handed: not to a leaf
-        writes = outside is not None
+        # to a leaf no module may write
         bottom = chunk.embed(model, embeds.clone() if writes and embeds is not None else embeds)
         layers, exactly = replay(bottom)
         if compared is not None:
