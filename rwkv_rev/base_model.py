@@ -40,7 +40,7 @@ from rwkv_rev.exporting import exportable
 from rwkv_rev.first_order import transforms_of
 from rwkv_rev.forecast import SMALL_CHUNK, tokens_at_once
 from rwkv_rev.foreign_code import refuse_unknown_in_packed_rows, strangers
-from rwkv_rev.initial_states import document_starts, initial_states, state_of_rows
+from rwkv_rev.initial_states import activations, document_starts, initial_states, state_of_rows
 from rwkv_rev.initialization import initialize_head, remake, unstored_buffers
 from rwkv_rev.inputs import check_state, embedded, masked_embeds, rows_and_tokens, valid_tokens
 from rwkv_rev.keywords import refuse_unknown_keywords
@@ -386,13 +386,12 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
     @named
     def initial_state(self, batch_size: int, device: torch.device | None = None) -> ModelState:
         """What ``batch_size`` rows begin with: empty, or with the tuned WKV state; on the model's device when None."""
-        weight = self.ln0.weight
-        return state_of_rows(self.config, batch_size, device, weight, self.initial_wkv)
+        return state_of_rows(self.config, batch_size, device, activations(self), self.initial_wkv)
 
     def borders(self, at: Tensor, valid: Tensor | None) -> Borders:
         """Borders [B, T], on the host and on valid tokens, with what every document begins with."""
         refuse_unknown_in_packed_rows(strangers(self))
-        starts = document_starts(self.config, self.ln0.weight, self.initial_wkv)
+        starts = document_starts(self.config, activations(self), self.initial_wkv)
         return Borders(at, None if valid is None else valid.cpu(), starts, self.config.hidden_size)
 
 

@@ -42,10 +42,12 @@ _GUARDED = ("rwkv_rev.", "torch.", "peft.")
 
 
 class Patch(NamedTuple):
-    """A function of a class that is not from where the class is: both names in words, and the function."""
+    """A function of a class that is not from where the class is: both names in words, and each by itself."""
 
     where: str
     code: Any
+    layer: type
+    name: str
 
 
 def origin(code: Any) -> str:
@@ -84,7 +86,7 @@ def patches(layers: Iterable[type]) -> Iterator[Patch]:
             if type(value) is FunctionType and value.__globals__ is home and value.__closure__ is None:
                 continue
             if _is_code(value) and not defined_in(value, _KNOWN):
-                yield Patch(f"the replaced {name} of the class {base.__name__}", value)
+                yield Patch(f"the replaced {name} of the class {base.__name__}", value, base, name)
 
 
 def _is_code(value: Any) -> bool:

@@ -7,6 +7,7 @@ has a mark of its own.
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from types import BuiltinMethodType, MethodType
 from typing import Any, TypeGuard, TypeVar
 
@@ -16,6 +17,17 @@ from torch.nn.utils import parametrize
 MARK = "_rwkv_rev_position_wise"
 
 T = TypeVar("T", bound=Callable[..., Any])
+
+
+class StandIn(partial):
+    """What calls code of others in its place while a loss is computed: ``StandIn(call, code)`` is that code."""
+
+
+def original(code: Any) -> Any:
+    """The code itself of what stands in for it, for another thread or inside of a call."""
+    while isinstance(code, StandIn):
+        code = code.args[0]
+    return code
 
 
 def position_wise(code: T) -> T:
@@ -36,6 +48,7 @@ def position_wise(code: T) -> T:
 
 def is_declared(code: Any) -> bool:
     """Whether the code itself, or its very class, was declared: a subclass may do other things."""
+    code = original(code)
     if _is_method(code):
         mark, function = _own(code.__self__).get(_of_method(code)), getattr(code, "__func__", None)
         return (mark is not None and mark.is_of(code.__self__, function)) or _marked(function)

@@ -18,11 +18,14 @@ from torch import Tensor, nn
 from torch.nn.modules import activation
 from torch.nn.modules import module as module_globals
 from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
 
-from rwkv_rev import adapters, quantised
+from rwkv_rev import adapters, each_way, quantised
 from rwkv_rev.cells.block import keeps_the_contract
+from rwkv_rev.cells.overridden import first_of_ours, overridden_alone
 from rwkv_rev.code_origin import defined_in, origin, patches, qualified_name
-from rwkv_rev.declared_code import MARK, class_of, is_declared
+from rwkv_rev.declared_code import MARK, class_of, is_declared, original
+from rwkv_rev.each_way import is_called_everywhere, replaced
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.one_thread import one_thread
 from rwkv_rev.overriding import foreign_modes, is_foreign_tensor
@@ -49,7 +52,7 @@ LAYERS: frozenset[type] = frozenset(
 """Layers of PyTorch that treat each position by itself."""
 
 HOOKS = ("torch.", "accelerate.", "transformers.integrations.neftune", "transformers.modeling_utils")
-"""Modules whose hooks are position-wise (NEFTune's: see :func:`neftune_share`)."""
+"""Modules whose hooks are position-wise (NEFTune's: see :mod:`rwkv_rev.neftune`)."""
 
 SHARDING = ("torch.distributed.fsdp",)
 """Modules whose hooks and classes bring weights, and nothing else."""
@@ -58,7 +61,7 @@ _EVERY_MODULE = vars(nn.Module()).keys()
 _TOLD = frozenset({"forward", MARK})
 
 CALLED = ("embed", "initial_state", "normalize", "read", "run")
-"""Methods of a model that strategies call."""
+"""Methods of a model that strategies call; of ours these and more (:mod:`rwkv_rev.each_way`)."""
 
 _HOOK_KINDS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 
@@ -82,6 +85,7 @@ class Strangers(NamedTuple):
         buffers: of all modules.
         adapters: layers of peft that are known.
         more: whether there is other code than theirs, known or not, so that ``adapters`` do not say all.
+        writes: whether a module might write to what it is handed, or code of others.
     """
 
     unknown: list[Stranger]
@@ -91,6 +95,7 @@ class Strangers(NamedTuple):
     buffers: list[Tensor]
     adapters: list[nn.Module]
     more: bool
+    writes: bool
 
 
 def strangers(model: nn.Module) -> Strangers:
@@ -100,8 +105,8 @@ def strangers(model: nn.Module) -> Strangers:
 
 
 def _strangers(model: nn.Module) -> Strangers:
-    found = Strangers([], [], False, False, [], [], False)
-    more = keeps = False
+    found = Strangers([], [], False, False, [], [], False, False)
+    more = keeps = writes = False
     norms: set[int] = set()
     unsaid: dict[int, str] = {}
     for kind in _HOOK_KINDS:
@@ -111,14 +116,16 @@ def _strangers(model: nn.Module) -> Strangers:
         _sort(mode, f"the mode {type(mode).__name__} around the model", found, adapters.UNKNOWN)
     for tensors, where in _foreign_tensors(model).items():
         _sort(tensors, where, found, adapters.UNKNOWN)
-    for name in CALLED:
-        code = vars(model).get(name) or getattr(type(model), name, None)
-        if code is not None and (name in vars(model) or not defined_in(code, ("rwkv_rev.", "torch."))):
+    for name in () if isinstance(model, PreTrainedModel) else CALLED:
+        code = replaced(model, name) or getattr(type(model), name, None)
+        if code is not None and not defined_in(code, ("rwkv_rev.", "torch.")):
             _sort(code, f"{type(model).__name__}.{name}", found, adapters.UNKNOWN)
+    _sort_methods_of_model(model, found, inside=False)
     base = getattr(model, "base_model", None)  # whose forward the sweeps do not call
     layers: set[type] = set()
     for path, module in _below(model):
         layers.add(type(module))
+        writes |= bool(vars(module).get("inplace"))
         if _is_known(module):
             if module._buffers:
                 found.buffers.extend(buffer for buffer in module._buffers.values() if buffer is not None)
@@ -129,11 +136,16 @@ def _strangers(model: nn.Module) -> Strangers:
         computed = getattr(module, "parametrizations", None) if parametrize.is_parametrized(module) else None
         for holder in (module, *(computed.modules() if isinstance(computed, nn.Module) else ())):
             found.buffers.extend(buffer for buffer in holder._buffers.values() if buffer is not None)
-            keeps |= holder is not module and is_of_others(holder)
+            keeps |= holder is not module and may_keep(holder)
         for name in _norms_of_tokens(layer):
             norms.update(map(id, getattr(module, name).modules()))
         for name in () if _says_norms_of_tokens(layer) else getattr(layer, "norms_of_tokens", ()):
             unsaid |= dict.fromkeys(map(id, getattr(module, name).modules()), layer.__name__)
+        if module is base:
+            _sort_methods_of_model(module, found, inside=True)
+        if (alone := overridden_alone(layer)) is not None:
+            where = f"the overridden {alone} of {layer.__name__} at {path}"
+            found.unknown.append(Stranger(where, each_way.IN_A_CELL))
         if not (layer is nn.GroupNorm and id(module) in norms):
             objection = _layer_objection(module, layer)
             if objection == adapters.UNKNOWN and id(module) in unsaid:
@@ -160,19 +172,22 @@ def _strangers(model: nn.Module) -> Strangers:
         trained = any(map(_is_trainable, beside))
         more |= made or trained
         keeps |= trained
-        if "forward" in vars(module):
-            _sort(
-                vars(module)["forward"], f"the replaced forward of {path}", found, _forward_objection(module)
-            )
-        for name in _replaced_methods(module, layer):
-            _sort(vars(module)[name], f"the replaced {name} of {path}", found, adapters.UNKNOWN)
+        forward = None if module is base else replaced(module, "forward")
+        if forward is not None:
+            _sort(forward, f"the replaced forward of {path}", found, _forward_objection(module))
+        for name in () if module is base else _replaced_methods(module, layer):
+            where = f"the replaced {name} of {path}"
+            _sort_method(layer, name, replaced(module, name), where, found)
         if getattr(module, "_compiled_call_impl", None) is not None:
             found.unknown.append(Stranger(f"the compiled call of {path}", adapters.UNKNOWN))
     for patch in patches(layers):
-        _sort(patch.code, patch.where, found, adapters.UNKNOWN)
+        _sort_method(patch.layer, patch.name, patch.code, patch.where, found)
     more |= bool(found.unknown or found.declared)
     return found._replace(
-        keeps=keeps or bool(found.declared), brings_tensors=more or bool(found.adapters), more=more
+        keeps=keeps or bool(found.declared),
+        brings_tensors=more or bool(found.adapters),
+        more=more,
+        writes=writes or bool(found.declared),
     )
 
 
@@ -180,6 +195,17 @@ def is_of_others(module: nn.Module) -> bool:
     """Whether a module's class is not ours, PyTorch's or peft's."""
     layer = class_of(module)
     return not (_is_own(layer) or defined_in(layer, ("torch.", "peft.")))
+
+
+def may_keep(module: nn.Module) -> bool:
+    """Whether a module that computes a weight runs code of others, which might keep it from one call to the next."""
+    hooked = any(getattr(module, f"_{kind}") for kind in _HOOK_KINDS)
+    return (
+        hooked
+        or is_of_others(module)
+        or replaced(module, "forward") is not None
+        or next(patches([type(module)]), None) is not None
+    )
 
 
 def refuse_unknown(found: Strangers, strategy: str) -> None:
@@ -191,6 +217,8 @@ def refuse_unknown(found: Strangers, strategy: str) -> None:
     if found.unknown:
         where, objection = found.unknown[0]
         more = f" (and {len(found.unknown) - 1} more)" if len(found.unknown) > 1 else ""
+        if objection in each_way.OBJECTIONS:
+            raise StrategyError(f"{where}{more} {objection}")
         declare = ", or declare it with rwkv_rev.position_wise(...) if that is so"
         raise StrategyError(
             f"{where}{more} {objection}, and {strategy!r} computes the context in chunks: use bptt='full'"
@@ -206,35 +234,14 @@ def refuse_unknown_in_packed_rows(found: Strangers) -> None:
     """
     if found.unknown:
         where, objection = found.unknown[0]
+        if objection in each_way.OBJECTIONS:
+            raise StrategyError(f"{where} {objection}")
         declare = ", or declare it with rwkv_rev.position_wise(...) if it treats each position by itself"
         declare = declare if objection == adapters.UNKNOWN else ""
         raise StrategyError(
             f"{where} {objection}, and several documents are packed into one row, which layers take apart: give each "
             f"document a row of its own, padded, with an attention_mask{declare}"
         )
-
-
-def neftune_share(embeddings: nn.Module, share: float) -> "_Neftune":
-    """A context in which NEFTune's hook adds to a chunk, ``share`` of the context, what it would add to the whole.
-
-    Its noise is ``alpha / sqrt(T D)`` large (Jain et al. 2023, "NEFTune", section 2), and the hook takes for T the
-    length of what it sees.
-    """
-    return _Neftune(embeddings, share)
-
-
-class _Neftune:
-    def __init__(self, embeddings: nn.Module, share: float) -> None:
-        self._embeddings, self._share = embeddings, share
-        self._alpha = getattr(embeddings, "neftune_noise_alpha", None)
-
-    def __enter__(self) -> None:
-        if self._alpha is not None and self._share != 1:
-            self._embeddings.neftune_noise_alpha = self._alpha * self._share**0.5
-
-    def __exit__(self, *_: object) -> None:
-        if self._alpha is not None:
-            self._embeddings.neftune_noise_alpha = self._alpha
 
 
 def _below(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -323,6 +330,7 @@ def _layer_objection(module: nn.Module, layer: type) -> str | None:
 
 
 def _hook_objection(hook: Any) -> str | None:
+    hook = original(hook)
     if defined_in(hook, HOOKS):
         return None
     code = hook.func if isinstance(hook, partial) else hook
@@ -331,7 +339,7 @@ def _hook_objection(hook: Any) -> str | None:
 
 def _forward_objection(module: nn.Module) -> str | None:
     """To a replaced forward: accelerate's own, with hooks of its own, calls the module's."""
-    forward, hook = vars(module)["forward"], getattr(module, "_hf_hook", None)
+    forward, hook = replaced(module, "forward"), getattr(module, "_hf_hook", None)
     hooks = [hook, *getattr(hook, "hooks", ())]  # a SequentialHook has others
     layers = [forward.func if isinstance(forward, partial) else forward, *map(type, hooks)]
     former = getattr(getattr(module, "_old_forward", None), "__func__", None)
@@ -342,11 +350,30 @@ def _forward_objection(module: nn.Module) -> str | None:
 
 
 def _replaced_methods(module: nn.Module, layer: type) -> list[str]:
-    """Methods of one of our layers that an attribute of the instance stands before."""
-    if not layer.__module__.startswith("rwkv_rev."):
+    """Methods that a layer has of a class of ours and that an attribute of the instance stands before."""
+    ours = first_of_ours(layer)
+    if ours is None:
         return []
-    own = vars(module).keys() - _EVERY_MODULE
-    return [name for name in own if name != "forward" and callable(getattr(layer, name, None))]
+    own = vars(module).keys() - _EVERY_MODULE - {"forward"}
+    names = [name for name in own if callable(getattr(ours, name, None))]
+    return sorted(name for name in names if replaced(module, name) is not None)
+
+
+def _sort_methods_of_model(model: nn.Module, found: Strangers, *, inside: bool) -> None:
+    for name, code in each_way.overridden(model, inside=inside):
+        where = f"{type(model).__name__}.{name}"
+        if name == "forward" and name in vars(model) and _forward_objection(model) is None:
+            continue
+        _sort_method(type(model), name, code, where, found)
+
+
+def _sort_method(layer: type, name: str, code: Any, where: str, found: Strangers) -> None:
+    """A function in the place of a method: what one way calls and another does not is not to be declared."""
+    if is_called_everywhere(layer, name):
+        _sort(code, where, found, adapters.UNKNOWN)
+    else:
+        of_model = issubclass(layer, PreTrainedModel)
+        found.unknown.append(Stranger(where, each_way.IN_A_MODEL if of_model else each_way.IN_A_CELL))
 
 
 def _sort(code: Any, where: str, found: Strangers, objection: str | None) -> None:
@@ -360,5 +387,6 @@ def _sort(code: Any, where: str, found: Strangers, objection: str | None) -> Non
 
 def hook_name(hook: Any) -> str:
     """What messages call a hook: the function of a partial, the class of an object."""
+    hook = original(hook)
     code = hook.func if isinstance(hook, partial) else hook
     return qualified_name(code) or type(code).__name__

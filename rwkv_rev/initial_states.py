@@ -1,6 +1,7 @@
 """What rows and documents begin with: nothing, or a memory that was tuned."""
 
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,18 @@ def initial_states(config: RwkvRevConfig) -> nn.ParameterList:
     """A memory of zeros for each layer (RWKV-5: [H, N, N], key index first)."""
     shape = config.architecture.memory_shape(config)
     return nn.ParameterList(torch.zeros(shape) for _ in range(config.num_hidden_layers))
+
+
+def activations(model: nn.Module) -> Tensor:
+    """A weight of a base model that says the dtype and the device of what its blocks are handed: that of ``ln0``.
+
+    Where nothing to that effect stands in the place of ``ln0``, the first weight that is no integer.
+    """
+    norm: nn.Module = model.ln0  # type: ignore[assignment]
+    weight = getattr(norm, "weight", None)
+    if isinstance(weight, Tensor):
+        return weight
+    return next(p for p in chain(norm.parameters(), model.parameters()) if p.is_floating_point())
 
 
 def state_of_rows(

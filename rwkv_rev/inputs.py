@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rwkv_rev.bptt import LossInputs
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.exporting import exporting, refuse_tracing
-from rwkv_rev.keywords import given_targets
+from rwkv_rev.keywords import given_targets, refuse_loss_function
 from rwkv_rev.loss import IGNORE, next_token_targets
 from rwkv_rev.loss_weights import check_divisor, weights_of_targets
 from rwkv_rev.packed_rows import given_borders
@@ -137,8 +137,10 @@ def loss_inputs(
     Raises:
         ValueError: for what does not fit the model or the other arguments; for labels that the vocabulary has not, by
             the result's ``refuse`` where they are on a GPU.
+        StrategyError: for a ``loss_function`` of somebody's own, which would be without effect.
     """
     refuse_tracing(loss=True)
+    refuse_loss_function(model)
     batch, length, device = rows_and_tokens(input_ids, inputs_embeds)
     name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
     assert given is not None

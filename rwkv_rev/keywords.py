@@ -9,6 +9,8 @@ import inspect
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.loss import IGNORE
@@ -77,6 +79,24 @@ def refuse_replica(model: nn.Module) -> None:
             "torch.nn.DataParallel, which Trainer uses when it sees several GPUs, makes copies without parameters: "
             "start one process per GPU (torchrun, accelerate launch), or show one GPU (CUDA_VISIBLE_DEVICES=0)"
         )
+
+
+def refuse_loss_function(model: Any) -> None:
+    """Refuse a loss function of somebody's own, which transformers' models call and this one does not.
+
+    Raises:
+        StrategyError: for one on the model or in a subclass that is not transformers' own.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return
+    if type(model).loss_function is PreTrainedModel.loss_function:
+        given = getattr(model, "_loss_function", None)
+        if given is None or given is ForCausalLMLoss:
+            return
+    raise StrategyError(
+        "model.loss_function would be without effect: the loss of labels is the cross-entropy of the next token. Call "
+        "the model without labels and compute the loss of its logits, or give the cross-entropies loss_weights"
+    )
 
 
 def given_targets(shift_labels: Tensor, valid: Tensor | None) -> Tensor:

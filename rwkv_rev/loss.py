@@ -77,7 +77,7 @@ def sum_cross_entropy(
     total = torch.zeros((), dtype=wide(hidden.dtype), device=hidden.device)
     with torch.no_grad():
         for part, target, weight in _sub_chunks(hidden, targets, weights, vocab_size):
-            total += cross_entropy(head(part), target, weights=weight)
+            total += cross_entropy(head(_handed(head, part)), target, weights=weight)
     return total * like(scale, total)
 
 
@@ -115,9 +115,7 @@ def cross_entropy_gradients(
     for number, (part, target, weight) in enumerate(parts):
         part = part.requires_grad_()
         with torch.enable_grad():
-            # hooks may write to what they are handed: not to a leaf
-            handed = part.clone() if head._forward_pre_hooks else part
-            loss = cross_entropy(head(handed), target, weights=weight) * scale
+            loss = cross_entropy(head(_handed(head, part)), target, weights=weight) * scale
             if number == 0 or outside is not None:  # a head of others may use other ones for other tokens
                 leaves = leaves_of([loss])
                 used = list({places[id(leaf)]: None for leaf in leaves if id(leaf) in places})
@@ -331,6 +329,12 @@ def _sub_chunks(
     flat = hidden.reshape(-1, hidden.shape[-1]).split(size)
     of_each = [None] * len(flat) if weights is None else weights.reshape(-1).split(size)
     return list(zip(flat, targets.reshape(-1).split(size), of_each, strict=True))
+
+
+def _handed(head: nn.Module, hidden: Tensor) -> Tensor:
+    """What a head is handed: hooks and other modules than a linear map may write to it, and not to a leaf."""
+    plain = type(head) in (nn.Linear, nn.Identity) and not head._forward_pre_hooks
+    return hidden if plain else hidden.clone()
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -31,7 +31,7 @@ from rwkv_rev.errors import StrategyError
 from rwkv_rev.exporting import exporting
 from rwkv_rev.first_order import refuse_transforms
 from rwkv_rev.generation import RwkvRevGenerationMixin
-from rwkv_rev.initial_states import initial_states
+from rwkv_rev.initial_states import activations, initial_states
 from rwkv_rev.inputs import loss_inputs, rows_and_tokens
 from rwkv_rev.keywords import refuse_replica, refuse_unknown_keywords
 from rwkv_rev.loss import wide
@@ -147,7 +147,7 @@ class RwkvRevForCausalLM(TiedEmbeddings, RwkvRevPreTrainedModel, RwkvRevGenerati
         if not self.config.architecture.tunes_state:
             raise ValueError(f"{self.config.architecture.called} has no state of matrices to tune")
         if self.model.initial_wkv is None:
-            weight = self.model.ln0.weight
+            weight = activations(self.model)
             self.model.initial_wkv = initial_states(self.config).to(weight.device, wide(weight.dtype))
             self.config.has_initial_state = True
 
@@ -340,7 +340,7 @@ class RwkvRevForCausalLM(TiedEmbeddings, RwkvRevPreTrainedModel, RwkvRevGenerati
         chosen = for_the_head(self, hidden[:, kept.to(hidden.device) if isinstance(kept, Tensor) else kept])
         if self.bptt.hidden_states == "device" or not hidden.requires_grad:
             return chosen
-        device = self.model.ln0.weight.device
+        device = activations(self.model).device
         most = self.model.chunk_length(*chosen.shape[:2], device, handed_out=True)
         if chosen.shape[1] > most:
             raise StrategyError(
@@ -359,7 +359,7 @@ class RwkvRevForCausalLM(TiedEmbeddings, RwkvRevPreTrainedModel, RwkvRevGenerati
         refuse_accelerates_ranks()
         given = (arguments["inputs_embeds"], *(() if state is None else state.tensors()))
         refuse_transforms(chain(self.parameters(), (tensor for tensor in given if tensor is not None)))
-        inputs = loss_inputs(self, dtype=wide(self.model.ln0.weight.dtype), **arguments)
+        inputs = loss_inputs(self, dtype=wide(activations(self.model).dtype), **arguments)
         if return_document_states:
             inputs = with_ends(inputs, arguments["packed"], self.model.context_group)
         length, bptt, evaluating = inputs.length, self.bptt, not (self.training or torch.is_grad_enabled())

@@ -1,7 +1,7 @@
 """A model with one part of its cells replaced, and all other parameters kept."""
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from rwkv_rev.arguments import checked
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.errors import ConfigError
 from rwkv_rev.foreign_code import hook_name
+from rwkv_rev.initial_states import activations
 from rwkv_rev.random_state import capture, refuse_seed, restore
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def rewrite(model: nn.Module, *, token_shift: str = "coupled", seed: int = 0) ->
         found = RwkvRevForCausalLM(RwkvRevConfig(**(model.config.to_dict() | {"rwkv_version": version})))
     finally:
         restore(before)
-    weight, kept = model.model.ln0.weight, dict(model.named_parameters())
+    weight: Any = activations(model.model)
+    kept = dict(model.named_parameters())
     found.to(weight.device)
     for name, parameter in found.named_parameters():
         like = kept.get(name, weight)

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from rwkv_rev import random_state
 from rwkv_rev.errors import StrategyError
+from rwkv_rev.initial_states import activations
 from rwkv_rev.loss import sum_cross_entropy, wide
 from rwkv_rev.model_now import model_now
 from rwkv_rev.module_settings import Settings, first_change, notes_of, settings
@@ -133,7 +134,7 @@ def loss_and_logits(
     """A loss and, if ``deferred``, what makes logits beside it for who asks for them: in this precision and mode."""
     if not deferred:
         return strategy.loss(model, inputs), None
-    kind, dtype = inputs.targets.device.type, wide(model.model.ln0.weight.dtype)
+    kind, dtype = inputs.targets.device.type, wide(activations(model.model).dtype)
     autocast = torch.autocast(
         kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)
     )
@@ -166,7 +167,7 @@ def loss_and_logits(
             weights=inputs.weights,
         )
         # what neither tensors nor modules tell of, the loss does
-        near = LIKE_THE_LOSS[autocast._enabled or model.model.ln0.weight.dtype.itemsize < 4]
+        near = LIKE_THE_LOSS[autocast._enabled or activations(model.model).dtype.itemsize < 4]
         if not torch.isclose(again, result.loss, rtol=near, atol=near, equal_nan=True):
             raise StrategyError(HAS_CHANGED.format(what=""))
         return logits

@@ -101,3 +101,65 @@ def test_blocks_that_are_computed_again_are_refused(strategy: str) -> None:
     checkpoint_blocks(model)
     with pytest.raises(ReversalMismatchError):
         differentiate(model, strategy, CHUNK, input_ids=IDS)
+
+
+# --- known layers that write ------------------------------------------------------------------------------------------
+
+
+def wrapped(model: RwkvRevForCausalLM, place: str, layer: nn.Module) -> None:
+    holder, _, name = place.rpartition(".")
+    setattr(model.get_submodule(holder), name, nn.Sequential(layer, model.get_submodule(place)))
+
+
+@pytest.mark.parametrize("length", [2 * CHUNK, 20])
+@pytest.mark.parametrize("place", ["model.ln0", "model.blocks.1.ln1", "model.ln_out", "head"])
+def test_known_layers_that_write(place: str, length: int) -> None:
+    model, ids = tiny_model("5.2", dtype=torch.float64), IDS[:, :length]
+    wrapped(model, place, nn.ELU(inplace=True))
+    full = differentiate(model, "full", input_ids=ids)
+    for strategy in EXACT:
+        assert_agree(differentiate(model, strategy, CHUNK, input_ids=ids), full, AGREE)
+    with torch.no_grad():
+        logits = model(ids).logits[:, :-1].flatten(0, 1)
+        of_logits = nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
+        for loss in (of_logits, model(ids, labels=ids).loss):
+            torch.testing.assert_close(loss, full.loss, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("place", ["model.blocks.0.ln2", "model.ln_out", "head"])
+def test_known_layers_that_write_and_a_loss_of_ones_own(place: str) -> None:
+    model = tiny_model("4", dtype=torch.float64)
+    wrapped(model, place, nn.ReLU(inplace=True))
+    found = []
+    for strategy in ("full", *EXACT):
+        model.set_bptt(strategy, chunk_length=CHUNK)
+        found.append(torch.autograd.grad(model(IDS).logits.square().sum(), list(model.parameters())))
+    for one in found[1:]:
+        for gradient, expected in zip(one, found[0], strict=True):
+            assert torch.allclose(gradient, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("strategy", EXACT)
+def test_embeddings_before_a_layer_that_writes(strategy: str) -> None:
+    model = tiny_model("5.2", dtype=torch.float64)
+    wrapped(model, "model.ln0", nn.ELU(inplace=True))
+    embeds = model.get_input_embeddings()(IDS).detach()
+    full = differentiate(model, "full", inputs_embeds=embeds.clone(), labels=IDS)
+    given = embeds.clone()
+    assert_agree(differentiate(model, strategy, CHUNK, inputs_embeds=given, labels=IDS), full, AGREE)
+    assert torch.equal(given, embeds)
+
+
+@pytest.mark.parametrize("version", ["4", "7"])
+@pytest.mark.parametrize("name", ["ln0", "ln_out"])
+def test_a_model_without_a_norm(name: str, version: str) -> None:
+    model = tiny_model(version, dtype=torch.float64)
+    setattr(model.model, name, nn.Identity())
+    full = differentiate(model, "full", input_ids=IDS)
+    embeds = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    for strategy in ("full", *EXACT):
+        assert_agree(differentiate(model, strategy, CHUNK, input_ids=IDS), full, AGREE)
+        given = differentiate(model, strategy, CHUNK, inputs_embeds=embeds, labels=IDS)
+        assert abs(float(given.loss - full.loss)) < AGREE and embeds.grad is not None
+    with torch.no_grad():
+        assert abs(float(model(IDS, labels=IDS).loss - full.loss)) < 1e-8

@@ -1,6 +1,7 @@
 """Keywords of trainers and collators: targets that are shifted already, unknown ones, copies without parameters."""
 
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -193,3 +194,38 @@ def test_data_parallel_is_refused() -> None:
     replica = tiny_model("4")._replicate_for_data_parallel()
     with pytest.raises(StrategyError, match="one process per GPU"):
         replica(TOKENS, labels=TOKENS)
+
+
+# --- a loss function of somebody's own --------------------------------------------------------------------------------
+
+
+class WithALoss(RwkvRevForCausalLM):
+    def loss_function(self, *given: Any, **named: Any) -> Tensor:
+        raise AssertionError
+
+
+class SetsALoss(RwkvRevForCausalLM):
+    @property
+    def loss_function(self) -> Any:
+        return super().loss_function
+
+
+@pytest.mark.parametrize("strategy", ["auto", *STRATEGIES])
+@pytest.mark.parametrize("way", ["on the model", "a method", "a property"])
+def test_a_loss_function_is_refused(way: str, strategy: str) -> None:
+    model = tiny_model("4")
+    if way == "on the model":
+        model.loss_function = lambda *given, **named: torch.zeros(())
+    else:
+        model.__class__ = WithALoss if way == "a method" else SetsALoss
+    for inside in (torch.enable_grad(), torch.no_grad()):
+        with inside, pytest.raises(StrategyError, match=r"model\.loss_function .* logits, .* loss_weights"):
+            differentiate(model, strategy, 8, input_ids=TOKENS)
+    assert model(TOKENS).logits.shape == (3, 27, 32)
+
+
+def test_the_loss_function_of_transformers() -> None:
+    model = tiny_model("4")
+    expected = differentiate(model, "reversible", 8, input_ids=TOKENS)
+    model.loss_function = model.loss_function  # its own
+    assert_agree(differentiate(model, "reversible", 8, input_ids=TOKENS), expected, 0)

@@ -5,7 +5,7 @@ chunks with the same draws; evaluation in chunks gives what one piece gives; gen
 what reading everything again for each token gives. ``pytest tests/test_peft_methods.py --write-docs`` writes the table.
 """
 
-from functools import cache, wraps
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from peft_cases import METHODS, Method, made, tokens
 from peft_page import peft_page
 from torch import Tensor, nn
 
-from rwkv_rev import RwkvRevForCausalLM, base_model, position_wise
+from rwkv_rev import RwkvRevForCausalLM, base_model
 from rwkv_rev.errors import StrategyError
 
 TOLERANCE = 1e-9
@@ -128,15 +128,13 @@ def test_gradient_in_chunks_is_refused(method: Method, tmp_path: Path) -> None:
 def pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Lengths of the pieces that the blocks have read, one after another."""
     read: list[int] = []
-    run = base_model.RwkvRevModel.run
+    run = base_model.run_layers
 
-    @position_wise
-    @wraps(run)
-    def counted(self: base_model.RwkvRevModel, x: Tensor, *others: Any) -> Any:
+    def counted(blocks: Any, x: Tensor, *others: Any, **named: Any) -> Any:
         read.append(x.shape[1])
-        return run(self, x, *others)
+        return run(blocks, x, *others, **named)
 
-    monkeypatch.setattr(base_model.RwkvRevModel, "run", counted)
+    monkeypatch.setattr(base_model, "run_layers", counted)
     return read
 
 

@@ -1,6 +1,5 @@
 """trl's GRPOTrainer against a loop written out, what it samples, and what it may not ask for."""
 
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoTokenizer, TrainerCallback
 
-from rwkv_rev import RwkvRevForCausalLM, base_model, position_wise
+from rwkv_rev import RwkvRevForCausalLM, base_model
 
 pytest.importorskip("trl", minversion="1.16")
 from trl import GRPOConfig, GRPOTrainer
@@ -135,16 +134,14 @@ def test_answers_are_the_models(
 ) -> None:
     """Each token is read once, and without chance the answers are the likeliest ones to the prompts alone."""
     pieces: list[int] = []
-    run = base_model.RwkvRevModel.run
+    run = base_model.run_layers
 
-    @position_wise
-    @wraps(run)
-    def counted(self: base_model.RwkvRevModel, x: Tensor, *others: Any) -> Any:
+    def counted(blocks: Any, x: Tensor, *others: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():
             pieces.append(x.shape[1])
-        return run(self, x, *others)
+        return run(blocks, x, *others, **named)
 
-    monkeypatch.setattr(base_model.RwkvRevModel, "run", counted)
+    monkeypatch.setattr(base_model, "run_layers", counted)
     model, made, seen = trainer(shallow["7"], tmp_path, top_k=1, max_steps=1)
     made.model.train()
     made._prepare_inputs(next(iter(made.get_train_dataloader())))

@@ -156,9 +156,9 @@ class _Reading:
             before = self._settings_now() if sweep.strangers.more else []
             with self._keeping():
                 end = sweep.advance_last(self._last)
+            self._settings = self._settings_now()
+            self._notes = notes_of(before, self._settings)
         warning_of_coarse_heads(sweep)()
-        self._settings = self._settings_now()
-        self._notes = notes_of(before, self._settings)
         assert sweep.hidden is not None
         hidden, sweep.hidden = sweep.hidden.whole(), None
         return (hidden, *type(self._inputs.state).stack(end).tensors())

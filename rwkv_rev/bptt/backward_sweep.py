@@ -197,6 +197,7 @@ def differentiate(
             outside=sums.outside if look else None,
             half=sweep.places if sweep.half else None,
             keep_none=alone and not recorded,
+            writes=strange.writes,
         )
     sums.add(chunk, found)
     return found.states, found.to_start

@@ -142,6 +142,7 @@ def chunk_gradients(
     half: set[torch.device] | None = None,
     compared: Callable[[], None] | None = None,
     keep_none: bool = False,
+    writes: bool = False,
 ) -> ChunkGradients:
     """Gradients of ``chunk``.
 
@@ -153,12 +154,24 @@ def chunk_gradients(
         half: where the model may draw random numbers, if gradients need a loss scale; None if not.
         compared: called when the chunk has been computed again and compared; not with a loss scale.
         keep_none: whether states and embeddings that nothing depends on have None for a gradient, instead of zeros.
+        writes: whether a module may write to what it is handed.
     """
     if half is None:
         # a checkpointed block is computed once more when its gradient is taken, by maps that are plain again
         with adding(() if model.checkpoints_blocks else parameters.maps, take):
             return _gradients(
-                model, chunk, replay, objective, parameters, to_end, take, 1.0, outside, keep_none, compared
+                model,
+                chunk,
+                replay,
+                objective,
+                parameters,
+                to_end,
+                take,
+                1.0,
+                outside,
+                keep_none,
+                writes,
+                compared,
             )
     random = random_state.capture(half)
     taken: list[tuple[Sequence[int], int]] = []
@@ -173,7 +186,7 @@ def chunk_gradients(
             found.extend(gradients)
 
         result = _gradients(
-            model, chunk, replay, objective, parameters, to_end, keep, loss_scale, outside, keep_none
+            model, chunk, replay, objective, parameters, to_end, keep, loss_scale, outside, keep_none, writes
         )
         return result, [*found, *(g for layer in result.to_start for g in layer), result.to_embeds]
 
@@ -196,14 +209,14 @@ def _gradients(
     scale: float,
     outside: OutsideLeaves | None,
     keep_none: bool,
+    writes: bool,
     compared: Callable[[], None] | None = None,
 ) -> ChunkGradients:
     embeds = chunk.embeds()
     with torch.enable_grad():
         if embeds is not None:
             embeds = embeds.detach().requires_grad_()
-        # code of others, for which ``outside`` looks, may write to what it is handed: not to a leaf
-        writes = outside is not None
+        # to a leaf no module may write
         bottom = chunk.embed(model, embeds.clone() if writes and embeds is not None else embeds)
         layers, exactly = replay(bottom)
         if compared is not None:

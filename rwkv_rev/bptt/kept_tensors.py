@@ -14,7 +14,6 @@ Of cells by the contract these are the methods that a subclass fills in; arithme
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,8 +25,8 @@ from torch.utils._pytree import tree_map
 from rwkv_rev.bptt.language_model import LanguageModel
 from rwkv_rev.cells.block import keeps_the_contract
 from rwkv_rev.code_origin import defined_in
-from rwkv_rev.declared_code import is_declared
-from rwkv_rev.foreign_code import CALLED, Strangers, is_of_others
+from rwkv_rev.declared_code import StandIn, is_declared
+from rwkv_rev.foreign_code import CALLED, Strangers, is_of_others, may_keep
 
 _FILLED_IN = ("project", "gates", "update", "read", "output_of")
 """Methods of cells that make differentiable tensors of a chunk, and nothing else."""
@@ -43,7 +42,7 @@ def what_is_kept_is_trained(model: LanguageModel, found: Strangers) -> Iterator[
     called = _Called()
     try:
         for place, name, code in _calls(model) if found.keeps else ():
-            now = partial(called, code)
+            now = StandIn(called, code)
             replaced.append((place, name, place.get(name), now))
             place[name] = now
         yield
@@ -67,21 +66,19 @@ def _calls(model: Any) -> list[tuple[Any, Any, Any]]:
     for module in model.modules():
         hooked += [module._forward_hooks, module._forward_pre_hooks]
         own = vars(module)
-        if module is not model and _keeps(module):
+        if isinstance(module, ParametrizationList):
+            if any(map(may_keep, module.modules())):  # with its hooks
+                found.append((own, "_compiled_call_impl", module._compiled_call_impl or module._call_impl))
+        elif module is not model and (is_declared(module) or is_declared(module.forward)):
             found.append((own, "forward", module.forward))
-        elif is_of_others(module) and keeps_the_contract(type(module)):
-            methods = [(name, getattr(module, name, None)) for name in _FILLED_IN]
+        elif keeps_the_contract(type(module)):
+            others = is_of_others(module)
+            methods = [(name, getattr(module, name, None)) for name in _FILLED_IN if others or name in own]
             found += [
                 (own, name, code) for name, code in methods if code and not defined_in(code, ("rwkv_rev.",))
             ]
     found += [(hooks, key, hook) for hooks in hooked for key, hook in hooks.items() if is_declared(hook)]
     return found
-
-
-def _keeps(module: nn.Module) -> bool:
-    if isinstance(module, ParametrizationList):
-        return any(map(is_of_others, module.modules()))
-    return is_declared(module) or is_declared(module.forward)
 
 
 class _Called:

@@ -134,7 +134,7 @@ def replay_layers(
 ) -> list[LayerGraph]:
     """All layers of a chunk x [B, C, D] again, with graph where gradients are enabled; ``ask`` says how, by layer.
 
-    ``copies``: blocks are handed copies, to which code of others may write: to leaves of a graph it may not.
+    ``copies``: blocks are handed copies, to which modules may write: to leaves of a graph they may not.
     """
     layers: list[LayerGraph] = []
     stream: Stream = x

@@ -22,9 +22,10 @@ from rwkv_rev.cells.mask import any_per_chunk
 from rwkv_rev.distributed.sharded_reading import gathered, go_along_with_calls
 from rwkv_rev.distributed.shards import refuse_sharded, refuse_zero3
 from rwkv_rev.errors import StrategyError
-from rwkv_rev.foreign_code import Strangers, neftune_share, refuse_unknown, strangers
+from rwkv_rev.foreign_code import Strangers, refuse_unknown, strangers
 from rwkv_rev.inference_tensors import ordinary, ordinary_state
 from rwkv_rev.loss import IGNORE, cross_entropy_gradients, sum_cross_entropy
+from rwkv_rev.neftune import neftune_share
 from rwkv_rev.outside_leaves import Differentiated, OutsideLeaves
 from rwkv_rev.state import ModelState
 

@@ -134,9 +134,9 @@ class Sweep:
         return [layer.replay.end for layer in layers]
 
     def _embedded(self, chunk: Chunk) -> Tensor:
-        """The chunk's input to block 0 [B, C, D]; of embeddings a copy, where code of others may write to it."""
+        """The chunk's input to block 0 [B, C, D]; of embeddings a copy, where a module may write to it."""
         embeds = chunk.embeds()
-        copied = embeds is not None and self.strangers.declared
+        copied = embeds is not None and self.strangers.writes
         return chunk.embed(self.model, embeds.clone() if copied and embeds is not None else embeds)
 
     def _hand_out(self, chunk: Chunk, out: Tensor) -> None:
@@ -204,7 +204,7 @@ class Sweep:
 
         def replay(x: Tensor) -> tuple[list[LayerGraph], Tensor | None]:
             mask = chunk.mask()
-            layers = replay_layers(self.blocks, x, ask, mask, copies=bool(self.strangers.declared))
+            layers = replay_layers(self.blocks, x, ask, mask, copies=self.strangers.writes)
             chunk.take_ends(mask, [flat(layer.replay.end) for layer in layers])
             if record is None and chunk.index not in self.prints:
                 return layers, None

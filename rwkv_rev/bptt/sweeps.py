@@ -289,7 +289,7 @@ def choose_runner(sweep: Sweep, *, alone: bool = True) -> Runner:
 
     ``alone``: the sweep is no part of another batch, whose sums it would go on with.
     """
-    plain = not (sweep.strangers.declared or sweep.half or sweep.model.checkpoints_blocks or sweep.sharded)
+    plain = not (sweep.strangers.writes or sweep.half or sweep.model.checkpoints_blocks or sweep.sharded)
     borders, group = sweep.inputs.borders, sweep.inputs.group
     plain = plain and (borders is None or borders.ends is None)
     able = sweep.strategy.repeatable and plain and cuda_graphs.possible(sweep.device)

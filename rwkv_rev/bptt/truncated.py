@@ -75,7 +75,7 @@ def _sweep(
     state = inputs.state.detach()
     for chunk in inputs.chunks(chunk_length):
         look = outside if strange.brings_tensors and (chunk.index == 0 or strange.keeps) else None
-        gradients = _gradients_of(model, chunk, state, apart.leaves, places, look)
+        gradients = _gradients_of(model, chunk, state, apart.leaves, places, look, strange.writes)
         with apart.within(model), outside.naming(model):
             (loss, state), found = scaled(gradients) if half else gradients(1.0)
         total = loss if total is None else total + loss
@@ -101,6 +101,7 @@ def _gradients_of(
     parameters: list[Tensor],
     places: set[torch.device],
     outside: OutsideLeaves | None,
+    writes: bool,
 ) -> Callable[[float], tuple[Found, list[Tensor | None]]]:
     """From a loss scale to loss and state after the chunk, and gradients by parameters, state, and embeddings."""
     random = random_state.capture(places)
@@ -120,7 +121,7 @@ def _gradients_of(
         with torch.enable_grad():
             mask = chunk.mask()
             x, after = model.run(
-                chunk.embed(model, embeds if embeds is None or outside is None else embeds.clone()),
+                chunk.embed(model, embeds.clone() if writes and embeds is not None else embeds),
                 start,
                 mask,
             )

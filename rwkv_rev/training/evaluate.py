@@ -27,6 +27,7 @@ from rwkv_rev.counts import MOST
 from rwkv_rev.device import choose_device
 from rwkv_rev.distributed.sharded_reading import go_along_with_calls
 from rwkv_rev.errors import ConfigError, DataError
+from rwkv_rev.initial_states import activations
 from rwkv_rev.loading import load_tokenizer
 from rwkv_rev.loss import IGNORE, LOGITS_AT_ONCE, cross_entropy
 from rwkv_rev.progress import Progress
@@ -147,7 +148,7 @@ def evaluate_documents(
     _check_context_length(context_length)
     lm = language_model(model)
     store.check_vocabulary(lm.config.vocab_size)
-    device = lm.model.ln0.weight.device
+    device = activations(lm.model).device
     edges = _edges(context_length)
     sums = torch.zeros(3, len(edges), dtype=torch.float64, device=device)  # tokens, nats, bytes
     token_bytes = token_bytes.to(device)

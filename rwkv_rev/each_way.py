@@ -1,0 +1,85 @@
+"""Which methods of models every way to a gradient calls.
+
+``full`` calls the base model, which steps its cells; the sweeps embed, advance, replay and normalise by methods of
+their own. What stands in the place of a method that one way calls and another does not makes their losses differ,
+whatever was declared of it. So it is refused, on an object, on a class and in a subclass; of cells and blocks, too
+(:mod:`rwkv_rev.cells.overridden`). What transformers' own models have, such as ``prepare_inputs_for_generation``, is
+everybody's to override.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+
+from rwkv_rev.cells.overridden import is_method, is_ours, of_every_way
+from rwkv_rev.code_origin import defined_in
+from rwkv_rev.declared_code import original
+
+IN_A_MODEL = (
+    "is not called by every strategy: put the code into a hook or a module inside the model, and declare that with "
+    "rwkv_rev.position_wise(...)"
+)
+IN_A_CELL = (
+    "is not called by every strategy: put the code into a hook or a module inside the model, declared with "
+    "rwkv_rev.position_wise(...), or write a cell with its own step, advance, replay and retreat"
+)
+OBJECTIONS = (IN_A_MODEL, IN_A_CELL)
+"""These say what works."""
+
+DECLARABLE = frozenset({"initial_state"})
+"""Methods of models that every way calls alike."""
+
+_SETTINGS = frozenset({"bptt", "set_bptt", "add_initial_state", "set_context_parallel"})
+_OF_OTHERS = frozenset({"get_input_embeddings", "modules", "named_parameters", "parameters"})
+"""Methods of models that are not ours alone, and that strategies call."""
+_CALLS = frozenset({"forward", "__call__", "_call_impl", "_wrapped_call_impl"})
+"""Ways into a base model, which the sweeps leave out."""
+
+
+def overridden(model: nn.Module, *, inside: bool) -> Iterator[tuple[str, Any]]:
+    """Methods and properties of one of our models that are not its own, by name.
+
+    Args:
+        inside: whether the model is called by another one, or not at all.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return
+    kind: Any = type(model)
+    for name in (*sorted(_called(kind)), *(sorted(_CALLS) if inside else ())):
+        value = replaced(model, name)
+        if value is None:
+            value = next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
+            if value is None or defined_in(value, ("rwkv_rev.", "torch.", "transformers.")):
+                continue
+        yield name, value
+
+
+def replaced(module: nn.Module, name: str) -> Any:
+    """What stands on a module itself before a method of its class; None where nothing does."""
+    value = original(vars(module).get(name))
+    own = getattr(value, "__self__", None) is module
+    return None if own and value.__func__ is getattr(type(module), name, None) else value
+
+
+def is_called_everywhere(layer: type, name: str) -> bool:
+    """Whether every way to a gradient calls the method of a class where it would call that of ours."""
+    of_model: Any = layer
+    if issubclass(layer, PreTrainedModel):
+        return name in DECLARABLE or name not in _called(of_model) | _CALLS
+    return of_every_way(layer, name)
+
+
+@lru_cache(maxsize=16)
+def _called(kind: type) -> frozenset[str]:
+    """Methods and properties that our models have and transformers' have not, and what else strategies call."""
+    names = {
+        name
+        for base in kind.__mro__
+        if is_ours(base)
+        for name, value in vars(base).items()
+        if is_method(value) and not hasattr(PreTrainedModel, name) and not hasattr(GenerationMixin, name)
+    }
+    return frozenset(names - _SETTINGS | _OF_OTHERS)

@@ -1,0 +1,249 @@
+"""Code in the place of a method that one strategy calls and another does not: refused by name, declared or not."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from bptt_cases import assert_agree, differentiate, random_tokens, tiny_model
+from torch import Tensor, nn
+
+from rwkv_rev import RwkvRevForCausalLM, position_wise
+from rwkv_rev.base_model import RwkvRevModel
+from rwkv_rev.cells.block import Block
+from rwkv_rev.cells.channel_mix import ChannelMix
+from rwkv_rev.cells.overridden import overridden_alone
+from rwkv_rev.cells.stateless import StatelessCell
+from rwkv_rev.cells.time_mix_rwkv5 import TimeMixRwkv5
+from rwkv_rev.each_way import overridden
+from rwkv_rev.errors import StrategyError
+from rwkv_rev.foreign_code import strangers
+
+CHUNK = 4
+IDS = random_tokens(10)
+CHUNKED = ("checkpoint", "reversible", "truncated")
+AGREE = 1e-10
+WORKS = r"is not called by every strategy: put the code into a hook or a module .*position_wise"
+
+
+def model_of(version: str = "5.2") -> RwkvRevForCausalLM:
+    return tiny_model(version, dtype=torch.float64)
+
+
+def larger(result: Any) -> Any:
+    if isinstance(result, Tensor):
+        return result * 1.5
+    return (result[0] * 1.5, *result[1:]) if isinstance(result, tuple) else result
+
+
+def declared(method: Callable[..., Any]) -> Any:
+    return position_wise(lambda *given, **named: larger(method(*given, **named)))
+
+
+def assert_refused(model: RwkvRevForCausalLM, words: str, *, logits: bool = True) -> None:
+    """With labels; a loss of one's own is that of the whole graph."""
+    for strategy in CHUNKED:
+        with pytest.raises(StrategyError, match=words + ".*" + WORKS) as error:
+            differentiate(model, strategy, CHUNK, input_ids=IDS)
+        assert "\n" not in str(error.value)
+    if logits:
+        assert_like_full(model)
+
+
+def assert_like_full(model: RwkvRevForCausalLM) -> None:
+    """Of a loss on logits, in three chunks and in two."""
+    for strategy, length in (("reversible", 10), ("checkpoint", 2 * CHUNK)):
+        found = []
+        for way in ("full", strategy):
+            with model.set_bptt(way, chunk_length=CHUNK):
+                loss = model(IDS[:, :length]).logits.square().mean()
+            found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+        for value, expected in zip(*found, strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
+
+
+METHODS = [
+    *(("", name) for name in ("read", "embed", "normalize", "run")),
+    *(("model", name) for name in ("forward", "embed", "normalize", "run", "typed_blocks")),
+    *(("model.blocks.1.time_mix", name) for name in ("step", "advance", "replay", "values", "update")),
+    ("model.blocks.0", "exact"),
+]
+
+
+@pytest.mark.parametrize(("place", "name"), METHODS, ids=lambda value: value or "top")
+def test_a_method_replaced_and_declared(place: str, name: str) -> None:
+    model = model_of()
+    owner = model.get_submodule(place)
+    setattr(owner, name, declared(getattr(owner, name)))
+    assert_refused(model, name)
+
+
+@pytest.mark.parametrize("name", ["step", "exact"])
+def test_a_method_of_a_cell_of_others_replaced(name: str) -> None:
+    class Mine(ChannelMix):
+        pass
+
+    model = model_of("4")
+    cell = model.blocks[1].channel_mix
+    cell.__class__ = Mine
+    setattr(cell, name, declared(getattr(cell, name)))
+    assert_refused(model, rf"the replaced {name} of model\.blocks\.1\.channel_mix")
+
+
+@pytest.mark.parametrize(
+    ("layer", "name"), [(TimeMixRwkv5, "step"), (RwkvRevModel, "normalize"), (Block, "plan")]
+)
+def test_a_declared_function_on_a_class(layer: type, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = getattr(layer, name)
+    monkeypatch.setattr(layer, name, declared(method))
+    assert_refused(model_of(), name, logits=False)
+
+
+@pytest.mark.parametrize("place", ["forward", "project", "output_of", "log_decay"])
+def test_what_every_way_calls_may_be_declared(place: str) -> None:
+    model = model_of()
+    cell = model.blocks[1].time_mix
+    method = getattr(cell, place)
+    change = (lambda p: p._replace(key=1.5 * p.key)) if place == "project" else larger
+    setattr(cell, place, position_wise(lambda *given: change(method(*given))))
+    full = differentiate(model, "full", input_ids=IDS)
+    for strategy in ("checkpoint", "reversible"):
+        assert_agree(differentiate(model, strategy, CHUNK, input_ids=IDS), full, AGREE)
+    assert_like_full(model)
+
+
+# --- subclasses -------------------------------------------------------------------------------------------------------
+
+
+class Reversed(RwkvRevForCausalLM):
+    @property
+    def blocks(self) -> Any:
+        return self.model.typed_blocks()[::-1]
+
+
+class Fewer(RwkvRevForCausalLM):
+    def parameters(self, recurse: bool = True) -> Any:
+        return iter([self.head.weight])
+
+
+class Conventional(RwkvRevForCausalLM):
+    """Overrides what models of transformers override, and what sees whole contexts."""
+
+    another = 3
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        return super().forward(*given, **named)
+
+    def prepare_inputs_for_generation(self, *given: Any, **named: Any) -> Any:
+        return super().prepare_inputs_for_generation(*given, **named)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+
+    def set_bptt(self, *given: Any, **named: Any) -> Any:
+        return super().set_bptt(*given, **named)
+
+    def helper(self) -> int:
+        return self.another
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Reversed, "blocks"), (Fewer, "parameters")])
+def test_a_subclass_of_the_model(kind: type, name: str) -> None:
+    model = model_of()
+    model.__class__ = kind
+    assert_refused(model, rf"{kind.__name__}\.{name}", logits=kind is Reversed)
+
+
+def test_conventions_of_transformers() -> None:
+    model = model_of()
+    model.__class__ = Conventional
+    assert model.helper() == 3
+    full = differentiate(model, "full", input_ids=IDS)
+    for strategy in ("checkpoint", "reversible"):
+        assert_agree(differentiate(model, strategy, CHUNK, input_ids=IDS), full, AGREE)
+    assert_like_full(model)
+
+
+@pytest.mark.parametrize("name", ["forward", "normalize", "typed_blocks"])
+def test_a_declared_subclass_of_the_base_model(name: str) -> None:
+    def other(self: Any, *given: Any, **named: Any) -> Any:
+        return getattr(RwkvRevModel, name)(self, *given, **named)
+
+    model = model_of()
+    model.model.__class__ = position_wise(type("Mine", (RwkvRevModel,), {name: other}))
+    assert_refused(model, rf"Mine\.{name}")
+
+
+def test_our_own_models_override_nothing() -> None:
+    for version in ("4", "5.2", "6", "7"):
+        model = model_of(version)
+        assert not list(overridden(model, inside=False)) and not list(overridden(model.model, inside=True))
+
+
+def subclass(base: type, *names: str) -> type:
+    """Overrides each, and doubles what comes of a chunk."""
+
+    def of(name: str) -> Any:
+        return lambda self, *given, **named: larger(getattr(base, name)(self, *given, **named))
+
+    return type("Mine", (base,), {name: of(name) for name in names})
+
+
+ALONE = [
+    (ChannelMix, "step"),
+    (TimeMixRwkv5, "step"),
+    (TimeMixRwkv5, "replay"),
+    (TimeMixRwkv5, "values"),
+    (TimeMixRwkv5, "update"),
+]
+
+
+@pytest.mark.parametrize("as_declared", [False, True], ids=["undeclared", "declared"])
+@pytest.mark.parametrize(("base", "name"), ALONE)
+def test_a_cell_that_overrides_one_way_alone(base: type, name: str, as_declared: bool) -> None:
+    model = model_of()
+    cell = model.blocks[1].channel_mix if base is ChannelMix else model.blocks[1].time_mix
+    cell.__class__ = kind = subclass(base, name)
+    kind.norms_of_tokens = base.norms_of_tokens  # type: ignore[attr-defined]
+    if as_declared:
+        position_wise(kind)
+    assert_refused(model, rf"the overridden {name} of Mine at model\.blocks\.1")
+
+
+def test_a_block_that_overrides_one_way_alone() -> None:
+    model = model_of()
+    model.model.blocks[1].__class__ = subclass(Block, "_replay")
+    assert_refused(model, r"the overridden _replay of Mine at model\.blocks\.1")
+
+
+def test_which_cells_are_whole() -> None:
+    steps = ("step", "advance", "replay", "retreat")
+    memories = ("update", "advance_memory", "retreat_memory")
+    for base, names, expected in (
+        (TimeMixRwkv5, steps, None),
+        (TimeMixRwkv5, memories, None),
+        (TimeMixRwkv5, (*steps, "exact", "values"), None),
+        (TimeMixRwkv5, ("project", "output_of", "log_decay"), None),
+        (TimeMixRwkv5, steps[:3], "step"),
+        (TimeMixRwkv5, memories[:2], "update"),
+        (StatelessCell, ("compute",), None),
+        (StatelessCell, ("step",), "step"),
+    ):
+        assert overridden_alone(subclass(base, *names)) == expected, names
+    for own in (TimeMixRwkv5, Block, nn.Linear):
+        assert overridden_alone(own) is None
+
+
+def test_a_cell_that_overrides_what_every_way_calls() -> None:
+    class Mine(ChannelMix):
+        def output_of(self, projection: Any, read: Tensor) -> Tensor:
+            return 1.5 * super().output_of(projection, read)
+
+    model = model_of("4")
+    plain = differentiate(model, "full", input_ids=IDS).loss
+    model.blocks[1].channel_mix.__class__ = Mine
+    assert not strangers(model).unknown
+    full = differentiate(model, "full", input_ids=IDS)
+    assert abs(float(full.loss - plain)) > 1e-6
+    for strategy in ("checkpoint", "reversible"):
+        assert_agree(differentiate(model, strategy, CHUNK, input_ids=IDS), full, AGREE)
