@@ -391,7 +391,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
     def borders(self, at: Tensor, valid: Tensor | None) -> Borders:
         """Borders [B, T], on the host and on valid tokens, with what every document begins with."""
         refuse_unknown_in_packed_rows(strangers(self))
-        starts = document_starts(self.config, activations(self), self.initial_wkv)
+        starts = document_starts(self)
         return Borders(at, None if valid is None else valid.cpu(), starts, self.config.hidden_size)
 
 

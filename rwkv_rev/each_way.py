@@ -35,6 +35,7 @@ DECLARABLE = frozenset({"initial_state"})
 _SETTINGS = frozenset({"bptt", "set_bptt", "add_initial_state", "set_context_parallel"})
 _OF_OTHERS = frozenset({"get_input_embeddings", "modules", "named_parameters", "parameters"})
 """Methods of models that are not ours alone, and that strategies call."""
+_KNOWN = ("rwkv_rev.", "torch.", "transformers.")
 _CALLS = frozenset({"forward", "__call__", "_call_impl", "_wrapped_call_impl"})
 """Ways into a base model, which the sweeps leave out."""
 
@@ -52,8 +53,10 @@ def overridden(model: nn.Module, *, inside: bool) -> Iterator[tuple[str, Any]]:
         value = replaced(model, name)
         if value is None:
             value = next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
-            if value is None or defined_in(value, ("rwkv_rev.", "torch.", "transformers.")):
+            if value is None or defined_in(value, _KNOWN):
                 continue
+        if name in _OF_OTHERS and _gives_the_same(model, name):
+            continue
         yield name, value
 
 
@@ -62,6 +65,20 @@ def replaced(module: nn.Module, name: str) -> Any:
     value = original(vars(module).get(name))
     own = getattr(value, "__self__", None) is module
     return None if own and value.__func__ is getattr(type(module), name, None) else value
+
+
+def _gives_the_same(model: Any, name: str) -> bool:
+    """Whether what stands in the place of a method without arguments gives what that gives, the very objects."""
+    places = [vars(base)[name] for base in type(model).__mro__ if name in vars(base)]
+    ours = next(method for method in places if defined_in(method, _KNOWN))
+    given, expected = getattr(model, name)(), ours(model)
+    if isinstance(expected, nn.Module):
+        return given is expected
+    return [_identity(each) for each in given] == [_identity(each) for each in expected]
+
+
+def _identity(value: Any) -> Any:
+    return (value[0], id(value[1])) if isinstance(value, tuple) else id(value)
 
 
 def is_called_everywhere(layer: type, name: str) -> bool:

@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rwkv_rev.cells.block import FloatStates
+from rwkv_rev.code_origin import defined_in
 from rwkv_rev.configuration import RwkvRevConfig
+from rwkv_rev.errors import StrategyError
 from rwkv_rev.state import ModelState
 
 
@@ -45,13 +48,25 @@ def state_of_rows(
     return replace(state, **{name: memory.expand(-1, rows, *memory.shape[2:]).contiguous()})
 
 
-def document_starts(
-    config: RwkvRevConfig, weight: Tensor, tuned: nn.ParameterList | None
-) -> list[FloatStates]:
+def _refuse_replaced_start(model: nn.Module) -> None:
+    replaced = vars(model).get("initial_state", getattr(type(model), "initial_state", None))
+    if not defined_in(replaced, ("rwkv_rev.",)):
+        raise StrategyError(
+            f"initial_state of the {type(model).__name__} was replaced, and documents in a packed row begin with the "
+            "empty or the tuned state (add_initial_state): give each document a row of its own"
+        )
+
+
+def document_starts(model: Any) -> list[FloatStates]:
     """What every document in a packed row begins with: the values of each layer's cells, without a batch.
 
     A tuned memory is the parameter itself, so that its gradient is one of its layer's.
+
+    Raises:
+        StrategyError: where another method stands in the place of ``initial_state``.
     """
+    _refuse_replaced_start(model)
+    config, weight, tuned = model.config, activations(model), model.initial_wkv
     empty = ModelState.empty(config, 1, weight.device, weight.dtype).each(lambda tensor: tensor[:, 0])
     starts: list[FloatStates] = [empty.layer(index) for index in range(config.num_hidden_layers)]
     if tuned is None:

@@ -154,6 +154,42 @@ def test_a_subclass_of_the_model(kind: type, name: str) -> None:
     assert_refused(model, rf"{kind.__name__}\.{name}", logits=kind is Reversed)
 
 
+@pytest.mark.parametrize("on", ["the class", "the object"])
+@pytest.mark.parametrize("name", ["get_input_embeddings", "parameters", "named_parameters", "modules"])
+def test_what_gives_the_same_is_no_other_way(name: str, on: str) -> None:
+    """transformers' own models override ``get_input_embeddings``, too."""
+    model = model_of()
+    expected = differentiate(model, "full", input_ids=IDS)
+    ours = getattr(RwkvRevForCausalLM, name)
+    if on == "the class":
+        model.__class__ = type(
+            "Mine", (RwkvRevForCausalLM,), {name: lambda self, *a, **k: ours(self, *a, **k)}
+        )
+    else:
+        setattr(model, name, lambda *a, **k: ours(model, *a, **k))
+    for strategy in ("checkpoint", "reversible"):
+        assert_agree(differentiate(model, strategy, CHUNK, input_ids=IDS), expected, AGREE)
+
+
+@pytest.mark.parametrize("on", ["the class", "the object"])
+@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize("strategy", ["full", "reversible"])
+def test_documents_do_not_begin_with_a_replaced_state(strategy: str, labels: bool, on: str) -> None:
+    model = model_of()
+    model.set_bptt(strategy, chunk_length=CHUNK)
+    ours = RwkvRevModel.initial_state
+    if on == "the class":
+        model.model.__class__ = type(
+            "Mine", (RwkvRevModel,), {"initial_state": position_wise(lambda *given: ours(*given))}
+        )
+    else:
+        model.model.initial_state = position_wise(lambda *given: ours(model.model, *given))
+    borders = torch.zeros_like(IDS, dtype=torch.bool)
+    borders[0, 3] = True
+    with pytest.raises(StrategyError, match=r"initial_state of the .* was replaced.*a row of its own"):
+        model(IDS, borders=borders, **({"labels": IDS} if labels else {}))
+
+
 def test_conventions_of_transformers() -> None:
     model = model_of()
     model.__class__ = Conventional

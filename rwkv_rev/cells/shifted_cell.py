@@ -184,9 +184,9 @@ class ShiftedCell(ReversibleCell):
         for now, planned in zip(self.plan_sources(), plan.sources, strict=True):
             if now.data_ptr() != planned.data_ptr():
                 raise StrategyError(
-                    f"a hook makes the mixes or decays of the {type(self).__name__} of layer {self.layer} anew at each "
-                    "call (weight_norm, prune), and chunks need them before it: use a parametrization "
-                    "(torch.nn.utils.parametrizations), or bptt='full'"
+                    f"a hook (weight_norm, prune) or a method that is overridden makes the mixes or decays of the "
+                    f"{type(self).__name__} of layer {self.layer} anew at each call, and chunks need them before it: "
+                    "use a parametrization (torch.nn.utils.parametrizations), or bptt='full'"
                 )
 
     def plan(self, length: int, piece: int | None = None) -> CellPlan:
