@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from statistics import geometric_mean
 
 import pytest
 import torch
@@ -210,15 +211,25 @@ def test_random_models(version: str, chunk: int) -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_random_models_against_float64(version: str) -> None:
-    """No strategy is farther from the naive float64 scan than ``full`` in float32 is."""
+    """No strategy is farther from the naive float64 scan than float32 is, by ``full`` or by the naive scan.
+
+    In the geometric mean over texts: how a text happens to be rounded is another matter on every CPU.
+    """
     truth_model, model = tiny_model(version, dtype=torch.float64), tiny_model(version)
-    tokens = random_tokens(34, batch=10)
-    with use_kernel("naive"):
-        truth = differentiate(truth_model, "full", input_ids=tokens)
-    least = grouped_errors(differentiate(model, "full", input_ids=tokens).gradients, truth.gradients)["all"]
-    for strategy in TWO_SWEEPS:
-        found = differentiate(model, strategy, 16, input_ids=tokens)
-        assert grouped_errors(found.gradients, truth.gradients)["all"] <= AS_CLOSE * least
+    ratios: dict[str, list[float]] = {strategy: [] for strategy in TWO_SWEEPS}
+    for seed in (1, 2, 3):
+        tokens = random_tokens(34, batch=10, seed=seed)
+        with use_kernel("naive"):
+            truth, plain = (differentiate(one, "full", input_ids=tokens) for one in (truth_model, model))
+        found = {name: differentiate(model, name, 16, input_ids=tokens) for name in ("full", *TWO_SWEEPS)}
+        errors = {
+            name: grouped_errors(outcome.gradients, truth.gradients)["all"]
+            for name, outcome in (found | {"naive": plain}).items()
+        }
+        for strategy, of_texts in ratios.items():
+            of_texts.append(errors[strategy] / max(errors["full"], errors["naive"]))
+    for of_texts in ratios.values():
+        assert geometric_mean(of_texts) <= AS_CLOSE, ratios
 
 
 @pytest.mark.parametrize("version", VERSIONS)

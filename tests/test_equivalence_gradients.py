@@ -9,7 +9,7 @@ import torch
 from bptt_cases import tiny_model
 
 from rwkv_rev.bptt.reversible import Reversible
-from rwkv_rev.equivalence.gradients import GROUPS, STRATEGIES, check_gradients, group_of
+from rwkv_rev.equivalence.gradients import AGREEMENT, GROUPS, STRATEGIES, check_gradients, group_of
 from rwkv_rev.equivalence.text import default_text
 from rwkv_rev.loss import FinishedGradients
 from rwkv_rev.modeling import RwkvRevForCausalLM
@@ -94,12 +94,16 @@ def noisy() -> RwkvRevForCausalLM:
 
 
 def test_rounding_is_no_wrong_gradient(noisy: RwkvRevForCausalLM) -> None:
-    """Two strategies may be as far apart as float32 is from float64, in which they agree."""
+    """Two strategies may be as far apart as float32 is from float64, in which they agree.
+
+    How far that is differs from CPU to CPU; it must be more than what counts as agreement.
+    """
     found = check_gradients(noisy, text(40), chunk=16)
     assert found.passed, "\n".join(found.lines())
     for name in ("checkpoint", "reversible"):
         strategy = found.strategies[STRATEGIES.index(name)]
-        assert strategy.from_full > 1e-4 > strategy.in_float64
+        assert strategy.from_full > AGREEMENT
+        assert strategy.in_float64 < 1e-10
         assert f"{name}: {strategy.from_full:.1e} from full is rounding" in "\n".join(found.lines())
 
 

@@ -91,7 +91,9 @@ class Piece(Chunk):
 
     def embeds(self) -> Tensor | None:
         embeds = self.inputs.inputs_embeds
-        return None if embeds is None else self._filled(embeds, 0)
+        if embeds is None:
+            return None
+        return self._filled(embeds, 0).clone(memory_format=torch.contiguous_format)
 
     def embed(self, model: LanguageModel, embeds: Tensor | None = None) -> Tensor:
         with neftune_share(model.get_input_embeddings(), self.own_length / self.inputs.length):

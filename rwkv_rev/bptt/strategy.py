@@ -157,8 +157,14 @@ class Chunk:
         return None if weights is None else weights[:, self.start : self.stop]
 
     def embeds(self) -> Tensor | None:
+        """A copy [B, C, D], to which code of others may write, and which lies alike in memory whenever it is made.
+
+        A product of numbers that begin elsewhere, or lie farther apart, has other bits on some CPUs.
+        """
         embeds = self.inputs.inputs_embeds
-        return None if embeds is None else embeds[:, self.start : self.stop]
+        if embeds is None:
+            return None
+        return embeds[:, self.start : self.stop].clone(memory_format=torch.contiguous_format)
 
     def embed(self, model: LanguageModel, embeds: Tensor | None = None) -> Tensor:
         """The chunk's input to block 0, [B, C, D]."""

@@ -134,10 +134,8 @@ class Sweep:
         return [layer.replay.end for layer in layers]
 
     def _embedded(self, chunk: Chunk) -> Tensor:
-        """The chunk's input to block 0 [B, C, D]; of embeddings a copy, where a module may write to it."""
-        embeds = chunk.embeds()
-        copied = embeds is not None and self.strangers.writes
-        return chunk.embed(self.model, embeds.clone() if copied and embeds is not None else embeds)
+        """The chunk's input to block 0 [B, C, D]."""
+        return chunk.embed(self.model, chunk.embeds())
 
     def _hand_out(self, chunk: Chunk, out: Tensor) -> None:
         """The hidden states of the top layer's output [B, C, D]."""

@@ -33,6 +33,8 @@ class Walk:
         dtype: of the activations, in which gates read the parts.
         grid: the exact memory of the same ``values``; None for plain arithmetic.
 
+    Gates are handed parts that are contiguous and begin at a new tensor's memory, in either direction.
+
     Attributes:
         values: the parts where the walk is now.
         after: the parts after each token, P for each.
@@ -52,7 +54,9 @@ class Walk:
         self._tokens = list(zip(*(part.unbind(1) for part in inputs), strict=True))
         self._valid = None if mask is None else mask.valid[:, :, None].unbind(1)
         self.values = values
-        self._read = [value.to(dtype) for value in values]
+        # a copy: on the way back a part is a tensor of its own, and products of a part that begins elsewhere in
+        # memory, within a row of the state, have other bits on some CPUs
+        self._read = [value.to(dtype, copy=True, memory_format=torch.contiguous_format) for value in values]
         self._units = [] if grid is None else grid.parts()
         self.after: list[Tensor] = []
         self._seen = list(self._units)
@@ -127,7 +131,7 @@ class Walk:
 
     def _move(self, part: int, value: Tensor) -> None:
         self.values[part] = value
-        self._read[part] = value.to(self._dtype)
+        self._read[part] = value.to(self._dtype).contiguous()
 
 
 class OnGrid(torch.autograd.Function):
