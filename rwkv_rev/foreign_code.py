@@ -191,6 +191,11 @@ def _strangers(model: nn.Module) -> Strangers:
     )
 
 
+def strangers_at(module: nn.Module) -> Strangers:
+    """Code of others at or below a module."""
+    return strangers(nn.ModuleDict({"head": module}))
+
+
 def is_of_others(module: nn.Module) -> bool:
     """Whether a module's class is not ours, PyTorch's or peft's."""
     layer = class_of(module)

@@ -1,9 +1,10 @@
 """Next-token cross-entropy that never holds [tokens, V] float32 logits at once.
 
-The product with the head, the softmax and their gradients are made for one sub-chunk of tokens after another, at
-most :data:`LOGITS_AT_ONCE` logits each, as fused linear cross-entropy losses do. Gradients are finished in the
-forward pass and scaled by the incoming one in the backward pass, which a scalar loss allows. Where gradients flow in
-float16 they are computed times a *loss scale*, lowered until they are finite.
+The product with the head, the softmax and their gradients are made for one sub-chunk after another, some tokens of
+each row, at most :data:`LOGITS_AT_ONCE` logits, as fused linear cross-entropy losses do; of a head that might look at
+positions for all tokens at once. Gradients are finished in the forward pass and scaled by the incoming one in the
+backward pass, which a scalar loss allows. Where gradients flow in float16 they are computed times a *loss scale*,
+lowered until they are finite.
 """
 
 from collections.abc import Callable, Sequence
@@ -66,6 +67,7 @@ def sum_cross_entropy(
     scale: float | Tensor = 1.0,
     vocab_size: int,
     weights: Tensor | None = None,
+    whole: bool = False,
 ) -> Tensor:
     """``scale`` times the summed cross-entropy of ``head(hidden)``, without graph; float32 scalar.
 
@@ -73,11 +75,12 @@ def sum_cross_entropy(
         hidden: [B, C, D].
         targets: [B, C] int64, -100 where ignored.
         weights: [B, C], of each token's cross-entropy; None for 1.
+        whole: whether the head sees all tokens in one call, as one that may look at positions has to.
     """
     total = torch.zeros((), dtype=wide(hidden.dtype), device=hidden.device)
     with torch.no_grad():
-        for part, target, weight in _sub_chunks(hidden, targets, weights, vocab_size):
-            total += cross_entropy(head(_handed(head, part)), target, weights=weight)
+        for part in sub_chunks(targets.shape, vocab_size, whole=whole):
+            total += _sum(head(_handed(head, hidden[part].contiguous())), targets, weights, part)
     return total * like(scale, total)
 
 
@@ -92,6 +95,7 @@ def cross_entropy_gradients(
     loss_scale: float = 1.0,
     outside: OutsideLeaves | None = None,
     weights: Tensor | None = None,
+    whole: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """The loss of :func:`sum_cross_entropy` with its finished gradients.
 
@@ -100,22 +104,22 @@ def cross_entropy_gradients(
         scale: factor of the loss.
         loss_scale: further factor on the gradients alone, against underflow in float16.
         outside: looks for leaves that are not among the parameters; without it each sub-chunk uses the same ones.
-        weights: as of :func:`sum_cross_entropy`.
+        weights, whole: as of :func:`sum_cross_entropy`.
 
     Returns:
         loss, d loss / d hidden [B, C, D], and d loss / d parameters (float32 sums).
     """
     total = torch.zeros((), dtype=wide(hidden.dtype), device=hidden.device)
-    hidden_gradients: list[Tensor] = []
     of_parameters: list[Tensor | None] = [None] * len(parameters)
     places = {id(parameter): index for index, parameter in enumerate(parameters)}
     used: list[int] = []
     scale = like(scale, total)
-    parts = _sub_chunks(hidden.detach(), targets, weights, vocab_size)
-    for number, (part, target, weight) in enumerate(parts):
-        part = part.requires_grad_()
+    hidden = hidden.detach()
+    to_hidden = hidden.new_empty(hidden.shape)
+    for number, place in enumerate(sub_chunks(targets.shape, vocab_size, whole=whole)):
+        part = hidden[place].contiguous().requires_grad_()
         with torch.enable_grad():
-            loss = cross_entropy(head(_handed(head, part)), target, weights=weight) * scale
+            loss = _sum(head(_handed(head, part)), targets, weights, place) * scale
             if number == 0 or outside is not None:  # a head of others may use other ones for other tokens
                 leaves = leaves_of([loss])
                 used = list({places[id(leaf)]: None for leaf in leaves if id(leaf) in places})
@@ -124,11 +128,11 @@ def cross_entropy_gradients(
             wanted = [part, *(parameters[index] for index in used)]
             gradients = torch.autograd.grad(loss * loss_scale, wanted, allow_unused=True)
         total += loss.detach()
-        hidden_gradients.append(torch.zeros_like(part) if gradients[0] is None else gradients[0])
+        to_hidden[place] = 0 if gradients[0] is None else gradients[0]
         sums = add_gradients([of_parameters[index] for index in used], gradients[1:])
         for index, gradient in zip(used, sums, strict=True):
             of_parameters[index] = gradient
-    return total, torch.cat(hidden_gradients).view_as(hidden), of_parameters
+    return total, to_hidden, of_parameters
 
 
 def add_gradients(
@@ -249,19 +253,22 @@ def linear_cross_entropy(
     parameters: Sequence[Tensor],
     weights: Tensor | None = None,
     model: nn.Module | None = None,
+    whole: bool = False,
 ) -> Tensor:
     """Differentiable ``scale * sum of cross-entropies`` of ``head(hidden)``; see the module's docstring.
 
     Args:
         parameters: the model's trainable parameters, of which the head uses some.
-        weights: as of :func:`sum_cross_entropy`.
+        weights, whole: as of :func:`sum_cross_entropy`.
         model: whose modules hold them; the head alone when None.
 
     Raises:
         StrategyError: for a head that depends on a trainable tensor beside them.
     """
     if not torch.is_grad_enabled() or not (hidden.requires_grad or parameters):
-        return sum_cross_entropy(hidden, head, targets, scale=scale, vocab_size=vocab_size, weights=weights)
+        return sum_cross_entropy(
+            hidden, head, targets, scale=scale, vocab_size=vocab_size, weights=weights, whole=whole
+        )
     apart = StandIns(parameters)
     outside = OutsideLeaves(apart.leaves)
 
@@ -276,6 +283,7 @@ def linear_cross_entropy(
             loss_scale=loss_scale,
             outside=outside,
             weights=weights,
+            whole=whole,
         )
         return loss, [to_hidden, *to_parameters]
 
@@ -322,13 +330,25 @@ def cross_entropy(
     return nats.sum() if reduction == "sum" else nats
 
 
-def _sub_chunks(
-    hidden: Tensor, targets: Tensor, weights: Tensor | None, vocab_size: int
-) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    size = max(1, LOGITS_AT_ONCE // vocab_size)
-    flat = hidden.reshape(-1, hidden.shape[-1]).split(size)
-    of_each = [None] * len(flat) if weights is None else weights.reshape(-1).split(size)
-    return list(zip(flat, targets.reshape(-1).split(size), of_each, strict=True))
+def sub_chunks(shape: Sequence[int], vocab_size: int, *, whole: bool = False) -> list[tuple[slice, slice]]:
+    """Rows and tokens whose logits are made at once, of [B, C]: all rows, unless one token of each is too much.
+
+    ``whole``: everything in one.
+    """
+    rows, length = shape
+    most = max(1, LOGITS_AT_ONCE // vocab_size)
+    high, long = (rows, length) if whole else (min(rows, most), max(1, most // rows))
+    return [
+        (slice(row, row + high), slice(start, start + long))
+        for start in range(0, length, long)
+        for row in range(0, rows, high)
+    ]
+
+
+def _sum(logits: Tensor, targets: Tensor, weights: Tensor | None, place: tuple[slice, slice]) -> Tensor:
+    """Nats of predictions, logits [b, n, V] of the targets at ``place``."""
+    weight = None if weights is None else weights[place].reshape(-1)
+    return cross_entropy(logits.flatten(0, -2), targets[place].reshape(-1), weights=weight)
 
 
 def _handed(head: nn.Module, hidden: Tensor) -> Tensor:

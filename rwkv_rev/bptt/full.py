@@ -23,6 +23,7 @@ from rwkv_rev.bptt.truncated import Truncated
 from rwkv_rev.distributed.shards import any_sharded
 from rwkv_rev.distributed.taking_part import for_the_head
 from rwkv_rev.errors import StrategyError
+from rwkv_rev.foreign_code import strangers_at
 from rwkv_rev.loss import linear_cross_entropy
 
 
@@ -78,6 +79,7 @@ def loss_in_one_graph(
         parameters=wanted,
         weights=inputs.weights,
         model=cast(nn.Module, model),
+        whole=bool(strangers_at(model.head).unknown),
     )
     if inputs.final_state_gradient is not None:
         added = state.inner(inputs.final_state_gradient)

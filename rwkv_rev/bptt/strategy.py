@@ -22,7 +22,7 @@ from rwkv_rev.cells.mask import any_per_chunk
 from rwkv_rev.distributed.sharded_reading import gathered, go_along_with_calls
 from rwkv_rev.distributed.shards import refuse_sharded, refuse_zero3
 from rwkv_rev.errors import StrategyError
-from rwkv_rev.foreign_code import Strangers, refuse_unknown, strangers
+from rwkv_rev.foreign_code import Strangers, refuse_unknown, strangers, strangers_at
 from rwkv_rev.inference_tensors import ordinary, ordinary_state
 from rwkv_rev.loss import IGNORE, cross_entropy_gradients, sum_cross_entropy
 from rwkv_rev.neftune import neftune_share
@@ -310,6 +310,7 @@ class Strategy(ABC):
         inputs.refuse()
         found = self.strangers(model)
         size = inputs.length if found.unknown else self.chunk_length
+        whole = bool(found.unknown and strangers_at(model.head).unknown)
         if inputs.group is not None:
             refuse_unknown(found, "context parallelism")
         with torch.no_grad(), uncached(inputs.targets.device), gathered(model.head):
@@ -327,6 +328,7 @@ class Strategy(ABC):
                     scale=1 / inputs.divisor,
                     vocab_size=model.vocab_size,
                     weights=chunk.weights(),
+                    whole=whole,
                 )
                 total = part if total is None else total + part
         assert total is not None

@@ -7,7 +7,8 @@ A predicted token at position p of its row (it has seen p tokens before it) coun
     bits per byte = sum of -log2 p(token) / sum of the tokens' UTF-8 bytes
 
 Tokens without bytes (an end token) count their bits only, prompts and the first token of a row nothing at all.
-Streaming: chunk after chunk with the state carried on, logits in sub-chunks; memory does not grow with T.
+Streaming: chunk after chunk with the state carried on, logits in sub-chunks; memory does not grow with T. Where code
+inside the model might look at positions, rows are read at once.
 """
 
 import math
@@ -27,9 +28,10 @@ from rwkv_rev.counts import MOST
 from rwkv_rev.device import choose_device
 from rwkv_rev.distributed.sharded_reading import go_along_with_calls
 from rwkv_rev.errors import ConfigError, DataError
+from rwkv_rev.foreign_code import strangers, strangers_at
 from rwkv_rev.initial_states import activations
 from rwkv_rev.loading import load_tokenizer
-from rwkv_rev.loss import IGNORE, LOGITS_AT_ONCE, cross_entropy
+from rwkv_rev.loss import IGNORE, cross_entropy, sub_chunks
 from rwkv_rev.progress import Progress
 from rwkv_rev.training.launch import choose_dtype
 from rwkv_rev.training.records import Fields, refuse_half_named
@@ -159,14 +161,16 @@ def evaluate_documents(
     model.eval()
     try:
         mine = batches[rank::world_size]
-        go_along_with_calls(lm.model, sum(_calls(batch, lm.bptt.read_length) for batch in mine))
+        looks = strangers(lm.model).unknown or strangers_at(lm.head).unknown
+        size = context_length if looks else lm.bptt.read_length
+        go_along_with_calls(lm.model, sum(_calls(batch, size) for batch in mine))
         total = sum(stop - start for batch in mine for _, start, stop in batch)
         with (
             torch.autocast(device.type, dtype=dtype, enabled=dtype is not None),
             Progress("evaluating", total, "tokens", wanted=progress) as shown,
         ):
             for batch in mine:
-                _add_batch(lm, store, batch, token_bytes, edges.to(device), sums, shown.add)
+                _add_batch(lm, store, batch, size, token_bytes, edges.to(device), sums, shown.add)
     finally:
         model.train(training)
     if world_size > 1:
@@ -298,30 +302,31 @@ def _add_batch(
     lm: Any,
     store: TokenStore,
     rows: list[tuple[int, int, int]],
+    size: int,
     token_bytes: Tensor,
     edges: Tensor,
     sums: Tensor,
     tell: Callable[[int], object],
 ) -> None:
-    """Add the sums of some rows (document, first token, one past the last), read side by side."""
+    """Add the sums of some rows (document, first token, one past the last), read side by side in chunks of ``size``."""
     longest = max(stop - start for _, start, stop in rows)
     state = lm.initial_state(len(rows))
-    size = lm.bptt.read_length
+    at_head = strangers_at(lm.head)
+    alone = not (at_head.unknown or at_head.declared)  # else it is given rows and tokens as they stand
     for at in range(0, longest - 1, size):
         ids, targets, mask = _slice(store, rows, at, min(size, longest - 1 - at))
         read = int(mask.sum())
         ids, targets, mask = ids.to(sums.device), targets.to(sums.device), mask.to(sums.device)
         output = lm.model(ids, attention_mask=mask, state=state)
         state = output.state
-        positions = torch.arange(at + 1, at + 1 + ids.shape[1], device=sums.device).expand_as(ids)
-        hidden, wanted = output.last_hidden_state.flatten(0, 1), targets.flatten()
-        where = torch.bucketize(positions.flatten(), edges, right=True) - 1
-        step = max(1, LOGITS_AT_ONCE // lm.config.vocab_size)
-        for part in range(0, len(wanted), step):
-            piece = slice(part, part + step)
-            keep = wanted[piece] != IGNORE
-            predicted, bucket = wanted[piece][keep], where[piece][keep]
-            nats = cross_entropy(lm.head(hidden[piece][keep]), predicted, reduction="none").double()
+        positions = torch.arange(at + 1, at + 1 + ids.shape[1], device=sums.device)
+        hidden = output.last_hidden_state
+        where = (torch.bucketize(positions, edges, right=True) - 1).expand_as(ids)
+        for piece in sub_chunks(targets.shape, lm.config.vocab_size, whole=bool(at_head.unknown)):
+            keep = targets[piece] != IGNORE
+            predicted, bucket = targets[piece][keep], where[piece][keep]
+            logits = lm.head(hidden[piece][keep]) if alone else lm.head(hidden[piece])[keep]
+            nats = cross_entropy(logits, predicted, reduction="none").double()
             sums[0].index_add_(0, bucket, torch.ones_like(nats))
             sums[1].index_add_(0, bucket, nats)
             sums[2].index_add_(0, bucket, token_bytes[predicted].double())
