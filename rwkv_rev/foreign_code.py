@@ -100,7 +100,7 @@ class Strangers(NamedTuple):
 
 def strangers(model: nn.Module) -> Strangers:
     """Code of others below ``model``; what is hooked to ``model`` itself sees whole contexts and does not count."""
-    with one_thread:  # a loss of another thread puts code of its own into the model
+    with one_thread():  # a loss of another thread puts code of its own into the model
         return _strangers(model)
 
 

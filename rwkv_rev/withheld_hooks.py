@@ -23,7 +23,7 @@ def hooks_withheld(tensors: Sequence[Tensor]) -> Iterator[None]:
     if not any(tensor._backward_hooks for tensor in tensors):
         yield
         return
-    with one_thread:
+    with one_thread():
         hooked = [(hooks, list(hooks.items())) for tensor in tensors if (hooks := tensor._backward_hooks)]
         replaced = [(hooks, key, hook, partial(_heard, hook)) for hooks, each in hooked for key, hook in each]
         before = _is_withheld()

@@ -75,7 +75,7 @@ def hidden_states(
         inputs = replace(inputs, input_ids=inputs.input_ids.clone())
     parameters: list[Tensor] = list(model.parameters())
     leaves = trainable(parameters, inputs)
-    with one_thread:  # another thread's loss puts code of its own into the model meanwhile
+    with one_thread():  # another thread's loss puts code of its own into the model meanwhile
         reading = _Reading(strategy, model, inputs, parameters, leaves, found, on_host)
         hidden, *state = _HiddenStates.apply(reading, *leaves)
     return hidden, type(inputs.state)(*state)

@@ -16,7 +16,7 @@ def uncached(device: torch.device) -> Iterator[None]:
     Weights made in a sweep without graph must not be reused in one with graph, where they would get no gradient. Those
     caches, and the random generators, belong to the process: another thread's loss waits.
     """
-    with one_thread, _without_caches(device):
+    with one_thread(), _without_caches(device):
         yield
 
 
