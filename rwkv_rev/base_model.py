@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.utils import logging
 
 from rwkv_rev.adapters import refuse_recomputing
@@ -41,7 +40,7 @@ from rwkv_rev.first_order import transforms_of
 from rwkv_rev.forecast import SMALL_CHUNK, tokens_at_once
 from rwkv_rev.foreign_code import refuse_unknown_in_packed_rows, strangers
 from rwkv_rev.initial_states import activations, document_starts, initial_states, state_of_rows
-from rwkv_rev.initialization import initialize_head, remake, unstored_buffers
+from rwkv_rev.initialization import initialize
 from rwkv_rev.inputs import check_state, embedded, masked_embeds, rows_and_tokens, valid_tokens
 from rwkv_rev.keywords import refuse_unknown_keywords
 from rwkv_rev.mixed_dtypes import naming_mixed_dtypes
@@ -115,24 +114,7 @@ class RwkvRevPreTrainedModel(Quantisable, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # transformers visits every module, children first
-        if unstored := unstored_buffers(module):
-            blocks: Any = self.base_model.blocks
-            for layer, block in enumerate(blocks):
-                for name in (name for _, name in block.names if getattr(block, name) is module):
-                    remake(unstored, lambda: self.config.architecture.cells(self.config, layer)[name])  # noqa: B023
-        if (initialize := self.config.architecture.initialization.get(type(module))) is not None:
-            initialize(module, self.config)
-        elif isinstance(module, nn.ParameterList):
-            for state in module:
-                init.zeros_(state)
-        elif isinstance(module, nn.Embedding):
-            init.uniform_(module.weight, a=-1e-4, b=1e-4)
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, nn.Linear) and module is getattr(self, "head", None):
-            initialize_head(module)
+        initialize(module, self, super()._init_weights)  # transformers visits every module, children first
 
 
 class RwkvRevModel(RwkvRevPreTrainedModel):

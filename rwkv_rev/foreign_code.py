@@ -10,7 +10,6 @@ and 8 bits (:mod:`rwkv_rev.quantised`) are known; everything else has to be decl
 contract (:mod:`rwkv_rev.cells.contract`) says what they do with a chunk.
 """
 
-from collections.abc import Iterator
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from rwkv_rev import adapters, each_way, quantised
+from rwkv_rev.called_modules import below, foreign_tensors, never_called
 from rwkv_rev.cells.block import keeps_the_contract
 from rwkv_rev.cells.overridden import first_of_ours, overridden_alone
 from rwkv_rev.code_origin import defined_in, origin, patches, qualified_name
@@ -28,7 +28,7 @@ from rwkv_rev.declared_code import MARK, class_of, is_declared, original
 from rwkv_rev.each_way import is_called_everywhere, replaced
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.one_thread import one_thread
-from rwkv_rev.overriding import foreign_modes, is_foreign_tensor
+from rwkv_rev.overriding import foreign_modes
 
 LAYERS: frozenset[type] = frozenset(
     {
@@ -82,7 +82,7 @@ class Strangers(NamedTuple):
         keeps: whether there is a trainable tensor beside the parameters, or code that might keep one from one call to
             the next: what was declared, and parametrizations.
         brings_tensors: whether anything might make the model depend on a tensor beside its parameters.
-        buffers: of all modules.
+        buffers: of all modules that strategies call, and of those that declared code may call.
         adapters: layers of peft that are known.
         more: whether there is other code than theirs, known or not, so that ``adapters`` do not say all.
         writes: whether a module might write to what it is handed, or code of others.
@@ -99,7 +99,7 @@ class Strangers(NamedTuple):
 
 
 def strangers(model: nn.Module) -> Strangers:
-    """Code of others below ``model``; what is hooked to ``model`` itself sees whole contexts and does not count."""
+    """Code of others in what strategies call below ``model``; hooks on ``model`` itself see whole contexts."""
     with one_thread():  # a loss of another thread puts code of its own into the model
         return _strangers(model)
 
@@ -114,7 +114,7 @@ def _strangers(model: nn.Module) -> Strangers:
             _sort(hook, f"the global hook {hook_name(hook)}", found, _hook_objection(hook))
     for mode in foreign_modes():
         _sort(mode, f"the mode {type(mode).__name__} around the model", found, adapters.UNKNOWN)
-    for tensors, where in _foreign_tensors(model).items():
+    for tensors, where in foreign_tensors(model).items():
         _sort(tensors, where, found, adapters.UNKNOWN)
     for name in () if isinstance(model, PreTrainedModel) else CALLED:
         code = replaced(model, name) or getattr(type(model), name, None)
@@ -123,7 +123,7 @@ def _strangers(model: nn.Module) -> Strangers:
     _sort_methods_of_model(model, found, inside=False)
     base = getattr(model, "base_model", None)  # whose forward the sweeps do not call
     layers: set[type] = set()
-    for path, module in _below(model):
+    for path, module in below(model):
         layers.add(type(module))
         writes |= bool(vars(module).get("inplace"))
         if _is_known(module):
@@ -182,6 +182,8 @@ def _strangers(model: nn.Module) -> Strangers:
             found.unknown.append(Stranger(f"the compiled call of {path}", adapters.UNKNOWN))
     for patch in patches(layers):
         _sort_method(patch.layer, patch.name, patch.code, patch.where, found)
+    if found.declared:  # which may call what is beside the modules that strategies call
+        found.buffers.extend(buffer for module in never_called(model) for buffer in module.buffers())
     more |= bool(found.unknown or found.declared)
     return found._replace(
         keeps=keeps or bool(found.declared),
@@ -247,39 +249,6 @@ def refuse_unknown_in_packed_rows(found: Strangers) -> None:
             f"{where} {objection}, and several documents are packed into one row, which layers take apart: give each "
             f"document a row of its own, padded, with an attention_mask{declare}"
         )
-
-
-def _below(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module below ``module``; not what computes its weights, which sees no positions."""
-    waiting = [("", module)]
-    while waiting:
-        path, module = waiting.pop()
-        if path:
-            yield path, module
-        children = [
-            (f"{path}.{name}" if path else name, child)
-            for name, child in module._modules.items()
-            if child is not None and not (name == "parametrizations" and parametrize.is_parametrized(module))
-        ]
-        waiting += reversed(children)
-
-
-def _foreign_tensors(model: nn.Module) -> dict[type, str]:
-    """Subclasses of tensors in the modules' places for weights, with one place of each in words."""
-    kinds: set[type] = set()
-    for module in model.modules():
-        kinds.update(map(type, module._parameters.values()))
-        kinds.update(map(type, module._buffers.values()))
-        kinds.update(map(type, vars(module).values()))
-    return {kind: _place_of_tensors(model, kind) for kind in kinds if is_foreign_tensor(kind)}
-
-
-def _place_of_tensors(model: nn.Module, kind: type) -> str:
-    for path, module in model.named_modules():
-        for name, value in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
-            if type(value) is kind:
-                return f"the tensor class {kind.__name__} of {path}{'.' if path else ''}{name}"
-    raise AssertionError
 
 
 def _is_known(module: nn.Module) -> bool:

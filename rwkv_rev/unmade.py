@@ -3,8 +3,9 @@
 In training they are not to be had: clear words where they are used, instead of those of ``None``. In evaluation,
 without a gradient, they are made by whoever uses them first, by reading the context once more: ``Trainer`` does with
 ``compute_metrics``, and without it memory stays flat. Ids, masks, borders and labels are copied, and training or
-evaluation mode is what it was. A model that has changed is refused, as far as its parameters, what its modules go by
-(:mod:`rwkv_rev.module_settings`), or the loss tell of it.
+evaluation mode is what it was. A model that has changed is refused, as far as its parameters (some numbers of each:
+what writes through ``.data`` leaves no other trace), what its modules go by (:mod:`rwkv_rev.module_settings`), or the
+loss tell of it.
 """
 
 from collections.abc import Callable
@@ -25,8 +26,11 @@ if TYPE_CHECKING:
     from rwkv_rev.bptt.strategy import LossInputs, LossResult, Strategy
     from rwkv_rev.modeling import RwkvRevForCausalLM
 
-LIKE_THE_LOSS = {True: 5e-3, False: 1e-5}
-"""How far the loss of logits made afterwards may be from the one they stand beside, by rounding: in 16 bits, or not."""
+LIKE_THE_LOSS = {2: 5e-3, 4: 1e-5, 8: 1e-10}
+"""How far the loss of logits made afterwards may be from the one they stand beside, by rounding: by bytes a number."""
+
+SAMPLES = 64
+"""Numbers of each tensor that are kept to tell whether it was written to."""
 
 
 def _refuse(*_: Any, **__: Any) -> NoReturn:
@@ -86,7 +90,7 @@ class Deferred(Tensor):
 
     _make: Callable[[], Tensor]
     _depends_on: Callable[[], list[Tensor]]
-    _before: list[tuple[int, int, int]] | None
+    _before: tuple[list[tuple[int, int, int]], dict[Any, Tensor]] | None
 
     def __new__(
         cls,
@@ -97,12 +101,14 @@ class Deferred(Tensor):
         depends_on: Callable[[], list[Tensor]],
     ) -> "Deferred":
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        self._make, self._depends_on, self._before = make, depends_on, _marks(depends_on())
+        self._make, self._depends_on, tensors = make, depends_on, depends_on()
+        self._before = _marks(tensors), _samples(tensors)
         return self
 
     def _made(self) -> Tensor:
         if self._before is not None:
-            if _marks(self._depends_on()) != self._before:
+            (marks, samples), tensors = self._before, self._depends_on()
+            if _marks(tensors) != marks or not _same(_samples(tensors), samples):
                 raise StrategyError(HAS_CHANGED.format(what=""))
             logits = self._make()
             self._make, self._depends_on, self._before = lambda: logits, list, None
@@ -167,7 +173,7 @@ def loss_and_logits(
             weights=inputs.weights,
         )
         # what neither tensors nor modules tell of, the loss does
-        near = LIKE_THE_LOSS[autocast._enabled or activations(model.model).dtype.itemsize < 4]
+        near = LIKE_THE_LOSS[2 if autocast._enabled else max(2, activations(model.model).dtype.itemsize)]
         if not torch.isclose(again, result.loss, rtol=near, atol=near, equal_nan=True):
             raise StrategyError(HAS_CHANGED.format(what=""))
         return logits
@@ -200,6 +206,28 @@ def _marks(tensors: list[Tensor]) -> list[tuple[int, int, int]]:
         (id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors
     ]
 
+
+@torch.no_grad()
+def _samples(tensors: list[Tensor]) -> dict[Any, Tensor]:
+    """At most :data:`SAMPLES` numbers of each plain tensor, evenly spaced, as bytes by device and type.
+
+    Writing through ``.data`` changes no version. Nothing waits for a device.
+    """
+    taken: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        size = tensor.numel()
+        if type(tensor) in _PLAIN and size and tensor.is_contiguous() and not tensor.is_meta:
+            step = -(-size // SAMPLES)
+            some = tensor.as_strided((-(-size // step),), (step,))
+            taken.setdefault((tensor.device, tensor.dtype), []).append(some)
+    return {kind: torch.cat(some).view(torch.uint8) for kind, some in taken.items()}
+
+
+def _same(some: dict[Any, Tensor], others: dict[Any, Tensor]) -> bool:
+    return some.keys() == others.keys() and all(torch.equal(one, others[kind]) for kind, one in some.items())
+
+
+_PLAIN = frozenset({Tensor, nn.Parameter})
 
 _ASKED_OF_EVERY_ITEM = {
     *(getattr(Tensor, name).__get__ for name in ("device", "dtype", "ndim", "requires_grad", "shape")),

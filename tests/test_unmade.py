@@ -84,6 +84,10 @@ def changes(model: Any, given: dict[str, Any]) -> dict[str, Callable[[], Any]]:
         for parameter in model.parameters():
             parameter.data = parameter.data * 1.5
 
+    def a_little() -> None:
+        for parameter in model.parameters():
+            parameter.data.mul_(1 + 1e-6 * torch.randn_like(parameter))
+
     def new_head() -> None:
         model.head = torch.nn.Linear(model.config.hidden_size, model.config.vocab_size, bias=False)
 
@@ -95,6 +99,7 @@ def changes(model: Any, given: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     return {
         "written to": lambda: model.head.weight.mul_(2),
         "data replaced": replaced,
+        "data written to": a_little,
         "assigned": lambda: model.load_state_dict(
             {name: 2 * tensor for name, tensor in model.state_dict().items()}, assign=True
         ),
@@ -114,6 +119,29 @@ def test_logits_of_a_model_that_has_changed_are_refused(change: str) -> None:
     changes(model, given)[change]()
     with pytest.raises(StrategyError, match="have changed"):
         output.logits.argmax(-1)
+
+
+@pytest.mark.parametrize("bptt", ["full", "checkpoint", "reversible"])
+@pytest.mark.parametrize("version", ["4", "5.2", "6", "7"])
+@torch.no_grad()
+def test_in_float64_the_loss_itself_tells(version: str, bptt: str) -> None:
+    """A number that is not among those that are kept of its tensor."""
+    model = tiny_model(version, dtype=torch.float64, bptt=bptt, chunk_length=3).eval()
+    loss = model(IDS, labels=IDS)
+    same, expected = model(IDS, labels=IDS).logits + 0, model(IDS).logits
+    torch.testing.assert_close(same, expected, rtol=1e-12, atol=1e-12)
+    model.head.weight.data[5, 1] += 1e-6
+    with pytest.raises(StrategyError, match="have changed"):
+        loss.logits.argmax(-1)
+
+
+@torch.no_grad()
+def test_weights_that_are_not_numbers_are_the_same_ones() -> None:
+    model = tiny_model("5.2").eval()
+    model.head.weight[3] = float("nan")
+    model.model.blocks[0].time_mix.key.weight.data = model.model.blocks[0].time_mix.key.weight.data.t()
+    output = model(IDS, labels=IDS)
+    assert output.logits.isnan().any()
 
 
 @torch.no_grad()

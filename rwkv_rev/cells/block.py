@@ -29,6 +29,7 @@ from rwkv_rev.cells.contract import (
 )
 from rwkv_rev.cells.recomputation import checkpointed
 from rwkv_rev.errors import ConfigError
+from rwkv_rev.initialization import note_parts
 from rwkv_rev.reversal.fingerprint import checksum
 
 if TYPE_CHECKING:
@@ -280,6 +281,7 @@ class Block(ResidualBlock):
         for name, cell in cells.items():
             cell.layer = layer
             self.add_module(name, cell)
+            note_parts(cell, config.architecture.initialization)
 
     def parts(self) -> list[tuple[nn.Module, ReversibleCell]]:
         return [(getattr(self, norm), getattr(self, cell)) for norm, cell in self.names]
