@@ -314,9 +314,7 @@ class Strategy(ABC):
         if inputs.group is not None:
             refuse_unknown(found, "context parallelism")
         with torch.no_grad(), uncached(inputs.targets.device), gathered(model.head):
-            total = None
-            state = inputs.state
-            chunks = inputs.chunks(size)
+            total, state, chunks = None, inputs.state, inputs.chunks(size)
             go_along_with_calls(model, len(chunks))
             for chunk in chunks:
                 with neftune_share(model.get_input_embeddings(), chunk.own_length / inputs.length):
