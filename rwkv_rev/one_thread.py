@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from rwkv_rev.errors import StrategyError
+from rwkv_rev.thread_notes import note, noted
 
 _lock = threading.RLock()
 _OWNER = "rwkv_rev.one_thread"
@@ -42,7 +43,7 @@ def one_thread() -> Iterator[None]:
     Raises:
         StrategyError: in autograd's thread of a device, for which the loss whose turn it is waits.
     """
-    before = torch._C._get_obj_in_tls(_OWNER) if torch._C._is_key_in_tls(_OWNER) else None
+    before = noted(_OWNER)
     if before in _owners:
         yield
         return
@@ -51,10 +52,10 @@ def one_thread() -> Iterator[None]:
         mine = _Owner()
         try:
             _owners.append(mine)
-            torch._C._stash_obj_in_tls(_OWNER, mine)
+            note(_OWNER, mine)
             yield
         finally:
-            torch._C._stash_obj_in_tls(_OWNER, before)
+            note(_OWNER, before)
             if mine in _owners:
                 _owners.remove(mine)
 

@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rwkv_rev.one_thread import one_thread
+from rwkv_rev.thread_notes import note, noted
 
 _WITHHELD = "rwkv_rev.hooks_withheld"
 """Under this name a thread says so. Autograd's own threads have it from the one that asks for a gradient."""
@@ -28,12 +28,12 @@ def hooks_withheld(tensors: Sequence[Tensor]) -> Iterator[None]:
         replaced = [(hooks, key, hook, partial(_heard, hook)) for hooks, each in hooked for key, hook in each]
         before = _is_withheld()
         try:
-            torch._C._stash_obj_in_tls(_WITHHELD, True)
+            note(_WITHHELD, True)
             for hooks, key, _, now in replaced:
                 hooks[key] = now
             yield
         finally:
-            torch._C._stash_obj_in_tls(_WITHHELD, before)
+            note(_WITHHELD, before)
             for hooks, key, hook, now in replaced:
                 if hooks.get(key) is now:  # else it has been taken off
                     hooks[key] = hook
@@ -44,4 +44,4 @@ def _heard(hook: Callable[[Tensor], Any], gradient: Tensor) -> Any:
 
 
 def _is_withheld() -> bool:
-    return bool(torch._C._is_key_in_tls(_WITHHELD) and torch._C._get_obj_in_tls(_WITHHELD))
+    return bool(noted(_WITHHELD))
