@@ -28,7 +28,7 @@ from rwkv_rev.counts import MOST
 from rwkv_rev.device import choose_device
 from rwkv_rev.distributed.sharded_reading import go_along_with_calls
 from rwkv_rev.errors import ConfigError, DataError
-from rwkv_rev.foreign_code import strangers, strangers_at
+from rwkv_rev.foreign_code import Strangers, strangers, strangers_at
 from rwkv_rev.initial_states import activations
 from rwkv_rev.loading import load_tokenizer
 from rwkv_rev.loss import IGNORE, cross_entropy, sub_chunks
@@ -161,7 +161,8 @@ def evaluate_documents(
     model.eval()
     try:
         mine = batches[rank::world_size]
-        looks = strangers(lm.model).unknown or strangers_at(lm.head).unknown
+        at_head = strangers_at(lm.head)
+        looks = strangers(lm.model).unknown or at_head.unknown
         size = context_length if looks else lm.bptt.read_length
         go_along_with_calls(lm.model, sum(_calls(batch, size) for batch in mine))
         total = sum(stop - start for batch in mine for _, start, stop in batch)
@@ -170,7 +171,7 @@ def evaluate_documents(
             Progress("evaluating", total, "tokens", wanted=progress) as shown,
         ):
             for batch in mine:
-                _add_batch(lm, store, batch, size, token_bytes, edges.to(device), sums, shown.add)
+                _add_batch(lm, store, batch, size, at_head, token_bytes, edges.to(device), sums, shown.add)
     finally:
         model.train(training)
     if world_size > 1:
@@ -303,15 +304,15 @@ def _add_batch(
     store: TokenStore,
     rows: list[tuple[int, int, int]],
     size: int,
+    at_head: Strangers,
     token_bytes: Tensor,
     edges: Tensor,
     sums: Tensor,
     tell: Callable[[int], object],
 ) -> None:
-    """Add the sums of some rows (document, first token, one past the last), read side by side in chunks of ``size``."""
+    """Add the sums of some rows (document, first token, one past the last), side by side, by ``size`` tokens."""
     longest = max(stop - start for _, start, stop in rows)
     state = lm.initial_state(len(rows))
-    at_head = strangers_at(lm.head)
     alone = not (at_head.unknown or at_head.declared)  # else it is given rows and tokens as they stand
     for at in range(0, longest - 1, size):
         ids, targets, mask = _slice(store, rows, at, min(size, longest - 1 - at))
