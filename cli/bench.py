@@ -126,10 +126,11 @@ def bench(
         --chunk-length 4096 --json > rows.json
     """
     _refuse_meaningless(ctx, what, strategies)
-    from rwkv_rev.benchmark.plots import MEMORY_PLOT, plot_rows, refuse_plot
+    from rwkv_rev.benchmark.plots import MEMORY_PLOT, SPEED_PLOT, plot_rows, refuse_plot
 
     if plot is not None:
-        refuse_plot(plot / MEMORY_PLOT)
+        for name in (MEMORY_PLOT, SPEED_PLOT):
+            refuse_plot(plot / name)
     if rows is not None:
         from rwkv_rev.folders.safe_input import read_json
 

@@ -44,6 +44,14 @@ def test_refused_before_anything_is_read(
     assert (tmp_path / "text.png").read_text() == "a letter"
 
 
+@pytest.mark.parametrize("name", ["memory-by-context.png", "speed-by-context.png"])
+def test_bench_replaces_no_other_file(cli: Cli, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("a letter")
+    code, out, err = cli("bench", "training", "--quick", "--plot", tmp_path)
+    assert (code, out) == (1, "") and name in err and "is no PNG file" in err
+    assert (tmp_path / name).read_text() == "a letter"
+
+
 def test_written_whole_and_again(tmp_path: Path) -> None:
     place = tmp_path / "new" / "curve.PNG"
     for _ in range(2):

@@ -39,7 +39,10 @@ def refuse_plot(path: Path) -> None:
         raise OutputError(f"--plot {path}: drawings are PNG files, so end the name in .png")
     check_place(path)
     try:
-        start = path.read_bytes()[: len(_PNG)] if path.exists() else b""
+        with path.open("rb") as file:
+            start = file.read(len(_PNG))
+    except FileNotFoundError:
+        return
     except OSError as error:
         raise OutputError(f"--plot {path}: {error.strerror}; choose another name") from error
     if start and start != _PNG:
