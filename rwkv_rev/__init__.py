@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from rwkv_rev.converters.tuned_states import load_state as load_state
     from rwkv_rev.converters.tuned_states import merge_states as merge_states
     from rwkv_rev.converters.tuned_states import save_state as save_state
-    from rwkv_rev.declared_code import position_wise as position_wise
     from rwkv_rev.equivalence.verification import verify_directory as verify  # noqa: F401
     from rwkv_rev.errors import CheckpointError as CheckpointError
     from rwkv_rev.errors import ConfigError as ConfigError
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from rwkv_rev.errors import StrategyError as StrategyError
     from rwkv_rev.errors import VerificationFailed as VerificationFailed
     from rwkv_rev.folders.publish import publish as publish
+    from rwkv_rev.foreign.declared_code import position_wise as position_wise
     from rwkv_rev.fresh import init as init
     from rwkv_rev.modeling import RwkvRevForCausalLM as RwkvRevForCausalLM
     from rwkv_rev.rewriting import rewrite as rewrite
@@ -77,7 +77,7 @@ _PLACES = {
     "merge": ("rwkv_rev.converters.merging", "merge"),
     "merge_states": ("rwkv_rev.converters.tuned_states", "merge_states"),
     "plan": ("rwkv_rev.simulation.combinations", "combine"),
-    "position_wise": ("rwkv_rev.declared_code", "position_wise"),
+    "position_wise": ("rwkv_rev.foreign.declared_code", "position_wise"),
     "publish": ("rwkv_rev.folders.publish", "publish"),
     "rewrite": ("rwkv_rev.rewriting", "rewrite"),
     "save_adapter": ("rwkv_rev.converters.adapter_export", "save_adapter"),

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Size, Tensor, nn
 
-from rwkv_rev import adapters
+from rwkv_rev.foreign import adapters
 
 NARROW = frozenset(
     {

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from rwkv_rev.adapters import refuse_recomputing
 from rwkv_rev.arguments import named
+from rwkv_rev.autograd.first_order import transforms_of
 from rwkv_rev.bptt import choose_strategy
 from rwkv_rev.bptt.any_loss import hidden_states, tell_of_whole_graph
 from rwkv_rev.bptt.layers import by_layer, run_layers
@@ -36,9 +36,10 @@ from rwkv_rev.distributed.sharded_reading import reading
 from rwkv_rev.document_states import Asked, ends_asked_for
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.exporting import exportable
-from rwkv_rev.first_order import transforms_of
 from rwkv_rev.forecast import SMALL_CHUNK, tokens_at_once
-from rwkv_rev.foreign_code import refuse_unknown_in_packed_rows, strangers
+from rwkv_rev.foreign.adapters import refuse_recomputing
+from rwkv_rev.foreign.quantised import Quantisable, refuse_packed
+from rwkv_rev.foreign.search import refuse_unknown_in_packed_rows, strangers
 from rwkv_rev.initial_states import activations, document_starts, initial_states, state_of_rows
 from rwkv_rev.initialization import initialize
 from rwkv_rev.inputs import check_state, embedded, masked_embeds, rows_and_tokens, valid_tokens
@@ -46,7 +47,6 @@ from rwkv_rev.keywords import refuse_unknown_keywords
 from rwkv_rev.mixed_dtypes import naming_mixed_dtypes
 from rwkv_rev.outputs import RwkvRevOutput
 from rwkv_rev.packed_rows import given_borders
-from rwkv_rev.quantised import Quantisable, refuse_packed
 from rwkv_rev.state import ModelState
 
 logger = logging.get_logger("rwkv_rev.modeling")  # one for both models

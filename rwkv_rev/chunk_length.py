@@ -34,7 +34,7 @@ from rwkv_rev.bptt import cuda_graphs
 from rwkv_rev.bptt_settings import CHUNK_LENGTH, BpttSettings
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.forecast import RECORDED_SHARE, StrategyForecast, forecast_memory, runs_fused
-from rwkv_rev.foreign_code import strangers
+from rwkv_rev.foreign.search import strangers
 
 LENGTHS = tuple(2**power for power in range(8, 15))
 """From 256 to 16,384 tokens."""

@@ -61,7 +61,7 @@ def generate(
         device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
         stream: print each token to stdout as it is made.
         adapter: folder of a LoRA of this model, in peft's layout.
-        quantise: kind of linear maps in 4 or 8 bits (:mod:`rwkv_rev.quantised`).
+        quantise: kind of linear maps in 4 or 8 bits (:mod:`rwkv_rev.foreign.quantised`).
         state: a state file, or a folder with a tuned state, that the text begins with, whatever the folder has.
 
     Raises:

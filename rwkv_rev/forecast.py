@@ -166,7 +166,7 @@ def forecast_memory(
         trained: number of weights with a gradient; all when None.
         half: whether autocast computes in 16 bits.
         weight_bytes: of one weight.
-        quantised_bytes: of all weights in 4 or 8 bits (:mod:`rwkv_rev.quantised`).
+        quantised_bytes: of all weights in 4 or 8 bits (:mod:`rwkv_rev.foreign.quantised`).
         checkpoint_blocks: whether the graph keeps only the blocks' inputs (activation checkpointing).
         fused: whether the CUDA kernels run.
         narrow: whether weights and activations are in 16 bits, without autocast.

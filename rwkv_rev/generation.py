@@ -12,9 +12,9 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import GenerationMode
 from transformers.utils import ModelOutput
 
-from rwkv_rev.adapters import refuse_carried_state
 from rwkv_rev.cache import CACHE_NAME, RwkvRevCache, handed_over, repeated
 from rwkv_rev.distributed.shards import blocks_are_sharded
+from rwkv_rev.foreign.adapters import refuse_carried_state
 from rwkv_rev.inputs import rows_and_tokens, valid_tokens
 from rwkv_rev.packed_rows import PACKED, given_borders
 

@@ -15,8 +15,8 @@ import torch
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.errors import CheckpointError, ConfigError, RwkvRevError, SourceError
 from rwkv_rev.folders.safe_input import read_object, refuse_special_inside
+from rwkv_rev.foreign.quantised import quantise, refuse_unusable, told_to_peft
 from rwkv_rev.printable import shortened
-from rwkv_rev.quantised import quantise, refuse_unusable, told_to_peft
 
 
 def load_config(directory: str | Path) -> RwkvRevConfig:
@@ -53,7 +53,7 @@ def load_model(directory: str | Path, device: torch.device | str, dtype: torch.d
 
 
 def load_quantised(directory: str | Path, device: torch.device, dtype: torch.dtype, kind: str) -> Any:
-    """The model of a folder with frozen linear maps of a kind of :mod:`rwkv_rev.quantised`; the rest in ``dtype``.
+    """The model of a folder, linear maps frozen as a kind of :mod:`rwkv_rev.foreign.quantised`, all else in ``dtype``.
 
     The maps are made from the stored values, one after another on ``device``.
 

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rwkv_rev.autograd.first_order import first_order
+from rwkv_rev.autograd.outside_leaves import OutsideLeaves, leaves_of
+from rwkv_rev.autograd.stand_ins import StandIns
+from rwkv_rev.autograd.weight_product import WeightProduct
+from rwkv_rev.autograd.withheld_hooks import hooks_withheld
 from rwkv_rev.distributed.shards import placing
-from rwkv_rev.first_order import first_order
-from rwkv_rev.outside_leaves import OutsideLeaves, leaves_of
-from rwkv_rev.stand_ins import StandIns
-from rwkv_rev.weight_product import WeightProduct
-from rwkv_rev.withheld_hooks import hooks_withheld
 
 T = TypeVar("T")
 

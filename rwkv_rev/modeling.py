@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rwkv_rev.adapters import refuse_carried_state
 from rwkv_rev.arguments import named
+from rwkv_rev.autograd.first_order import refuse_transforms
 from rwkv_rev.base_model import RwkvRevModel, RwkvRevPreTrainedModel
 from rwkv_rev.bptt import choose_strategy
 from rwkv_rev.bptt.full import loss_in_one_graph
 from rwkv_rev.bptt.strategy import refuse_offloaded
-from rwkv_rev.bptt_setting import BpttSetting
 from rwkv_rev.bptt_settings import BpttSettings
 from rwkv_rev.cache import CACHE_NAME, RwkvRevCache, handed_over
 from rwkv_rev.cells.block import Block
@@ -29,7 +28,7 @@ from rwkv_rev.distributed.taking_part import for_the_head
 from rwkv_rev.document_states import beside_a_loss, with_ends
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.exporting import exporting
-from rwkv_rev.first_order import refuse_transforms
+from rwkv_rev.foreign.adapters import refuse_carried_state
 from rwkv_rev.generation import RwkvRevGenerationMixin
 from rwkv_rev.initial_states import activations, initial_states
 from rwkv_rev.inputs import loss_inputs, rows_and_tokens
@@ -39,6 +38,7 @@ from rwkv_rev.loss_weights import refuse_without_labels
 from rwkv_rev.mixed_dtypes import naming_mixed_dtypes
 from rwkv_rev.outputs import RwkvRevCausalLMOutput
 from rwkv_rev.packed_rows import PACKING
+from rwkv_rev.set_bptt import BpttSetting
 from rwkv_rev.state import ModelState
 from rwkv_rev.tied_embeddings import TiedEmbeddings
 from rwkv_rev.unmade import loss_and_logits

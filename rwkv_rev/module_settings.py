@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from rwkv_rev.cells.block import keeps_the_contract
 from rwkv_rev.code_origin import origin
-from rwkv_rev.foreign_code import CALLED
+from rwkv_rev.foreign.search import CALLED
 
 _HOOKS = frozenset({"_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks"})
 _TENSORS = frozenset({"_parameters", "_buffers"})

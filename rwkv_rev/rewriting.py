@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from rwkv_rev import adapters
 from rwkv_rev.architectures.registry import ARCHITECTURES
 from rwkv_rev.arguments import checked
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.errors import ConfigError
-from rwkv_rev.foreign_code import hook_name
+from rwkv_rev.foreign import adapters
+from rwkv_rev.foreign.search import hook_name
 from rwkv_rev.initial_states import activations
 from rwkv_rev.random_state import capture, refuse_seed, restore
 

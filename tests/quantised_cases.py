@@ -11,7 +11,7 @@ from bptt_cases import english
 from torch import Tensor, nn
 
 from rwkv_rev import RwkvRevForCausalLM
-from rwkv_rev.quantised import is_quantised
+from rwkv_rev.foreign.quantised import is_quantised
 
 TARGETS = ["receptance", "key", "value", "output"]
 

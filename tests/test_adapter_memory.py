@@ -13,7 +13,7 @@ peft = pytest.importorskip("peft")
 from peft_cases import METHODS, Method, made  # noqa: E402
 
 from rwkv_rev.adapter_memory import kept_numbers  # noqa: E402
-from rwkv_rev.foreign_code import strangers  # noqa: E402
+from rwkv_rev.foreign.search import strangers  # noqa: E402
 
 LENGTHS = (32, 64)
 ROWS = 2

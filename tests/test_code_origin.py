@@ -16,7 +16,7 @@ from rwkv_rev.cells.block import Block
 from rwkv_rev.cells.time_mix_rwkv5 import TimeMixRwkv5
 from rwkv_rev.code_origin import defined_in, origin
 from rwkv_rev.errors import StrategyError
-from rwkv_rev.foreign_code import strangers
+from rwkv_rev.foreign.search import strangers
 
 IDS = random_tokens(27, batch=2)
 CHUNK = 8

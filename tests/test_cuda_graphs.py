@@ -16,11 +16,11 @@ from bptt_cases import differentiate, random_like, random_state, random_tokens, 
 from pairwise import every_two
 from torch import Tensor
 
+from rwkv_rev.autograd.outside_leaves import OutsideLeaves
 from rwkv_rev.bptt import cuda_graphs, lasting, recordings
 from rwkv_rev.bptt.backward_sweep import Sums
 from rwkv_rev.bptt.chunk_gradients import Parameters
 from rwkv_rev.bptt.strategy import LossInputs
-from rwkv_rev.outside_leaves import OutsideLeaves
 from rwkv_rev.reversal.fixed_point import DecayPlan
 from rwkv_rev.reversal.tape import FlatRecord
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_rev import position_wise
-from rwkv_rev.declared_code import is_declared
+from rwkv_rev.foreign.declared_code import is_declared
 
 
 def hook(module: Any, given: Any, output: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from rwkv_rev.cells.channel_mix import ChannelMix
 from rwkv_rev.cells.overridden import overridden_alone
 from rwkv_rev.cells.stateless import StatelessCell
 from rwkv_rev.cells.time_mix_rwkv5 import TimeMixRwkv5
-from rwkv_rev.each_way import overridden
 from rwkv_rev.errors import StrategyError
-from rwkv_rev.foreign_code import strangers
+from rwkv_rev.foreign.each_way import overridden
+from rwkv_rev.foreign.search import strangers
 
 CHUNK = 4
 IDS = random_tokens(10)

@@ -21,10 +21,11 @@ from bptt_cases import (
 )
 from torch import Tensor, nn
 
-from rwkv_rev import RwkvRevForCausalLM, foreign_code
+from rwkv_rev import RwkvRevForCausalLM
 from rwkv_rev.cells.token_shift import Border
-from rwkv_rev.declared_code import position_wise
 from rwkv_rev.errors import ReversalMismatchError
+from rwkv_rev.foreign import search
+from rwkv_rev.foreign.declared_code import position_wise
 
 CHUNK = 6
 LAYERS = 2
@@ -141,7 +142,7 @@ def test_every_fault_in_what_a_chunk_hands_on_is_found(
         for number in range(each * (chunks - 1)):
             with monkeypatch.context() as patch:
                 patch.setattr(owner, name, position_wise(faulty(getattr(owner, name), number)))
-                patch.setattr(foreign_code, "is_called_everywhere", lambda *_: True)
+                patch.setattr(search, "is_called_everywhere", lambda *_: True)
                 try:
                     outcome = differentiate(model, strategy, CHUNK, **inputs)
                 except ReversalMismatchError:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from rwkv_rev import random_state
 from rwkv_rev.cells import time_mix_rwkv4, time_mix_rwkv5, time_mix_rwkv6, time_mix_rwkv7
-from rwkv_rev.declared_code import position_wise
 from rwkv_rev.errors import ReversalMismatchError, StrategyError
+from rwkv_rev.foreign.declared_code import position_wise
 
 LAYERS = 3
 CHUNKS = 6

@@ -16,7 +16,7 @@ import rwkv_rev
 from rwkv_rev import RwkvRevForCausalLM
 from rwkv_rev.cells.time_mix_rwkv5 import TimeMixRwkv5
 from rwkv_rev.errors import StrategyError
-from rwkv_rev.foreign_code import strangers
+from rwkv_rev.foreign.search import strangers
 
 CHUNK = 8
 IDS = random_tokens(20, batch=2)

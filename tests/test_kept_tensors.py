@@ -18,7 +18,7 @@ from rwkv_rev.bptt import kept_tensors
 from rwkv_rev.bptt.kept_tensors import what_is_kept_is_trained
 from rwkv_rev.cells.token_cell import Token, Update
 from rwkv_rev.errors import StrategyError
-from rwkv_rev.foreign_code import strangers
+from rwkv_rev.foreign.search import strangers
 from rwkv_rev.module_settings import settings
 
 LENGTH = 24

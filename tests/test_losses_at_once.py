@@ -10,8 +10,8 @@ from bptt_cases import random_tokens, tiny_model
 from torch import Tensor, nn
 
 from rwkv_rev import RwkvRevForCausalLM, position_wise
-from rwkv_rev.declared_code import StandIn
 from rwkv_rev.errors import StrategyError
+from rwkv_rev.foreign.declared_code import StandIn
 
 CHUNK = 8
 IDS = random_tokens(20)

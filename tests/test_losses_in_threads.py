@@ -16,7 +16,8 @@ import torch
 from bptt_cases import random_tokens, relative_error, tiny_model
 from torch import Tensor
 
-from rwkv_rev import RwkvRevForCausalLM, one_thread, position_wise
+from rwkv_rev import RwkvRevForCausalLM, position_wise
+from rwkv_rev.autograd import one_thread
 from rwkv_rev.errors import StrategyError
 
 CHUNK = 8

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rwkv_rev import RwkvRevForCausalLM, position_wise
 from rwkv_rev.errors import StrategyError
-from rwkv_rev.overriding import foreign_modes
+from rwkv_rev.foreign.overriding import foreign_modes
 
 CHUNK = 8
 IDS = random_tokens(20, batch=2)

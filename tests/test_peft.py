@@ -15,9 +15,10 @@ from peft_cases import METHODS, Method, NotInThisPeft, adapted, made, settings_o
 from torch import Tensor, nn
 
 import rwkv_rev
-from rwkv_rev import RwkvRevForCausalLM, adapters
+from rwkv_rev import RwkvRevForCausalLM
 from rwkv_rev.errors import StrategyError
-from rwkv_rev.foreign_code import strangers
+from rwkv_rev.foreign import adapters
+from rwkv_rev.foreign.search import strangers
 
 CHUNKED = ("reversible", "checkpoint")
 

@@ -23,8 +23,8 @@ from quantised_cases import (
 from torch import Tensor, nn
 
 from rwkv_rev import RwkvRevForCausalLM, position_wise
-from rwkv_rev import quantised as ours
 from rwkv_rev.errors import CheckpointError, RwkvRevError, StrategyError
+from rwkv_rev.foreign import quantised as ours
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("peft")

@@ -14,8 +14,8 @@ from quantised_cases import quantised
 
 from rwkv_rev.adapted_model import load_adapted
 from rwkv_rev.errors import CheckpointError, ConfigError, RwkvRevError, SourceError
+from rwkv_rev.foreign.quantised import KINDS, maps_of
 from rwkv_rev.loading import load_model, load_quantised
-from rwkv_rev.quantised import KINDS, maps_of
 from rwkv_rev.training.config import QUANTISE, FinetuneConfig
 from rwkv_rev.training.finetune import plan
 from rwkv_rev.training.tuning import count_parameters

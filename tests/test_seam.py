@@ -20,7 +20,7 @@ from rwkv_rev.cells.contract import Advanced, Replay, ReversibleCell, leaves
 from rwkv_rev.cells.exact_sums import ExactSums
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.errors import ReversalMismatchError
-from rwkv_rev.foreign_code import strangers
+from rwkv_rev.foreign.search import strangers
 from rwkv_rev.loss import next_token_targets
 from rwkv_rev.reversal.additive import Additive, NoRemnant
 from rwkv_rev.reversal.fingerprint import checksum

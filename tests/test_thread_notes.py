@@ -2,7 +2,7 @@
 
 import sys
 
-from rwkv_rev.thread_notes import note, noted
+from rwkv_rev.autograd.thread_notes import note, noted
 
 
 def test_references() -> None:

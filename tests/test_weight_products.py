@@ -6,8 +6,8 @@ from bptt_cases import differentiate, random_tokens, relative_error, tiny_model
 from torch import Tensor, nn
 
 from rwkv_rev import RwkvRevForCausalLM, position_wise
+from rwkv_rev.autograd.weight_product import WeightProduct
 from rwkv_rev.bptt import weight_products
-from rwkv_rev.weight_product import WeightProduct
 
 CHUNKS, LENGTH = 4, 32
 

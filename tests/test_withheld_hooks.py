@@ -11,8 +11,8 @@ from torch import Tensor
 
 import rwkv_rev
 from rwkv_rev import RwkvRevForCausalLM
+from rwkv_rev.autograd.weight_product import WeightProduct
 from rwkv_rev.bptt import sweep, weight_products
-from rwkv_rev.weight_product import WeightProduct
 
 IDS, SHORT, CHUNK = random_tokens(20), random_tokens(6), 8
 

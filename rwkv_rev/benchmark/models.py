@@ -16,8 +16,8 @@ from torch import nn
 from rwkv_rev.architectures.registry import architecture
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.errors import RwkvRevError
+from rwkv_rev.foreign.quantised import quantise, told_to_peft
 from rwkv_rev.modeling import RwkvRevForCausalLM
-from rwkv_rev.quantised import quantise, told_to_peft
 
 STANDARD_DEVIATION = 0.01
 
@@ -79,7 +79,7 @@ def benchmark_model(
 ) -> RwkvRevForCausalLM:
     """The model of a shape on ``device``, weights in ``dtype`` (but what the architecture keeps in float32).
 
-    ``quantised``: kind of the frozen maps in 4 or 8 bits (:mod:`rwkv_rev.quantised`).
+    ``quantised``: kind of the frozen maps in 4 or 8 bits (:mod:`rwkv_rev.foreign.quantised`).
     """
     torch.manual_seed(seed)
     if quantised is not None:

@@ -12,10 +12,10 @@ from rwkv_rev.arguments import check_kinds, named_fields
 from rwkv_rev.benchmark.models import SHAPES, benchmark_model
 from rwkv_rev.bptt_settings import AUTO, BPTT_STRATEGIES, TAPES
 from rwkv_rev.errors import ConfigError, RwkvRevError, SourceError
+from rwkv_rev.foreign.quantised import KINDS, refuse_unusable
 from rwkv_rev.loading import load_model
 from rwkv_rev.modeling import RwkvRevForCausalLM
 from rwkv_rev.printable import shortened
-from rwkv_rev.quantised import KINDS, refuse_unusable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU = torch.device("cpu")
@@ -38,7 +38,8 @@ class BenchSettings:
         repeats: timed runs of each point; the median is reported.
         batch_size: rows at once.
         lora_rank: train low-rank additions of this rank instead of all weights; 0 for all weights.
-        quantise: kind of the frozen maps in 4 or 8 bits (:mod:`rwkv_rev.quantised`), for low-rank additions to shapes.
+        quantise: kind of the frozen maps in 4 or 8 bits (:mod:`rwkv_rev.foreign.quantised`), for low-rank additions to
+            shapes.
         memory_limit: bytes that one point may take beyond the loaded model (CPU only); None for half of what is free.
         command: what a user types to measure it again.
     """

@@ -23,7 +23,12 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from rwkv_rev import overriding, random_state
+from rwkv_rev import random_state
+from rwkv_rev.autograd.first_order import first_order
+from rwkv_rev.autograd.one_thread import one_thread
+from rwkv_rev.autograd.outside_leaves import OutsideLeaves
+from rwkv_rev.autograd.stand_ins import StandIns
+from rwkv_rev.autograd.withheld_hooks import hooks_withheld
 from rwkv_rev.bptt.backward_sweep import LIKELY_CAUSES, backward_sweep
 from rwkv_rev.bptt.chunk_gradients import Found
 from rwkv_rev.bptt.forward_sweep import forward_sweep
@@ -41,18 +46,14 @@ from rwkv_rev.bptt.uncached import uncached
 from rwkv_rev.bptt.unchanged import changed_tensor, unchanged, watched
 from rwkv_rev.bptt_settings import BpttSettings
 from rwkv_rev.errors import ReversalMismatchError, StrategyError
-from rwkv_rev.first_order import first_order
-from rwkv_rev.foreign_code import Strangers
+from rwkv_rev.foreign import overriding
+from rwkv_rev.foreign.search import Strangers
 from rwkv_rev.loss import in_dtypes
 from rwkv_rev.model_now import model_now
 from rwkv_rev.module_settings import Place, Settings, first_change, notes_of, settings
-from rwkv_rev.one_thread import one_thread
-from rwkv_rev.outside_leaves import OutsideLeaves
 from rwkv_rev.reversal.fingerprint import checksum
 from rwkv_rev.reversal.tape import Tape
-from rwkv_rev.stand_ins import StandIns
 from rwkv_rev.state import ModelState
-from rwkv_rev.withheld_hooks import hooks_withheld
 
 logger = logging.get_logger(__name__)
 

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from rwkv_rev import random_state
+from rwkv_rev.autograd.outside_leaves import OutsideLeaves
+from rwkv_rev.autograd.weight_product import WeightProduct
 from rwkv_rev.bptt.chunk_gradients import ChunkGradients, chunk_gradients
 from rwkv_rev.bptt.layers import ByState
 from rwkv_rev.cells.block import ExactStates, FloatStates
 from rwkv_rev.errors import ReversalMismatchError
 from rwkv_rev.loss import add_gradients
-from rwkv_rev.outside_leaves import OutsideLeaves
 from rwkv_rev.reversal.host_copy import start_copy
 from rwkv_rev.state import ModelState
-from rwkv_rev.weight_product import WeightProduct
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_rev import random_state
+from rwkv_rev.autograd.outside_leaves import Differentiated, OutsideLeaves, leaves_of
 from rwkv_rev.bptt.layers import ByState, LayerGraph, Take, cut, pull_back, vjp
 from rwkv_rev.bptt.strategy import Chunk, LanguageModel
 from rwkv_rev.bptt.weight_products import adding, plain_maps
 from rwkv_rev.cells.block import ExactStates, FloatStates, flat
 from rwkv_rev.cells.contract import detached, parts_of, residual
 from rwkv_rev.loss import scaled, wide
-from rwkv_rev.outside_leaves import Differentiated, OutsideLeaves, leaves_of
 
 if TYPE_CHECKING:
     from rwkv_rev.distributed.sharded_blocks import ShardedBlock
@@ -50,7 +50,7 @@ class Parameters:
     """The parameters that a loss is differentiated by, and which of them each part of the model may depend on.
 
     Args:
-        tensors: the parameters, each a leaf (:class:`~rwkv_rev.stand_ins.StandIns`).
+        tensors: the parameters, each a leaf (:class:`~rwkv_rev.autograd.stand_ins.StandIns`).
         foreign: the model holds code of others, which may bring any parameter to any place: all may depend on all.
         starts: what documents begin with, by layer, where there are borders: each layer depends on its own.
         sharded: the blocks, where they are.

@@ -23,7 +23,7 @@ from rwkv_rev.bptt.truncated import Truncated
 from rwkv_rev.distributed.shards import any_sharded
 from rwkv_rev.distributed.taking_part import for_the_head
 from rwkv_rev.errors import StrategyError
-from rwkv_rev.foreign_code import strangers_at
+from rwkv_rev.foreign.search import strangers_at
 from rwkv_rev.loss import linear_cross_entropy
 
 

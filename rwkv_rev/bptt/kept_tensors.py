@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_map
 from rwkv_rev.bptt.language_model import LanguageModel
 from rwkv_rev.cells.block import keeps_the_contract
 from rwkv_rev.code_origin import defined_in
-from rwkv_rev.declared_code import StandIn, is_declared
-from rwkv_rev.foreign_code import CALLED, Strangers, is_of_others, may_keep
+from rwkv_rev.foreign.declared_code import StandIn, is_declared
+from rwkv_rev.foreign.search import CALLED, Strangers, is_of_others, may_keep
 
 _FILLED_IN = ("project", "gates", "update", "read", "output_of")
 """Methods of cells that make differentiable tensors of a chunk, and nothing else."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rwkv_rev.autograd.weight_product import WeightProduct
 from rwkv_rev.cells.block import (
     BlockAdvanced,
     BlockAgain,
@@ -31,7 +32,6 @@ from rwkv_rev.cells.borders import Mask, of_part
 from rwkv_rev.cells.contract import Stream, beside, joined, parts_of, residual
 from rwkv_rev.cells.recomputation import checkpointed
 from rwkv_rev.reversal.fingerprint import checksum
-from rwkv_rev.weight_product import WeightProduct
 
 if TYPE_CHECKING:
     from rwkv_rev.distributed.sharded_blocks import ShardedBlock

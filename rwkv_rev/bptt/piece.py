@@ -13,8 +13,8 @@ from rwkv_rev.bptt.strategy import Chunk, LanguageModel, LossInputs
 from rwkv_rev.cells.borders import Borders, mask_of
 from rwkv_rev.cells.shared_chunk import SharedChunk
 from rwkv_rev.distributed.shards import shared_with
+from rwkv_rev.foreign.neftune import neftune_share
 from rwkv_rev.loss import IGNORE
-from rwkv_rev.neftune import neftune_share
 from rwkv_rev.state import ModelState
 
 if TYPE_CHECKING:

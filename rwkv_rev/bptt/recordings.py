@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from rwkv_rev.autograd.stand_ins import StandIns
+from rwkv_rev.autograd.weight_product import WeightProduct
 from rwkv_rev.bptt.backward_sweep import Sums
 from rwkv_rev.bptt.chunk_gradients import chunk_gradients
 from rwkv_rev.bptt.strategy import Chunk, LossInputs
@@ -21,8 +23,6 @@ from rwkv_rev.cells.contract import detached
 from rwkv_rev.loss import add_gradients
 from rwkv_rev.reversal.host_copy import start_copy
 from rwkv_rev.reversal.tape import FlatRecord, Tape
-from rwkv_rev.stand_ins import StandIns
-from rwkv_rev.weight_product import WeightProduct
 
 if TYPE_CHECKING:
     from rwkv_rev.bptt.sweep import Sweep

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_rev import random_state
+from rwkv_rev.autograd.outside_leaves import Differentiated, OutsideLeaves
+from rwkv_rev.bptt.inference_tensors import ordinary, ordinary_state
 from rwkv_rev.bptt.language_model import LanguageModel
 from rwkv_rev.bptt.leaves import devices
 from rwkv_rev.bptt.uncached import uncached
@@ -22,11 +24,9 @@ from rwkv_rev.cells.mask import any_per_chunk
 from rwkv_rev.distributed.sharded_reading import gathered, go_along_with_calls
 from rwkv_rev.distributed.shards import refuse_sharded, refuse_zero3
 from rwkv_rev.errors import StrategyError
-from rwkv_rev.foreign_code import Strangers, refuse_unknown, strangers, strangers_at
-from rwkv_rev.inference_tensors import ordinary, ordinary_state
+from rwkv_rev.foreign.neftune import neftune_share
+from rwkv_rev.foreign.search import Strangers, refuse_unknown, strangers, strangers_at
 from rwkv_rev.loss import IGNORE, cross_entropy_gradients, sum_cross_entropy
-from rwkv_rev.neftune import neftune_share
-from rwkv_rev.outside_leaves import Differentiated, OutsideLeaves
 from rwkv_rev.state import ModelState
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from rwkv_rev.bptt.strategy import Chunk, LanguageModel, LossInputs
 from rwkv_rev.cells.block import BlockAdvanced, BlockAgain, ExactStates, FloatStates, Plans, flat
 from rwkv_rev.cells.contract import residual
 from rwkv_rev.errors import ContextParallelError
-from rwkv_rev.foreign_code import Strangers
+from rwkv_rev.foreign.search import Strangers
 from rwkv_rev.random_state import GeneratorStates
 from rwkv_rev.reversal.fingerprint import checksum, fingerprint
 from rwkv_rev.reversal.tape import Tape

@@ -31,6 +31,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from rwkv_rev.autograd.stand_ins import StandIns
 from rwkv_rev.bptt import cuda_graphs, lasting
 from rwkv_rev.bptt.backward_sweep import SweepResult, backward_sweep, no_sums
 from rwkv_rev.bptt.chunk_gradients import Parameters
@@ -62,13 +63,12 @@ from rwkv_rev.distributed.sharded_reading import gathered
 from rwkv_rev.distributed.shards import any_sharded, in_units, reshard
 from rwkv_rev.distributed.taking_part import zeros_for_missing
 from rwkv_rev.errors import StrategyError
-from rwkv_rev.foreign_code import Strangers
+from rwkv_rev.foreign.search import Strangers
 from rwkv_rev.loss import FinishedGradients, finished
 from rwkv_rev.remnants import choose_remnants
 from rwkv_rev.reversal.host_copy import start_copy
 from rwkv_rev.reversal.memory import Remnant
 from rwkv_rev.reversal.tape import Tape
-from rwkv_rev.stand_ins import StandIns
 from rwkv_rev.state import ModelState
 
 

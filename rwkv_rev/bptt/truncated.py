@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from rwkv_rev import random_state
+from rwkv_rev.autograd.outside_leaves import Differentiated, OutsideLeaves
+from rwkv_rev.autograd.stand_ins import StandIns
 from rwkv_rev.bptt.layers import by_layer
 from rwkv_rev.bptt.leaves import devices, float16_gradients, in_order, trainable
 from rwkv_rev.bptt.piece import over_the_group
@@ -23,10 +25,8 @@ from rwkv_rev.bptt.strategy import (
 )
 from rwkv_rev.bptt.uncached import uncached
 from rwkv_rev.bptt.unchanged import unchanged, watched
-from rwkv_rev.foreign_code import Strangers
+from rwkv_rev.foreign.search import Strangers
 from rwkv_rev.loss import FinishedGradients, add_gradients, scaled, sum_of, wide
-from rwkv_rev.outside_leaves import Differentiated, OutsideLeaves
-from rwkv_rev.stand_ins import StandIns
 from rwkv_rev.state import ModelState
 
 Found = tuple[Tensor, ModelState]

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch.nn.utils import parametrize
 
-from rwkv_rev.one_thread import one_thread
+from rwkv_rev.autograd.one_thread import one_thread
 
 
 @contextmanager

@@ -6,10 +6,10 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from rwkv_rev import adapters
 from rwkv_rev.bptt.language_model import LanguageModel
 from rwkv_rev.errors import ReversalMismatchError, StrategyError
-from rwkv_rev.foreign_code import Strangers
+from rwkv_rev.foreign import adapters
+from rwkv_rev.foreign.search import Strangers
 
 
 def watched(parameters: Sequence[Tensor], found: Strangers) -> list[Tensor]:

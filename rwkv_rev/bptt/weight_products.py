@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rwkv_rev.autograd.first_order import first_order
+from rwkv_rev.autograd.weight_product import WeightProduct
 from rwkv_rev.distributed.shards import is_sharded
-from rwkv_rev.first_order import first_order
-from rwkv_rev.weight_product import WeightProduct
 
 Add = Callable[[Sequence[int], Sequence[WeightProduct]], None]
 """Is given the index of a parameter and its gradient, to be added to what there is."""

@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rwkv_rev.autograd.first_order import first_order, refuse_transforms
 from rwkv_rev.cells.contract import Advanced, Replay, ReversibleCell, leaves
 from rwkv_rev.cells.exact_sums import ExactSums
 from rwkv_rev.cells.gates import norm_and_gate
 from rwkv_rev.cells.mask import ChunkMask
-from rwkv_rev.first_order import first_order, refuse_transforms
 from rwkv_rev.reversal.additive import Additive, NoRemnant, check_exponent
 from rwkv_rev.reversal.fingerprint import checksum
 from rwkv_rev.reversal.stepped import GridOverflowError

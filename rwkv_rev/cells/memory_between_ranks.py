@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rwkv_rev.autograd.first_order import first_order
 from rwkv_rev.distributed.context_group import ContextGroup
-from rwkv_rev.first_order import first_order
 
 
 def handed_in(start: Tensor, value: Tensor, group: ContextGroup) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_rev.first_order import transforms_of
+from rwkv_rev.autograd.first_order import transforms_of
 
 
 def moved(x: Tensor, to: Tensor, back: Tensor, empty: Tensor | None, unread: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_rev.first_order import first_order
+from rwkv_rev.autograd.first_order import first_order
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from rwkv_rev.autograd.first_order import first_order
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.token_checks import Token, Update, updated
-from rwkv_rev.first_order import first_order
 from rwkv_rev.reversal.bit_stack import BitStack
 from rwkv_rev.reversal.stepped import Stepped
 

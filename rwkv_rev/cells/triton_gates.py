@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkv_rev.first_order import first_order
+from rwkv_rev.autograd.first_order import first_order
 
 TOKENS = 16
 STEPS = 4

@@ -17,8 +17,8 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
+from rwkv_rev.autograd.first_order import first_order
 from rwkv_rev.distributed.context_group import ContextGroup
-from rwkv_rev.first_order import first_order
 
 
 class StatePiece(Protocol):

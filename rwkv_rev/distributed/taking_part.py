@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from rwkv_rev.autograd.outside_leaves import leaves_of
 from rwkv_rev.distributed.shards import in_a_group, in_units, is_sharded
-from rwkv_rev.outside_leaves import leaves_of
 
 
 @contextmanager

@@ -98,7 +98,7 @@ class FinetuneConfig:
         tune: ``full`` (everything), ``lora`` (low-rank additions, merged at the end) or ``state`` (RWKV-5 to 7: the
             initial state alone).
         quantise: of the frozen linear maps, for ``lora`` and ``state``: ``nf4`` (4 bits) or ``int8``, through
-            bitsandbytes (:mod:`rwkv_rev.quantised`). With ``lora`` the output is the adapter alone.
+            bitsandbytes (:mod:`rwkv_rev.foreign.quantised`). With ``lora`` the output is the adapter alone.
         lora_rank: rank of the additions.
         lora_alpha: their scale, divided by the rank; twice the rank when None.
         lora_dropout: share of their inputs that is dropped in training.

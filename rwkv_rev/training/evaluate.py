@@ -28,7 +28,7 @@ from rwkv_rev.counts import MOST
 from rwkv_rev.device import choose_device
 from rwkv_rev.distributed.sharded_reading import go_along_with_calls
 from rwkv_rev.errors import ConfigError, DataError
-from rwkv_rev.foreign_code import Strangers, strangers, strangers_at
+from rwkv_rev.foreign.search import Strangers, strangers, strangers_at
 from rwkv_rev.initial_states import activations
 from rwkv_rev.loading import load_tokenizer
 from rwkv_rev.loss import IGNORE, cross_entropy, sub_chunks
@@ -224,7 +224,7 @@ def evaluate_directory(
         device: auto, cpu or cuda.
         cache_dir: where tokenised data is kept; the user's cache when None.
         adapter: folder of a LoRA of this model, in peft's layout.
-        quantise: kind of linear maps in 4 or 8 bits (:mod:`rwkv_rev.quantised`).
+        quantise: kind of linear maps in 4 or 8 bits (:mod:`rwkv_rev.foreign.quantised`).
         progress: tell on stderr how far it is.
 
     Raises:

@@ -18,7 +18,7 @@ from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.errors import StrategyError
 from rwkv_rev.forecast import RECORDED_SHARE, StrategyForecast, runs_fused
 from rwkv_rev.forecast import forecast_memory as forecast_strategies
-from rwkv_rev.quantised import bytes_of
+from rwkv_rev.foreign.quantised import bytes_of
 from rwkv_rev.training.config import FinetuneConfig
 
 LEAST_SHARE = 0.6

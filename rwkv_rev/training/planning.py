@@ -26,8 +26,8 @@ from rwkv_rev.distributed.agreement import refuse_cells
 from rwkv_rev.errors import ConfigError, OutputError
 from rwkv_rev.folders.folder import refuse_links
 from rwkv_rev.folders.publish import refuse_unpublishable
+from rwkv_rev.foreign.quantised import refuse_unusable, stays
 from rwkv_rev.modeling import RwkvRevForCausalLM
-from rwkv_rev.quantised import refuse_unusable, stays
 from rwkv_rev.remnants import ChosenRemnants, choose_remnants, refuse_lifting
 from rwkv_rev.training.batches import BatchOrder
 from rwkv_rev.training.best import held_out_identity, refuse_other_evaluations

@@ -19,7 +19,7 @@ from torch import nn
 
 from rwkv_rev.architectures.registry import architecture, with_tuned_state
 from rwkv_rev.errors import RwkvRevError, StrategyError
-from rwkv_rev.quantised import numbers_in, restore
+from rwkv_rev.foreign.quantised import numbers_in, restore
 from rwkv_rev.training.lora_targets import has_addition, refuse_lora_targets
 
 if TYPE_CHECKING:

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rwkv_rev.autograd.first_order import first_order
 from rwkv_rev.exporting import exporting
-from rwkv_rev.first_order import first_order
 from rwkv_rev.wkv import linear_wkv4, naive
 from rwkv_rev.wkv.compaction import Compaction, kept_with
 from rwkv_rev.wkv.naive import EMPTY_EXPONENT, LOWEST_LOG_DECAY, arithmetic_dtype

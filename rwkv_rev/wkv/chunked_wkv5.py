@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_rev.first_order import first_order
+from rwkv_rev.autograd.first_order import first_order
 from rwkv_rev.wkv import naive
 from rwkv_rev.wkv.compaction import Compaction, kept_with
 from rwkv_rev.wkv.handover import Handover

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rwkv_rev.autograd.first_order import first_order
 from rwkv_rev.exporting import exporting
-from rwkv_rev.first_order import first_order
 from rwkv_rev.wkv.naive import arithmetic_dtype
 from rwkv_rev.wkv.sub_chunks import SUB_CHUNK as SUB_CHUNK
 from rwkv_rev.wkv.sub_chunks import join, length_for, split

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_rev.first_order import first_order
+from rwkv_rev.autograd.first_order import first_order
 from rwkv_rev.wkv.naive import arithmetic_dtype
 from rwkv_rev.wkv.sub_chunks import SUB_CHUNK as SUB_CHUNK
 from rwkv_rev.wkv.sub_chunks import join, length_for, pieces, split

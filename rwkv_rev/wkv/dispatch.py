@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rwkv_rev.autograd.first_order import refuse_transforms
 from rwkv_rev.errors import KernelError
-from rwkv_rev.first_order import refuse_transforms
 from rwkv_rev.wkv import trial
 from rwkv_rev.wkv.chunked_wkv5 import wkv5_plan as chunked_plan
 from rwkv_rev.wkv.handover import Handover as Wkv5Handover

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_rev.first_order import first_order
+from rwkv_rev.autograd.first_order import first_order
 
 LARGEST_EXPONENT = 30.0
 """Of u + k, either sign. exp(30) = 1e13: sums over 1e6 tokens and their inverses times gradients of 1e-18 stay

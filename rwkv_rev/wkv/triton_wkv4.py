@@ -34,8 +34,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkv_rev.autograd.first_order import first_order
 from rwkv_rev.errors import KernelError
-from rwkv_rev.first_order import first_order
 
 SEGMENT = 128
 BLOCK = 256

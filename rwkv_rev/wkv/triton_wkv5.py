@@ -41,8 +41,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkv_rev.autograd.first_order import first_order
 from rwkv_rev.errors import KernelError
-from rwkv_rev.first_order import first_order
 from rwkv_rev.wkv.compaction import kept_with, order_of
 from rwkv_rev.wkv.handover import Handover
 from rwkv_rev.wkv.triton_blocks import (

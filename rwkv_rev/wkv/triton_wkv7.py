@@ -49,8 +49,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkv_rev.autograd.first_order import first_order
 from rwkv_rev.errors import KernelError
-from rwkv_rev.first_order import first_order
 from rwkv_rev.wkv.relay import Relay
 from rwkv_rev.wkv.triton_blocks import load_rows, store_rows
 from rwkv_rev.wkv.triton_wkv7_gradients import (

@@ -3,8 +3,8 @@
 A chunk is computed without the tokens before it; all that it takes from them is the state. A hook or a module that
 somebody put into the model is therefore right in chunks only if it is *position-wise*: what it does to a token
 depends on that token's vector alone, not on where the token stands or what else is there. That cannot be seen from
-outside. PyTorch's own position-wise layers, adapters that were tested (:mod:`rwkv_rev.adapters`) and linear maps in 4
-and 8 bits (:mod:`rwkv_rev.quantised`) are known; everything else has to be declared with
+outside. PyTorch's own position-wise layers, adapters that were tested (:mod:`rwkv_rev.foreign.adapters`) and linear
+maps in 4 and 8 bits (:mod:`rwkv_rev.foreign.quantised`) are known; everything else has to be declared with
 :func:`rwkv_rev.position_wise`, and is refused by name until it is. Whose code it is goes by where it is defined
 (:mod:`rwkv_rev.code_origin`), on objects and on classes. Cells and blocks of one's own need no declaration: their
 contract (:mod:`rwkv_rev.cells.contract`) says what they do with a chunk.
@@ -19,16 +19,16 @@ from torch.nn.modules import module as module_globals
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from rwkv_rev import adapters, each_way, quantised
-from rwkv_rev.called_modules import below, foreign_tensors, never_called
+from rwkv_rev.autograd.one_thread import one_thread
 from rwkv_rev.cells.block import keeps_the_contract
 from rwkv_rev.cells.overridden import first_of_ours, overridden_alone
 from rwkv_rev.code_origin import defined_in, origin, patches, qualified_name
-from rwkv_rev.declared_code import MARK, class_of, is_declared, original
-from rwkv_rev.each_way import is_called_everywhere, replaced
 from rwkv_rev.errors import StrategyError
-from rwkv_rev.one_thread import one_thread
-from rwkv_rev.overriding import foreign_modes
+from rwkv_rev.foreign import adapters, each_way, quantised
+from rwkv_rev.foreign.called_modules import below, foreign_tensors, never_called
+from rwkv_rev.foreign.declared_code import MARK, class_of, is_declared, original
+from rwkv_rev.foreign.each_way import is_called_everywhere, replaced
+from rwkv_rev.foreign.overriding import foreign_modes
 
 LAYERS: frozenset[type] = frozenset(
     {
@@ -52,7 +52,7 @@ LAYERS: frozenset[type] = frozenset(
 """Layers of PyTorch that treat each position by itself."""
 
 HOOKS = ("torch.", "accelerate.", "transformers.integrations.neftune", "transformers.modeling_utils")
-"""Modules whose hooks are position-wise (NEFTune's: see :mod:`rwkv_rev.neftune`)."""
+"""Modules whose hooks are position-wise (NEFTune's: see :mod:`rwkv_rev.foreign.neftune`)."""
 
 SHARDING = ("torch.distributed.fsdp",)
 """Modules whose hooks and classes bring weights, and nothing else."""
@@ -61,7 +61,7 @@ _EVERY_MODULE = vars(nn.Module()).keys()
 _TOLD = frozenset({"forward", MARK})
 
 CALLED = ("embed", "initial_state", "normalize", "read", "run")
-"""Methods of a model that strategies call; of ours these and more (:mod:`rwkv_rev.each_way`)."""
+"""Methods of a model that strategies call; of ours these and more (:mod:`rwkv_rev.foreign.each_way`)."""
 
 _HOOK_KINDS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 

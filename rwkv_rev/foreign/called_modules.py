@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from rwkv_rev.overriding import is_foreign_tensor
+from rwkv_rev.foreign.overriding import is_foreign_tensor
 
 
 def _children(module: nn.Module, path: str = "") -> list[tuple[str, nn.Module]]:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from rwkv_rev.autograd.thread_notes import note, noted
 from rwkv_rev.errors import StrategyError
-from rwkv_rev.thread_notes import note, noted
 
 _lock = threading.RLock()
-_OWNER = "rwkv_rev.one_thread"
+_OWNER = "rwkv_rev.autograd.one_thread"
 """Under this name a thread has whose turn it works in. Autograd's own threads have it from who asks for a gradient."""
 _GRAD, _BACKWARD = torch.autograd.grad.__code__, torch.autograd.backward.__code__
 _LOOK = 0.05

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rwkv_rev.one_thread import one_thread
-from rwkv_rev.thread_notes import note, noted
+from rwkv_rev.autograd.one_thread import one_thread
+from rwkv_rev.autograd.thread_notes import note, noted
 
 _WITHHELD = "rwkv_rev.hooks_withheld"
 """Under this name a thread says so. Autograd's own threads have it from the one that asks for a gradient."""

@@ -3,7 +3,7 @@
 A tensor of a subclass is asked before a function that it is handed to (``__torch_function__``), or before each kernel
 that runs (``__torch_dispatch__``); a mode (``torch.overrides.TorchFunctionMode``,
 ``torch.utils._python_dispatch.TorchDispatchMode``) before all of them while it is on. Either can compute what it
-likes, such as a scale over all tokens of a call: code of others like any (:mod:`rwkv_rev.foreign_code`).
+likes, such as a scale over all tokens of a call: code of others like any (:mod:`rwkv_rev.foreign.search`).
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Code of others that was declared to treat each position by itself (:mod:`rwkv_rev.foreign_code` says what that is).
+"""Code of others that was declared to treat each position by itself (:mod:`rwkv_rev.foreign.search` says what it is).
 
 Declared is the very object, of which its mark keeps note: wrappers take over the attributes of what they wrap, and
 other closures of a factory share their code, but are other objects. A copy made by ``copy.deepcopy`` or ``pickle``

@@ -16,7 +16,7 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from rwkv_rev.cells.overridden import is_method, is_ours, of_every_way
 from rwkv_rev.code_origin import defined_in
-from rwkv_rev.declared_code import original
+from rwkv_rev.foreign.declared_code import original
 
 IN_A_MODEL = (
     "is not called by every strategy: put the code into a hook or a module inside the model, and declare that with "
