@@ -12,6 +12,7 @@ from rwkv_rev import RwkvRevForCausalLM, position_wise
 from rwkv_rev.base_model import RwkvRevModel
 from rwkv_rev.cells.block import Block
 from rwkv_rev.cells.channel_mix import ChannelMix
+from rwkv_rev.cells.contract import ReversibleCell
 from rwkv_rev.cells.overridden import overridden_alone
 from rwkv_rev.cells.stateless import StatelessCell
 from rwkv_rev.cells.time_mix_rwkv5 import TimeMixRwkv5
@@ -252,6 +253,21 @@ def test_a_block_that_overrides_one_way_alone() -> None:
     assert_refused(model, r"the overridden _replay of Mine at model\.blocks\.1")
 
 
+class OwnByHalves(ReversibleCell):
+    """A cell of one's own whose subclasses say how to go on."""
+
+    def step(self, x: Tensor, state: Any, mask: Any = None) -> Any:
+        raise NotImplementedError
+
+
+class Own(OwnByHalves):
+    def step(self, x: Tensor, state: Any, mask: Any = None) -> Any: ...
+    def advance(self, x: Tensor, state: Any, mask: Any = None) -> Any: ...
+    def replay(self, x: Tensor, state: Any, remnant: Any, mask: Any = None) -> Any: ...
+    def retreat(self, x: Tensor, state: Any, remnant: Any, mask: Any = None) -> Any: ...
+    def project(self, x: Tensor) -> Any: ...
+
+
 def test_which_cells_are_whole() -> None:
     steps = ("step", "advance", "replay", "retreat")
     memories = ("update", "advance_memory", "retreat_memory")
@@ -264,6 +280,11 @@ def test_which_cells_are_whole() -> None:
         (TimeMixRwkv5, memories[:2], "update"),
         (StatelessCell, ("compute",), None),
         (StatelessCell, ("step",), "step"),
+        (Own, ("step",), "step"),
+        (Own, ("retreat", "advance"), "advance"),
+        (Own, steps, None),
+        (Own, ("project",), None),
+        (OwnByHalves, steps[1:], None),
     ):
         assert overridden_alone(subclass(base, *names)) == expected, names
     for own in (TimeMixRwkv5, Block, nn.Linear):

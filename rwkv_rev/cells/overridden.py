@@ -1,7 +1,7 @@
 """Which methods of cells and blocks every way through a chunk calls: stepping, both sweeps, and all again.
 
-A subclass of a cell of ours that overrides one way through a chunk alone computes other numbers in that one. Cells that
-keep the contract by methods of their own are not looked at: what these have to agree in is the contract's.
+A subclass of a cell that overrides one way through a chunk alone computes other numbers in that one. What the ways of a
+class by itself have to agree in is the contract's.
 """
 
 from functools import lru_cache
@@ -44,7 +44,7 @@ def of_every_way(layer: type, name: str) -> bool:
 
 
 def overridden_alone(layer: type) -> str | None:
-    """A method of a cell or a block of ours that a subclass overrides without those that do the same in other ways."""
+    """A method of a cell or a block that a subclass overrides without those that do the same in other ways."""
     if is_ours(layer) or not issubclass(layer, ResidualBlock | ReversibleCell):
         return None
     if issubclass(layer, ResidualBlock):
@@ -54,12 +54,27 @@ def overridden_alone(layer: type) -> str | None:
         )
     steps = _filled_in(layer, _STEPS)
     if not any(steps.values()):
-        return None
+        return _newer_alone(layer)
     memories = _filled_in(layer, _MEMORIES) if hasattr(layer, "advance_memory") else {}
     looked_at = steps | _filled_in(layer, _STATES)
     if any(memories.values()):
         looked_at |= memories | _filled_in(layer, _OF_MEMORIES)
     return next((name for name, ours in looked_at.items() if not ours), None)
+
+
+def _newer_alone(layer: type) -> str | None:
+    """A step through a chunk that a class of others has anew, beside steps that are still those of its base."""
+    filled_in = {}
+    for name in _STEPS:
+        holders = [base for base in layer.__mro__ if name in vars(base) and not is_ours(base)]
+        if holders:
+            filled_in[name] = holders
+    for name, (newest, *older) in filled_in.items():
+        if not any(not getattr(vars(base)[name], "__isabstractmethod__", False) for base in older):
+            continue  # filled in here
+        if any(holder is not newest and issubclass(newest, holder) for holder, *_ in filled_in.values()):
+            return name
+    return None
 
 
 def first_of_ours(layer: type) -> Any:
