@@ -358,5 +358,7 @@ def _handed(head: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The precision of losses and sums: float32, or float64 for float64."""
+    """The precision of losses and sums: float32, or float64 for float64; of complex numbers two of these."""
+    if dtype.is_complex:
+        return torch.complex128 if dtype == torch.complex128 else torch.complex64
     return torch.float64 if dtype == torch.float64 else torch.float32
