@@ -221,7 +221,8 @@ def naive_recomputed() -> Iterator[None]:
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
     """Root mean square of the difference over that of ``truth``; 0 where both are zero."""
-    value, truth = value.detach().double(), truth.detach().double()
+    dtype = torch.complex128 if truth.is_complex() else torch.float64
+    value, truth = value.detach().to(dtype), truth.detach().to(dtype)
     error, size = (value - truth).norm(), truth.norm()
     return 0.0 if error == 0 else float(error / size)
 
