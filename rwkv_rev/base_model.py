@@ -135,7 +135,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
     @property
     def gradient_checkpointing(self) -> bool:
         """Whether blocks keep only their inputs in training, and are computed again when their gradient is taken."""
-        return any(block.recompute is not None for block in self.typed_blocks())
+        return any(getattr(block, "recompute", None) is not None for block in self.blocks)
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, enable: bool) -> None:

@@ -101,6 +101,7 @@ class Deferred(Tensor):
         depends_on: Callable[[], list[Tensor]],
     ) -> "Deferred":
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        torch._C._set_throw_on_mutable_data_ptr(self)  # to_dlpack asks nobody, and would hand out no memory
         self._make, self._depends_on, tensors = make, depends_on, depends_on()
         self._before = _marks(tensors), _samples(tensors)
         return self
@@ -111,6 +112,11 @@ class Deferred(Tensor):
             if _marks(tensors) != marks or not _same(_samples(tensors), samples):
                 raise StrategyError(HAS_CHANGED.format(what=""))
             logits = self._make()
+            if logits.shape != self.size():
+                raise StrategyError(
+                    f"the output layer gives logits of {logits.shape[-1]} numbers, and by its out_features or the "
+                    f"configuration's vocab_size they would have {self.size(-1)}: pass return_logits=True"
+                )
             self._make, self._depends_on, self._before = lambda: logits, list, None
         return self._make()
 
@@ -181,7 +187,7 @@ def loss_and_logits(
     def depends_on() -> list[Tensor]:
         return [*model.parameters(), *model.buffers(), *([] if embeds is None else [embeds])]
 
-    shape = (*inputs.targets.shape, model.config.vocab_size)
+    shape = (*inputs.targets.shape, getattr(model.head, "out_features", model.config.vocab_size))
     return result, Deferred(make, shape, dtype, inputs.targets.device, depends_on)
 
 

@@ -41,10 +41,12 @@ def declared(method: Callable[..., Any]) -> Any:
     return position_wise(lambda *given, **named: larger(method(*given, **named)))
 
 
-def assert_refused(model: RwkvRevForCausalLM, words: str, *, logits: bool = True) -> None:
+def assert_refused(
+    model: RwkvRevForCausalLM, words: str, *, logits: bool = True, works: str = f".*{WORKS}"
+) -> None:
     """With labels; a loss of one's own is that of the whole graph."""
     for strategy in CHUNKED:
-        with pytest.raises(StrategyError, match=words + ".*" + WORKS) as error:
+        with pytest.raises(StrategyError, match=words + works) as error:
             differentiate(model, strategy, CHUNK, input_ids=IDS)
         assert "\n" not in str(error.value)
     if logits:
@@ -251,6 +253,57 @@ def test_a_block_that_overrides_one_way_alone() -> None:
     model = model_of()
     model.model.blocks[1].__class__ = subclass(Block, "_replay")
     assert_refused(model, r"the overridden _replay of Mine at model\.blocks\.1")
+
+
+class Around(nn.Module):
+    """What people put around a layer."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        return larger(self.inner(*given, **named))
+
+
+@pytest.mark.parametrize("as_declared", [False, True], ids=["undeclared", "declared"])
+@pytest.mark.parametrize("place", ["blocks.1", "blocks.1.time_mix", "blocks.1.channel_mix"])
+def test_a_module_around_a_layer(place: str, as_declared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It trains under ``full``, with activation checkpointing too."""
+    model, kind = model_of(), type("Around", (Around,), {})
+    if as_declared:
+        position_wise(kind)
+    model.model.set_submodule(place, kind(model.model.get_submodule(place)))
+    assert_refused(
+        model,
+        rf"Around at model\.{place} .*stands in the place of a whole block or cell, .* a hook on",
+        works="",
+    )
+
+
+@pytest.mark.parametrize("place", ["blocks.1", "blocks.1.channel_mix"])
+def test_an_identity_is_no_layer(place: str) -> None:
+    model = model_of()
+    model.model.set_submodule(place, nn.Identity())
+    with (
+        model.set_bptt("reversible", chunk_length=CHUNK),
+        pytest.raises(StrategyError, match="is left out by"),
+    ):
+        model(IDS, labels=IDS)
+    model.model.blocks = nn.ModuleList([model.model.blocks[0]])
+    full = differentiate(model, "full", input_ids=IDS)
+    assert_agree(differentiate(model, "reversible", CHUNK, input_ids=IDS), full, AGREE)
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre"])
+def test_a_hook_on_the_base_model(kind: str) -> None:
+    model = model_of()
+    getattr(model.model, f"register_{kind}_hook")(position_wise(lambda *_: None))
+    assert_refused(
+        model,
+        "the hook .* on model is not called by every strategy.*: put it on the model with the head",
+        works="",
+    )
 
 
 class OwnByHalves(ReversibleCell):

@@ -149,10 +149,6 @@ STRANGE: dict[str, tuple[Callable[[RwkvRevForCausalLM], Any], str]] = {
         lambda m: m.blocks[0].ln1.register_full_backward_pre_hook(lambda m, a: None),
         r"hook .*lambda.* on model\.blocks\.0\.ln1",
     ),
-    "hook on the base model": (
-        lambda m: m.model.register_forward_hook(rwkv_rev.position_wise(lambda m, a, o: None)),
-        r"hook .*lambda.* on model ",
-    ),
     "global hook": (global_hook, r"the global hook .*lambda"),
     "replaced forward": (replaced_forward, r"replaced forward of model\.blocks\.0"),
     "batch norm": (

@@ -257,3 +257,27 @@ def test_logits_beside_hidden_states() -> None:
     model = tiny_model("5.2").eval()
     output = model(IDS, labels=IDS, output_hidden_states=True)
     torch.testing.assert_close(output.logits, model(IDS).logits)
+
+
+@torch.no_grad()
+def test_memory_that_is_not_there_is_not_handed_out() -> None:
+    """``to_dlpack`` asks no subclass of a tensor: its process crashed, or read other numbers."""
+    model = tiny_model("5.2").eval()
+    logits = model(IDS, labels=IDS).logits
+    with pytest.raises(RuntimeError, match="data pointer"):
+        torch.utils.dlpack.to_dlpack(logits)
+    assert torch.equal(torch.from_dlpack(logits), model(IDS).logits)
+
+
+@torch.no_grad()
+def test_an_output_layer_of_another_size() -> None:
+    model = tiny_model("5.2").eval()
+    model.head = torch.nn.Linear(16, 40)
+    logits = model(IDS, labels=IDS).logits
+    assert logits.shape == (*IDS.shape, 40)
+    assert torch.equal(logits + 0, model(IDS).logits)
+    model.head = torch.nn.Sequential(model.head)  # which does not say how many numbers it gives
+    logits = model(IDS, labels=IDS).logits
+    with pytest.raises(StrategyError, match=r"gives logits of 40 numbers.* 32: pass return_logits=True"):
+        logits.argmax(-1)
+    assert model(IDS, labels=IDS, return_logits=True).logits.shape == (*IDS.shape, 40)

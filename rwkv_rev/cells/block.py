@@ -257,7 +257,13 @@ def _unwrapped(cell: nn.Module) -> ReversibleCell:
     """The cell inside of what adapters put around it."""
     if isinstance(cell, ReversibleCell):
         return cell
-    return next(part for part in cell.modules() if isinstance(part, ReversibleCell))
+    for part in cell.modules():
+        if isinstance(part, ReversibleCell):
+            return part
+    raise ConfigError(
+        f"{type(cell).__name__} is no cell, and stands where one belongs: a layer is left out by taking its block out "
+        "of the model's blocks"
+    )
 
 
 def checksums(stream: Stream) -> Tensor:

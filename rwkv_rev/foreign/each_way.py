@@ -26,7 +26,19 @@ IN_A_CELL = (
     "is not called by every strategy: put the code into a hook or a module inside the model, declared with "
     "rwkv_rev.position_wise(...), or write a cell with its own step, advance, replay and retreat"
 )
-OBJECTIONS = (IN_A_MODEL, IN_A_CELL)
+ON_THE_BASE = (
+    "is not called by every strategy, which call its layers one by one: put it on the model with the head, on a block "
+    "or on the final norm"
+)
+IN_PLACE_OF_A_LAYER = (
+    "stands in the place of a whole block or cell, which the sweeps take apart: use bptt='full', or put your code into "
+    "a hook on the block or cell, or around a linear map inside of it, declared with rwkv_rev.position_wise(...)"
+)
+NO_LAYER = (
+    "is no block and no cell, and stands where one belongs: a layer is left out by taking its block out of the model's "
+    "blocks"
+)
+OBJECTIONS = (IN_A_MODEL, IN_A_CELL, ON_THE_BASE, IN_PLACE_OF_A_LAYER, NO_LAYER)
 """These say what works."""
 
 DECLARABLE = frozenset({"initial_state"})
