@@ -4,7 +4,7 @@ A block goes through a chunk in the same three ways as its cells (:mod:`rwkv_rev
 differentiable, exact without graph, and with graph from an exact state before or after the chunk.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -303,3 +303,15 @@ def keeps_the_contract(layer: type[nn.Module]) -> bool:
     return any(
         issubclass(layer, base) and layer.forward is base.forward for base in (ReversibleCell, ResidualBlock)
     )
+
+
+def in_place_of_layers(blocks: Iterable[nn.Module]) -> dict[int, bool]:
+    """Identities of modules that are no block or cell where one belongs: whether one is inside, as of wrappers."""
+    expected: list[tuple[nn.Module, type[nn.Module]]] = [(block, ResidualBlock) for block in blocks]
+    whole = [block for block, _ in expected if isinstance(block, ResidualBlock)]
+    expected += [(cell, ReversibleCell) for block in whole for cell in block.cells]
+    return {
+        id(module): any(isinstance(part, kind) for part in module.modules())
+        for module, kind in expected
+        if not isinstance(module, kind)
+    }

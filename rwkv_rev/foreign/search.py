@@ -20,8 +20,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from rwkv_rev.autograd.one_thread import one_thread
-from rwkv_rev.cells.block import ResidualBlock, keeps_the_contract
-from rwkv_rev.cells.contract import ReversibleCell
+from rwkv_rev.cells.block import in_place_of_layers, keeps_the_contract
 from rwkv_rev.cells.overridden import first_of_ours, overridden_alone
 from rwkv_rev.code_origin import defined_in, origin, patches, qualified_name
 from rwkv_rev.errors import StrategyError
@@ -123,14 +122,14 @@ def _strangers(model: nn.Module) -> Strangers:
             _sort(code, f"{type(model).__name__}.{name}", found, adapters.UNKNOWN)
     _sort_methods_of_model(model, found, inside=False)
     base = getattr(model, "base_model", None)  # whose forward the sweeps do not call
-    misplaced = _in_place_of_layers(model)
+    misplaced = in_place_of_layers(getattr(model, "blocks", ()))
     layers: set[type] = set()
     for path, module in below(model):
         layers.add(type(module))
         writes |= bool(vars(module).get("inplace"))
         if id(module) in misplaced and not adapters.is_of_peft(type(module)):
-            objection = each_way.IN_PLACE_OF_A_LAYER if _has_a_layer(module) else each_way.NO_LAYER
-            found.unknown.append(Stranger(f"{class_of(module).__name__} at {path}", objection))
+            why = each_way.IN_PLACE_OF_A_LAYER if misplaced[id(module)] else each_way.NO_LAYER
+            found.unknown.append(Stranger(f"{class_of(module).__name__} at {path}", why))
         if _is_known(module):
             if module._buffers:
                 found.buffers.extend(buffer for buffer in module._buffers.values() if buffer is not None)
@@ -287,20 +286,6 @@ def _is_trainable(value: object) -> bool:
 @lru_cache(maxsize=256)
 def _is_own(layer: type) -> bool:
     return layer in LAYERS or (layer.__module__.startswith("rwkv_rev.") and origin(layer) != "")
-
-
-def _in_place_of_layers(model: Any) -> set[int]:
-    """Identities of modules that are no block or no cell where a model has one, such as wrappers of them."""
-    blocks = list(getattr(model, "blocks", ()))
-    found = {id(block) for block in blocks if not isinstance(block, ResidualBlock)}
-    for block in blocks:
-        if isinstance(block, ResidualBlock):
-            found.update(id(cell) for cell in block.cells if not isinstance(cell, ReversibleCell))
-    return found
-
-
-def _has_a_layer(module: nn.Module) -> bool:
-    return any(isinstance(part, ResidualBlock | ReversibleCell) for part in module.modules())
 
 
 def _norms_of_tokens(layer: type) -> tuple[str, ...]:
