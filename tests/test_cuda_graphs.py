@@ -184,6 +184,24 @@ def test_replays_are_what_would_have_run(
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("strategy", ["reversible", "checkpoint"])
+def test_what_draws_is_not_recorded(played: Callable[[bool], None], strategy: str) -> None:
+    """A replay would draw what its recording drew; the same numbers come again in both sweeps."""
+    model, ids = tiny_model("5.2", dtype=torch.float64), random_tokens(LENGTH, 2)
+    model.blocks[1].ln2 = torch.nn.Sequential(model.blocks[1].ln2, torch.nn.Dropout(0.5))
+    found = []
+    for on in (False, True):
+        played(on)
+        torch.manual_seed(0)
+        found.append(differentiate(model, strategy, CHUNK, input_ids=ids))
+        assert Played.replays == 0
+    for name, gradient in found[0].gradients.items():
+        assert torch.equal(found[1].gradients[name], gradient), name
+    model.blocks[1].ln2[1].p = 0.0
+    differentiate(model, strategy, CHUNK, input_ids=ids)
+    assert Played.replays > 0
+
+
 def test_layouts_are_made_before_a_recording(
     played: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
