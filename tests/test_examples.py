@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from bptt_cases import tiny_model
+from pasted import blocks
 
 import rwkv_rev
 from rwkv_rev.cache import CACHE_NAME
@@ -60,6 +62,32 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["answer"].shape[1] > names["question_ids"].shape[1]
 
 
+@pytest.mark.parametrize("version", ["4", "5.2", "6", "7"])
+def test_the_readmes_hook_steers_every_version(version: str) -> None:
+    """By what it adds to the block's output, with the gradient of ``full``."""
+    (code,) = (block for block in blocks("README.md") if "def steer" in block)
+    model = tiny_model(version, num_hidden_layers=4, dtype=torch.float64)
+    ids = torch.randint(0, model.vocab_size, (2, 11))
+
+    def outcome(strategy: str) -> list[torch.Tensor]:
+        with model.set_bptt(strategy, chunk_length=4):
+            loss = model(ids, labels=ids).loss
+            return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+    def steered(module: Any, args: Any, output: Any) -> Any:
+        hidden, *rest = output
+        if isinstance(hidden, tuple):
+            return ((hidden[0] + 0.1, *hidden[1:]), *rest)
+        return (hidden + 0.1, *rest)
+
+    by_hand = model.model.blocks[3].register_forward_hook(steered)
+    expected = outcome("full")
+    by_hand.remove()
+    exec(code, {"rwkv_rev": rwkv_rev, "model": model})
+    for strategy in ("full", "checkpoint", "reversible"):
+        torch.testing.assert_close(outcome(strategy), expected, rtol=1e-9, atol=1e-11)
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """What docs/python.md leaves behind, and the folder in which it ran."""
@@ -72,7 +100,7 @@ def test_python_page(page: tuple[dict[str, Any], Path], monkeypatch: pytest.Monk
     names, place = page
     monkeypatch.chdir(place)
     assert names["ids"].shape[1] > 2 * 128
-    assert names["error"] < 1e-5
+    assert names["error"] < 1e-5 and names["adapter_error"] < 1e-5
     assert names["merged"].config.vocab_size == 256 and Path("merged/model.safetensors").exists()
     assert names["state"].wkv.grad.any()
     assert names["found"]["eval_accuracy"] > 0.3
