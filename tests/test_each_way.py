@@ -281,6 +281,27 @@ def test_a_module_around_a_layer(place: str, as_declared: bool, monkeypatch: pyt
     )
 
 
+class HandingOn(Around):
+    def __getattr__(self, name: str) -> Any:
+        inner = self._modules["inner"]
+        return inner if name == "inner" else getattr(inner, name)
+
+
+@pytest.mark.parametrize("place", ["blocks.1", "blocks.1.time_mix", "blocks.1.channel_mix"])
+def test_a_module_around_a_layer_that_hands_on_its_attributes(place: str) -> None:
+    model = model_of()
+    model.model.set_submodule(place, HandingOn(model.model.get_submodule(place)))
+    with (
+        model.set_bptt("reversible", chunk_length=CHUNK),
+        pytest.raises(StrategyError, match="position_wise"),
+    ):
+        model(IDS, labels=IDS)
+    position_wise(model.model.get_submodule(place))
+    full = differentiate(model, "full", input_ids=IDS)
+    for strategy in ("checkpoint", "reversible"):
+        assert_agree(differentiate(model, strategy, CHUNK, input_ids=IDS), full, AGREE)
+
+
 @pytest.mark.parametrize("place", ["blocks.1", "blocks.1.channel_mix"])
 def test_an_identity_is_no_layer(place: str) -> None:
     model = model_of()

@@ -306,12 +306,15 @@ def keeps_the_contract(layer: type[nn.Module]) -> bool:
 
 
 def in_place_of_layers(blocks: Iterable[nn.Module]) -> dict[int, bool]:
-    """Identities of modules that are no block or cell where one belongs: whether one is inside, as of wrappers."""
+    """Identities of modules that are no block or cell where one belongs: whether one is inside, as of wrappers.
+
+    A wrapper that hands on the attributes of what it wraps is as good as that.
+    """
     expected: list[tuple[nn.Module, type[nn.Module]]] = [(block, ResidualBlock) for block in blocks]
     whole = [block for block, _ in expected if isinstance(block, ResidualBlock)]
     expected += [(cell, ReversibleCell) for block in whole for cell in block.cells]
     return {
         id(module): any(isinstance(part, kind) for part in module.modules())
         for module, kind in expected
-        if not isinstance(module, kind)
+        if not isinstance(module, kind) and not hasattr(module, "lift")
     }
