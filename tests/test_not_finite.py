@@ -1,0 +1,59 @@
+"""Models whose weights hold NaN: what the commands say."""
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import rwkv_rev
+from rwkv_rev.errors import CheckpointError
+from rwkv_rev.sampling import Sampling
+from rwkv_rev.tokenization import RwkvByteTokenizer
+
+Cli = Callable[..., tuple[int, str, str]]
+REFUSED = "error: the model's logits are not finite, so no token can be chosen"
+
+
+@pytest.fixture
+def broken(bundled: dict[str, Path], tmp_path: Path) -> Path:
+    """A model folder one of whose weights is NaN."""
+    folder = tmp_path / "broken"
+    shutil.copytree(bundled["5.2"], folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.blocks.0.channel_mix.key.weight"][0, 0] = math.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("drawn", [("--temperature", 0), ("--seed", 1), ("--seed", 1, "--top-k", 3)])
+def test_generate_says_so(cli: Cli, broken: Path, drawn: tuple[Any, ...]) -> None:
+    code, _, err = cli("generate", broken, "--prompt", "a", "--max-new-tokens", 3, "--no-stream", *drawn)
+    assert code == 1 and err.startswith(REFUSED) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_chat_says_so(broken: Path, temperature: float) -> None:
+    talk = rwkv_rev.chat(broken, device="cpu")
+    with pytest.raises(CheckpointError, match="logits are not finite"):
+        talk.say("Hello", Sampling(temperature), max_new_tokens=3)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0), Sampling(), Sampling(0.5, 0.9, 3, 1.0, 1.0)])
+def test_which_logits_are_refused(sampling: Sampling) -> None:
+    processors: Any = sampling.processors(RwkvByteTokenizer())
+    said = torch.zeros(1, 0, dtype=torch.int64)
+    for wrong in (math.nan, math.inf):
+        logits = torch.zeros(1, 256)
+        logits[0, 7] = wrong
+        with pytest.raises(CheckpointError, match="logits are not finite"):
+            processors(said, logits)
+    with pytest.raises(CheckpointError, match="logits are not finite"):
+        processors(said, torch.full((1, 256), -math.inf))
+    allowed = torch.full((1, 256), -math.inf)
+    allowed[0, 7] = 1.0  # what forbids tokens leaves the others
+    assert sampling.choose(processors(said, allowed)) == 7
