@@ -10,6 +10,7 @@ from rwkv_rev.equivalence.gradients import GradientCheck
 from rwkv_rev.equivalence.logits import LogitComparison
 from rwkv_rev.equivalence.reversal import ReversalCheck
 from rwkv_rev.equivalence.weights import WeightComparison
+from rwkv_rev.json_text import finite
 from rwkv_rev.printable import counted
 from rwkv_rev.tables import aligned, wrapped
 
@@ -253,15 +254,11 @@ def _row_dict(row: Row, unit: str) -> dict[str, Any]:
     return {
         "oracle": row.oracle,
         "tokens": c.tokens,
-        **_finite(figures),
+        **finite(figures),
         "tolerance": row.tolerance,
-        "float64": None if row.float64 is None else _finite(asdict(row.float64)),
+        "float64": None if row.float64 is None else finite(asdict(row.float64)),
         "passed": row.passed,
     }
-
-
-def _finite(figures: dict[str, float | None]) -> dict[str, float | None]:
-    return {name: None if v is None or not math.isfinite(v) else v for name, v in figures.items()}
 
 
 def _cells(row: Row) -> tuple[str, ...]:
