@@ -164,7 +164,7 @@ class GradientCheck:
             if s.in_float64 is not None and s.failure is None
         ]
         prose += [
-            f"{s.name}: not run, this model does not allow it (--json says why)"
+            f"{s.name}: not run: {s.refusal.removeprefix(f'{s.name} ')}"
             for s in self.strategies
             if s.refusal is not None
         ]
