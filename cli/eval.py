@@ -29,6 +29,7 @@ def eval(
     data: Annotated[
         list[str],
         typer.Option(
+            metavar="SOURCE",
             help="Files, folders, globs or hf:owner/name, of the kinds that finetune reads; repeatable.",
             show_default=False,
         ),

@@ -171,7 +171,7 @@ class GradientCheck:
         if self.failure is not None:
             prose.append(f"gradients: FAIL, {self.failure}")
         title = (
-            f"gradients over {self.context} tokens in chunks of {self.chunk}, non-zero initial state, gradient at "
+            f"gradients over {self.context:,} tokens in chunks of {self.chunk:,}, non-zero initial state, gradient at "
             "the final state; error against float64 back-propagation through the naive scan"
         )
         return [*wrapped(title), *table, *(line for text in prose for line in wrapped(text))]

@@ -236,7 +236,7 @@ class Report:
             more = len(weights.different) - 3
             return f"weights: FAIL, differ: {shown}" + (f" and {more} more" if more > 0 else "")
         if self.own_values:
-            return f"weights: {weights.tensors} tensors, its own; another original there is none of"
+            return f"weights: {weights.tensors} tensors, its own values; there is no other original"
         rounded = f" rounded to {_dtype_name(weights.rounded_to)}" if weights.rounded_to else ""
         return f"weights: {weights.tensors} tensors, every value the original's{rounded}"
 
