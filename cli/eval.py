@@ -1,5 +1,6 @@
 """``rwkv-rev eval``: does a long context help?"""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -28,6 +29,7 @@ def eval(
     data: Annotated[
         list[str],
         typer.Option(
+            metavar="SOURCE",
             help="Files, folders, globs or hf:owner/name, of the kinds that finetune reads; repeatable.",
             show_default=False,
         ),
@@ -115,6 +117,12 @@ def eval(
     )
     for text in result.notes:
         out.note(f"warning: {text}")
+    if not math.isfinite(result.total.nats):
+        where = ", ".join(bucket.name for bucket in result.buckets if not math.isfinite(bucket.nats))
+        out.note(
+            f"warning: the score is not finite at positions {where}: weights of the model hold NaN or infinity, or its "
+            "training diverged"
+        )
     if as_json:
         out.print_json(result.to_dict())
     else:

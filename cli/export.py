@@ -11,7 +11,7 @@ from rwkv_rev.cli.options import refuse_both_prints, shard_size
 from rwkv_rev.cli.stopping import telling_if_stopped
 from rwkv_rev.folders.folder import refuse_no_model
 from rwkv_rev.folders.safe_output import check_output
-from rwkv_rev.printable import printable
+from rwkv_rev.printable import counted, printable
 
 
 def export(
@@ -52,6 +52,11 @@ def export(
         result = run(directory, output, to=to, force=force, max_shard_size=max_shard_size)
     if result.note:
         out.note(f"note: {result.note}")
+    if result.not_finite:
+        more = f" and {counted(len(result.not_finite) - 1, 'more tensor')}" if result.not_finite[1:] else ""
+        out.note(
+            f"warning: {result.not_finite[0]}{more}: NaN or infinity, written as it is; training diverged?"
+        )
     if as_json:
         out.print_json(result.to_dict())
     elif quiet:

@@ -18,17 +18,19 @@ BEYOND = "beyond the loaded program"
 """What is forecast and what is reported: the most that weights, gradients, optimizer and graph take at once."""
 Text = str | None
 Number = int | None
+Texts = list[str] | None
 
 
 def finetune(
     model: Annotated[
-        str | None, typer.Argument(metavar="[DIR]", help="A converted or fine-tuned model folder.")
+        Text, typer.Argument(metavar="[DIR]", help="A model folder; --config FILE may name it instead.")
     ] = None,
     data: Annotated[
-        list[str] | None,
+        Texts,
         typer.Option(
+            metavar="SOURCE",
             help="Files, folders, globs or hf:owner/name; repeatable. Read: .txt .md .rst .py .jsonl .json .csv "
-            "(each also .gz), .parquet, .bin/.idx, folders of datasets.save_to_disk."
+            "(each also .gz), .parquet, .bin/.idx, folders of datasets.save_to_disk.",
         ),
     ] = None,
     output: Annotated[Text, typer.Option(help="The model folder to make.")] = None,
@@ -138,12 +140,12 @@ def finetune(
     seed: Annotated[
         Number, typer.Option(parser=whole(), metavar="N", help="Of data order and new parameters.  [0]")
     ] = None,
-    eval_data: Annotated[list[str] | None, typer.Option(help="Held-out data; repeatable.")] = None,
+    eval_data: Annotated[Texts, typer.Option(metavar="SOURCE", help="Held-out data; repeatable.")] = None,
     eval_every: Annotated[
         Number, typer.Option(parser=whole(), metavar="N", help="Steps between evaluations.")
     ] = None,
     sample_prompt: Annotated[
-        list[str] | None,
+        Texts,
         typer.Option(
             metavar="TEXT|@FILE", help="Show what the model makes of it at each evaluation; repeatable."
         ),
@@ -193,7 +195,7 @@ def finetune(
         Path | None, typer.Option(metavar="FILE.yaml", help="Settings; options here win over it.")
     ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; repeatable.")
+        Texts, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; repeatable.")
     ] = None,
     push_to_hub: Annotated[Text, typer.Option(metavar="OWNER/NAME", help="Upload the result.")] = None,
     force: Annotated[
@@ -308,15 +310,12 @@ def _print_plan(planned: Any, as_json: bool) -> None:
             "tokens": f"{data['tokens']:,}, of which {data['loss_tokens']:,} with loss "
             f"(shortest document {data['shortest']:,}, longest {data['longest']:,})",
             "rows": f"{data['rows']:,}",
-            "padding": f"{data['padding_share']:.1%}",
+            "padding": f"{100 * data['padding_share']:.1f} %",
         },
     )
     memory = values["memory"]
-    kept = (
-        "; on the CPU up to 1.8 times that, its allocator keeps freed blocks"
-        if planned.device == "cpu"
-        else ""
-    )
+    freed = "; on the CPU up to 1.8 times that, its allocator keeps freed blocks"
+    kept = freed if planned.device == "cpu" else ""
     out.print_fields(
         "\nForecast",
         {

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rwkv_rev.errors import OutputError
+from rwkv_rev.json_text import json_text
 from rwkv_rev.printable import MOST_LINE, printable, shortened
 from rwkv_rev.tables import WIDTH, folded, wrapped
 
@@ -79,9 +80,9 @@ def print_fields(title: str, fields: dict[str, object]) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON document on stdout."""
+    """Print one JSON document on stdout; numbers that are not finite become ``null``."""
     ascii_only = not (sys.stdout.encoding or "").lower().startswith("utf")
-    text = json.dumps(value, indent=2, ensure_ascii=ascii_only, default=str)
+    text = json_text(value, indent=2, ensure_ascii=ascii_only, default=str)
     if not text.replace(
         "\n", ""
     ).isprintable():  # JSON itself escapes the control characters below the space only

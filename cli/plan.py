@@ -127,7 +127,7 @@ def _print(found: "Combinations", context: int) -> None:
                 _tokens(one.step.chunk),
                 f"{one.tokens_per_second:,.0f}",
                 f"{one.total:,.1f}" if one.total < 1000 else f"{one.total:,.0f}",
-                f"{one.communication:.0%}",
+                f"{100 * one.communication:.0f} %",
                 out.human_bytes(one.reserved),
                 out.human_bytes(one.tape_of_a_host),
             )

@@ -93,7 +93,7 @@ def load(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a model folder anew, in which every context begins with a state.
+    """Write a model folder whose contexts begin with a state.
 
     Every weight stays as it is; a state that DIR has is replaced. Without a new folder: generate --state.
 

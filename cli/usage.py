@@ -1,7 +1,10 @@
 """Usage errors in one line: what is wrong with the words of a command, and what would work."""
 
 import difflib
+import re
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import typer
@@ -21,6 +24,17 @@ class Command(TyperCommand):
             if times > 1 and param.param_type_name == "option" and not getattr(param, "multiple", False):
                 raise typer.BadParameter(f"it is given {times} times; give it once", ctx=ctx, param=param)
         return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """What may be given several times is shown as ``<path>``, as elsewhere, not as ``<list[Path]>``."""
+        for param in self.params:
+            if (shown := getattr(param, "display_type", None)) is not None:  # typer's, of some versions
+                setattr(param, "display_type", partial(_of_one, shown))  # noqa: B010 (another one for this object)
+        super().format_help(ctx, formatter)
+
+
+def _of_one(shown: Callable[[Any], str], ctx: Any) -> str:
+    return re.sub(r"list\[(\w+)\]", lambda kind: kind[1].lower(), shown(ctx))
 
 
 def told(error: Any) -> str:

@@ -25,6 +25,7 @@ from rwkv_rev.arguments import checked
 from rwkv_rev.configuration import RwkvRevConfig
 from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.converters.names import HEAD, TensorNames, by_foreign, foreign_tensor, tensor_table
+from rwkv_rev.converters.reading import is_finite
 from rwkv_rev.converters.rewriter import Entry, parse_size, shard_layout, write_shards
 from rwkv_rev.converters.torch_files import write_torch
 from rwkv_rev.errors import ConfigError, OutputError
@@ -42,13 +43,18 @@ _OUR_TOKENIZERS = ("RwkvByteTokenizer", "RwkvWorldTokenizer")
 
 @dataclass(frozen=True)
 class Export:
-    """What an export wrote."""
+    """What an export wrote.
+
+    Attributes:
+        not_finite: names of tensors in a ``.pth`` that hold NaN or infinity, written as they are; folders refuse them.
+    """
 
     path: Path
     layout: str
     tensors: int
     nbytes: int
     note: str | None = None
+    not_finite: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -58,6 +64,7 @@ class Export:
             "tensors": self.tensors,
             "bytes": self.nbytes,
             "note": self.note,
+            "not_finite": list(self.not_finite),
         }
 
 
@@ -123,25 +130,28 @@ def export(
             table = tuple(row for row in table if row.name != HEAD)
         nbytes = sum(model.nbytes(row.name) for row in table)
         require_space(output.parent, nbytes)
+        rows = by_foreign(table)
+        wrong: list[str] = []
         if to == "blinkdl":
-            _write_pth(model, table, output, force=force)
+            state = {name: foreign_tensor(parts, model.tensor).contiguous() for name, parts in rows.items()}
+            wrong = [name for name, tensor in state.items() if not is_finite(tensor)]
+            write_torch(state, output, force=force)
         else:
-            rows = by_foreign(table)
-            entries = [
-                Entry(name, parts[0].name, parts[0].foreign_shape, _dtype(model, parts))
-                for name, parts in rows.items()
-            ]
 
             def read(entry: Entry) -> torch.Tensor:
                 return foreign_tensor(rows[entry.name], model.tensor)
 
+            entries = [
+                Entry(name, parts[0].name, parts[0].foreign_shape, _dtype(model, parts))
+                for name, parts in rows.items()
+            ]
             with whole_directory(output, force=force) as folder:
                 write_shards(shard_layout(entries, max_shard_size or SHARD_SIZE), folder, read)
                 _write_companions(model, folder, layout, tied=tied)
         note = architecture.lost(model.config, layout)
         if note is None and to != "blinkdl" and (note := missing_tokenizer(directory)) is not None:
             note = f"{note}, and export again: the folder has none either"
-        return Export(output, layout, len({row.foreign for row in table}), nbytes, note)
+        return Export(output, layout, len(rows), nbytes, note, tuple(wrong))
 
 
 def _as_stored(
@@ -155,12 +165,6 @@ def _as_stored(
         else row
         for row in table
     )
-
-
-def _write_pth(model: ConvertedModel, table: tuple[TensorNames, ...], output: Path, *, force: bool) -> None:
-    rows = by_foreign(table)
-    state = {name: foreign_tensor(parts, model.tensor).contiguous() for name, parts in rows.items()}
-    write_torch(state, output, force=force)
 
 
 def _dtype(model: ConvertedModel, rows: list[TensorNames]) -> torch.dtype:

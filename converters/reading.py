@@ -223,9 +223,7 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
     bad, first = 0, -1
     for start in range(0, flat.numel(), FINITE_BLOCK):
         piece = flat[start : start + FINITE_BLOCK]
-        if (
-            torch.stack(piece.aminmax()).isfinite().all()
-        ):  # NaN reaches both ends; 25 times faster than isfinite
+        if is_finite(piece):
             continue
         finite = torch.isfinite(piece)
         if first < 0:
@@ -238,6 +236,11 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
             f"{name} has {bad} {values} NaN or infinite (first {float(flat[first])} at {at}); "
             "use an undamaged copy of the checkpoint"
         )
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite: NaN reaches both ends, 25 times faster than ``isfinite`` of all."""
+    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def file_sha256(path: Path, stop: threading.Event | None = None) -> str:

@@ -8,6 +8,7 @@ import torch
 from rwkv_rev.converters.adapter_files import read_adapter
 from rwkv_rev.converters.converted import ConvertedModel
 from rwkv_rev.errors import RwkvRevError, SourceError
+from rwkv_rev.foreign.adapters import without_peft_warnings
 from rwkv_rev.loading import damaged, load_config, load_model, load_quantised
 
 
@@ -45,6 +46,6 @@ def load_adapted(
             from peft import PeftModel
         except ImportError as error:
             raise RwkvRevError("an adapter needs peft: pip install 'rwkv-rev[train]'") from error
-        with damaged(f"{adapter} cannot be loaded"):
+        with damaged(f"{adapter} cannot be loaded"), without_peft_warnings():
             PeftModel.from_pretrained(model, str(adapter))  # changes model in place
     return model

@@ -84,8 +84,8 @@ def choose(strategy: str, device: torch.device, need: Callable[[int], int] | Non
         if (most := need(tokens)) <= USABLE * free:
             return ChosenLength(
                 tokens,
-                f"the longest, up to {LENGTHS[-1]:,}, whose forecast of {most / 1e9:.1f} GB is within {USABLE:.0%} of "
-                f"the {free / 1e9:.1f} GB that are free",
+                f"the longest, up to {LENGTHS[-1]:,}, whose forecast of {most / 1e9:.1f} GB is within "
+                f"{100 * USABLE:.0f} % of the {free / 1e9:.1f} GB that are free",
             )
     return ChosenLength(
         tokens, f"the shortest; its forecast of {most / 1e9:.1f} GB may not fit into {free / 1e9:.1f} GB"

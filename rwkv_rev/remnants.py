@@ -77,7 +77,7 @@ def choose_remnants(
     if saved < LEAST_SAVED:
         return ChosenRemnants(
             "whole",
-            f"in chunks of {chunk:,} lifting saves less than a quarter of the tape, about {saved:.0%}",
+            f"in chunks of {chunk:,} lifting saves less than a quarter of the tape, about {100 * saved:.0f} %",
         )
     if device.type == "cpu":
         return ChosenRemnants("whole", "on a CPU lifting was measured to make a step take 1.9 times as long")
@@ -95,5 +95,5 @@ def choose_remnants(
         )
     return ChosenRemnants(
         "lifted",
-        f"about {saved:.0%} less tape for a step that takes at most 1.5 times as long; whole is faster",
+        f"about {100 * saved:.0f} % less tape for a step that takes at most 1.5 times as long; whole is faster",
     )

@@ -24,10 +24,27 @@ from transformers.generation.logits_process import (
 )
 
 from rwkv_rev.counts import MOST
-from rwkv_rev.errors import ConfigError
+from rwkv_rev.errors import CheckpointError, ConfigError
 from rwkv_rev.printable import shortened
 
 UNCOUNTED = " \t0123456789"
+
+
+class Finite(LogitsProcessor):
+    """Refuses logits that no token can be chosen by: the likeliest of NaN would be token 0, often an end of text."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The logits [B, V] as they are.
+
+        Raises:
+            CheckpointError: where a row holds NaN or +infinity, or nothing but -infinity.
+        """
+        if not bool(torch.isfinite(scores.amax(-1)).all()):
+            raise CheckpointError(
+                "the model's logits are not finite, so no token can be chosen: weights of it hold NaN or infinity, or "
+                "its training diverged; take a checkpoint from before that"
+            )
+        return scores
 
 
 class SaidBefore(LogitsProcessor):
@@ -107,8 +124,11 @@ class Sampling:
         return {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
 
     def processors(self, tokenizer: Any, prompt_length: int = 0) -> LogitsProcessorList:
-        """All of it, in the order of the ``rwkv`` package; the first ``prompt_length`` tokens are not said."""
-        found = LogitsProcessorList()
+        """All of it, in the order of the ``rwkv`` package; the first ``prompt_length`` tokens are not said.
+
+        The first of them refuses logits that are not finite (:class:`Finite`).
+        """
+        found = LogitsProcessorList([Finite()])
         if self.presence_penalty or self.frequency_penalty:
             values = (float(self.presence_penalty), float(self.frequency_penalty), float(self.penalty_decay))
             found.append(SaidBefore(*values, prompt_length, uncounted_ids(tokenizer)))

@@ -56,10 +56,10 @@ def folded(widths: Sequence[int], width: int, keys: int = 1) -> list[list[int]]:
 
 
 def wrapped(text: str, width: int | None = None) -> list[str]:
-    """Lines of prose; words longer than a line, such as paths, stay whole."""
-    return textwrap.wrap(
-        printable(text), width or _width.get(), break_long_words=False, break_on_hyphens=False
-    ) or [""]
+    """Lines of prose; words longer than a line, such as paths, stay whole, and so does ``53 %``."""
+    tied = printable(text).replace(" %", "\xa0%")  # no other is left: it is not printable
+    lines = textwrap.wrap(tied, width or _width.get(), break_long_words=False, break_on_hyphens=False)
+    return [line.replace("\xa0", " ") for line in lines] or [""]
 
 
 def _table(cells: list[list[str]], widths: list[int]) -> list[str]:

@@ -1,5 +1,6 @@
 """Files that hold an adapter and no model: one line that says which, and that a base is needed."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ import pytest
 import torch
 from bptt_cases import tiny_model
 from foreign import blinkdl_state_dict
+
+from rwkv_rev.adapted_model import load_adapted
+from rwkv_rev.loading import load_model
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning", "ignore::UserWarning:peft"
@@ -75,3 +79,15 @@ def test_beside_the_model(cli: Cli, tmp_path: Path) -> None:
     state = blinkdl_state_dict("5.2") | {"blocks.0.att.key.lora_A": torch.ones(4, 32)}
     torch.save(state, tmp_path / "unmerged.pth")
     assert "LoRA adapter weights that are not merged" in refused(cli, "unmerged.pth", tmp_path)
+
+
+def test_one_beside_its_base_is_loaded_without_a_warning(shallow: dict[str, Path], tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["key"])
+    cpu = torch.device("cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = peft.get_peft_model(load_model(shallow["5.2"], cpu, torch.float32), config)
+    made.save_pretrained(tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapted(shallow["5.2"], cpu, torch.float32, adapter=tmp_path / "adapter")

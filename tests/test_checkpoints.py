@@ -149,6 +149,15 @@ def test_a_run_that_was_finished_is_not_trained_again(
             r"out is finished already: this very run has made it, nothing is left to train \(resume='auto' takes",
         ),
         ({"lr": 0.5}, "already exists; pass force=True"),
+        (
+            {"lr": 0.5, "seed": 1, "save_dtype": "bfloat16"},
+            r"\(another run has made it: lr was \S+ and is now 0.5, seed was 0 and is now 1, "
+            r"save_dtype was auto and is now bfloat16\)$",
+        ),
+        (
+            {"keep_best": True, "eval_data": config.data, "eval_every": 2},
+            "keep_best was False and is now True",
+        ),
     ):
         with pytest.raises(OutputError, match=message):
             plan(FinetuneConfig(**(config.to_dict() | {"resume": None} | changes)))
@@ -165,3 +174,7 @@ def test_a_run_that_was_finished_is_not_trained_again(
         output / "model.safetensors"
     ).stat().st_mtime_ns == before and not config.working_directory.exists()
     assert run(config, quiet=True) == result, "as often as it is asked for"
+    elsewhere = {"save_every": 3, "save_total": 1, "log_every": 2, "chunk_length": 8}
+    assert run(FinetuneConfig(**(config.to_dict() | elsewhere)), quiet=True) == result, (
+        "saved, told, cut otherwise"
+    )

@@ -382,6 +382,10 @@ def test_every_command_explains_itself(cli: Cli, name: str) -> None:
     code, out, err = cli(name, "--help")
     assert (code, err) == (0, "")
     assert "Examples:" in out and f"rwkv-rev {name}" in out
+    assert "list[" not in out
+    for each in ("save", "load", "merge") if name == "state" else ():
+        assert "list[" not in cli(name, each, "--help")[1] and f"  {each} " in out
+    assert not any(line.endswith("...") for line in out.partition("\nCommands:")[2].splitlines())
 
 
 @pytest.mark.parametrize("name", [name for name, _ in COMMANDS])

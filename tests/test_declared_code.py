@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -139,3 +140,11 @@ def test_copies_of_declared_objects_are_declared() -> None:
 class Plain:
     def __call__(self, *given: Any) -> Any:
         return 2 * given[-1]
+
+
+@pytest.mark.parametrize("code", [3, "forward", None, [], object(), torch.relu])
+def test_what_cannot_be_declared(code: Any) -> None:
+    with pytest.raises(
+        TypeError, match=rf"^{re.escape(repr(code))} cannot be declared position-wise: give a hook"
+    ):
+        position_wise(code)

@@ -323,7 +323,7 @@ def test_refuses_a_checkpoint_of_another_run(shallow: dict[str, Path], tmp_path:
     for changes, message in (
         (
             {"model": str(tmp_path / "out")},
-            "is a checkpoint of another model; name the one it was begun with, or begin anew, without what is there: "
+            "cannot be resumed: the model was another one; set it back, or begin anew, without what is there: "
             "force=True, no resume$",
         ),
         ({"batch_size": 1}, "cannot be resumed: rows_per_step was 2 and is now 1"),
@@ -342,6 +342,10 @@ def test_refuses_a_checkpoint_of_another_run(shallow: dict[str, Path], tmp_path:
             "is now 0.6; set it back, or begin anew, without what is there: force=True, no resume$",
         ),
         ({"lr": 0.5, "force": True}, "is now 0.5; set it back, or"),
+        (
+            {"lr": 0.5, "max_steps": 17, "tune": "lora"},
+            r"tune was full and is now lora, lr was 0.0001 and is now 0.5, steps was 2 and is now 17; set them back,",
+        ),
         ({"resume": str(tmp_path / "nowhere")}, "is not a whole checkpoint"),
     ):
         values = {**config.to_dict(), "output": str(tmp_path / "next"), "resume": str(kept / "checkpoint-1")}

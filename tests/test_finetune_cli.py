@@ -91,7 +91,7 @@ def test_dry_run_touches_nothing(cli: Cli, bundled: dict[str, Path], tmp_path: P
     assert code == 0, err
     for text in ("Settings", "context_length    16384", "documents", "tokens per step", "tape", "lora_rank"):
         assert text in out
-    assert err.startswith("the context length of 16384 is longer than any document"), "no warning"
+    assert err.startswith("the context length of 16,384 is longer than any document"), "no warning"
     code, out, _ = cli("finetune", *common, "--json")
     assert code == 0 and json.loads(out)["settings"]["lr"] == 5e-4
     assert {path.name for path in tmp_path.iterdir()} == before, "no cache of tokens either"
@@ -163,7 +163,7 @@ def test_packing_is_reported(cli: Cli, bundled: dict[str, Path], tmp_path: Path)
     common = ("finetune", bundled["5.2"], "--data", "short.jsonl", "--output", "out", "--dry-run")
     code, _, err = cli(*common, "--pack", "--context-length", "100")
     assert code == 0
-    assert err == "pack: 5 pieces of documents in 2 rows, 100.0% full; state starts anew in each\n", (
+    assert err == "pack: 5 pieces of documents in 2 rows, 100.0 % full; state starts anew in each\n", (
         "no warning"
     )
 

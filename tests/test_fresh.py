@@ -95,7 +95,7 @@ def test_every_command(cli: Cli, tmp_path: Path, architecture: str) -> None:
             assert "plain division" not in out
         assert float(re.search(r"memory remnants\s+([\d.]+) %", out)[1]) <= 100
         assert "rwkv: not run, the rwkv package knows no" in out
-        assert "its own; another original there is none of" in out
+        assert "its own values; there is no other original" in out
     code, out, _ = cli("verify", "trained", "--json", "--tokens", 4, "--no-reversal", "--no-gradients")
     assert [row["oracle"] for row in json.loads(out)["oracles"]] == ["naive"]
     for target in ("blinkdl", "hf"):

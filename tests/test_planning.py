@@ -56,7 +56,7 @@ def test_by_the_memory_that_is_free(config: FinetuneConfig, free: Callable[[int]
         free(int(enough.memory.reserved / USABLE) + 1)
         found = plan(config)
         assert found.config.chunk_length == tokens and found.memory.reserved == enough.memory.reserved
-        assert f"forecast of {enough.memory.reserved / 1e9:.1f} GB is within 85%" in found.length_is
+        assert f"forecast of {enough.memory.reserved / 1e9:.1f} GB is within 85 %" in found.length_is
         assert plan(changed(config, grad_accum=2)).config.chunk_length <= tokens
 
 

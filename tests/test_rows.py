@@ -195,7 +195,7 @@ def test_statistics_and_warnings(tmp_path: Path) -> None:
     packed = RowDataset(store, 20, pack=True).statistics()
     assert packed.rows == 1
     assert packed.warnings == ()
-    assert packed.notes == ("pack: 3 pieces of documents in 1 rows, 100.0% full; state starts anew in each",)
+    assert packed.notes == ("pack: 3 pieces of documents in 1 rows, 100.0 % full; state starts anew in each",)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,10 @@ def test_prose_is_wrapped_and_paths_stay_whole() -> None:
     path = "/a/long-path" * 10
     lines = wrapped(f"weights: the values of {path} are those of the original, every one of them, to the bit")
     assert path in lines and all(len(line) <= WIDTH for line in lines if line != path)
+    for before in range(60, 80):
+        lines = wrapped(f"{'x' * before} (theory 45.8 %), and\xa0more")
+        assert "".join(lines).count("45.8 %") == 1 and not any(line.startswith("%") for line in lines)
+        assert "\\xa0" in lines[-1] and max(map(len, lines)) <= WIDTH
 
 
 def test_printed_tables_fit(capsys: pytest.CaptureFixture[str]) -> None:

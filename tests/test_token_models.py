@@ -1,6 +1,8 @@
 """Small language models of cells that are stepped token by token: gradients, tape, forecast, refusals."""
 
 import math
+import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from bptt_cases import (
 from test_linear_attention import filled
 
 from rwkv_rev import RwkvRevConfig, RwkvRevForCausalLM
+from rwkv_rev.architectures import registry
+from rwkv_rev.architectures.architecture import Part
 from rwkv_rev.architectures.registry import architecture
 from rwkv_rev.architectures.token_models import TokenCellState
 from rwkv_rev.equivalence.naive_model import residual_streams
@@ -287,3 +291,24 @@ def test_a_fresh_model_begins_as_no_more_than_its_embeddings(name: str) -> None:
         if n.endswith(("recurrence.output.weight", "reader.of_state.weight"))
     ]
     assert len(outs) == 1 and float(outs[0].norm()) > 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "told"),
+    [("M", "[6] (Part('M'))"), ("1 M", "[1, 6] (Part('1 M'))"), ("2 D", "[2, 12] (Part('2 D'))")],
+)
+def test_a_state_that_does_not_fit_the_parts_of_a_cell_is_refused_where_a_model_is_made(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shape: str, told: str
+) -> None:
+    monkeypatch.setattr(registry, "ARCHITECTURES", dict(registry.ARCHITECTURES))
+    state = {"memory": Part(shape, wide=True)}
+    registry.register(replace(architecture("reversible-gru"), version="other", title="others", state=state))
+    words = re.escape(
+        f"others: a layer's state has memory {told}, but its recurrence, ReversibleGru, has [2, 6], parts of its "
+        'halves and numbers in each: Part("2 M") where M is 6'
+    )
+    with pytest.raises(ConfigError, match=f"^{words}$"):
+        model_of("other")
+    with pytest.raises(ConfigError, match=f"^{words}$"):
+        init("other", tmp_path / "model", settings={"hidden_size": 12, "num_hidden_layers": 1})
+    assert not (tmp_path / "model").exists()

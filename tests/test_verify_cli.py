@@ -252,7 +252,7 @@ def test_own_values_are_not_called_an_originals(
     out = " ".join(capfd.readouterr().out.split())
     assert "vocabulary 258, against its own values" in out and out.endswith("PASS")
     assert "| bits/token, oracle |" in out and "| bits/token, model |" in out
-    assert "weights: 50 tensors, its own; another original there is none of" in out
+    assert "weights: 50 tensors, its own values; there is no other original" in out
     assert not re.search(r"\boriginal's|, original|, converted", out)
     report = verify_directory(chat, original=None if tuned else str(chat), oracle="naive", tokens=40)
     assert report.summary == f"{chat} computes what the original implementations make of its own values"

@@ -10,7 +10,6 @@ so that ``peak_bytes`` are all that a step takes: what recordings run in is in `
 """
 
 import argparse
-import json
 import os
 import statistics
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ import torch.distributed as dist
 from rwkv_rev.benchmark.models import SHAPES, benchmark_model
 from rwkv_rev.benchmark.training import random_tokens, step
 from rwkv_rev.bptt import lasting
+from rwkv_rev.json_text import json_text
 from rwkv_rev.training.launch import own_device
 
 SKIPPED = 2
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if first:
             card = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
             print(
-                json.dumps({"shape": args.shape, "tokens": args.context_length, **row, "card": card}),
+                json_text({"shape": args.shape, "tokens": args.context_length, **row, "card": card}),
                 flush=True,
             )
 

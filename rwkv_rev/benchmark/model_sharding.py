@@ -11,7 +11,6 @@ mixed precision policy of FSDP2). Gradients are summed in float32 under both.
 """
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -26,6 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from rwkv_rev.benchmark.models import SHAPES, STANDARD_DEVIATION, shape_config
+from rwkv_rev.json_text import json_text
 from rwkv_rev.modeling import RwkvRevForCausalLM
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 **measure(model, ids, optimizer, args.steps),
             }
             if dist.get_rank() == 0:
-                print(json.dumps(row), flush=True)
+                print(json_text(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ way that does not fit into the device's memory has no rate.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from rwkv_rev.benchmark.models import SHAPES, benchmark_model
 from rwkv_rev.best_fit import best_fit
+from rwkv_rev.json_text import json_text
 from rwkv_rev.modeling import RwkvRevForCausalLM
 
 SHORTEST, LONGEST = 50, 2000
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rate = row["tokens_per_second"]
         first = first or rate
         to_alone = rate and first and round(rate / first, 2)
-        print(json.dumps(told | row | {"to_alone": to_alone}), flush=True)
+        print(json_text(told | row | {"to_alone": to_alone}), flush=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import torch
 from rwkv_rev.benchmark.models import SHAPES, benchmark_model
 from rwkv_rev.conversion import convert
 from rwkv_rev.device import choose_device
+from rwkv_rev.json_text import json_text
 
 SKIPPED = 2  # steps in which kernels are compiled and memory is reserved
 
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data.write_text(sentence * (needed // len(sentence) + 1), "utf-8")
         for count in counts:
             for sharded in (False, True) if count > 1 else (False,):
-                print(json.dumps(measure(folder, data, count, args, sharded=sharded)), flush=True)
+                print(json_text(measure(folder, data, count, args, sharded=sharded)), flush=True)
 
 
 if __name__ == "__main__":

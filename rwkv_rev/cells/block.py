@@ -4,7 +4,7 @@ A block goes through a chunk in the same three ways as its cells (:mod:`rwkv_rev
 differentiable, exact without graph, and with graph from an exact state before or after the chunk.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,6 +28,7 @@ from rwkv_rev.cells.contract import (
     tensors_of,
 )
 from rwkv_rev.cells.recomputation import checkpointed
+from rwkv_rev.cells.token_cell import TokenCell
 from rwkv_rev.errors import ConfigError
 from rwkv_rev.initialization import note_parts
 from rwkv_rev.reversal.fingerprint import checksum
@@ -281,6 +282,7 @@ class Block(ResidualBlock):
     def __init__(self, config: "RwkvRevConfig", layer: int = 0) -> None:
         super().__init__()
         cells = config.architecture.cells(config, layer)
+        refuse_other_states(cells, config)
         self.names = [(f"ln{number}", name) for number, name in enumerate(cells, 1)]
         for norm, _ in self.names:
             self.add_module(norm, nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon))
@@ -291,6 +293,26 @@ class Block(ResidualBlock):
 
     def parts(self) -> list[tuple[nn.Module, ReversibleCell]]:
         return [(getattr(self, norm), getattr(self, cell)) for norm, cell in self.names]
+
+
+def refuse_other_states(cells: Mapping[str, ReversibleCell], config: "RwkvRevConfig") -> None:
+    """Raise ConfigError where the architecture has another shape for the state of a token cell than the cell has.
+
+    Of other cells nobody knows the shape before they are run.
+    """
+    known, shapes = config.architecture, config.architecture.state_shapes(config, 1)
+    for (name, cell), (_, tensors) in zip(cells.items(), known.state_kind.cells, strict=False):
+        if not isinstance(cell, TokenCell):
+            continue
+        wanted = [cell.number_of_parts, cell.size]
+        for tensor in tensors:
+            if (given := list(shapes[tensor][2:])) != wanted:
+                letters = known.state[tensor].shape
+                raise ConfigError(
+                    f"{known.called}: a layer's state has {tensor} {given} (Part({letters!r})), but its {name}, "
+                    f"{type(cell).__name__}, has {wanted}, parts of its halves and numbers in each: "
+                    f'Part("{wanted[0]} M") where M is {wanted[1]}'
+                )
 
 
 def flat(states: FloatStates) -> list[Tensor]:

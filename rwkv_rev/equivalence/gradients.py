@@ -29,6 +29,7 @@ from torch import Tensor
 from rwkv_rev.equivalence.reversal import chunk_for
 from rwkv_rev.equivalence.tolerance import NOISE_FACTOR
 from rwkv_rev.errors import StrategyError
+from rwkv_rev.json_text import finite
 from rwkv_rev.modeling import RwkvRevForCausalLM
 from rwkv_rev.state import ModelState
 from rwkv_rev.tables import aligned, wrapped
@@ -123,18 +124,18 @@ class GradientCheck:
             "strategies": [
                 {
                     "strategy": s.name,
-                    "loss": _finite(s.loss),
-                    "rms": _finite(s.overall),
-                    "relative_distance_from_full": _finite(s.from_full),
+                    "loss": finite(s.loss),
+                    "rms": finite(s.overall),
+                    "relative_distance_from_full": finite(s.from_full),
                     "groups": {
                         group: {
-                            "rms": _finite(e.rms),
-                            "largest": _finite(e.largest),
+                            "rms": finite(e.rms),
+                            "largest": finite(e.largest),
                             "worst_tensor": e.tensor,
                         }
                         for group, e in (s.errors or {}).items()
                     },
-                    "relative_error_in_float64": _finite(s.in_float64),
+                    "relative_error_in_float64": finite(s.in_float64),
                     "remark": REMARKS.get(s.name),
                     "refusal": s.refusal,
                     "failure": s.failure,
@@ -163,14 +164,14 @@ class GradientCheck:
             if s.in_float64 is not None and s.failure is None
         ]
         prose += [
-            f"{s.name}: not run, this model does not allow it (--json says why)"
+            f"{s.name}: not run: {s.refusal.removeprefix(f'{s.name} ')}"
             for s in self.strategies
             if s.refusal is not None
         ]
         if self.failure is not None:
             prose.append(f"gradients: FAIL, {self.failure}")
         title = (
-            f"gradients over {self.context} tokens in chunks of {self.chunk}, non-zero initial state, gradient at "
+            f"gradients over {self.context:,} tokens in chunks of {self.chunk:,}, non-zero initial state, gradient at "
             "the final state; error against float64 back-propagation through the naive scan"
         )
         return [*wrapped(title), *table, *(line for text in prose for line in wrapped(text))]
@@ -367,7 +368,3 @@ def _pair(error: GroupError) -> str:
 def _short(value: float | None) -> str:
     """``1.2e-6``."""
     return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e+")
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

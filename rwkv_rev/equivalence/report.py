@@ -10,6 +10,7 @@ from rwkv_rev.equivalence.gradients import GradientCheck
 from rwkv_rev.equivalence.logits import LogitComparison
 from rwkv_rev.equivalence.reversal import ReversalCheck
 from rwkv_rev.equivalence.weights import WeightComparison
+from rwkv_rev.json_text import finite
 from rwkv_rev.printable import counted
 from rwkv_rev.tables import aligned, wrapped
 
@@ -235,7 +236,7 @@ class Report:
             more = len(weights.different) - 3
             return f"weights: FAIL, differ: {shown}" + (f" and {more} more" if more > 0 else "")
         if self.own_values:
-            return f"weights: {weights.tensors} tensors, its own; another original there is none of"
+            return f"weights: {weights.tensors} tensors, its own values; there is no other original"
         rounded = f" rounded to {_dtype_name(weights.rounded_to)}" if weights.rounded_to else ""
         return f"weights: {weights.tensors} tensors, every value the original's{rounded}"
 
@@ -253,15 +254,11 @@ def _row_dict(row: Row, unit: str) -> dict[str, Any]:
     return {
         "oracle": row.oracle,
         "tokens": c.tokens,
-        **_finite(figures),
+        **finite(figures),
         "tolerance": row.tolerance,
-        "float64": None if row.float64 is None else _finite(asdict(row.float64)),
+        "float64": None if row.float64 is None else finite(asdict(row.float64)),
         "passed": row.passed,
     }
-
-
-def _finite(figures: dict[str, float | None]) -> dict[str, float | None]:
-    return {name: None if v is None or not math.isfinite(v) else v for name, v in figures.items()}
 
 
 def _cells(row: Row) -> tuple[str, ...]:

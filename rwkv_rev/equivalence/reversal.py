@@ -131,16 +131,16 @@ class ReversalCheck:
 
     def lines(self) -> list[str]:
         """The section for people."""
-        verdict = f"bit-exact at all {self.boundaries} boundaries: yes"
+        verdict = f"bit-exact at all {self.boundaries:,} boundaries: yes"
         if self.mismatch is not None:
-            verdict = f"bit-exact at all {self.boundaries} boundaries: NO, {self.mismatch}"
+            verdict = f"bit-exact at all {self.boundaries:,} boundaries: NO, {self.mismatch}"
         used = 100 * self.used_bits / max(1, self.whole_bits)
         theory = ""
         if self.theory_bits is not None:
             theory = f" (theory {100 * self.theory_bits / max(1, self.whole_bits):.1f} %)"
         shifts = self.shift_bytes / max(1, self.counted)
         prose = [
-            f"reversal over {self.context} tokens in chunks of {self.chunk}",
+            f"reversal over {self.context:,} tokens in chunks of {self.chunk:,}",
             verdict,
             f"tape: {self.bytes_per_token:,.0f} bytes per token; memory remnants {used:.1f} % of whole "
             f"states{theory}, token shifts {shifts:,.0f} bytes per token",

@@ -4,7 +4,9 @@ Known are those that ``tests/test_peft_methods.py`` holds against ``full``; ``do
 named here is refused like the code of anybody else. Named by their place in peft, which need not be installed.
 """
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -212,3 +214,11 @@ def place_of(code: Any) -> str:
     """Where in peft a class or function stands: module and name, below ``peft.``."""
     code = code.func if isinstance(code, partial) else code
     return f"{origin(code).removeprefix('peft.')}.{qualified_name(code)}"
+
+
+@contextmanager
+def without_peft_warnings() -> Iterator[None]:
+    """Inside, nothing is said of peft asking transformers by a name that is on its way out."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield

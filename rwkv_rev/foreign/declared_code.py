@@ -14,6 +14,8 @@ from typing import Any, TypeGuard, TypeVar
 from torch import nn
 from torch.nn.utils import parametrize
 
+from rwkv_rev.printable import shortened
+
 MARK = "_rwkv_rev_position_wise"
 
 T = TypeVar("T", bound=Callable[..., Any])
@@ -38,11 +40,20 @@ def position_wise(code: T) -> T:
 
     Declared is of its gradient, too, that it is linear: beside labels it is made for the loss itself, and multiplied
     afterwards by what multiplies the loss (``(loss / 4).backward()``). A loss of logits needs no such thing.
+
+    Raises:
+        TypeError: for what is no such thing, or, as functions written in C, cannot carry the mark.
     """
-    if _is_method(code):
-        setattr(code.__self__, _of_method(code), _Mark(code.__self__, getattr(code, "__func__", None)))
-    else:
-        setattr(code, MARK, _Mark(code))
+    try:
+        if _is_method(code):
+            setattr(code.__self__, _of_method(code), _Mark(code.__self__, getattr(code, "__func__", None)))
+        else:
+            setattr(code, MARK, _Mark(code))
+    except (TypeError, AttributeError):
+        raise TypeError(
+            f"{shortened(repr(code))} cannot be declared position-wise: give a hook (a function of Python's or a "
+            "method), a module, or a class"
+        ) from None
     return code
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rwkv_rev.errors import ConfigError, DataError
+from rwkv_rev.json_text import finite
 from rwkv_rev.progress import Progress
 
 _REPORTERS = {
@@ -80,11 +81,7 @@ def _of_interest(logs: dict[str, Any]) -> bool:
 
 def _row(logs: dict[str, Any], step: int) -> dict[str, Any]:
     """A row of the log; a step that float16's loss scale skipped has no finite norm, and JSON no infinity."""
-    row = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in logs.items()
-    }
-    return {"step": step} | {name: value for name, value in row.items() if name != "step"}
+    return {"step": step} | finite({name: value for name, value in logs.items() if name != "step"})
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

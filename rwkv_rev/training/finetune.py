@@ -6,6 +6,7 @@ trains. Checkpoints and the log lie in ``OUTPUT.training`` meanwhile; ``OUTPUT``
 """
 
 import inspect
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
@@ -100,7 +101,8 @@ class FinetuneResult:
         own["output"] = output
         own["samples"] = None if own["samples"] is None else output / HISTORY / SAMPLES_NAME
         if own["held_out"] is not None:
-            own["held_out"] = (own["held_out"]["before"], own["held_out"]["after"])
+            scores = (own["held_out"]["before"], own["held_out"]["after"])
+            own["held_out"] = tuple(math.nan if score is None else score for score in scores)
         return cls(**own)
 
 

@@ -11,6 +11,11 @@ from rwkv_rev.training.batches import UNSAID
 from rwkv_rev.training.checkpoints import RUN_NAME
 
 _ANEW = "begin anew, without what is there: --force, no --resume"
+_FIRST = ("tune", "model", "data")
+_ELSE = {
+    "model": "the model was another one",
+    "data": "the text, the tokenizer or how it is cut was another",
+}
 _UNSAID = {"bptt": "exact", **UNSAID}
 SAMPLES = 16
 SAMPLE_BYTES = 1 << 16
@@ -43,23 +48,23 @@ def refuse_other_run(checkpoint: Path, identity: dict[str, Any]) -> None:
         saved = json.loads((checkpoint / RUN_NAME).read_text("utf-8"))["identity"]
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{checkpoint} is not a whole checkpoint of a fine-tuning run") from error
-    flat, mine = _flat(saved), _flat(identity)
-    for name in sorted(set(flat) | set(mine), key=lambda name: (name != "tune", name)):
-        if flat.get(name) == mine.get(name):
-            continue
-        if name == "model":
-            raise CheckpointError(
-                f"{checkpoint} is a checkpoint of another model; name the one it was begun with, or {_ANEW}"
-            )
-        if name == "data":
-            raise CheckpointError(
-                f"{checkpoint} cannot be resumed: the text, the tokenizer or how it is cut is not what it was begun "
-                f"with; give them as they were, or {_ANEW}"
-            )
-        raise CheckpointError(
-            f"{checkpoint} cannot be resumed: {name} was {flat.get(name, _UNSAID.get(name))} and is now "
-            f"{mine.get(name, _UNSAID.get(name))}; set it back, or {_ANEW}"
-        )
+    if differ := differences(saved, identity):
+        back = "set it back" if len(differ) == 1 else "set them back"
+        raise CheckpointError(f"{checkpoint} cannot be resumed: {', '.join(differ)}; {back}, or {_ANEW}")
+
+
+def differences(saved: dict[str, Any], identity: dict[str, Any]) -> list[str]:
+    """What an identity has otherwise than a saved one, in words: ``lr was 0.1 and is now 0.2``."""
+    there, mine = _flat(saved), _flat(identity)
+    found = []
+    for name in sorted(set(there) | set(mine), key=lambda name: (name not in _FIRST, name)):
+        leads = "tune" if name.startswith("lora_") else "bptt" if name == "chunk_length" else None
+        if leads is not None and there.get(leads) != mine.get(leads):
+            continue  # comes and goes with the setting that is named already
+        was, now = (values.get(name, _UNSAID.get(name)) for values in (there, mine))
+        if was != now:
+            found.append(_ELSE.get(name, f"{name} was {was} and is now {now}"))
+    return found
 
 
 def _flat(identity: dict[str, Any]) -> dict[str, Any]:

@@ -194,8 +194,7 @@ def plan(config: FinetuneConfig, *, progress: bool = False, keep_cache: bool = T
     identity = _identity(config, order, steps, dtype)
     made, went_on, passed_over = None, None, list[str]()
     if finished:
-        chosen = {"lr": config.learning_rate, "device": device, "dtype": dtype}
-        made = finished_run(config, identity, config.to_dict() | chosen)
+        made = finished_run(config, identity)
         if made is None:
             refuse_output(config)
         elif config.resume is None:

@@ -255,13 +255,13 @@ class RowDataset(Dataset):
         if self.pack:
             full = float(self.lengths().sum()) / (len(self) * self.context_length)
             found.append(
-                f"pack: {len(self._pieces):,} pieces of documents in {len(self):,} rows, {full:.1%} full; state starts "
-                "anew in each"
+                f"pack: {len(self._pieces):,} pieces of documents in {len(self):,} rows, {100 * full:.1f} % full; "
+                "state starts anew in each"
             )
         if lengths.max() < self._room and self._starts is None:
             found.append(
-                f"the context length of {self.context_length} is longer than any document (longest: "
-                f"{lengths.max()} tokens)"
+                f"the context length of {self.context_length:,} is longer than any document (longest: "
+                f"{lengths.max():,} tokens)"
             )
         return found
 
@@ -282,9 +282,9 @@ class RowDataset(Dataset):
             found.append(
                 f"{_documents(longer)} longer than {limit}: "
                 + (
-                    f"state carried on, gradient cut every {T} tokens"
+                    f"state carried on, gradient cut every {T:,} tokens"
                     if self.carry_state
-                    else f"cut into pieces of {T} tokens, each without the state before"
+                    else f"cut into pieces of {T:,} tokens, each without the state before"
                     + (" (--carry-state hands it on)" if self.objectives.carries and not self.pack else "")
                 )
             )

@@ -26,6 +26,7 @@ from rwkv_rev.converters.rewriter import Entry, shard_layout, write_shards
 from rwkv_rev.folders.folder import tokenizer_files
 from rwkv_rev.folders.redaction import public
 from rwkv_rev.folders.safe_output import whole_directory
+from rwkv_rev.json_text import json_text
 from rwkv_rev.loading import load_config
 from rwkv_rev.tokenization.chat_template import CHAT_TEMPLATE_FILE, read_template
 from rwkv_rev.training.config import FinetuneConfig
@@ -83,7 +84,7 @@ def save_finetuned(
         if (source / "generation_config.json").is_file():
             GenerationConfig.from_pretrained(str(source)).save_pretrained(str(folder))
         record = _record(source, planned, result)
-        (folder / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        (folder / RECORD_NAME).write_text(json_text(record, indent=2) + "\n", "utf-8")
         card = model_card(model_config, record, training=_card_rows(planned, result, config))
         (folder / "README.md").write_text(card, "utf-8")
         _save_history(folder, planned, result, rows, config)
@@ -105,9 +106,9 @@ def _save_history(
 ) -> None:
     history = folder / HISTORY
     history.mkdir()
-    (history / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    (history / "log.jsonl").write_text("".join(json_text(row) + "\n" for row in rows), "utf-8")
     summary = {"plan": planned, "result": result}
-    (history / SUMMARY_NAME).write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
+    (history / SUMMARY_NAME).write_text(json_text(summary, indent=2) + "\n", "utf-8")
     if config.sample_prompt:
         shutil.copyfile(config.working_directory / SAMPLES_NAME, history / SAMPLES_NAME)
     events = config.working_directory / "runs"

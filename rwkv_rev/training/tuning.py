@@ -10,7 +10,6 @@ through the whole context and is exact. RWKV-5 to 7 only: the ``rwkv`` package, 
 """
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from torch import nn
 
 from rwkv_rev.architectures.registry import architecture, with_tuned_state
 from rwkv_rev.errors import RwkvRevError, StrategyError
+from rwkv_rev.foreign.adapters import without_peft_warnings
 from rwkv_rev.foreign.quantised import numbers_in, restore
 from rwkv_rev.training.lora_targets import has_addition, refuse_lora_targets
 
@@ -134,8 +134,7 @@ def _with_lora(model: "RwkvRevForCausalLM", config: "FinetuneConfig") -> nn.Modu
         target_modules=targets,
         bias="none",
     )
-    with warnings.catch_warnings():  # peft asks transformers by a name that is on its way out
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    with without_peft_warnings():
         wrapped = get_peft_model(model, adapter)
     for parameter in wrapped.parameters():
         if parameter.requires_grad:

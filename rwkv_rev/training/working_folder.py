@@ -14,12 +14,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from rwkv_rev.bptt_settings import AUTO
 from rwkv_rev.errors import CheckpointError, OutputError
 from rwkv_rev.folders.safe_output import check_output
 from rwkv_rev.printable import shortened
 from rwkv_rev.training.checkpoints import checkpoints, damage, discard
 from rwkv_rev.training.config import FinetuneConfig
+from rwkv_rev.training.identity import differences
 from rwkv_rev.training.remains import foreign, foreign_in
 from rwkv_rev.training.saving import HISTORY, SUMMARY_NAME, public
 from rwkv_rev.training.sources import find_sources
@@ -28,7 +28,10 @@ LOG_NAME = "log.jsonl"
 LOCK_NAME = ".lock"
 WRITING = ".writing"
 """Where a checkpoint is until it is whole."""
-_OTHERWISE_COMPARED = ("model", "data", "output", "resume", "force", "push_to_hub")
+_OF_OUTPUT = ("save_dtype", "chat_template", "keep_best", "patience")
+"""Settings that an identity does not hold, and OUTPUT depends on."""
+_OF_THE_BEST = ("min_delta", "eval_data", "eval_tokens", "eval_every")
+"""And with ``keep_best`` or ``patience`` these, too."""
 
 
 def refuse_output(config: FinetuneConfig) -> None:
@@ -83,22 +86,35 @@ def may_be_finished(config: FinetuneConfig) -> bool:
     return config.resume == "auto" or (isinstance(there, dict) and there.get("data") == mine["data"])
 
 
-def finished_run(
-    config: FinetuneConfig, identity: dict[str, Any], settings: dict[str, Any]
-) -> dict[str, Any] | None:
-    """The outcome written in OUTPUT, where the very run that ``config`` describes has made it; else None."""
+def finished_run(config: FinetuneConfig, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The outcome written in OUTPUT, where the run that ``config`` describes has made it; else None.
+
+    What changes neither weights nor OUTPUT's own files may be set otherwise, as where a run goes on.
+
+    Raises:
+        OutputError: where another run has made it, naming every setting in which they differ.
+    """
     summary = _summary(config)
-    if summary is None or summary["plan"].get("identity") != json.loads(json.dumps(identity)):
+    if summary is None:
         return None
-    there, mine = summary["plan"].get("settings"), public({"settings": settings})["settings"]
-    if not isinstance(there, dict):
+    there, before = summary["plan"].get("settings"), summary["plan"].get("identity")
+    if not (isinstance(there, dict) and isinstance(before, dict)):
         return None
-    # what is chosen by the memory that is free may have been chosen otherwise
-    chosen = ("chunk_length",) if settings["chunk_length"] == AUTO else ()
-    for name in (*_OTHERWISE_COMPARED, *chosen):
-        there.pop(name, None)
-        mine.pop(name, None)
-    return summary["result"] if there == mine else None
+    defaults, mine = public(FinetuneConfig().to_dict()), public(config.to_dict())
+    there = defaults | there
+    chosen = any(values[name] for values in (there, mine) for name in ("keep_best", "patience"))
+    names = (*_OF_OUTPUT, *(_OF_THE_BEST if chosen else ()))
+    differ = differences(before, json.loads(json.dumps(identity)))
+    differ += [
+        f"{name} was {there[name]} and is now {mine[name]}" for name in names if there[name] != mine[name]
+    ]
+    if differ:
+        raise OutputError(
+            f"{config.output} already exists; pass --force to replace it, or choose another --output (another run has "
+            f"made it: {', '.join(differ)})"
+        )
+    result: dict[str, Any] = summary["result"]
+    return result
 
 
 def resume_from(config: FinetuneConfig) -> tuple[Path | None, list[str]]:
