@@ -8,6 +8,7 @@ ours is imported in the middle of an import of transformers but the configuratio
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import wraps
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -18,6 +19,7 @@ _REPLACING = "transformers.processing_utils"  # runs transformers anew, in the p
 _CONFIGURATIONS = "transformers.models.auto.configuration_auto"
 _MODELS = "transformers.models.auto.modeling_auto"
 _TOKENIZERS = "transformers.models.auto.tokenization_auto"
+_TRAINER = "transformers.trainer"
 _TARGETS = "peft.utils.constants"
 
 
@@ -30,6 +32,7 @@ def install() -> None:
         (_CONFIGURATIONS, register_configuration),
         (_MODELS, register_models),
         (_TOKENIZERS, register_tokenizers),
+        (_TRAINER, register_label_smoothing),
         (_TARGETS, register_target_modules),
     ):
         known = any(isinstance(f, _RegisterAfterImport) and f.module == module for f in sys.meta_path)
@@ -55,11 +58,7 @@ def register_configuration() -> None:
 
 
 def register_models() -> None:
-    """Let ``AutoModel`` and ``AutoModelForCausalLM`` know the classes, and Trainer.
-
-    Its label smoothing shifts the labels of models that are named here, and of no others; and base models are known
-    as such by their names.
-    """
+    """Let ``AutoModel`` and ``AutoModelForCausalLM`` know the classes; base models are known as such by their names."""
     auto = sys.modules[_MODELS]
     for names, classes, name in (
         (auto.MODEL_MAPPING_NAMES, auto.MODEL_MAPPING, "RwkvRevModel"),
@@ -78,6 +77,23 @@ def register_tokenizers() -> None:
     auto = sys.modules[_TOKENIZERS].AutoTokenizer
     for tokenizer in (RwkvByteTokenizer, RwkvWorldTokenizer):  # the last one stays the configuration's
         auto.register(RwkvRevConfig, tokenizer_class=tokenizer, exist_ok=True)
+
+
+def register_label_smoothing() -> None:
+    """Let label smoothing in ``Trainer`` shift the labels of our models (:mod:`rwkv_rev.label_smoothing`).
+
+    What needs the model is imported by the first call.
+    """
+    trainer = sys.modules[_TRAINER].Trainer
+    compute_loss = trainer.compute_loss
+
+    @wraps(compute_loss)
+    def compute(*args: Any, **kwargs: Any) -> Any:
+        from rwkv_rev.label_smoothing import of_the_next_token
+
+        return of_the_next_token(compute_loss, *args, **kwargs)
+
+    trainer.compute_loss = compute
 
 
 def register_target_modules() -> None:
