@@ -4,10 +4,14 @@ Each table of transformers is filled as soon as its module is loaded, before or 
 default layers. Models are entered by their names, as transformers enters its own: the package stands where a model's
 module is looked for, ``transformers.models.rwkv_rev``, and its names are loaded when first asked for. So nothing of
 ours is imported in the middle of an import of transformers but the configuration and the tokenizers, which need little.
+
+Label smoothing in Trainer, and what peft does around a call, go wrong with our models in silence: one function of each
+is wrapped, likewise as soon as it is there.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -21,6 +25,7 @@ _MODELS = "transformers.models.auto.modeling_auto"
 _TOKENIZERS = "transformers.models.auto.tokenization_auto"
 _TRAINER = "transformers.trainer"
 _TARGETS = "peft.utils.constants"
+_ADAPTED = "peft.peft_model"
 
 
 def install() -> None:
@@ -34,6 +39,7 @@ def install() -> None:
         (_TOKENIZERS, register_tokenizers),
         (_TRAINER, register_label_smoothing),
         (_TARGETS, register_target_modules),
+        (_ADAPTED, register_end_of_call),
     ):
         known = any(isinstance(f, _RegisterAfterImport) and f.module == module for f in sys.meta_path)
         if module in sys.modules:
@@ -126,6 +132,27 @@ def register_target_modules() -> None:
         targets.setdefault(MODEL_TYPE, layers)
     feedforward = getattr(constants, "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING", {})
     feedforward.setdefault(MODEL_TYPE, of_all(*(one.targets.scaled_inputs for one in known)))
+
+
+def register_end_of_call() -> None:
+    """Let peft take off the hooks that it puts on layers for one call (``adapter_names``) where that ends in an error.
+
+    It does so after a call that succeeds. Hooks that stay would go on choosing adapters in the calls after it.
+    """
+    adapted = sys.modules[_ADAPTED].PeftModel
+    hooks_of_call = adapted._enable_peft_forward_hooks
+
+    @contextmanager
+    @wraps(hooks_of_call)
+    def enabled(*args: Any, **kwargs: Any) -> Iterator[None]:
+        hooks = hooks_of_call(*args, **kwargs)
+        hooks.__enter__()
+        try:
+            yield
+        finally:
+            hooks.__exit__(None, None, None)  # as after success, whatever has happened
+
+    adapted._enable_peft_forward_hooks = enabled
 
 
 class _RegisterAfterImport(MetaPathFinder):
