@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from rwkv_rev.context_parallel import refuse_accelerates_ranks
+from rwkv_rev.errors import ConfigError
 from rwkv_rev.modeling import RwkvRevForCausalLM
 from rwkv_rev.outputs import RwkvRevCausalLMOutput
 
@@ -21,7 +23,14 @@ def of_the_next_token(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """``Trainer.compute_loss``, with labels shifted for our models, whatever is around them."""
+    """``Trainer.compute_loss``, with labels shifted for our models, whatever is around them.
+
+    ``shift_labels`` in a batch take the place of its labels, and are not shifted.
+
+    Raises:
+        ConfigError: where logits [B, T, V] and labels [B, T] are not of the same tokens.
+        StrategyError: for ``shift_labels`` on ranks of accelerate's that split a context.
+    """
     smoother = trainer.label_smoother
     if (
         smoother is None
@@ -29,10 +38,22 @@ def of_the_next_token(
         or not any(isinstance(module, RwkvRevForCausalLM) for module in model.modules())
     ):
         return compute_loss(trainer, model, inputs, *args, **kwargs)
+    shift = inputs.get("shift_labels") is None
+    if not shift:
+        refuse_accelerates_ranks()
+        inputs = dict(inputs)
+        inputs["labels"] = inputs.pop("shift_labels")
 
     def smoothed(outputs: Any, labels: Tensor, **given: Any) -> Tensor:
         if isinstance(outputs, (RwkvRevCausalLMOutput, tuple)):
-            given["shift_labels"] = True
+            logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+            if logits.shape[:-1] != labels.shape:
+                raise ConfigError(
+                    f"label_smoothing_factor needs a label for each token, and there are logits {list(logits.shape)} "
+                    f"and labels {list(labels.shape)}, as with the virtual tokens of peft's prompt learning: train "
+                    "with label_smoothing_factor=0"
+                )
+            given["shift_labels"] = shift
         return smoother(outputs, labels, **given)
 
     trainer.label_smoother = smoothed

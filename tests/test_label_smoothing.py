@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from bptt_cases import random_tokens, relative_error, tiny_model
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -16,6 +17,7 @@ from torch.nn.utils import parametrize
 from transformers import Trainer, TrainingArguments
 
 from rwkv_rev import RwkvRevForCausalLM
+from rwkv_rev.errors import ConfigError, StrategyError
 from rwkv_rev.outputs import RwkvRevCausalLMOutput
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -173,6 +175,46 @@ def test_a_step_under_torch_compile(tmp_path: Path, uncompiled: None) -> None:
     made = trainer(model, tmp_path, per_device_train_batch_size=2, **settings)
     made.train()
     assert made.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("labelled", [True, False], ids=["beside labels", "alone"])
+@pytest.mark.parametrize("strategy", ["full", "checkpoint", "reversible"])
+def test_shifted_labels_are_not_shifted_again(strategy: str, labelled: bool, tmp_path: Path) -> None:
+    """``shift_labels`` say what each position predicts, and are no matter of what labels there are."""
+    model = tiny_model("5.2", dtype=torch.float64)
+    made, targets = trainer(model, tmp_path), random_tokens(23, batch=2, seed=5)
+    targets[1, 2:4] = -100
+    batch = {"shift_labels": targets}
+    assert_next_token(made, model, model, strategy, targets, **batch)
+    given = {"input_ids": IDS, **batch} | ({"labels": LABELS} if labelled else {})
+    expected = smoothed(model(IDS).logits.detach(), targets).item()
+    assert made.compute_loss(model.eval(), given).item() == pytest.approx(expected, rel=1e-6)
+    assert "shift_labels" in given
+
+
+def test_shifted_labels_on_accelerates_ranks_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also without a gradient, where logits of a part of a context are made."""
+    model = tiny_model("5.2").eval()
+    made = trainer(model, tmp_path)
+    config = type("Config", (), {"cp_size": 2})
+    monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", config)
+    monkeypatch.setattr(made.accelerator, "unwrap_model", lambda model: model)
+    with pytest.raises(StrategyError, match="cp_size = 2"), torch.no_grad():
+        made.compute_loss(model, {"input_ids": IDS, "shift_labels": NEXT})
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+@pytest.mark.parametrize("strategy", ["full", "reversible"])
+def test_virtual_tokens_are_refused(strategy: str, return_dict: bool, tmp_path: Path) -> None:
+    """They have logits and no labels."""
+    base = tiny_model("5.2", bptt=strategy, chunk_length=8, return_dict=return_dict)
+    model = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
+    made = trainer(base, tmp_path)
+    for mode in (True, False):
+        with pytest.raises(ConfigError, match=r"\[2, 28, 32\] and labels \[2, 23\].*factor=0"):
+            made.compute_loss(model.train(mode), {"input_ids": IDS, "labels": LABELS})
 
 
 def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
