@@ -110,10 +110,11 @@ def smoothed(logits: Tensor, targets: Tensor) -> Tensor:
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     """By the parameters of the innermost model; of shards the whole."""
-    model.zero_grad()
     loss.backward()
     named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {name: getattr(gradient, "full_tensor", gradient.clone)() for name, gradient in named.items()}
+    whole = {name: getattr(gradient, "full_tensor", gradient.clone)() for name, gradient in named.items()}
+    model.zero_grad()  # not between the forward and the backward pass, where FSDP2 has other parameters there
+    return whole
 
 
 def assert_next_token(
