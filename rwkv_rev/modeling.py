@@ -49,15 +49,10 @@ class RwkvRevForCausalLM(TiedEmbeddings, RwkvRevPreTrainedModel, RwkvRevGenerati
 
     def __init__(self, config: RwkvRevConfig) -> None:
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # Trainer counts labels by it; transformers goes by the class's name
         self.model = RwkvRevModel(config)
         self.head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.head = new_embeddings
 
     # --- what gradient strategies see (rwkv_rev.bptt.strategy.LanguageModel) ------------------------------------
 

@@ -4,10 +4,15 @@ Each table of transformers is filled as soon as its module is loaded, before or 
 default layers. Models are entered by their names, as transformers enters its own: the package stands where a model's
 module is looked for, ``transformers.models.rwkv_rev``, and its names are loaded when first asked for. So nothing of
 ours is imported in the middle of an import of transformers but the configuration and the tokenizers, which need little.
+
+Label smoothing in Trainer, and what peft does around a call, go wrong with our models in silence: one function of each
+is wrapped, likewise as soon as it is there.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -18,7 +23,9 @@ _REPLACING = "transformers.processing_utils"  # runs transformers anew, in the p
 _CONFIGURATIONS = "transformers.models.auto.configuration_auto"
 _MODELS = "transformers.models.auto.modeling_auto"
 _TOKENIZERS = "transformers.models.auto.tokenization_auto"
+_TRAINER = "transformers.trainer"
 _TARGETS = "peft.utils.constants"
+_ADAPTED = "peft.peft_model"
 
 
 def install() -> None:
@@ -30,7 +37,9 @@ def install() -> None:
         (_CONFIGURATIONS, register_configuration),
         (_MODELS, register_models),
         (_TOKENIZERS, register_tokenizers),
+        (_TRAINER, register_label_smoothing),
         (_TARGETS, register_target_modules),
+        (_ADAPTED, register_end_of_call),
     ):
         known = any(isinstance(f, _RegisterAfterImport) and f.module == module for f in sys.meta_path)
         if module in sys.modules:
@@ -55,11 +64,7 @@ def register_configuration() -> None:
 
 
 def register_models() -> None:
-    """Let ``AutoModel`` and ``AutoModelForCausalLM`` know the classes, and Trainer.
-
-    Its label smoothing shifts the labels of models that are named here, and of no others; and base models are known
-    as such by their names.
-    """
+    """Let ``AutoModel`` and ``AutoModelForCausalLM`` know the classes; base models are known as such by their names."""
     auto = sys.modules[_MODELS]
     for names, classes, name in (
         (auto.MODEL_MAPPING_NAMES, auto.MODEL_MAPPING, "RwkvRevModel"),
@@ -78,6 +83,23 @@ def register_tokenizers() -> None:
     auto = sys.modules[_TOKENIZERS].AutoTokenizer
     for tokenizer in (RwkvByteTokenizer, RwkvWorldTokenizer):  # the last one stays the configuration's
         auto.register(RwkvRevConfig, tokenizer_class=tokenizer, exist_ok=True)
+
+
+def register_label_smoothing() -> None:
+    """Let label smoothing in ``Trainer`` shift the labels of our models (:mod:`rwkv_rev.label_smoothing`).
+
+    What needs the model is imported by the first call.
+    """
+    trainer = sys.modules[_TRAINER].Trainer
+    compute_loss = trainer.compute_loss
+
+    @wraps(compute_loss)
+    def compute(*args: Any, **kwargs: Any) -> Any:
+        from rwkv_rev.label_smoothing import of_the_next_token
+
+        return of_the_next_token(compute_loss, *args, **kwargs)
+
+    trainer.compute_loss = compute
 
 
 def register_target_modules() -> None:
@@ -110,6 +132,27 @@ def register_target_modules() -> None:
         targets.setdefault(MODEL_TYPE, layers)
     feedforward = getattr(constants, "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING", {})
     feedforward.setdefault(MODEL_TYPE, of_all(*(one.targets.scaled_inputs for one in known)))
+
+
+def register_end_of_call() -> None:
+    """Let peft take off the hooks that it puts on layers for one call (``adapter_names``) where that ends in an error.
+
+    It does so after a call that succeeds. Hooks that stay would go on choosing adapters in the calls after it.
+    """
+    adapted = sys.modules[_ADAPTED].PeftModel
+    hooks_of_call = adapted._enable_peft_forward_hooks
+
+    @contextmanager
+    @wraps(hooks_of_call)
+    def enabled(*args: Any, **kwargs: Any) -> Iterator[None]:
+        hooks = hooks_of_call(*args, **kwargs)
+        hooks.__enter__()
+        try:
+            yield
+        finally:
+            hooks.__exit__(None, None, None)  # as after success, whatever has happened
+
+    adapted._enable_peft_forward_hooks = enabled
 
 
 class _RegisterAfterImport(MetaPathFinder):

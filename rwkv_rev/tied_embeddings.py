@@ -16,6 +16,12 @@ class TiedEmbeddings:
     head: nn.Module
     all_tied_weights_keys: dict[str, str]
 
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.head = new_embeddings
+
     def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
         """Make one tensor of head and embedding where ``config.tie_word_embeddings`` says so.
 

@@ -209,6 +209,52 @@ def test_transformers_trainer(tmp_path: Path, by_trainer: tuple[Any, dict[str, T
     assert not torch.equal(reversible["head.weight"], start.head.weight)
 
 
+class Mine(RwkvRevForCausalLM):
+    """Has a name that says nothing of its loss."""
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["alone", "peft"])
+@pytest.mark.parametrize("strategy", ["full", "checkpoint", "reversible"])
+@pytest.mark.parametrize("version", ["4", "5.2", "6", "7"])
+def test_trainer_of_a_subclass(version: str, strategy: str, adapted: bool, tmp_path: Path) -> None:
+    """The sum is divided by the number of tokens that are predicted: of a row, by all but the first."""
+    tokens = random_tokens(LENGTH, batch=4)
+    origin = tiny_model(version, dtype=torch.float64)
+    base = Mine(origin.config).double().train()
+    base.load_state_dict(origin.state_dict())
+    model = base
+    if adapted:
+        model = get_peft_model(base, LoraConfig(target_modules=["key"], init_lora_weights=False)).double()
+    logits = model(input_ids=tokens).logits
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    truth = dict(zip(trained, torch.autograd.grad(expected, list(trained.values())), strict=True))
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    base.set_bptt(strategy, chunk_length=CHUNK)
+    arguments = TrainingArguments(
+        tmp_path,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=1,
+        max_grad_norm=0.0,
+        learning_rate=1.0,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    rows = [{"input_ids": row, "labels": row} for row in tokens]
+    made = Trainer(model, arguments, train_dataset=rows)
+    made.train()
+    assert made.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-6)
+    for name, gradient in truth.items():
+        assert relative_error(before[name] - trained[name].detach(), gradient) <= 1e-6, name
+    assert "loss_type" not in base.config.to_diff_dict()
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script(_method)?` is deprecated")
 def test_trainer_with_torch_compile(tmp_path: Path, by_trainer: tuple[Any, dict[str, Tensor]]) -> None:
     """The loss of a compiled model is computed as that of any other, to the bit."""

@@ -136,6 +136,31 @@ def test_rows_with_adapters_of_their_own(name: str, tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("name", ["LoRA", "RoAd", "GLoRA"])
+def test_a_call_that_ends_in_an_error_leaves_no_hook(name: str, tmp_path: Path) -> None:
+    """What told layers whose adapter a row is for has no say in the calls after it."""
+    model, wrapped = made(method(name), tmp_path)
+    wrapped.double().eval()
+    ids, names = tokens(), ["__base__", "default"]
+    model.set_bptt("auto", chunk_length=10)
+    hooks = [len(module._forward_pre_hooks) for module in wrapped.modules()]
+    expected = {strategy: gradients(model, wrapped, strategy) for strategy in ("full", *CHUNKED)}
+    for strategy in expected:
+        with pytest.raises(ValueError, match="labels have shape"):
+            loss_of(model, wrapped, strategy, labels=ids[:, :3], adapter_names=names)
+        with pytest.raises(ValueError, match="other values"), torch.no_grad():
+            wrapped(input_ids=ids, attention_mask=ids + 2, adapter_names=names)
+        with pytest.raises(ValueError, match="max_new_tokens"):
+            wrapped.generate(input_ids=ids, max_new_tokens=-1, adapter_names=names)
+        assert [len(module._forward_pre_hooks) for module in wrapped.modules()] == hooks
+        found = gradients(model, wrapped, strategy)
+        assert found.keys() == expected[strategy].keys()
+        for of, gradient in found.items():
+            assert torch.equal(gradient, expected[strategy][of]), of
+    by_row = gradients(model, wrapped, "full", adapter_names=names)  # the same call without an error is heard
+    assert max(relative_errors(by_row, expected["full"]).values()) > 1e-3
+
+
 # --- virtual tokens ---------------------------------------------------------------------------------------------
 
 
