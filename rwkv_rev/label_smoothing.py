@@ -23,7 +23,7 @@ def of_the_next_token(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """``Trainer.compute_loss``, with labels shifted for our models, whatever is around them.
+    """``compute_loss`` of a trainer that smooths labels, which are shifted for our models, whatever is around them.
 
     ``shift_labels`` in a batch take the place of its labels, and are not shifted.
 
@@ -32,11 +32,8 @@ def of_the_next_token(
         StrategyError: for ``shift_labels`` on ranks of accelerate's that split a context.
     """
     smoother = trainer.label_smoother
-    if (
-        smoother is None
-        or trainer.compute_loss_func is not None
-        or not any(isinstance(module, RwkvRevForCausalLM) for module in model.modules())
-    ):
+    ours = any(isinstance(module, RwkvRevForCausalLM) for module in model.modules())
+    if trainer.compute_loss_func is not None or not ours:
         return compute_loss(trainer, model, inputs, *args, **kwargs)
     shift = inputs.get("shift_labels") is None
     if not shift:

@@ -90,16 +90,18 @@ def register_label_smoothing() -> None:
 
     What needs the model is imported by the first call.
     """
-    trainer = sys.modules[_TRAINER].Trainer
-    compute_loss = trainer.compute_loss
+    kind = sys.modules[_TRAINER].Trainer
+    compute_loss = kind.compute_loss
 
     @wraps(compute_loss)
-    def compute(*args: Any, **kwargs: Any) -> Any:
+    def compute(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        if trainer.label_smoother is None:
+            return compute_loss(trainer, *args, **kwargs)
         from rwkv_rev.label_smoothing import of_the_next_token
 
-        return of_the_next_token(compute_loss, *args, **kwargs)
+        return of_the_next_token(compute_loss, trainer, *args, **kwargs)
 
-    trainer.compute_loss = compute
+    kind.compute_loss = compute
 
 
 def register_target_modules() -> None:
