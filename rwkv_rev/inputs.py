@@ -156,6 +156,11 @@ def loss_inputs(
         check_state(model.config, state, batch)
     if final_state_gradient is not None:
         check_state(model.config, final_state_gradient, batch, "final_state_gradient")
+        if any(tensor.requires_grad for tensor in final_state_gradient.tensors()):
+            raise ValueError(
+                "final_state_gradient requires a gradient, and the loss gives it none: hand over "
+                "final_state_gradient.detach(), or give the state a loss of your own"
+            )
     valid = valid_tokens(attention_mask, length, batch)
     at = given_borders(
         packed or {},
@@ -236,6 +241,11 @@ def _divisor(
     if isinstance(number, Tensor):
         if number.numel() != 1:
             raise ValueError(f"num_items_in_batch has {number.numel()} numbers: give one")
+        if number.requires_grad:
+            raise ValueError(
+                "num_items_in_batch requires a gradient, and the loss gives it none: hand over "
+                "num_items_in_batch.detach()"
+            )
         if number.device.type != "cpu":  # not looked at: that would wait for the device
             return number.reshape(()).to(targets.device, dtype, copy=True)
         number = number.item()

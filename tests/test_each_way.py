@@ -339,6 +339,7 @@ class Own(OwnByHalves):
     def advance(self, x: Tensor, state: Any, mask: Any = None) -> Any: ...
     def replay(self, x: Tensor, state: Any, remnant: Any, mask: Any = None) -> Any: ...
     def retreat(self, x: Tensor, state: Any, remnant: Any, mask: Any = None) -> Any: ...
+    def values(self, state: Any) -> Any: ...
     def project(self, x: Tensor) -> Any: ...
 
 
@@ -359,10 +360,15 @@ def test_which_cells_are_whole() -> None:
         (Own, steps, None),
         (Own, ("project",), None),
         (OwnByHalves, steps[1:], None),
+        (Own, ("values",), "values"),
+        (Own, (*steps, "exact"), None),
     ):
         assert overridden_alone(subclass(base, *names)) == expected, names
-    for own in (TimeMixRwkv5, Block, nn.Linear):
+    for own in (TimeMixRwkv5, Block, nn.Linear, Own):
         assert overridden_alone(own) is None
+    mixin = type("Mixin", (), {"step": lambda self, *given: None})
+    assert overridden_alone(type("Mixed", (mixin, Own), {})) == "step"
+    assert overridden_alone(type("Whole", (mixin, OwnByHalves), dict.fromkeys(steps[1:]))) is None
 
 
 def test_a_cell_that_overrides_what_every_way_calls() -> None:

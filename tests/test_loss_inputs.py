@@ -294,3 +294,15 @@ def test_a_gradient_that_is_off_is_told_of(bundled: dict[str, Path], version: st
     coarse = [warning for warning in told if "its grid stays as coarse" in str(warning.message)]
     assert error <= own + 1e-5 or coarse
     assert (size > 1) == (len(coarse) == 1) or 1 < size < 300
+
+
+def test_what_gets_no_gradient_may_not_want_one() -> None:
+    model, ids = tiny_model("5.2"), random_tokens(9)
+    probe = model(ids).state.detach().each(lambda tensor: tensor.requires_grad_())
+    for strategy in ("full", "reversible"):
+        with model.set_bptt(strategy, chunk_length=4):
+            with pytest.raises(ValueError, match=r"final_state_gradient requires a gradient.*\.detach\(\)"):
+                model(ids, labels=ids, final_state_gradient=probe)
+            with pytest.raises(ValueError, match="num_items_in_batch requires a gradient"):
+                model(ids, labels=ids, num_items_in_batch=torch.tensor(8.0, requires_grad=True))
+            model(ids, labels=ids, final_state_gradient=probe.detach(), num_items_in_batch=torch.tensor(8.0))

@@ -23,14 +23,19 @@ def unchanged(model: LanguageModel, tensors: list[Tensor]) -> Iterator[None]:
     """Refuses a computation that writes to ``tensors`` of the model: no chunk may see another model.
 
     Raises:
-        StrategyError: naming a buffer or parameter that was written to.
+        StrategyError: naming a buffer or parameter that was written to, or frozen or unfrozen.
     """
     versions = [tensor._version for tensor in tensors]
+    trained = [tensor.requires_grad for tensor in tensors]
     mismatch = None
     try:
         yield
     except ReversalMismatchError as error:  # of which it is the cause
         mismatch = error
+    except Exception as error:
+        _refuse_other_leaves(model, tensors, trained, error)
+        raise
+    _refuse_other_leaves(model, tensors, trained, mismatch)
     name = changed_tensor(model, tensors, versions)
     if name is not None:
         raise StrategyError(
@@ -41,11 +46,26 @@ def unchanged(model: LanguageModel, tensors: list[Tensor]) -> Iterator[None]:
         raise mismatch
 
 
+def _refuse_other_leaves(
+    model: LanguageModel, tensors: list[Tensor], trained: list[bool], error: Exception | None
+) -> None:
+    for tensor, before in zip(tensors, trained, strict=True):
+        if tensor.requires_grad != before:
+            raise StrategyError(
+                f"{_name(model, tensor)} was {'frozen' if before else 'unfrozen'} while the loss was computed, and "
+                "other chunks would train other parameters: do so before the call, or use bptt='full'"
+            ) from error
+
+
 def changed_tensor(model: LanguageModel, tensors: list[Tensor], versions: list[int]) -> str | None:
     """The name of a buffer or parameter that was written to since it had its version."""
     for tensor, version in zip(tensors, versions, strict=True):
         if tensor._version != version:
-            module = cast(nn.Module, model)
-            named = [*module.named_buffers(), *module.named_parameters()]
-            return next((name for name, other in named if other is tensor), "a parameter")
+            return _name(model, tensor)
     return None
+
+
+def _name(model: LanguageModel, tensor: Tensor) -> str:
+    module = cast(nn.Module, model)
+    named = [*module.named_buffers(), *module.named_parameters()]
+    return next((name for name, other in named if other is tensor), "a parameter")

@@ -5,14 +5,17 @@ Each is a PyTorch formula; on a CUDA device :mod:`rwkv_rev.cells.triton_gates` c
 new memory costs more than the arithmetic.
 """
 
+from typing import TypeGuard
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.nn.modules import module as module_globals
 
 from rwkv_rev.wkv.dispatch import is_fused
 
-_LINEAR = nn.Linear.forward
+_LINEAR, _GROUP_NORM, _CALL = nn.Linear.forward, nn.GroupNorm.forward, nn.Module.__call__
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def norm_and_gate(
@@ -20,15 +23,32 @@ def norm_and_gate(
 ) -> Tensor:
     """``norm(y) * silu(gate)``, [B, C, D] in ``dtype``; arguments as those of :func:`gated_group_norm`.
 
-    A GroupNorm is computed by its formula. What other tools have put in its place, or hooked to it, is called as a
-    module, with y [B C, D] in the precision of its weights.
+    A plain GroupNorm with a group per head is computed by its formula. What other tools have put in its place, or
+    hooked to it, is called as a module, with y [B C, D] in the precision of its weights.
     """
-    hooks = (norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks)
-    if isinstance(norm, nn.GroupNorm) and not any(hooks) and "forward" not in vars(norm):
+    if _is_plain_group_norm(norm, y.shape[2]):
         return gated_group_norm(y, norm.weight, norm.bias, norm.eps, gate, dtype, own=own)
-    rows = y.flatten(0, 1).flatten(1).to(next(norm.parameters()).dtype)
+    weight = next(norm.parameters(), y)
+    rows = y.flatten(0, 1).flatten(1).to(weight.dtype)
     normalized = norm(rows).view(*y.shape[:2], -1).to(dtype)
     return normalized if gate is None else normalized * F.silu(gate)
+
+
+def _is_plain_group_norm(norm: nn.Module, heads: int) -> TypeGuard[nn.GroupNorm]:
+    """Whether calling the module would do just what its formula does."""
+    kind, own = type(norm), vars(norm)
+    return (
+        isinstance(norm, nn.GroupNorm)
+        and kind.forward is _GROUP_NORM
+        and kind.__call__ is _CALL
+        and norm.num_groups == heads
+        and norm.weight is not None
+        and norm.bias is not None
+        and "forward" not in own
+        and own.get("_compiled_call_impl") is None
+        and not any(own[name] for name in _HOOKS)
+        and not any(vars(module_globals)[f"_global{name}"] for name in _HOOKS)
+    )
 
 
 def gated_group_norm(
@@ -78,8 +98,8 @@ def returns_new_memory(module: nn.Module) -> bool:
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
-        _global_forward_hooks,
-        _global_forward_pre_hooks,
+        module_globals._global_forward_hooks,
+        module_globals._global_forward_pre_hooks,
     )
     plain = type(module) is nn.Linear and nn.Linear.forward is _LINEAR and "forward" not in vars(module)
     return plain and not any(hooks)

@@ -63,18 +63,26 @@ def overridden_alone(layer: type) -> str | None:
 
 
 def _newer_alone(layer: type) -> str | None:
-    """A step through a chunk that a class of others has anew, beside steps that are still those of its base."""
-    filled_in = {}
-    for name in _STEPS:
-        holders = [base for base in layer.__mro__ if name in vars(base) and not is_ours(base)]
-        if holders:
-            filled_in[name] = holders
-    for name, (newest, *older) in filled_in.items():
-        if not any(not getattr(vars(base)[name], "__isabstractmethod__", False) for base in older):
-            continue  # filled in here
-        if any(holder is not newest and issubclass(newest, holder) for holder, *_ in filled_in.values()):
-            return name
+    """A way that a class of others, or a mixin, has anew before ways that are still those of a base of others."""
+    memories = (*_MEMORIES, *_OF_MEMORIES) if hasattr(layer, "advance_memory") else ()
+    for ways, states in ((_STEPS, _STATES), (memories[: len(_MEMORIES)], memories[len(_MEMORIES) :])):
+        holders = {name: _places(layer, name) for name in (*ways, *states)}
+        last = max((holders[name][0] for name in ways if holders[name]), default=0)
+        for name, places in holders.items():
+            if len(places) > 1 and places[0] < last:
+                return name
     return None
+
+
+def _places(layer: type, name: str) -> list[int]:
+    """Where classes of others fill a method in, in the order in which it is looked for."""
+    return [
+        place
+        for place, base in enumerate(layer.__mro__)
+        if name in vars(base)
+        and not is_ours(base)
+        and not getattr(vars(base)[name], "__isabstractmethod__", False)
+    ]
 
 
 def first_of_ours(layer: type) -> Any:
