@@ -87,7 +87,9 @@ def test_finetune_tells_of_weights(broken: Path, tmp_path: Path, changes: dict[s
     """No learning rate mends them, whether they are trained or not."""
     data = counting_text(tmp_path / "data.txt", 100)
     config = settings(broken, data, tmp_path / "out", context_length=64, **changes)
-    with pytest.raises(CheckpointError, match=r"step 1: weights of the model held NaN .*blocks\.0\.channel_mix"):
+    with pytest.raises(
+        CheckpointError, match=r"step 1: weights of the model held NaN .*blocks\.0\.channel_mix"
+    ):
         finetune(config)
     assert not (tmp_path / "out").exists()
 
