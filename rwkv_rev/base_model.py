@@ -59,6 +59,8 @@ class RwkvRevPreTrainedModel(Quantisable, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012 (declared so by the base class)
+    was_called = False
+    """Set by ``forward`` without labels; whoever asks whether it runs clears it before (label smoothing)."""
 
     def post_init(self) -> None:
         """Called when all modules are there: those that loading keeps in float32 are made so in the first place."""
@@ -200,6 +202,7 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         tokens under ``auto``. What :meth:`RwkvRevForCausalLM.set_bptt` says of ``hidden_states`` is of the output.
         """
         output_hidden_states, return_dict = self._by_config(output_hidden_states, return_dict)
+        self.was_called = True
         batch, length, device = rows_and_tokens(input_ids, inputs_embeds)
         refuse_unknown_keywords(kwargs, RwkvRevModel)
         if device.type != "meta":  # where a model without weights is looked at

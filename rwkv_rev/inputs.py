@@ -171,12 +171,7 @@ def loss_inputs(
         fresh=state is None,
         embedded=inputs_embeds is not None,
     )
-    if shift_labels is not None:
-        targets = given_targets(given, valid)
-    elif at is None:
-        targets = next_token_targets(given, valid)
-    else:  # the first token of a document is predicted by nothing
-        targets = next_token_targets(given.masked_fill(at.to(given.device), IGNORE), valid)
+    targets = loss_targets(given, valid, at, shifted=shift_labels is not None)
     weights = None
     if loss_weights is not None:
         weights = weights_of_targets(
@@ -203,6 +198,22 @@ def loss_inputs(
         borders=None if at is None else model.base_model.borders(at, valid),
         weights=weights,
         refuse=refuse,
+    )
+
+
+def loss_targets(labels: Tensor, valid: Tensor | None, at: Tensor | None, *, shifted: bool) -> Tensor:
+    """What each position predicts, [B, T] int64, -100 for nothing: the same for every loss of labels.
+
+    Args:
+        labels: [B, T] int64, -100 where nothing is to be predicted.
+        valid: [B, T] bool, or None where every token counts.
+        at: borders [B, T] as :func:`given_borders` finds them. The first token of a document is predicted by nothing.
+        shifted: whether labels say already what each position predicts; then they are taken as they are, but for masks.
+    """
+    if shifted:
+        return given_targets(labels, valid)
+    return next_token_targets(
+        labels if at is None else labels.masked_fill(at.to(labels.device), IGNORE), valid
     )
 
 

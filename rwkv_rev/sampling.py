@@ -37,9 +37,16 @@ class Finite(LogitsProcessor):
         """The logits [B, V] as they are.
 
         Raises:
-            CheckpointError: where a row holds NaN or +infinity, or nothing but -infinity.
+            CheckpointError: where a row holds NaN or +infinity.
+            ConfigError: where a row holds nothing but -infinity, which is how processors forbid a token.
         """
-        if not bool(torch.isfinite(scores.amax(-1)).all()):
+        largest = scores.amax(-1)  # NaN where there is one
+        if not bool(torch.isfinite(largest).all()):
+            if bool((largest < math.inf).all()):
+                raise ConfigError(
+                    "every token is forbidden, so none can be chosen: what forbids tokens (bad_words_ids, "
+                    "suppress_tokens, logits processors of your own) must leave one"
+                )
             raise CheckpointError(
                 "the model's logits are not finite, so no token can be chosen: weights of it hold NaN or infinity, or "
                 "its training diverged; take a checkpoint from before that"

@@ -384,7 +384,7 @@ def test_refuses_what_cannot_work(
 
 def test_a_loss_that_is_no_number_stops_the_run(shallow: dict[str, Path], tmp_path: Path) -> None:
     data = counting_text(tmp_path / "data.txt", 100)
-    with pytest.raises(RwkvRevError, match=r"the loss is (nan|inf) at step|not finite|NaN"):
+    with pytest.raises(RwkvRevError, match=r"the loss is (nan|inf) at step \d+: lower lr"):
         finetune(settings(shallow["5.2"], data, tmp_path / "out", lr=1e9, warmup=0, max_grad_norm=0.0))
     assert not (tmp_path / "out").exists()
 

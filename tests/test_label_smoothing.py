@@ -1,6 +1,7 @@
 """Label smoothing in transformers' Trainer predicts the next token, whatever is around the model."""
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 from transformers import Trainer, TrainingArguments
+from transformers.modeling_outputs import CausalLMOutput
 
 from rwkv_rev import RwkvRevForCausalLM
 from rwkv_rev.errors import ConfigError, StrategyError
@@ -122,7 +124,8 @@ def assert_next_token(
 ) -> None:
     """Trainer's loss and gradient of ``model`` are those that float64 autograd gives of the whole context."""
     base.set_bptt("full", chunk_length=1000)
-    expected = smoothed(model(input_ids=IDS).logits, targets)
+    given = model(input_ids=IDS)
+    expected = smoothed(given["logits"] if isinstance(given, dict) else given[0], targets)
     truth = gradients(base, expected)
     base.set_bptt(strategy, chunk_length=8)
     loss = made.compute_loss(model, {"input_ids": IDS, "labels": LABELS, **batch})
@@ -176,6 +179,161 @@ def test_a_step_under_torch_compile(tmp_path: Path, uncompiled: None) -> None:
     made = trainer(model, tmp_path, per_device_train_batch_size=2, **settings)
     made.train()
     assert made.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+class Handing(Around):
+    """Hands on the logits alone, in one of the forms that Trainer takes."""
+
+    def __init__(self, model: nn.Module, form: Callable[[Tensor], Any]) -> None:
+        super().__init__(model)
+        self.form = form
+
+    def forward(self, **given: Any) -> Any:
+        return self.form(super().forward(**given)["logits"])
+
+
+FORMS: dict[str, Callable[[Tensor], Any]] = {
+    "tuple": lambda logits: (logits,),
+    "dict": lambda logits: {"logits": logits.clone()},  # other logits, as of a temperature
+    "CausalLMOutput": lambda logits: CausalLMOutput(logits=logits),
+}
+
+
+@pytest.mark.parametrize("strategy", ["full", "checkpoint", "reversible"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("around", ["nothing", "compiled", "DDP", "peft"])
+def test_what_a_module_around_hands_on(
+    around: str, form: str, strategy: str, tmp_path: Path, one_rank: None, uncompiled: None
+) -> None:
+    base = tiny_model("5.2", dtype=torch.float64)
+    model = (
+        Handing(adapted(base), FORMS[form])
+        if around == "peft"
+        else AROUND[around](Handing(base, FORMS[form]))
+    )
+    assert_next_token(trainer(base, tmp_path), model, base, strategy, NEXT)
+    with torch.no_grad():
+        expected = smoothed(base(IDS).logits, NEXT).item()
+        found = trainer(base, tmp_path).compute_loss(model.eval(), {"input_ids": IDS, "labels": LABELS})
+    assert found.item() == pytest.approx(expected, rel=1e-6)
+
+
+class OfHidden(nn.Module):
+    """Logits of hidden states by a layer of its own."""
+
+    def __init__(self, model: RwkvRevForCausalLM, size: int, form: str) -> None:
+        super().__init__()
+        self.lm, self.config, self.form = model, model.config, FORMS[form]
+        self.tags = nn.Linear(model.config.hidden_size, size).double()
+
+    def forward(self, input_ids: Tensor) -> Any:
+        return self.form(self.tags(self.lm.model(input_ids).last_hidden_state))
+
+
+@pytest.mark.parametrize("strategy", ["full", "reversible"])
+@pytest.mark.parametrize("form", FORMS)
+def test_tags_are_not_shifted(form: str, strategy: str, tmp_path: Path) -> None:
+    """Also where the whole model was called in an earlier batch."""
+    base = tiny_model("5.2", dtype=torch.float64)
+    model, tags = OfHidden(base, 5, form), random_tokens(23, batch=2).remainder(5)
+    made = trainer(base, tmp_path)
+    made.compute_loss(base, {"input_ids": IDS, "labels": LABELS})
+    base.set_bptt(strategy, chunk_length=8)
+    expected = smoothed(model.tags(base.model(IDS).last_hidden_state), tags)
+    truth = gradients(model, expected)
+    loss = made.compute_loss(model, {"input_ids": IDS, "labels": tags})
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for name, gradient in gradients(model, loss).items():
+        assert relative_error(gradient, truth[name]) <= 1e-6, name
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_logits_of_no_known_token_are_refused(form: str, tmp_path: Path) -> None:
+    """A head of the vocabulary on hidden states may predict the next token, or the one that was read."""
+    base = tiny_model("5.2", dtype=torch.float64)
+    model = OfHidden(base, 32, form)
+    with pytest.raises(ConfigError, match=r"call the whole model in it, or .* compute_loss_func"):
+        trainer(base, tmp_path).compute_loss(model, {"input_ids": IDS, "labels": LABELS})
+
+
+def places(*each: tuple[int, int]) -> Tensor:
+    """[2, 23] bool, true there."""
+    found = torch.zeros(2, 23, dtype=torch.bool)
+    for row, place in each:
+        found[row, place] = True
+    return found
+
+
+MASK = ~places(*((0, t) for t in range(4)), (0, 11), (1, 7), (1, 8), *((1, t) for t in range(18, 23)))
+STARTS = places((0, 9), (1, 5), (1, 15))
+BATCHES: dict[str, tuple[dict[str, Tensor], Tensor, Tensor]] = {
+    # what a batch holds, which tokens count, and where documents begin
+    "padding and holes": ({"attention_mask": MASK.long()}, MASK, places()),
+    "position_ids": (
+        {"position_ids": torch.tensor([[*range(9), *range(14)], [*range(5), *range(10), *range(8)]])},
+        ~places(),
+        STARTS,
+    ),
+    "seq_idx": ({"seq_idx": STARTS.cumsum(1)}, ~places(), STARTS),
+    "borders": ({"borders": STARTS}, ~places(), STARTS),
+    "a border in a hole": (
+        {"attention_mask": MASK, "borders": places((0, 11), (1, 12))},
+        MASK,
+        places((0, 12), (1, 12)),
+    ),
+    "cu_seq_lens": (
+        {name: torch.tensor([0, 9, 23]) for name in ("cu_seq_lens_q", "cu_seq_lens_k")},
+        ~places()[:1],
+        STARTS[:1],
+    ),
+}
+
+
+def by_hand(labels: Tensor, counts: Tensor, starts: Tensor) -> Tensor:
+    """What each position predicts: the label of the next token that counts, if it goes on with the same document."""
+    targets = torch.full_like(labels, -100)
+    for row, label in enumerate(labels.tolist()):
+        there = counts[row].nonzero().flatten().tolist()
+        for place, following in pairwise(there):
+            if not starts[row, following]:
+                targets[row, place] = label[following]
+    return targets
+
+
+@pytest.mark.parametrize(
+    ("version", "strategy", "chunk"),
+    [
+        *(("5.2", strategy, chunk) for strategy in ("full", "checkpoint", "reversible") for chunk in (8, 12)),
+        *((version, "reversible", 8) for version in ("4", "6", "7")),
+    ],
+)
+@pytest.mark.parametrize("kind", BATCHES)
+def test_targets_are_those_of_the_models_own_loss(
+    kind: str, version: str, strategy: str, chunk: int, tmp_path: Path
+) -> None:
+    """Labels that are the ids: neither padding, nor holes, nor first tokens of documents are predicted."""
+    given, counts, starts = BATCHES[kind]
+    base = tiny_model(version, dtype=torch.float64)
+    batch = {"input_ids": IDS[: len(counts)], **given}
+    targets = by_hand(batch["input_ids"], counts, starts)
+    assert 20 < int((targets != -100).sum()) < 44
+    base.set_bptt("full", chunk_length=1000)
+    expected = smoothed(base(**batch).logits, targets)
+    truth = gradients(base, expected)
+    base.set_bptt(strategy, chunk_length=chunk)
+    made, labels = trainer(base, tmp_path), batch["input_ids"].clone()
+    loss = made.compute_loss(base, batch | {"labels": labels})
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    found = gradients(base, loss)
+    for name, gradient in truth.items():
+        assert relative_error(found[name], gradient) <= 1e-6, name
+    around = made.compute_loss(Handing(base, FORMS["dict"]), batch | {"labels": labels})
+    assert around.item() == pytest.approx(expected.item(), rel=1e-6)
+    made.label_smoother.epsilon = 0.0  # the model's own loss
+    own = base(**batch, labels=labels).loss.item()
+    assert made.compute_loss(base, batch | {"labels": labels}).item() == pytest.approx(own, rel=1e-6)
+    masked = made.compute_loss(base, batch | {"shift_labels": labels}).item()
+    assert masked == pytest.approx(base(**batch, shift_labels=labels).loss.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("labelled", [True, False], ids=["beside labels", "alone"])

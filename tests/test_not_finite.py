@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from finetune_cases import counting_text, finetune, settings
 from safetensors.torch import load_file, save_file
 
 import rwkv_rev
 from rwkv_rev.cli import output
-from rwkv_rev.errors import CheckpointError
+from rwkv_rev.errors import CheckpointError, ConfigError
 from rwkv_rev.json_text import finite, json_text
 from rwkv_rev.sampling import Sampling
 from rwkv_rev.tokenization import RwkvByteTokenizer
@@ -64,11 +65,33 @@ def test_which_logits_are_refused(sampling: Sampling) -> None:
         logits[0, 7] = wrong
         with pytest.raises(CheckpointError, match="logits are not finite"):
             processors(said, logits)
-    with pytest.raises(CheckpointError, match="logits are not finite"):
-        processors(said, torch.full((1, 256), -math.inf))
     allowed = torch.full((1, 256), -math.inf)
     allowed[0, 7] = 1.0  # what forbids tokens leaves the others
     assert sampling.choose(processors(said, allowed)) == 7
+
+
+def test_every_token_is_forbidden() -> None:
+    """The weights have nothing to do with it; of rows of both kinds NaN is told of."""
+    processors: Any = Sampling().processors(RwkvByteTokenizer())
+    said, logits = torch.zeros(2, 0, dtype=torch.int64), torch.zeros(2, 256)
+    logits[1] = -math.inf
+    with pytest.raises(ConfigError, match=r"every token is forbidden.*bad_words_ids, suppress_tokens"):
+        processors(said, logits)
+    logits[0, 3] = math.nan
+    with pytest.raises(CheckpointError, match="logits are not finite"):
+        processors(said, logits)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tune": "lora"}])
+def test_finetune_tells_of_weights(broken: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """No learning rate mends them, whether they are trained or not."""
+    data = counting_text(tmp_path / "data.txt", 100)
+    config = settings(broken, data, tmp_path / "out", context_length=64, **changes)
+    with pytest.raises(
+        CheckpointError, match=r"step 1: weights of the model held NaN .*blocks\.0\.channel_mix"
+    ):
+        finetune(config)
+    assert not (tmp_path / "out").exists()
 
 
 def test_eval_warns_and_prints_json(cli: Cli, broken: Path, tmp_path: Path) -> None:

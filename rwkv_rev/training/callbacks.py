@@ -13,9 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rwkv_rev.errors import ConfigError, DataError
+from rwkv_rev.errors import CheckpointError, ConfigError, DataError
 from rwkv_rev.json_text import finite
 from rwkv_rev.progress import Progress
 
@@ -99,7 +100,25 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 class StopAtBadLoss(TrainerCallback):
-    """Raises DataError at a loss that is not finite: nothing after it could be right, and no checkpoint holds it."""
+    """Raises DataError at a loss that is not finite: nothing after it could be right, and no checkpoint holds it.
+
+    CheckpointError where the model held NaN or infinity before the first step, which no setting of a run mends.
+    """
+
+    def __init__(self) -> None:
+        self.broken: str | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Looks at the weights once: after a step by a loss that is NaN, all that are trained would be."""
+        if state.global_step == 0 and model is not None:
+            self.broken = next((name for name, one in model.named_parameters() if not _finite(one)), None)
 
     def on_log(
         self,
@@ -110,10 +129,20 @@ class StopAtBadLoss(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if logs and not math.isfinite(logs.get("loss", 0.0)):
+            if self.broken is not None:
+                raise CheckpointError(
+                    f"the loss is {logs['loss']} at step {state.global_step}: weights of the model held NaN or "
+                    f"infinity before the first step ({self.broken}); take a checkpoint from before that"
+                )
             raise DataError(
                 f"the loss is {logs['loss']} at step {state.global_step}: lower --lr, lengthen --warmup or use "
                 "--dtype float32; --resume auto goes on from the last checkpoint, if there is one"
             )
+
+
+def _finite(parameter: Tensor) -> bool:
+    """Of a sharded one this process's part."""
+    return bool(getattr(parameter, "to_local", parameter.detach)().isfinite().all())
 
 
 class NothingLeft(Exception):
