@@ -35,7 +35,7 @@ from rwkv_rev.context_parallel import refuse_own_loss
 from rwkv_rev.distributed.sharded_reading import reading
 from rwkv_rev.document_states import Asked, ends_asked_for
 from rwkv_rev.errors import StrategyError
-from rwkv_rev.exporting import exportable
+from rwkv_rev.exporting import exportable, exporting
 from rwkv_rev.forecast import SMALL_CHUNK, tokens_at_once
 from rwkv_rev.foreign.adapters import refuse_recomputing
 from rwkv_rev.foreign.quantised import Quantisable, refuse_packed
@@ -202,7 +202,8 @@ class RwkvRevModel(RwkvRevPreTrainedModel):
         tokens under ``auto``. What :meth:`RwkvRevForCausalLM.set_bptt` says of ``hidden_states`` is of the output.
         """
         output_hidden_states, return_dict = self._by_config(output_hidden_states, return_dict)
-        self.was_called = True
+        if not exporting():  # PyTorch 2.9 lets no module be written to then
+            self.was_called = True
         batch, length, device = rows_and_tokens(input_ids, inputs_embeds)
         refuse_unknown_keywords(kwargs, RwkvRevModel)
         if device.type != "meta":  # where a model without weights is looked at

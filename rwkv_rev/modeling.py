@@ -261,7 +261,8 @@ class RwkvRevForCausalLM(TiedEmbeddings, RwkvRevPreTrainedModel, RwkvRevGenerati
         if state is not None and updated is None:  # ``generate``, which hands over a cache, has looked once
             refuse_carried_state(self)
         if labels is None and shift_labels is None:
-            self.was_called = True
+            if not exporting():  # PyTorch 2.9 lets no module be written to then
+                self.was_called = True
             refuse_without_labels(final_state_gradient=final_state_gradient, loss_weights=loss_weights)
             by_default = updated is not None or (self.config.use_cache and not (self.training or exporting()))
             if not (by_default if use_cache is None else use_cache):
