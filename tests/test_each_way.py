@@ -17,6 +17,7 @@ from rwkv_rev.cells.overridden import overridden_alone
 from rwkv_rev.cells.stateless import StatelessCell
 from rwkv_rev.cells.time_mix_rwkv5 import TimeMixRwkv5
 from rwkv_rev.errors import StrategyError
+from rwkv_rev.foreign import adapters
 from rwkv_rev.foreign.each_way import overridden
 from rwkv_rev.foreign.search import strangers
 
@@ -279,6 +280,18 @@ def test_a_module_around_a_layer(place: str, as_declared: bool, monkeypatch: pyt
         rf"Around at model\.{place} .*stands in the place of a whole block or cell, .* a hook on",
         works="",
     )
+
+
+def test_an_adapter_around_a_layer_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of peft's, what is said goes by its class."""
+    monkeypatch.setattr(adapters, "is_of_peft", lambda code: code is Around)
+    model = model_of()
+    model.model.blocks[1].time_mix = Around(model.model.blocks[1].time_mix)
+    with (
+        model.set_bptt("reversible", chunk_length=CHUNK),
+        pytest.raises(StrategyError, match=r"Around at model\.blocks\.1\.time_mix is not known to treat"),
+    ):
+        model(IDS, labels=IDS)
 
 
 class HandingOn(Around):

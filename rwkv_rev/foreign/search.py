@@ -127,7 +127,10 @@ def _strangers(model: nn.Module) -> Strangers:
     for path, module in below(model):
         layers.add(type(module))
         writes |= bool(vars(module).get("inplace"))
-        if id(module) in misplaced and not adapters.is_of_peft(type(module)):
+        stands_in = id(module) in misplaced and not adapters.is_of_peft(
+            type(module)
+        )  # peft's have words of their own
+        if stands_in:
             why = each_way.IN_PLACE_OF_A_LAYER if misplaced[id(module)] else each_way.NO_LAYER
             found.unknown.append(Stranger(f"{class_of(module).__name__} at {path}", why))
         if _is_known(module):
@@ -157,7 +160,7 @@ def _strangers(model: nn.Module) -> Strangers:
                     f"is known to treat each position by itself in the class that {unsaid[id(module)]} derives from; "
                     f"{unsaid[id(module)]} has to say of itself that it does not change that, by norms_of_tokens"
                 )
-            if id(module) not in misplaced or objection not in (None, adapters.UNKNOWN):
+            if not stands_in:
                 _sort(module, f"{layer.__name__} at {path}", found, objection)
         for kind in _HOOK_KINDS:
             hooks = getattr(module, f"_{kind}")
