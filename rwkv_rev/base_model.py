@@ -23,7 +23,8 @@ from rwkv_rev.autograd.first_order import transforms_of
 from rwkv_rev.bptt import choose_strategy
 from rwkv_rev.bptt.any_loss import hidden_states, tell_of_whole_graph
 from rwkv_rev.bptt.layers import by_layer, run_layers
-from rwkv_rev.bptt.strategy import LanguageModel, LossInputs, refuse_offloaded
+from rwkv_rev.bptt.leaves import refuse_offloaded
+from rwkv_rev.bptt.strategy import LanguageModel, LossInputs
 from rwkv_rev.bptt.sweeps import TwoSweeps
 from rwkv_rev.bptt_settings import BpttSettings
 from rwkv_rev.cache import Piece, RwkvRevCache, handed_over

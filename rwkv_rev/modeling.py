@@ -16,7 +16,7 @@ from rwkv_rev.autograd.first_order import refuse_transforms
 from rwkv_rev.base_model import RwkvRevModel, RwkvRevPreTrainedModel
 from rwkv_rev.bptt import choose_strategy
 from rwkv_rev.bptt.full import loss_in_one_graph
-from rwkv_rev.bptt.strategy import refuse_offloaded
+from rwkv_rev.bptt.leaves import refuse_offloaded
 from rwkv_rev.bptt_settings import BpttSettings
 from rwkv_rev.cache import CACHE_NAME, RwkvRevCache, handed_over
 from rwkv_rev.cells.block import Block

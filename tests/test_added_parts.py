@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from bptt_cases import differentiate, random_tokens, relative_error, tiny_model
+from bptt_cases import assert_agree, differentiate, random_tokens, relative_error, tiny_model
 from torch import Tensor, nn
 
 import rwkv_rev
 from rwkv_rev.base_model import RwkvRevModel, RwkvRevPreTrainedModel
 from rwkv_rev.configuration import RwkvRevConfig
+from rwkv_rev.errors import StrategyError
 from rwkv_rev.modeling import RwkvRevForCausalLM
 
 VERSIONS = ("4", "5.2", "6", "7")
@@ -236,3 +237,19 @@ def test_undeclared_code_that_the_loss_calls_is_still_refused(place: str) -> Non
         model.get_submodule(place).register_forward_hook(lambda module, args, output: output.cumsum(1))
     with pytest.raises(rwkv_rev.StrategyError, match="is not known to treat each position by itself"):
         differentiate(model, "reversible", 8, input_ids=ids)
+
+
+@pytest.mark.parametrize("strategy", ["full", *STRATEGIES])
+def test_a_head_that_has_no_shape_before_its_first_call(strategy: str) -> None:
+    model, ids = tiny_model("5.2", dtype=torch.float64), random_tokens(12)
+    model.head = nn.LazyLinear(model.config.vocab_size, dtype=torch.float64)
+    with (
+        model.set_bptt(strategy, chunk_length=4),
+        pytest.raises(StrategyError, match=r"nn\.LazyLinear\): call the model once without labels"),
+    ):
+        model(ids, labels=ids)
+    with torch.no_grad():
+        model(ids)
+    assert_agree(
+        differentiate(model, strategy, 4, input_ids=ids), differentiate(model, "full", input_ids=ids), 1e-10
+    )

@@ -267,11 +267,12 @@ class Around(nn.Module):
         return larger(self.inner(*given, **named))
 
 
+@pytest.mark.parametrize("own", [{}, {"lift": larger}], ids=["forward", "forward and lift"])
 @pytest.mark.parametrize("as_declared", [False, True], ids=["undeclared", "declared"])
 @pytest.mark.parametrize("place", ["blocks.1", "blocks.1.time_mix", "blocks.1.channel_mix"])
-def test_a_module_around_a_layer(place: str, as_declared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_around_a_layer(place: str, as_declared: bool, own: dict[str, Any]) -> None:
     """It trains under ``full``, with activation checkpointing too."""
-    model, kind = model_of(), type("Around", (Around,), {})
+    model, kind = model_of(), type("Around", (Around,), own)
     if as_declared:
         position_wise(kind)
     model.model.set_submodule(place, kind(model.model.get_submodule(place)))

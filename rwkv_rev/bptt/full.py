@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_rev.bptt.checkpoint import Checkpoint
-from rwkv_rev.bptt.leaves import float16_gradients
+from rwkv_rev.bptt.leaves import float16_gradients, refuse_lazy, refuse_offloaded
 from rwkv_rev.bptt.strategy import (
     LanguageModel,
     LossInputs,
     LossResult,
     Strategy,
-    refuse_offloaded,
 )
 from rwkv_rev.bptt.truncated import Truncated
 from rwkv_rev.distributed.shards import any_sharded
@@ -66,6 +65,7 @@ def loss_in_one_graph(
     """
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     refuse_offloaded(wanted)
+    refuse_lazy(wanted)
     inputs.refuse()
     given = (inputs.input_ids, inputs.valid, inputs.inputs_embeds, inputs.state, inputs.borders)
     hidden, state, *further = read(*given)

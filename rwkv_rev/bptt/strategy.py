@@ -5,7 +5,7 @@ A strategy sees the model through :class:`LanguageModel` and the batch through :
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, cast, overload
@@ -17,7 +17,7 @@ from rwkv_rev import random_state
 from rwkv_rev.autograd.outside_leaves import Differentiated, OutsideLeaves
 from rwkv_rev.bptt.inference_tensors import ordinary, ordinary_state
 from rwkv_rev.bptt.language_model import LanguageModel
-from rwkv_rev.bptt.leaves import devices
+from rwkv_rev.bptt.leaves import devices, refuse_lazy, refuse_offloaded
 from rwkv_rev.bptt.uncached import uncached
 from rwkv_rev.cells.borders import Borders, Mask, mask_of, part_of
 from rwkv_rev.cells.mask import any_per_chunk
@@ -375,6 +375,7 @@ class Strategy(ABC):
             refuse_sharded(parameters, self.name)
         refuse_zero3(parameters)
         refuse_offloaded(parameters)
+        refuse_lazy(parameters)
         if any(parameter.is_meta for parameter in parameters):
             raise StrategyError(
                 "some of the model's parameters are offloaded: chunks need them on the device. Load the model without "
@@ -383,17 +384,3 @@ class Strategy(ABC):
         found = self.strangers(model)
         refuse_unknown(found, self.name)
         return found
-
-
-def refuse_offloaded(parameters: Iterable[Tensor]) -> None:
-    """Refuse to train parameters that accelerate has taken off the device until their module is called.
-
-    Raises:
-        StrategyError: where gradients are enabled and one of them wants one.
-    """
-    if torch.is_grad_enabled() and any(p.is_meta and p.requires_grad for p in parameters):
-        raise StrategyError(
-            "some of the model's parameters are offloaded: they get no gradient, under no strategy. Load the model "
-            "without a device_map, or freeze what is offloaded (requires_grad_(False)) and use bptt = 'full'; to read "
-            "without a gradient, use torch.no_grad()"
-        )

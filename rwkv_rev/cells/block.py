@@ -338,5 +338,10 @@ def in_place_of_layers(blocks: Iterable[nn.Module]) -> dict[int, bool]:
     return {
         id(module): any(isinstance(part, kind) for part in module.modules())
         for module, kind in expected
-        if not isinstance(module, kind) and not hasattr(module, "lift")
+        if not isinstance(module, kind) and not all(hasattr(module, name) for name in _asked_for(kind))
     }
+
+
+def _asked_for(kind: type[nn.Module]) -> list[str]:
+    """What is asked of a block or a cell beside its call."""
+    return [name for name in vars(kind) if not name.startswith("_")]
