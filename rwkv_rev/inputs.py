@@ -148,10 +148,7 @@ def loss_inputs(
         raise ValueError(
             f"{name} have shape {list(given.shape)}, the input {[batch, length]}: give each token its label"
         )
-    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
-        raise ValueError(f"{name} are {given.dtype}: give token ids, int64")
-    given = given.long()
-    refuse = _wrong_labels(given, model.config.vocab_size, name)
+    given, refuse = checked_labels(given, model.config.vocab_size, name)
     if state is not None:
         check_state(model.config, state, batch)
     if final_state_gradient is not None:
@@ -217,11 +214,18 @@ def loss_targets(labels: Tensor, valid: Tensor | None, at: Tensor | None, *, shi
     )
 
 
-def _wrong_labels(labels: Tensor, vocab_size: int, name: str) -> Callable[[], None]:
-    """What refuses ids that the vocabulary has not; at once where labels are on the host.
+def checked_labels(labels: Tensor, vocab_size: int, name: str) -> tuple[Tensor, Callable[[], None]]:
+    """Labels of any shape as int64, and what refuses those that the vocabulary has not.
 
-    Without tensors of the context's length where no label is missing.
+    Where labels are on the host, they are refused at once. It takes no tensors of the context's length where no label
+    is missing.
+
+    Raises:
+        ValueError: for labels that are no whole numbers, or, also by what is returned, are no ids and not -100.
     """
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"{name} are {labels.dtype}: give token ids, int64")
+    labels = labels.long()
     bounds = start_copy(torch.stack(labels.aminmax()))
 
     def refuse() -> None:
@@ -237,7 +241,7 @@ def _wrong_labels(labels: Tensor, vocab_size: int, name: str) -> Callable[[], No
 
     if not labels.is_cuda:
         refuse()
-    return refuse
+    return labels, refuse
 
 
 def _divisor(
