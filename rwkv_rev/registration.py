@@ -5,8 +5,9 @@ default layers. Models are entered by their names, as transformers enters its ow
 module is looked for, ``transformers.models.rwkv_rev``, and its names are loaded when first asked for. So nothing of
 ours is imported in the middle of an import of transformers but the configuration and the tokenizers, which need little.
 
-Label smoothing in Trainer, and what peft does around a call, go wrong with our models in silence: one function of each
-is wrapped, likewise as soon as it is there.
+Label smoothing in Trainer, its count of predicted tokens, and what peft does around a call, go wrong with our models in
+silence: these functions are wrapped, likewise as soon as they are there. It happens once, also where this package is
+loaded again.
 """
 
 import sys
@@ -26,6 +27,7 @@ _TOKENIZERS = "transformers.models.auto.tokenization_auto"
 _TRAINER = "transformers.trainer"
 _TARGETS = "peft.utils.constants"
 _ADAPTED = "peft.peft_model"
+_WRAPPED = "_wrapped_by_rwkv_rev"
 
 
 def install() -> None:
@@ -37,11 +39,11 @@ def install() -> None:
         (_CONFIGURATIONS, register_configuration),
         (_MODELS, register_models),
         (_TOKENIZERS, register_tokenizers),
-        (_TRAINER, register_label_smoothing),
+        (_TRAINER, register_targets),
         (_TARGETS, register_target_modules),
         (_ADAPTED, register_end_of_call),
     ):
-        known = any(isinstance(f, _RegisterAfterImport) and f.module == module for f in sys.meta_path)
+        known = any(_registers(finder, module) for finder in sys.meta_path)
         if module in sys.modules:
             register()
         elif not known:
@@ -85,13 +87,15 @@ def register_tokenizers() -> None:
         auto.register(RwkvRevConfig, tokenizer_class=tokenizer, exist_ok=True)
 
 
-def register_label_smoothing() -> None:
-    """Let label smoothing in ``Trainer`` shift the labels of our models (:mod:`rwkv_rev.label_smoothing`).
+def register_targets() -> None:
+    """Let ``Trainer`` know what our models predict: :mod:`rwkv_rev.label_smoothing`, :mod:`rwkv_rev.predicted_tokens`.
 
     What needs the model is imported by the first call.
     """
     kind = sys.modules[_TRAINER].Trainer
-    compute_loss = kind.compute_loss
+    if _wrapped_before(kind):
+        return
+    compute_loss, count = kind.compute_loss, kind._get_num_items_in_batch
 
     @wraps(compute_loss)
     def compute(trainer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -101,7 +105,23 @@ def register_label_smoothing() -> None:
 
         return of_the_next_token(compute_loss, trainer, *args, **kwargs)
 
-    kind.compute_loss = compute
+    @wraps(count)
+    def count_predicted(trainer: Any, batch_samples: list, *args: Any, **kwargs: Any) -> Any:
+        from rwkv_rev.predicted_tokens import with_targets
+
+        return count(trainer, with_targets(trainer, batch_samples), *args, **kwargs)
+
+    kind.compute_loss, kind._get_num_items_in_batch = compute, count_predicted
+
+
+def _wrapped_before(kind: type) -> bool:
+    """Whether functions of a class were wrapped already, by this package or by one that a reload replaced.
+
+    The class is marked, not its functions, around which others may have put theirs.
+    """
+    before = _WRAPPED in vars(kind)
+    setattr(kind, _WRAPPED, True)
+    return before
 
 
 def register_target_modules() -> None:
@@ -142,6 +162,8 @@ def register_end_of_call() -> None:
     It does so after a call that succeeds. Hooks that stay would go on choosing adapters in the calls after it.
     """
     adapted = sys.modules[_ADAPTED].PeftModel
+    if _wrapped_before(adapted):
+        return
     hooks_of_call = adapted._enable_peft_forward_hooks
 
     @contextmanager
@@ -155,6 +177,11 @@ def register_end_of_call() -> None:
             hooks.__exit__(None, None, None)  # as after success, whatever has happened
 
     adapted._enable_peft_forward_hooks = enabled
+
+
+def _registers(finder: Any, module: str) -> bool:
+    """Whether a finder is ours for that module; by name, since it may be of a package that a reload replaced."""
+    return type(finder).__name__ == _RegisterAfterImport.__name__ and finder.module == module
 
 
 class _RegisterAfterImport(MetaPathFinder):

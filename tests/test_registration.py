@@ -1,5 +1,6 @@
 """What transformers decides by names that only registration can fill."""
 
+import importlib
 import os
 import pickle
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 import transformers
 from bptt_cases import english, random_tokens, relative_error, tiny_model
+from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
@@ -18,6 +20,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 )
 
+import rwkv_rev
 from rwkv_rev import RwkvRevConfig, RwkvRevForCausalLM
 
 EPSILON = 0.1
@@ -73,6 +76,22 @@ def test_label_smoothing_predicts_the_next_token(model: RwkvRevForCausalLM, tmp_
     with torch.no_grad():
         uniform = -model(tokens).logits[:, :-1].log_softmax(-1).mean().item()
     assert loss.item() == pytest.approx((1 - EPSILON) * plain + EPSILON * uniform, rel=1e-5)
+
+
+def test_reloading_shifts_no_label_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "compute_loss", Trainer.compute_loss)  # to be put back
+    monkeypatch.setattr(
+        PeftModel, "_enable_peft_forward_hooks", vars(PeftModel)["_enable_peft_forward_hooks"]
+    )
+    model, tokens = tiny_model("5.2", dtype=torch.float64), random_tokens(23, batch=2)
+    made = trainer(model, tmp_path, tokens, label_smoothing_factor=EPSILON)
+    expected = smoothed_loss(model(tokens).logits, tokens).item()
+    enabled = PeftModel._enable_peft_forward_hooks
+    for _ in range(2):
+        importlib.reload(rwkv_rev)
+        found = made.compute_loss(model, {"input_ids": tokens, "labels": tokens})
+        assert found.item() == pytest.approx(expected, rel=1e-6)
+        assert PeftModel._enable_peft_forward_hooks is enabled
 
 
 def copied(model: RwkvRevForCausalLM, tokens: Tensor) -> float:
@@ -181,6 +200,38 @@ ORDERS = {
     "our model first": "from rwkv_rev import RwkvRevForCausalLM",
     "a pickled configuration": CONFIGURATION_ALONE,
 }
+PURGE = """
+for name in [name for name in sys.modules if name.split(".")[0] == "rwkv_rev"]:
+    del sys.modules[name]
+import rwkv_rev
+importlib.reload(rwkv_rev)
+"""
+WRAPPED = """
+from transformers import Trainer
+from peft import PeftModel
+def layers(function):
+    return 1 + layers(function.__wrapped__) if hasattr(function, "__wrapped__") else 0
+assert [layers(Trainer.compute_loss), layers(Trainer._get_num_items_in_batch)] == [1, 1]
+assert layers(PeftModel._enable_peft_forward_hooks) == 3  # of contextmanager's two
+"""
+OLDER = """
+from rwkv_rev import RwkvRevConfig, RwkvRevForCausalLM
+from transformers import Trainer, TrainingArguments
+class Mine(RwkvRevForCausalLM):
+    pass
+torch.manual_seed(0)
+config = RwkvRevConfig(vocab_size=16, hidden_size=16, num_hidden_layers=1, head_size=8, num_attention_heads=2)
+model = Mine(config).double()
+model.set_bptt("reversible", chunk_length=4)
+arguments = TrainingArguments(sys.argv[1] + "/made", label_smoothing_factor=0.1, report_to=[], use_cpu=True)
+made = Trainer(model, arguments, train_dataset=[1])
+ids = torch.arange(12)[None] % 5
+batch = {"input_ids": ids, "labels": ids, "attention_mask": (ids < 4).long()}
+def found():
+    return made.compute_loss(model, dict(batch)).item(), made._get_num_items_in_batch([batch], "cpu").item()
+before = found()
+"""
+"""A model of classes that a reload replaced."""
 QUESTIONS = {
     "config": "assert type(transformers.AutoConfig.from_pretrained(folder)).__name__ == 'RwkvRevConfig'",
     "tokenizer": "assert type(transformers.AutoTokenizer.from_pretrained(folder)).__name__ == 'RwkvByteTokenizer'",
@@ -215,11 +266,16 @@ sys.exit(failed != 0)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="one interpreter is forked for each order")
 def test_auto_classes_know_ours_in_any_order(bundled: dict[str, Path]) -> None:
-    """In a fresh process, whatever is imported first and asked for first; and importing them imports no model."""
+    """In a fresh process, whatever is imported first and asked for first; and importing them imports no model.
+
+    Loading this package anew wraps nothing twice, and changes nothing for models that are there.
+    """
     scripts = []
     for order, first in zip(ORDERS, ["tokenizer", "base", "config", "name"], strict=True):
         others = [question for name, question in QUESTIONS.items() if name != first]
         scripts.append("\n".join([ORDERS[order], "import transformers", QUESTIONS[first], *others]))
+    scripts.append("import rwkv_rev" + PURGE + WRAPPED)
+    scripts.append(OLDER + PURGE + WRAPPED + "assert found() == before, (found(), before)")
     config = pickle.dumps(RwkvRevConfig.from_pretrained(bundled["4"])).hex()
     done = subprocess.run(
         [sys.executable, "-c", IN_CHILDREN, str(bundled["4"]), config, *scripts],
