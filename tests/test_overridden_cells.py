@@ -11,7 +11,10 @@ from torch import Tensor
 from rwkv_rev import RwkvRevForCausalLM, position_wise
 from rwkv_rev.cells.as_written import is_as_written
 from rwkv_rev.cells.channel_mix import ChannelMix
+from rwkv_rev.cells.overridden import overridden_alone
+from rwkv_rev.cells.shifted_cell import ShiftedCell
 from rwkv_rev.cells.time_mix_rwkv5 import TimeMixRwkv5
+from rwkv_rev.errors import StrategyError
 
 CHUNKS = (4, 6)  # of ten tokens: three, two
 IDS = random_tokens(10, 2)
@@ -176,3 +179,74 @@ def test_cells_of_ours_are_as_written() -> None:
     assert is_as_written(cell)
     cell.project = lambda *given: None
     assert not is_as_written(cell)
+
+
+# --- what makes a chunk's contribution to the memory ------------------------------------------------------------------
+
+
+def assert_refused(model: RwkvRevForCausalLM, words: str) -> None:
+    """With labels; a loss of one's own, and one without gradients, are those of the whole context."""
+    expected = differentiate(model, "full", input_ids=IDS).loss
+    own = _of_logits(model, "full", 10)
+    for strategy in ("checkpoint", "reversible"):
+        for chunk in CHUNKS:
+            with pytest.raises(StrategyError, match=words) as error:
+                differentiate(model, strategy, chunk, input_ids=IDS)
+            assert "\n" not in str(error.value)
+        for value, whole in zip(_of_logits(model, strategy, 4), own, strict=True):
+            torch.testing.assert_close(value, whole, rtol=1e-9, atol=1e-12)
+        with model.set_bptt(strategy, chunk_length=4), torch.no_grad():
+            torch.testing.assert_close(model(IDS, labels=IDS).loss, expected, rtol=1e-9, atol=0)
+
+
+def larger_contribution(compute: Any, cell: Any, *given: Any) -> Any:
+    read, contribution = compute(cell, *given)
+    if isinstance(contribution, tuple):
+        return read, contribution._replace(update=1.5 * contribution.update)
+    return read, 1.5 * contribution
+
+
+@pytest.mark.parametrize("kind", ["overridden", "declared", "replaced"])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_compute_of_its_own_beside_a_memory(version: str, kind: str) -> None:
+    way = replaced if kind == "replaced" else subclassed
+    model = way(model_of(version), "time_mix", compute=larger_contribution)
+    if kind == "declared":
+        for block in model.blocks:
+            position_wise(type(block.time_mix))
+    assert_refused(model, r"(overridden|replaced) compute of .*blocks\.0.* project, output_of or handed_up")
+
+
+def test_a_compute_on_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = TimeMixRwkv5.compute
+    ours = position_wise(lambda *given: larger_contribution(compute, *given))
+    monkeypatch.setattr(TimeMixRwkv5, "compute", ours)
+    assert_refused(model_of(), r"replaced compute of the class TimeMixRwkv5")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_compute_of_its_own_without_a_memory(version: str, way: Any) -> None:
+    def larger(compute: Any, cell: Any, *given: Any) -> Any:
+        read, contribution = compute(cell, *given)
+        return 1.5 * read, contribution
+
+    assert_exact(way(model_of(version), "channel_mix", compute=larger))
+
+
+def test_whose_memory_it_is() -> None:
+    memories = ("update", "advance_memory", "retreat_memory")
+
+    def of(base: type, *names: str) -> type:
+        return type("Mine", (base,), {name: lambda self: None for name in names})
+
+    assert overridden_alone(of(TimeMixRwkv5, "compute")) == "compute"
+    assert overridden_alone(of(TimeMixRwkv5, *memories, "compute")) is None
+    assert overridden_alone(of(TimeMixRwkv5, "step", "advance", "replay", "retreat", "compute")) is None
+    assert overridden_alone(of(of(TimeMixRwkv5, *memories, "compute"), "compute")) == "compute"
+    assert overridden_alone(of(of(TimeMixRwkv5, *memories), "update")) == "update"
+    own = of(ShiftedCell, *memories, "compute", "project", "mixes")
+    assert overridden_alone(own) is None
+    assert overridden_alone(of(own, "compute")) == "compute"
+    assert overridden_alone(of(own, *memories, "compute")) is None
+    assert overridden_alone(of(own, "project", "output_of")) is None
