@@ -202,13 +202,21 @@ def test_another_arithmetic_on_the_way_back_is_found(
         gradients(model, "reversible", inputs())
 
 
-def test_a_forward_of_its_own_is_refused_by_name() -> None:
-    class Meddling(SumBlock):
-        def forward(self, x: Any, states: Any, mask: ChunkMask | None = None) -> Any:
-            out, after = super().forward(x, states, mask)
-            return out if out is None else out - out.mean(1, keepdim=True), after
+@pytest.mark.parametrize("way", ["forward", "__call__", "_call_impl", "_wrapped_call_impl"])
+@pytest.mark.parametrize("kind", [SumBlock, SumCell])
+def test_a_forward_of_its_own_is_refused_by_name(kind: type[nn.Module], way: str) -> None:
+    def other(self: Any, *given: Any, **named: Any) -> Any:
+        out, after = getattr(kind, way)(self, *given, **named)
+        return out if out is None else out - out.mean(1, keepdim=True), after
 
+    own = {"_wrapped_call_impl": other, "__call__": other} if way == "_wrapped_call_impl" else {way: other}
+    meddling = type("Meddling", (kind,), own)
     assert not strangers(SumModel()).unknown
     model = SumModel()
-    model.blocks[1] = Meddling()
-    assert [found.where for found in strangers(model).unknown] == ["Meddling at blocks.1"]
+    block = model.blocks[1]
+    changed = block if kind is SumBlock else block.cells[0]
+    changed.__class__ = meddling
+    where = next(name for name, module in model.named_modules() if module is changed)
+    assert [found.where for found in strangers(model).unknown] == [f"Meddling at {where}"]
+    position_wise(meddling)
+    assert not strangers(model).unknown

@@ -36,6 +36,9 @@ from rwkv_rev.reversal.fingerprint import checksum
 if TYPE_CHECKING:
     from rwkv_rev.configuration import RwkvRevConfig
 
+_CALLS = ("forward", "__call__", "_call_impl", "_wrapped_call_impl")
+"""Ways into a module."""
+
 FloatStates = tuple[Any, ...]
 """Values of the states of a block's cells, a NamedTuple each."""
 ExactStates = tuple[Any, ...]
@@ -323,7 +326,8 @@ def flat(states: FloatStates) -> list[Tensor]:
 def keeps_the_contract(layer: type[nn.Module]) -> bool:
     """Whether a class is that of a cell or a block, called by the contract's own ``forward``."""
     return any(
-        issubclass(layer, base) and layer.forward is base.forward for base in (ReversibleCell, ResidualBlock)
+        issubclass(layer, base) and all(getattr(layer, name) is getattr(base, name) for name in _CALLS)
+        for base in (ReversibleCell, ResidualBlock)
     )
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rwkv_rev.cells.as_written import may_take
 from rwkv_rev.cells.gates import returns_new_memory, sigmoid_product, squared_relu
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.recomputation import not_kept
@@ -55,5 +56,5 @@ class ChannelMix(ShiftedCell):
     def compute(
         self, projection: ChannelProjection, memory: Tensor | None, mask: ChunkMask | None, plan: None = None
     ) -> tuple[Tensor, None]:
-        own = returns_new_memory(self.receptance)
+        own = may_take(self, self.receptance)
         return sigmoid_product(projection.receptance, projection.value, own=own), None

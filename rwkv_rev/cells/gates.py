@@ -94,15 +94,19 @@ def squared_relu(x: Tensor, *, own: bool = False) -> Tensor:
 
 
 def returns_new_memory(module: nn.Module) -> bool:
-    """Whether nobody but the caller can have what the module returns: a linear layer to which nothing is hooked."""
+    """Whether nobody but the caller can have what the module returns: a linear layer to which nothing is hooked.
+
+    What one method of a cell hands to another may be others' as well: :mod:`rwkv_rev.cells.as_written`.
+    """
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
         module_globals._global_forward_hooks,
         module_globals._global_forward_pre_hooks,
     )
-    plain = type(module) is nn.Linear and nn.Linear.forward is _LINEAR and "forward" not in vars(module)
-    return plain and not any(hooks)
+    own = vars(module)
+    plain = type(module) is nn.Linear and nn.Linear.forward is _LINEAR and nn.Linear.__call__ is _CALL
+    return plain and not any(hooks) and "forward" not in own and "_call_impl" not in own
 
 
 def sigmoid_product(gate: Tensor, x: Tensor, *, own: bool = False) -> Tensor:

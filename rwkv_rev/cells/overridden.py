@@ -31,7 +31,7 @@ _CELLS = frozenset(
 _STEPS = ("step", "step_again", "advance", "replay", "retreat")
 _STATES = ("exact", "values", "plan", "carried", "is_left")
 _MEMORIES = ("update", "advance_memory", "retreat_memory")
-_OF_MEMORIES = ("exact_memory", "memory_plan")
+_OF_MEMORIES = ("exact_memory", "memory_plan", "compute")
 
 
 def of_every_way(layer: type, name: str) -> bool:
@@ -39,8 +39,15 @@ def of_every_way(layer: type, name: str) -> bool:
     if issubclass(layer, ResidualBlock):
         return name in _BLOCKS
     if issubclass(layer, ReversibleCell):
+        if name == "compute":
+            return not _has_memory(layer)
         return name in _CELLS and not (name == "update" and hasattr(layer, "advance_memory"))
     return True
+
+
+def _has_memory(layer: type) -> bool:
+    """Whether a cell with a token shift has a memory beside it: then ``compute`` makes what a chunk adds to that."""
+    return sum("advance_memory" in vars(base) for base in layer.__mro__) > 1
 
 
 def overridden_alone(layer: type) -> str | None:
@@ -59,7 +66,7 @@ def overridden_alone(layer: type) -> str | None:
     looked_at = steps | _filled_in(layer, _STATES)
     if any(memories.values()):
         looked_at |= memories | _filled_in(layer, _OF_MEMORIES)
-    return next((name for name, ours in looked_at.items() if not ours), None)
+    return next((name for name, ours in looked_at.items() if not ours), None) or _newer_alone(layer)
 
 
 def _newer_alone(layer: type) -> str | None:

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rwkv_rev.cells.as_written import may_take
 from rwkv_rev.cells.cell_plan import CellPlan
-from rwkv_rev.cells.gates import returns_new_memory, sigmoid_product
+from rwkv_rev.cells.gates import sigmoid_product
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.shared_chunk import SharedChunk
 from rwkv_rev.cells.shifted_state import ExactShiftedState
@@ -77,7 +78,7 @@ class TimeMixRwkv4(WholeMemoryCell):
         )
 
     def output_of(self, projection: TimeProjection, read: Tensor) -> Tensor:
-        own = returns_new_memory(self.receptance)
+        own = may_take(self, self.receptance)
         out: Tensor = self.output(sigmoid_product(projection.receptance, read, own=own))
         return out
 

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rwkv_rev.cells.as_written import may_take
 from rwkv_rev.cells.at_once import alike, of_all
 from rwkv_rev.cells.cell_plan import CellPlan
-from rwkv_rev.cells.gates import norm_and_gate, returns_new_memory
+from rwkv_rev.cells.gates import norm_and_gate
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.recurrence_between_ranks import wkv5_pull
 from rwkv_rev.cells.shared_chunk import Counted, SharedChunk
@@ -158,7 +159,7 @@ class TimeMixRwkv5(ShiftedCell):
 
     def output_of(self, projection: TimeProjection, read: Tensor) -> Tensor:
         gate, dtype = projection.gate, projection.receptance.dtype
-        own = self.gate is not None and returns_new_memory(self.gate)
+        own = self.gate is not None and may_take(self, self.gate)
         out: Tensor = self.output(norm_and_gate(self.ln_x, read, gate, dtype, own=own))
         return out
 

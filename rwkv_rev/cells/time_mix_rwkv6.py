@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rwkv_rev.cells.as_written import may_take
 from rwkv_rev.cells.cell_plan import CellPlan
 from rwkv_rev.cells.gates import norm_and_gate, returns_new_memory
 from rwkv_rev.cells.mask import ChunkMask
@@ -150,7 +151,7 @@ class TimeMixRwkv6(ShiftedCell):
 
     def output_of(self, projection: TimeProjection, read: Tensor) -> Tensor:
         gate, dtype = projection.gate, projection.receptance.dtype
-        own = returns_new_memory(self.gate)
+        own = may_take(self, self.gate)
         out: Tensor = self.output(norm_and_gate(self.ln_x, read, gate, dtype, own=own))
         return out
 

@@ -26,6 +26,11 @@ IN_A_CELL = (
     "is not called by every strategy: put the code into a hook or a module inside the model, declared with "
     "rwkv_rev.position_wise(...), or write a cell with its own step, advance, replay and retreat"
 )
+IN_COMPUTE = (
+    "makes what a chunk adds to the memory, so that results would depend on where the context is cut: put what treats "
+    "each token by itself into the cell's project, output_of or handed_up, or write a cell with its own step, advance, "
+    "replay and retreat"
+)
 ON_THE_BASE = (
     "is not called by every strategy, which call its layers one by one: put it on the model with the head, on a block "
     "or on the final norm"
@@ -38,7 +43,7 @@ NO_LAYER = (
     "is no block and no cell, and stands where one belongs: a layer is left out by taking its block out of the model's "
     "blocks"
 )
-OBJECTIONS = (IN_A_MODEL, IN_A_CELL, ON_THE_BASE, IN_PLACE_OF_A_LAYER, NO_LAYER)
+OBJECTIONS = (IN_A_MODEL, IN_A_CELL, IN_COMPUTE, ON_THE_BASE, IN_PLACE_OF_A_LAYER, NO_LAYER)
 """These say what works."""
 
 DECLARABLE = frozenset({"initial_state"})
@@ -91,6 +96,11 @@ def _gives_the_same(model: Any, name: str) -> bool:
 
 def _identity(value: Any) -> Any:
     return (value[0], id(value[1])) if isinstance(value, tuple) else id(value)
+
+
+def in_a_cell(name: str) -> str:
+    """What is said of a method of a cell or a block that stands in the place of one of ours."""
+    return IN_COMPUTE if name == "compute" else IN_A_CELL
 
 
 def is_called_everywhere(layer: type, name: str) -> bool:

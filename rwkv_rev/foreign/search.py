@@ -152,7 +152,7 @@ def _strangers(model: nn.Module) -> Strangers:
             _sort_methods_of_model(module, found, inside=True)
         if (alone := overridden_alone(layer)) is not None:
             where = f"the overridden {alone} of {layer.__name__} at {path}"
-            found.unknown.append(Stranger(where, each_way.IN_A_CELL))
+            found.unknown.append(Stranger(where, each_way.in_a_cell(alone)))
         if not (layer is nn.GroupNorm and id(module) in norms):
             objection = _layer_objection(module, layer)
             if objection == adapters.UNKNOWN and id(module) in unsaid:
@@ -355,7 +355,7 @@ def _sort_method(layer: type, name: str, code: Any, where: str, found: Strangers
         _sort(code, where, found, adapters.UNKNOWN)
     else:
         of_model = issubclass(layer, PreTrainedModel)
-        found.unknown.append(Stranger(where, each_way.IN_A_MODEL if of_model else each_way.IN_A_CELL))
+        found.unknown.append(Stranger(where, each_way.IN_A_MODEL if of_model else each_way.in_a_cell(name)))
 
 
 def _sort(code: Any, where: str, found: Strangers, objection: str | None) -> None:
