@@ -64,6 +64,8 @@ class BpttSettings:
             raise StrategyError(
                 f"chunk_length = {shortened(repr(self.chunk_length))} must be a whole number from 1 to {MOST}, or auto"
             )
+        if whole:  # numpy's are no int
+            object.__setattr__(self, "chunk_length", int(self.chunk_length))
         if self.tape_dir is not None and not self._is_writable():
             raise StrategyError(
                 f"tape_dir = {shortened(repr(self.tape_dir))} is no folder that can be written to"

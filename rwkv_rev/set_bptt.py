@@ -16,16 +16,21 @@ class BpttSetting:
 
     def __init__(self, model: RwkvRevModel, chosen: dict[str, Any]) -> None:
         refuse_lifting(chosen.get("remnants"), model.config, StrategyError)
-        self._model = model
+        self._model, self._chosen = model, chosen
         self._former = {name: getattr(model.bptt, name) for name in chosen}
         model.bptt = replace(model.bptt, **chosen)
+        self._in_force = True
         if chosen.get("chunk_length") == AUTO:
             model.auto_length = AutoLength()
 
     def __enter__(self) -> None:
-        return None
+        if not self._in_force:  # entered once more
+            self._former = {name: getattr(self._model.bptt, name) for name in self._chosen}
+            self._model.bptt = replace(self._model.bptt, **self._chosen)
+            self._in_force = True
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._model.bptt = replace(self._model.bptt, **self._former)
+        self._in_force = False

@@ -138,6 +138,7 @@ class _Reading:
             self._sweep = strategy.begin_sweep(model, inputs, self._apart.leaves, found, tape)
         self._sweep.hidden = HiddenStates(on_host=on_host)
         self._runner = Runner(self._sweep)
+        self._lifted = [cell.lifts for block in model.blocks for cell in block.cells]
         self._last: list[Any] = []
         self._settings: list[Settings] = []
         self._notes: set[Place] = set()
@@ -172,6 +173,7 @@ class _Reading:
         now = random_state.capture(sweep.places)
         try:
             with torch.no_grad(), self._autocast(), uncached(sweep.device):
+                self._lift_as_before()
                 self._refuse_another_model()
                 with (
                     overriding.functions_as_before(self._modes),
@@ -188,6 +190,12 @@ class _Reading:
             random_state.restore(now)
         objective.compare()
         return in_order(self._leaves, roles(self._inputs, self._wanted, result))
+
+    def _lift_as_before(self) -> None:
+        """Choose the cells' kind of memory that this context was read with: other losses choose theirs."""
+        cells = [cell for block in self._model.blocks for cell in block.cells]
+        for cell, lifts in zip(cells, self._lifted, strict=False):
+            cell.lift(lifts)
 
     def _refuse_another_model(self) -> None:
         """Refuse to compute the context again by a model that is not what it was, even where outputs would be the same.

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -23,8 +23,10 @@ def unchanged(model: LanguageModel, tensors: list[Tensor]) -> Iterator[None]:
     """Refuses a computation that writes to ``tensors`` of the model: no chunk may see another model.
 
     Raises:
-        StrategyError: naming a buffer or parameter that was written to, or frozen or unfrozen.
+        StrategyError: naming a buffer or parameter that was written to, or frozen or unfrozen, or a buffer in whose
+            place another was put.
     """
+    places = _places(model, tensors)
     versions = [tensor._version for tensor in tensors]
     trained = [tensor.requires_grad for tensor in tensors]
     mismatch = None
@@ -37,6 +39,7 @@ def unchanged(model: LanguageModel, tensors: list[Tensor]) -> Iterator[None]:
         raise
     _refuse_other_leaves(model, tensors, trained, mismatch)
     name = changed_tensor(model, tensors, versions)
+    name = name or next((name for name, of, key, was in places if of.get(key) is not was), None)
     if name is not None:
         raise StrategyError(
             f"{name} was written to while the loss was computed, and other chunks would see another model: use "
@@ -63,6 +66,19 @@ def changed_tensor(model: LanguageModel, tensors: list[Tensor], versions: list[i
         if tensor._version != version:
             return _name(model, tensor)
     return None
+
+
+def _places(model: LanguageModel, tensors: list[Tensor]) -> list[tuple[str, dict[str, Any], str, Tensor]]:
+    """Where buffers are: their names in the model, the dictionary that holds each, its key there, and itself."""
+    buffers = {id(tensor) for tensor in tensors if not isinstance(tensor, nn.Parameter)}
+    if not buffers:
+        return []
+    return [
+        (f"{path}.{key}" if path else key, module._buffers, key, buffer)
+        for path, module in cast(nn.Module, model).named_modules()
+        for key, buffer in module._buffers.items()
+        if buffer is not None and id(buffer) in buffers
+    ]
 
 
 def _name(model: LanguageModel, tensor: Tensor) -> str:

@@ -47,6 +47,8 @@ def position_wise(code: T) -> T:
     try:
         if _is_method(code):
             setattr(code.__self__, _of_method(code), _Mark(code.__self__, getattr(code, "__func__", None)))
+        elif isinstance(code, nn.Module):
+            vars(code)[MARK] = _Mark(code)  # a compiled module hands attributes on to the one inside
         else:
             setattr(code, MARK, _Mark(code))
     except (TypeError, AttributeError):

@@ -57,8 +57,14 @@ HOOKS = ("torch.", "accelerate.", "transformers.integrations.neftune", "transfor
 SHARDING = ("torch.distributed.fsdp",)
 """Modules whose hooks and classes bring weights, and nothing else."""
 
+_COMPILED_MODULES = "torch._dynamo.eval_frame"
+_COMPILED = (
+    "cannot be looked into (to compile a module in place and declare that it treats each position by itself, write "
+    "module.forward = rwkv_rev.position_wise(torch.compile(module.forward)))"
+)
+
 _EVERY_MODULE = vars(nn.Module()).keys()
-_TOLD = frozenset({"forward", MARK})
+_TOLD = frozenset({"forward", "_call_impl", MARK})
 
 CALLED = ("embed", "initial_state", "normalize", "read", "run")
 """Methods of a model that strategies call; of ours these and more (:mod:`rwkv_rev.foreign.each_way`)."""
@@ -180,14 +186,17 @@ def _strangers(model: nn.Module) -> Strangers:
         trained = any(map(_is_trainable, beside))
         more |= made or trained
         keeps |= trained
-        forward = None if module is base else replaced(module, "forward")
+        of_itself = module is base or type(module).__module__ == _COMPILED_MODULES  # has one on each object
+        forward = None if of_itself else replaced(module, "forward")
         if forward is not None:
             _sort(forward, f"the replaced forward of {path}", found, _forward_objection(module))
+        if module is not base and (call := replaced(module, "_call_impl")) is not None:
+            _sort(call, f"the replaced _call_impl of {path}", found, adapters.UNKNOWN)
         for name in () if module is base else _replaced_methods(module, layer):
             where = f"the replaced {name} of {path}"
             _sort_method(layer, name, replaced(module, name), where, found)
         if getattr(module, "_compiled_call_impl", None) is not None:
-            found.unknown.append(Stranger(f"the compiled call of {path}", adapters.UNKNOWN))
+            found.unknown.append(Stranger(f"the compiled call of {path}", _COMPILED))
     for patch in patches(layers):
         _sort_method(patch.layer, patch.name, patch.code, patch.where, found)
     if found.declared:  # which may call what is beside the modules that strategies call
@@ -336,7 +345,7 @@ def _replaced_methods(module: nn.Module, layer: type) -> list[str]:
     ours = first_of_ours(layer)
     if ours is None:
         return []
-    own = vars(module).keys() - _EVERY_MODULE - {"forward"}
+    own = vars(module).keys() - _EVERY_MODULE - {"forward", "_call_impl"}
     names = [name for name in own if callable(getattr(ours, name, None))]
     return sorted(name for name in names if replaced(module, name) is not None)
 

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rwkv_rev.architectures.registry import architecture
 from rwkv_rev.errors import CheckpointError
@@ -17,29 +18,43 @@ _ELSE = {
     "data": "the text, the tokenizer or how it is cut was another",
 }
 _UNSAID = {"bptt": "exact", **UNSAID}
-SAMPLES = 16
-SAMPLE_BYTES = 1 << 16
+WHOLE_BYTES = 1 << 30
+BLOCK_BYTES = 1 << 16
 
 
 def model_fingerprint(directory: Path) -> str:
-    """SHA-256 over the size and :data:`SAMPLES` evenly spread blocks of every weight file, and the architecture.
+    """SHA-256 over every weight file, and the architecture.
 
-    Quick at any size; differs for other weights unless they agree in all blocks.
+    Of files of more than :data:`WHOLE_BYTES` only the size, the header and the first :data:`BLOCK_BYTES` of each tensor
+    are read, so that a start takes no minute.
     """
     digest = hashlib.sha256()
     config = json.loads((directory / "config.json").read_text("utf-8"))
     own = architecture(config.get("rwkv_version", "5.2")).fields
-    general = ("rwkv_version", "hidden_size", "num_hidden_layers", "vocab_size", "group_norm_epsilon")
-    for name in (*general, *own):
+    general = ("rwkv_version", "hidden_size", "num_hidden_layers", "vocab_size")
+    for name in (*general, "layer_norm_epsilon", "group_norm_epsilon", *own):
         digest.update(f"{name}={config.get(name)}\n".encode())
     for path in sorted(directory.glob("*.safetensors")):
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}\n".encode())
         with path.open("rb") as file:
-            for sample in range(SAMPLES):
-                file.seek(max(0, (size - SAMPLE_BYTES) * sample // (SAMPLES - 1)))
-                digest.update(file.read(SAMPLE_BYTES))
+            for begin, length in [(0, size)] if size <= WHOLE_BYTES else _begins(file):
+                file.seek(begin)
+                while length > 0 and (block := file.read(min(length, 1 << 20))):
+                    digest.update(block)
+                    length -= len(block)
     return digest.hexdigest()
+
+
+def _begins(file: BinaryIO) -> Iterator[tuple[int, int]]:
+    """Offset and length in bytes of the header of a safetensors file, and of the beginning of each of its tensors."""
+    header = 8 + int.from_bytes(file.read(8), "little")
+    yield 0, header
+    file.seek(8)
+    for name, tensor in sorted(json.loads(file.read(header - 8)).items()):
+        if name != "__metadata__":
+            begin, end = tensor["data_offsets"]
+            yield header + begin, min(end - begin, BLOCK_BYTES)
 
 
 def refuse_other_run(checkpoint: Path, identity: dict[str, Any]) -> None:
