@@ -250,3 +250,93 @@ def test_whose_memory_it_is() -> None:
     assert overridden_alone(of(own, "compute")) == "compute"
     assert overridden_alone(of(own, *memories, "compute")) is None
     assert overridden_alone(of(own, "project", "output_of")) is None
+
+
+# --- decays, by which chunks are planned ------------------------------------------------------------------------------
+
+
+def dropped(log_decay: Any, cell: Any) -> Tensor:
+    return torch.nn.functional.dropout(log_decay(cell), 0.3, cell.training)
+
+
+def hardly_drawn(log_decay: Any, cell: Any) -> Tensor:
+    found = log_decay(cell)
+    return torch.where(torch.rand(()) < 1e-9, 2 * found, found)
+
+
+def counted(log_decay: Any, cell: Any) -> Tensor:
+    cell.__dict__["calls"] = cell.__dict__.get("calls", 0) + 1
+    return log_decay(cell) * (1 + 0.1 * cell.calls)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("changing", [dropped, hardly_drawn, counted])
+@pytest.mark.parametrize("version", ["5.1", "5.2"])
+def test_a_decay_that_is_another_at_each_look(version: str, changing: Any, way: Any) -> None:
+    model = way(model_of(version), "time_mix", log_decay=changing)
+    differentiate(model, "full", input_ids=IDS)
+    for strategy in ("checkpoint", "reversible"):
+        for chunk in CHUNKS:
+            with model.set_bptt(strategy, chunk_length=chunk):
+                for given in ({"labels": IDS}, {}):
+                    with pytest.raises(
+                        StrategyError, match=r"log_decay.* of layer 0 gives other .* each look"
+                    ):
+                        model(IDS, **given)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_decay_that_is_drawn_in_training_alone(way: Any) -> None:
+    model = way(model_of(), "time_mix", log_decay=dropped)
+    assert_exact(model.eval())
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("version", VERSIONS[1:])
+def test_a_project_that_gives_decays_of_its_own(version: str, way: Any) -> None:
+    def slower(project: Any, cell: Any, *mixed: Tensor) -> Any:
+        found = project(cell, *mixed)
+        return found._replace(log_decay=0.5 * found.log_decay)
+
+    model = way(model_of(version), "time_mix", project=slower)
+    if version in ("6", "7"):  # of each token: nothing is planned
+        assert_exact(model)
+        return
+    for strategy in ("checkpoint", "reversible"):
+        with pytest.raises(
+            StrategyError, match=r"of layer 0 gives other decays than its log_decay.*override"
+        ):
+            differentiate(model, strategy, CHUNKS[0], input_ids=IDS)
+
+
+@pytest.mark.parametrize(
+    ("version", "cell", "name"), [("4", "time_mix", "log_decay"), ("7", "channel_mix", "mixes")]
+)
+@pytest.mark.parametrize("strategy", ["checkpoint", "reversible"])
+def test_what_no_plan_reads_is_drawn_again(strategy: str, version: str, cell: str, name: str) -> None:
+    def drawn(method: Any, layer: Any) -> Any:
+        found = method(layer)
+        noise = 1 + 0.2 * torch.rand(16, dtype=torch.float64)
+        return [each * noise for each in found] if isinstance(found, list) else found * noise
+
+    model = subclassed(model_of(version), cell, **{name: drawn})
+
+    def loss() -> Tensor:
+        torch.manual_seed(3)
+        with model.set_bptt(strategy, chunk_length=4):
+            return model(IDS, labels=IDS).loss
+
+    loss().backward()
+    layer = getattr(model.blocks[0], cell)
+    weight = layer.time_decay if version == "4" else layer.mix_before_key
+    step = 1e-5 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1), dtype=weight.dtype)
+    expected = (weight.grad * step).sum()
+    before = weight.detach().clone()
+    values = [loss().detach() for weight.data in (before + step, before - step)]  # which draws as in training
+    torch.testing.assert_close((values[0] - values[1]) / 2, expected, rtol=1e-4, atol=0)
+
+
+def test_ranks_do_not_draw_the_decays_of_others() -> None:
+    cell = subclassed(model_of("4"), "time_mix", log_decay=dropped).blocks[0].time_mix
+    with pytest.raises(StrategyError, match="at each look"):
+        cell._over_ranks(None, None, None)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from rwkv_rev import random_state
 from rwkv_rev.cells.at_once import of_all
 from rwkv_rev.cells.borders import BorderedChunk
 from rwkv_rev.cells.cell_plan import CellPlan
+from rwkv_rev.cells.changing import refuse_changing
 from rwkv_rev.cells.contract import (
     Advanced,
     Replay,
@@ -161,22 +161,18 @@ class ShiftedCell(ReversibleCell):
     # --- the contract -----------------------------------------------------------------------------------------
 
     def refuse_changing(self) -> None:
-        """Refuse a parametrization that gives other mixes or decays at each look, as a plan and the chunks would.
+        """Refuse mixes or decays that are others at each look: a parametrization or a method of others draws them.
 
         Raises:
-            StrategyError: for such a parametrization.
+            StrategyError: for such a cell.
         """
-        if not parametrize.is_parametrized(self):
-            return
-        generators = random_state.capture({tensor.device for tensor in self.plan_sources()})
-        looks = [self.plan_sources() for _ in range(2)]
-        random_state.restore(generators)
-        if not all(torch.equal(one, other) for one, other in zip(*looks, strict=True)):
-            raise StrategyError(
-                f"a parametrization of the {type(self).__bases__[0].__name__} of layer {self.layer} gives other mixes "
-                "or decays at each look (it draws random numbers, or counts), and chunks need them to stay as they "
-                "are: use bptt='full'"
-            )
+        refuse_changing(self, self.planned_by)
+
+    def planned_by(self) -> list[Tensor]:
+        """What a plan is made of, and looked at again in chunks; decays [...] where :meth:`memory_plan` reads them."""
+        plans = type(self).memory_plan is not ShiftedCell.memory_plan
+        decay = self.log_decay() if plans else None
+        return [*self.plan_sources(), *([] if decay is None else [decay])]
 
     def check_plan(self, plan: CellPlan) -> None:
         if parametrize.is_parametrized(self):  # computed at each look, the same each time

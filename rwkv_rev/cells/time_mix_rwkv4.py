@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rwkv_rev.cells.as_written import may_take
 from rwkv_rev.cells.cell_plan import CellPlan
+from rwkv_rev.cells.changing import refuse_changing
 from rwkv_rev.cells.gates import sigmoid_product
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.shared_chunk import SharedChunk
@@ -87,6 +88,10 @@ class TimeMixRwkv4(WholeMemoryCell):
         same = super().is_left(ExactShiftedState(state.shift, None), after)
         left, memory = state.memory, after.memory
         return same if left is None or memory is None else same & same_bits(left.value(), memory.value())
+
+    def _over_ranks(self, x: Any, state: Any, chunk: SharedChunk) -> tuple[Any, Any]:
+        refuse_changing(self, lambda: [self.log_decay()])  # which each rank makes for the others, too
+        return super()._over_ranks(x, state, chunk)
 
     def nothing(self, projection: TimeProjection) -> Tensor:
         key = projection.key

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from rwkv_rev.cells.as_written import may_take
 from rwkv_rev.cells.at_once import alike, of_all
 from rwkv_rev.cells.cell_plan import CellPlan
+from rwkv_rev.cells.changing import refuse_unplanned
 from rwkv_rev.cells.gates import norm_and_gate
 from rwkv_rev.cells.mask import ChunkMask
 from rwkv_rev.cells.recurrence_between_ranks import wkv5_pull
@@ -143,6 +144,8 @@ class TimeMixRwkv5(ShiftedCell):
     ) -> tuple[Tensor, Tensor]:
         assert memory is not None
         receptance, key, value, _, log_decay, handover = projection
+        if plan is not None:
+            refuse_unplanned(self, log_decay, plan.reversal.log_decay)
         bonus = wide(self.bonus)
         bonus = self._per_channel(torch.exp(bonus) if self.bonus_is_exponential else bonus)
         return wkv5(
