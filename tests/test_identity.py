@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from rwkv_rev.training import identity
 from rwkv_rev.training.identity import model_fingerprint
@@ -53,8 +52,7 @@ def test_every_tensor_of_a_large_file_counts(folder: Path, monkeypatch: pytest.M
 def test_names_and_shapes_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(identity, "WHOLE_BYTES", 1 << 20)
     file, before = folder / "model.safetensors", model_fingerprint(folder)
-    with safe_open(file, "pt") as opened:
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+    tensors = load_file(file)
     save_file({name: tensor.reshape(1000, 40) for name, tensor in tensors.items()}, file)
     assert model_fingerprint(folder) != before
 

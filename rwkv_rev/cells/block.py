@@ -266,7 +266,7 @@ def _unwrapped(cell: nn.Module) -> ReversibleCell:
             return part
     raise ConfigError(
         f"{type(cell).__name__} is no cell, and stands where one belongs: a layer is left out by taking its block out "
-        "of the model's blocks"
+        "of the model's blocks, and lowering config.num_hidden_layers by one"
     )
 
 

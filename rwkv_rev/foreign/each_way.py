@@ -41,7 +41,7 @@ IN_PLACE_OF_A_LAYER = (
 )
 NO_LAYER = (
     "is no block and no cell, and stands where one belongs: a layer is left out by taking its block out of the model's "
-    "blocks"
+    "blocks, and lowering config.num_hidden_layers by one"
 )
 OBJECTIONS = (IN_A_MODEL, IN_A_CELL, IN_COMPUTE, ON_THE_BASE, IN_PLACE_OF_A_LAYER, NO_LAYER)
 """These say what works."""
