@@ -13,8 +13,16 @@ from rwkv_rev import RwkvRevForCausalLM, StrategyError, position_wise
 
 IDS, CHUNK = random_tokens(24), 8
 STRATEGIES = ("checkpoint", "reversible")
-dynamo_looks_at_gradients = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-PLACES = ("model.blocks.0.time_mix.key", "model.blocks.1", "model.blocks.1.channel_mix", "model.ln_out", "head")
+dynamo_looks_at_gradients = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)
+PLACES = (
+    "model.blocks.0.time_mix.key",
+    "model.blocks.1",
+    "model.blocks.1.channel_mix",
+    "model.ln_out",
+    "head",
+)
 
 
 def model_of() -> RwkvRevForCausalLM:
@@ -39,7 +47,9 @@ def test_a_replaced_call_is_refused(place: str, strategy: str) -> None:
     replace_call(model.get_submodule(place), lambda x: x - x.mean(1, keepdim=True))
     with (
         model.set_bptt(strategy, chunk_length=CHUNK),
-        pytest.raises(StrategyError, match=rf"the replaced _call_impl of {place}.* is not known to treat each"),
+        pytest.raises(
+            StrategyError, match=rf"the replaced _call_impl of {place}.* is not known to treat each"
+        ),
     ):
         model(IDS, labels=IDS)
 
@@ -83,7 +93,9 @@ def test_a_buffer_that_each_call_changes_is_refused(place: str, strategy: str, i
     )
     with (
         model.set_bptt(strategy, chunk_length=CHUNK),
-        pytest.raises(StrategyError, match=rf"^{place}\.parametrizations\.weight\.0\.scale was written to while"),
+        pytest.raises(
+            StrategyError, match=rf"^{place}\.parametrizations\.weight\.0\.scale was written to while"
+        ),
     ):
         model(IDS, labels=IDS)
 
@@ -112,7 +124,9 @@ def test_a_module_compiled_in_place_is_told_what_works() -> None:
     layer = model.model.blocks[0].time_mix.key
     layer.compile(backend="eager")
     with model.set_bptt("reversible", chunk_length=CHUNK):
-        with pytest.raises(StrategyError, match=r"module\.forward = rwkv_rev\.position_wise\(torch\.compile") as told:
+        with pytest.raises(
+            StrategyError, match=r"module\.forward = rwkv_rev\.position_wise\(torch\.compile"
+        ) as told:
             model(IDS, labels=IDS)
         assert "or declare it" not in str(told.value)
     layer._compiled_call_impl = None
