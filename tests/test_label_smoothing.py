@@ -19,6 +19,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
 
 from rwkv_rev import RwkvRevForCausalLM
+from rwkv_rev.base_model import RwkvRevPreTrainedModel
 from rwkv_rev.errors import ConfigError, StrategyError
 from rwkv_rev.outputs import RwkvRevCausalLMOutput
 
@@ -219,15 +220,15 @@ def test_what_a_module_around_hands_on(
 
 
 class OfHidden(nn.Module):
-    """Logits of hidden states by a layer of its own."""
+    """Logits that a layer of its own makes of the hidden states of a model, with a head or without."""
 
-    def __init__(self, model: RwkvRevForCausalLM, size: int, form: str) -> None:
+    def __init__(self, model: RwkvRevPreTrainedModel, size: int, form: str) -> None:
         super().__init__()
         self.lm, self.config, self.form = model, model.config, FORMS[form]
         self.tags = nn.Linear(model.config.hidden_size, size).double()
 
     def forward(self, input_ids: Tensor) -> Any:
-        return self.form(self.tags(self.lm.model(input_ids).last_hidden_state))
+        return self.form(self.tags(self.lm.base_model(input_ids).last_hidden_state))
 
 
 @pytest.mark.parametrize("strategy", ["full", "reversible"])

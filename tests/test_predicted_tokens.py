@@ -10,6 +10,7 @@ from bptt_cases import random_tokens, relative_error, tiny_model
 from peft import PromptTuningConfig, get_peft_model
 from test_label_smoothing import BATCHES, Around, Mine, adapted, by_hand, compiled
 from torch import Tensor, nn
+from trainer_cases import one_step
 from transformers import Trainer, TrainingArguments
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -45,28 +46,17 @@ def step(
     **own: Any,
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of one step of a Trainer's, over all batches."""
-    arguments = TrainingArguments(
+    return one_step(
+        model,
+        batches,
         folder,
+        kind=kind,
+        more={"data_collator": lambda rows: rows[0], **own},
         per_device_train_batch_size=1,
         gradient_accumulation_steps=len(batches),
-        max_steps=1,
-        max_grad_norm=0.0,
-        learning_rate=1.0,
-        lr_scheduler_type="constant",
-        optim="sgd",
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
         remove_unused_columns=False,
         label_smoothing_factor=epsilon,
     )
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    made = kind(model, arguments, train_dataset=batches, data_collator=lambda rows: rows[0], **own)
-    made.train()
-    after = dict(model.named_parameters())
-    return made.state.log_history[0]["loss"], {name: p - after[name].detach() for name, p in before.items()}
 
 
 def truth_of(

@@ -1,30 +1,16 @@
 """Label smoothing in transformers' Trainer: what labels and logits may be, and what is refused."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from bptt_cases import random_tokens, relative_error, tiny_model
-from test_label_smoothing import FORMS, IDS, LABELS, NEXT, gradients, smoothed, trainer
-from torch import Tensor, nn
+from test_label_smoothing import FORMS, IDS, LABELS, NEXT, OfHidden, gradients, smoothed, trainer
+from torch import Tensor
 
-from rwkv_rev.base_model import RwkvRevModel
 from rwkv_rev.errors import ConfigError
 
 STRATEGIES = ["full", "checkpoint", "reversible"]
-
-
-class OfBase(nn.Module):
-    """Logits that a layer of its own makes of the hidden states of a model without a head."""
-
-    def __init__(self, base: RwkvRevModel, size: int, form: str) -> None:
-        super().__init__()
-        self.backbone, self.config, self.form = base, base.config, FORMS[form]
-        self.layer = nn.Linear(base.config.hidden_size, size).double()
-
-    def forward(self, input_ids: Tensor) -> Any:
-        return self.form(self.layer(self.backbone(input_ids).last_hidden_state))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -35,10 +21,10 @@ def test_a_head_of_ones_own_on_a_base_model_is_refused(form: str, strategy: str,
     made, base = trainer(whole, tmp_path), whole.model
     for mode in (True, False):
         with pytest.raises(ConfigError, match=r"take RwkvRevForCausalLM .* compute_loss_func"):
-            made.compute_loss(OfBase(base, 32, form).train(mode), {"input_ids": IDS, "labels": LABELS})
-    model, tags = OfBase(base, 5, form), random_tokens(23, batch=2).remainder(5)
+            made.compute_loss(OfHidden(base, 32, form).train(mode), {"input_ids": IDS, "labels": LABELS})
+    model, tags = OfHidden(base, 5, form), random_tokens(23, batch=2).remainder(5)
     with whole.set_bptt("full", chunk_length=1000):
-        truth = gradients(model, smoothed(model.layer(base(IDS).last_hidden_state), tags))
+        truth = gradients(model, smoothed(model.tags(base(IDS).last_hidden_state), tags))
     found = gradients(model, made.compute_loss(model, {"input_ids": IDS, "labels": tags}))
     assert found.keys() == truth.keys()
     for name, gradient in truth.items():
@@ -99,7 +85,7 @@ def test_logits_of_some_positions_are_refused(strategy: str, tmp_path: Path) -> 
 def test_labels_of_other_models_are_taken_as_they_are(tmp_path: Path) -> None:
     """Of tags -1 stands for none elsewhere: they are the smoother's matter."""
     base = tiny_model("5.2", dtype=torch.float64)
-    model, labels = OfBase(base.model, 5, "dict"), NEXT.clamp(max=4)
-    expected = smoothed(model.layer(base.model(IDS).last_hidden_state), labels)
+    model, labels = OfHidden(base.model, 5, "dict"), NEXT.clamp(max=4)
+    expected = smoothed(model.tags(base.model(IDS).last_hidden_state), labels)
     found = trainer(base, tmp_path).compute_loss(model, {"input_ids": IDS, "labels": labels})
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
